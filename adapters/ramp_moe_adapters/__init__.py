@@ -1,0 +1,16 @@
+"""Third-party MoE kernels, each described by its grid in a file of its own."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+from ramp_moe import Kernel, hookimpl
+
+from .alpha_moe import AlphaMoE
+from .vllm_triton import VllmTriton
+
+
+@hookimpl
+def ramp_moe_kernels() -> Iterable[Kernel]:
+    yield AlphaMoE()
+    yield VllmTriton()

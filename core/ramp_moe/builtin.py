@@ -1,0 +1,139 @@
+"""The models and GPUs that ship with the library, given through the same hooks as a plugin's."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from importlib import resources
+from pathlib import Path
+
+from .hardware import Hardware
+from .hookspecs import hookimpl
+from .shapes import Model, MoEShape
+
+KIB, MIB = 1024, 1024**2
+TERA = 1e12
+
+# name, experts, top_k, hidden, intermediate of one routed expert, dtype as released, source
+_MODELS: tuple[tuple[str, int, int, int, int, str, str], ...] = (
+    ("olmoe-1b-7b", 64, 8, 2048, 1024, "bf16", "config.json of allenai/OLMoE-1B-7B-0924"),
+    ("mixtral-8x7b", 8, 2, 4096, 14336, "bf16", "config.json of mistralai/Mixtral-8x7B-v0.1"),
+    ("mixtral-8x22b", 8, 2, 6144, 16384, "bf16", "config.json of mistralai/Mixtral-8x22B-v0.1"),
+    ("qwen1.5-moe-a2.7b", 60, 4, 2048, 1408, "bf16", "config.json of Qwen/Qwen1.5-MoE-A2.7B"),
+    ("qwen2-57b-a14b", 64, 8, 3584, 2560, "bf16", "config.json of Qwen/Qwen2-57B-A14B"),
+    ("qwen3-30b-a3b", 128, 8, 2048, 768, "bf16", "config.json of Qwen/Qwen3-30B-A3B"),
+    ("qwen3-235b-a22b", 128, 8, 4096, 1536, "bf16", "config.json of Qwen/Qwen3-235B-A22B"),
+    ("qwen3-next-80b", 512, 10, 2048, 512, "bf16", "config.json of Qwen/Qwen3-Next-80B-A3B-Instruct"),
+    ("qwen3.5-35b-a3b", 256, 8, 2048, 512, "bf16", "config.json of Qwen/Qwen3.5-35B-A3B"),
+    ("deepseek-v2-lite", 64, 6, 2048, 1408, "bf16", "config.json of deepseek-ai/DeepSeek-V2-Lite"),
+    ("deepseek-v3", 256, 8, 7168, 2048, "fp8", "config.json of deepseek-ai/DeepSeek-V3"),
+    ("glm-4.5-air", 128, 8, 4096, 1408, "bf16", "config.json of zai-org/GLM-4.5-Air"),
+    ("glm-4.5", 160, 8, 5120, 1536, "bf16", "config.json of zai-org/GLM-4.5"),
+    ("gpt-oss-20b", 32, 4, 2880, 2880, "bf16", "config.json of openai/gpt-oss-20b (released as mxfp4)"),
+    ("gpt-oss-120b", 128, 4, 2880, 2880, "bf16", "config.json of openai/gpt-oss-120b (released as mxfp4)"),
+    ("phi-3.5-moe", 16, 2, 4096, 6400, "bf16", "config.json of microsoft/Phi-3.5-MoE-instruct"),
+    ("llama-4-scout", 16, 1, 5120, 8192, "bf16", "config.json of meta-llama/Llama-4-Scout-17B-16E"),
+    ("kimi-k2", 384, 8, 7168, 2048, "fp8", "config.json of moonshotai/Kimi-K2-Instruct"),
+)
+
+_HARDWARE = (
+    Hardware(
+        name="h100-sxm",
+        device_names=("H100 80GB HBM3", "H100 SXM"),
+        arch="sm_90",
+        num_sms=132,
+        l2_bytes=50 * MIB,
+        smem_per_sm_bytes=228 * KIB,
+        hbm_bytes_per_s=3.35 * TERA,
+        fp8_flops=1979 * TERA,
+        bf16_flops=989.5 * TERA,
+        source="NVIDIA H100 Tensor Core GPU data sheet and architecture white paper",
+    ),
+    Hardware(
+        name="h100-pcie",
+        device_names=("H100 PCIe",),
+        arch="sm_90",
+        num_sms=114,
+        l2_bytes=50 * MIB,
+        smem_per_sm_bytes=228 * KIB,
+        hbm_bytes_per_s=2.0 * TERA,
+        fp8_flops=1513 * TERA,
+        bf16_flops=756.5 * TERA,
+        source="NVIDIA H100 Tensor Core GPU data sheet and architecture white paper",
+    ),
+    Hardware(
+        name="h200",
+        device_names=("NVIDIA H200",),
+        arch="sm_90",
+        num_sms=132,
+        l2_bytes=50 * MIB,
+        smem_per_sm_bytes=228 * KIB,
+        hbm_bytes_per_s=4.8 * TERA,
+        fp8_flops=1979 * TERA,
+        bf16_flops=989.5 * TERA,
+        source="NVIDIA H200 Tensor Core GPU data sheet",
+    ),
+    Hardware(
+        name="a100-sxm",
+        device_names=("A100-SXM4-80GB",),
+        arch="sm_80",
+        num_sms=108,
+        l2_bytes=40 * MIB,
+        smem_per_sm_bytes=164 * KIB,
+        hbm_bytes_per_s=2.039 * TERA,
+        fp8_flops=None,
+        bf16_flops=312 * TERA,
+        source="NVIDIA A100 80GB data sheet and architecture white paper",
+    ),
+    Hardware(
+        name="l40s",
+        device_names=("NVIDIA L40S",),
+        arch="sm_89",
+        num_sms=142,
+        l2_bytes=96 * MIB,
+        smem_per_sm_bytes=100 * KIB,
+        hbm_bytes_per_s=0.864 * TERA,
+        fp8_flops=733 * TERA,
+        bf16_flops=362.05 * TERA,
+        source="NVIDIA L40S data sheet",
+    ),
+    Hardware(
+        name="b200",
+        device_names=("NVIDIA B200",),
+        arch="sm_100",
+        num_sms=148,
+        l2_bytes=int(126.5 * MIB),
+        smem_per_sm_bytes=228 * KIB,
+        hbm_bytes_per_s=7.7 * TERA,
+        fp8_flops=4500 * TERA,
+        bf16_flops=2250 * TERA,
+        source="NVIDIA HGX B200 data sheet; L2 as CUDA reports it",
+    ),
+    Hardware(
+        name="mi300x",
+        device_names=("Instinct MI300X",),
+        arch="gfx942",
+        num_sms=304,
+        l2_bytes=32 * MIB,
+        smem_per_sm_bytes=64 * KIB,
+        hbm_bytes_per_s=5.3 * TERA,
+        fp8_flops=2614.9 * TERA,
+        bf16_flops=1307.4 * TERA,
+        source="AMD Instinct MI300X data sheet (4 MiB of L2 on each of 8 dies)",
+    ),
+)
+
+
+@hookimpl
+def ramp_moe_models() -> Iterable[Model]:
+    for name, experts, top_k, hidden, intermediate, dtype, source in _MODELS:
+        yield Model(MoEShape(experts, top_k, hidden, intermediate, dtype, name), source)
+
+
+@hookimpl
+def ramp_moe_hardware() -> Iterable[Hardware]:
+    return _HARDWARE
+
+
+@hookimpl
+def ramp_moe_profiles() -> Iterable[Path]:
+    yield Path(str(resources.files("ramp_moe_profiles")))

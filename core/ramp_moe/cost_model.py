@@ -1,0 +1,348 @@
+"""The wave cost model: a handful of parameters a stage, fitted from a sweep, that turn an expert histogram into the
+predicted time of every candidate.
+
+A candidate is one configuration of one kernel; its time is the sum over its stages. A gemm stage is seen through its
+grid alone: g CTAs that do work, in ceil(g / slots) waves. Stages without a grid (quantise, schedule, ...) are seen
+as one work item a routed id, with no waves. FORMS lists which terms a form combines; each stage has one coefficient
+a term, found by least squares on the relative error (rows weighted by 1 / time: an error of 3% counts the same at
+30 us and at 3 ms).
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from .errors import KernelError, ProfileError, UnknownNameError
+from .hardware import Hardware
+from .kernel import KernelConfig, Stage
+from .routing import FloatArray, IntArray
+from .shapes import MoEShape
+from .sweep import Sweep
+
+BoolArray = NDArray[np.bool_]
+
+
+@dataclass(frozen=True, slots=True)
+class Form:
+    """Terms of T = sum_i c_i * term_i, by name (see `_terms`). A non-negative fit cannot predict a negative time."""
+
+    terms: tuple[str, ...]
+    non_negative: bool
+    why: str
+
+
+FORMS: Mapping[str, Form] = {
+    "paper": Form(
+        ("one", "waves", "ctas", "log_ctas"),
+        False,
+        "RaMP's wave cost model (arXiv 2604.26039): start-up, waves = g / SMs, traffic a CTA, sub-wave bend",
+    ),
+    "ceil": Form(
+        ("one", "ceil_waves", "ctas", "log_ctas"),
+        False,
+        "the same with waves rounded up: an almost empty wave costs a full one, and b and c are no longer collinear",
+    ),
+    "active": Form(
+        ("one", "ceil_waves", "ctas", "active"),
+        True,
+        "active experts in place of the logarithm: few tokens are bound by the weights of the experts they wake",
+    ),
+}
+DEFAULT_FORM = "active"
+
+
+def get_form(name: str) -> Form:
+    """The form of that name, or UnknownNameError."""
+    if name not in FORMS:
+        raise UnknownNameError("cost model form", name, FORMS)
+    return FORMS[name]
+
+
+@dataclass(frozen=True, slots=True)
+class Candidate:
+    """One configuration of one kernel that can be dispatched to."""
+
+    kernel: str
+    config: KernelConfig
+
+    @property
+    def name(self) -> str:
+        return f"{self.kernel}/{self.config.name}"
+
+
+@dataclass(frozen=True, slots=True)
+class StageFit:
+    """What a fit knows of one stage.
+
+    `coefficients` follow the form's terms, in microseconds a unit. `max_error` and `rms_error` are relative, on the
+    fitted rows. The ranges are those of the fitted rows; outside them a prediction is an extrapolation. `floor_us` is
+    half the fastest fitted time: no prediction goes below it.
+    """
+
+    stage: Stage
+    coefficients: tuple[float, ...]
+    rows: int
+    rms_error: float
+    max_error: float
+    ctas_range: tuple[int, int]
+    active_range: tuple[int, int]
+    floor_us: float
+
+
+@dataclass(frozen=True, slots=True)
+class Prediction:
+    """Predicted microseconds float64 `[..., candidates]`, and which of them extrapolate beyond the fitted rows."""
+
+    us: FloatArray
+    extrapolated: BoolArray
+
+
+class _Grids:
+    """Many stages' grids as arrays, so that all are evaluated at once for one histogram or a batch of them.
+
+    CTA counts are float64 here: `GridGeometry` counts in integers, but the division of doubles is several times
+    faster, and exact for every count below 2**52 / block.
+    """
+
+    def __init__(self, stages: Sequence[Stage], num_sms: int) -> None:
+        geometries = [s.geometry for s in stages]
+        # A stage without a grid counts routed ids: blocks of one token, one tile along the weights, endless slots.
+        blocks = np.array([1 if g is None else g.block_tokens for g in geometries], np.float64)
+        distinct, self.block_of = np.unique(blocks, return_inverse=True)
+        self.blocks = distinct[:, None]
+        self.ctas_per_m_tile = np.array([1.0 if g is None else g.ctas_per_m_tile for g in geometries])
+        self.slots = np.array([np.inf if g is None else g.slots(num_sms) for g in geometries])
+
+    def ctas(self, histograms: IntArray) -> FloatArray:
+        """CTAs that do work, `[..., stages]`."""
+        tiles = np.add.reduce(np.ceil(histograms[..., None, :] / self.blocks), axis=-1)
+        return np.asarray(tiles.take(self.block_of, axis=-1) * self.ctas_per_m_tile)
+
+    def terms(self, names: Sequence[str], ctas: FloatArray, active: FloatArray) -> list[FloatArray | float]:
+        """Each named term, `[..., stages]` or broadcasting to it; `active` is `[..., 1]`."""
+        return [self._term(name, ctas, active) for name in names]
+
+    def _term(self, name: str, ctas: FloatArray, active: FloatArray) -> FloatArray | float:
+        match name:
+            case "one":
+                return 1.0
+            case "waves":
+                return ctas / self.slots
+            case "ceil_waves":
+                return np.asarray(np.ceil(ctas / self.slots))
+            case "ctas":
+                return ctas
+            case "log_ctas":
+                return np.asarray(np.log1p(ctas))
+            case "active":
+                return active
+        raise KernelError(f"cost model form names an unknown term {name!r}")
+
+
+def _active(histograms: IntArray) -> FloatArray:
+    """Active experts `[..., 1]`, as floats for the terms."""
+    return np.asarray(np.add.reduce(histograms > 0, axis=-1, keepdims=True, dtype=np.float64))
+
+
+class CostModel:
+    """Fitted stages and the candidates that are sums of them.
+
+    Raises KernelError where a candidate needs a stage that has no fit.
+    """
+
+    def __init__(
+        self,
+        shape: MoEShape,
+        hardware: Hardware,
+        form: str,
+        candidates: Sequence[Candidate],
+        fits: Mapping[str, StageFit],
+        stages: Sequence[str],
+    ) -> None:
+        """`stages` are the kinds of stages that the times contain; a candidate's other stages are left out."""
+        if not candidates:
+            raise KernelError(f"no candidate to predict for {shape.label} on {hardware.name}")
+        self.shape, self.hardware, self.form = shape, hardware, form
+        self.candidates = tuple(candidates)
+        self.stages = tuple(stages)
+        keys = [[s.key for s in c.config.stages if s.kind in self.stages] for c in candidates]
+        missing = [(c.name, k) for c, ks in zip(candidates, keys, strict=True) for k in ks if k not in fits]
+        if missing:
+            raise KernelError(f"candidate {missing[0][0]} needs stage {missing[0][1]!r}, which is not fitted")
+        self.fits = {k: fits[k] for k in dict.fromkeys(itertools.chain.from_iterable(keys))}
+        index = {k: i for i, k in enumerate(self.fits)}
+        fitted = list(self.fits.values())
+        self._terms = get_form(form).terms
+        self._grids = _Grids([f.stage for f in fitted], hardware.num_sms)
+        self._coefficients = np.array([f.coefficients for f in fitted]).T.copy()
+        self._floor = np.array([f.floor_us for f in fitted])
+        self._ctas_range = np.array([f.ctas_range for f in fitted]).T
+        self._active_range = np.array([f.active_range for f in fitted]).T
+        # Candidate c sums stages _flat[_starts[c] : _starts[c + 1]].
+        self._flat = np.array([index[k] for ks in keys for k in ks], np.intp)
+        self._starts = np.cumsum([0, *(len(ks) for ks in keys[:-1])])
+        # The commonest case, one measured stage a candidate, needs no summing in the hot path.
+        self._one_stage_each = np.array_equal(self._flat, np.arange(len(candidates)))
+
+    @property
+    def num_experts(self) -> int:
+        return self.shape.num_experts
+
+    def cost(self, histograms: IntArray) -> FloatArray:
+        """Microseconds `[..., candidates]` for checked histograms int64 `[..., num_experts]`: the hot path."""
+        return self._cost(self._grids.ctas(histograms), _active(histograms))
+
+    def predict(self, histograms: IntArray) -> Prediction:
+        """As `cost`, and which predictions lie outside the rows that the fit saw."""
+        ctas = self._grids.ctas(histograms)
+        active = _active(histograms)
+        (ctas_low, ctas_high), (active_low, active_high) = self._ctas_range, self._active_range
+        outside = (ctas < ctas_low) | (ctas > ctas_high) | (active < active_low) | (active > active_high)
+        extrapolated = np.logical_or.reduceat(outside[..., self._flat], self._starts, axis=-1)
+        return Prediction(self._cost(ctas, active), extrapolated)
+
+    def _cost(self, ctas: FloatArray, active: FloatArray) -> FloatArray:
+        terms = self._grids.terms(self._terms, ctas, active)
+        us = self._coefficients[0] * terms[0]
+        for coefficient, term in zip(self._coefficients[1:], terms[1:], strict=True):
+            us = us + coefficient * term
+        us = np.maximum(us, self._floor)
+        if self._one_stage_each:
+            return np.asarray(us)
+        return np.asarray(np.add.reduceat(us[..., self._flat], self._starts, axis=-1))
+
+    def restrict(self, kernels: Sequence[str]) -> CostModel:
+        """The same model with the candidates of these kernels only."""
+        kept = [c for c in self.candidates if c.kernel in kernels]
+        return CostModel(self.shape, self.hardware, self.form, kept, self.fits, self.stages)
+
+
+def candidates_of(sweep: Sweep, configs: Sequence[KernelConfig]) -> tuple[Candidate, ...]:
+    """The configurations of the sweep's kernel whose measured kinds of stages all have a column.
+
+    Raises ProfileError where there is none: the plugin's configurations have changed since the sweep was taken.
+    """
+    measured = sweep.column_of
+    candidates = tuple(
+        Candidate(sweep.kernel, c)
+        for c in configs
+        if (keys := [s.key for s in c.stages if s.kind in sweep.stages]) and all(k in measured for k in keys)
+    )
+    if not candidates:
+        raise ProfileError(
+            f"the sweep of {sweep.kernel} for {sweep.shape.label} on {sweep.device} has no column that fits a "
+            "configuration of the kernel registered under that name; measure again"
+        )
+    return candidates
+
+
+def path_times(sweep: Sweep, candidates: Sequence[Candidate]) -> FloatArray:
+    """Measured microseconds `[rows, candidates]`: each candidate's columns summed, NaN where one is missing."""
+    column = sweep.column_of
+    picked = [[column[s.key] for s in c.config.stages if s.kind in sweep.stages] for c in candidates]
+    return np.stack([sweep.times_us[:, p].sum(1) for p in picked], axis=1)
+
+
+def fit_sweep(sweep: Sweep, candidates: Sequence[Candidate], hardware: Hardware, form: str = DEFAULT_FORM) -> CostModel:
+    """Fit every stage that the candidates need on the sweep's rows.
+
+    Candidates of which a stage has fewer measured rows than the form has terms are dropped. Raises ProfileError where
+    none is left.
+    """
+    spec = get_form(form)
+    by_key = {s.key: s for c in candidates for s in c.config.stages if s.kind in sweep.stages}
+    stages = list(by_key.values())
+    column = sweep.column_of
+    times = sweep.times_us[:, [column[k] for k in by_key]]
+    grids = _Grids(stages, hardware.num_sms)
+    ctas = grids.ctas(sweep.histograms)
+    active = _active(sweep.histograms)
+    full = np.broadcast_arrays(*grids.terms(spec.terms, ctas, active), times)[:-1]
+    coefficients, relative = _least_squares(np.stack(full, axis=-1), times, spec.non_negative)
+
+    fits: dict[str, StageFit] = {}
+    for i, stage in enumerate(stages):
+        seen = np.isfinite(times[:, i])
+        if seen.sum() < len(spec.terms):
+            continue
+        error = relative[seen, i]
+        fits[stage.key] = StageFit(
+            stage=stage,
+            coefficients=tuple(coefficients[i].tolist()),
+            rows=int(seen.sum()),
+            rms_error=float(np.sqrt(np.mean(error**2))),
+            max_error=float(np.abs(error).max()),
+            ctas_range=(int(ctas[seen, i].min()), int(ctas[seen, i].max())),
+            active_range=(int(active[seen].min()), int(active[seen].max())),
+            floor_us=float(times[seen, i].min()) / 2,
+        )
+    kept = [c for c in candidates if all(s.key in fits for s in c.config.stages if s.kind in sweep.stages)]
+    if not kept:
+        raise ProfileError(
+            f"the sweep of {sweep.kernel} for {sweep.shape.label} on {sweep.device} has {len(sweep.labels)} rows, "
+            f"too few to fit {len(spec.terms)} terms; measure more routings"
+        )
+    return CostModel(sweep.shape, hardware, form, kept, fits, sweep.stages)
+
+
+def join(models: Sequence[CostModel]) -> CostModel:
+    """One model over the candidates of several kernels for one shape and device.
+
+    A stage that two of them share is taken from the first. Raises ProfileError where their times do not contain the
+    same kinds of stages: they cannot be compared.
+    """
+    first = models[0]
+    fits: dict[str, StageFit] = {}
+    for model in models:
+        if (model.shape, model.hardware, model.form) != (first.shape, first.hardware, first.form):
+            raise ProfileError("cost models of different shapes, devices or forms cannot be joined")
+        if model.stages != first.stages:
+            raise ProfileError(
+                f"{model.candidates[0].kernel} was measured over {'+'.join(model.stages)}, "
+                f"{first.candidates[0].kernel} over {'+'.join(first.stages)}; choose comparable ones with --kernel"
+            )
+        fits = model.fits | fits
+    candidates = [c for m in models for c in m.candidates]
+    return CostModel(first.shape, first.hardware, first.form, candidates, fits, first.stages)
+
+
+def _least_squares(terms: FloatArray, times: FloatArray, non_negative: bool) -> tuple[FloatArray, FloatArray]:
+    """Minimise sum_r ((terms[r, s] @ c[s] - times[r, s]) / times[r, s])**2 for every stage s.
+
+    terms `[rows, stages, n]`, times `[rows, stages]` (NaN rows do not count). Returns c `[stages, n]` and the relative
+    residuals `[rows, stages]`. Collinear terms (the literal paper form) get the minimum-norm solution.
+    """
+    seen = np.isfinite(times)
+    weight = np.where(seen, 1 / np.where(seen, times, 1.0), 0.0)
+    a = np.moveaxis(terms * weight[..., None], 0, 1)
+    # Terms span five orders of magnitude; unit columns keep the pseudo-inverse's cut-off meaningful.
+    scale = np.abs(a).max(axis=1, keepdims=True)
+    a = a / np.where(scale > 0, scale, 1.0)
+    target = seen.T.astype(np.float64)
+    solve = _non_negative if non_negative else _unconstrained
+    c = solve(a, target)
+    residual = np.einsum("srn,sn->rs", a, c) - target.T
+    return c / np.where(scale > 0, scale, 1.0)[:, 0], np.where(seen, residual, np.nan)
+
+
+def _unconstrained(a: FloatArray, target: FloatArray) -> FloatArray:
+    return np.asarray(np.einsum("snr,sr->sn", np.linalg.pinv(a), target))
+
+
+def _non_negative(a: FloatArray, target: FloatArray) -> FloatArray:
+    """Exact non-negative least squares: the optimum is unconstrained on the support where it is positive, and with
+    four terms there are only fifteen supports to try."""
+    stages, _, n = a.shape
+    best, best_loss = np.zeros((stages, n)), (target**2).sum(1)
+    for support in itertools.chain.from_iterable(itertools.combinations(range(n), k) for k in range(1, n + 1)):
+        c = np.zeros((stages, n))
+        c[:, support] = _unconstrained(a[:, :, support], target)
+        loss = ((np.einsum("srn,sn->sr", a, c) - target) ** 2).sum(1)
+        better = (c >= 0).all(1) & (loss < best_loss)
+        best[better], best_loss[better] = c[better], loss[better]
+    return best

@@ -1,0 +1,96 @@
+"""Reading and writing the library's JSON files: atomic writes, errors that name file and field, migration.
+
+Every file is one JSON object that begins with `"format"` and `"version"`. A file of an older version is migrated in
+memory when it is read (the file stays as it was); one of a newer version is refused.
+"""
+
+from __future__ import annotations
+
+import os
+import tempfile
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any, TypeVar
+
+import msgspec
+
+from .errors import ProfileError
+
+T = TypeVar("T")
+Migration = Callable[[dict[str, Any]], dict[str, Any]]
+
+
+def read_json(
+    path: Path,
+    kind: type[T],
+    file_format: str,
+    version: int,
+    migrations: Mapping[int, Migration],
+    version_of: Callable[[dict[str, Any]], int | None] = lambda raw: None,
+) -> T:
+    """Decode `path` into the msgspec Struct `kind`; raises ProfileError for whatever is wrong with it.
+
+    `migrations[v]` turns the raw object of version v into that of v + 1; `version_of` recognises files from before
+    the header existed.
+    """
+    try:
+        data = path.read_bytes()
+    except OSError as e:
+        raise ProfileError(f"cannot read {path}: {e.strerror or e}") from None
+    try:
+        raw = msgspec.json.decode(data)
+    except (msgspec.DecodeError, UnicodeDecodeError) as e:
+        raise ProfileError(f"{path} is corrupt or truncated ({e}); restore it or measure again") from None
+    if not isinstance(raw, dict):
+        raise ProfileError(f"{path} is not a {file_format} file")
+    found = raw.get("version") if raw.get("format") == file_format else version_of(raw)
+    if type(found) is not int:
+        raise ProfileError(f"{path} is not a {file_format} file (its format says {raw.get('format')!r})")
+    if found > version:
+        raise ProfileError(
+            f"{path} has {file_format} version {found}, this ramp-moe reads up to {version}; upgrade ramp-moe"
+        )
+    try:
+        for v in range(found, version):
+            if v not in migrations:
+                raise ProfileError(f"{path}: {file_format} version {v} never existed")
+            raw = migrations[v](raw)
+        return msgspec.convert(raw, kind)
+    except msgspec.ValidationError as e:
+        raise ProfileError(f"{path}: {e}") from None
+    except (KeyError, TypeError, AttributeError, ValueError) as e:
+        raise ProfileError(f"{path} cannot be migrated from version {found}: missing or wrong field {e}") from None
+
+
+def write_json(path: Path, record: msgspec.Struct) -> None:
+    """Write `record` to `path`, whole or not at all: a temporary file beside it is flushed, then renamed over it.
+
+    One line for each top-level field and each item of a top-level list, so that a diff shows what changed.
+    Raises ProfileError when the folder cannot be written or the disk is full; the old file then stays as it was.
+    """
+    text = _layout(msgspec.to_builtins(record))
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        descriptor, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=".tmp")
+        try:
+            with os.fdopen(descriptor, "wb") as f:
+                f.write(text)
+                f.flush()
+                os.fsync(f.fileno())
+            os.chmod(temporary, 0o644)
+            os.replace(temporary, path)
+        except BaseException:
+            os.unlink(temporary)
+            raise
+    except OSError as e:
+        raise ProfileError(f"cannot write {path}: {e.strerror or e}") from None
+
+
+def _layout(record: dict[str, Any]) -> bytes:
+    lines = []
+    for key, value in record.items():
+        body = msgspec.json.encode(value)
+        if isinstance(value, list) and value and isinstance(value[0], dict | list):
+            body = b"[\n  " + b",\n  ".join(msgspec.json.encode(v) for v in value) + b"\n ]"
+        lines.append(b" " + msgspec.json.encode(key) + b": " + body)
+    return b"{\n" + b",\n".join(lines) + b"\n}\n"

@@ -1,0 +1,93 @@
+"""The contract between the library and a kernel: names, stages with their grids, weight layouts, reasons."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal, get_args
+
+from .errors import KernelError
+from .geometry import GridGeometry
+from .hardware import Hardware
+from .shapes import MoEShape
+
+StageKind = Literal["quantise", "schedule", "zero", "gemm", "activation", "combine"]
+STAGE_KINDS: tuple[str, ...] = get_args(StageKind)
+
+
+@dataclass(frozen=True, slots=True)
+class Stage:
+    """One launch of a path. Two candidates that share a `key` share the launch: it is measured and fitted once.
+
+    A "gemm" stage has a `geometry`; the others (activation quantisation, schedule for a token block, zeroing,
+    activation, combine) work token by token and have none.
+    """
+
+    kind: StageKind
+    key: str
+    geometry: GridGeometry | None = None
+
+    def __post_init__(self) -> None:
+        if self.kind not in STAGE_KINDS:
+            raise KernelError(f"stage {self.key!r}: kind {self.kind!r} is not one of {', '.join(STAGE_KINDS)}")
+        if (self.kind == "gemm") != (self.geometry is not None):
+            raise KernelError(f"stage {self.key!r}: a gemm stage needs a geometry, and only a gemm stage has one")
+
+
+ParamValue = int | float | str | bool
+
+
+@dataclass(frozen=True, slots=True)
+class KernelConfig:
+    """One way to run a kernel: its stages in launch order, and parameters that mean something to the kernel alone."""
+
+    name: str
+    stages: tuple[Stage, ...]
+    params: tuple[tuple[str, ParamValue], ...] = ()
+
+    @property
+    def gemms(self) -> tuple[GridGeometry, ...]:
+        return tuple(s.geometry for s in self.stages if s.geometry is not None)
+
+
+@dataclass(frozen=True, slots=True)
+class WeightLayout:
+    """How a kernel wants the experts' weights in memory. Kernels whose `key` is equal share one copy.
+
+    `bytes` is the size of all experts' weights and scales in this layout.
+    """
+
+    key: str
+    bytes: int
+
+
+class Kernel(ABC):
+    """A MoE kernel, described purely by the CTA grids that it launches. Describing one needs no GPU."""
+
+    name: str
+
+    def unsupported(self, shape: MoEShape, hardware: Hardware) -> str | None:
+        """Why this kernel cannot compute `shape` on `hardware`, for a person to read; None where it can."""
+        return None
+
+    @abstractmethod
+    def configs(self, shape: MoEShape, hardware: Hardware) -> Sequence[KernelConfig]:
+        """Every valid configuration for a supported shape, always in the same order, with distinct names."""
+
+    @abstractmethod
+    def weight_layout(self, shape: MoEShape) -> WeightLayout:
+        """The layout that the weights must be in."""
+
+
+def usable_configs(kernel: Kernel, shape: MoEShape, hardware: Hardware) -> tuple[KernelConfig, ...]:
+    """The kernel's configurations, or KernelError with the reason why there is none."""
+    reason = kernel.unsupported(shape, hardware)
+    if reason is not None:
+        raise KernelError(f"kernel {kernel.name} does not support {shape.label} on {hardware.name}: {reason}")
+    configs = tuple(kernel.configs(shape, hardware))
+    if not configs:
+        raise KernelError(f"kernel {kernel.name} has no configuration for {shape.label} on {hardware.name}")
+    if len({c.name for c in configs}) != len(configs):
+        raise KernelError(f"kernel {kernel.name} names two configurations alike for {shape.label}")
+    return configs

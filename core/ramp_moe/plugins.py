@@ -1,0 +1,181 @@
+"""Plugin loading: the library's own rooms first, then every installed plugin, one by one, so that a broken one is
+reported by `ramp-moe plugins` and stops nothing else."""
+
+from __future__ import annotations
+
+import functools
+import os
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from importlib import metadata
+from pathlib import Path
+from typing import Any, TypeVar
+
+import pluggy
+
+from . import builtin, hookspecs
+from .errors import UnknownNameError
+from .hardware import Hardware
+from .hookspecs import GROUP
+from .kernel import Kernel
+from .shapes import Model, MoEShape, resolve_shape
+
+DISTRIBUTION = "ramp-moe"
+ALLOW_LIST = "RAMP_MOE_PLUGINS"
+SLOW_SECONDS = 1.0
+
+T = TypeVar("T", Kernel, Model, Hardware)
+
+
+@dataclass
+class Plugin:
+    """What `ramp-moe plugins` shows of one plugin. `problems` is empty for a healthy one."""
+
+    name: str
+    version: str
+    origin: str
+    loaded: bool = False
+    hooks: list[str] = field(default_factory=list)
+    seconds: float = 0.0
+    problems: list[str] = field(default_factory=list)
+
+    @contextmanager
+    def guard(self, doing: str) -> Iterator[None]:
+        """Time a call into the plugin, and turn whatever it raises into a problem of this plugin."""
+        start = time.perf_counter()
+        try:
+            yield
+        except (Exception, SystemExit) as e:  # a plugin that calls sys.exit() must not end the program
+            self.problems.append(f"{doing}: {type(e).__name__}: {' '.join(str(e).split()) or 'no message'}")
+        finally:
+            self.seconds += time.perf_counter() - start
+
+
+class Registry:
+    """Kernels, models, hardware and shipped profile folders of the built-ins and of every plugin, by name.
+
+    Where two plugins give the same name, the first keeps it and the second is reported. With the environment variable
+    RAMP_MOE_PLUGINS set, only the third-party entry points that it names (comma-separated) are loaded.
+    """
+
+    def __init__(self, load_entry_points: bool = True) -> None:
+        self.plugins: list[Plugin] = []
+        self.kernels: dict[str, Kernel] = {}
+        self.models: dict[str, Model] = {}
+        self.hardware: dict[str, Hardware] = {}
+        self.profile_dirs: list[Path] = []
+        self._manager = pluggy.PluginManager(GROUP)
+        self._manager.add_hookspecs(hookspecs)
+        self._by_module: dict[Any, Plugin] = {}
+        self._owner: dict[tuple[str, str], str] = {}
+
+        own = Plugin("built-in", _version(DISTRIBUTION), DISTRIBUTION)
+        self._register(own, lambda: builtin)
+        if load_entry_points:
+            self._load_entry_points()
+        self._collect("ramp_moe_kernels", Kernel, self.kernels)  # type: ignore[type-abstract]
+        self._collect("ramp_moe_models", Model, self.models)
+        self._collect("ramp_moe_hardware", Hardware, self.hardware)
+        self._collect_profile_dirs()
+        for plugin in self.plugins:
+            if plugin.seconds > SLOW_SECONDS:
+                plugin.problems.append(
+                    f"took {plugin.seconds:.1f} s to load; import GPU libraries where a kernel is launched, not here"
+                )
+
+    def kernel(self, name: str) -> Kernel:
+        """The kernel of that name, or UnknownNameError."""
+        return _look_up("kernel", name, self.kernels, "`ramp-moe kernels` lists them")
+
+    def device(self, name: str) -> Hardware:
+        """The hardware of that name, or UnknownNameError."""
+        return _look_up("device", name.lower(), self.hardware, "plugins add more with the ramp_moe_hardware hook")
+
+    def shape(self, model: str, dtype: str | None = None) -> MoEShape:
+        """The shape of a registered model, NAME or NAME-tpN (see `resolve_shape`)."""
+        return resolve_shape(self.models, model, dtype)
+
+    def _load_entry_points(self) -> None:
+        allowed = os.environ.get(ALLOW_LIST)
+        names = None if allowed is None else {n.strip() for n in allowed.split(",") if n.strip()}
+        # The library's own entry points come first, so that no plugin takes a built-in kernel's name.
+        found = sorted(metadata.entry_points(group=GROUP), key=lambda e: (not _is_own(e), e.name))
+        for entry in found:
+            if names is not None and entry.name not in names and not _is_own(entry):
+                continue
+            dist = entry.dist
+            plugin = Plugin(
+                entry.name, dist.version if dist else "?", f"{dist.name if dist else 'unknown'} ({entry.value})"
+            )
+            self._register(plugin, entry.load)
+        for missing in sorted((names or set()) - {e.name for e in found}):
+            plugin = Plugin(missing, "?", ALLOW_LIST, problems=[f"named in {ALLOW_LIST} but not installed"])
+            self.plugins.append(plugin)
+
+    def _register(self, plugin: Plugin, load: Callable[[], Any]) -> None:
+        self.plugins.append(plugin)
+        with plugin.guard("loading"):
+            module = load()
+            self._manager.register(module, name=plugin.name)
+            self._by_module[module] = plugin
+            callers = self._manager.get_hookcallers(module) or []
+            plugin.hooks = sorted(c.name for c in callers if c.spec is not None)
+            plugin.loaded = True
+            for caller in callers:
+                if caller.spec is None:
+                    plugin.problems.append(f"implements {caller.name}, which is no hook of ramp_moe")
+            if not plugin.hooks:
+                plugin.problems.append("implements no hook of ramp_moe; decorate its functions with ramp_moe.hookimpl")
+
+    def _answers(self, hook: str) -> Iterator[tuple[Plugin, Any]]:
+        """Each plugin's items for a hook, in registration order; pluggy's own call would stop at the first error."""
+        for impl in getattr(self._manager.hook, hook).get_hookimpls():
+            plugin = self._by_module[impl.plugin]
+            items: list[Any] = []
+            with plugin.guard(hook):
+                items = list(impl.function())
+            for item in items:
+                yield plugin, item
+
+    def _collect(self, hook: str, kind: type[T], into: dict[str, T]) -> None:
+        for plugin, item in self._answers(hook):
+            name = getattr(item, "name", None)
+            if not isinstance(item, kind) or not isinstance(name, str):
+                plugin.problems.append(f"{hook}: {item!r} is not a named {kind.__name__}")
+            elif name in into:
+                plugin.problems.append(f"{hook}: {name!r} is already given by plugin {self._owner[hook, name]!r}")
+            else:
+                into[name] = item
+                self._owner[hook, name] = plugin.name
+
+    def _collect_profile_dirs(self) -> None:
+        for plugin, path in self._answers("ramp_moe_profiles"):
+            if isinstance(path, Path) and path.is_dir():
+                self.profile_dirs.append(path)
+            else:
+                plugin.problems.append(f"ramp_moe_profiles: {path!r} is not a folder")
+
+
+@functools.cache
+def get_registry() -> Registry:
+    """The registry of this process, loaded once."""
+    return Registry()
+
+
+def _look_up(what: str, name: str, known: dict[str, T], remedy: str) -> T:
+    if name not in known:
+        raise UnknownNameError(what, name, known, remedy)
+    return known[name]
+
+
+def _is_own(entry: metadata.EntryPoint) -> bool:
+    return entry.dist is not None and entry.dist.name == DISTRIBUTION
+
+
+def _version(distribution: str) -> str:
+    try:
+        return metadata.version(distribution)
+    except metadata.PackageNotFoundError:  # run from a source tree that is not installed
+        return "?"

@@ -1,0 +1,121 @@
+"""What a Mixture-of-Experts layer computes, independent of any kernel."""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+from .errors import ShapeError, UnknownNameError
+
+DTYPE_BYTES: Mapping[str, int] = {"fp8": 1, "bf16": 2, "fp16": 2}
+"""Weight dtypes and bytes an element. fp8 is e4m3 W8A8 with one float32 scale per [128, 128] weight block."""
+
+SCALE_BLOCK = 128
+
+
+@dataclass(frozen=True, slots=True)
+class MoEShape:
+    """One MoE layer: `num_experts` gated experts of which every token visits `top_k`.
+
+    An expert is gate and up projections `[intermediate_size, hidden_size]` each, and a down projection
+    `[hidden_size, intermediate_size]`. `name` is a label; two shapes that differ only in it are equal.
+    Raises ShapeError for a field that cannot be.
+    """
+
+    num_experts: int
+    top_k: int
+    hidden_size: int
+    intermediate_size: int
+    dtype: str = "fp8"
+    name: str | None = field(default=None, compare=False)
+
+    def __post_init__(self) -> None:
+        for what in ("num_experts", "top_k", "hidden_size", "intermediate_size"):
+            value = getattr(self, what)
+            if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+                raise ShapeError(f"{what} must be a positive integer, not {value!r}")
+        if self.top_k > self.num_experts:
+            raise ShapeError(f"top_k {self.top_k} exceeds num_experts {self.num_experts}")
+        if self.dtype not in DTYPE_BYTES:
+            raise UnknownNameError("dtype", str(self.dtype), DTYPE_BYTES)
+
+    @property
+    def slug(self) -> str:
+        """The shape as a file name: equal shapes have equal slugs."""
+        return f"E{self.num_experts}-k{self.top_k}-h{self.hidden_size}-i{self.intermediate_size}-{self.dtype}"
+
+    @property
+    def label(self) -> str:
+        return self.name or self.slug
+
+    @property
+    def gate_up_rows(self) -> int:
+        """Rows of the up-projection's weight, gate and up together (the paper's N)."""
+        return 2 * self.intermediate_size
+
+    def matrix_bytes(self, rows: int, columns: int) -> int:
+        """Bytes of one expert's `[rows, columns]` weight, its fp8 block scales included."""
+        scales = 4 * -(-rows // SCALE_BLOCK) * -(-columns // SCALE_BLOCK) if self.dtype == "fp8" else 0
+        return rows * columns * DTYPE_BYTES[self.dtype] + scales
+
+    @property
+    def gate_up_bytes(self) -> int:
+        """Bytes of one expert's gate and up projections."""
+        return self.matrix_bytes(self.gate_up_rows, self.hidden_size)
+
+    @property
+    def down_bytes(self) -> int:
+        """Bytes of one expert's down projection."""
+        return self.matrix_bytes(self.hidden_size, self.intermediate_size)
+
+    @property
+    def expert_bytes(self) -> int:
+        return self.gate_up_bytes + self.down_bytes
+
+    def shard(self, tensor_parallel: int) -> MoEShape:
+        """This layer on one of `tensor_parallel` ranks: the intermediate size is divided, every expert stays."""
+        if tensor_parallel < 1 or self.intermediate_size % tensor_parallel:
+            raise ShapeError(
+                f"{self.label}: intermediate_size {self.intermediate_size} does not divide over "
+                f"tensor parallel {tensor_parallel}"
+            )
+        name = self.name and f"{self.name}-tp{tensor_parallel}"
+        return dataclasses.replace(self, intermediate_size=self.intermediate_size // tensor_parallel, name=name)
+
+
+@dataclass(frozen=True, slots=True)
+class Model:
+    """A published model's MoE layer, unsharded, in the dtype of its release. `source` says where the sizes stand."""
+
+    shape: MoEShape
+    source: str
+
+    @property
+    def name(self) -> str:
+        assert self.shape.name is not None
+        return self.shape.name
+
+    def __post_init__(self) -> None:
+        if not self.shape.name:
+            raise ShapeError(f"a registered model needs a name: {self.shape.slug}")
+
+
+_SHARD = re.compile(r"(.+)-tp(\d+)")
+
+
+def resolve_shape(models: Mapping[str, Model], name: str, dtype: str | None = None) -> MoEShape:
+    """The shape of `name`, where `NAME-tpN` shards NAME over N ranks; `dtype` replaces the released one.
+
+    Raises UnknownNameError for a model that is not in `models`, ShapeError for a shard that does not divide.
+    """
+    wanted = name.lower()
+    model, shards = models.get(wanted), 1
+    if model is None and (match := _SHARD.fullmatch(wanted)):
+        model, shards = models.get(match[1]), int(match[2])
+    if model is None:
+        base = match[1] if (match := _SHARD.fullmatch(wanted)) else wanted
+        raise UnknownNameError("model", base, models, "`ramp-moe models` lists them, -tpN shards one")
+    shape = model.shape if dtype is None else dataclasses.replace(model.shape, dtype=dtype)
+    return shape.shard(shards) if shards != 1 else shape

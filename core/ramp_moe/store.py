@@ -1,0 +1,88 @@
+"""Where profiles lie, and which one is used: an explicit path, then the user's data folder, then what ships.
+
+In a folder of profiles a sweep is DEVICE/KERNEL/SHAPE.json and a fit DEVICE/KERNEL/SHAPE.fit.json, where SHAPE is
+`MoEShape.slug`: device and shape match exactly or not at all.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+
+import platformdirs
+
+from .errors import ProfileError
+from .hardware import Hardware
+from .shapes import MoEShape
+from .sweep import Sweep, load_sweep
+
+
+def user_data_dir() -> Path:
+    """The folder of the user's own profiles (XDG_DATA_HOME/ramp-moe on Linux)."""
+    return Path(platformdirs.user_data_dir("ramp-moe", appauthor=False)) / "profiles"
+
+
+def relative_path(kernel: str, shape: MoEShape, hardware: Hardware, suffix: str = ".json") -> Path:
+    return Path(hardware.name) / kernel / (shape.slug + suffix)
+
+
+class ProfileStore:
+    """Finds sweeps. `explicit` are files or folders that the user named, `shipped` folders that plugins gave."""
+
+    def __init__(self, explicit: Sequence[Path] = (), shipped: Iterable[Path] = ()) -> None:
+        for path in explicit:
+            if not path.exists():
+                raise ProfileError(f"there is no profile {path}")
+        # An explicitly named file is read at once: what is wrong with it must not wait for a look-up that misses it.
+        self._files = [(path, load_sweep(path)) for path in explicit if path.is_file()]
+        folders = [path for path in explicit if path.is_dir()]
+        self.folders = [*folders, user_data_dir(), *shipped]
+
+    def find(self, kernel: str, shape: MoEShape, hardware: Hardware) -> tuple[Path, Sweep] | None:
+        """The first sweep for exactly this kernel, shape and device, with where it lies; None where there is none.
+
+        Raises ProfileError if that file is corrupt, or holds another kernel, shape or device than its place says.
+        """
+        for path, sweep in self._files:
+            if (sweep.kernel, sweep.shape, sweep.device) == (kernel, shape, hardware.name):
+                return path, sweep
+        for folder in self.folders:
+            path = folder / relative_path(kernel, shape, hardware)
+            if not path.is_file():
+                continue
+            sweep = load_sweep(path)
+            found = f"{sweep.kernel}, {sweep.shape.slug}, {sweep.device}"
+            wanted = f"{kernel}, {shape.slug}, {hardware.name}"
+            if found != wanted:
+                raise ProfileError(f"{path} is a profile for {found}, its place says {wanted}; move it")
+            return path, sweep
+        return None
+
+    def require(self, kernel: str, shape: MoEShape, hardware: Hardware) -> tuple[Path, Sweep]:
+        """As `find`, but raises ProfileError saying what is missing and what is there."""
+        found = self.find(kernel, shape, hardware)
+        if found is None:
+            raise ProfileError(self.missing([kernel], shape, hardware))
+        return found
+
+    def missing(self, kernels: Iterable[str], shape: MoEShape, hardware: Hardware) -> str:
+        """One line: no sweep for these kernels, shape and device; what is recorded instead."""
+        names = list(kernels)
+        other = [s for _, s in self._files if s.kernel in names]
+        if other:
+            s = other[0]
+            return (
+                f"the profile given is for {s.shape.label} ({s.shape.slug}) on {s.device}, "
+                f"not for {shape.label} ({shape.slug}) on {hardware.name}"
+            )
+        there = sorted({f"{d} {k} {s}" for d, k, s in self.recorded() if k in names or d == hardware.name})
+        return (
+            f"no sweep of {' or '.join(names) or 'any kernel'} for {shape.label} ({shape.slug}) on {hardware.name}; "
+            f"recorded: {', '.join(there) or 'nothing'}; name another with --model or --device, "
+            "or a sweep file with --profile"
+        )
+
+    def recorded(self) -> set[tuple[str, str, str]]:
+        """(device, kernel, shape slug) of every sweep in the folders, by their places; the files are not read."""
+        paths = (p for folder in self.folders for p in folder.glob("*/*/*.json"))
+        return {(p.parts[-3], p.parts[-2], p.stem) for p in paths if not p.name.endswith(".fit.json")}

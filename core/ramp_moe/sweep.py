@@ -1,0 +1,217 @@
+"""Sweeps: measured times of a kernel's stages over routings, and the file that holds them.
+
+A sweep file (format "ramp-moe/sweep", version 1) is one JSON object:
+
+    device, device_name, driver, software   hardware name in this library, as the driver says it, versions
+    kernel, kernel_version                  which kernel, and the version or commit that ran
+    shape                                   num_experts, top_k, hidden_size, intermediate_size, dtype, name
+    method, measured                        how the times were taken, and the date (ISO 8601)
+    columns                                 what was timed: {"stage": kind, "key": stage key, "params": {...}}
+    rows                                    {"num_tokens", "routing" (a label), "histogram" [E], "median_us" [columns]}
+
+Times are microseconds, the median over launches; null marks a cell that was not measured or failed. A column's `key`
+is that of the kernel's `Stage`. What a sweep has no column for (quantisation, say) is not in its times: `stages` tells.
+Version 0 is the headerless form of the first measurements.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import msgspec
+import numpy as np
+
+from .errors import ProfileError, RampMoEError
+from .files import read_json, write_json
+from .kernel import STAGE_KINDS, ParamValue
+from .routing import FloatArray, IntArray, check_histogram
+from .shapes import MoEShape
+
+FORMAT = "ramp-moe/sweep"
+VERSION = 1
+
+
+class ShapeRecord(msgspec.Struct, forbid_unknown_fields=True):
+    num_experts: int
+    top_k: int
+    hidden_size: int
+    intermediate_size: int
+    dtype: str
+    name: str | None = None
+
+    @classmethod
+    def of(cls, shape: MoEShape) -> ShapeRecord:
+        return cls(shape.num_experts, shape.top_k, shape.hidden_size, shape.intermediate_size, shape.dtype, shape.name)
+
+    def shape(self) -> MoEShape:
+        return MoEShape(self.num_experts, self.top_k, self.hidden_size, self.intermediate_size, self.dtype, self.name)
+
+
+class Column(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    stage: str
+    key: str
+    params: dict[str, ParamValue] = {}
+
+
+class Row(msgspec.Struct, forbid_unknown_fields=True):
+    num_tokens: int
+    routing: str
+    histogram: list[int]
+    median_us: list[float | None]
+
+
+class SweepRecord(msgspec.Struct, forbid_unknown_fields=True):
+    """The file, field by field."""
+
+    format: str
+    version: int
+    device: str
+    device_name: str
+    driver: str
+    software: dict[str, str]
+    kernel: str
+    kernel_version: str
+    shape: ShapeRecord
+    method: str
+    measured: str
+    columns: list[Column]
+    rows: list[Row]
+
+
+@dataclass(frozen=True)
+class Sweep:
+    """A validated sweep: `record` as in the file, `shape`, and arrays made from its rows."""
+
+    record: SweepRecord
+    shape: MoEShape
+    histograms: IntArray
+    """int64 `[rows, num_experts]`"""
+    times_us: FloatArray
+    """float64 `[rows, columns]`, NaN where nothing was measured"""
+
+    @property
+    def kernel(self) -> str:
+        return self.record.kernel
+
+    @property
+    def device(self) -> str:
+        return self.record.device
+
+    @property
+    def labels(self) -> list[tuple[int, str]]:
+        """(tokens, routing label) of each row."""
+        return [(r.num_tokens, r.routing) for r in self.record.rows]
+
+    @property
+    def column_of(self) -> dict[str, int]:
+        """Column index by stage key."""
+        return {c.key: i for i, c in enumerate(self.record.columns)}
+
+    @cached_property
+    def stages(self) -> tuple[str, ...]:
+        """Kinds of stages that the times contain, in the order in which a path runs them."""
+        kinds = {c.stage for c in self.record.columns}
+        return tuple(k for k in STAGE_KINDS if k in kinds)
+
+    def select(self, rows: Sequence[int]) -> Sweep:
+        """The same sweep with these rows, in this order."""
+        record = msgspec.structs.replace(self.record, rows=[self.record.rows[i] for i in rows])
+        index = np.asarray(rows, np.intp)
+        return Sweep(record, self.shape, self.histograms[index], self.times_us[index])
+
+    def save(self, path: Path) -> None:
+        """Write the current version of the format, atomically."""
+        write_json(path, self.record)
+
+
+def make_sweep(record: SweepRecord, source: str = "sweep") -> Sweep:
+    """Check a record's meaning (lengths, counts, signs) and make its arrays; errors name `source` and the field."""
+
+    def wrong(field: str, message: str) -> ProfileError:
+        return ProfileError(f"{source}: {message} - at `$.{field}`")
+
+    try:
+        shape = record.shape.shape()
+    except RampMoEError as e:
+        raise wrong("shape", str(e)) from None
+    if not record.columns:
+        raise wrong("columns", "a sweep needs at least one column")
+    for i, column in enumerate(record.columns):
+        if column.stage not in STAGE_KINDS:
+            raise wrong(f"columns[{i}].stage", f"{column.stage!r} is not one of {', '.join(STAGE_KINDS)}")
+    keys = [c.key for c in record.columns]
+    if len(set(keys)) != len(keys):
+        i = next(i for i, k in enumerate(keys) if k in keys[:i])
+        raise wrong(f"columns[{i}].key", f"{keys[i]!r} appears twice")
+    if not record.rows:
+        raise wrong("rows", "a sweep needs at least one row")
+    for i, row in enumerate(record.rows):
+        if row.num_tokens < 1:
+            raise wrong(f"rows[{i}].num_tokens", f"{row.num_tokens} is not a number of tokens")
+        try:
+            check_histogram(row.histogram, shape.num_experts, row.num_tokens * shape.top_k)
+        except RampMoEError as e:
+            raise wrong(f"rows[{i}].histogram", str(e)) from None
+        if len(row.median_us) != len(keys):
+            raise wrong(f"rows[{i}].median_us", f"{len(row.median_us)} times for {len(keys)} columns")
+        for j, t in enumerate(row.median_us):
+            if t is not None and not 0 < t < float("inf"):
+                raise wrong(f"rows[{i}].median_us[{j}]", f"a time must be a positive number of microseconds, not {t}")
+    return Sweep(
+        record,
+        shape,
+        np.array([r.histogram for r in record.rows], np.int64),
+        np.array([r.median_us for r in record.rows], np.float64),
+    )
+
+
+def load_sweep(path: str | Path) -> Sweep:
+    """Read and validate a sweep file of any version. Raises ProfileError naming the file and the field."""
+    path = Path(path)
+    record = read_json(path, SweepRecord, FORMAT, VERSION, {0: _from_version_0}, _recognise_version_0)
+    return make_sweep(record, str(path))
+
+
+def _recognise_version_0(raw: dict[str, Any]) -> int | None:
+    fields = {"kernel", "kernel_version", "configs", "rows", "noop_us", "measured", "method"}
+    return 0 if "format" not in raw and fields <= raw.keys() else None
+
+
+def _from_version_0(raw: dict[str, Any]) -> dict[str, Any]:
+    """The first Alpha-MoE measurements: fields flat, configurations as four numbers, routing and argument apart."""
+    if not str(raw["dtype"]).startswith("fp8_w8a8"):
+        raise ValueError(f"dtype {raw['dtype']!r}")
+
+    def column(c: dict[str, int]) -> dict[str, Any]:
+        key = f"{raw['kernel']}/bm{c['block_m']}-bn{c['block_n']}-wn{c['warp_n']}-st{c['stages']}"
+        return {"stage": "gemm", "key": key, "params": c}
+
+    def row(r: dict[str, Any]) -> dict[str, Any]:
+        label = r["routing"] if r["routing"] == "uniform" else f"{r['routing']}{r['routing_arg']}"
+        return {
+            "num_tokens": r["num_tokens"],
+            "routing": label,
+            "histogram": r["histogram"],
+            "median_us": r["median_us"],
+        }
+
+    shape = {k: raw[k] for k in ("num_experts", "top_k", "hidden_size", "intermediate_size")}
+    return {
+        "format": FORMAT,
+        "version": 1,
+        "device": str(raw["device"]).removeprefix("NVIDIA ").lower(),
+        "device_name": raw["device"],
+        "driver": raw["driver"],
+        "software": {"cuda": raw["cuda"], "torch": raw["torch"]},
+        "kernel": raw["kernel"],
+        "kernel_version": raw["kernel_version"],
+        "shape": shape | {"dtype": "fp8", "name": raw["model"]},
+        "method": raw["method"],
+        "measured": raw["measured"],
+        "columns": [column(c) for c in raw["configs"]],
+        "rows": [row(r) for r in raw["rows"]],
+    }

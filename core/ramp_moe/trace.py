@@ -1,0 +1,142 @@
+"""Recorded routing: the top-k ids that a real model produced, cut into the batches that a server would see.
+
+A trace file is either one JSON object
+
+    {"num_experts": 64, "top_k": 8, "topk_ids": [[...], ...], "request": [...], "model": "...", "source": "..."}
+
+or JSON lines, one token a line, either a list of ids or `{"topk_ids": [...], "request": ...}`; a first line without
+`topk_ids` may carry the header fields. `request` (optional) names the sequence that a token belongs to.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import msgspec
+import numpy as np
+
+from .errors import RoutingError
+from .routing import IntArray, expert_histogram
+
+
+@dataclass(frozen=True)
+class Trace:
+    """Top-k ids int64 `[tokens, top_k]` in the order they were produced; `requests` int64 `[tokens]` or None."""
+
+    topk_ids: IntArray
+    num_experts: int
+    requests: IntArray | None = None
+    source: str = ""
+
+    @property
+    def num_tokens(self) -> int:
+        return int(self.topk_ids.shape[0])
+
+    @property
+    def top_k(self) -> int:
+        return int(self.topk_ids.shape[1])
+
+    def prefill(self, tokens: int) -> Iterator[IntArray]:
+        """Batches of `tokens` consecutive tokens, as a prefill chunk holds them; a shorter rest is left out."""
+        _check_size("prefill", tokens, self.num_tokens, "tokens")
+        for start in range(0, self.num_tokens - tokens + 1, tokens):
+            yield self.topk_ids[start : start + tokens]
+
+    def decode(self, requests: int) -> Iterator[IntArray]:
+        """Batches of one token of each of `requests` sequences, as a decode step holds them.
+
+        With recorded requests: as many sequences run side by side as asked for, and the next recorded one takes the
+        place of one that ended; steps with a free place are left out. Without them, the trace is cut into that many
+        equal consecutive runs.
+        """
+        if self.requests is None:
+            _check_size("decode", requests, self.num_tokens, "tokens")
+            steps = self.num_tokens // requests
+            runs = self.topk_ids[: requests * steps].reshape(requests, steps, self.top_k)
+            for step in range(steps):
+                yield runs[:, step]
+            return
+        sequences = [np.flatnonzero(self.requests == r) for r in dict.fromkeys(self.requests.tolist())]
+        _check_size("decode", requests, len(sequences), "requests")
+        waiting = iter(sequences)
+        running = [iter(next(waiting)) for _ in range(requests)]
+        while True:
+            tokens: list[int] = []
+            for place, sequence in enumerate(running):
+                token = next(sequence, None)
+                while token is None:
+                    following = next(waiting, None)
+                    if following is None:
+                        return
+                    running[place] = iter(following)
+                    token = next(running[place], None)
+                tokens.append(int(token))
+            yield self.topk_ids[tokens]
+
+
+def _check_size(kind: str, size: int, available: int, unit: str) -> None:
+    if not 1 <= size <= available:
+        raise RoutingError(f"a {kind} batch of {size} cannot be cut from a trace of {available} {unit}")
+
+
+def load_trace(path: str | Path) -> Trace:
+    """Read a trace file (the formats are in this module's docstring). Raises RoutingError naming file and place."""
+    path = Path(path)
+    try:
+        data = path.read_bytes()
+    except OSError as e:
+        raise RoutingError(f"cannot read trace {path}: {e.strerror or e}") from None
+    try:
+        header, tokens = _parse(data)
+        ids = [t["topk_ids"] if isinstance(t, dict) else t for t in tokens]
+        labels = header.get("request") or [t.get("request") if isinstance(t, dict) else None for t in tokens]
+    except (msgspec.DecodeError, KeyError, TypeError, AttributeError) as e:
+        raise RoutingError(f"trace {path} is not JSON or JSON lines of top-k ids: {e}") from None
+    if not ids:
+        raise RoutingError(f"trace {path} holds no token")
+    if not all(isinstance(row, list) and all(type(i) is int for i in row) for row in ids):
+        bad = next(i for i, row in enumerate(ids) if not isinstance(row, list) or any(type(x) is not int for x in row))
+        raise RoutingError(f"trace {path}: token {bad} is not a list of integer expert ids")
+    if len({len(row) for row in ids}) != 1:
+        raise RoutingError(f"trace {path}: tokens differ in the number of experts they name")
+    topk_ids = np.array(ids, np.int64).reshape(len(ids), -1)
+    if topk_ids.shape[1] == 0:
+        raise RoutingError(f"trace {path}: its tokens name no expert")
+    num_experts = header.get("num_experts", int(topk_ids.max()) + 1)
+    if type(num_experts) is not int or num_experts < 1:
+        raise RoutingError(f"trace {path}: num_experts must be a positive integer, not {num_experts!r}")
+    if header.get("top_k", topk_ids.shape[1]) != topk_ids.shape[1]:
+        raise RoutingError(f"trace {path}: top_k says {header['top_k']}, its tokens name {topk_ids.shape[1]} experts")
+    try:
+        expert_histogram(topk_ids, num_experts)
+    except RoutingError as e:
+        raise RoutingError(f"trace {path}: {e}") from None
+    requests = None
+    if any(label is not None for label in labels):
+        if len(labels) != len(ids) or any(label is None for label in labels):
+            raise RoutingError(f"trace {path}: `request` must be given for every token or for none")
+        order: dict[Any, int] = {}
+        requests = np.array([order.setdefault(str(label), len(order)) for label in labels], np.int64)
+    return Trace(topk_ids, num_experts, requests, str(header.get("source", "")))
+
+
+def _parse(data: bytes) -> tuple[dict[str, Any], list[Any]]:
+    try:
+        whole = msgspec.json.decode(data)
+    except msgspec.DecodeError:
+        lines = [msgspec.json.decode(line) for line in data.splitlines() if line.strip()]
+        if not lines:
+            raise
+    else:
+        if isinstance(whole, dict) and (not whole or isinstance(whole["topk_ids"][0], list)):
+            return whole, whole.get("topk_ids", [])
+        if isinstance(whole, list) and (not whole or isinstance(whole[0], list)):
+            return {}, whole
+        lines = [whole]  # a file of one line
+    first = lines[0]
+    if isinstance(first, dict) and "topk_ids" not in first:
+        return first, lines[1:]
+    return {}, lines

@@ -1,0 +1,1 @@
+"""Room for the library's own GPU kernels."""
