@@ -132,7 +132,7 @@ class _Grids:
             case "one":
                 return 1.0
             case "waves":
-                return ctas / self.slots
+                return np.asarray(ctas / self.slots)
             case "ceil_waves":
                 return np.asarray(np.ceil(ctas / self.slots))
             case "ctas":
@@ -163,13 +163,15 @@ class CostModel:
         candidates: Sequence[Candidate],
         fits: Mapping[str, StageFit],
         stages: Sequence[str],
+        measured: Sequence[str],
     ) -> None:
-        """`stages` are the kinds of stages that the times contain; a candidate's other stages are left out."""
+        """`stages` are the kinds of stages that the times contain; a candidate's other stages are left out. `measured`
+        says, a line each, where and when the times were recorded."""
         if not candidates:
             raise KernelError(f"no candidate to predict for {shape.label} on {hardware.name}")
         self.shape, self.hardware, self.form = shape, hardware, form
         self.candidates = tuple(candidates)
-        self.stages = tuple(stages)
+        self.stages, self.measured = tuple(stages), tuple(measured)
         keys = [[s.key for s in c.config.stages if s.kind in self.stages] for c in candidates]
         missing = [(c.name, k) for c, ks in zip(candidates, keys, strict=True) for k in ks if k not in fits]
         if missing:
@@ -216,11 +218,6 @@ class CostModel:
             return np.asarray(us)
         return np.asarray(np.add.reduceat(us[..., self._flat], self._starts, axis=-1))
 
-    def restrict(self, kernels: Sequence[str]) -> CostModel:
-        """The same model with the candidates of these kernels only."""
-        kept = [c for c in self.candidates if c.kernel in kernels]
-        return CostModel(self.shape, self.hardware, self.form, kept, self.fits, self.stages)
-
 
 def candidates_of(sweep: Sweep, configs: Sequence[KernelConfig]) -> tuple[Candidate, ...]:
     """The configurations of the sweep's kernel whose measured kinds of stages all have a column.
@@ -239,6 +236,12 @@ def candidates_of(sweep: Sweep, configs: Sequence[KernelConfig]) -> tuple[Candid
             "configuration of the kernel registered under that name; measure again"
         )
     return candidates
+
+
+def provenance(sweep: Sweep) -> str:
+    """Which kernel a sweep measured, where and when, in one line."""
+    r = sweep.record
+    return f"{r.kernel} {r.kernel_version} on {r.device_name}, {r.measured}"
 
 
 def path_times(sweep: Sweep, candidates: Sequence[Candidate]) -> FloatArray:
@@ -287,7 +290,7 @@ def fit_sweep(sweep: Sweep, candidates: Sequence[Candidate], hardware: Hardware,
             f"the sweep of {sweep.kernel} for {sweep.shape.label} on {sweep.device} has {len(sweep.labels)} rows, "
             f"too few to fit {len(spec.terms)} terms; measure more routings"
         )
-    return CostModel(sweep.shape, hardware, form, kept, fits, sweep.stages)
+    return CostModel(sweep.shape, hardware, form, kept, fits, sweep.stages, [provenance(sweep)])
 
 
 def join(models: Sequence[CostModel]) -> CostModel:
@@ -308,7 +311,8 @@ def join(models: Sequence[CostModel]) -> CostModel:
             )
         fits = model.fits | fits
     candidates = [c for m in models for c in m.candidates]
-    return CostModel(first.shape, first.hardware, first.form, candidates, fits, first.stages)
+    measured = [line for m in models for line in m.measured]
+    return CostModel(first.shape, first.hardware, first.form, candidates, fits, first.stages, measured)
 
 
 def _least_squares(terms: FloatArray, times: FloatArray, non_negative: bool) -> tuple[FloatArray, FloatArray]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -9,7 +10,10 @@ import numpy as np
 
 from .cost_model import Candidate, CostModel
 from .errors import RoutingError
+from .plugins import get_registry
+from .replay import load_model
 from .routing import check_histogram
+from .store import ProfileStore
 
 
 @dataclass(frozen=True, slots=True)
@@ -26,6 +30,16 @@ class Dispatcher:
 
     def __init__(self, model: CostModel) -> None:
         self.model = model
+
+    @classmethod
+    def for_model(cls, model: str, device: str, kernels: Sequence[str] = (), dtype: str = "fp8") -> Dispatcher:
+        """A dispatcher over what is recorded for a named model and device, of these kernels (of all where empty).
+
+        Raises UnknownNameError for a name nobody registered, ProfileError where nothing is recorded.
+        """
+        registry = get_registry()
+        store = ProfileStore(shipped=registry.profile_dirs)
+        return cls(load_model(registry, store, registry.shape(model, dtype), registry.device(device), kernels))
 
     def choose(self, histogram: Any, num_tokens: int | None = None) -> Choice:
         """The fastest candidate for one batch, under 50 us for 152 configurations and 64 experts.

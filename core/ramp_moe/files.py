@@ -20,6 +20,18 @@ T = TypeVar("T")
 Migration = Callable[[dict[str, Any]], dict[str, Any]]
 
 
+def peek_format(path: Path) -> str | None:
+    """What a JSON file's `format` field says, None where it has none or cannot be read (reading it tells why)."""
+    try:
+        return msgspec.json.decode(path.read_bytes(), type=_Header).format
+    except (OSError, UnicodeDecodeError, msgspec.DecodeError):
+        return None
+
+
+class _Header(msgspec.Struct):
+    format: str | None = None
+
+
 def read_json(
     path: Path,
     kind: type[T],
@@ -63,18 +75,22 @@ def read_json(
 
 
 def write_json(path: Path, record: msgspec.Struct) -> None:
-    """Write `record` to `path`, whole or not at all: a temporary file beside it is flushed, then renamed over it.
+    """Write `record` to `path` atomically, one line for each top-level field and each item of a top-level list, so
+    that a diff shows what changed."""
+    write_atomically(path, _layout(msgspec.to_builtins(record)))
 
-    One line for each top-level field and each item of a top-level list, so that a diff shows what changed.
+
+def write_atomically(path: Path, data: bytes) -> None:
+    """Write `data` to `path`, whole or not at all: a temporary file beside it is flushed, then renamed over it.
+
     Raises ProfileError when the folder cannot be written or the disk is full; the old file then stays as it was.
     """
-    text = _layout(msgspec.to_builtins(record))
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         descriptor, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=".tmp")
         try:
             with os.fdopen(descriptor, "wb") as f:
-                f.write(text)
+                f.write(data)
                 f.flush()
                 os.fsync(f.fileno())
             os.chmod(temporary, 0o644)

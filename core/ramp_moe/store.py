@@ -11,10 +11,15 @@ from pathlib import Path
 
 import platformdirs
 
+from . import fit_file
 from .errors import ProfileError
+from .files import peek_format
+from .fit_file import FitRecord, load_fit
 from .hardware import Hardware
 from .shapes import MoEShape
 from .sweep import Sweep, load_sweep
+
+FIT_SUFFIX = ".fit.json"
 
 
 def user_data_dir() -> Path:
@@ -26,16 +31,30 @@ def relative_path(kernel: str, shape: MoEShape, hardware: Hardware, suffix: str 
     return Path(hardware.name) / kernel / (shape.slug + suffix)
 
 
+def _check_place(path: Path, found: tuple[str, MoEShape, str], wanted: tuple[str, MoEShape, str]) -> None:
+    if found != wanted:
+        (k1, s1, d1), (k2, s2, d2) = found, wanted
+        raise ProfileError(f"{path} is for {k1}, {s1.slug}, {d1}, its place says {k2}, {s2.slug}, {d2}; move it")
+
+
 class ProfileStore:
-    """Finds sweeps. `explicit` are files or folders that the user named, `shipped` folders that plugins gave."""
+    """Finds sweeps and fits. `explicit` are files or folders that the user named, `shipped` folders that plugins gave.
+
+    Raises ProfileError for an explicit path that does not exist or is not a profile.
+    """
 
     def __init__(self, explicit: Sequence[Path] = (), shipped: Iterable[Path] = ()) -> None:
+        self._sweeps: list[tuple[Path, Sweep]] = []
+        self._fits: list[tuple[Path, FitRecord]] = []
+        folders = []
         for path in explicit:
-            if not path.exists():
-                raise ProfileError(f"there is no profile {path}")
-        # An explicitly named file is read at once: what is wrong with it must not wait for a look-up that misses it.
-        self._files = [(path, load_sweep(path)) for path in explicit if path.is_file()]
-        folders = [path for path in explicit if path.is_dir()]
+            if path.is_dir():
+                folders.append(path)
+            # A file is read at once: what is wrong with it must not wait for a look-up that may never come.
+            elif peek_format(path) == fit_file.FORMAT:
+                self._fits.append((path, load_fit(path)))
+            else:
+                self._sweeps.append((path, load_sweep(path)))
         self.folders = [*folders, user_data_dir(), *shipped]
 
     def find(self, kernel: str, shape: MoEShape, hardware: Hardware) -> tuple[Path, Sweep] | None:
@@ -43,20 +62,31 @@ class ProfileStore:
 
         Raises ProfileError if that file is corrupt, or holds another kernel, shape or device than its place says.
         """
-        for path, sweep in self._files:
+        for path, sweep in self._sweeps:
             if (sweep.kernel, sweep.shape, sweep.device) == (kernel, shape, hardware.name):
                 return path, sweep
-        for folder in self.folders:
-            path = folder / relative_path(kernel, shape, hardware)
-            if not path.is_file():
-                continue
-            sweep = load_sweep(path)
-            found = f"{sweep.kernel}, {sweep.shape.slug}, {sweep.device}"
-            wanted = f"{kernel}, {shape.slug}, {hardware.name}"
-            if found != wanted:
-                raise ProfileError(f"{path} is a profile for {found}, its place says {wanted}; move it")
-            return path, sweep
-        return None
+        place = self._locate(kernel, shape, hardware, ".json")
+        if place is None:
+            return None
+        sweep = load_sweep(place)
+        _check_place(place, (sweep.kernel, sweep.shape, sweep.device), (kernel, shape, hardware.name))
+        return place, sweep
+
+    def find_fit(self, kernel: str, shape: MoEShape, hardware: Hardware) -> FitRecord | None:
+        """The first fit for exactly this kernel, shape and device, as `find`."""
+        for _, fit in self._fits:
+            if (fit.kernel, fit.shape.shape(), fit.device) == (kernel, shape, hardware.name):
+                return fit
+        place = self._locate(kernel, shape, hardware, FIT_SUFFIX)
+        if place is None:
+            return None
+        fit = load_fit(place)
+        _check_place(place, (fit.kernel, fit.shape.shape(), fit.device), (kernel, shape, hardware.name))
+        return fit
+
+    def _locate(self, kernel: str, shape: MoEShape, hardware: Hardware, suffix: str) -> Path | None:
+        paths = (folder / relative_path(kernel, shape, hardware, suffix) for folder in self.folders)
+        return next((p for p in paths if p.is_file()), None)
 
     def require(self, kernel: str, shape: MoEShape, hardware: Hardware) -> tuple[Path, Sweep]:
         """As `find`, but raises ProfileError saying what is missing and what is there."""
@@ -68,7 +98,7 @@ class ProfileStore:
     def missing(self, kernels: Iterable[str], shape: MoEShape, hardware: Hardware) -> str:
         """One line: no sweep for these kernels, shape and device; what is recorded instead."""
         names = list(kernels)
-        other = [s for _, s in self._files if s.kernel in names]
+        other = [s for _, s in self._sweeps if s.kernel in names]
         if other:
             s = other[0]
             return (
@@ -85,4 +115,4 @@ class ProfileStore:
     def recorded(self) -> set[tuple[str, str, str]]:
         """(device, kernel, shape slug) of every sweep in the folders, by their places; the files are not read."""
         paths = (p for folder in self.folders for p in folder.glob("*/*/*.json"))
-        return {(p.parts[-3], p.parts[-2], p.stem) for p in paths if not p.name.endswith(".fit.json")}
+        return {(p.parts[-3], p.parts[-2], p.stem) for p in paths if not p.name.endswith(FIT_SUFFIX)}

@@ -1,0 +1,225 @@
+"""`ramp-moe regions`, `fit`, `explain` and `compare`: where a batch stands, and what to run for it."""
+
+from __future__ import annotations
+
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import click
+import numpy as np
+
+from ..comparison import compare_recorded, compare_trace
+from ..cost_model import CostModel, fit_sweep, get_form, provenance
+from ..evaluation import Summary, cross_validated_choices, regret
+from ..fit_file import make_record, save_fit
+from ..html import write_report
+from ..plugins import get_registry
+from ..regions import analyse
+from ..replay import load_model, load_replay
+from ..routing import IntArray
+from ..store import FIT_SUFFIX, ProfileStore, relative_path, user_data_dir
+from ..trace import load_trace
+from . import tables
+from .options import (
+    batch_options,
+    console,
+    device_option,
+    dtype_option,
+    form_option,
+    json_option,
+    kernel_option,
+    model_option,
+    print_json,
+    profile_option,
+    read_batch,
+    resolve_device,
+)
+
+
+@click.command()
+@model_option
+@device_option
+@dtype_option
+@batch_options
+@json_option
+def regions(
+    model: str, device: str, dtype: str, tokens: int, routing: str, seed: int, histogram: str | None, as_json: bool
+) -> None:
+    """Explain which optimisation of a MoE kernel should pay for a batch, from the hardware's constants."""
+    registry = get_registry()
+    shape, hardware = registry.shape(model, dtype), resolve_device(registry, device)
+    batch, counts = read_batch(shape, tokens, routing, seed, histogram)
+    found = analyse(shape, hardware, counts)
+    if as_json:
+        print_json({"model": shape.label, "device": hardware.name, "batch": batch} | asdict(found))
+    else:
+        console().print(*tables.regions(shape, hardware, batch, found), sep="\n")
+
+
+@click.command()
+@model_option
+@device_option
+@dtype_option
+@kernel_option
+@profile_option
+@form_option
+@click.option(
+    "--output",
+    type=click.Path(path_type=Path, file_okay=False),
+    help="Folder to write to (default: the user's data folder).",
+)
+@json_option
+def fit(
+    model: str,
+    device: str,
+    dtype: str,
+    kernels: tuple[str, ...],
+    profiles: tuple[Path, ...],
+    form: str,
+    output: Path | None,
+    as_json: bool,
+) -> None:
+    """Fit the cost model to recorded sweeps, judge it by cross-validation, and store the coefficients."""
+    get_form(form)
+    registry = get_registry()
+    shape, hardware = registry.shape(model, dtype), resolve_device(registry, device)
+    store = ProfileStore(profiles, registry.profile_dirs)
+    names = kernels or tuple(load_replay(registry, store, shape, hardware).kernels)
+    written: list[dict[str, Any]] = []
+    for name in names:
+        replay = load_replay(registry, store, shape, hardware, [name])
+        choices = cross_validated_choices(replay.histograms, lambda rows, r=replay: r.fit(rows, form))  # type: ignore[misc]
+        quality = Summary.of(regret(replay.times_us, choices)).as_dict()
+        recording = replay.recordings[0]
+        cost_model = fit_sweep(recording.sweep, recording.candidates, hardware, form)
+        path = (output or user_data_dir()) / relative_path(name, shape, hardware, FIT_SUFFIX)
+        save_fit(path, make_record(cost_model, recording.sweep, quality))
+        errors = [f.rms_error for f in cost_model.fits.values()]
+        written.append(
+            {
+                "kernel": name,
+                "form": form,
+                "batches": len(replay.labels),
+                "stages": len(errors),
+                "rms_error": {"median": float(np.median(errors)), "max": max(errors)},
+                "regret": quality,
+                "measured": provenance(recording.sweep),
+                "file": str(path),
+            }
+        )
+    if as_json:
+        print_json(written)
+    else:
+        console().print(*tables.fits(shape, hardware, written), sep="\n")
+
+
+@click.command()
+@model_option
+@device_option
+@dtype_option
+@batch_options
+@kernel_option
+@profile_option
+@form_option
+@click.option("--top", type=click.IntRange(min=1), default=10, show_default=True, help="Candidates to show.")
+@json_option
+def explain(
+    model: str,
+    device: str,
+    dtype: str,
+    tokens: int,
+    routing: str,
+    seed: int,
+    histogram: str | None,
+    kernels: tuple[str, ...],
+    profiles: tuple[Path, ...],
+    form: str,
+    top: int,
+    as_json: bool,
+) -> None:
+    """Show what each candidate is predicted to cost for one batch, and which wins."""
+    get_form(form)
+    registry = get_registry()
+    shape, hardware = registry.shape(model, dtype), resolve_device(registry, device)
+    batch, counts = read_batch(shape, tokens, routing, seed, histogram)
+    store = ProfileStore(profiles, registry.profile_dirs)
+    cost_model = load_model(registry, store, shape, hardware, kernels, form)
+    candidates = _explained(cost_model, counts)
+    if as_json:
+        about = {"model": shape.label, "device": hardware.name, "batch": batch, "form": form, "figures": "predicted"}
+        stages = {"stages": cost_model.stages, "measured": list(cost_model.measured)}
+        print_json(about | stages | {"histogram": counts.tolist(), "candidates": candidates})
+    else:
+        console().print(*tables.explanation(cost_model, batch, counts, candidates[:top]), sep="\n")
+
+
+def _explained(model: CostModel, histogram: IntArray) -> list[dict[str, Any]]:
+    """Every candidate with its prediction and what the model sees of it, the fastest first."""
+    prediction = model.predict(histogram)
+    rows = []
+    for i in np.argsort(prediction.us, kind="stable").tolist():
+        candidate, sms = model.candidates[i], model.hardware.num_sms
+        grids = candidate.config.gemms
+        rows.append(
+            {
+                "kernel": candidate.kernel,
+                "config": candidate.config.name,
+                "predicted_us": float(prediction.us[i]),
+                "extrapolated": bool(prediction.extrapolated[i]),
+                "gemms": [
+                    {
+                        "token_block": g.block_tokens,
+                        "m_tiles": int(g.m_tiles(histogram)),
+                        "ctas": int(g.logical(histogram)),
+                        "waves": int(g.waves(histogram, sms)),
+                        "tail_utilisation": float(g.tail_utilisation(histogram, sms)),
+                        "padding_waste": float(g.padding_waste(histogram)),
+                    }
+                    for g in grids
+                ],
+            }
+        )
+    return rows
+
+
+@click.command()
+@model_option
+@device_option
+@dtype_option
+@kernel_option
+@profile_option
+@form_option
+@click.option(
+    "--trace", type=click.Path(path_type=Path), help="Predict costs on recorded routing (JSON or JSON lines)."
+)
+@click.option(
+    "--html", "html_path", type=click.Path(path_type=Path), help="Also write one self-contained page with plots."
+)
+@json_option
+def compare(
+    model: str,
+    device: str,
+    dtype: str,
+    kernels: tuple[str, ...],
+    profiles: tuple[Path, ...],
+    form: str,
+    trace: Path | None,
+    html_path: Path | None,
+    as_json: bool,
+) -> None:
+    """Compare static dispatch, retrofitted dispatch and the best in hindsight on recorded measurements."""
+    get_form(form)
+    registry = get_registry()
+    shape, hardware = registry.shape(model, dtype), resolve_device(registry, device)
+    recorded_trace = None if trace is None else load_trace(trace)
+    replay = load_replay(registry, ProfileStore(profiles, registry.profile_dirs), shape, hardware, kernels)
+    result = compare_trace(replay, recorded_trace, form) if recorded_trace else compare_recorded(replay, form)
+    if html_path is not None:
+        write_report(result, html_path)
+    if as_json:
+        print_json(result.as_dict())
+    else:
+        console().print(*tables.comparison(result), sep="\n")
+        if html_path is not None:
+            click.echo(f"report: {html_path}")

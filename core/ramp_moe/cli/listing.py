@@ -1,0 +1,80 @@
+"""`ramp-moe plugins`, `kernels` and `models`: what is registered."""
+
+from __future__ import annotations
+
+from dataclasses import asdict
+from typing import Any
+
+import click
+from rich.markup import escape
+from rich.table import Table
+
+from ..plugins import get_registry
+from ..store import ProfileStore
+from .options import console, device_option, dtype_option, json_option, print_json, resolve_device
+
+
+@click.command()
+@json_option
+def plugins(as_json: bool) -> None:
+    """List plugins: version, origin, hooks, and what is wrong with them."""
+    found = get_registry().plugins
+    if as_json:
+        print_json([asdict(p) for p in found])
+        return
+    table = Table("plugin", "version", "origin", "hooks", "state")
+    for p in found:
+        state = "[green]ok" if not p.problems else "[red]" + escape("\n".join(p.problems))
+        table.add_row(p.name, p.version, escape(p.origin), "\n".join(p.hooks) or "none", state)
+    console().print(table)
+
+
+@click.command()
+@click.option("--model", default="olmoe-1b-7b", show_default=True, help="The shape to ask the kernels about.")
+@device_option
+@dtype_option
+@json_option
+def kernels(model: str, device: str, dtype: str, as_json: bool) -> None:
+    """List kernels: configurations for a model and device, or the reason why there are none."""
+    registry = get_registry()
+    shape, hardware = registry.shape(model, dtype), resolve_device(registry, device)
+    recorded = ProfileStore(shipped=registry.profile_dirs).recorded()
+    rows: list[dict[str, Any]] = []
+    for name, kernel in registry.kernels.items():
+        reason = kernel.unsupported(shape, hardware)
+        layout = kernel.weight_layout(shape)
+        rows.append(
+            {
+                "name": name,
+                "num_configs": 0 if reason else len(kernel.configs(shape, hardware)),
+                "unsupported": reason,
+                "weight_layout": {"key": layout.key, "bytes": layout.bytes},
+                "recorded": (hardware.name, name, shape.slug) in recorded,
+            }
+        )
+    if as_json:
+        print_json(rows)
+        return
+    table = Table("kernel", "configurations", "weight layout", "recorded", title=f"{shape.label} on {hardware.name}")
+    for row in rows:
+        count = str(row["num_configs"]) if row["unsupported"] is None else f"[yellow]{escape(row['unsupported'])}"
+        memory = f"{row['weight_layout']['key']}, {row['weight_layout']['bytes'] / 2**30:.2f} GiB"
+        table.add_row(row["name"], count, memory, "yes" if row["recorded"] else "no")
+    console().print(table)
+
+
+@click.command()
+@json_option
+def models(as_json: bool) -> None:
+    """List named models: the sizes of their MoE layer, and where those are from."""
+    found = get_registry().models
+    if as_json:
+        print_json([asdict(m.shape) | {"source": m.source} for m in found.values()])
+        return
+    table = Table("model", "experts", "top_k", "hidden", "intermediate", "released", "source")
+    for m in found.values():
+        s = m.shape
+        sizes = [str(v) for v in (s.num_experts, s.top_k, s.hidden_size, s.intermediate_size)]
+        table.add_row(m.name, *sizes, s.dtype, escape(m.source))
+    console().print(table)
+    console().print("NAME-tpN is the model on one of N tensor-parallel ranks.")

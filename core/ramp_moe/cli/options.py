@@ -1,0 +1,89 @@
+"""Options and output that several commands share."""
+
+from __future__ import annotations
+
+import functools
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import click
+import msgspec
+from rich.console import Console
+
+from ..cost_model import DEFAULT_FORM, FORMS
+from ..errors import RoutingError
+from ..hardware import Hardware, detect
+from ..plugins import Registry
+from ..routing import KINDS, IntArray, check_histogram, expert_histogram, generate
+from ..shapes import DTYPE_BYTES, MoEShape
+
+Command = Callable[..., Any]
+
+json_option = click.option("--json", "as_json", is_flag=True, help="Print JSON (fractions, not percent).")
+model_option = click.option("--model", required=True, help="A model that `ramp-moe models` lists; -tpN shards it.")
+device_option = click.option(
+    "--device", default="h200", show_default=True, help="Hardware by name; `auto` detects this machine's GPU."
+)
+dtype_option = click.option("--dtype", type=click.Choice(list(DTYPE_BYTES)), default="fp8", show_default=True)
+kernel_option = click.option("--kernel", "kernels", multiple=True, help="Only this kernel (repeatable).")
+profile_option = click.option(
+    "--profile",
+    "profiles",
+    multiple=True,
+    type=click.Path(path_type=Path),
+    help="A sweep or fit file, or a folder of them, looked at first (repeatable).",
+)
+form_option = click.option(
+    "--form", default=DEFAULT_FORM, show_default=True, help=f"Form of the cost model: {', '.join(FORMS)}."
+)
+
+
+def batch_options(command: Command) -> Command:
+    """--histogram, or --tokens with --routing and --seed."""
+    options = [
+        click.option(
+            "--tokens", type=click.IntRange(min=1), default=64, show_default=True, help="Tokens in the batch."
+        ),
+        click.option("--routing", default="uniform", show_default=True, help=f"One of {', '.join(KINDS)}."),
+        click.option("--seed", default=0, show_default=True, help="Seed of the routing."),
+        click.option("--histogram", help="Tokens per expert as JSON, or a file that holds it; instead of --tokens."),
+    ]
+    return functools.reduce(lambda c, option: option(c), reversed(options), command)
+
+
+def resolve_device(registry: Registry, name: str) -> Hardware:
+    return detect(registry.hardware.values()) if name == "auto" else registry.device(name)
+
+
+def read_batch(shape: MoEShape, tokens: int, routing: str, seed: int, histogram: str | None) -> tuple[str, IntArray]:
+    """A description of the batch, and its histogram int64 `[num_experts]`."""
+    if histogram is None:
+        ids = generate(routing, tokens, shape.num_experts, shape.top_k, seed)
+        return f"{tokens} tokens, {routing} routing", expert_histogram(ids, shape.num_experts)
+    text, source = histogram, "--histogram"
+    if not histogram.lstrip().startswith("["):
+        source = histogram
+        try:
+            text = Path(histogram).read_text()
+        except (OSError, UnicodeDecodeError) as e:
+            reason = getattr(e, "strerror", None) or "not text"
+            raise RoutingError(f"cannot read histogram {histogram}: {reason}") from None
+    try:
+        counts = msgspec.json.decode(text)
+    except msgspec.DecodeError as e:
+        raise RoutingError(f"{source} is not a JSON list of token counts: {e}") from None
+    checked = check_histogram(counts, shape.num_experts)
+    if checked.ndim != 1:
+        raise RoutingError(f"{source} holds {checked.ndim} dimensions, one list of token counts is needed")
+    return f"{int(checked.sum())} routed ids from {source}", checked
+
+
+def print_json(value: Any) -> None:
+    click.echo(msgspec.json.format(msgspec.json.encode(value), indent=2))
+
+
+def console() -> Console:
+    """Rich output; wide where it goes to a file or a pipe, since nothing there wraps to 80 columns."""
+    return Console(width=None if sys.stdout.isatty() else 150, highlight=False)

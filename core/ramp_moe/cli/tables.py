@@ -1,0 +1,153 @@
+"""What the commands print for a person: rich renderables made from results, no computing of results here."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from rich.console import RenderableType
+from rich.markup import escape
+from rich.table import Table
+
+from ..comparison import Batch, Comparison, Pick
+from ..cost_model import CostModel
+from ..hardware import Hardware
+from ..regions import Regions
+from ..routing import IntArray, active_experts
+from ..shapes import MoEShape
+
+
+def percent(value: float | None) -> str:
+    return "" if value is None else f"{value * 100:.1f}%"
+
+
+def recorded_line(comparison: Comparison) -> str:
+    """Where the numbers come from, in one sentence."""
+    what = "; ".join(s["summary"] for s in comparison.sources)
+    if comparison.mode == "replay":
+        return f"Replay of recorded measurements, nothing was run on this machine: {what}."
+    return f"PREDICTED by the cost model, not measured; it was fitted to recorded measurements of {what}."
+
+
+def stages_line(comparison: Comparison) -> str:
+    left_out = comparison.stages_left_out
+    return f"Times cover: {', '.join(comparison.stages)}" + (f"; not {', '.join(left_out)}." if left_out else ".")
+
+
+def comparison(result: Comparison) -> list[RenderableType]:
+    table = Table(title=f"{result.model} on {result.device}")
+    replay = result.mode == "replay"
+    table.add_column("tokens", justify="right")
+    table.add_column("routing")
+    table.add_column("active", justify="right")
+    table.add_column("static choice")
+    table.add_column("us", justify="right")
+    table.add_column("retrofitted choice")
+    table.add_column("us", justify="right")
+    if replay:
+        table.add_column("best in hindsight")
+        table.add_column("us", justify="right")
+    else:
+        table.add_column("steps", justify="right")
+        table.add_column("differ", justify="right")
+    table.add_column("speed-up", justify="right")
+    if replay:
+        table.add_column("regret", justify="right")
+    several = len(result.kernels) > 1
+    tokens = 0
+    for batch in result.batches:
+        if tokens and batch.tokens != tokens:
+            table.add_section()
+        tokens = batch.tokens
+        table.add_row(*_batch_cells(batch, several))
+    lines: list[RenderableType] = [table, recorded_line(result), stages_line(result)]
+    if result.baselines:
+        lines.append(_policies(result))
+    s = result.speedups()
+    kind = "" if replay else "predicted "
+    lines.append(
+        f"[bold]{kind}speed-up of retrofitted over static dispatch: geometric mean {s['geomean']:.3f}x[/bold], "
+        f"min {s['min']:.3f}x, max {s['max']:.3f}x over {len(result.batches)} "
+        + ("batches" if replay else "kinds of batch")
+    )
+    return [*lines, *(f"[dim]note: {escape(n)}" for n in result.notes)]
+
+
+def _batch_cells(batch: Batch, several_kernels: bool) -> list[str]:
+    def pick(p: Pick) -> list[str]:
+        return [f"{p.kernel}/{p.config}" if several_kernels else p.config, f"{p.us:.1f}"]
+
+    colour = "[green]" if batch.speedup > 1.02 else "[red]" if batch.speedup < 0.98 else ""
+    cells = [str(batch.tokens), batch.routing, f"{batch.active_experts:.0f}", *pick(batch.static)]
+    cells += pick(batch.retrofitted)
+    cells += [str(batch.steps), percent(batch.changed)] if batch.best is None else pick(batch.best)
+    cells.append(f"{colour}{batch.speedup:.3f}x")
+    if batch.best is not None:
+        cells.append(percent(batch.regret_of(batch.retrofitted)))
+    return cells
+
+
+def _policies(result: Comparison) -> Table:
+    table = Table(title="regret against the best in hindsight")
+    table.add_column("dispatch")
+    for what in ("mean", "median", "p95", "max"):
+        table.add_column(what, justify="right")
+    for name, summary in result.baselines.items():
+        table.add_row(name, *(percent(v) for v in summary.as_dict().values()))
+    return table
+
+
+def regions(shape: MoEShape, hardware: Hardware, batch: str, found: Regions) -> list[RenderableType]:
+    metrics = ", ".join(f"{k} {v:.4g}" for k, v in found.metrics.items())
+    table = Table("optimisation", "pays", "metric", "value", "threshold", "why")
+    for a in found.advice:
+        why = f"{escape(a.reason)}\n[dim]threshold: {escape(a.derivation)}"
+        pays = "[green]yes" if a.pays else "no"
+        table.add_row(a.optimisation, pays, a.metric, f"{a.value:.4g}", f"{a.threshold:.4g}", why)
+    return [
+        f"{shape.label} ({shape.dtype}) on {hardware.name}: {escape(batch)}",
+        metrics,
+        table,
+        f"token block advised: {found.token_block}",
+        "[dim]predictions from hardware constants, not measurements",
+    ]
+
+
+def fits(shape: MoEShape, hardware: Hardware, written: Sequence[dict[str, Any]]) -> list[RenderableType]:
+    table = Table(title=f"{shape.label} on {hardware.name}")
+    for what in ("kernel", "form", "batches", "stages", "error (rms, median)", "regret mean", "p95", "max"):
+        table.add_column(what, justify="left" if what in ("kernel", "form") else "right")
+    for w in written:
+        regret = (percent(w["regret"][k]) for k in ("mean", "p95", "max"))
+        error = percent(w["rms_error"]["median"])
+        table.add_row(w["kernel"], w["form"], str(w["batches"]), str(w["stages"]), error, *regret)
+    lines = [f"recorded: {w['measured']}; written to {w['file']}" for w in written]
+    return [table, "Regret is cross-validated.", *(escape(line) for line in lines)]
+
+
+def explanation(
+    model: CostModel, batch: str, histogram: IntArray, candidates: Sequence[dict[str, Any]]
+) -> list[RenderableType]:
+    table = Table()
+    for what in ("candidate", "predicted us", "M-tiles", "CTAs", "waves", "last wave", "padding", ""):
+        table.add_column(what, justify="left" if what in ("candidate", "") else "right")
+    for i, c in enumerate(candidates):
+        g = c["gemms"]
+        slots = [
+            ("m_tiles", "{}"),
+            ("ctas", "{}"),
+            ("waves", "{}"),
+            ("tail_utilisation", "{:.0%}"),
+            ("padding_waste", "{:.0%}"),
+        ]
+        cells = [" + ".join(form.format(grid[key]) for grid in g) for key, form in slots]
+        mark = ("[green]wins" if i == 0 else "") + (" [yellow]extrapolated" if c["extrapolated"] else "")
+        table.add_row(f"{c['kernel']}/{c['config']}", f"{c['predicted_us']:.1f}", *cells, mark)
+    hottest = int(histogram.max())
+    return [
+        f"{model.shape.label} ({model.shape.dtype}) on {model.hardware.name}: {escape(batch)}; "
+        f"{int(active_experts(histogram))} of {model.num_experts} experts active, the hottest with {hottest} ids",
+        table,
+        f"{len(model.candidates)} candidates. PREDICTED by the cost model (form {model.form}), which was fitted to "
+        f"recorded measurements of {' and '.join(model.measured)}; times cover: {', '.join(model.stages)}.",
+    ]

@@ -1,0 +1,152 @@
+"""Fitted coefficients on disk: format "ramp-moe/fit", version 1, one JSON object:
+
+    device, kernel, shape         what the fit is for
+    form, terms                   the cost model form, and the order of its coefficients
+    sweep, measured               digest of the sweep it was fitted on; what that measured, where and when
+    stages                        kinds of stages that the predicted times contain
+    quality                       cross-validated regret {mean, median, p95, max} of choosing by this form, rows
+    fits                          a stage each: key, coefficients (us a unit), rms_error and max_error (relative), the
+                                  fitted rows, and the ranges of CTAs and active experts that they cover
+
+A fit whose digest is not that of the sweep found beside it is out of date and is not used.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import msgspec
+
+from .cost_model import FORMS, Candidate, CostModel, StageFit, provenance
+from .errors import ProfileError, RampMoEError
+from .files import read_json, write_json
+from .hardware import Hardware
+from .kernel import STAGE_KINDS, KernelConfig
+from .shapes import MoEShape
+from .sweep import ShapeRecord, Sweep
+
+FORMAT = "ramp-moe/fit"
+VERSION = 1
+
+
+class StageRecord(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    key: str
+    coefficients: list[float]
+    rows: int
+    rms_error: float
+    max_error: float
+    ctas_range: tuple[int, int]
+    active_range: tuple[int, int]
+    floor_us: float
+
+
+class FitRecord(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """The file, field by field."""
+
+    format: str
+    version: int
+    device: str
+    kernel: str
+    shape: ShapeRecord
+    form: str
+    terms: list[str]
+    sweep: str
+    measured: str
+    stages: list[str]
+    quality: dict[str, float]
+    fits: list[StageRecord]
+
+
+def digest(sweep: Sweep) -> str:
+    """SHA-256 of a sweep's content, the same however its file is laid out."""
+    return hashlib.sha256(msgspec.json.encode(sweep.record)).hexdigest()
+
+
+def make_record(model: CostModel, sweep: Sweep, quality: Mapping[str, float]) -> FitRecord:
+    fits = [
+        StageRecord(
+            key=key,
+            coefficients=list(f.coefficients),
+            rows=f.rows,
+            rms_error=f.rms_error,
+            max_error=f.max_error,
+            ctas_range=f.ctas_range,
+            active_range=f.active_range,
+            floor_us=f.floor_us,
+        )
+        for key, f in model.fits.items()
+    ]
+    return FitRecord(
+        format=FORMAT,
+        version=VERSION,
+        device=sweep.device,
+        kernel=sweep.kernel,
+        shape=ShapeRecord.of(sweep.shape),
+        form=model.form,
+        terms=list(FORMS[model.form].terms),
+        sweep=digest(sweep),
+        measured=provenance(sweep),
+        stages=list(model.stages),
+        quality=dict(quality),
+        fits=fits,
+    )
+
+
+def save_fit(path: Path, record: FitRecord) -> None:
+    """Write the file, atomically."""
+    write_json(path, record)
+
+
+def load_fit(path: Path) -> FitRecord:
+    """Read and validate a fit file. Raises ProfileError naming the file and the field."""
+    record = read_json(path, FitRecord, FORMAT, VERSION, {})
+    try:
+        record.shape.shape()
+    except RampMoEError as e:
+        raise ProfileError(f"{path}: {e} - at `$.shape`") from None
+    if record.form not in FORMS or list(FORMS[record.form].terms) != record.terms:
+        raise ProfileError(f"{path}: form {record.form!r} of terms {record.terms} is not known here; fit again")
+    if not record.stages or not set(record.stages) <= set(STAGE_KINDS):
+        raise ProfileError(f"{path}: {record.stages} are not kinds of stages - at `$.stages`")
+    for i, fit in enumerate(record.fits):
+        if len(fit.coefficients) != len(record.terms):
+            raise ProfileError(
+                f"{path}: {len(fit.coefficients)} coefficients for {len(record.terms)} terms "
+                f"- at `$.fits[{i}].coefficients`"
+            )
+    return record
+
+
+def model_from_fit(
+    record: FitRecord, shape: MoEShape, hardware: Hardware, configs: Sequence[KernelConfig]
+) -> CostModel:
+    """The cost model of a fit, over those of the kernel's configurations that it covers.
+
+    Raises ProfileError where it covers none: the kernel's configurations have changed since.
+    """
+    by_key = {f.key: f for f in record.fits}
+    candidates, fits = [], {}
+    for config in configs:
+        stages = [s for s in config.stages if s.kind in record.stages]
+        if stages and all(s.key in by_key for s in stages):
+            candidates.append(Candidate(record.kernel, config))
+            for stage in stages:
+                f = by_key[stage.key]
+                fits[stage.key] = StageFit(
+                    stage=stage,
+                    coefficients=tuple(f.coefficients),
+                    rows=f.rows,
+                    rms_error=f.rms_error,
+                    max_error=f.max_error,
+                    ctas_range=f.ctas_range,
+                    active_range=f.active_range,
+                    floor_us=f.floor_us,
+                )
+    if not candidates:
+        raise ProfileError(
+            f"the fit of {record.kernel} for {shape.label} on {record.device} covers no configuration of the kernel "
+            "registered under that name; fit again"
+        )
+    return CostModel(shape, hardware, record.form, candidates, fits, record.stages, [record.measured])

@@ -1,0 +1,195 @@
+"""Recorded sweeps of one shape on one device, brought together so that several kernels can be judged on one set of
+batches, and the cost model fitted on them."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+
+from .cost_model import DEFAULT_FORM, Candidate, CostModel, candidates_of, fit_sweep, join, path_times
+from .errors import ProfileError, RampMoEError, UnknownNameError
+from .evaluation import IndexArray
+from .fit_file import digest, model_from_fit
+from .hardware import Hardware
+from .kernel import STAGE_KINDS, KernelConfig, usable_configs
+from .plugins import Registry
+from .routing import FloatArray, IntArray
+from .shapes import MoEShape
+from .store import ProfileStore
+from .sweep import Sweep
+
+
+@dataclass(frozen=True)
+class Recording:
+    """One kernel's sweep, where it lies, and its candidates in the kernel's own order."""
+
+    path: Path
+    sweep: Sweep
+    candidates: tuple[Candidate, ...]
+
+
+@dataclass(frozen=True)
+class Replay:
+    """Measured times of every candidate on the batches that all recordings share.
+
+    `times_us` is float64 `[batches, candidates]` without gaps; `notes` says what was left out and why.
+    """
+
+    shape: MoEShape
+    hardware: Hardware
+    recordings: tuple[Recording, ...]
+    histograms: IntArray
+    labels: list[tuple[int, str]]
+    times_us: FloatArray
+    notes: list[str] = field(default_factory=list)
+
+    @property
+    def candidates(self) -> tuple[Candidate, ...]:
+        return tuple(c for r in self.recordings for c in r.candidates)
+
+    @property
+    def kernels(self) -> list[str]:
+        return [r.sweep.kernel for r in self.recordings]
+
+    @property
+    def stages(self) -> tuple[str, ...]:
+        """Kinds of stages that the times contain."""
+        return self.recordings[0].sweep.stages
+
+    @property
+    def stages_left_out(self) -> list[str]:
+        """Kinds of stages that a whole path has and the times do not."""
+        run = {s.kind for c in self.candidates for s in c.config.stages}
+        return [k for k in STAGE_KINDS if k in run and k not in self.stages]
+
+    def fit(self, rows: IndexArray | None = None, form: str = DEFAULT_FORM) -> CostModel:
+        """A cost model over all candidates, in their order, fitted on these rows (all where None)."""
+        return join(
+            [
+                fit_sweep(r.sweep if rows is None else r.sweep.select(rows.tolist()), r.candidates, self.hardware, form)
+                for r in self.recordings
+            ]
+        )
+
+
+def load_replay(
+    registry: Registry,
+    store: ProfileStore,
+    shape: MoEShape,
+    hardware: Hardware,
+    kernels: Sequence[str] = (),
+) -> Replay:
+    """Bring together the recorded sweeps of `kernels` (of every registered kernel that has one, where empty).
+
+    Kernels that were asked for must have a sweep and share batches; of the others, those that cannot be compared with
+    the kernel of the most batches are left out with a note. Raises UnknownNameError, KernelError or ProfileError.
+    """
+    notes: list[str] = []
+    found: list[Recording] = []
+    for name in dict.fromkeys(kernels) or registry.kernels:
+        kernel = registry.kernel(name)
+        recorded = store.require(name, shape, hardware) if kernels else store.find(name, shape, hardware)
+        if recorded is None:
+            continue
+        try:
+            configs = usable_configs(kernel, shape, hardware)
+            found.append(_recording(*recorded, configs, notes))
+        except RampMoEError as e:
+            if kernels:
+                raise
+            notes.append(f"{name} left out: {e}")
+    if not found:
+        unregistered = {k for d, k, s in store.recorded() if d == hardware.name and s == shape.slug}
+        reason = "; ".join(notes) or store.missing(sorted(registry.kernels), shape, hardware)
+        if unregistered - set(registry.kernels):
+            name = min(unregistered - set(registry.kernels))
+            raise UnknownNameError("kernel", name, registry.kernels, "a sweep of it is recorded: install its plugin")
+        raise ProfileError(reason)
+    found.sort(key=lambda r: -len(r.sweep.labels))
+    return _align(shape, hardware, found, bool(kernels), notes)
+
+
+def _recording(path: Path, sweep: Sweep, configs: Sequence[KernelConfig], notes: list[str]) -> Recording:
+    candidates = candidates_of(sweep, configs)
+    complete = np.atleast_1d(np.isfinite(path_times(sweep, candidates)).all(axis=0))
+    if not complete.all():
+        notes.append(f"{sweep.kernel}: {int((~complete).sum())} configurations left out, not measured on every batch")
+    if not complete.any():
+        raise ProfileError(f"{path}: no configuration was measured on every batch")
+    return Recording(path, sweep, tuple(c for c, ok in zip(candidates, complete, strict=True) if ok))
+
+
+def _align(shape: MoEShape, hardware: Hardware, found: Sequence[Recording], strict: bool, notes: list[str]) -> Replay:
+    """Keep the batches that all recordings share, in the order of the first."""
+    kept = [found[0]]
+    rows = _rows(found[0].sweep)
+    for recording in found[1:]:
+        sweep = recording.sweep
+        shared = rows.keys() & _rows(sweep).keys()
+        problem = None
+        if sweep.stages != found[0].sweep.stages:
+            problem = f"measured over {'+'.join(sweep.stages)}, not {'+'.join(found[0].sweep.stages)}"
+        elif len(shared) < 2:
+            problem = f"measured on other batches than {found[0].sweep.kernel}"
+        if problem is None:
+            kept.append(recording)
+            rows = {key: i for key, i in rows.items() if key in shared}
+        elif strict:
+            raise ProfileError(f"{sweep.kernel} was {problem}; choose comparable kernels with --kernel")
+        else:
+            notes.append(f"{sweep.kernel} left out: {problem}")
+    if len(rows) < len(found[0].sweep.labels):
+        notes.append(f"{len(rows)} of {len(found[0].sweep.labels)} batches were measured for every kernel")
+    aligned = []
+    for recording in kept:
+        index = _rows(recording.sweep)
+        aligned.append(
+            Recording(recording.path, recording.sweep.select([index[k] for k in rows]), recording.candidates)
+        )
+    first = aligned[0].sweep
+    times = np.concatenate([path_times(r.sweep, r.candidates) for r in aligned], axis=1)
+    return Replay(shape, hardware, tuple(aligned), first.histograms, first.labels, times, notes)
+
+
+def _rows(sweep: Sweep) -> dict[tuple[int, bytes], int]:
+    """Row index by batch; a batch is its tokens and its histogram."""
+    return {
+        (row.num_tokens, histogram.tobytes()): i
+        for i, (row, histogram) in enumerate(zip(sweep.record.rows, sweep.histograms, strict=True))
+    }
+
+
+def load_model(
+    registry: Registry,
+    store: ProfileStore,
+    shape: MoEShape,
+    hardware: Hardware,
+    kernels: Sequence[str] = (),
+    form: str = DEFAULT_FORM,
+) -> CostModel:
+    """The cost model to dispatch with: each kernel's stored fit where there is one of this form that is not older than
+    its sweep, else a fit of its sweep. Kernels as in `load_replay`."""
+    models: list[CostModel] = []
+    for name in dict.fromkeys(kernels) or registry.kernels:
+        kernel = registry.kernel(name)
+        recorded, fitted = store.find(name, shape, hardware), store.find_fit(name, shape, hardware)
+        if recorded is None and fitted is None:
+            if kernels:
+                raise ProfileError(store.missing([name], shape, hardware))
+            continue
+        configs = usable_configs(kernel, shape, hardware)
+        if fitted and fitted.form == form and (recorded is None or fitted.sweep == digest(recorded[1])):
+            models.append(model_from_fit(fitted, shape, hardware, configs))
+        elif recorded:
+            sweep = recorded[1]
+            models.append(fit_sweep(sweep, candidates_of(sweep, configs), hardware, form))
+    if not models:
+        raise ProfileError(store.missing(sorted(registry.kernels), shape, hardware))
+    if not kernels:
+        # Unasked, keep what can be compared with the kernel of the most candidates.
+        largest = max(models, key=lambda m: len(m.candidates))
+        models = [m for m in models if m.stages == largest.stages]
+    return join(models)
