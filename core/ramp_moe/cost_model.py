@@ -13,13 +13,14 @@ from __future__ import annotations
 import itertools
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Protocol
 
 import numpy as np
 from numpy.typing import NDArray
 
 from .errors import KernelError, ProfileError, UnknownNameError
 from .hardware import Hardware
-from .kernel import KernelConfig, Stage
+from .kernel import PREPARATION, STAGE_KINDS, KernelConfig, Stage
 from .routing import FloatArray, IntArray
 from .shapes import MoEShape
 from .sweep import Sweep
@@ -296,23 +297,50 @@ def fit_sweep(sweep: Sweep, candidates: Sequence[Candidate], hardware: Hardware,
 def join(models: Sequence[CostModel]) -> CostModel:
     """One model over the candidates of several kernels for one shape and device.
 
-    A stage that two of them share is taken from the first. Raises ProfileError where their times do not contain the
-    same kinds of stages: they cannot be compared.
+    A stage that two of them share is taken from the first. Raises ProfileError where their times cannot be compared.
     """
     first = models[0]
     fits: dict[str, StageFit] = {}
     for model in models:
         if (model.shape, model.hardware, model.form) != (first.shape, first.hardware, first.form):
             raise ProfileError("cost models of different shapes, devices or forms cannot be joined")
-        if model.stages != first.stages:
-            raise ProfileError(
-                f"{model.candidates[0].kernel} was measured over {'+'.join(model.stages)}, "
-                f"{first.candidates[0].kernel} over {'+'.join(first.stages)}; choose comparable ones with --kernel"
-            )
+        if model is not first and (reason := incomparable(first, model)):
+            raise ProfileError(f"{reason}; choose comparable ones with --kernel")
         fits = model.fits | fits
     candidates = [c for m in models for c in m.candidates]
+    stages = [k for k in STAGE_KINDS if any(k in m.stages for m in models)]
     measured = [line for m in models for line in m.measured]
-    return CostModel(first.shape, first.hardware, first.form, candidates, fits, first.stages, measured)
+    return CostModel(first.shape, first.hardware, first.form, candidates, fits, stages, measured)
+
+
+class Timed(Protocol):
+    """Candidates of one kernel, and the kinds of stages that their times contain."""
+
+    @property
+    def candidates(self) -> tuple[Candidate, ...]: ...
+
+    @property
+    def stages(self) -> tuple[str, ...]: ...
+
+
+def left_out(timed: Timed) -> list[str]:
+    """Kinds of stages that the candidates run and their times do not contain."""
+    run = {s.kind for c in timed.candidates for s in c.config.stages}
+    return [k for k in STAGE_KINDS if k in run and k not in timed.stages]
+
+
+def incomparable(a: Timed, b: Timed) -> str | None:
+    """Why two kernels' times must not be compared; None where they may be.
+
+    Both may leave out preparation (see PREPARATION), nothing else, and neither may contain what the other leaves out.
+    """
+    for one, other in ((a, b), (b, a)):
+        name = one.candidates[0].kernel
+        if missing := [k for k in left_out(one) if k not in PREPARATION]:
+            return f"the times of {name} leave out {', '.join(missing)}"
+        if uneven := [k for k in left_out(one) if k in other.stages]:
+            return f"the times of {name} leave out {', '.join(uneven)}, those of {other.candidates[0].kernel} do not"
+    return None
 
 
 def _least_squares(terms: FloatArray, times: FloatArray, non_negative: bool) -> tuple[FloatArray, FloatArray]:

@@ -14,6 +14,9 @@ from .shapes import MoEShape
 
 StageKind = Literal["quantise", "schedule", "zero", "gemm", "activation", "combine"]
 STAGE_KINDS: tuple[str, ...] = get_args(StageKind)
+PREPARATION: frozenset[str] = frozenset({"quantise", "schedule", "zero"})
+"""Kinds of stages before the GEMMs, which paths have much in common. Kernels whose times leave out more than these
+(one GEMM of two, an activation that another kernel fuses) cannot be compared."""
 
 
 @dataclass(frozen=True, slots=True)

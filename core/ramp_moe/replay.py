@@ -9,7 +9,17 @@ from pathlib import Path
 
 import numpy as np
 
-from .cost_model import DEFAULT_FORM, Candidate, CostModel, candidates_of, fit_sweep, join, path_times
+from .cost_model import (
+    DEFAULT_FORM,
+    Candidate,
+    CostModel,
+    candidates_of,
+    fit_sweep,
+    incomparable,
+    join,
+    left_out,
+    path_times,
+)
 from .errors import ProfileError, RampMoEError, UnknownNameError
 from .evaluation import IndexArray
 from .fit_file import digest, model_from_fit
@@ -29,6 +39,10 @@ class Recording:
     path: Path
     sweep: Sweep
     candidates: tuple[Candidate, ...]
+
+    @property
+    def stages(self) -> tuple[str, ...]:
+        return self.sweep.stages
 
 
 @dataclass(frozen=True)
@@ -57,13 +71,12 @@ class Replay:
     @property
     def stages(self) -> tuple[str, ...]:
         """Kinds of stages that the times contain."""
-        return self.recordings[0].sweep.stages
+        return tuple(k for k in STAGE_KINDS if any(k in r.stages for r in self.recordings))
 
     @property
     def stages_left_out(self) -> list[str]:
-        """Kinds of stages that a whole path has and the times do not."""
-        run = {s.kind for c in self.candidates for s in c.config.stages}
-        return [k for k in STAGE_KINDS if k in run and k not in self.stages]
+        """Kinds of stages that the paths run and the times do not contain."""
+        return left_out(self)
 
     def fit(self, rows: IndexArray | None = None, form: str = DEFAULT_FORM) -> CostModel:
         """A cost model over all candidates, in their order, fitted on these rows (all where None)."""
@@ -129,16 +142,14 @@ def _align(shape: MoEShape, hardware: Hardware, found: Sequence[Recording], stri
     for recording in found[1:]:
         sweep = recording.sweep
         shared = rows.keys() & _rows(sweep).keys()
-        problem = None
-        if sweep.stages != found[0].sweep.stages:
-            problem = f"measured over {'+'.join(sweep.stages)}, not {'+'.join(found[0].sweep.stages)}"
-        elif len(shared) < 2:
-            problem = f"measured on other batches than {found[0].sweep.kernel}"
+        problem = incomparable(found[0], recording)
+        if problem is None and len(shared) < 2:
+            problem = f"it was measured on other batches than {found[0].sweep.kernel}"
         if problem is None:
             kept.append(recording)
             rows = {key: i for key, i in rows.items() if key in shared}
         elif strict:
-            raise ProfileError(f"{sweep.kernel} was {problem}; choose comparable kernels with --kernel")
+            raise ProfileError(f"{sweep.kernel} cannot be compared: {problem}; choose others with --kernel")
         else:
             notes.append(f"{sweep.kernel} left out: {problem}")
     if len(rows) < len(found[0].sweep.labels):
@@ -191,5 +202,5 @@ def load_model(
     if not kernels:
         # Unasked, keep what can be compared with the kernel of the most candidates.
         largest = max(models, key=lambda m: len(m.candidates))
-        models = [m for m in models if m.stages == largest.stages]
+        models = [m for m in models if m is largest or incomparable(largest, m) is None]
     return join(models)

@@ -131,10 +131,9 @@ def _parse(data: bytes) -> tuple[dict[str, Any], list[Any]]:
         if not lines:
             raise
     else:
-        if isinstance(whole, dict) and (not whole or isinstance(whole["topk_ids"][0], list)):
-            return whole, whole.get("topk_ids", [])
-        if isinstance(whole, list) and (not whole or isinstance(whole[0], list)):
-            return {}, whole
+        tokens = whole.get("topk_ids") if isinstance(whole, dict) else whole
+        if isinstance(tokens, list) and (not tokens or isinstance(tokens[0], list)):
+            return (whole if isinstance(whole, dict) else {}), tokens
         lines = [whole]  # a file of one line
     first = lines[0]
     if isinstance(first, dict) and "topk_ids" not in first:

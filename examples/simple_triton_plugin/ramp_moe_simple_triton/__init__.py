@@ -1,0 +1,54 @@
+"""A kernel told to ramp-moe in one file: its name, where it works, its configurations and their grids.
+
+The kernel itself is in `kernel.py`; `measure.py` took the sweep in `profiles/` on a GPU. Nothing here imports Triton.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+
+from ramp_moe import GridGeometry, Hardware, Kernel, KernelConfig, MoEShape, Stage, WeightLayout, hookimpl
+
+SCALE_BLOCK = 128
+
+
+class SimpleTriton(Kernel):
+    name = "simple_triton"
+
+    def unsupported(self, shape: MoEShape, hardware: Hardware) -> str | None:
+        if shape.dtype != "fp8" or hardware.fp8_flops is None:
+            return "takes fp8 block-scaled weights on a GPU with fp8 units"
+        if shape.hidden_size % SCALE_BLOCK or shape.intermediate_size % SCALE_BLOCK:
+            return f"hidden_size and intermediate_size must be multiples of {SCALE_BLOCK}"
+        return None
+
+    def configs(self, shape: MoEShape, hardware: Hardware) -> Sequence[KernelConfig]:
+        return [self._config(shape, bm, bn) for bm in (16, 32, 64) for bn in (64, 128)]
+
+    def _config(self, shape: MoEShape, bm: int, bn: int) -> KernelConfig:
+        hidden, intermediate = shape.hidden_size, shape.intermediate_size
+        # A CTA of the first launch computes bn rows of gate and the same of up: 2 * bn weight rows.
+        up = GridGeometry(bm, 2 * bn, SCALE_BLOCK, 2 * intermediate, hidden, shape.gate_up_bytes)
+        down = GridGeometry(bm, bn, SCALE_BLOCK, hidden, intermediate, shape.down_bytes)
+        name = f"bm{bm}-bn{bn}"
+        stages = (
+            Stage("schedule", f"schedule/bm{bm}"),
+            Stage("zero", "zero/f32"),
+            Stage("gemm", f"{self.name}/up/{name}", up),
+            Stage("gemm", f"{self.name}/down/{name}", down),
+        )
+        return KernelConfig(name, stages, (("block_tokens", bm), ("block_weights", bn)))
+
+    def weight_layout(self, shape: MoEShape) -> WeightLayout:
+        return WeightLayout("gate-first", shape.num_experts * shape.expert_bytes)
+
+
+@hookimpl
+def ramp_moe_kernels() -> Iterable[Kernel]:
+    yield SimpleTriton()
+
+
+@hookimpl
+def ramp_moe_profiles() -> Iterable[Path]:
+    yield Path(__file__).parent / "profiles"

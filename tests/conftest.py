@@ -1,0 +1,69 @@
+"""Shared fixtures. Every test sees an empty user data folder and no allow-list of plugins."""
+
+from __future__ import annotations
+
+import importlib.util
+from pathlib import Path
+
+import pytest
+from ramp_moe import Hardware, MoEShape, ProfileStore, Registry
+from ramp_moe.replay import Replay, load_replay
+
+RECORDED = ("olmoe-1b-7b", "qwen3-30b-a3b", "deepseek-v3-tp8", "mixtral-8x7b-tp4")
+
+
+def _has_gpu() -> bool:
+    if importlib.util.find_spec("torch") is None:
+        return False
+    import torch
+
+    return torch.cuda.is_available()
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    gpu = [item for item in items if item.get_closest_marker("gpu")]
+    if gpu and not _has_gpu():
+        for item in gpu:
+            item.add_marker(pytest.mark.skip(reason="needs a CUDA device"))
+
+
+@pytest.fixture(autouse=True)
+def data_home(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> Path:
+    home = tmp_path_factory.mktemp("data")
+    monkeypatch.setenv("XDG_DATA_HOME", str(home))
+    monkeypatch.delenv("RAMP_MOE_PLUGINS", raising=False)
+    return home
+
+
+@pytest.fixture(scope="session")
+def registry() -> Registry:
+    return Registry()
+
+
+@pytest.fixture(scope="session")
+def h200(registry: Registry) -> Hardware:
+    return registry.device("h200")
+
+
+@pytest.fixture(scope="session")
+def olmoe(registry: Registry) -> MoEShape:
+    return registry.shape("olmoe-1b-7b", "fp8")
+
+
+@pytest.fixture
+def store(registry: Registry) -> ProfileStore:
+    return ProfileStore(shipped=registry.profile_dirs)
+
+
+@pytest.fixture
+def replay(registry: Registry, store: ProfileStore, olmoe: MoEShape, h200: Hardware) -> Replay:
+    return load_replay(registry, store, olmoe, h200, ["alpha_moe"])
+
+
+@pytest.fixture
+def sweep_file(registry: Registry, store: ProfileStore, olmoe: MoEShape, h200: Hardware, tmp_path: Path) -> Path:
+    """A copy of the shipped OLMoE sweep that a test may damage."""
+    source, _ = store.require("alpha_moe", olmoe, h200)
+    copy = tmp_path / "sweep.json"
+    copy.write_bytes(source.read_bytes())
+    return copy

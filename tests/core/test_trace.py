@@ -1,0 +1,88 @@
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+from ramp_moe import RoutingError, load_trace
+
+IDS = [[t % 4, (t + 1) % 4] for t in range(10)]
+
+
+def write(path: Path, text: str) -> Path:
+    path.write_text(text)
+    return path
+
+
+def test_json_object(tmp_path: Path) -> None:
+    text = json.dumps({"num_experts": 4, "top_k": 2, "topk_ids": IDS, "source": "a test"})
+    trace = load_trace(write(tmp_path / "t.json", text))
+    assert (trace.num_tokens, trace.top_k, trace.num_experts, trace.source) == (10, 2, 4, "a test")
+    assert trace.topk_ids.tolist() == IDS
+
+
+@pytest.mark.parametrize("as_object", [False, True])
+def test_json_lines_with_and_without_header(tmp_path: Path, as_object: bool) -> None:
+    lines = [json.dumps({"topk_ids": i} if as_object else i) for i in IDS]
+    plain = load_trace(write(tmp_path / "a.jsonl", "\n".join(lines)))
+    assert plain.topk_ids.tolist() == IDS
+    assert plain.num_experts == 4
+    headed = load_trace(write(tmp_path / "b.jsonl", "\n".join([json.dumps({"num_experts": 9}), *lines]) + "\n"))
+    assert headed.topk_ids.tolist() == IDS
+    assert headed.num_experts == 9
+
+
+def test_one_line_file(tmp_path: Path) -> None:
+    assert load_trace(write(tmp_path / "t.jsonl", '{"topk_ids": [3, 1]}\n')).topk_ids.tolist() == [[3, 1]]
+
+
+def test_prefill_takes_consecutive_tokens(tmp_path: Path) -> None:
+    trace = load_trace(write(tmp_path / "t.json", json.dumps(IDS)))
+    assert [b.tolist() for b in trace.prefill(4)] == [IDS[:4], IDS[4:8]]
+
+
+def test_decode_without_requests_cuts_equal_runs(tmp_path: Path) -> None:
+    trace = load_trace(write(tmp_path / "t.json", json.dumps(IDS)))
+    assert [b.tolist() for b in trace.decode(2)] == [[IDS[i], IDS[5 + i]] for i in range(5)]
+
+
+def test_decode_follows_recorded_requests(tmp_path: Path) -> None:
+    # requests a (3 tokens), b (1), c (2): c takes b's place once b has ended
+    request = ["a", "a", "a", "b", "c", "c"]
+    trace = load_trace(write(tmp_path / "t.json", json.dumps({"topk_ids": IDS[:6], "request": request})))
+    assert [b.tolist() for b in trace.decode(2)] == [[IDS[0], IDS[3]], [IDS[1], IDS[4]], [IDS[2], IDS[5]]]
+    with pytest.raises(RoutingError, match="a decode batch of 4 cannot be cut from a trace of 3 requests"):
+        list(trace.decode(4))
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("", "not JSON or JSON lines"),
+        ("hello", "not JSON or JSON lines"),
+        ('{"topk_ids": []}', "holds no token"),
+        ("[]", "holds no token"),
+        ("[[0, 1], [2]]", "differ in the number of experts"),
+        ("[[0, 1.5]]", "token 0 is not a list of integer expert ids"),
+        ('[[0, 1], ["x", 2]]', "token 1 is not a list of integer"),
+        ('{"topk_ids": [[0, 7]], "num_experts": 4}', r"t\.json: expert id 7 is outside \[0, 4\)"),
+        ('{"topk_ids": [[0, 1]], "top_k": 8}', "top_k says 8, its tokens name 2"),
+        ('{"topk_ids": [[0, 1]], "num_experts": "many"}', "num_experts must be a positive integer"),
+        ('{"topk_ids": [[0, 1], [1, 2]], "request": [1]}', "for every token or for none"),
+        ("[[], []]", "name no expert"),
+    ],
+)
+def test_bad_traces(tmp_path: Path, text: str, message: str) -> None:
+    with pytest.raises(RoutingError, match=message):
+        load_trace(write(tmp_path / "t.json", text))
+
+
+def test_missing_file(tmp_path: Path) -> None:
+    with pytest.raises(RoutingError, match=r"cannot read trace .*nowhere\.json: No such file"):
+        load_trace(tmp_path / "nowhere.json")
+
+
+def test_batches_longer_than_the_trace(tmp_path: Path) -> None:
+    trace = load_trace(write(tmp_path / "t.json", json.dumps(IDS)))
+    with pytest.raises(RoutingError, match="a prefill batch of 11 cannot be cut from a trace of 10 tokens"):
+        list(trace.prefill(11))
