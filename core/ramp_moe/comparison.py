@@ -92,8 +92,13 @@ class Comparison:
     notes: list[str]
 
     def speedups(self) -> dict[str, float]:
-        s = np.array([b.speedup for b in self.batches])
-        return {"geomean": float(np.exp(np.log(s).mean())), "min": float(s.min()), "max": float(s.max())}
+        """Of retrofitted over static dispatch."""
+        return _ratios([b.speedup for b in self.batches])
+
+    def headroom(self) -> dict[str, float] | None:
+        """Speed-ups of the best in hindsight over static dispatch: more than this no choice can gain."""
+        best = [b.static.us / b.best.us for b in self.batches if b.best is not None]
+        return _ratios(best) if best else None
 
     def as_dict(self) -> dict[str, Any]:
         empty: dict[str, float | None] = dict.fromkeys(("mean", "median", "p95", "max"))
@@ -111,9 +116,15 @@ class Comparison:
             "static_regret": summaries.get("static", empty),
             "baselines": summaries,
             "speedup_over_static": self.speedups(),
+            "best_over_static": self.headroom(),
             "notes": self.notes,
             "batches": [b.as_dict() for b in self.batches],
         }
+
+
+def _ratios(values: Sequence[float]) -> dict[str, float]:
+    v = np.array(values)
+    return {"geomean": float(np.exp(np.log(v).mean())), "min": float(v.min()), "max": float(v.max())}
 
 
 def _sources(replay: Replay) -> list[dict[str, str]]:

@@ -117,7 +117,7 @@ def main(model, output):
         device=hardware.name,
         device_name=properties.name,
         driver=subprocess.check_output(query, text=True).strip(),
-        software={"cuda": str(torch.version.cuda), "torch": torch.__version__, "triton": triton.__version__},
+        software={"cuda": str(torch.version.cuda), "torch": str(torch.__version__), "triton": triton.__version__},
         kernel="simple_triton",
         kernel_version="0.1.0",
         shape=ShapeRecord.of(shape),

@@ -39,7 +39,7 @@ def test_a_slice_is_not_the_whole_gpu(registry: Registry) -> None:
 
 
 def test_unknown_gpu_names_the_remedy(registry: Registry) -> None:
-    with pytest.raises(HardwareError, match="no constants for GPU 'Voodoo 2'.*ramp_moe_hardware"):
+    with pytest.raises(HardwareError, match=r"no constants for GPU 'Voodoo 2'.*ramp_moe_hardware"):
         identify(registry.hardware.values(), "Voodoo 2", 1)
 
 

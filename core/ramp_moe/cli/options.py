@@ -86,4 +86,4 @@ def print_json(value: Any) -> None:
 
 def console() -> Console:
     """Rich output; wide where it goes to a file or a pipe, since nothing there wraps to 80 columns."""
-    return Console(width=None if sys.stdout.isatty() else 150, highlight=False)
+    return Console(width=None if sys.stdout.isatty() else 180, highlight=False)

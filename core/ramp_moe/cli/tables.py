@@ -40,12 +40,12 @@ def comparison(result: Comparison) -> list[RenderableType]:
     table.add_column("tokens", justify="right")
     table.add_column("routing")
     table.add_column("active", justify="right")
-    table.add_column("static choice")
+    table.add_column("static choice", overflow="fold")
     table.add_column("us", justify="right")
-    table.add_column("retrofitted choice")
+    table.add_column("retrofitted choice", overflow="fold")
     table.add_column("us", justify="right")
     if replay:
-        table.add_column("best in hindsight")
+        table.add_column("best in hindsight", overflow="fold")
         table.add_column("us", justify="right")
     else:
         table.add_column("steps", justify="right")
@@ -70,6 +70,8 @@ def comparison(result: Comparison) -> list[RenderableType]:
         f"min {s['min']:.3f}x, max {s['max']:.3f}x over {len(result.batches)} "
         + ("batches" if replay else "kinds of batch")
     )
+    if headroom := result.headroom():
+        lines.append(f"best in hindsight over static dispatch: geometric mean {headroom['geomean']:.3f}x")
     return [*lines, *(f"[dim]note: {escape(n)}" for n in result.notes)]
 
 

@@ -1,0 +1,197 @@
+from __future__ import annotations
+
+import json
+import re
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+from click.testing import CliRunner, Result
+from conftest import RECORDED
+from ramp_moe.cli import main
+
+
+def run(*args: object) -> Result:
+    return CliRunner().invoke(main, [str(a) for a in args])
+
+
+def run_json(*args: object) -> Any:
+    result = run(*args, "--json")
+    assert result.exit_code == 0, result.output
+    return json.loads(result.stdout)
+
+
+@pytest.mark.parametrize("model", RECORDED)
+def test_compare_json(model: str) -> None:
+    found = run_json("compare", "--model", model, "--device", "h200", "--kernel", "alpha_moe")
+    assert found["mode"] == "replay"
+    assert (found["device"], found["model"], found["kernels"]) == ("h200", model, ["alpha_moe"])
+    assert len(found["batches"]) == 78
+    for key in ("regret", "static_regret"):
+        assert set(found[key]) == {"mean", "median", "p95", "max"}
+        assert 0 <= found[key]["median"] <= found[key]["p95"] <= found[key]["max"] < 1
+    assert set(found["speedup_over_static"]) == {"geomean", "min", "max"}
+
+
+def test_the_main_job_takes_under_five_seconds() -> None:
+    command = [sys.executable, "-m", "ramp_moe.cli", "compare", "--model", "olmoe-1b-7b", "--device", "h200"]
+    start = time.perf_counter()
+    result = subprocess.run(command, capture_output=True, text=True, check=True)
+    assert time.perf_counter() - start < 5
+    assert "Replay of recorded measurements" in result.stdout
+    assert "alpha_moe 0fbed62 on NVIDIA H200, 2026-11-20" in result.stdout
+    assert re.search(r"geometric mean 1\.0\d\dx", result.stdout)
+
+
+def test_compare_trace(tmp_path: Path) -> None:
+    ids = [[(t + k) % 64 for k in range(8)] for t in range(64)]
+    (tmp_path / "t.jsonl").write_text("\n".join(json.dumps(i) for i in ids))
+    # ids 0..63 appear, so the trace is of 64 experts
+    found = run_json("compare", "--model", "olmoe-1b-7b", "--trace", tmp_path / "t.jsonl")
+    assert found["mode"] == "predicted"
+    shown = run("compare", "--model", "olmoe-1b-7b", "--trace", tmp_path / "t.jsonl")
+    assert "PREDICTED by the cost model, not measured" in shown.output
+
+
+def test_compare_html(tmp_path: Path) -> None:
+    page = tmp_path / "deep" / "report.html"
+    result = run("compare", "--model", "olmoe-1b-7b", "--html", page)
+    assert result.exit_code == 0, result.output
+    text = page.read_text()
+    assert text.count("<svg") == 3
+    assert "Replay of recorded measurements: alpha_moe 0fbed62 on NVIDIA H200, 2026-11-20" in text
+    # self-contained: nothing is loaded from elsewhere
+    assert not re.search(r"<(script|link|img|iframe)\b", text)
+    assert not re.search(r"""(src|href)=["']https?:""", text)
+    run("compare", "--model", "olmoe-1b-7b", "--html", tmp_path / "again.html")
+    assert (tmp_path / "again.html").read_text() == text
+
+
+def test_compare_html_of_a_trace(tmp_path: Path) -> None:
+    ids = [[(t + k) % 64 for k in range(8)] for t in range(64)]
+    (tmp_path / "t.json").write_text(json.dumps({"topk_ids": ids, "num_experts": 64}))
+    trace, page = tmp_path / "t.json", tmp_path / "r.html"
+    assert run("compare", "--model", "olmoe-1b-7b", "--trace", trace, "--html", page).exit_code == 0
+    assert page.read_text().count("<svg") == 2
+    assert "Predicted by the cost model, not measured" in page.read_text()
+
+
+def test_kernels() -> None:
+    rows = {r["name"]: r for r in run_json("kernels", "--model", "olmoe-1b-7b", "--device", "h200")}
+    assert rows["alpha_moe"]["num_configs"] == 152
+    assert rows["alpha_moe"]["unsupported"] is None
+    assert rows["alpha_moe"]["recorded"]
+    assert rows["vllm_triton"]["num_configs"] > 1000
+    rows = {r["name"]: r for r in run_json("kernels", "--device", "mi300x")}
+    assert rows["alpha_moe"]["num_configs"] == 0
+    assert "Hopper" in rows["alpha_moe"]["unsupported"]
+    shown = run("kernels", "--device", "mi300x")
+    assert shown.exit_code == 0
+    assert "Hopper" in shown.output
+
+
+def test_models_and_plugins() -> None:
+    models = {m["name"]: m for m in run_json("models")}
+    assert models["deepseek-v3"]["num_experts"] == 256
+    assert "config.json" in models["deepseek-v3"]["source"]
+    assert "deepseek-v3" in run("models").output
+    assert {p["name"] for p in run_json("plugins")} >= {"built-in", "adapters"}
+    assert "adapters" in run("plugins").output
+
+
+def test_regions() -> None:
+    found = run_json("regions", "--model", "mixtral-8x7b", "--tokens", 2048)
+    advice = {a["optimisation"]: a for a in found["advice"]}
+    assert advice["GROUP_M swizzle"]["pays"]
+    shown = run("regions", "--model", "mixtral-8x7b", "--tokens", 2048).output
+    assert "falls out of L2" in " ".join(shown.replace("│", " ").split())
+
+
+def test_explain() -> None:
+    found = run_json("explain", "--model", "olmoe-1b-7b", "--tokens", 64, "--routing", "zipf1.2", "--seed", 3)
+    us = [c["predicted_us"] for c in found["candidates"]]
+    assert us == sorted(us)
+    assert found["figures"] == "predicted"
+    assert sum(found["histogram"]) == 512
+    shown = run("explain", "--model", "olmoe-1b-7b", "--tokens", 64, "--top", 3).output
+    assert "PREDICTED" in shown
+    assert shown.count("alpha_moe/bm") == 3
+
+
+def test_explain_a_histogram(tmp_path: Path) -> None:
+    histogram = [8] * 8 + [0] * 56
+    inline = run_json("explain", "--model", "olmoe-1b-7b", "--histogram", json.dumps(histogram))
+    (tmp_path / "h.json").write_text(json.dumps(histogram))
+    from_file = run_json("explain", "--model", "olmoe-1b-7b", "--histogram", tmp_path / "h.json")
+    assert inline["candidates"] == from_file["candidates"]
+    assert inline["histogram"] == histogram
+
+
+def test_fit_is_stored_and_used(tmp_path: Path) -> None:
+    before = run_json("explain", "--model", "olmoe-1b-7b")
+    written = run_json("fit", "--model", "olmoe-1b-7b", "--kernel", "alpha_moe")
+    assert Path(written[0]["file"]).is_file()
+    assert written[0]["regret"]["mean"] < 0.03
+    assert run_json("explain", "--model", "olmoe-1b-7b") == before
+    elsewhere = run_json("fit", "--model", "olmoe-1b-7b", "--form", "ceil", "--output", tmp_path)
+    assert Path(elsewhere[0]["file"]).is_relative_to(tmp_path)
+    assert "ceil" in run("fit", "--model", "olmoe-1b-7b", "--form", "ceil", "--output", tmp_path).output
+
+
+BAD = [
+    (["compare", "--model", "olmo-1b-7b"], "unknown model 'olmo-1b-7b'; did you mean 'olmoe-1b-7b'"),
+    (["compare", "--model", "olmoe-1b-7b", "--device", "h2000"], "unknown device 'h2000'; did you mean 'h200'"),
+    (["compare", "--model", "olmoe-1b-7b", "--kernel", "alphamoe"], "unknown kernel 'alphamoe'; did you mean"),
+    (["compare", "--model", "olmoe-1b-7b", "--form", "ative"], "did you mean 'active'"),
+    (["compare", "--model", "olmoe-1b-7b", "--device", "b200"], "no sweep of"),
+    (["compare", "--model", "mixtral-8x7b"], "no sweep of"),
+    (["compare", "--model", "olmoe-1b-7b", "--dtype", "bf16"], "no sweep of"),
+    (["compare", "--model", "olmoe-1b-7b", "--profile", "/nowhere.json"], "cannot read /nowhere.json"),
+    (["compare", "--model", "olmoe-1b-7b", "--trace", "/nowhere.json"], "cannot read trace /nowhere.json"),
+    (["compare", "--model", "olmoe-1b-7b", "--html", "/"], "it is a folder"),
+    (["compare", "--model", "olmoe-1b-7b-tp7"], "does not divide over tensor parallel 7"),
+    (["explain", "--model", "olmoe-1b-7b", "--histogram", "[1,2]"], "has 2 entries, the shape has 64 experts"),
+    (["explain", "--model", "olmoe-1b-7b", "--histogram", "[1,"], "--histogram is not a JSON list"),
+    (["explain", "--model", "olmoe-1b-7b", "--histogram", "/nowhere"], "cannot read histogram /nowhere"),
+    (["explain", "--model", "olmoe-1b-7b", "--histogram", "[[1],[2]]"], "has 1 entries"),
+    (["explain", "--model", "olmoe-1b-7b", "--routing", "zpif1.2"], "unknown routing kind 'zpif1.2'"),
+    (["regions", "--model", "olmoe-1b-7b", "--histogram", json.dumps([0] * 64)], "has no tokens"),
+    (["regions", "--model", "olmoe-1b-7b", "--histogram", json.dumps([-1] + [0] * 63)], "negative count"),
+]
+
+
+@pytest.mark.parametrize(("args", "message"), BAD, ids=[m for _, m in BAD])
+def test_errors_are_one_line_and_exit_2(args: list[str], message: str) -> None:
+    result = run(*args)
+    assert result.exit_code == 2
+    assert message in result.stderr
+    assert result.stderr.count("\n") == 1
+    assert result.stdout == ""
+
+
+def test_a_corrupt_profile_is_named_and_stays_as_it_was(sweep_file: Path) -> None:
+    damaged = sweep_file.read_bytes()[:5000]
+    sweep_file.write_bytes(damaged)
+    result = run("compare", "--model", "olmoe-1b-7b", "--profile", sweep_file)
+    assert result.exit_code == 2
+    assert f"{sweep_file} is corrupt or truncated" in result.stderr
+    assert sweep_file.read_bytes() == damaged
+
+
+def test_html_without_matplotlib(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    result = run("compare", "--model", "olmoe-1b-7b", "--html", tmp_path / "r.html")
+    assert result.exit_code == 2
+    assert "pip install 'ramp-moe[plots]'" in result.stderr
+    assert not (tmp_path / "r.html").exists()
+
+
+def test_auto_without_a_gpu() -> None:
+    result = run("kernels", "--device", "auto")
+    if result.exit_code == 0:  # this machine has one
+        return
+    assert result.exit_code == 2
+    assert "--device" in result.stderr

@@ -1,0 +1,129 @@
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import msgspec
+import pytest
+from ramp_moe import Hardware, MoEShape, ProfileError, ProfileStore, Registry, load_sweep
+from ramp_moe.fit_file import FitRecord, load_fit, make_record, save_fit
+from ramp_moe.replay import Replay, load_model
+from ramp_moe.store import FIT_SUFFIX, relative_path, user_data_dir
+
+
+def place(folder: Path, sweep_file: Path, shape: MoEShape, hardware: Hardware, method: str) -> Path:
+    """Put a marked copy of the sweep where a look-up finds it."""
+    path = folder / relative_path("alpha_moe", shape, hardware)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    raw = json.loads(sweep_file.read_text()) | {"method": method}
+    path.write_text(json.dumps(raw))
+    return path
+
+
+def test_look_up_order(registry: Registry, sweep_file: Path, olmoe: MoEShape, h200: Hardware, tmp_path: Path) -> None:
+    def found(*explicit: Path) -> str:
+        store = ProfileStore(explicit, registry.profile_dirs)
+        return store.require("alpha_moe", olmoe, h200)[1].record.method
+
+    assert found().startswith("one launch between two CUDA events")
+    place(user_data_dir(), sweep_file, olmoe, h200, "user")
+    assert found() == "user"
+    place(tmp_path / "folder", sweep_file, olmoe, h200, "explicit folder")
+    assert found(tmp_path / "folder") == "explicit folder"
+    sweep_file.write_text(json.dumps(json.loads(sweep_file.read_text()) | {"method": "explicit file"}))
+    assert found(tmp_path / "folder", sweep_file) == "explicit file"
+
+
+def test_what_is_missing_is_said(store: ProfileStore, registry: Registry, h200: Hardware) -> None:
+    mixtral = registry.shape("mixtral-8x7b", "fp8")
+    assert store.find("alpha_moe", mixtral, h200) is None
+    with pytest.raises(ProfileError) as e:
+        store.require("alpha_moe", mixtral, h200)
+    message = str(e.value)
+    assert "no sweep of alpha_moe for mixtral-8x7b (E8-k2-h4096-i14336-fp8) on h200" in message
+    assert "h200 alpha_moe E8-k2-h4096-i3584-fp8" in message
+    assert "--profile" in message
+
+
+def test_profile_for_another_shape(registry: Registry, sweep_file: Path, h200: Hardware) -> None:
+    store = ProfileStore([sweep_file])
+    with pytest.raises(ProfileError, match=r"the profile given is for olmoe-1b-7b .* on h200, not for qwen3-30b-a3b"):
+        store.require("alpha_moe", registry.shape("qwen3-30b-a3b", "fp8"), h200)
+
+
+def test_profile_in_another_shapes_place(registry: Registry, sweep_file: Path, h200: Hardware) -> None:
+    qwen = registry.shape("qwen3-30b-a3b", "fp8")
+    path = place(user_data_dir(), sweep_file, qwen, h200, "moved by hand")
+    with pytest.raises(ProfileError, match=r"is for alpha_moe, E64.*, its place says alpha_moe, E128.*; move it") as e:
+        ProfileStore().find("alpha_moe", qwen, h200)
+    assert str(path) in str(e.value)
+
+
+def test_explicit_path_that_is_no_profile(tmp_path: Path) -> None:
+    with pytest.raises(ProfileError, match=r"cannot read .*nowhere"):
+        ProfileStore([tmp_path / "nowhere"])
+    (tmp_path / "x.json").write_text('{"format": "ramp-moe/other", "version": 1}')
+    with pytest.raises(ProfileError, match="is not a ramp-moe/sweep file"):
+        ProfileStore([tmp_path / "x.json"])
+
+
+@pytest.fixture
+def fit_record(replay: Replay) -> FitRecord:
+    quality = {"mean": 0.1, "median": 0.1, "p95": 0.1, "max": 0.1}
+    return make_record(replay.fit(), replay.recordings[0].sweep, quality)
+
+
+def test_fit_round_trip(fit_record: FitRecord, tmp_path: Path) -> None:
+    save_fit(tmp_path / "a.fit.json", fit_record)
+    assert load_fit(tmp_path / "a.fit.json") == fit_record
+
+
+def test_a_stored_fit_predicts_the_same(
+    replay: Replay, registry: Registry, fit_record: FitRecord, tmp_path: Path, olmoe: MoEShape, h200: Hardware
+) -> None:
+    save_fit(tmp_path / "a.fit.json", fit_record)
+    # no sweep anywhere: the fit alone is enough to dispatch
+    model = load_model(registry, ProfileStore([tmp_path / "a.fit.json"]), olmoe, h200, ["alpha_moe"])
+    fresh = replay.fit()
+    assert model.candidates == fresh.candidates
+    assert model.cost(replay.histograms).tolist() == fresh.cost(replay.histograms).tolist()
+    assert model.measured == fresh.measured
+
+
+def test_a_fit_older_than_its_sweep_is_not_used(
+    registry: Registry, store: ProfileStore, fit_record: FitRecord, sweep_file: Path, olmoe: MoEShape, h200: Hardware
+) -> None:
+    path = user_data_dir() / relative_path("alpha_moe", olmoe, h200, FIT_SUFFIX)
+    slow = [msgspec.structs.replace(f, floor_us=1e6) for f in fit_record.fits]
+    save_fit(path, msgspec.structs.replace(fit_record, fits=slow))
+    histogram = load_sweep(sweep_file).histograms[0]
+    assert load_model(registry, store, olmoe, h200, ["alpha_moe"]).cost(histogram).min() == 1e6
+    place(user_data_dir(), sweep_file, olmoe, h200, "measured again")
+    assert load_model(registry, store, olmoe, h200, ["alpha_moe"]).cost(histogram).min() < 1e3
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"version": 2}, "version 2, this ramp-moe reads up to 1"),
+        ({"form": "magic"}, r"form 'magic' of terms .* is not known here; fit again"),
+        ({"stages": ["dance"]}, r"are not kinds of stages - at `\$.stages`"),
+        ({"shape": {}}, "missing required field `num_experts` - at `\\$.shape`"),
+    ],
+)
+def test_bad_fit_files(fit_record: FitRecord, tmp_path: Path, change: dict[str, object], message: str) -> None:
+    path = tmp_path / "a.fit.json"
+    save_fit(path, fit_record)
+    path.write_text(json.dumps(json.loads(path.read_text()) | change))
+    with pytest.raises(ProfileError, match=message):
+        load_fit(path)
+
+
+def test_fit_with_missing_coefficients(fit_record: FitRecord, tmp_path: Path) -> None:
+    path = tmp_path / "a.fit.json"
+    save_fit(path, fit_record)
+    raw = json.loads(path.read_text())
+    raw["fits"][4]["coefficients"].pop()
+    path.write_text(json.dumps(raw))
+    with pytest.raises(ProfileError, match=r"3 coefficients for 4 terms - at `\$.fits\[4\].coefficients`"):
+        load_fit(path)

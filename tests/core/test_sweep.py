@@ -1,0 +1,169 @@
+"""The sweep file: round trip, migration, and what is said of a bad one."""
+
+from __future__ import annotations
+
+import json
+import os
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import msgspec
+import numpy as np
+import pytest
+from ramp_moe import ProfileError, load_sweep
+
+Edit = Callable[[dict[str, Any]], Any]
+
+
+def edited(path: Path, edit: Edit) -> Path:
+    raw = json.loads(path.read_text())
+    raw = edit(raw) or raw
+    path.write_text(json.dumps(raw))
+    return path
+
+
+def test_round_trip_keeps_every_byte(sweep_file: Path, tmp_path: Path) -> None:
+    load_sweep(sweep_file).save(tmp_path / "deep" / "copy.json")
+    assert (tmp_path / "deep" / "copy.json").read_bytes() == sweep_file.read_bytes()
+
+
+def test_shipped_sweeps(registry) -> None:
+    files = [f for d in registry.profile_dirs for f in d.glob("*/*/*.json")]
+    assert len(files) >= 4
+    for file in files:
+        start = time.perf_counter()
+        sweep = load_sweep(file)
+        assert time.perf_counter() - start < 0.1
+        assert file.parts[-3:] == (sweep.device, sweep.kernel, f"{sweep.shape.slug}.json")
+        assert sweep.times_us.shape == (len(sweep.labels), len(sweep.record.columns))
+
+
+def version_0(record: dict[str, Any]) -> dict[str, Any]:
+    """The same content as the headerless files of the first measurements had it."""
+    shape = record["shape"]
+
+    def row(r: dict[str, Any]) -> dict[str, Any]:
+        kind = r["routing"].rstrip("0123456789.")
+        arg = float(r["routing"][len(kind) :] or 0)
+        return {
+            "num_tokens": r["num_tokens"],
+            "routing": kind,
+            "routing_arg": arg,
+            "histogram": r["histogram"],
+            "median_us": r["median_us"],
+            "min_us": r["median_us"],
+        }
+
+    return {
+        "device": record["device_name"],
+        "driver": record["driver"],
+        **record["software"],
+        "kernel": record["kernel"],
+        "kernel_version": record["kernel_version"],
+        "dtype": "fp8_w8a8 block [128,128]",
+        "measured": record["measured"],
+        "method": record["method"],
+        "model": shape["name"],
+        **{k: shape[k] for k in ("num_experts", "top_k", "hidden_size", "intermediate_size")},
+        "configs": [c["params"] for c in record["columns"]],
+        "noop_us": {},
+        "rows": [row(r) for r in record["rows"]],
+    }
+
+
+def test_version_0_migrates_to_the_same_sweep(sweep_file: Path) -> None:
+    new = load_sweep(sweep_file)
+    before = edited(sweep_file, version_0).read_bytes()
+    old = load_sweep(sweep_file)
+    assert msgspec.to_builtins(old.record) == msgspec.to_builtins(new.record)
+    assert sweep_file.read_bytes() == before
+
+
+def _set(*path: Any) -> Edit:
+    *where, last, value = path
+
+    def edit(raw: dict[str, Any]) -> None:
+        target: Any = raw
+        for step in where:
+            target = target[step]
+        target[last] = value
+
+    return edit
+
+
+@pytest.mark.parametrize(
+    ("edit", "message"),
+    [
+        (_set("version", 99), "version 99, this ramp-moe reads up to 1; upgrade ramp-moe"),
+        (_set("version", 0.5), "is not a ramp-moe/sweep file"),
+        (_set("format", "other"), r"is not a ramp-moe/sweep file \(its format says 'other'\)"),
+        (lambda raw: [1, 2], "is not a ramp-moe/sweep file"),
+        (lambda raw: {"hello": 1}, "is not a ramp-moe/sweep file"),
+        (lambda raw: raw.pop("method") and None, "missing required field `method`"),
+        (_set("extra", 1), "unknown field `extra`"),
+        (_set("rows", 3, "num_tokens", "four"), r"Expected `int`, got `str` - at `\$.rows\[3\].num_tokens`"),
+        (_set("rows", 3, "num_tokens", 0), r"at `\$.rows\[3\].num_tokens`"),
+        (_set("rows", 2, "histogram", [1, 2]), r"2 entries, the shape has 64 experts - at `\$.rows\[2\].histogram`"),
+        (_set("rows", 2, "histogram", 0, -4), r"negative count .* - at `\$.rows\[2\].histogram`"),
+        (_set("rows", 0, "histogram", 0, 999), r"more than tokens x top_k = 8 - at `\$.rows\[0\].histogram`"),
+        (_set("rows", 1, "median_us", [1.0]), r"1 times for 152 columns - at `\$.rows\[1\].median_us`"),
+        (_set("rows", 1, "median_us", 7, -1.0), r"not -1.0 - at `\$.rows\[1\].median_us\[7\]`"),
+        (_set("rows", []), "at least one row"),
+        (_set("columns", []), "at least one column"),
+        (_set("columns", 5, "stage", "dance"), r"'dance' is not one of .* - at `\$.columns\[5\].stage`"),
+        (lambda raw: raw["columns"].__setitem__(1, raw["columns"][0]), r"appears twice - at `\$.columns\[1\].key`"),
+        (_set("shape", "top_k", 65), r"top_k 65 exceeds num_experts 64 - at `\$.shape`"),
+    ],
+)
+def test_a_bad_file_is_named_with_its_field(sweep_file: Path, edit: Edit, message: str) -> None:
+    before = edited(sweep_file, edit).read_bytes()
+    with pytest.raises(ProfileError, match=message) as e:
+        load_sweep(sweep_file)
+    assert str(sweep_file) in str(e.value)
+    assert "\n" not in str(e.value)
+    assert sweep_file.read_bytes() == before
+
+
+@pytest.mark.parametrize("damage", [lambda b: b[: len(b) // 2], lambda b: b"", lambda b: b"\xff\xfe" + b])
+def test_truncated_and_corrupt_files(sweep_file: Path, damage: Callable[[bytes], bytes]) -> None:
+    sweep_file.write_bytes(damage(sweep_file.read_bytes()))
+    with pytest.raises(ProfileError, match="is corrupt or truncated"):
+        load_sweep(sweep_file)
+
+
+def test_broken_version_0(sweep_file: Path) -> None:
+    edited(sweep_file, version_0)
+    edited(sweep_file, lambda raw: raw.pop("top_k") and None)
+    with pytest.raises(ProfileError, match="cannot be migrated from version 0: missing or wrong field 'top_k'"):
+        load_sweep(sweep_file)
+
+
+def test_missing_file(tmp_path: Path) -> None:
+    with pytest.raises(ProfileError, match=r"cannot read .*nowhere\.json: No such file"):
+        load_sweep(tmp_path / "nowhere.json")
+
+
+def test_a_failed_write_leaves_the_old_file(sweep_file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    sweep = load_sweep(sweep_file)
+    before = sweep_file.read_bytes()
+
+    def full(descriptor: int) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(os, "fsync", full)
+    with pytest.raises(ProfileError, match=r"cannot write .*: No space left on device"):
+        sweep.select([0, 1]).save(sweep_file)
+    assert sweep_file.read_bytes() == before
+    assert [p.name for p in sweep_file.parent.iterdir()] == [sweep_file.name]
+
+
+def test_unmeasured_cells_and_selection(sweep_file: Path) -> None:
+    edited(sweep_file, _set("rows", 0, "median_us", 3, None))
+    sweep = load_sweep(sweep_file)
+    assert np.isnan(sweep.times_us[0, 3])
+    assert np.isfinite(sweep.times_us).sum() == sweep.times_us.size - 1
+    part = sweep.select([5, 2])
+    assert part.labels == [sweep.labels[5], sweep.labels[2]]
+    assert np.array_equal(part.times_us, sweep.times_us[[5, 2]])

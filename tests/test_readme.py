@@ -1,0 +1,47 @@
+"""What the README says is what the library computes."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import pytest
+from conftest import RECORDED
+from ramp_moe import Hardware, ProfileStore, Registry
+from ramp_moe.comparison import compare_recorded
+from ramp_moe.replay import load_replay
+
+README = (Path(__file__).parents[1] / "README.md").read_text()
+
+
+@pytest.mark.parametrize("model", RECORDED)
+def test_the_table_is_recomputed(registry: Registry, store: ProfileStore, h200: Hardware, model: str) -> None:
+    replay = load_replay(registry, store, registry.shape(model, "fp8"), h200, ["alpha_moe"])
+    found = compare_recorded(replay)
+    s, best = found.speedups(), found.headroom()
+    assert best is not None
+    cells = [
+        model,
+        f"{s['geomean']:.3f}x",
+        f"{s['min']:.3f}x to {s['max']:.3f}x",
+        f"{best['geomean']:.3f}x",
+        f"{found.baselines['retrofitted'].mean:.1%}",
+        f"{found.baselines['static'].mean:.1%}",
+    ]
+    assert f"| {' | '.join(cells)} |" in README
+
+
+def test_the_shares_of_gains_and_losses(registry: Registry, store: ProfileStore, h200: Hardware) -> None:
+    speedups: list[float] = []
+    for model in RECORDED:
+        replay = load_replay(registry, store, registry.shape(model, "fp8"), h200, ["alpha_moe"])
+        speedups += [b.speedup for b in compare_recorded(replay).batches]
+    gain, loss = (sum(test) / len(speedups) for test in ([s > 1.1 for s in speedups], [s < 0.98 for s in speedups]))
+    assert f"{gain:.0%} of them gain more than\n10%, while {loss:.0%} lose more than 2%" in README
+
+
+def test_python_examples_run() -> None:
+    blocks = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
+    assert len(blocks) == 2
+    for block in blocks:
+        exec(compile(block, "README.md", "exec"), {"__name__": "readme"})
