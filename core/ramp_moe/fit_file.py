@@ -32,8 +32,10 @@ VERSION = 1
 
 
 class StageRecord(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """A `StageFit` by its stage's key; the other fields are the same."""
+
     key: str
-    coefficients: list[float]
+    coefficients: tuple[float, ...]
     rows: int
     rms_error: float
     max_error: float
@@ -66,16 +68,7 @@ def digest(sweep: Sweep) -> str:
 
 def make_record(model: CostModel, sweep: Sweep, quality: Mapping[str, float]) -> FitRecord:
     fits = [
-        StageRecord(
-            key=key,
-            coefficients=list(f.coefficients),
-            rows=f.rows,
-            rms_error=f.rms_error,
-            max_error=f.max_error,
-            ctas_range=f.ctas_range,
-            active_range=f.active_range,
-            floor_us=f.floor_us,
-        )
+        StageRecord(key, *(getattr(f, field) for field in StageRecord.__struct_fields__[1:]))
         for key, f in model.fits.items()
     ]
     return FitRecord(
@@ -133,17 +126,9 @@ def model_from_fit(
         if stages and all(s.key in by_key for s in stages):
             candidates.append(Candidate(record.kernel, config))
             for stage in stages:
-                f = by_key[stage.key]
-                fits[stage.key] = StageFit(
-                    stage=stage,
-                    coefficients=tuple(f.coefficients),
-                    rows=f.rows,
-                    rms_error=f.rms_error,
-                    max_error=f.max_error,
-                    ctas_range=f.ctas_range,
-                    active_range=f.active_range,
-                    floor_us=f.floor_us,
-                )
+                numbers = msgspec.structs.asdict(by_key[stage.key])
+                del numbers["key"]
+                fits[stage.key] = StageFit(stage, **numbers)
     if not candidates:
         raise ProfileError(
             f"the fit of {record.kernel} for {shape.label} on {record.device} covers no configuration of the kernel "
