@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import re
 from pathlib import Path
+from typing import Any
 
 import pytest
 from conftest import RECORDED
 from ramp_moe import Hardware, ProfileStore, Registry
+from ramp_moe.cli.listing import describe_kernel
 from ramp_moe.comparison import compare_recorded
 from ramp_moe.replay import load_replay
 
@@ -18,13 +20,13 @@ README = (Path(__file__).parents[1] / "README.md").read_text()
 def test_the_table_is_recomputed(registry: Registry, store: ProfileStore, h200: Hardware, model: str) -> None:
     replay = load_replay(registry, store, registry.shape(model, "fp8"), h200, ["alpha_moe"])
     found = compare_recorded(replay)
-    s, best = found.speedups(), found.headroom()
+    s, best = found.speedup_over_static, found.best_over_static
     assert best is not None
     cells = [
         model,
-        f"{s['geomean']:.3f}x",
-        f"{s['min']:.3f}x to {s['max']:.3f}x",
-        f"{best['geomean']:.3f}x",
+        f"{s.geomean:.3f}x",
+        f"{s.min:.3f}x to {s.max:.3f}x",
+        f"{best.geomean:.3f}x",
         f"{found.baselines['retrofitted'].mean:.1%}",
         f"{found.baselines['static'].mean:.1%}",
     ]
@@ -40,8 +42,13 @@ def test_the_shares_of_gains_and_losses(registry: Registry, store: ProfileStore,
     assert f"{gain:.0%} of them gain more than\n10%, while {loss:.0%} lose more than 2%" in README
 
 
-def test_python_examples_run() -> None:
-    blocks = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
-    assert len(blocks) == 2
-    for block in blocks:
-        exec(compile(block, "README.md", "exec"), {"__name__": "readme"})
+def test_python_examples_run(registry: Registry, h200: Hardware, capsys: pytest.CaptureFixture[str]) -> None:
+    dispatch, plugin = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
+    exec(compile(dispatch, "README.md", "exec"), {"__name__": "readme"})
+    assert capsys.readouterr().out.startswith("alpha_moe/bm")
+    names: dict[str, Any] = {"__name__": "readme"}
+    exec(compile(plugin, "README.md", "exec"), names)
+    (kernel,) = names["ramp_moe_kernels"]()
+    count, layout, reason = describe_kernel(kernel, registry.shape("olmoe-1b-7b", "fp8"), h200)
+    assert (count, reason) == (2, None)
+    assert layout is not None

@@ -13,6 +13,8 @@ from ramp_moe import GridGeometry, Hardware, Kernel, KernelConfig, MoEShape, Sta
 
 CTA_WEIGHT_ROWS = 256
 BLOCK_K = 128
+CTA_HIDDEN = 256
+"""Output columns that a CTA writes at a time; a remainder would stay unwritten."""
 WARP_TILES = ((64, 4), (32, 8))
 """(block_n, warp_n): rows of one warp's tile, and consumer warps."""
 
@@ -30,8 +32,8 @@ class AlphaMoE(Kernel):
             return f"written for Hopper (sm_90), {hardware.name} is {hardware.arch}"
         if shape.dtype != "fp8":
             return f"takes fp8 block-scaled weights only, not {shape.dtype}"
-        if shape.hidden_size % BLOCK_K:
-            return f"hidden_size {shape.hidden_size} is not a multiple of {BLOCK_K}"
+        if shape.hidden_size % CTA_HIDDEN:
+            return f"hidden_size {shape.hidden_size} is not a multiple of {CTA_HIDDEN}"
         if shape.gate_up_rows % CTA_WEIGHT_ROWS:
             return f"intermediate_size {shape.intermediate_size} is not a multiple of {CTA_WEIGHT_ROWS // 2}"
         return None

@@ -12,9 +12,11 @@ import numpy as np
 from .cost_model import DEFAULT_FORM, Candidate, CostModel, provenance
 from .errors import RoutingError
 from .evaluation import (
+    DEALS,
     Summary,
     cross_validated_choices,
     nearest_batch_choices,
+    pooled_regret,
     regret,
     single_choices,
     static_choices,
@@ -22,10 +24,15 @@ from .evaluation import (
     table_choice,
 )
 from .replay import Replay
-from .routing import IntArray, active_experts, expert_histogram
+from .routing import FloatArray, IntArray, active_experts, expert_histogram
 from .trace import Trace
 
 Mode = Literal["replay", "predicted"]
+
+
+def percent(value: float | None) -> str:
+    """A fraction for a person to read; nothing where it was not measured."""
+    return "" if value is None else f"{value:.1%}"
 
 
 @dataclass(frozen=True, slots=True)
@@ -74,6 +81,19 @@ class Batch:
         }
 
 
+@dataclass(frozen=True, slots=True)
+class Ratios:
+    """Speed-ups over batches."""
+
+    geomean: float
+    min: float
+    max: float
+
+    @classmethod
+    def of(cls, ratios: FloatArray) -> Ratios:
+        return cls(float(np.exp(np.log(ratios).mean())), float(ratios.min()), float(ratios.max()))
+
+
 @dataclass(frozen=True)
 class Comparison:
     """What `ramp-moe compare` shows. Regrets are fractions, None where they were not measured."""
@@ -85,20 +105,27 @@ class Comparison:
     form: str
     sources: list[dict[str, str]]
     stages: list[str]
-    stages_left_out: list[str]
+    stages_left_out: Mapping[str, list[str]]
+    """By kernel, the kinds of stages that its times do not contain."""
     batches: list[Batch]
     baselines: Mapping[str, Summary]
     """Regret of each policy by name; empty where nothing was measured."""
+    speedup_over_static: Ratios
+    """Of the retrofitted dispatch."""
+    best_over_static: Ratios | None
+    """Of the best in hindsight: more than this no choice can gain. None where nothing was measured."""
     notes: list[str]
 
-    def speedups(self) -> dict[str, float]:
-        """Of retrofitted over static dispatch."""
-        return _ratios([b.speedup for b in self.batches])
-
-    def headroom(self) -> dict[str, float] | None:
-        """Speed-ups of the best in hindsight over static dispatch: more than this no choice can gain."""
-        best = [b.static.us / b.best.us for b in self.batches if b.best is not None]
-        return _ratios(best) if best else None
+    def provenance(self) -> str:
+        """Where the numbers come from, and what they cover, in two sentences."""
+        what = "; ".join(s["summary"] for s in self.sources)
+        origin = (
+            f"Replay of recorded measurements, nothing was run on this machine: {what}."
+            if self.mode == "replay"
+            else f"PREDICTED by the cost model, not measured; it was fitted to recorded measurements of {what}."
+        )
+        left_out = "; ".join(f"{k} without {', '.join(v)}" for k, v in self.stages_left_out.items() if v)
+        return f"{origin} Times cover: {', '.join(self.stages)}" + (f" ({left_out})." if left_out else ".")
 
     def as_dict(self) -> dict[str, Any]:
         empty: dict[str, float | None] = dict.fromkeys(("mean", "median", "p95", "max"))
@@ -115,16 +142,11 @@ class Comparison:
             "regret": summaries.get("retrofitted", empty),
             "static_regret": summaries.get("static", empty),
             "baselines": summaries,
-            "speedup_over_static": self.speedups(),
-            "best_over_static": self.headroom(),
+            "speedup_over_static": asdict(self.speedup_over_static),
+            "best_over_static": self.best_over_static and asdict(self.best_over_static),
             "notes": self.notes,
             "batches": [b.as_dict() for b in self.batches],
         }
-
-
-def _ratios(values: Sequence[float]) -> dict[str, float]:
-    v = np.array(values)
-    return {"geomean": float(np.exp(np.log(v).mean())), "min": float(v.min()), "max": float(v.max())}
 
 
 def _sources(replay: Replay) -> list[dict[str, str]]:
@@ -146,13 +168,20 @@ def _sources(replay: Replay) -> list[dict[str, str]]:
 def compare_recorded(replay: Replay, form: str = DEFAULT_FORM) -> Comparison:
     """Judge every policy on the replay's measured times; the retrofitted choices are cross-validated."""
     times, labels, candidates = replay.times_us, replay.labels, replay.candidates
-    chosen = {
-        "retrofitted": cross_validated_choices(replay.histograms, lambda rows: replay.fit(rows, form)),
-        "static": static_choices(times, labels),
-        "nearest-batch table": nearest_batch_choices(times, labels),
-        "one configuration": single_choices(times),
+    retrofitted = [
+        cross_validated_choices(replay.histograms, lambda rows: replay.fit(rows, form), seed=deal)
+        for deal in range(DEALS)
+    ]
+    static = static_choices(times, labels)
+    policies = {
+        "retrofitted": retrofitted,
+        "static": [static],
+        "nearest-batch table": [nearest_batch_choices(times, labels)],
+        "one configuration": [single_choices(times, seed=deal) for deal in range(DEALS)],
     }
-    best = times.argmin(1)
+    means = [float(regret(times, choices).mean()) for choices in retrofitted]
+    rows = np.arange(len(times))
+    static_us, best = times[rows, static], times.argmin(1)
     active = active_experts(replay.histograms)
 
     def pick(row: int, candidate: int) -> Pick:
@@ -163,10 +192,10 @@ def compare_recorded(replay: Replay, form: str = DEFAULT_FORM) -> Comparison:
             tokens=tokens,
             routing=routing,
             active_experts=float(active[i]),
-            static=pick(i, chosen["static"][i]),
-            retrofitted=pick(i, chosen["retrofitted"][i]),
+            static=pick(i, static[i]),
+            retrofitted=pick(i, retrofitted[0][i]),
             best=pick(i, best[i]),
-            changed=float(chosen["static"][i] != chosen["retrofitted"][i]),
+            changed=float(static[i] != retrofitted[0][i]),
         )
         for i, (tokens, routing) in enumerate(labels)
     ]
@@ -180,10 +209,14 @@ def compare_recorded(replay: Replay, form: str = DEFAULT_FORM) -> Comparison:
         stages=list(replay.stages),
         stages_left_out=replay.stages_left_out,
         batches=batches,
-        baselines={name: Summary.of(regret(times, choices)) for name, choices in chosen.items()},
+        baselines={name: Summary.of(pooled_regret(times, deals)) for name, deals in policies.items()},
+        speedup_over_static=Ratios.of(np.concatenate([static_us / times[rows, choices] for choices in retrofitted])),
+        best_over_static=Ratios.of(static_us / times.min(1)),
         notes=[
             *replay.notes,
-            "retrofitted choices are cross-validated; static is judged on the uniform batches it was tuned on",
+            f"retrofitted choices are cross-validated, {DEALS} ways of dealing the batches into folds pooled (mean "
+            f"regret {percent(min(means))} to {percent(max(means))}); the table shows the first",
+            "static is judged on the uniform batches it was tuned on, which favours it",
         ],
     )
 
@@ -199,15 +232,15 @@ def compare_trace(replay: Replay, trace: Trace, form: str = DEFAULT_FORM) -> Com
     of another shape.
     """
     shape = replay.shape
-    if (trace.num_experts, trace.top_k) != (shape.num_experts, shape.top_k):
+    if (trace.num_experts or shape.num_experts, trace.top_k) != (shape.num_experts, shape.top_k):
         raise RoutingError(
-            f"the trace names {trace.top_k} of {trace.num_experts} experts a token, "
+            f"the trace names {trace.top_k} of {trace.num_experts or 'so many'} experts a token, "
             f"{shape.label} {shape.top_k} of {shape.num_experts}"
         )
     model = replay.fit(form=form)
     table = static_table(replay.times_us, replay.labels)
     batches, outside, total = [], 0, 0
-    for routing, size, histograms in _trace_batches(trace):
+    for routing, size, histograms in _trace_batches(trace, shape.num_experts):
         prediction = model.predict(histograms)
         static = table_choice(table, size)
         chosen = prediction.us.argmin(1)
@@ -232,11 +265,13 @@ def compare_trace(replay: Replay, trace: Trace, form: str = DEFAULT_FORM) -> Com
         stages_left_out=replay.stages_left_out,
         batches=batches,
         baselines={},
+        speedup_over_static=Ratios.of(np.array([b.speedup for b in batches])),
+        best_over_static=None,
         notes=notes,
     )
 
 
-def _trace_batches(trace: Trace) -> Iterator[tuple[str, int, IntArray]]:
+def _trace_batches(trace: Trace, num_experts: int) -> Iterator[tuple[str, int, IntArray]]:
     """(kind, tokens, histograms) for the batch sizes that the trace is long enough for."""
     sizes: Sequence[tuple[str, int]] = [("decode", n) for n in DECODE_SIZES] + [("prefill", n) for n in PREFILL_SIZES]
     for kind, size in sizes:
@@ -246,7 +281,7 @@ def _trace_batches(trace: Trace) -> Iterator[tuple[str, int, IntArray]]:
         except RoutingError:  # longer than the trace
             continue
         if ids:
-            yield f"trace {kind}", size, np.stack([expert_histogram(b, trace.num_experts) for b in ids])
+            yield f"trace {kind}", size, np.stack([expert_histogram(b, num_experts) for b in ids])
 
 
 def _trace_batch(

@@ -116,7 +116,10 @@ class _Grids:
         blocks = np.array([1 if g is None else g.block_tokens for g in geometries], np.float64)
         distinct, self.block_of = np.unique(blocks, return_inverse=True)
         self.blocks = distinct[:, None]
-        self.ctas_per_m_tile = np.array([1.0 if g is None else g.ctas_per_m_tile for g in geometries])
+        # An M-tile that is a whole token has several ids, each a block of its own here: they share its CTAs.
+        self.ctas_per_m_tile = np.array(
+            [1.0 if g is None else g.ctas_per_m_tile / (g.token_ids or 1) for g in geometries]
+        )
         self.slots = np.array([np.inf if g is None else g.slots(num_sms) for g in geometries])
 
     def ctas(self, histograms: IntArray) -> FloatArray:
@@ -189,6 +192,8 @@ class CostModel:
         # Candidate c sums stages _flat[_starts[c] : _starts[c + 1]].
         self._flat = np.array([index[k] for ks in keys for k in ks], np.intp)
         self._starts = np.cumsum([0, *(len(ks) for ks in keys[:-1])])
+        self._stages_of = [[index[k] for k in ks] for ks in keys]
+        self._ranges = [(*f.ctas_range, *f.active_range) for f in fitted]
         # The commonest case, one measured stage a candidate, needs no summing in the hot path.
         self._one_stage_each = np.array_equal(self._flat, np.arange(len(candidates)))
 
@@ -200,6 +205,18 @@ class CostModel:
         """Microseconds `[..., candidates]` for checked histograms int64 `[..., num_experts]`: the hot path."""
         return self._cost(self._grids.ctas(histograms), _active(histograms))
 
+    def choose(self, histogram: IntArray) -> tuple[int, float, bool]:
+        """Index of the fastest candidate for one checked histogram (the first of equal ones), its predicted
+        microseconds, and whether that extrapolates."""
+        ctas, active = self._grids.ctas(histogram), _active(histogram)
+        us = self._cost(ctas, active)
+        best = int(us.argmin())
+        extrapolated = False
+        for i in self._stages_of[best]:
+            f, a = self._ranges[i], active[0]
+            extrapolated |= not (f[0] <= ctas[i] <= f[1] and f[2] <= a <= f[3])
+        return best, float(us[best]), extrapolated
+
     def predict(self, histograms: IntArray) -> Prediction:
         """As `cost`, and which predictions lie outside the rows that the fit saw."""
         ctas = self._grids.ctas(histograms)
@@ -208,6 +225,11 @@ class CostModel:
         outside = (ctas < ctas_low) | (ctas > ctas_high) | (active < active_low) | (active > active_high)
         extrapolated = np.logical_or.reduceat(outside[..., self._flat], self._starts, axis=-1)
         return Prediction(self._cost(ctas, active), extrapolated)
+
+    def restrict(self, kernels: Sequence[str]) -> CostModel:
+        """The same model with the candidates of these kernels only."""
+        kept = [c for c in self.candidates if c.kernel in kernels]
+        return CostModel(self.shape, self.hardware, self.form, kept, self.fits, self.stages, self.measured)
 
     def _cost(self, ctas: FloatArray, active: FloatArray) -> FloatArray:
         terms = self._grids.terms(self._terms, ctas, active)
@@ -220,8 +242,11 @@ class CostModel:
         return np.asarray(np.add.reduceat(us[..., self._flat], self._starts, axis=-1))
 
 
-def candidates_of(sweep: Sweep, configs: Sequence[KernelConfig]) -> tuple[Candidate, ...]:
-    """The configurations of the sweep's kernel whose measured kinds of stages all have a column.
+def candidates_of(
+    sweep: Sweep, configs: Sequence[KernelConfig], notes: list[str] | None = None
+) -> tuple[Candidate, ...]:
+    """The configurations of the sweep's kernel whose measured kinds of stages all have a column. `notes` gains a line
+    where some have not.
 
     Raises ProfileError where there is none: the plugin's configurations have changed since the sweep was taken.
     """
@@ -235,6 +260,11 @@ def candidates_of(sweep: Sweep, configs: Sequence[KernelConfig]) -> tuple[Candid
         raise ProfileError(
             f"the sweep of {sweep.kernel} for {sweep.shape.label} on {sweep.device} has no column that fits a "
             "configuration of the kernel registered under that name; measure again"
+        )
+    if notes is not None and len(candidates) < len(configs):
+        notes.append(
+            f"{sweep.kernel}: {len(configs) - len(candidates)} of {len(configs)} configurations left out, "
+            f"the sweep has no times for one of their stages ({', '.join(sweep.stages)})"
         )
     return candidates
 
@@ -262,6 +292,8 @@ def fit_sweep(sweep: Sweep, candidates: Sequence[Candidate], hardware: Hardware,
     by_key = {s.key: s for c in candidates for s in c.config.stages if s.kind in sweep.stages}
     stages = list(by_key.values())
     column = sweep.column_of
+    if absent := by_key.keys() - column.keys():
+        raise KernelError(f"the sweep of {sweep.kernel} has no column for stage {min(absent)!r}")
     times = sweep.times_us[:, [column[k] for k in by_key]]
     grids = _Grids(stages, hardware.num_sms)
     ctas = grids.ctas(sweep.histograms)
@@ -288,8 +320,8 @@ def fit_sweep(sweep: Sweep, candidates: Sequence[Candidate], hardware: Hardware,
     kept = [c for c in candidates if all(s.key in fits for s in c.config.stages if s.kind in sweep.stages)]
     if not kept:
         raise ProfileError(
-            f"the sweep of {sweep.kernel} for {sweep.shape.label} on {sweep.device} has {len(sweep.labels)} rows, "
-            f"too few to fit {len(spec.terms)} terms; measure more routings"
+            f"{len(sweep.labels)} batches of {sweep.kernel} for {sweep.shape.label} on {sweep.device} are too few to "
+            f"fit {len(spec.terms)} terms; measure more routings"
         )
     return CostModel(sweep.shape, hardware, form, kept, fits, sweep.stages, [provenance(sweep)])
 
@@ -304,9 +336,10 @@ def join(models: Sequence[CostModel]) -> CostModel:
     for model in models:
         if (model.shape, model.hardware, model.form) != (first.shape, first.hardware, first.form):
             raise ProfileError("cost models of different shapes, devices or forms cannot be joined")
-        if model is not first and (reason := incomparable(first, model)):
-            raise ProfileError(f"{reason}; choose comparable ones with --kernel")
         fits = model.fits | fits
+    for one, other in itertools.combinations(models, 2):
+        if reason := incomparable(one, other):
+            raise ProfileError(f"{reason}; choose comparable ones with --kernel")
     candidates = [c for m in models for c in m.candidates]
     stages = [k for k in STAGE_KINDS if any(k in m.stages for m in models)]
     measured = [line for m in models for line in m.measured]

@@ -6,8 +6,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import numpy as np
-
 from .cost_model import Candidate, CostModel
 from .errors import RoutingError
 from .plugins import get_registry
@@ -18,11 +16,13 @@ from .store import ProfileStore
 
 @dataclass(frozen=True, slots=True)
 class Choice:
-    """The candidate with the lowest predicted time; the first of several equal ones."""
+    """The candidate with the lowest predicted time; the first of several equal ones. `extrapolated`: the batch lies
+    outside those that the fit saw."""
 
     candidate: Candidate
     index: int
     predicted_us: float
+    extrapolated: bool
 
 
 class Dispatcher:
@@ -39,7 +39,8 @@ class Dispatcher:
         """
         registry = get_registry()
         store = ProfileStore(shipped=registry.profile_dirs)
-        return cls(load_model(registry, store, registry.shape(model, dtype), registry.device(device), kernels))
+        found, _ = load_model(registry, store, registry.shape(model, dtype), registry.device(device), kernels)
+        return cls(found)
 
     def choose(self, histogram: Any, num_tokens: int | None = None) -> Choice:
         """The fastest candidate for one batch, under 50 us for 152 configurations and 64 experts.
@@ -52,6 +53,5 @@ class Dispatcher:
         checked = check_histogram(histogram, shape.num_experts, max_ids)
         if checked.ndim != 1:
             raise RoutingError(f"choose takes one expert histogram, not a batch of shape {checked.shape}")
-        us = self.model.cost(checked)
-        index = int(np.argmin(us))
-        return Choice(self.model.candidates[index], index, float(us[index]))
+        index, us, extrapolated = self.model.choose(checked)
+        return Choice(self.model.candidates[index], index, us, extrapolated)

@@ -22,6 +22,9 @@ IndexArray = NDArray[np.intp]
 Labels = Sequence[tuple[int, str]]
 """(tokens, routing label) of each row."""
 
+DEALS = 5
+"""Ways of dealing rows into folds over which a cross-validated figure is pooled: one way alone moves it by a tenth."""
+
 TABLE_SIZES = (1, 4, 16, 64, 256, 1024, 4096)
 """Batch sizes of the nearest-batch table: tuned at every fourth power of two, as shipped tables are at a few sizes."""
 
@@ -73,6 +76,11 @@ def cross_validated_choices(
         rest = np.setdiff1d(np.arange(len(histograms)), held_out)
         choices[held_out] = fit(rest).cost(histograms[held_out]).argmin(1)
     return choices
+
+
+def pooled_regret(times_us: FloatArray, deals: Sequence[IndexArray]) -> FloatArray:
+    """Regret of every row under every way of dealing the folds, `[deals * rows]`."""
+    return np.concatenate([regret(times_us, choices) for choices in deals])
 
 
 def static_table(times_us: FloatArray, labels: Labels) -> dict[int, int]:

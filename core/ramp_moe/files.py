@@ -7,6 +7,7 @@ memory when it is read (the file stays as it was); one of a newer version is ref
 from __future__ import annotations
 
 import os
+import stat
 import tempfile
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -24,7 +25,7 @@ def peek_format(path: Path) -> str | None:
     """What a JSON file's `format` field says, None where it has none or cannot be read (reading it tells why)."""
     try:
         return msgspec.json.decode(path.read_bytes(), type=_Header).format
-    except (OSError, UnicodeDecodeError, msgspec.DecodeError):
+    except (OSError, ValueError, RecursionError, msgspec.DecodeError):
         return None
 
 
@@ -47,11 +48,11 @@ def read_json(
     """
     try:
         data = path.read_bytes()
-    except OSError as e:
-        raise ProfileError(f"cannot read {path}: {e.strerror or e}") from None
+    except (OSError, ValueError) as e:  # ValueError: a NUL in the path
+        raise ProfileError(f"cannot read {path}: {getattr(e, 'strerror', None) or e}") from None
     try:
         raw = msgspec.json.decode(data)
-    except (msgspec.DecodeError, UnicodeDecodeError) as e:
+    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as e:
         raise ProfileError(f"{path} is corrupt or truncated ({e}); restore it or measure again") from None
     if not isinstance(raw, dict):
         raise ProfileError(f"{path} is not a {file_format} file")
@@ -83,9 +84,14 @@ def write_json(path: Path, record: msgspec.Struct) -> None:
 def write_atomically(path: Path, data: bytes) -> None:
     """Write `data` to `path`, whole or not at all: a temporary file beside it is flushed, then renamed over it.
 
-    Raises ProfileError when the folder cannot be written or the disk is full; the old file then stays as it was.
+    A link is followed and a file's mode is kept. Raises ProfileError for anything but a regular file, when the folder
+    cannot be written, or when the disk is full; the old file then stays as it was.
     """
+    path = path.resolve()
     try:
+        mode = path.stat().st_mode if path.exists() else None
+        if mode is not None and not stat.S_ISREG(mode):
+            raise ProfileError(f"cannot write {path}: it is not a regular file; name another")
         path.parent.mkdir(parents=True, exist_ok=True)
         descriptor, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=".tmp")
         try:
@@ -93,7 +99,7 @@ def write_atomically(path: Path, data: bytes) -> None:
                 f.write(data)
                 f.flush()
                 os.fsync(f.fileno())
-            os.chmod(temporary, 0o644)
+            os.chmod(temporary, 0o644 if mode is None else stat.S_IMODE(mode))
             os.replace(temporary, path)
         except BaseException:
             os.unlink(temporary)

@@ -25,7 +25,7 @@ from .files import read_json, write_json
 from .hardware import Hardware
 from .kernel import STAGE_KINDS, KernelConfig
 from .shapes import MoEShape
-from .sweep import ShapeRecord, Sweep
+from .sweep import MAX_US, MIN_US, ShapeRecord, Sweep
 
 FORMAT = "ramp-moe/fit"
 VERSION = 1
@@ -109,6 +109,8 @@ def load_fit(path: Path) -> FitRecord:
                 f"{path}: {len(fit.coefficients)} coefficients for {len(record.terms)} terms "
                 f"- at `$.fits[{i}].coefficients`"
             )
+        if not all(abs(c) <= MAX_US for c in fit.coefficients) or not MIN_US / 2 <= fit.floor_us <= MAX_US:
+            raise ProfileError(f"{path}: not finite, or no time in microseconds - at `$.fits[{i}]`; fit again")
     return record
 
 

@@ -59,8 +59,15 @@ def identify(known: Iterable[Hardware], device_name: str, num_sms: int) -> Hardw
     return hardware
 
 
-def detect(known: Iterable[Hardware], index: int = 0) -> Hardware:
-    """The constants of CUDA (or ROCm) device `index`, read through torch. Raises HardwareError where there is none."""
+def detect(known: Iterable[Hardware] | None = None, index: int = 0) -> Hardware:
+    """The constants of CUDA (or ROCm) device `index`, read through torch, out of `known` (the registry, where None).
+
+    Raises HardwareError where there is no such GPU, or no constants for it.
+    """
+    if known is None:
+        from .plugins import get_registry
+
+        known = get_registry().hardware.values()
     try:
         import torch
     except ImportError:

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from .comparison import Batch, Comparison, Pick
+from .comparison import Batch, Comparison, Pick, percent
 from .errors import ProfileError, RampMoEError
 from .files import write_atomically
 
@@ -48,27 +48,20 @@ def write_report(result: Comparison, path: Path) -> None:
 def _page(result: Comparison) -> str:
     replay = result.mode == "replay"
     title = f"ramp-moe: {result.model} on {result.device}"
-    s = result.speedups()
-    where = "; ".join(x["summary"] for x in result.sources)
-    banner = (
-        f"Replay of recorded measurements: {where}. Nothing was measured for this page."
-        if replay
-        else f"Predicted by the cost model, not measured. The model was fitted to recorded measurements: {where}."
-    )
+    s = result.speedup_over_static
     plots = [("Latency by batch size", _latency(result.batches))]
     if replay:
         plots.append(("Regret: how far from the best in hindsight", _regret(result.batches)))
     plots.append(("Which configuration wins where", _winners(result.batches)))
     body = "\n".join(f"<h2>{html.escape(name)}</h2>\n{_svg(figure)}" for name, figure in plots)
-    left_out = f"; not {', '.join(result.stages_left_out)}" if result.stages_left_out else ""
     notes = "".join(f"<li>{html.escape(n)}</li>" for n in result.notes)
     methods = "".join(f"<li>{html.escape(x['kernel'])}: {html.escape(x['method'])}</li>" for x in result.sources)
     return f"""<!doctype html>
 <html lang="en"><head><meta charset="utf-8"><title>{html.escape(title)}</title><style>{_STYLE}</style></head><body>
 <h1>{html.escape(title)}</h1>
-<p class="banner">{html.escape(banner)} Times cover: {", ".join(result.stages)}{html.escape(left_out)}.</p>
-<p><span class="figures">{s["geomean"]:.3f}x</span> {"" if replay else "predicted "}geometric mean speed-up of
-retrofitted over static dispatch; min {s["min"]:.3f}x, max {s["max"]:.3f}x.
+<p class="banner">{html.escape(result.provenance())}</p>
+<p><span class="figures">{s.geomean:.3f}x</span> {"" if replay else "predicted "}geometric mean speed-up of
+retrofitted over static dispatch; min {s.min:.3f}x, max {s.max:.3f}x.
 Kernels: {html.escape(", ".join(result.kernels))}.</p>
 {_policies(result)}
 {body}
@@ -77,10 +70,6 @@ Kernels: {html.escape(", ".join(result.kernels))}.</p>
 <h2>Notes</h2><ul>{notes}{methods}</ul>
 </body></html>
 """
-
-
-def _percent(value: float | None) -> str:
-    return "" if value is None else f"{value * 100:.1f}%"
 
 
 def _table(head: Sequence[str], rows: Sequence[Sequence[str]], left: Sequence[int]) -> str:
@@ -96,7 +85,7 @@ def _table(head: Sequence[str], rows: Sequence[Sequence[str]], left: Sequence[in
 def _policies(result: Comparison) -> str:
     if not result.baselines:
         return ""
-    rows = [[html.escape(name), *(_percent(v) for v in s.as_dict().values())] for name, s in result.baselines.items()]
+    rows = [[html.escape(name), *(percent(v) for v in s.as_dict().values())] for name, s in result.baselines.items()]
     return "<h2>Regret of each dispatch</h2>" + _table(["dispatch", "mean", "median", "p95", "max"], rows, [0])
 
 
@@ -114,7 +103,7 @@ def _batches(batches: Sequence[Batch]) -> str:
             *pick(b.retrofitted),
             *pick(b.best),
             f"{b.speedup:.3f}",
-            _percent(b.regret_of(b.retrofitted)),
+            percent(b.regret_of(b.retrofitted)),
         ]
         for b in batches
     ]

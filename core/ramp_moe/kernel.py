@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Literal, get_args
 
-from .errors import KernelError
+from .errors import KernelError, RampMoEError
 from .geometry import GridGeometry
 from .hardware import Hardware
 from .shapes import MoEShape
@@ -75,7 +75,7 @@ class Kernel(ABC):
         return None
 
     @abstractmethod
-    def configs(self, shape: MoEShape, hardware: Hardware) -> Sequence[KernelConfig]:
+    def configs(self, shape: MoEShape, hardware: Hardware) -> Iterable[KernelConfig]:
         """Every valid configuration for a supported shape, always in the same order, with distinct names."""
 
     @abstractmethod
@@ -84,11 +84,18 @@ class Kernel(ABC):
 
 
 def usable_configs(kernel: Kernel, shape: MoEShape, hardware: Hardware) -> tuple[KernelConfig, ...]:
-    """The kernel's configurations, or KernelError with the reason why there is none."""
-    reason = kernel.unsupported(shape, hardware)
+    """The kernel's configurations, or KernelError with the reason why there is none, or why the kernel is broken."""
+    try:
+        reason = kernel.unsupported(shape, hardware)
+        configs = () if reason is not None else tuple(kernel.configs(shape, hardware))
+    except RampMoEError:
+        raise
+    except Exception as e:  # a plugin's own mistake, which must not look like ours
+        raise KernelError(f"kernel {kernel.name} fails to describe itself: {type(e).__name__}: {e}") from e
     if reason is not None:
         raise KernelError(f"kernel {kernel.name} does not support {shape.label} on {hardware.name}: {reason}")
-    configs = tuple(kernel.configs(shape, hardware))
+    if not all(isinstance(c, KernelConfig) for c in configs):
+        raise KernelError(f"kernel {kernel.name} lists something that is not a KernelConfig")
     if not configs:
         raise KernelError(f"kernel {kernel.name} has no configuration for {shape.label} on {hardware.name}")
     if len({c.name for c in configs}) != len(configs):

@@ -3,8 +3,11 @@ reported by `ramp-moe plugins` and stops nothing else."""
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import os
+import re
+import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -27,6 +30,8 @@ ALLOW_LIST = "RAMP_MOE_PLUGINS"
 SLOW_SECONDS = 1.0
 
 T = TypeVar("T", Kernel, Model, Hardware)
+_NAME = re.compile(r"(?!auto$)[A-Za-z0-9][A-Za-z0-9._-]*")
+"""Names go into paths and commands; `--device auto` has a meaning of its own."""
 
 
 @dataclass
@@ -46,11 +51,23 @@ class Plugin:
         """Time a call into the plugin, and turn whatever it raises into a problem of this plugin."""
         start = time.perf_counter()
         try:
-            yield
-        except (Exception, SystemExit) as e:  # a plugin that calls sys.exit() must not end the program
-            self.problems.append(f"{doing}: {type(e).__name__}: {' '.join(str(e).split()) or 'no message'}")
+            # What a plugin prints must not end up in the middle of a command's JSON.
+            with contextlib.redirect_stdout(sys.stderr):
+                yield
+        except KeyboardInterrupt:
+            raise
+        except BaseException as e:  # a plugin that calls sys.exit(), or panics in Rust, must not end the program
+            self.problems.append(f"{doing}: {type(e).__name__}: {describe(e)}")
         finally:
             self.seconds += time.perf_counter() - start
+
+
+def describe(thing: object) -> str:
+    """str() of something a plugin made, on one line; what a plugin made may fail at that, too."""
+    try:
+        return " ".join(str(thing).split()) or "no message"
+    except Exception as e:
+        return f"{type(thing).__name__} (its __str__ raises {type(e).__name__})"
 
 
 class Registry:
@@ -68,7 +85,7 @@ class Registry:
         self.profile_dirs: list[Path] = []
         self._manager = pluggy.PluginManager(GROUP)
         self._manager.add_hookspecs(hookspecs)
-        self._by_module: dict[Any, Plugin] = {}
+        self._registered: dict[str, Plugin] = {}
         self._owner: dict[tuple[str, str], str] = {}
 
         own = Plugin("built-in", _version(DISTRIBUTION), DISTRIBUTION)
@@ -91,7 +108,7 @@ class Registry:
 
     def device(self, name: str) -> Hardware:
         """The hardware of that name, or UnknownNameError."""
-        return _look_up("device", name.lower(), self.hardware, "plugins add more with the ramp_moe_hardware hook")
+        return _look_up("device", name, self.hardware, "plugins add more with the ramp_moe_hardware hook")
 
     def shape(self, model: str, dtype: str | None = None) -> MoEShape:
         """The shape of a registered model, NAME or NAME-tpN (see `resolve_shape`)."""
@@ -119,7 +136,7 @@ class Registry:
         with plugin.guard("loading"):
             module = load()
             self._manager.register(module, name=plugin.name)
-            self._by_module[module] = plugin
+            self._registered[plugin.name] = plugin
             callers = self._manager.get_hookcallers(module) or []
             plugin.hooks = sorted(c.name for c in callers if c.spec is not None)
             plugin.loaded = True
@@ -131,19 +148,26 @@ class Registry:
 
     def _answers(self, hook: str) -> Iterator[tuple[Plugin, Any]]:
         """Each plugin's items for a hook, in registration order; pluggy's own call would stop at the first error."""
-        for impl in getattr(self._manager.hook, hook).get_hookimpls():
-            plugin = self._by_module[impl.plugin]
+        # Not in pluggy's order, in which tryfirst and trylast would let a plugin take a built-in name.
+        impls = {impl.plugin_name: impl for impl in getattr(self._manager.hook, hook).get_hookimpls()}
+        for name, plugin in self._registered.items():
+            if name not in impls:
+                continue
             items: list[Any] = []
             with plugin.guard(hook):
-                items = list(impl.function())
+                items = list(impls[name].function())
             for item in items:
                 yield plugin, item
 
     def _collect(self, hook: str, kind: type[T], into: dict[str, T]) -> None:
         for plugin, item in self._answers(hook):
-            name = getattr(item, "name", None)
-            if not isinstance(item, kind) or not isinstance(name, str):
-                plugin.problems.append(f"{hook}: {item!r} is not a named {kind.__name__}")
+            name = None
+            with plugin.guard(hook):
+                name = getattr(item, "name", None)
+            if not isinstance(item, kind) or not isinstance(name, str) or not _NAME.fullmatch(name):
+                plugin.problems.append(
+                    f"{hook}: {describe(item)} is not a {kind.__name__} with a name of letters, digits, . _ and -"
+                )
             elif name in into:
                 plugin.problems.append(f"{hook}: {name!r} is already given by plugin {self._owner[hook, name]!r}")
             else:
@@ -155,7 +179,7 @@ class Registry:
             if isinstance(path, Path) and path.is_dir():
                 self.profile_dirs.append(path)
             else:
-                plugin.problems.append(f"ramp_moe_profiles: {path!r} is not a folder")
+                plugin.problems.append(f"ramp_moe_profiles: {describe(path)} is not a folder, as a pathlib.Path")
 
 
 @functools.cache
@@ -165,9 +189,11 @@ def get_registry() -> Registry:
 
 
 def _look_up(what: str, name: str, known: dict[str, T], remedy: str) -> T:
-    if name not in known:
+    by_name = {n.lower(): thing for n, thing in known.items()} | known
+    found = by_name.get(name) or by_name.get(name.lower())
+    if found is None:
         raise UnknownNameError(what, name, known, remedy)
-    return known[name]
+    return found
 
 
 def _is_own(entry: metadata.EntryPoint) -> bool:

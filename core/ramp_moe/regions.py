@@ -8,8 +8,9 @@ steps through the reduction by tile_k:
     rho    = N K / (ttn tile_k)     weight tiles of one expert (lambda * kappa but for rounding)
     omega  = CTAs / SMs             waves of work
 
-Every threshold is derived from hardware constants, in the functions below, and printed with its derivation. Two rest
-on a latency that data sheets do not give: see LOADED_LATENCY_S and NOOP_LAUNCH_S.
+Every threshold is derived from hardware constants, in the functions below, and printed with its derivation. What data
+sheets do not give is named here: LOADED_LATENCY_S and NOOP_LAUNCH_S (orders of magnitude on Hopper, used for every
+GPU), L2_OVER_HBM and ACHIEVED_PEAK (chosen on the shipped Alpha-MoE sweeps).
 """
 
 from __future__ import annotations
@@ -17,8 +18,10 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 
+import numpy as np
+
 from .errors import RoutingError
-from .geometry import GridGeometry
+from .geometry import GridGeometry, m_tiles
 from .hardware import Hardware
 from .routing import IntArray, active_experts
 from .shapes import DTYPE_BYTES, MoEShape
@@ -40,8 +43,15 @@ TILE_ROWS, TILE_K_BYTES = 256, 128
 """The tile against which the regions are stated: 256 weight rows (a wide tile has twice as many), and a step along
 the reduction of one 128-byte swizzled row, which is 128 fp8 or 64 bf16 elements."""
 
-SMALL_BLOCK, MEDIUM_BLOCK, LARGE_BLOCK = 16, 32, 64
-TOKEN_BLOCKS = (8, SMALL_BLOCK, MEDIUM_BLOCK, LARGE_BLOCK, 128)
+L2_OVER_HBM = 1.5
+"""Rate at which an expert's second M-tile reads its weights again from L2, over that of the first from HBM."""
+
+ACHIEVED_PEAK = 0.2
+"""Share of peak arithmetic that block-scaled MoE tiles reach. Alpha-MoE's best reaches 0.22 on an H200 (olmoe-1b-7b,
+8,192 tokens: 824 GFLOP in 1.9 ms)."""
+
+TOKEN_BLOCKS = np.arange(8, 129, 8)
+SMALL_BLOCK, LARGE_BLOCK = 16, 32
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,13 +80,16 @@ def analyse(shape: MoEShape, hardware: Hardware, histogram: IntArray) -> Regions
     """Place one batch (its checked expert histogram, int64 `[num_experts]`, at least one token) on `hardware`.
 
     Stated for the up-projection, N = 2 x intermediate_size rows by K = hidden_size, the larger of the two GEMMs.
-    Raises RoutingError for a batch without tokens.
+    Raises RoutingError for a batch without tokens, or several batches.
     """
+    if histogram.ndim != 1:
+        raise RoutingError(f"regions are stated for one expert histogram, not a batch of shape {histogram.shape}")
     active = int(active_experts(histogram))
     if active == 0:
         raise RoutingError("the batch has no tokens: no region applies")
     mean, hottest = float(histogram.sum()) / active, int(histogram.max())
-    token_block = next((b for b in TOKEN_BLOCKS if b >= mean), TOKEN_BLOCKS[-1])
+    balance = _balance(shape, hardware)
+    token_block = _token_block(histogram, balance)
     tile_k = TILE_K_BYTES // DTYPE_BYTES[shape.dtype]
     grid = GridGeometry(
         block_tokens=token_block,
@@ -99,8 +112,8 @@ def analyse(shape: MoEShape, hardware: Hardware, histogram: IntArray) -> Regions
         _group_m(hardware, metrics, grid, hottest),
         _split_k(hardware, metrics),
         _wide_tile(metrics),
-        _small_block(metrics, token_block),
-        _large_block(shape, hardware, metrics),
+        _small_block(metrics, token_block, balance),
+        _large_block(metrics, token_block, balance),
     )
     return Regions(metrics, token_block, advice)
 
@@ -129,12 +142,13 @@ def _group_m(hardware: Hardware, m: Mapping[str, float], grid: GridGeometry, hot
 
 
 def _split_k(hardware: Hardware, m: Mapping[str, float]) -> Advice:
-    in_flight = min(PIPELINE_STAGES * TILE_ROWS * TILE_K_BYTES, hardware.smem_per_sm_bytes)
+    stages = max(1, min(PIPELINE_STAGES, hardware.smem_per_sm_bytes // (TILE_ROWS * TILE_K_BYTES)))
+    in_flight = stages * TILE_ROWS * TILE_K_BYTES
     # Little's law: HBM stays busy while CTAs * bytes in flight >= bandwidth * latency.
     busy = hardware.hbm_bytes_per_s * LOADED_LATENCY_S / (hardware.num_sms * in_flight)
     # A CTA alone streams a tile every latency / stages. Splitting in two halves that time and costs one more launch
     # and a round trip of the partial sums.
-    step = LOADED_LATENCY_S / PIPELINE_STAGES
+    step = LOADED_LATENCY_S / stages
     depth = 2 * (NOOP_LAUNCH_S + 2 * LOADED_LATENCY_S) / step
     deep, idle = m["kappa"] >= depth, m["omega"] < busy
     if not idle:
@@ -150,52 +164,68 @@ def _split_k(hardware: Hardware, m: Mapping[str, float]) -> Advice:
         m["omega"],
         busy,
         f"HBM x {LOADED_LATENCY_S * 1e6:g} us / (SMs x {in_flight // 1024} KiB in flight); and kappa >= {depth:.0f} = "
-        f"2 x (launch + 2 latencies) / step of {step * 1e6:g} us",
+        f"2 x (launch + 2 latencies) / step of {step * 1e6:.2g} us",
         reason,
     )
 
 
 def _wide_tile(m: Mapping[str, float]) -> Advice:
-    pays = m["omega"] > 1
+    pays = m["omega"] >= 2
     reason = (
-        "more than one wave: half the CTAs still fill the SMs, and each reads its activations for twice the rows"
+        "two waves or more: half the CTAs still fill the SMs, and each reads its activations for twice the rows"
         if pays
-        else "at most one wave: fewer, wider CTAs would leave SMs idle"
+        else "less than two waves: half as many CTAs would leave SMs idle"
     )
-    return Advice("wide weight tile", pays, "omega", m["omega"], 1.0, "one full wave of the normal tile", reason)
+    derivation = "half the CTAs still make one full wave (RaMP states omega > 1, without the histogram)"
+    return Advice("wide weight tile", pays, "omega", m["omega"], 2.0, derivation, reason)
 
 
-def _small_block(m: Mapping[str, float], token_block: int) -> Advice:
+def _balance(shape: MoEShape, hardware: Hardware) -> float:
+    """Tokens in a block at which its arithmetic takes as long as its weights' load from HBM: 2 FLOP for each token and
+    weight element."""
+    peak = ACHIEVED_PEAK * (hardware.peak_flops(shape.dtype) or hardware.bf16_flops)
+    return peak / hardware.hbm_bytes_per_s * DTYPE_BYTES[shape.dtype] / 2
+
+
+def _token_block(histogram: IntArray, balance: float) -> int:
+    """The block with the lowest roofline: every active expert's weights once from HBM and again from L2 for each
+    further M-tile, or the arithmetic of all M-tiles with their padding, whichever takes longer.
+
+    Times are in units of one expert's weights from HBM. A tie goes to the smaller block, which pads less.
+    """
+    tiles, active = m_tiles(histogram, TOKEN_BLOCKS), active_experts(histogram)
+    load = active + (tiles - active) / L2_OVER_HBM
+    arithmetic = tiles * TOKEN_BLOCKS / balance
+    return int(TOKEN_BLOCKS[np.maximum(load, arithmetic).argmin()])
+
+
+_BLOCK_DERIVATION = (
+    f"lowest of max(weights' load, arithmetic) over blocks of 8 to 128; re-reads at {L2_OVER_HBM:g} x HBM, "
+    f"{ACHIEVED_PEAK:g} x peak: a block of {{balance:.0f}} tokens computes as long as its weights load"
+)
+
+
+def _small_block(m: Mapping[str, float], token_block: int, balance: float) -> Advice:
     mean = m["mean_tokens_per_active_expert"]
-    pays = token_block <= SMALL_BLOCK
     reason = (
-        f"an active expert has {mean:.1f} tokens on average: a block of {token_block} holds them, a larger one pads"
-        if pays
+        f"an active expert has {mean:.1f} tokens on average: blocks over {SMALL_BLOCK} mostly compute padding"
+        if token_block <= SMALL_BLOCK
         else f"an active expert has {mean:.1f} tokens on average: small blocks would read its weights again and again"
     )
-    derivation = f"a block of {SMALL_BLOCK} holds an average active expert"
-    return Advice("small token block", pays, "tokens per active expert", mean, SMALL_BLOCK, derivation, reason)
-
-
-def _large_block(shape: MoEShape, hardware: Hardware, m: Mapping[str, float]) -> Advice:
-    mean, peak = m["mean_tokens_per_active_expert"], hardware.peak_flops(shape.dtype) or hardware.bf16_flops
-    # 2 FLOP for each token and weight element: with this many tokens arithmetic takes as long as the weights' load,
-    # and with fewer a larger block costs nothing.
-    balance = peak / hardware.hbm_bytes_per_s * DTYPE_BYTES[shape.dtype] / 2
-    crowded = mean > MEDIUM_BLOCK
-    if not crowded:
-        reason = f"an active expert has {mean:.1f} tokens on average: a large block would mostly compute padding"
-    elif balance < LARGE_BLOCK:
-        reason = f"arithmetic binds from {balance:.0f} tokens on: a larger block saves no time"
-    else:
-        reason = f"with {mean:.0f} tokens an active expert, blocks of {MEDIUM_BLOCK} read its weights several times"
+    derivation = _BLOCK_DERIVATION.format(balance=balance)
     return Advice(
-        "large token block",
-        crowded and balance >= LARGE_BLOCK,
-        "tokens per active expert",
-        mean,
-        MEDIUM_BLOCK,
-        f"more than one block of {MEDIUM_BLOCK}; and blocks up to peak / HBM x bytes / 2 = {balance:.0f} tokens are "
-        "bound by the weights' load, so a larger one is free",
-        reason,
+        "small token block", token_block <= SMALL_BLOCK, "block advised", token_block, SMALL_BLOCK, derivation, reason
+    )
+
+
+def _large_block(m: Mapping[str, float], token_block: int, balance: float) -> Advice:
+    mean = m["mean_tokens_per_active_expert"]
+    reason = (
+        f"with {mean:.0f} tokens an active expert, smaller blocks would read its weights several times"
+        if token_block >= LARGE_BLOCK
+        else f"with {mean:.1f} tokens an active expert, a large block would mostly compute padding"
+    )
+    derivation = _BLOCK_DERIVATION.format(balance=balance)
+    return Advice(
+        "large token block", token_block >= LARGE_BLOCK, "block advised", token_block, LARGE_BLOCK, derivation, reason
     )

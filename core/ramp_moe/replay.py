@@ -3,7 +3,9 @@ batches, and the cost model fitted on them."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -20,7 +22,7 @@ from .cost_model import (
     left_out,
     path_times,
 )
-from .errors import ProfileError, RampMoEError, UnknownNameError
+from .errors import ProfileError, RampMoEError
 from .evaluation import IndexArray
 from .fit_file import digest, model_from_fit
 from .hardware import Hardware
@@ -74,9 +76,9 @@ class Replay:
         return tuple(k for k in STAGE_KINDS if any(k in r.stages for r in self.recordings))
 
     @property
-    def stages_left_out(self) -> list[str]:
-        """Kinds of stages that the paths run and the times do not contain."""
-        return left_out(self)
+    def stages_left_out(self) -> dict[str, list[str]]:
+        """By kernel, the kinds of stages that its paths run and its times do not contain."""
+        return {r.sweep.kernel: left_out(r) for r in self.recordings}
 
     def fit(self, rows: IndexArray | None = None, form: str = DEFAULT_FORM) -> CostModel:
         """A cost model over all candidates, in their order, fitted on these rows (all where None)."""
@@ -101,32 +103,34 @@ def load_replay(
     the kernel of the most batches are left out with a note. Raises UnknownNameError, KernelError or ProfileError.
     """
     notes: list[str] = []
+    names = list(dict.fromkeys(kernels) or registry.kernels)
+    chosen = {name: registry.kernel(name) for name in names}
+    store.check(names, shape, hardware)
     found: list[Recording] = []
-    for name in dict.fromkeys(kernels) or registry.kernels:
-        kernel = registry.kernel(name)
-        recorded = store.require(name, shape, hardware) if kernels else store.find(name, shape, hardware)
-        if recorded is None:
-            continue
-        try:
-            configs = usable_configs(kernel, shape, hardware)
-            found.append(_recording(*recorded, configs, notes))
-        except RampMoEError as e:
-            if kernels:
-                raise
-            notes.append(f"{name} left out: {e}")
+    for name, kernel in chosen.items():
+        with _left_out(name, bool(kernels), notes):
+            recorded = store.require(name, shape, hardware) if kernels else store.find(name, shape, hardware)
+            if recorded is not None:
+                found.append(_recording(*recorded, usable_configs(kernel, shape, hardware), notes))
     if not found:
-        unregistered = {k for d, k, s in store.recorded() if d == hardware.name and s == shape.slug}
-        reason = "; ".join(notes) or store.missing(sorted(registry.kernels), shape, hardware)
-        if unregistered - set(registry.kernels):
-            name = min(unregistered - set(registry.kernels))
-            raise UnknownNameError("kernel", name, registry.kernels, "a sweep of it is recorded: install its plugin")
-        raise ProfileError(reason)
+        raise ProfileError("; ".join(notes) or store.missing(names, shape, hardware))
     found.sort(key=lambda r: -len(r.sweep.labels))
     return _align(shape, hardware, found, bool(kernels), notes)
 
 
+@contextmanager
+def _left_out(name: str, asked_for: bool, notes: list[str]) -> Iterator[None]:
+    """A kernel that was not asked for and cannot take part is left out with a note."""
+    try:
+        yield
+    except RampMoEError as e:
+        if asked_for:
+            raise
+        notes.append(f"{name} left out: {e}")
+
+
 def _recording(path: Path, sweep: Sweep, configs: Sequence[KernelConfig], notes: list[str]) -> Recording:
-    candidates = candidates_of(sweep, configs)
+    candidates = candidates_of(sweep, configs, notes)
     complete = np.atleast_1d(np.isfinite(path_times(sweep, candidates)).all(axis=0))
     if not complete.all():
         notes.append(f"{sweep.kernel}: {int((~complete).sum())} configurations left out, not measured on every batch")
@@ -142,7 +146,7 @@ def _align(shape: MoEShape, hardware: Hardware, found: Sequence[Recording], stri
     for recording in found[1:]:
         sweep = recording.sweep
         shared = rows.keys() & _rows(sweep).keys()
-        problem = incomparable(found[0], recording)
+        problem = next((reason for k in kept if (reason := incomparable(k, recording))), None)
         if problem is None and len(shared) < 2:
             problem = f"it was measured on other batches than {found[0].sweep.kernel}"
         if problem is None:
@@ -165,12 +169,15 @@ def _align(shape: MoEShape, hardware: Hardware, found: Sequence[Recording], stri
     return Replay(shape, hardware, tuple(aligned), first.histograms, first.labels, times, notes)
 
 
-def _rows(sweep: Sweep) -> dict[tuple[int, bytes], int]:
-    """Row index by batch; a batch is its tokens and its histogram."""
-    return {
-        (row.num_tokens, histogram.tobytes()): i
-        for i, (row, histogram) in enumerate(zip(sweep.record.rows, sweep.histograms, strict=True))
-    }
+def _rows(sweep: Sweep) -> dict[tuple[int, bytes, int], int]:
+    """Row index by batch: its tokens, its histogram, and how often the two stood in the sweep before."""
+    seen: Counter[tuple[int, bytes]] = Counter()
+    rows = {}
+    for i, (row, histogram) in enumerate(zip(sweep.record.rows, sweep.histograms, strict=True)):
+        key = row.num_tokens, histogram.tobytes()
+        rows[*key, seen[key]] = i
+        seen[key] += 1
+    return rows
 
 
 def load_model(
@@ -180,27 +187,42 @@ def load_model(
     hardware: Hardware,
     kernels: Sequence[str] = (),
     form: str = DEFAULT_FORM,
-) -> CostModel:
-    """The cost model to dispatch with: each kernel's stored fit where there is one of this form that is not older than
-    its sweep, else a fit of its sweep. Kernels as in `load_replay`."""
+) -> tuple[CostModel, list[str]]:
+    """The cost model to dispatch with, and notes on what was left out: each kernel's stored fit where there is one of
+    this form that is not older than its sweep, else a fit of its sweep. Kernels as in `load_replay`."""
+    notes: list[str] = []
+    names = list(dict.fromkeys(kernels) or registry.kernels)
+    chosen = {name: registry.kernel(name) for name in names}
+    store.check(names, shape, hardware)
     models: list[CostModel] = []
-    for name in dict.fromkeys(kernels) or registry.kernels:
-        kernel = registry.kernel(name)
-        recorded, fitted = store.find(name, shape, hardware), store.find_fit(name, shape, hardware)
-        if recorded is None and fitted is None:
-            if kernels:
-                raise ProfileError(store.missing([name], shape, hardware))
-            continue
-        configs = usable_configs(kernel, shape, hardware)
-        if fitted and fitted.form == form and (recorded is None or fitted.sweep == digest(recorded[1])):
-            models.append(model_from_fit(fitted, shape, hardware, configs))
-        elif recorded:
-            sweep = recorded[1]
-            models.append(fit_sweep(sweep, candidates_of(sweep, configs), hardware, form))
+    for name, kernel in chosen.items():
+        with _left_out(name, bool(kernels), notes):
+            recorded, fitted = store.find(name, shape, hardware), store.find_fit(name, shape, hardware)
+            if recorded is None and fitted is None:
+                if kernels:
+                    raise ProfileError(store.missing([name], shape, hardware))
+                continue
+            configs = usable_configs(kernel, shape, hardware)
+            if fitted and fitted.form == form and (recorded is None or fitted.sweep == digest(recorded[1])):
+                models.append(model_from_fit(fitted, shape, hardware, configs))
+            elif recorded:
+                sweep = recorded[1]
+                models.append(fit_sweep(sweep, candidates_of(sweep, configs, notes), hardware, form))
+            else:
+                raise ProfileError(f"the fit of {name} is of another form than {form}, and its sweep is not here")
     if not models:
-        raise ProfileError(store.missing(sorted(registry.kernels), shape, hardware))
+        raise ProfileError("; ".join(notes) or store.missing(names, shape, hardware))
     if not kernels:
-        # Unasked, keep what can be compared with the kernel of the most candidates.
-        largest = max(models, key=lambda m: len(m.candidates))
-        models = [m for m in models if m is largest or incomparable(largest, m) is None]
-    return join(models)
+        models = _comparable(models, notes)
+    return join(models), notes
+
+
+def _comparable(models: Sequence[CostModel], notes: list[str]) -> list[CostModel]:
+    """Unasked, the models that can be compared with the one of the most candidates, and with each other."""
+    kept: list[CostModel] = []
+    for model in sorted(models, key=lambda m: -len(m.candidates)):
+        if reason := next((r for k in kept if (r := incomparable(k, model))), None):
+            notes.append(f"{model.candidates[0].kernel} left out: {reason}")
+        else:
+            kept.append(model)
+    return kept

@@ -15,16 +15,31 @@ IntArray = NDArray[np.int64]
 FloatArray = NDArray[np.float64]
 
 
+MAX_COUNT = 2**40
+"""Bound on one expert's tokens, so that sums over experts stay exact in 64 bits."""
+
+MAX_CELLS = 2**28
+"""Bound on tokens x experts of a synthetic routing: what its random keys take is 2 GiB."""
+
+
+def _on_host(values: Any, what: str) -> Any:
+    """A torch tensor as numpy, wherever it lives; anything else as it is."""
+    if not hasattr(values, "detach"):
+        return values
+    try:
+        return values.detach().cpu().numpy()
+    except TypeError:  # bfloat16 and the like have no numpy counterpart
+        raise RoutingError(f"{what} must be integers, not {values.dtype}") from None
+
+
 def expert_histogram(topk_ids: Any, num_experts: int) -> IntArray:
     """Tokens per expert, int64 `[num_experts]`, of top-k ids `[tokens, top_k]` (numpy, torch, or nested lists).
 
     -1 and `num_experts` mark padding or an expert that lives on another rank; they are not counted.
     Raises RoutingError for ids that are not integers or lie outside `[-1, num_experts]`.
     """
-    if hasattr(topk_ids, "detach"):  # a torch tensor, wherever it lives
-        topk_ids = topk_ids.detach().cpu().numpy()
     try:
-        ids = np.asarray(topk_ids)
+        ids = np.asarray(_on_host(topk_ids, "top-k ids"))
     except ValueError:
         raise RoutingError("top-k ids are ragged: every token needs the same number of experts") from None
     if ids.size == 0:
@@ -47,12 +62,12 @@ def check_histogram(histogram: Any, num_experts: int | None = None, max_ids: int
     `max_ids` is tokens x top_k: more counts than that cannot be, fewer can (expert parallelism and padding drop ids).
     """
     try:
-        h = np.asarray(histogram)
+        h = np.asarray(histogram if type(histogram) is np.ndarray else _on_host(histogram, "an expert histogram"))
     except ValueError:
         raise RoutingError("expert histograms in one batch differ in length") from None
     if h.ndim == 0 or h.shape[-1] == 0:
         raise RoutingError("an expert histogram needs one count per expert")
-    if h.dtype.kind == "f" and np.all(np.isfinite(h)) and np.all(h == np.floor(h)):
+    if h.dtype.kind == "f" and np.all(np.abs(h) <= MAX_COUNT) and np.all(h == np.floor(h)):
         h = h.astype(np.int64)
     if h.dtype.kind not in "iu":
         raise RoutingError(f"an expert histogram holds whole token counts, not {h.dtype} values such as {h.flat[0]!s}")
@@ -61,6 +76,8 @@ def check_histogram(histogram: Any, num_experts: int | None = None, max_ids: int
     if h.min(initial=0) < 0:
         expert = int(np.argmin(h) % h.shape[-1])
         raise RoutingError(f"expert histogram has a negative count ({int(h.min())}) at expert {expert}")
+    if h.max(initial=0) > MAX_COUNT:
+        raise RoutingError(f"expert histogram has a count of {h.max()}, more than any batch can have")
     h = h.astype(np.int64, copy=False)
     if max_ids is not None and (total := int(h.sum(-1).max(initial=0))) > max_ids:
         raise RoutingError(f"expert histogram counts {total} ids, more than tokens x top_k = {max_ids}")
@@ -160,6 +177,10 @@ def generate(kind: str, tokens: int, num_experts: int, top_k: int, seed: int = 0
         raise RoutingError(f"the number of tokens must be at least 0, not {tokens}")
     if not 1 <= top_k <= num_experts:
         raise RoutingError(f"top_k must lie in [1, {num_experts}], not {top_k}")
+    if tokens * num_experts > MAX_CELLS:
+        raise RoutingError(f"{tokens} tokens over {num_experts} experts are too many to draw; give a histogram instead")
+    if seed < 0:
+        raise RoutingError(f"the seed must be at least 0, not {seed}")
     if kind in _PLAIN:
         return _PLAIN[kind](tokens, num_experts, top_k, seed)
     match = re.fullmatch(r"([a-z-]+?)(\d+(?:\.\d*)?|\.\d+)", kind)

@@ -110,12 +110,13 @@ def resolve_shape(models: Mapping[str, Model], name: str, dtype: str | None = No
 
     Raises UnknownNameError for a model that is not in `models`, ShapeError for a shard that does not divide.
     """
-    wanted = name.lower()
-    model, shards = models.get(wanted), 1
+    by_name = {n.lower(): m for n, m in models.items()} | dict(models)
+    wanted = name if name in by_name else name.lower()
+    model, shards = by_name.get(wanted), 1
     if model is None and (match := _SHARD.fullmatch(wanted)):
-        model, shards = models.get(match[1]), int(match[2])
+        wanted, shards = match[1], int(match[2])
+        model = by_name.get(wanted)
     if model is None:
-        base = match[1] if (match := _SHARD.fullmatch(wanted)) else wanted
-        raise UnknownNameError("model", base, models, "`ramp-moe models` lists them, -tpN shards one")
+        raise UnknownNameError("model", wanted, models, "`ramp-moe models` lists them, -tpN shards one")
     shape = model.shape if dtype is None else dataclasses.replace(model.shape, dtype=dtype)
     return shape.shard(shards) if shards != 1 else shape

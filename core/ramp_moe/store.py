@@ -6,7 +6,7 @@ In a folder of profiles a sweep is DEVICE/KERNEL/SHAPE.json and a fit DEVICE/KER
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 
 import platformdirs
@@ -31,6 +31,14 @@ def relative_path(kernel: str, shape: MoEShape, hardware: Hardware, suffix: str 
     return Path(hardware.name) / kernel / (shape.slug + suffix)
 
 
+def _test(question: Callable[[], bool]) -> bool:
+    """Path.is_file() or is_dir(), which raise where a folder on the way may not be entered."""
+    try:
+        return question()
+    except OSError as e:
+        raise ProfileError(f"cannot read {e.filename}: {e.strerror}") from None
+
+
 def _check_place(path: Path, found: tuple[str, MoEShape, str], wanted: tuple[str, MoEShape, str]) -> None:
     if found != wanted:
         (k1, s1, d1), (k2, s2, d2) = found, wanted
@@ -47,15 +55,37 @@ class ProfileStore:
         self._sweeps: list[tuple[Path, Sweep]] = []
         self._fits: list[tuple[Path, FitRecord]] = []
         folders = []
-        for path in explicit:
-            if path.is_dir():
+        for path in map(Path, explicit):
+            if _test(path.is_dir):
                 folders.append(path)
             # A file is read at once: what is wrong with it must not wait for a look-up that may never come.
             elif peek_format(path) == fit_file.FORMAT:
                 self._fits.append((path, load_fit(path)))
             else:
                 self._sweeps.append((path, load_sweep(path)))
+        self._explicit_folders = folders
         self.folders = [*folders, user_data_dir(), *shipped]
+
+    def check(self, kernels: Iterable[str], shape: MoEShape, hardware: Hardware) -> None:
+        """Raises ProfileError for something the user named that has no part in this: a file for another kernel, shape
+        or device, or a folder without a profile for any of these kernels. Otherwise it would be passed over silently.
+        """
+        names = list(kernels)
+        for path, k, s, d in (
+            *((p, x.kernel, x.shape, x.device) for p, x in self._sweeps),
+            *((p, x.kernel, x.shape.shape(), x.device) for p, x in self._fits),
+        ):
+            if k not in names:
+                raise ProfileError(f"{path} is a profile of kernel {k}, which is not one of: {', '.join(names)}")
+            if (s, d) != (shape, hardware.name):
+                raise ProfileError(
+                    f"{path} is for {s.label} ({s.slug}) on {d}, not for {shape.label} ({shape.slug}) on "
+                    f"{hardware.name}; leave it out, or name its model and device"
+                )
+        for folder in self._explicit_folders:
+            places = [relative_path(k, shape, hardware, x) for k in names for x in (".json", FIT_SUFFIX)]
+            if not any(_test((folder / p).is_file) for p in places):
+                raise ProfileError(f"{folder} has no profile for this model and device, such as {folder / places[0]}")
 
     def find(self, kernel: str, shape: MoEShape, hardware: Hardware) -> tuple[Path, Sweep] | None:
         """The first sweep for exactly this kernel, shape and device, with where it lies; None where there is none.
@@ -86,7 +116,7 @@ class ProfileStore:
 
     def _locate(self, kernel: str, shape: MoEShape, hardware: Hardware, suffix: str) -> Path | None:
         paths = (folder / relative_path(kernel, shape, hardware, suffix) for folder in self.folders)
-        return next((p for p in paths if p.is_file()), None)
+        return next((p for p in paths if _test(p.is_file)), None)
 
     def require(self, kernel: str, shape: MoEShape, hardware: Hardware) -> tuple[Path, Sweep]:
         """As `find`, but raises ProfileError saying what is missing and what is there."""
@@ -98,13 +128,6 @@ class ProfileStore:
     def missing(self, kernels: Iterable[str], shape: MoEShape, hardware: Hardware) -> str:
         """One line: no sweep for these kernels, shape and device; what is recorded instead."""
         names = list(kernels)
-        other = [s for _, s in self._sweeps if s.kernel in names]
-        if other:
-            s = other[0]
-            return (
-                f"the profile given is for {s.shape.label} ({s.shape.slug}) on {s.device}, "
-                f"not for {shape.label} ({shape.slug}) on {hardware.name}"
-            )
         there = sorted({f"{d} {k} {s}" for d, k, s in self.recorded() if k in names or d == hardware.name})
         return (
             f"no sweep of {' or '.join(names) or 'any kernel'} for {shape.label} ({shape.slug}) on {hardware.name}; "
@@ -114,5 +137,8 @@ class ProfileStore:
 
     def recorded(self) -> set[tuple[str, str, str]]:
         """(device, kernel, shape slug) of every sweep in the folders, by their places; the files are not read."""
-        paths = (p for folder in self.folders for p in folder.glob("*/*/*.json"))
+        try:
+            paths = [p for folder in self.folders for p in folder.glob("*/*/*.json")]
+        except OSError as e:
+            raise ProfileError(f"cannot read {e.filename}: {e.strerror}") from None
         return {(p.parts[-3], p.parts[-2], p.stem) for p in paths if not p.name.endswith(FIT_SUFFIX)}

@@ -33,6 +33,8 @@ from .shapes import MoEShape
 
 FORMAT = "ramp-moe/sweep"
 VERSION = 1
+MIN_US, MAX_US = 1e-3, 1e9
+"""Times outside are mistakes of unit; squares of what is inside stay finite in a fit."""
 
 
 class ShapeRecord(msgspec.Struct, forbid_unknown_fields=True):
@@ -159,8 +161,8 @@ def make_sweep(record: SweepRecord, source: str = "sweep") -> Sweep:
         if len(row.median_us) != len(keys):
             raise wrong(f"rows[{i}].median_us", f"{len(row.median_us)} times for {len(keys)} columns")
         for j, t in enumerate(row.median_us):
-            if t is not None and not 0 < t < float("inf"):
-                raise wrong(f"rows[{i}].median_us[{j}]", f"a time must be a positive number of microseconds, not {t}")
+            if t is not None and not MIN_US <= t <= MAX_US:
+                raise wrong(f"rows[{i}].median_us[{j}]", f"{t} is no time in microseconds ({MIN_US:g} to {MAX_US:g})")
     return Sweep(
         record,
         shape,

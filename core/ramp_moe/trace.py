@@ -21,13 +21,18 @@ import numpy as np
 from .errors import RoutingError
 from .routing import IntArray, expert_histogram
 
+MAX_EXPERTS = 65_536
+
 
 @dataclass(frozen=True)
 class Trace:
-    """Top-k ids int64 `[tokens, top_k]` in the order they were produced; `requests` int64 `[tokens]` or None."""
+    """Top-k ids int64 `[tokens, top_k]` in the order they were produced; `requests` int64 `[tokens]` or None.
+
+    num_experts is None where the file does not say: ids alone do not tell of experts that were never chosen.
+    """
 
     topk_ids: IntArray
-    num_experts: int
+    num_experts: int | None
     requests: IntArray | None = None
     source: str = ""
 
@@ -93,7 +98,8 @@ def load_trace(path: str | Path) -> Trace:
         header, tokens = _parse(data)
         ids = [t["topk_ids"] if isinstance(t, dict) else t for t in tokens]
         labels = header.get("request") or [t.get("request") if isinstance(t, dict) else None for t in tokens]
-    except (msgspec.DecodeError, KeyError, TypeError, AttributeError) as e:
+        labels = list(labels)
+    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError, KeyError, TypeError, AttributeError) as e:
         raise RoutingError(f"trace {path} is not JSON or JSON lines of top-k ids: {e}") from None
     if not ids:
         raise RoutingError(f"trace {path} holds no token")
@@ -102,16 +108,19 @@ def load_trace(path: str | Path) -> Trace:
         raise RoutingError(f"trace {path}: token {bad} is not a list of integer expert ids")
     if len({len(row) for row in ids}) != 1:
         raise RoutingError(f"trace {path}: tokens differ in the number of experts they name")
-    topk_ids = np.array(ids, np.int64).reshape(len(ids), -1)
+    try:
+        topk_ids = np.array(ids, np.int64).reshape(len(ids), -1)
+    except OverflowError:
+        raise RoutingError(f"trace {path}: an expert id does not fit into 64 bits") from None
     if topk_ids.shape[1] == 0:
         raise RoutingError(f"trace {path}: its tokens name no expert")
-    num_experts = header.get("num_experts", int(topk_ids.max()) + 1)
-    if type(num_experts) is not int or num_experts < 1:
-        raise RoutingError(f"trace {path}: num_experts must be a positive integer, not {num_experts!r}")
+    num_experts = header.get("num_experts")
+    if num_experts is not None and (type(num_experts) is not int or not 1 <= num_experts <= MAX_EXPERTS):
+        raise RoutingError(f"trace {path}: num_experts must be an integer up to {MAX_EXPERTS}, not {num_experts!r}")
     if header.get("top_k", topk_ids.shape[1]) != topk_ids.shape[1]:
-        raise RoutingError(f"trace {path}: top_k says {header['top_k']}, its tokens name {topk_ids.shape[1]} experts")
+        raise RoutingError(f"trace {path}: top_k is {header['top_k']!r}, its tokens name {topk_ids.shape[1]} experts")
     try:
-        expert_histogram(topk_ids, num_experts)
+        expert_histogram(topk_ids, MAX_EXPERTS if num_experts is None else num_experts)
     except RoutingError as e:
         raise RoutingError(f"trace {path}: {e}") from None
     requests = None

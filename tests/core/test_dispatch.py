@@ -20,6 +20,11 @@ def test_chooses_the_lowest_prediction(dispatcher: Dispatcher, replay: Replay) -
         assert choice.index == us.argmin()
         assert choice.predicted_us == us.min()
         assert choice.candidate == dispatcher.model.candidates[choice.index]
+        assert not choice.extrapolated
+
+
+def test_a_batch_unlike_any_fitted_is_flagged(dispatcher: Dispatcher) -> None:
+    assert dispatcher.choose([10**6] * 64).extrapolated
 
 
 def test_the_choice_depends_on_the_spread_and_not_only_on_the_number(dispatcher: Dispatcher) -> None:

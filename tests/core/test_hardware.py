@@ -59,7 +59,7 @@ def test_detect_this_gpu(registry: Registry) -> None:
     import torch
 
     properties = torch.cuda.get_device_properties(0)
-    found = detect(registry.hardware.values())
+    found = detect()
     assert any(n.lower() in properties.name.lower() for n in found.device_names)
     assert found.num_sms == properties.multi_processor_count
     assert found.l2_bytes == properties.L2_cache_size

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 from ramp_moe import Registry
+from ramp_moe.cli.listing import describe_kernel
 
 HOOK = "from ramp_moe import *\nfrom ramp_moe import hookimpl\n"
 KERNEL = (
@@ -90,9 +91,21 @@ def ramp_moe_hardware():
         ("x = 1", "implements no hook of ramp_moe"),
         (HOOK + "@hookimpl\ndef ramp_moe_kernel(): return []", "implements ramp_moe_kernel, which is no hook"),
         (HOOK + "@hookimpl\ndef ramp_moe_kernels(): 1 / 0", "ramp_moe_kernels: ZeroDivisionError: division by zero"),
-        (HOOK + "@hookimpl\ndef ramp_moe_kernels():\n yield 3", "ramp_moe_kernels: 3 is not a named Kernel"),
-        (HOOK + "@hookimpl\ndef ramp_moe_profiles(): return ['/x']", "'/x' is not a folder"),
+        (HOOK + "@hookimpl\ndef ramp_moe_kernels():\n yield 3", "ramp_moe_kernels: 3 is not a Kernel with a name"),
+        (HOOK + "@hookimpl\ndef ramp_moe_profiles(): return ['/x']", "/x is not a folder"),
         (KERNEL.replace("NAME", "alpha_moe"), "'alpha_moe' is already given by plugin 'adapters'"),
+        (
+            KERNEL.replace("NAME", "alpha_moe").replace("@hookimpl", "@hookimpl(trylast=True)"),
+            "'alpha_moe' is already given by plugin 'adapters'",
+        ),
+        (KERNEL.replace("NAME", "a b"), "is not a Kernel with a name of letters, digits"),
+        (KERNEL.replace('name = "NAME"', "name = property(lambda self: 1 / 0)"), "ZeroDivisionError"),
+        ("class Panic(BaseException): pass\nraise Panic('in rust')", "loading: Panic: in rust"),
+        (
+            HOOK + "class X:\n def __repr__(self): 1 / 0\n@hookimpl\ndef ramp_moe_models(): return [X()]",
+            "its __str__ raises ZeroDivisionError",
+        ),
+        (HOOK + "@hookimpl\ndef ramp_moe_kernels():\n yield 3\n raise OSError('gone')", "kernels: OSError: gone"),
         ("import time; time.sleep(1.1)\n" + KERNEL.replace("NAME", "slow"), "s to load"),
     ],
 )
@@ -104,6 +117,53 @@ def test_a_bad_plugin_is_reported_and_stops_nothing(install, source: str, proble
     assert plugin(registry, "zgood").problems == []
     assert {"alpha_moe", "mine"} <= registry.kernels.keys()
     assert registry.models.keys() >= {"olmoe-1b-7b"}
+
+
+@pytest.mark.parametrize(
+    ("method", "reason"),
+    [
+        ("def configs(self, s, h): 1 / 0", "fails to describe itself: ZeroDivisionError"),
+        ("def configs(self, s, h): return [3]", "something that is not a KernelConfig"),
+        ("def configs(self, s, h): return [KernelConfig('a', ())] * 2", "names two configurations alike"),
+        ("def unsupported(self, s, h): 1 / 0", "ZeroDivisionError"),
+        ("def unsupported(self, s, h): return ''", "unsupported, without a reason"),
+        ("def weight_layout(self, s): 1 / 0", "ZeroDivisionError"),
+    ],
+)
+def test_a_kernel_that_fails_to_describe_itself_is_listed_with_its_error(install, method: str, reason: str) -> None:
+    source = (
+        HOOK
+        + f"""
+class Mine(Kernel):
+    name = "mine"
+    def configs(self, s, h): yield KernelConfig("a", ())
+    def weight_layout(self, s): return WeightLayout("gate-first", 1)
+    {method}
+
+@hookimpl
+def ramp_moe_kernels(): yield Mine()
+"""
+    )
+    install("bad", source)
+    registry = Registry()
+    shape, hardware = registry.shape("olmoe-1b-7b", "fp8"), registry.device("h200")
+    count, _, found = describe_kernel(registry.kernel("mine"), shape, hardware)
+    assert count == 0
+    assert reason in (found or "")
+    assert describe_kernel(registry.kernel("alpha_moe"), shape, hardware)[0] == 152
+
+
+def test_what_a_plugin_prints_stays_out_of_json(install, capsys: pytest.CaptureFixture[str]) -> None:
+    install("loud", "print('hello')\n" + KERNEL.replace("NAME", "mine"))
+    Registry()
+    captured = capsys.readouterr()
+    assert captured.out == ""
+    assert "hello" in captured.err
+
+
+def test_names_are_found_in_any_case(install) -> None:
+    install("case", KERNEL.replace("NAME", "My-Kernel"))
+    assert Registry().kernel("my-kernel").name == "My-Kernel"
 
 
 def test_a_second_entry_point_of_the_same_module_is_reported(install) -> None:

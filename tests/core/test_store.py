@@ -47,8 +47,8 @@ def test_what_is_missing_is_said(store: ProfileStore, registry: Registry, h200: 
 
 def test_profile_for_another_shape(registry: Registry, sweep_file: Path, h200: Hardware) -> None:
     store = ProfileStore([sweep_file])
-    with pytest.raises(ProfileError, match=r"the profile given is for olmoe-1b-7b .* on h200, not for qwen3-30b-a3b"):
-        store.require("alpha_moe", registry.shape("qwen3-30b-a3b", "fp8"), h200)
+    with pytest.raises(ProfileError, match=r"is for olmoe-1b-7b .* on h200, not for qwen3-30b-a3b"):
+        store.check(["alpha_moe"], registry.shape("qwen3-30b-a3b", "fp8"), h200)
 
 
 def test_profile_in_another_shapes_place(registry: Registry, sweep_file: Path, h200: Hardware) -> None:
@@ -83,7 +83,7 @@ def test_a_stored_fit_predicts_the_same(
 ) -> None:
     save_fit(tmp_path / "a.fit.json", fit_record)
     # no sweep anywhere: the fit alone is enough to dispatch
-    model = load_model(registry, ProfileStore([tmp_path / "a.fit.json"]), olmoe, h200, ["alpha_moe"])
+    model = load_model(registry, ProfileStore([tmp_path / "a.fit.json"]), olmoe, h200, ["alpha_moe"])[0]
     fresh = replay.fit()
     assert model.candidates == fresh.candidates
     assert model.cost(replay.histograms).tolist() == fresh.cost(replay.histograms).tolist()
@@ -97,9 +97,9 @@ def test_a_fit_older_than_its_sweep_is_not_used(
     slow = [msgspec.structs.replace(f, floor_us=1e6) for f in fit_record.fits]
     save_fit(path, msgspec.structs.replace(fit_record, fits=slow))
     histogram = load_sweep(sweep_file).histograms[0]
-    assert load_model(registry, store, olmoe, h200, ["alpha_moe"]).cost(histogram).min() == 1e6
+    assert load_model(registry, store, olmoe, h200, ["alpha_moe"])[0].cost(histogram).min() == 1e6
     place(user_data_dir(), sweep_file, olmoe, h200, "measured again")
-    assert load_model(registry, store, olmoe, h200, ["alpha_moe"]).cost(histogram).min() < 1e3
+    assert load_model(registry, store, olmoe, h200, ["alpha_moe"])[0].cost(histogram).min() < 1e3
 
 
 @pytest.mark.parametrize(
@@ -107,6 +107,23 @@ def test_a_fit_older_than_its_sweep_is_not_used(
     [
         ({"version": 2}, "version 2, this ramp-moe reads up to 1"),
         ({"form": "magic"}, r"form 'magic' of terms .* is not known here; fit again"),
+        (
+            {
+                "fits": [
+                    {
+                        "key": "k",
+                        "coefficients": [1, 1, 1, 1],
+                        "rows": 9,
+                        "rms_error": 0,
+                        "max_error": 0,
+                        "ctas_range": [1, 2],
+                        "active_range": [1, 2],
+                        "floor_us": -1e9,
+                    }
+                ]
+            },
+            r"no time in microseconds",
+        ),
         ({"stages": ["dance"]}, r"are not kinds of stages - at `\$.stages`"),
         ({"shape": {}}, "missing required field `num_experts` - at `\\$.shape`"),
     ],

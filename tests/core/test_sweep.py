@@ -109,7 +109,10 @@ def _set(*path: Any) -> Edit:
         (_set("rows", 2, "histogram", 0, -4), r"negative count .* - at `\$.rows\[2\].histogram`"),
         (_set("rows", 0, "histogram", 0, 999), r"more than tokens x top_k = 8 - at `\$.rows\[0\].histogram`"),
         (_set("rows", 1, "median_us", [1.0]), r"1 times for 152 columns - at `\$.rows\[1\].median_us`"),
-        (_set("rows", 1, "median_us", 7, -1.0), r"not -1.0 - at `\$.rows\[1\].median_us\[7\]`"),
+        (
+            _set("rows", 1, "median_us", 7, -1.0),
+            r"-1.0 is no time in microseconds .* - at `\$.rows\[1\].median_us\[7\]`",
+        ),
         (_set("rows", []), "at least one row"),
         (_set("columns", []), "at least one column"),
         (_set("columns", 5, "stage", "dance"), r"'dance' is not one of .* - at `\$.columns\[5\].stage`"),
@@ -157,6 +160,17 @@ def test_a_failed_write_leaves_the_old_file(sweep_file: Path, monkeypatch: pytes
         sweep.select([0, 1]).save(sweep_file)
     assert sweep_file.read_bytes() == before
     assert [p.name for p in sweep_file.parent.iterdir()] == [sweep_file.name]
+
+
+def test_links_are_followed_and_modes_kept(sweep_file: Path, tmp_path: Path) -> None:
+    sweep = load_sweep(sweep_file)
+    sweep_file.chmod(0o600)
+    link = tmp_path / "link.json"
+    link.symlink_to(sweep_file)
+    sweep.select([0, 1]).save(link)
+    assert link.is_symlink()
+    assert len(load_sweep(sweep_file).labels) == 2
+    assert sweep_file.stat().st_mode & 0o777 == 0o600
 
 
 def test_unmeasured_cells_and_selection(sweep_file: Path) -> None:

@@ -26,7 +26,8 @@ def test_json_lines_with_and_without_header(tmp_path: Path, as_object: bool) -> 
     lines = [json.dumps({"topk_ids": i} if as_object else i) for i in IDS]
     plain = load_trace(write(tmp_path / "a.jsonl", "\n".join(lines)))
     assert plain.topk_ids.tolist() == IDS
-    assert plain.num_experts == 4
+    # ids do not tell of experts that were never chosen
+    assert plain.num_experts is None
     headed = load_trace(write(tmp_path / "b.jsonl", "\n".join([json.dumps({"num_experts": 9}), *lines]) + "\n"))
     assert headed.topk_ids.tolist() == IDS
     assert headed.num_experts == 9
@@ -66,15 +67,25 @@ def test_decode_follows_recorded_requests(tmp_path: Path) -> None:
         ("[[0, 1.5]]", "token 0 is not a list of integer expert ids"),
         ('[[0, 1], ["x", 2]]', "token 1 is not a list of integer"),
         ('{"topk_ids": [[0, 7]], "num_experts": 4}', r"t\.json: expert id 7 is outside \[0, 4\)"),
-        ('{"topk_ids": [[0, 1]], "top_k": 8}', "top_k says 8, its tokens name 2"),
-        ('{"topk_ids": [[0, 1]], "num_experts": "many"}', "num_experts must be a positive integer"),
+        ('{"topk_ids": [[0, 1]], "top_k": 8}', "top_k is 8, its tokens name 2"),
+        ('{"topk_ids": [[0, 1]], "num_experts": "many"}', "num_experts must be an integer up to 65536, not 'many'"),
         ('{"topk_ids": [[0, 1], [1, 2]], "request": [1]}', "for every token or for none"),
         ("[[], []]", "name no expert"),
+        ('{"topk_ids": [[0, 1]], "request": 5}', "not JSON or JSON lines"),
+        ('{"topk_ids": [[0, 1]], "num_experts": 1099511627776}', "an integer up to 65536"),
+        (f"[[{2**70}, 1]]", "does not fit into 64 bits"),
+        ("[" * 100_000, "not JSON or JSON lines"),
     ],
 )
 def test_bad_traces(tmp_path: Path, text: str, message: str) -> None:
     with pytest.raises(RoutingError, match=message):
         load_trace(write(tmp_path / "t.json", text))
+
+
+def test_bytes_that_are_no_text(tmp_path: Path) -> None:
+    (tmp_path / "t.json").write_bytes(b'["\\ud800", "\xff"]')
+    with pytest.raises(RoutingError, match="not JSON or JSON lines"):
+        load_trace(tmp_path / "t.json")
 
 
 def test_missing_file(tmp_path: Path) -> None:

@@ -11,12 +11,12 @@ import numpy as np
 
 from ..comparison import compare_recorded, compare_trace
 from ..cost_model import CostModel, fit_sweep, get_form, provenance
-from ..evaluation import Summary, cross_validated_choices, regret
+from ..evaluation import DEALS, Summary, cross_validated_choices, pooled_regret
 from ..fit_file import make_record, save_fit
 from ..html import write_report
 from ..plugins import get_registry
 from ..regions import analyse
-from ..replay import load_model, load_replay
+from ..replay import Replay, load_model, load_replay
 from ..routing import IntArray
 from ..store import FIT_SUFFIX, ProfileStore, relative_path, user_data_dir
 from ..trace import load_trace
@@ -44,7 +44,14 @@ from .options import (
 @batch_options
 @json_option
 def regions(
-    model: str, device: str, dtype: str, tokens: int, routing: str, seed: int, histogram: str | None, as_json: bool
+    model: str,
+    device: str,
+    dtype: str,
+    tokens: int | None,
+    routing: str,
+    seed: int,
+    histogram: str | None,
+    as_json: bool,
 ) -> None:
     """Explain which optimisation of a MoE kernel should pay for a batch, from the hardware's constants."""
     registry = get_registry()
@@ -89,8 +96,7 @@ def fit(
     written: list[dict[str, Any]] = []
     for name in names:
         replay = load_replay(registry, store, shape, hardware, [name])
-        choices = cross_validated_choices(replay.histograms, lambda rows, r=replay: r.fit(rows, form))  # type: ignore[misc]
-        quality = Summary.of(regret(replay.times_us, choices)).as_dict()
+        quality = _quality(replay, form)
         recording = replay.recordings[0]
         cost_model = fit_sweep(recording.sweep, recording.candidates, hardware, form)
         path = (output or user_data_dir()) / relative_path(name, shape, hardware, FIT_SUFFIX)
@@ -114,6 +120,15 @@ def fit(
         console().print(*tables.fits(shape, hardware, written), sep="\n")
 
 
+def _quality(replay: Replay, form: str) -> dict[str, float]:
+    """Cross-validated regret of choosing by this form."""
+    deals = [
+        cross_validated_choices(replay.histograms, lambda rows: replay.fit(rows, form), seed=deal)
+        for deal in range(DEALS)
+    ]
+    return Summary.of(pooled_regret(replay.times_us, deals)).as_dict()
+
+
 @click.command()
 @model_option
 @device_option
@@ -128,7 +143,7 @@ def explain(
     model: str,
     device: str,
     dtype: str,
-    tokens: int,
+    tokens: int | None,
     routing: str,
     seed: int,
     histogram: str | None,
@@ -144,14 +159,14 @@ def explain(
     shape, hardware = registry.shape(model, dtype), resolve_device(registry, device)
     batch, counts = read_batch(shape, tokens, routing, seed, histogram)
     store = ProfileStore(profiles, registry.profile_dirs)
-    cost_model = load_model(registry, store, shape, hardware, kernels, form)
+    cost_model, notes = load_model(registry, store, shape, hardware, kernels, form)
     candidates = _explained(cost_model, counts)
     if as_json:
         about = {"model": shape.label, "device": hardware.name, "batch": batch, "form": form, "figures": "predicted"}
         stages = {"stages": cost_model.stages, "measured": list(cost_model.measured)}
-        print_json(about | stages | {"histogram": counts.tolist(), "candidates": candidates})
+        print_json(about | stages | {"notes": notes, "histogram": counts.tolist(), "candidates": candidates})
     else:
-        console().print(*tables.explanation(cost_model, batch, counts, candidates[:top]), sep="\n")
+        console().print(*tables.explanation(cost_model, batch, counts, candidates[:top], notes), sep="\n")
 
 
 def _explained(model: CostModel, histogram: IntArray) -> list[dict[str, Any]]:

@@ -9,7 +9,10 @@ import click
 from rich.markup import escape
 from rich.table import Table
 
-from ..plugins import get_registry
+from ..hardware import Hardware
+from ..kernel import Kernel, WeightLayout, usable_configs
+from ..plugins import describe, get_registry
+from ..shapes import MoEShape
 from ..store import ProfileStore
 from .options import console, device_option, dtype_option, json_option, print_json, resolve_device
 
@@ -41,14 +44,13 @@ def kernels(model: str, device: str, dtype: str, as_json: bool) -> None:
     recorded = ProfileStore(shipped=registry.profile_dirs).recorded()
     rows: list[dict[str, Any]] = []
     for name, kernel in registry.kernels.items():
-        reason = kernel.unsupported(shape, hardware)
-        layout = kernel.weight_layout(shape)
+        count, layout, reason = describe_kernel(kernel, shape, hardware)
         rows.append(
             {
                 "name": name,
-                "num_configs": 0 if reason else len(kernel.configs(shape, hardware)),
+                "num_configs": count,
                 "unsupported": reason,
-                "weight_layout": {"key": layout.key, "bytes": layout.bytes},
+                "weight_layout": layout and asdict(layout),
                 "recorded": (hardware.name, name, shape.slug) in recorded,
             }
         )
@@ -57,10 +59,22 @@ def kernels(model: str, device: str, dtype: str, as_json: bool) -> None:
         return
     table = Table("kernel", "configurations", "weight layout", "recorded", title=f"{shape.label} on {hardware.name}")
     for row in rows:
-        count = str(row["num_configs"]) if row["unsupported"] is None else f"[yellow]{escape(row['unsupported'])}"
-        memory = f"{row['weight_layout']['key']}, {row['weight_layout']['bytes'] / 2**30:.2f} GiB"
-        table.add_row(row["name"], count, memory, "yes" if row["recorded"] else "no")
+        shown = str(row["num_configs"]) if row["unsupported"] is None else f"[yellow]{escape(row['unsupported'])}"
+        wanted = row["weight_layout"]
+        memory = f"{escape(wanted['key'])}, {wanted['bytes'] / 2**30:.2f} GiB" if wanted else ""
+        table.add_row(row["name"], shown, memory, "yes" if row["recorded"] else "no")
     console().print(table)
+
+
+def describe_kernel(kernel: Kernel, shape: MoEShape, hardware: Hardware) -> tuple[int, WeightLayout | None, str | None]:
+    """(configurations, weight layout, reason why there are none); a broken plugin's error is such a reason."""
+    try:
+        reason = kernel.unsupported(shape, hardware)
+        if reason is not None:
+            return 0, kernel.weight_layout(shape), reason or "unsupported, without a reason"
+        return len(usable_configs(kernel, shape, hardware)), kernel.weight_layout(shape), None
+    except Exception as e:
+        return 0, None, f"broken: {type(e).__name__}: {describe(e)}"
 
 
 @click.command()

@@ -41,14 +41,12 @@ form_option = click.option(
 
 
 def batch_options(command: Command) -> Command:
-    """--histogram, or --tokens with --routing and --seed."""
+    """--tokens with --routing and --seed, or --histogram (which --tokens then bounds)."""
     options = [
-        click.option(
-            "--tokens", type=click.IntRange(min=1), default=64, show_default=True, help="Tokens in the batch."
-        ),
+        click.option("--tokens", type=click.IntRange(min=1), help="Tokens in the batch (default 64)."),
         click.option("--routing", default="uniform", show_default=True, help=f"One of {', '.join(KINDS)}."),
         click.option("--seed", default=0, show_default=True, help="Seed of the routing."),
-        click.option("--histogram", help="Tokens per expert as JSON, or a file that holds it; instead of --tokens."),
+        click.option("--histogram", help="Tokens per expert as JSON, or a file that holds it."),
     ]
     return functools.reduce(lambda c, option: option(c), reversed(options), command)
 
@@ -57,9 +55,12 @@ def resolve_device(registry: Registry, name: str) -> Hardware:
     return detect(registry.hardware.values()) if name == "auto" else registry.device(name)
 
 
-def read_batch(shape: MoEShape, tokens: int, routing: str, seed: int, histogram: str | None) -> tuple[str, IntArray]:
+def read_batch(
+    shape: MoEShape, tokens: int | None, routing: str, seed: int, histogram: str | None
+) -> tuple[str, IntArray]:
     """A description of the batch, and its histogram int64 `[num_experts]`."""
     if histogram is None:
+        tokens = 64 if tokens is None else tokens
         ids = generate(routing, tokens, shape.num_experts, shape.top_k, seed)
         return f"{tokens} tokens, {routing} routing", expert_histogram(ids, shape.num_experts)
     text, source = histogram, "--histogram"
@@ -67,14 +68,17 @@ def read_batch(shape: MoEShape, tokens: int, routing: str, seed: int, histogram:
         source = histogram
         try:
             text = Path(histogram).read_text()
-        except (OSError, UnicodeDecodeError) as e:
+        except (OSError, ValueError) as e:
             reason = getattr(e, "strerror", None) or "not text"
             raise RoutingError(f"cannot read histogram {histogram}: {reason}") from None
     try:
         counts = msgspec.json.decode(text)
-    except msgspec.DecodeError as e:
+    except (msgspec.DecodeError, RecursionError) as e:
         raise RoutingError(f"{source} is not a JSON list of token counts: {e}") from None
-    checked = check_histogram(counts, shape.num_experts)
+    try:
+        checked = check_histogram(counts, shape.num_experts, None if tokens is None else tokens * shape.top_k)
+    except RoutingError as e:
+        raise RoutingError(f"{source}: {e}") from None
     if checked.ndim != 1:
         raise RoutingError(f"{source} holds {checked.ndim} dimensions, one list of token counts is needed")
     return f"{int(checked.sum())} routed ids from {source}", checked

@@ -9,29 +9,12 @@ from rich.console import RenderableType
 from rich.markup import escape
 from rich.table import Table
 
-from ..comparison import Batch, Comparison, Pick
+from ..comparison import Batch, Comparison, Pick, percent
 from ..cost_model import CostModel
 from ..hardware import Hardware
 from ..regions import Regions
 from ..routing import IntArray, active_experts
 from ..shapes import MoEShape
-
-
-def percent(value: float | None) -> str:
-    return "" if value is None else f"{value * 100:.1f}%"
-
-
-def recorded_line(comparison: Comparison) -> str:
-    """Where the numbers come from, in one sentence."""
-    what = "; ".join(s["summary"] for s in comparison.sources)
-    if comparison.mode == "replay":
-        return f"Replay of recorded measurements, nothing was run on this machine: {what}."
-    return f"PREDICTED by the cost model, not measured; it was fitted to recorded measurements of {what}."
-
-
-def stages_line(comparison: Comparison) -> str:
-    left_out = comparison.stages_left_out
-    return f"Times cover: {', '.join(comparison.stages)}" + (f"; not {', '.join(left_out)}." if left_out else ".")
 
 
 def comparison(result: Comparison) -> list[RenderableType]:
@@ -60,27 +43,26 @@ def comparison(result: Comparison) -> list[RenderableType]:
             table.add_section()
         tokens = batch.tokens
         table.add_row(*_batch_cells(batch, several))
-    lines: list[RenderableType] = [table, recorded_line(result), stages_line(result)]
+    lines: list[RenderableType] = [table, escape(result.provenance())]
     if result.baselines:
         lines.append(_policies(result))
-    s = result.speedups()
+    s = result.speedup_over_static
     kind = "" if replay else "predicted "
     lines.append(
-        f"[bold]{kind}speed-up of retrofitted over static dispatch: geometric mean {s['geomean']:.3f}x[/bold], "
-        f"min {s['min']:.3f}x, max {s['max']:.3f}x over {len(result.batches)} "
-        + ("batches" if replay else "kinds of batch")
+        f"[bold]{kind}speed-up of retrofitted over static dispatch: geometric mean {s.geomean:.3f}x[/bold], "
+        f"min {s.min:.3f}x, max {s.max:.3f}x over {len(result.batches)} " + ("batches" if replay else "kinds of batch")
     )
-    if headroom := result.headroom():
-        lines.append(f"best in hindsight over static dispatch: geometric mean {headroom['geomean']:.3f}x")
+    if result.best_over_static:
+        lines.append(f"best in hindsight over static dispatch: geometric mean {result.best_over_static.geomean:.3f}x")
     return [*lines, *(f"[dim]note: {escape(n)}" for n in result.notes)]
 
 
 def _batch_cells(batch: Batch, several_kernels: bool) -> list[str]:
     def pick(p: Pick) -> list[str]:
-        return [f"{p.kernel}/{p.config}" if several_kernels else p.config, f"{p.us:.1f}"]
+        return [escape(f"{p.kernel}/{p.config}" if several_kernels else p.config), f"{p.us:.1f}"]
 
     colour = "[green]" if batch.speedup > 1.02 else "[red]" if batch.speedup < 0.98 else ""
-    cells = [str(batch.tokens), batch.routing, f"{batch.active_experts:.0f}", *pick(batch.static)]
+    cells = [str(batch.tokens), escape(batch.routing), f"{batch.active_experts:.0f}", *pick(batch.static)]
     cells += pick(batch.retrofitted)
     cells += [str(batch.steps), percent(batch.changed)] if batch.best is None else pick(batch.best)
     cells.append(f"{colour}{batch.speedup:.3f}x")
@@ -128,7 +110,7 @@ def fits(shape: MoEShape, hardware: Hardware, written: Sequence[dict[str, Any]])
 
 
 def explanation(
-    model: CostModel, batch: str, histogram: IntArray, candidates: Sequence[dict[str, Any]]
+    model: CostModel, batch: str, histogram: IntArray, candidates: Sequence[dict[str, Any]], notes: Sequence[str]
 ) -> list[RenderableType]:
     table = Table()
     for what in ("candidate", "predicted us", "M-tiles", "CTAs", "waves", "last wave", "padding", ""):
@@ -144,12 +126,13 @@ def explanation(
         ]
         cells = [" + ".join(form.format(grid[key]) for grid in g) for key, form in slots]
         mark = ("[green]wins" if i == 0 else "") + (" [yellow]extrapolated" if c["extrapolated"] else "")
-        table.add_row(f"{c['kernel']}/{c['config']}", f"{c['predicted_us']:.1f}", *cells, mark)
+        table.add_row(escape(f"{c['kernel']}/{c['config']}"), f"{c['predicted_us']:.1f}", *cells, mark)
     hottest = int(histogram.max())
     return [
         f"{model.shape.label} ({model.shape.dtype}) on {model.hardware.name}: {escape(batch)}; "
         f"{int(active_experts(histogram))} of {model.num_experts} experts active, the hottest with {hottest} ids",
         table,
         f"{len(model.candidates)} candidates. PREDICTED by the cost model (form {model.form}), which was fitted to "
-        f"recorded measurements of {' and '.join(model.measured)}; times cover: {', '.join(model.stages)}.",
+        f"recorded measurements of {escape(' and '.join(model.measured))}; times cover: {', '.join(model.stages)}.",
+        *(f"[dim]note: {escape(n)}" for n in notes),
     ]
