@@ -1,5 +1,7 @@
 """Alpha-MoE (Aleph-Alpha/Alpha-MoE): one fused fp8 block-scaled launch, up + SwiGLU + down, for Hopper.
 
+The package itself is used unmodified; it must be installed only where the kernel is to run.
+
 A CTA takes `block_m` tokens of one expert and 256 rows of the up-projection (block_n * warp_n, gate and up rows
 interleaved), and reduces its part of the down projection into the output by atomic adds: the output is zeroed first.
 Grid: x = N / 256, y = the padded tokens' upper bound / block_m; CTAs past the device-side token count exit at once.
@@ -7,9 +9,17 @@ Grid: x = N / 256, y = the padded tokens' upper bound / block_m; CTAs past the d
 
 from __future__ import annotations
 
+import importlib.util
 from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
 
-from ramp_moe import GridGeometry, Hardware, Kernel, KernelConfig, MoEShape, Stage, WeightLayout
+from ramp_moe import GridGeometry, Hardware, KernelConfig, MoEShape, Stage, WeightLayout
+from ramp_moe.device import Batch, LaunchableKernel, MoEWeights, Workspace
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from .alpha_moe_launch import Prepared
 
 CTA_WEIGHT_ROWS = 256
 BLOCK_K = 128
@@ -17,6 +27,10 @@ CTA_HIDDEN = 256
 """Output columns that a CTA writes at a time; a remainder would stay unwritten."""
 WARP_TILES = ((64, 4), (32, 8))
 """(block_n, warp_n): rows of one warp's tile, and consumer warps."""
+DEFAULTS = ((1.0, 8, 5), (8.0, 16, 2), (16.0, 24, 2), (32.0, 48, 3), (64.0, 80, 3), (128.0, 72, 5))
+"""(mean tokens of an active expert up to which it holds, block_m, stages), all with block_n 32 and warp_n 8: on average
+best for the evenly routed batches of the four H200 sweeps that ship. DEFAULT_LARGE beyond the last."""
+DEFAULT_LARGE = (80, 4)
 
 
 def _valid(block_m: int, stages: int) -> bool:
@@ -24,7 +38,10 @@ def _valid(block_m: int, stages: int) -> bool:
     return stages < 5 or block_m <= 100
 
 
-class AlphaMoE(Kernel):
+class AlphaMoE(LaunchableKernel):
+    """Takes bf16 hidden states; fp8 weights without biases, activation swiglu. Its additions to the output have no
+    fixed order, so that two runs differ in bf16's last bits. A NaN in the input need not show in the output."""
+
     name = "alpha_moe"
 
     def unsupported(self, shape: MoEShape, hardware: Hardware) -> str | None:
@@ -70,3 +87,35 @@ class AlphaMoE(Kernel):
 
     def weight_layout(self, shape: MoEShape) -> WeightLayout:
         return WeightLayout("gate-up-interleaved-8", shape.num_experts * shape.expert_bytes)
+
+    def unavailable(self) -> str | None:
+        missing = [name for name in ("torch", "triton", "alpha_moe") if not _installed(name)]
+        if "alpha_moe" in missing:
+            return "the package alpha_moe is missing; build Aleph-Alpha/Alpha-MoE from source with the installed torch"
+        return f"{' and '.join(missing)} missing; pip install {' '.join(missing)}" if missing else None
+
+    def prepare(self, weights: MoEWeights) -> Prepared:
+        """Interleave gate and up, which copies gate_up once. Raises KernelError for weights, a device or an
+        installation that the operator cannot work with."""
+        from .alpha_moe_launch import prepare  # torch: not needed to describe the kernel
+
+        return prepare(weights)
+
+    def default_config(self, shape: MoEShape, hardware: Hardware, num_tokens: int) -> KernelConfig:
+        ids = num_tokens * shape.top_k
+        mean = ids / min(ids, shape.num_experts)
+        block_m, stages = next(((m, st) for most, m, st in DEFAULTS if mean <= most), DEFAULT_LARGE)
+        return self._config(shape, block_m, 32, 8, stages)
+
+    def launch(self, config: KernelConfig, prepared: Any, batch: Batch, out: Tensor, workspace: Workspace) -> None:
+        """Two launches up to 4096 routed ids, three above: the schedule, which quantises and zeroes beside it, then
+        the operator. Raises KernelError for fp16 hidden states and for batches beyond the operator's limits."""
+        from .alpha_moe_launch import launch
+
+        launch(config, prepared, batch, out, workspace)
+
+
+def _installed(name: str) -> bool:
+    """Whether a module can be found, without importing it; a mere folder of that name (no origin) does not count."""
+    spec = importlib.util.find_spec(name)
+    return spec is not None and spec.origin is not None

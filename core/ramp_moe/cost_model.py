@@ -116,10 +116,7 @@ class _Grids:
         blocks = np.array([1 if g is None else g.block_tokens for g in geometries], np.float64)
         distinct, self.block_of = np.unique(blocks, return_inverse=True)
         self.blocks = distinct[:, None]
-        # An M-tile that is a whole token has several ids, each a block of its own here: they share its CTAs.
-        self.ctas_per_m_tile = np.array(
-            [1.0 if g is None else g.ctas_per_m_tile / (g.token_ids or 1) for g in geometries]
-        )
+        self.ctas_per_m_tile = np.array([1.0 if g is None else g.ctas_per_m_tile for g in geometries])
         self.slots = np.array([np.inf if g is None else g.slots(num_sms) for g in geometries])
 
     def ctas(self, histograms: IntArray) -> FloatArray:

@@ -39,8 +39,6 @@ class GridGeometry:
     ctas_per_sm: CTAs resident on one SM at a time.
     align_block_size: the launch covers the whole buffer of vLLM's moe_align_block_size, one M-tile more than can be
         filled where the tokens do not divide, instead of the tightest upper bound.
-    token_ids: an M-tile is one token with this many (top_k) routed ids, whatever their experts, and not a block of one
-        expert's: a path without a schedule. block_tokens is then 1.
     """
 
     block_tokens: int
@@ -53,7 +51,6 @@ class GridGeometry:
     persistent_ctas: int | None = None
     ctas_per_sm: int = 1
     align_block_size: bool = False
-    token_ids: int | None = None
 
     def __post_init__(self) -> None:
         for what in ("block_tokens", "block_weights", "block_k", "weight_rows", "reduction", "expert_bytes"):
@@ -61,8 +58,6 @@ class GridGeometry:
                 raise ShapeError(f"grid geometry: {what} must be at least 1, not {getattr(self, what)}")
         if self.split_k < 1 or self.ctas_per_sm < 1 or (self.persistent_ctas is not None and self.persistent_ctas < 1):
             raise ShapeError("grid geometry: split_k, ctas_per_sm and persistent_ctas must be at least 1")
-        if self.token_ids is not None and (self.token_ids < 1 or self.block_tokens != 1):
-            raise ShapeError("grid geometry: token_ids must be at least 1, with block_tokens 1")
         if self.split_k > self.tiles_k:
             raise ShapeError(f"grid geometry: split_k {self.split_k} exceeds the {self.tiles_k} steps of the reduction")
 
@@ -82,8 +77,6 @@ class GridGeometry:
 
     def m_tiles(self, histogram: IntArray) -> IntArray:
         """Tiles along the tokens that hold at least one token."""
-        if self.token_ids is not None:
-            return np.asarray(-(-histogram.sum(-1) // self.token_ids))
         return m_tiles(histogram, self.block_tokens)
 
     def logical(self, histogram: IntArray) -> IntArray:
@@ -96,8 +89,6 @@ class GridGeometry:
         The worst routing gives every expert one token and then fills whole blocks. vLLM's buffer rounds the last
         block up (`align_block_size`).
         """
-        if self.token_ids is not None:
-            return -(-max_ids // self.token_ids)
         if max_ids <= num_experts:
             return max_ids
         rest = max_ids - num_experts

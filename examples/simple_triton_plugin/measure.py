@@ -15,9 +15,11 @@ from pathlib import Path
 import torch
 import triton
 from ramp_moe import ProfileStore, detect, get_registry
+from ramp_moe.device import Batch, MoEWeights
 from ramp_moe.kernel import usable_configs
 from ramp_moe.sweep import FORMAT, VERSION, Column, Row, ShapeRecord, SweepRecord, make_sweep
-from ramp_moe_simple_triton.kernel import down_kernel, schedule, up_kernel
+from ramp_moe_kernels.triton.schedule import allocate, schedule
+from ramp_moe_simple_triton.kernel import gemms
 
 LAUNCHES = 20
 TOLERANCE = 1e-2  # bf16 activations and intermediates against float32
@@ -49,7 +51,7 @@ def reference(x, up, down, topk_ids, topk_weights):
 def deal(histogram, tokens, top_k):
     """Top-k ids with this histogram; an expert's ids go to consecutive tokens, so that no token names it twice."""
     flat = torch.repeat_interleave(torch.arange(len(histogram)), torch.tensor(histogram))
-    return flat.view(top_k, tokens).T.contiguous().to(device)
+    return flat.view(top_k, tokens).T.contiguous().to(device, torch.int32)
 
 
 def median_us(launch, flush):
@@ -74,20 +76,14 @@ def main(model, output):
     configs = usable_configs(registry.kernel("simple_triton"), shape, hardware)
     experts, hidden, inter, top_k = shape.num_experts, shape.hidden_size, shape.intermediate_size, shape.top_k
     up, down = random_weights(experts, 2 * inter, hidden), random_weights(experts, hidden, inter)
+    weights = MoEWeights(up[0], down[0], up[1], down[1])
     flush = torch.empty(256 * 2**20, dtype=torch.int8, device=device)
 
-    def launches(config, x, topk_ids, topk_weights, act, out):
+    def launches(config, batch, act, total):
         bm, bn = (v for _, v in config.params)
-        ids = topk_ids.numel()
-        tiles = config.gemms[0].max_m_tiles(ids, experts)
-        slots, expert_of_tile = schedule(topk_ids, experts, bm, tiles)
-        const = {"HIDDEN": hidden, "INTER": inter, "BM": bm, "BN": bn}
-        return (
-            lambda: up_kernel[tiles, inter // bn](x, *up, slots, expert_of_tile, act, ids, top_k, **const),
-            lambda: down_kernel[tiles, hidden // bn](
-                act, *down, slots, expert_of_tile, topk_weights, out, ids, top_k, **const
-            ),
-        )
+        plan = allocate(batch.topk_ids.numel(), experts, bm, device)
+        schedule(batch.topk_ids, experts, bm, plan)
+        return gemms(bm, bn, weights, batch, plan, act, total)
 
     rows = []
     for i, row in enumerate(source.record.rows):
@@ -100,7 +96,7 @@ def main(model, output):
         times = []
         for config in configs:
             out = torch.zeros(row.num_tokens, hidden, device=device)
-            stages = launches(config, x, topk_ids, topk_weights, act.fill_(float("nan")), out)
+            stages = launches(config, Batch(x, topk_ids, topk_weights), act.fill_(float("nan")), out)
             for launch in stages:
                 launch()
             if expected is not None:

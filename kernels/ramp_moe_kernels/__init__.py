@@ -1,1 +1,14 @@
-"""Room for the library's own GPU kernels."""
+"""The library's own GPU kernels. Describing them needs neither torch nor Triton; launching them does."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+from ramp_moe import Kernel, hookimpl
+
+from .triton.kernel import TritonMoE
+
+
+@hookimpl
+def ramp_moe_kernels() -> Iterable[Kernel]:
+    yield TritonMoE()

@@ -9,6 +9,7 @@ import click
 from rich.markup import escape
 from rich.table import Table
 
+from ..device import LaunchableKernel
 from ..hardware import Hardware
 from ..kernel import Kernel, WeightLayout, usable_configs
 from ..plugins import describe, get_registry
@@ -38,7 +39,7 @@ def plugins(as_json: bool) -> None:
 @dtype_option
 @json_option
 def kernels(model: str, device: str, dtype: str, as_json: bool) -> None:
-    """List kernels: configurations for a model and device, or the reason why there are none."""
+    """List kernels: configurations for a model and device, or the reason why there are none; whether they run here."""
     registry = get_registry()
     shape, hardware = registry.shape(model, dtype), resolve_device(registry, device)
     recorded = ProfileStore(shipped=registry.profile_dirs).recorded()
@@ -50,6 +51,7 @@ def kernels(model: str, device: str, dtype: str, as_json: bool) -> None:
                 "name": name,
                 "num_configs": count,
                 "unsupported": reason,
+                "unavailable": why_unavailable(kernel),
                 "weight_layout": layout and asdict(layout),
                 "recorded": (hardware.name, name, shape.slug) in recorded,
             }
@@ -57,13 +59,20 @@ def kernels(model: str, device: str, dtype: str, as_json: bool) -> None:
     if as_json:
         print_json(rows)
         return
-    table = Table("kernel", "configurations", "weight layout", "recorded", title=f"{shape.label} on {hardware.name}")
+    table = Table(
+        "kernel", "configurations", "weight layout", "recorded", "runs here", title=f"{shape.label} on {hardware.name}"
+    )
     for row in rows:
         shown = str(row["num_configs"]) if row["unsupported"] is None else f"[yellow]{escape(row['unsupported'])}"
         wanted = row["weight_layout"]
         memory = f"{escape(wanted['key'])}, {wanted['bytes'] / 2**30:.2f} GiB" if wanted else ""
-        table.add_row(row["name"], shown, memory, "yes" if row["recorded"] else "no")
+        launchable = isinstance(registry.kernels[row["name"]], LaunchableKernel)
+        runs = "only described" if not launchable else "[yellow]no" if row["unavailable"] else "yes"
+        table.add_row(row["name"], shown, memory, "yes" if row["recorded"] else "no", runs)
     console().print(table)
+    for row in rows:
+        if row["unavailable"]:
+            console().print(f"{row['name']} cannot run here: {escape(row['unavailable'])}")
 
 
 def describe_kernel(kernel: Kernel, shape: MoEShape, hardware: Hardware) -> tuple[int, WeightLayout | None, str | None]:
@@ -75,6 +84,14 @@ def describe_kernel(kernel: Kernel, shape: MoEShape, hardware: Hardware) -> tupl
         return len(usable_configs(kernel, shape, hardware)), kernel.weight_layout(shape), None
     except Exception as e:
         return 0, None, f"broken: {type(e).__name__}: {describe(e)}"
+
+
+def why_unavailable(kernel: Kernel) -> str | None:
+    """What a launchable kernel misses on this machine; None for one that is only described."""
+    try:
+        return kernel.unavailable() if isinstance(kernel, LaunchableKernel) else None
+    except Exception as e:
+        return f"broken: {type(e).__name__}: {describe(e)}"
 
 
 @click.command()

@@ -1,19 +1,25 @@
-"""A kernel told to ramp-moe in one file: its name, where it works, its configurations and their grids.
+"""A kernel told to ramp-moe in one file: its name, where it works, its configurations and their grids, its launch.
 
-The kernel itself is in `kernel.py`; `measure.py` took the sweep in `profiles/` on a GPU. Nothing here imports Triton.
+The kernel itself is in `kernel.py`; `measure.py` took the sweep in `profiles/` on a GPU. Triton is imported on launch.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
+from importlib.util import find_spec
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-from ramp_moe import GridGeometry, Hardware, Kernel, KernelConfig, MoEShape, Stage, WeightLayout, hookimpl
+from ramp_moe import GridGeometry, Hardware, Kernel, KernelConfig, KernelError, MoEShape, Stage, WeightLayout, hookimpl
+from ramp_moe.device import Batch, LaunchableKernel, MoEWeights, Workspace
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 SCALE_BLOCK = 128
 
 
-class SimpleTriton(Kernel):
+class SimpleTriton(LaunchableKernel):
     name = "simple_triton"
 
     def unsupported(self, shape: MoEShape, hardware: Hardware) -> str | None:
@@ -42,6 +48,28 @@ class SimpleTriton(Kernel):
 
     def weight_layout(self, shape: MoEShape) -> WeightLayout:
         return WeightLayout("gate-first", shape.num_experts * shape.expert_bytes)
+
+    def unavailable(self) -> str | None:
+        missing = [name for name in ("torch", "triton") if find_spec(name) is None]
+        return f"missing: pip install {' '.join(missing)}" if missing else None
+
+    def prepare(self, weights: MoEWeights) -> MoEWeights:
+        if weights.gate_up_scale is None or weights.activation != "swiglu":
+            raise KernelError("simple_triton takes fp8 weights and computes swiglu")
+        if weights.gate_up_bias is not None or weights.down_bias is not None:
+            raise KernelError("simple_triton adds no biases")
+        return weights
+
+    def default_config(self, shape: MoEShape, hardware: Hardware, num_tokens: int) -> KernelConfig:
+        mean = num_tokens * shape.top_k / shape.num_experts
+        return self._config(shape, *((16, 64) if mean <= 8 else (32, 64) if mean <= 16 else (64, 128)))
+
+    def launch(
+        self, config: KernelConfig, prepared: MoEWeights, batch: Batch, out: Tensor, workspace: Workspace
+    ) -> None:
+        from .kernel import forward
+
+        forward(*(value for _, value in config.params), prepared, batch, out, workspace)
 
 
 @hookimpl

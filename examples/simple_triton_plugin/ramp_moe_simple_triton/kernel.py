@@ -1,24 +1,32 @@
 """Two launches: up projection with SwiGLU, down projection with the weighted combine. Written to be read, not to win.
 
-Activations are bf16, weights fp8 e4m3 with [128, 128] block scales, dequantised on their way into the dot. A tile is
-`BM` slots of one expert: `slots[tile * BM + i]` is a routed id (token * top_k + k), or `num_ids` for padding;
-`expert_of_tile` is -1 past the last tile, where CTAs exit, so that the grid needs no count on the host.
+Activations are bf16 (or fp16), weights fp8 e4m3 with [128, 128] block scales, dequantised on their way into the dot. A
+tile is `BM` slots of one expert: `slots[tile * BM + i]` is a routed id (token * top_k + k), or `num_ids` for padding;
+`expert_of_tile` is -1 past the last tile, where CTAs exit, so that the grid needs no count on the host. The library's
+schedule fills both on the device.
 """
 
 import torch
 import triton
 import triton.language as tl
+from ramp_moe_kernels.triton.schedule import Schedule, buffer_sizes, schedule
 
 
 @triton.jit
-def _dot_scaled(x, rows, live, w, scales, row, K: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr):
+def _dot_scaled(
+    x, rows, live, w, scales, row, K: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, EMULATE: tl.constexpr
+):
     """[BM, BN] float32: x[rows] (K columns) times BN weight rows from `row` on, whose matrix starts at `w`."""
     k = tl.arange(0, 128)
     n = row + tl.arange(0, BN)
+    x += rows.to(tl.int64)[:, None] * K
     acc = tl.zeros((BM, BN), tl.float32)
     for step in range(K // 128):
-        a = tl.load(x + rows[:, None] * K + step * 128 + k, mask=live[:, None], other=0.0)
-        b = tl.load(w + n[:, None] * K + step * 128 + k).to(tl.bfloat16)
+        a = tl.load(x + step * 128 + k, mask=live[:, None], other=0.0)
+        b = tl.load(w + n[:, None] * K + step * 128 + k).to(a.dtype)
+        if EMULATE:
+            a = a.to(tl.float32)
+            b = b.to(tl.float32)
         acc += tl.dot(a, b.T) * tl.load(scales + (row // 128) * (K // 128) + step)
     return acc
 
@@ -37,8 +45,9 @@ def up_kernel(
     INTER: tl.constexpr,
     BM: tl.constexpr,
     BN: tl.constexpr,
+    EMULATE: tl.constexpr,
 ):
-    """act[id, :] = silu(x[token] @ gate.T) * (x[token] @ up.T), bf16 [num_ids, INTER]."""
+    """act[id, :] = silu(x[token] @ gate.T) * (x[token] @ up.T), [num_ids, INTER] in x's dtype."""
     expert = tl.load(expert_of_tile + tl.program_id(0)).to(tl.int64)
     if expert < 0:
         return
@@ -47,10 +56,11 @@ def up_kernel(
     w += expert * 2 * INTER * HIDDEN
     scales += expert * (2 * INTER // 128) * (HIDDEN // 128)
     row = tl.program_id(1) * BN
-    gate = _dot_scaled(x, ids // top_k, live, w, scales, row, HIDDEN, BM, BN)
-    up = _dot_scaled(x, ids // top_k, live, w, scales, INTER + row, HIDDEN, BM, BN)
+    gate = _dot_scaled(x, ids // top_k, live, w, scales, row, HIDDEN, BM, BN, EMULATE)
+    up = _dot_scaled(x, ids // top_k, live, w, scales, INTER + row, HIDDEN, BM, BN, EMULATE)
     out = gate * tl.sigmoid(gate) * up
-    tl.store(act + ids[:, None] * INTER + row + tl.arange(0, BN), out.to(tl.bfloat16), mask=live[:, None])
+    act += ids.to(tl.int64)[:, None] * INTER + row + tl.arange(0, BN)
+    tl.store(act, out.to(act.dtype.element_ty), mask=live[:, None])
 
 
 @triton.jit
@@ -68,6 +78,7 @@ def down_kernel(
     INTER: tl.constexpr,
     BM: tl.constexpr,
     BN: tl.constexpr,
+    EMULATE: tl.constexpr,
 ):
     """out[token] += topk_weight * act[id] @ down.T, float32 [tokens, HIDDEN], zeroed before."""
     expert = tl.load(expert_of_tile + tl.program_id(0)).to(tl.int64)
@@ -78,24 +89,40 @@ def down_kernel(
     w += expert * HIDDEN * INTER
     scales += expert * (HIDDEN // 128) * (INTER // 128)
     row = tl.program_id(1) * BN
-    part = _dot_scaled(act, ids, live, w, scales, row, INTER, BM, BN)
+    part = _dot_scaled(act, ids, live, w, scales, row, INTER, BM, BN, EMULATE)
     part *= tl.load(topk_weights + ids, mask=live, other=0.0)[:, None]
-    tl.atomic_add(
-        out + (ids // top_k)[:, None] * HIDDEN + row + tl.arange(0, BN), part, mask=live[:, None], sem="relaxed"
+    out += (ids // top_k).to(tl.int64)[:, None] * HIDDEN + row + tl.arange(0, BN)
+    tl.atomic_add(out, part, mask=live[:, None], sem="relaxed")
+
+
+def gemms(bm, bn, weights, batch, plan, act, total):
+    """Both launches, for the caller to run in this order: act [T * k, I] from the hidden states, total [T, H] += act.
+
+    plan: the batch's Schedule with exactly as many tiles as its buffers were sized for; total: float32, zero.
+    """
+    _, hidden, inter = weights.down.shape
+    tiles, ids = plan.expert_of_tile.numel(), batch.topk_ids.numel()
+    tiling = (plan.slots, plan.expert_of_tile)
+    const = {"HIDDEN": hidden, "INTER": inter, "BM": bm, "BN": bn}
+    # Triton's interpreter, for where there is no GPU, multiplies float32 only.
+    const["EMULATE"] = not isinstance(up_kernel, triton.JITFunction)
+    up, down = (weights.gate_up, weights.gate_up_scale), (weights.down, weights.down_scale)
+    return (
+        lambda: up_kernel[tiles, inter // bn](batch.hidden_states, *up, *tiling, act, ids, batch.top_k, **const),
+        lambda: down_kernel[tiles, hidden // bn](
+            act, *down, *tiling, batch.topk_weights, total, ids, batch.top_k, **const
+        ),
     )
 
 
-def schedule(topk_ids: torch.Tensor, num_experts: int, block: int, max_tiles: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """(slots, expert_of_tile), int32, for `max_tiles` tiles of `block` slots, from ids [tokens, top_k]."""
-    ids = topk_ids.flatten()
-    order = ids.argsort(stable=True).int()
-    counts = torch.bincount(ids, minlength=num_experts)
-    tiles = (counts + block - 1) // block
-    first_slot = (tiles.cumsum(0) - tiles) * block
-    position = torch.arange(len(ids), device=ids.device) - (counts.cumsum(0) - counts)[ids[order.long()]]
-    slots = torch.full((max_tiles * block,), len(ids), dtype=torch.int32, device=ids.device)
-    slots[first_slot[ids[order.long()]] + position] = order
-    expert_of_tile = torch.full((max_tiles,), -1, dtype=torch.int32, device=ids.device)
-    live = torch.repeat_interleave(torch.arange(num_experts, device=ids.device), tiles)
-    expert_of_tile[: len(live)] = live.int()
-    return slots, expert_of_tile
+def forward(bm, bn, weights, batch, out, workspace):
+    """A whole layer into out [T, H], all on the current stream: schedule and zeroing, up, down, the cast to out."""
+    x, experts, ids = batch.hidden_states, weights.down.shape[0], batch.topk_ids.numel()
+    sizes = buffer_sizes(ids, experts, bm)
+    plan = Schedule(**{name: workspace.get(name, (size,), torch.int32, x.device) for name, size in sizes.items()})
+    act = workspace.get("act", (ids, weights.down.shape[2]), x.dtype, x.device)
+    total = workspace.get("total", x.shape, torch.float32, x.device)
+    schedule(batch.topk_ids, experts, bm, plan, zero=total)
+    for launch in gemms(bm, bn, weights, batch, plan, act, total):
+        launch()
+    out.copy_(total)

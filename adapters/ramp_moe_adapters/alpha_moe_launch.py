@@ -1,0 +1,155 @@
+"""Weights and batches as Alpha-MoE's operator wants them, and its call.
+
+The operator checks no dtype, no device and little else, and ends the process where it has no code for the device; so
+everything that it relies on is checked here.
+"""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from ramp_moe import KernelConfig
+from ramp_moe.device import Batch, MoEWeights, Workspace
+from ramp_moe.errors import KernelError
+from ramp_moe.shapes import SCALE_BLOCK
+from torch import Tensor
+
+from .alpha_moe import CTA_HIDDEN
+
+ROW_CHUNK = 8
+MAX_TILES = 65_535
+"""CTAs along a grid's y axis."""
+ALIGNMENT = 16
+"""Bytes, for the weights' tensor maps, 16-byte copies of x and bulk additions to out."""
+
+Operator = Callable[..., Any]
+
+
+@dataclass(frozen=True, slots=True)
+class Prepared:
+    """Weights in Alpha-MoE's layout: w fp8 [E, 2 I, H] and its scales float32 [E, 2 I / 128, H / 128] interleaved, w2
+    [E, H, I] and its scales [E, H / 128, I / 128] as they were; and the operator that takes them."""
+
+    w: Tensor
+    w_scale: Tensor
+    w2: Tensor
+    w2_scale: Tensor
+    operator: Operator
+
+
+def interleave(gate_up: Tensor, gate_up_scale: Tensor) -> tuple[Tensor, Tensor]:
+    """Gate-first to Alpha-MoE's order: 8 gate rows, the same 8 up rows, ...; of the scales one row of each in turn.
+
+    gate_up fp8 [E, 2 I, H] and gate_up_scale float32 [E, 2 I / 128, H / 128], I in multiples of 128; the results have
+    the same shapes. gate_up is copied once; scales of I = 128 are in order already and are not.
+    """
+    # uint8: a copy of bytes, exact for every bit pattern and on every device.
+    rows = _alternate(gate_up.view(torch.uint8), ROW_CHUNK).view(gate_up.dtype)
+    return rows, _alternate(gate_up_scale, 1)
+
+
+def _alternate(t: Tensor, chunk: int) -> Tensor:
+    """[E, 2 R, C]: chunks of the first R rows and of the last R rows in turn."""
+    experts, rows, columns = t.shape
+    parts = t.reshape(experts, 2, rows // (2 * chunk), chunk, columns)
+    return parts.transpose(1, 2).reshape(t.shape).contiguous()
+
+
+def operator(device: torch.device) -> Operator:
+    """The operator, for weights on `device`. Raises KernelError where it is absent, was built for another torch, or
+    has no code for the device."""
+    if device.type != "cuda" or torch.cuda.get_device_capability(device) != (9, 0):
+        raise KernelError(
+            f"alpha_moe runs on Hopper (sm_90) only; the weights are on {device}, which is something else"
+        )
+    try:
+        importlib.import_module("alpha_moe")  # registers it; finds libtorch through torch, imported before
+        return torch.ops.alpha_moe.fused_moe_w8a8_up_down
+    except (ImportError, AttributeError, OSError) as e:
+        raise KernelError(f"alpha_moe cannot be loaded ({e}); build it with the torch that is installed") from e
+
+
+def prepare(weights: MoEWeights) -> Prepared:
+    if weights.gate_up_scale is None or weights.down_scale is None:
+        raise KernelError(f"alpha_moe takes fp8 block-scaled weights, not {weights.gate_up.dtype}")
+    if weights.activation != "swiglu":
+        raise KernelError(f"alpha_moe computes swiglu only, not {weights.activation}")
+    if weights.gate_up_bias is not None or weights.down_bias is not None:
+        raise KernelError("alpha_moe adds no biases; the weights have some")
+    if weights.gate_up.shape[2] % CTA_HIDDEN:
+        raise KernelError(f"alpha_moe: hidden_size {weights.gate_up.shape[2]} is not a multiple of {CTA_HIDDEN}")
+    launchable = operator(weights.gate_up.device)
+    _check_aligned("down", weights.down)
+    return Prepared(
+        *interleave(weights.gate_up, weights.gate_up_scale), weights.down, weights.down_scale, operator=launchable
+    )
+
+
+def launch(config: KernelConfig, prepared: Prepared, batch: Batch, out: Tensor, workspace: Workspace) -> None:
+    from ramp_moe_kernels.triton.schedule import Schedule, buffer_sizes, schedule
+
+    p: dict[str, Any] = dict(config.params)
+    x, block, device = batch.hidden_states, p["block_m"], out.device
+    experts, _, hidden = prepared.w.shape
+    sizes = buffer_sizes(batch.topk_ids.numel(), experts, block)
+    _check_batch(batch, out, prepared, sizes["expert_of_tile"], block)
+
+    # Exact sizes: the length of slots sets the operator's grid, and -1 fills expert_of_tile to its end.
+    plan = Schedule(**{name: workspace.get(name, (size,), torch.int32, device) for name, size in sizes.items()})
+    x_fp8 = workspace.get("x", (batch.num_tokens, hidden), torch.float8_e4m3fn, device)
+    x_scale = workspace.get("x_scale", (batch.num_tokens, hidden // SCALE_BLOCK), torch.float32, device)
+    apart = not _overlap(x, out)  # in place, x must be read before out is zeroed
+    schedule(batch.topk_ids, experts, block, plan, quantise=(x, x_fp8, x_scale), zero=out if apart else None)
+    if not apart:
+        out.zero_()
+    with torch.cuda.device(x.get_device()):  # the operator takes the current device's stream, whichever device x is on
+        prepared.operator(
+            x_fp8,
+            x_scale,
+            prepared.w,
+            prepared.w_scale,
+            prepared.w2,
+            prepared.w2_scale,
+            plan.slots,
+            plan.expert_of_tile,
+            plan.num_slots,
+            batch.topk_weights,
+            out,
+            batch.top_k,
+            block,
+            p["block_n"],
+            p["warp_n"],
+            p["stages"],
+            1.0,  # scaling_factor of all routing weights
+        )
+
+
+def _check_batch(batch: Batch, out: Tensor, prepared: Prepared, tiles: int, block: int) -> None:
+    x, hidden = batch.hidden_states, prepared.w.shape[2]
+    if x.dtype != torch.bfloat16 or out.dtype != torch.bfloat16:
+        raise KernelError(f"alpha_moe writes bf16 only: hidden_states are {x.dtype}, out is {out.dtype}")
+    if x.shape[1] != hidden or out.shape != x.shape:
+        raise KernelError(f"alpha_moe: hidden_states {list(x.shape)} and out {list(out.shape)} must be [T, {hidden}]")
+    if not x.device == out.device == prepared.w.device:
+        raise KernelError(
+            f"alpha_moe: hidden_states are on {x.device}, out on {out.device}, weights on {prepared.w.device}"
+        )
+    if x.numel() >= 2**31:
+        raise KernelError(f"alpha_moe: {len(x)} tokens of {hidden} exceed its 32-bit offsets; split the batch")
+    if tiles > MAX_TILES:
+        raise KernelError(f"alpha_moe: {tiles} tiles of {block} slots exceed its {MAX_TILES}; take a larger block_m")
+    _check_aligned("out", out)
+
+
+def _check_aligned(name: str, t: Tensor) -> None:
+    if not t.is_contiguous() or t.data_ptr() % ALIGNMENT:
+        raise KernelError(f"alpha_moe: {name} must be contiguous and start at a multiple of {ALIGNMENT} bytes")
+
+
+def _overlap(a: Tensor, b: Tensor) -> bool:
+    """Whether two contiguous tensors share memory."""
+    return a.data_ptr() < b.data_ptr() + b.nbytes and b.data_ptr() < a.data_ptr() + a.nbytes

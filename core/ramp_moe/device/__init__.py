@@ -1,0 +1,6 @@
+"""The part of the library that touches tensors. Importing it needs no torch; using it does."""
+
+from .contract import Batch, LaunchableKernel, MoEWeights, Workspace
+from .layer import MoELayer
+
+__all__ = ["Batch", "LaunchableKernel", "MoELayer", "MoEWeights", "Workspace"]

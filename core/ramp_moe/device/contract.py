@@ -1,0 +1,188 @@
+"""What a kernel that runs is given: weights, a batch, buffers; and what it must offer to be dispatched to."""
+
+from __future__ import annotations
+
+import math
+from abc import abstractmethod
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+from ..errors import RoutingError, ShapeError, UnknownNameError
+from ..hardware import Hardware
+from ..kernel import Kernel, KernelConfig
+from ..shapes import SCALE_BLOCK, MoEShape
+
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor
+
+ACTIVATIONS = ("swiglu", "gelu_tanh", "swiglu_oai")
+"""silu(gate) * up; gelu(gate, tanh) * up; gpt-oss: gate and up clamped at 7, gate * sigmoid(1.702 gate) * (up + 1)."""
+
+
+@dataclass(frozen=True)
+class MoEWeights:
+    """A layer's experts, gate rows first, contiguous on one device.
+
+    gate_up `[E, 2 I, H]` and down `[E, H, I]` are bf16, fp16 or float8_e4m3fn; fp8 weights come with float32 scales,
+    one for each [128, 128] block: gate_up_scale `[E, 2 I / 128, H / 128]`, down_scale `[E, H / 128, I / 128]`. Biases
+    `[E, 2 I]` and `[E, H]` are optional. Raises ShapeError for whatever does not fit together.
+    """
+
+    gate_up: Tensor
+    down: Tensor
+    gate_up_scale: Tensor | None = None
+    down_scale: Tensor | None = None
+    gate_up_bias: Tensor | None = None
+    down_bias: Tensor | None = None
+    activation: str = "swiglu"
+
+    def __post_init__(self) -> None:
+        import torch
+
+        if self.activation not in ACTIVATIONS:
+            raise UnknownNameError("activation", self.activation, ACTIVATIONS)
+        if self.gate_up.ndim != 3 or self.gate_up.shape[1] % 2:
+            raise ShapeError(f"gate_up must be [E, 2 I, H], not {list(self.gate_up.shape)}")
+        experts, rows, hidden = self.gate_up.shape
+        inter = rows // 2
+        if self.gate_up.dtype not in _dtype_names():
+            raise ShapeError(f"gate_up is {self.gate_up.dtype}; weights must be bf16, fp16 or float8_e4m3fn")
+        expected: dict[str, tuple[tuple[int, ...], Any]] = {"down": ((experts, hidden, inter), self.gate_up.dtype)}
+        if self.gate_up.dtype == torch.float8_e4m3fn:
+            if hidden % SCALE_BLOCK or inter % SCALE_BLOCK:
+                raise ShapeError(f"fp8 weights need hidden {hidden} and intermediate {inter} in multiples of 128")
+            wide, deep = hidden // SCALE_BLOCK, inter // SCALE_BLOCK
+            expected["gate_up_scale"] = ((experts, 2 * deep, wide), torch.float32)
+            expected["down_scale"] = ((experts, wide, deep), torch.float32)
+        elif self.gate_up_scale is not None or self.down_scale is not None:
+            raise ShapeError(f"scales belong to fp8 weights, these are {self.gate_up.dtype}")
+        if self.gate_up_bias is not None:
+            expected["gate_up_bias"] = ((experts, rows), None)
+        if self.down_bias is not None:
+            expected["down_bias"] = ((experts, hidden), None)
+        for name, (shape, dtype) in expected.items():
+            tensor: Tensor | None = getattr(self, name)
+            if tensor is None:
+                raise ShapeError(f"fp8 weights need {name}, float32 {list(shape)}")
+            if tuple(tensor.shape) != shape:
+                raise ShapeError(f"{name} must be {list(shape)}, not {list(tensor.shape)}")
+            if dtype is not None and tensor.dtype != dtype:
+                raise ShapeError(f"{name} must be {dtype}, not {tensor.dtype}")
+        for name in ("gate_up_bias", "down_bias"):
+            tensor = getattr(self, name)
+            if tensor is not None and tensor.dtype not in (torch.float32, torch.bfloat16, torch.float16):
+                raise ShapeError(f"{name} must be float32, bf16 or fp16, not {tensor.dtype}")
+        for name in ("gate_up", "down", "gate_up_scale", "down_scale", "gate_up_bias", "down_bias"):
+            tensor = getattr(self, name)
+            if tensor is not None and not tensor.is_contiguous():
+                raise ShapeError(f"{name} must be contiguous; call .contiguous() once, when the layer is built")
+            if tensor is not None and tensor.device != self.gate_up.device:
+                raise ShapeError(f"{name} is on {tensor.device}, gate_up on {self.gate_up.device}; move it there")
+
+    def shape(self, top_k: int, name: str | None = None) -> MoEShape:
+        """The layer's shape, for a router that names `top_k` experts a token."""
+        experts, rows, hidden = self.gate_up.shape
+        return MoEShape(experts, top_k, hidden, rows // 2, _dtype_names()[self.gate_up.dtype], name)
+
+
+def _dtype_names() -> dict[torch.dtype, str]:
+    import torch
+
+    return {torch.float8_e4m3fn: "fp8", torch.bfloat16: "bf16", torch.float16: "fp16"}
+
+
+@dataclass(frozen=True)
+class Batch:
+    """One step's input: hidden_states `[T, H]` bf16 or fp16, topk_ids int32 `[T, k]`, topk_weights float32 `[T, k]`.
+
+    Ids of -1 or E are skipped (expert parallelism, padding); so is any other id out of range. Raises ShapeError or
+    RoutingError for tensors that do not fit together.
+    """
+
+    hidden_states: Tensor
+    topk_ids: Tensor
+    topk_weights: Tensor
+
+    def __post_init__(self) -> None:
+        import torch
+
+        x, ids, weights = self.hidden_states, self.topk_ids, self.topk_weights
+        if x.ndim != 2 or x.dtype not in (torch.bfloat16, torch.float16) or not x.is_contiguous():
+            raise ShapeError(f"hidden_states must be contiguous bf16 or fp16 [T, H], not {x.dtype} {list(x.shape)}")
+        if ids.ndim != 2 or ids.shape[0] != x.shape[0] or ids.dtype != torch.int32 or not ids.is_contiguous():
+            raise RoutingError(
+                f"topk_ids must be contiguous int32 [{x.shape[0]}, k], not {ids.dtype} {list(ids.shape)}"
+            )
+        if weights.shape != ids.shape or weights.dtype != torch.float32 or not weights.is_contiguous():
+            raise RoutingError(
+                f"topk_weights must be contiguous float32 {list(ids.shape)}, not {weights.dtype} {list(weights.shape)}"
+            )
+        for name, tensor in (("topk_ids", ids), ("topk_weights", weights)):
+            if tensor.device != x.device:
+                raise RoutingError(f"{name} is on {tensor.device}, hidden_states on {x.device}; move it there")
+
+    @property
+    def num_tokens(self) -> int:
+        return int(self.hidden_states.shape[0])
+
+    @property
+    def top_k(self) -> int:
+        return int(self.topk_ids.shape[1])
+
+
+@dataclass
+class Workspace:
+    """Named device buffers that grow as needed and are used again, one set for each stream.
+
+    A buffer is valid until the next `get` of its name on the same stream, which is the order that the stream runs in.
+    One that was outgrown is kept, since a captured graph may still use it; sizes double, so that all of them together
+    are at most twice the largest.
+    """
+
+    _buffers: dict[tuple[str, int], Tensor] = field(default_factory=dict)
+    _outgrown: list[Tensor] = field(default_factory=list)
+
+    def get(self, name: str, shape: Sequence[int], dtype: torch.dtype, device: torch.device) -> Tensor:
+        """An uninitialised tensor of this shape and dtype."""
+        import torch
+
+        size = math.prod(shape) * dtype.itemsize
+        stream = torch.cuda.current_stream(device).cuda_stream if device.type == "cuda" else 0
+        buffer = self._buffers.get((name, stream))
+        if buffer is None or buffer.numel() < size or buffer.device != device:
+            if buffer is not None:
+                self._outgrown.append(buffer)
+            buffer = torch.empty(1 << max(size - 1, 255).bit_length(), dtype=torch.uint8, device=device)
+            self._buffers[name, stream] = buffer
+        return buffer[:size].view(dtype).view(tuple(shape))
+
+    @property
+    def bytes(self) -> int:
+        return sum(b.numel() for b in (*self._buffers.values(), *self._outgrown))
+
+
+class LaunchableKernel(Kernel):
+    """A kernel that can run here, not only be described."""
+
+    graph_safe = True
+    """Whether `launch` may be captured in a CUDA graph, once it has run on the same stream with the same sizes."""
+
+    def unavailable(self) -> str | None:
+        """Why this kernel cannot run here although its description is fine: a package that is missing or too old, with
+        the remedy. None where it can. Imports nothing heavy: `importlib.util.find_spec` tells."""
+        return None
+
+    @abstractmethod
+    def prepare(self, weights: MoEWeights) -> Any:
+        """Bring the weights into the kernel's layout, once. Raises KernelError where it cannot take them."""
+
+    @abstractmethod
+    def default_config(self, shape: MoEShape, hardware: Hardware, num_tokens: int) -> KernelConfig:
+        """The static choice for a batch size, for where there is no profile."""
+
+    @abstractmethod
+    def launch(self, config: KernelConfig, prepared: Any, batch: Batch, out: Tensor, workspace: Workspace) -> None:
+        """Write out `[T, H]` for a batch with at least one token, in the order of the current stream, without
+        synchronising with the host."""

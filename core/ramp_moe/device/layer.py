@@ -1,0 +1,174 @@
+"""A MoE layer over any launchable kernels: weights and a dispatcher in, hidden states out."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from ..cost_model import Candidate, CostModel
+from ..dispatch import Dispatcher
+from ..errors import KernelError, RampMoEError, RoutingError, ShapeError
+from ..hardware import Hardware
+from ..kernel import KernelConfig, usable_configs
+from ..routing import expert_histogram
+from .contract import Batch, LaunchableKernel, MoEWeights, Workspace
+
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor
+
+Router = Callable[["Tensor"], "tuple[Tensor, Tensor]"]
+
+
+class MoELayer:
+    """Computes one MoE layer, choosing kernel and configuration for every batch.
+
+    With a cost model the choice follows the batch's expert histogram, read back from the device: one host
+    synchronisation a call. Where that is not allowed (while a CUDA graph is captured) or there is no model, it follows
+    the batch size alone: the model's choice for an even spread, or the first kernel's static default. Call `warm_up`
+    before a capture.
+
+    kernels: launchable kernels by preference; those that cannot take the weights are dropped, `dropped` says why.
+    router: hidden states `[T, H]` -> (topk_ids int32 `[T, k]`, topk_weights float32 `[T, k]`), for `forward_hidden`.
+    checked: read the ids back and raise RoutingError for one out of range, instead of skipping it.
+    """
+
+    def __init__(
+        self,
+        weights: MoEWeights,
+        top_k: int,
+        hardware: Hardware,
+        kernels: Sequence[LaunchableKernel],
+        model: CostModel | None = None,
+        router: Router | None = None,
+        checked: bool = False,
+    ) -> None:
+        self.shape = weights.shape(top_k)
+        self.hardware, self.router, self.checked = hardware, router, checked
+        self._device, self._dtype = weights.gate_up.device, weights.gate_up.dtype
+        self.workspace = Workspace()
+        self.dropped: dict[str, str] = {}
+        self._kernels: dict[str, tuple[LaunchableKernel, Any]] = {}
+        for kernel in kernels:
+            try:
+                if reason := kernel.unsupported(self.shape, hardware) or kernel.unavailable():
+                    raise KernelError(reason)
+                self._kernels[kernel.name] = kernel, kernel.prepare(weights)
+            except RampMoEError as e:
+                self.dropped[kernel.name] = str(e)
+        if not self._kernels:
+            reasons = "; ".join(f"{k}: {r}" for k, r in self.dropped.items()) or "none was given"
+            raise KernelError(f"no kernel can compute {self.shape.label} on {hardware.name} ({reasons})")
+        self._dispatcher = None if model is None else self._dispatcher_over(model)
+
+    def _dispatcher_over(self, model: CostModel) -> Dispatcher:
+        if model.shape != self.shape:
+            raise ShapeError(f"the cost model is for {model.shape.slug}, the weights are {self.shape.slug}")
+        return Dispatcher(model.restrict(list(self._kernels)))
+
+    def choose(self, batch: Batch) -> Candidate:
+        """The kernel and configuration that `forward` would launch for this batch."""
+        if self._dispatcher is None:
+            return self._static(batch.num_tokens)
+        if self._capturing(batch):
+            return self._blind(batch.num_tokens)
+        return self._dispatcher.choose(
+            expert_histogram(_in_range(batch, self.shape.num_experts), self.shape.num_experts)
+        ).candidate
+
+    def _blind(self, num_tokens: int) -> Candidate:
+        """The choice for a batch size alone: the model's for an even spread, or the static default."""
+        if self._dispatcher is None:
+            return self._static(num_tokens)
+        each, rest = divmod(num_tokens * self.shape.top_k, self.shape.num_experts)
+        return self._dispatcher.choose(each + (np.arange(self.shape.num_experts) < rest)).candidate
+
+    def warm_up(self, num_tokens: int, dtype: torch.dtype) -> None:
+        """Run, on the current stream, what a capture of `num_tokens` would launch, so that everything is compiled and
+        every buffer has its size before. dtype is that of the hidden states."""
+        import torch
+
+        device, shape = self._device, self.shape
+        x = torch.zeros(num_tokens, shape.hidden_size, dtype=dtype, device=device)
+        ids = torch.arange(num_tokens * shape.top_k, dtype=torch.int32, device=device) % shape.num_experts
+        weights = torch.full((num_tokens, shape.top_k), 1 / shape.top_k, device=device)
+        batch = Batch(x, ids.view(num_tokens, shape.top_k), weights)
+        self.launch(self._blind(num_tokens), batch, torch.empty_like(x))
+
+    def _static(self, num_tokens: int) -> Candidate:
+        kernel, _ = next(iter(self._kernels.values()))
+        return Candidate(kernel.name, kernel.default_config(self.shape, self.hardware, num_tokens))
+
+    @staticmethod
+    def _capturing(batch: Batch) -> bool:
+        import torch
+
+        return batch.topk_ids.is_cuda and torch.cuda.is_current_stream_capturing()
+
+    def forward(
+        self, hidden_states: Tensor, topk_ids: Tensor, topk_weights: Tensor, out: Tensor | None = None
+    ) -> Tensor:
+        """The layer's output `[T, H]` in the dtype of hidden_states (bf16 or fp16).
+
+        topk_ids int32 or int64 `[T, k]`, topk_weights float32 `[T, k]`; ids of -1 or E are skipped. Runs in the order
+        of the current stream. Raises ShapeError or RoutingError for tensors that do not fit the layer.
+        """
+        import torch
+
+        batch = Batch(hidden_states, _int32(topk_ids, self.shape.num_experts), topk_weights)
+        if hidden_states.shape[1] != self.shape.hidden_size or batch.top_k != self.shape.top_k:
+            raise ShapeError(
+                f"the layer takes hidden_states [T, {self.shape.hidden_size}] and {self.shape.top_k} ids a token, "
+                f"not {list(hidden_states.shape)} and {batch.top_k}"
+            )
+        if hidden_states.device != self._device:
+            raise ShapeError(
+                f"hidden_states is on {hidden_states.device}, the weights on {self._device}; move it there"
+            )
+        if self.shape.dtype != "fp8" and hidden_states.dtype != self._dtype:
+            raise ShapeError(f"hidden_states must be {self._dtype} as the weights are, not {hidden_states.dtype}")
+        if self.checked:
+            expert_histogram(topk_ids, self.shape.num_experts)
+        if out is None:
+            out = torch.empty_like(hidden_states)
+        elif out.shape != hidden_states.shape or out.dtype != hidden_states.dtype or not out.is_contiguous():
+            raise ShapeError(f"out must be contiguous {hidden_states.dtype} {list(hidden_states.shape)}")
+        elif out.device != self._device:
+            raise ShapeError(f"out is on {out.device}, the weights on {self._device}")
+        if batch.num_tokens:
+            self.launch(self.choose(batch), batch, out)
+        return out
+
+    __call__ = forward
+
+    def forward_hidden(self, hidden_states: Tensor) -> Tensor:
+        """The whole layer, routing included. Raises RoutingError where the layer has no router."""
+        if self.router is None:
+            raise RoutingError("the layer was built without a router; call forward with top-k ids and weights")
+        return self.forward(hidden_states, *self.router(hidden_states))
+
+    def launch(self, candidate: Candidate, batch: Batch, out: Tensor) -> None:
+        """Run one candidate, whatever the dispatcher would have chosen."""
+        kernel, prepared = self._kernels[candidate.kernel]
+        kernel.launch(candidate.config, prepared, batch, out, self.workspace)
+
+    def configs(self) -> Mapping[str, Sequence[KernelConfig]]:
+        """Every configuration of every kernel that the layer can launch."""
+        return {k: usable_configs(kernel, self.shape, self.hardware) for k, (kernel, _) in self._kernels.items()}
+
+
+def _in_range(batch: Batch, num_experts: int) -> Tensor:
+    """Ids with those out of range marked as padding, as the kernels treat them."""
+    ids = batch.topk_ids
+    return ids.masked_fill((ids < 0) | (ids > num_experts), -1)
+
+
+def _int32(ids: Tensor, num_experts: int) -> Tensor:
+    """Ids as the kernels take them. Beyond 32 bits they would wrap around to an expert: they stay out of range."""
+    import torch
+
+    if ids.dtype == torch.int64:
+        return ids.clamp(-2, num_experts + 1).to(torch.int32)
+    return ids

@@ -1,0 +1,325 @@
+"""The Mixture-of-Experts layer in plain torch, float32: the oracle that every kernel is tested against.
+
+T tokens, k experts a token, E experts, hidden size H, intermediate size I. Nothing here is meant to be fast. On a GPU
+the products follow `torch.get_float32_matmul_precision()`; leave it at its default, "highest", for an oracle.
+"""
+
+from __future__ import annotations
+
+import torch
+from ramp_moe.errors import KernelError, RoutingError, ShapeError, UnknownNameError
+from torch import Tensor
+
+GROUP = 128
+"""Columns of an activation, and rows and columns of a weight, that share one fp8 scale."""
+FP8 = torch.float8_e4m3fn
+FP8_MAX = 448.0
+TINY = 1e-10
+"""Smallest amax that a scale is made of, so that a group of zeros has a scale."""
+WEIGHT_SUM_FLOOR = 1e-20
+"""Added to the sum that renormalised weights are divided by: sigmoid scores can all underflow to zero."""
+OAI_LIMIT = 7.0
+OAI_SLOPE = 1.702
+
+ACTIVATIONS = ("swiglu", "gelu_tanh", "swiglu_oai")
+SCORINGS = ("softmax", "sigmoid")
+
+
+# --- fp8 -------------------------------------------------------------------------------------------------------------
+
+
+def dequantise(w: Tensor, scale: Tensor) -> Tensor:
+    """float32 `[..., R, C]` of fp8 `w [..., R, C]` and `scale [..., R/128, C/128]`; value = fp8 * scale.
+
+    Raises ShapeError for a scale of another shape.
+    """
+    _check_blocks(w, "the weight", rows=True)
+    expected = (*w.shape[:-2], w.shape[-2] // GROUP, w.shape[-1] // GROUP)
+    if scale.shape != expected:
+        raise ShapeError(f"the scale of a weight {list(w.shape)} must be {list(expected)}, not {list(scale.shape)}")
+    return w.float() * scale.float().repeat_interleave(GROUP, -2).repeat_interleave(GROUP, -1)
+
+
+def quantise_weights(w: Tensor) -> tuple[Tensor, Tensor]:
+    """(fp8 e4m3 `[..., R, C]`, float32 scale `[..., R/128, C/128]`) of float `w [..., R, C]`, one scale a block.
+
+    Raises ShapeError where R or C is not a multiple of 128.
+    """
+    _check_blocks(w, "the weight", rows=True)
+    rows, columns = w.shape[-2:]
+    blocks = w.float().reshape(*w.shape[:-2], rows // GROUP, GROUP, columns // GROUP, GROUP)
+    scale = _scale(blocks.abs().amax((-3, -1)))
+    return _to_fp8(blocks / scale[..., :, None, :, None]).reshape(w.shape), scale
+
+
+def quantise_activations(x: Tensor) -> tuple[Tensor, Tensor]:
+    """(fp8 e4m3 `[T, C]`, float32 scale `[T, C/128]`) of float `x [T, C]`, one scale a token and 128 columns.
+
+    scale = max(amax, 1e-10) / 448; values are divided by it, rounded to nearest even, and never exceed 448. A NaN or
+    an infinity spoils its own group only. Raises ShapeError where C is not a multiple of 128.
+    """
+    _check_blocks(x, "the activation", rows=False)
+    groups = x.float().reshape(len(x), x.shape[1] // GROUP, GROUP)
+    scale = _scale(groups.abs().amax(-1))
+    return _to_fp8(groups / scale[..., None]).reshape(x.shape), scale
+
+
+def _scale(amax: Tensor) -> Tensor:
+    # By a tensor: on a GPU torch divides by a number through its reciprocal, which rounds differently.
+    return amax.clamp(min=TINY) / torch.full_like(amax, FP8_MAX)
+
+
+def _to_fp8(values: Tensor) -> Tensor:
+    # 448 is exceeded by a rounding error of the division at most, but beyond it e4m3 knows only NaN.
+    return values.clamp(-FP8_MAX, FP8_MAX).to(FP8)
+
+
+def _through_fp8(x: Tensor) -> Tensor:
+    """float32 `x [T, C]` after a round trip through fp8 with a scale a group: what a fp8 GEMM is fed."""
+    values, scale = quantise_activations(x)
+    return values.float() * scale.repeat_interleave(GROUP, -1)
+
+
+def _check_blocks(tensor: Tensor, what: str, *, rows: bool) -> None:
+    if any(size % GROUP for size in tensor.shape[-2 if rows else -1 :]):
+        raise ShapeError(f"fp8 scales cover {GROUP} rows or columns: {what} {list(tensor.shape)} does not divide")
+
+
+# --- Routing ---------------------------------------------------------------------------------------------------------
+
+
+def check_routing(num_experts: int, top_k: int, scoring: str, num_groups: int, topk_groups: int) -> None:
+    """Raises UnknownNameError or ShapeError for a routing that cannot be, whoever computes it."""
+    if scoring not in SCORINGS:
+        raise UnknownNameError("scoring", scoring, SCORINGS)
+    if not 1 <= top_k <= num_experts:
+        raise ShapeError(f"top_k must lie in [1, {num_experts}], the number of experts, not {top_k}")
+    if num_groups < 1 or num_experts % num_groups:
+        raise ShapeError(f"{num_experts} experts do not divide into {num_groups} groups")
+    if not 1 <= topk_groups <= num_groups:
+        raise ShapeError(f"topk_groups must lie in [1, {num_groups}], the number of groups, not {topk_groups}")
+    if top_k > topk_groups * (num_experts // num_groups):
+        raise ShapeError(
+            f"top_k {top_k} exceeds the {topk_groups * (num_experts // num_groups)} experts of {topk_groups} groups"
+        )
+
+
+def route(
+    logits: Tensor,
+    top_k: int,
+    *,
+    scoring: str = "softmax",
+    bias: Tensor | None = None,
+    num_groups: int = 1,
+    topk_groups: int = 1,
+    renormalise: bool = True,
+    scale: float = 1.0,
+) -> tuple[Tensor, Tensor]:
+    """(ids int32 `[T, k]`, weights float32 `[T, k]`) of router `logits [T, E]`, best expert first.
+
+    1. An expert's score is the softmax or the sigmoid of its logit.
+    2. Experts are chosen by score, or by score + `bias [E]` (DeepSeek-V3's correction bias).
+    3. With groups of E / num_groups neighbouring experts, only those of the best `topk_groups` groups can be chosen. A
+       group is worth its best expert, or with a bias the sum of its two best (DeepSeek-V2 and V3).
+    4. The weight is the score without the bias; `renormalise` makes the weights of a token sum to one; `scale`
+       multiplies them last. (gpt-oss' softmax over the chosen logits is softmax scoring, renormalised.)
+
+    Ties go to the lowest index, of a group as of an expert. A NaN counts as the best, so that it shows in its token's
+    weights; ids are distinct experts even then.
+
+    Raises UnknownNameError for the scoring, ShapeError for counts that do not fit each other or the tensors.
+    """
+    if logits.ndim != 2:
+        raise ShapeError(f"router logits must be [tokens, experts], not {list(logits.shape)}")
+    num_tokens, num_experts = logits.shape
+    check_routing(num_experts, top_k, scoring, num_groups, topk_groups)
+    if bias is not None and bias.shape != (num_experts,):
+        raise ShapeError(f"the router's bias must be [{num_experts}], not {list(bias.shape)}")
+    logits = logits.float()
+    scores = logits.softmax(-1) if scoring == "softmax" else logits.sigmoid()
+    # Both scorings keep the order of the logits, which is exact: far apart, two scores may round to the same number.
+    merit = _nan_first(logits if bias is None else scores + bias.float())
+
+    if topk_groups < num_groups:
+        members = merit.reshape(num_tokens, num_groups, num_experts // num_groups)
+        best_two = members.sort(dim=-1, descending=True).values[..., : 1 if bias is None else 2]
+        groups = _best(_nan_first(best_two.sum(-1)), topk_groups)
+        chosen = torch.zeros(num_tokens, num_groups, dtype=torch.bool, device=logits.device).scatter(1, groups, True)
+        ids = _best(merit, top_k, among=chosen.repeat_interleave(num_experts // num_groups, -1))
+    else:
+        ids = _best(merit, top_k)
+
+    weights = scores.gather(-1, ids)
+    if renormalise:
+        weights = weights / (weights.sum(-1, keepdim=True) + WEIGHT_SUM_FLOOR)
+    return ids.int(), weights * scale
+
+
+def _nan_first(values: Tensor) -> Tensor:
+    return values.where(~values.isnan(), torch.inf)
+
+
+def _best(values: Tensor, count: int, among: Tensor | None = None) -> Tensor:
+    """Indices `[T, count]` of the largest of `values [T, N]` in descending order, the lower index first on a tie."""
+    order = values.sort(stable=True, dim=-1, descending=True).indices
+    if among is not None:  # those outside go last, even behind an -inf inside
+        order = order.gather(-1, (~among).gather(-1, order).sort(stable=True, dim=-1).indices)
+    return order[:, :count]
+
+
+# --- Experts ---------------------------------------------------------------------------------------------------------
+
+
+def activate(gate: Tensor, up: Tensor, kind: str) -> Tensor:
+    """The gated activation of two tensors of one shape. Raises UnknownNameError for a `kind` not in ACTIVATIONS.
+
+    swiglu: silu(gate) * up. gelu_tanh: gelu(gate), by its tanh form, * up. swiglu_oai (gpt-oss): gate is cut off
+    above 7 and up to [-7, 7], then gate * sigmoid(1.702 * gate) * (up + 1).
+    """
+    if kind == "swiglu":
+        return torch.nn.functional.silu(gate) * up
+    if kind == "gelu_tanh":
+        return torch.nn.functional.gelu(gate, approximate="tanh") * up
+    if kind == "swiglu_oai":
+        gate, up = gate.clamp(max=OAI_LIMIT), up.clamp(-OAI_LIMIT, OAI_LIMIT)
+        return gate * torch.sigmoid(OAI_SLOPE * gate) * (up + 1)
+    raise UnknownNameError("activation", kind, ACTIVATIONS)
+
+
+def experts(
+    x: Tensor,
+    gate_up: Tensor,
+    down: Tensor,
+    topk_ids: Tensor,
+    topk_weights: Tensor,
+    *,
+    activation: str = "swiglu",
+    gate_up_scale: Tensor | None = None,
+    down_scale: Tensor | None = None,
+    gate_up_bias: Tensor | None = None,
+    down_bias: Tensor | None = None,
+    quantise: bool = False,
+    stored_as: torch.dtype = torch.float32,
+) -> Tensor:
+    """float32 `[T, H]`: the sum over each token's experts of weight * (down @ activation(gate_up @ x)).
+
+    `x [T, H]`; `gate_up [E, 2I, H]`, gate rows first; `down [E, H, I]`; `topk_ids [T, k]`, where -1 and E are skipped;
+    `topk_weights [T, k]`. fp8 weights come with `gate_up_scale [E, 2I/128, H/128]` and `down_scale [E, H/128, I/128]`.
+    Biases `[E, 2I]` and `[E, H]` are added to each expert's products, the second before the weight.
+    `quantise` rounds what each product is fed, x and the activated intermediate, to fp8 as a W8A8 kernel does;
+    `stored_as` is the dtype that the intermediate goes through memory in before it is.
+
+    Raises RoutingError for ids that are not integers or lie outside [-1, E], ShapeError for tensors that do not fit
+    each other, KernelError for fp8 weights without scales, UnknownNameError for the activation.
+    """
+    num_experts, rows, hidden = _check_weights(x, gate_up, down)
+    shapes = {
+        "topk_weights": (topk_weights, tuple(topk_ids.shape)),
+        "gate_up_scale": (gate_up_scale, (num_experts, rows // GROUP, hidden // GROUP)),
+        "down_scale": (down_scale, (num_experts, hidden // GROUP, rows // 2 // GROUP)),
+        "gate_up_bias": (gate_up_bias, (num_experts, rows)),
+        "down_bias": (down_bias, (num_experts, hidden)),
+    }
+    for name, (tensor, expected) in shapes.items():
+        if tensor is not None and tensor.shape != expected:
+            raise ShapeError(f"{name} must be {list(expected)}, not {list(tensor.shape)}")
+    if topk_ids.ndim != 2 or len(topk_ids) != len(x):
+        raise ShapeError(f"topk_ids must be [{len(x)}, top_k], not {list(topk_ids.shape)}")
+    if topk_ids.is_floating_point() or topk_ids.is_complex() or topk_ids.dtype == torch.bool:
+        raise RoutingError(f"topk_ids must be integers, not {topk_ids.dtype}")
+    outside = topk_ids[(topk_ids < -1) | (topk_ids > num_experts)]
+    if len(outside):
+        raise RoutingError(
+            f"expert id {int(outside[0])} is outside [0, {num_experts}); only -1 and {num_experts} are skipped"
+        )
+
+    x = _through_fp8(x) if quantise else x.float()
+    out = torch.zeros(len(x), hidden, dtype=torch.float32, device=x.device)
+    for e in range(num_experts):
+        token, slot = (topk_ids == e).nonzero(as_tuple=True)
+        if not len(token):
+            continue
+        y = _mlp(
+            x[token],
+            _plain(gate_up[e], None if gate_up_scale is None else gate_up_scale[e], "gate_up"),
+            _plain(down[e], None if down_scale is None else down_scale[e], "down"),
+            activation,
+            None if gate_up_bias is None else gate_up_bias[e],
+            None if down_bias is None else down_bias[e],
+            quantise,
+            stored_as,
+        )
+        out.index_add_(0, token, topk_weights[token, slot, None].float() * y)
+    return out
+
+
+def shared(
+    x: Tensor,
+    gate_up: Tensor,
+    down: Tensor,
+    activation: str = "swiglu",
+    *,
+    gate_weight: Tensor | None = None,
+    gate_up_scale: Tensor | None = None,
+    down_scale: Tensor | None = None,
+    quantise: bool = False,
+) -> Tensor:
+    """float32 `[T, H]` of the expert that every token visits: `gate_up [2I, H]`, gate rows first, `down [H, I]`.
+
+    `gate_weight [H]` or `[1, H]` multiplies the result by sigmoid(x @ gate_weight), as Qwen2-MoE does. Scales and
+    `quantise` are those of `experts`, as are the errors.
+    """
+    _check_weights(x, gate_up[None], down[None])
+    y = _mlp(
+        _through_fp8(x) if quantise else x.float(),
+        _plain(gate_up, gate_up_scale, "gate_up"),
+        _plain(down, down_scale, "down"),
+        activation,
+        quantise=quantise,
+    )
+    if gate_weight is None:
+        return y
+    if gate_weight.numel() != x.shape[1]:
+        raise ShapeError(f"gate_weight must be [{x.shape[1]}], not {list(gate_weight.shape)}")
+    return torch.sigmoid(x.float() @ gate_weight.float().reshape(-1, 1)) * y
+
+
+def _mlp(
+    x: Tensor,
+    gate_up: Tensor,
+    down: Tensor,
+    activation: str,
+    gate_up_bias: Tensor | None = None,
+    down_bias: Tensor | None = None,
+    quantise: bool = False,
+    stored_as: torch.dtype = torch.float32,
+) -> Tensor:
+    """One expert, in float32; x is already rounded where `quantise` asks for it."""
+    h = x @ gate_up.T
+    if gate_up_bias is not None:
+        h = h + gate_up_bias.float()
+    gate, up = h.chunk(2, -1)
+    h = activate(gate, up, activation)
+    h = h.to(stored_as).float()
+    y = (_through_fp8(h) if quantise else h) @ down.T
+    return y if down_bias is None else y + down_bias.float()
+
+
+def _plain(w: Tensor, scale: Tensor | None, name: str) -> Tensor:
+    if scale is not None:
+        return dequantise(w, scale)
+    if w.dtype == FP8:
+        raise KernelError(f"{name} is fp8: pass {name}_scale")
+    return w.float()
+
+
+def _check_weights(x: Tensor, gate_up: Tensor, down: Tensor) -> tuple[int, int, int]:
+    """(E, 2I, H) of weights that fit each other and x, or ShapeError."""
+    if x.ndim != 2 or gate_up.ndim != 3 or down.ndim != 3:
+        raise ShapeError("x must be [T, H], gate_up [E, 2I, H] and down [E, H, I] (no E for a shared expert)")
+    num_experts, rows, hidden = gate_up.shape
+    if x.shape[1] != hidden or rows % 2 or down.shape != (num_experts, hidden, rows // 2):
+        raise ShapeError(
+            f"x {list(x.shape)}, gate_up {list(gate_up.shape)} and down {list(down.shape)} do not fit each other"
+        )
+    return num_experts, rows, hidden

@@ -1,0 +1,109 @@
+"""The deterministic combine: every token's output is the sum of its routed ids' rows, always in the same order."""
+# Triton is untyped, and so is every function that it compiles.
+# mypy: disable-error-code="import-untyped, untyped-decorator, no-untyped-def, no-untyped-call"
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from ramp_moe.errors import KernelError, ShapeError
+from torch import Tensor
+
+from .launch import dependent_launch
+from .quantise import DTYPES, check_tensor
+
+FEW_ELEMENTS = 256 * 1024
+"""Output elements up to which narrow programs are needed for all SMs to have some."""
+
+
+@triton.jit
+def combine_kernel(
+    partial,  # [SPLIT_K, num_ids, hidden]
+    topk_ids,  # [tokens, TOP_K], or None: no id is skipped
+    num_valid,  # int32 [1], or None: every token counts
+    out,  # [tokens, hidden]
+    num_ids,
+    hidden,
+    num_experts,
+    TOP_K: tl.constexpr,
+    SPLIT_K: tl.constexpr,
+    BLOCK: tl.constexpr,
+    PDL: tl.constexpr,
+):
+    """Program (token, columns). Rows of skipped ids were never written: they are masked out of the load, since what
+    memory holds there, NaN included, would survive a multiplication by zero."""
+    if PDL:
+        tl.extra.cuda.gdc_wait()
+        tl.extra.cuda.gdc_launch_dependents()
+    token = tl.program_id(0).to(tl.int64)  # elements can exceed 2^31
+    column = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    inside = column < hidden
+    if num_valid is not None:
+        inside = inside & (token < tl.load(num_valid))
+    total = tl.zeros((BLOCK,), tl.float32)
+    for slot in tl.static_range(TOP_K):
+        row = token * TOP_K + slot
+        live = inside
+        if topk_ids is not None:
+            expert = tl.load(topk_ids + row)
+            live = inside & (expert >= 0) & (expert < num_experts)
+        for split in tl.static_range(SPLIT_K):
+            at = (row + split * num_ids) * hidden
+            total += tl.load(partial + at + column, mask=live, other=0.0).to(tl.float32)
+    tl.store(out + token * hidden + column, total.to(out.dtype.element_ty), mask=column < hidden)
+
+
+def combine(
+    partial: Tensor,
+    topk_ids: Tensor | None,
+    out: Tensor,
+    *,
+    num_experts: int | None = None,
+    num_valid: Tensor | None = None,
+) -> None:
+    """out `[T, H]` = sum over a token's k ids of partial `[n, H]`, or of `[S, n, H]` (S partial sums an id), n = T*k.
+
+    Summed in float32 one after the other, an id's S sums and then the next id's, and cast once: equal inputs give
+    equal bits. Routing weights are already in `partial`. partial and out are bf16, fp16 or float32, contiguous.
+
+    topk_ids int32 or int64 `[T, k]`, with num_experts: ids outside [0, num_experts) contribute nothing and their rows
+    are not read; None: all rows count. num_valid int32 `[1]` on the device: later tokens become 0. Without tokens
+    nothing is launched. Raises ShapeError for shapes that do not fit, KernelError for dtypes, strides and devices.
+    """
+    if partial.ndim not in (2, 3) or out.ndim != 2:
+        raise ShapeError(
+            f"combine sums [n, H] or [S, n, H] into [T, H], not {list(partial.shape)} into {list(out.shape)}"
+        )
+    tokens, hidden = out.shape
+    num_ids = partial.shape[-2]
+    split_k = partial.shape[0] if partial.ndim == 3 else 1
+    if num_ids % tokens if tokens else num_ids:
+        raise ShapeError(f"{num_ids} partial rows do not divide among {tokens} tokens")
+    check_tensor("the partial sums", partial, (*partial.shape[:-1], hidden), DTYPES, out.device)
+    check_tensor("the output", out, (tokens, hidden), DTYPES, out.device)
+    if out.numel() == 0:
+        return
+    top_k = num_ids // tokens
+    if topk_ids is not None:
+        if num_experts is None:
+            raise KernelError("combine needs num_experts beside topk_ids: ids from num_experts on are skipped")
+        check_tensor("topk_ids", topk_ids, (tokens, top_k), (torch.int32, torch.int64), out.device)
+    if num_valid is not None:
+        check_tensor("num_valid", num_valid, (1,), (torch.int32,), out.device)
+    block, warps = (256, 1) if out.numel() <= FEW_ELEMENTS else (1024, 4)
+    with torch.cuda.device_of(out):
+        combine_kernel[(tokens, triton.cdiv(hidden, block))](
+            partial,
+            topk_ids,
+            num_valid,
+            out,
+            num_ids,
+            hidden,
+            num_experts if topk_ids is not None else 0,
+            TOP_K=top_k,
+            SPLIT_K=split_k,
+            BLOCK=block,
+            num_warps=warps,
+            **dependent_launch(out.device),
+        )

@@ -1,0 +1,127 @@
+"""The configuration space of the Triton path, and the one predicate that says which points of it are valid."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Literal
+
+from ramp_moe import GridGeometry, Hardware, MoEShape
+from ramp_moe.shapes import DTYPE_BYTES, SCALE_BLOCK
+
+Gemm = Literal["up", "down"]
+
+TOKEN_BLOCKS = (16, 32, 64, 128)
+
+
+@dataclass(frozen=True, slots=True)
+class GemmConfig:
+    """One grouped GEMM's launch: BM slots by `rows` weight rows (of gate and of up each, for the up projection)."""
+
+    block: int
+    rows: int
+    step: int
+    warps: int = 4
+    stages: int = 3
+    group_m: int = 1
+    split_k: int = 1
+    swap: bool = False
+
+    @property
+    def name(self) -> str:
+        swap = "-swap" if self.swap else ""
+        return (
+            f"bm{self.block}-bn{self.rows}-bk{self.step}-w{self.warps}-st{self.stages}"
+            f"-gm{self.group_m}-sk{self.split_k}{swap}"
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class Path:
+    """The launches of one forward pass: [prepare], up, [activate], down, combine.
+
+    direct: no schedule, each routed id is a tile of its own; for tiny batches.
+    atomic: the down projection adds to a float32 output, cast at the end, instead of a combine of its rows.
+    """
+
+    up: GemmConfig
+    down: GemmConfig
+    direct: bool = False
+    atomic: bool = False
+
+    @property
+    def name(self) -> str:
+        tiles = "direct" if self.direct else f"bm{self.up.block}"
+        up, down = (c.name.removeprefix(f"bm{c.block}-") for c in (self.up, self.down))
+        return f"{tiles}-up({up})-down({down})-{'atomic' if self.atomic else 'sum'}"
+
+
+def quantises_itself(up: GemmConfig) -> bool:
+    """Whether the up projection's CTAs hold whole scale groups of their intermediates, and so can quantise them."""
+    return up.rows == SCALE_BLOCK and up.split_k == 1
+
+
+def invalid(gemm: Gemm, config: GemmConfig, shape: MoEShape, hardware: Hardware, quantise: bool = False) -> str | None:
+    """Why a configuration cannot run, or never pays; None where it is valid. quantise: the launch quantises the
+    activations that it loads (fp8 only), which then pass through shared memory in both dtypes."""
+    c, fp8 = config, shape.dtype == "fp8"
+    matrices = 2 if gemm == "up" else 1
+    depth = shape.hidden_size if gemm == "up" else shape.intermediate_size
+    if fp8 and c.step != SCALE_BLOCK:
+        return f"an fp8 step is one scale group of {SCALE_BLOCK}"
+    if fp8 and SCALE_BLOCK % c.rows:
+        return "a weight tile must lie within one scale block"
+    row_bytes = c.step * DTYPE_BYTES[shape.dtype]
+    tiles = c.stages * (c.block + matrices * c.rows) * row_bytes
+    if quantise:
+        tiles += (c.stages + 1) * c.block * row_bytes
+    # The transposed accumulator of swapped operands, and half of it otherwise, is exchanged through shared memory.
+    needed = max(tiles, matrices * c.block * c.rows * 4)
+    if needed > hardware.smem_per_sm_bytes - 4096:
+        return f"{needed} bytes of tiles exceed shared memory"
+    if matrices * c.block * c.rows > 128 * 32 * c.warps:
+        return "accumulators would take over 128 registers a thread"
+    if c.warps > 4 and matrices * c.block * c.rows < 64 * 64:
+        return "too little work for eight warps"
+    if c.swap and (c.rows < 64 or c.block > 64):
+        return "swapped operands need 64 weight rows, and pay for small token blocks only"
+    if c.split_k > 1 and c.split_k * c.step * 2 > depth:
+        return f"{c.split_k} splits leave less than two steps each"
+    return None
+
+
+def invalid_path(path: Path, shape: MoEShape, hardware: Hardware) -> str | None:
+    """Why a whole path cannot run; None where it is valid."""
+    fp8 = shape.dtype == "fp8"
+    if path.up.block != path.down.block:
+        return "both GEMMs read one schedule, of one token block"
+    return invalid("up", path.up, shape, hardware, quantise=fp8 and path.direct) or invalid(
+        "down", path.down, shape, hardware, quantise=fp8 and not quantises_itself(path.up)
+    )
+
+
+def space(gemm: Gemm, shape: MoEShape, hardware: Hardware) -> Iterator[GemmConfig]:
+    """Every valid configuration of one GEMM."""
+    steps = (SCALE_BLOCK,) if shape.dtype == "fp8" else (64, 128)
+    for block, rows, step, warps, stages, group_m, split_k, swap in itertools.product(
+        TOKEN_BLOCKS, (32, 64, 128), steps, (4, 8), (2, 3, 4, 5), (1, 8), (1, 4), (False, True)
+    ):
+        config = GemmConfig(block, rows, step, warps, stages, group_m, split_k, swap)
+        if invalid(gemm, config, shape, hardware) is None:
+            yield config
+
+
+def geometry(gemm: Gemm, config: GemmConfig, shape: MoEShape, direct: bool = False) -> GridGeometry:
+    """The grid of one launch. A CTA of the up projection covers `rows` of gate and as many of up; on the direct path
+    each routed id is an M-tile."""
+    up = gemm == "up"
+    return GridGeometry(
+        block_tokens=1 if direct else config.block,
+        block_weights=2 * config.rows if up else config.rows,
+        block_k=config.step,
+        weight_rows=shape.gate_up_rows if up else shape.hidden_size,
+        reduction=shape.hidden_size if up else shape.intermediate_size,
+        expert_bytes=shape.gate_up_bytes if up else shape.down_bytes,
+        split_k=config.split_k,
+    )

@@ -1,0 +1,69 @@
+"""The launches of one forward pass, in order, over buffers of a workspace."""
+
+from __future__ import annotations
+
+import torch
+from ramp_moe.device import Batch, MoEWeights, Workspace
+from torch import Tensor
+
+from . import ops
+from .combine import combine
+from .config import GemmConfig, Path, quantises_itself
+from .schedule import Schedule, buffer_sizes, schedule
+
+
+def forward(path: Path, weights: MoEWeights, batch: Batch, out: Tensor, workspace: Workspace) -> None:
+    """[prepare], up, [activate], down, combine."""
+    device, n = out.device, batch.topk_ids.numel()
+    experts, hidden, inter = weights.down.shape
+    up, down = path.up, path.down
+    total = workspace.get("total", (batch.num_tokens, hidden), torch.float32, device) if path.atomic else None
+    if path.direct:
+        x, x_scale, tiling = batch.hidden_states, None, ops.Tiling(None, batch.topk_ids, n)
+    else:
+        x, x_scale, tiling = _prepare(up.block, weights, batch, total, workspace)
+
+    act, act_scale = _activations(up, weights, n, batch.hidden_states.dtype, workspace, device)
+    if up.split_k > 1:
+        partial = workspace.get("partial_sums", (up.split_k, n, 2 * inter), torch.float32, device)
+        ops.up(up, x, x_scale, weights, tiling, n, batch.top_k, partial, None)
+        ops.activate(partial, weights, batch.topk_ids, act)
+    else:
+        ops.up(up, x, x_scale, weights, tiling, n, batch.top_k, act, act_scale)
+
+    if total is not None:
+        ops.down(down, act, act_scale, weights, tiling, batch.topk_weights, total, atomic=True)
+        out.copy_(total)
+        return
+    rows = workspace.get("rows", (down.split_k, n, hidden), out.dtype, device)
+    ops.down(down, act, act_scale, weights, tiling, batch.topk_weights, rows, atomic=False)
+    combine(rows, batch.topk_ids, out, num_experts=experts)
+
+
+def _prepare(
+    block: int, weights: MoEWeights, batch: Batch, total: Tensor | None, workspace: Workspace
+) -> tuple[Tensor, Tensor | None, ops.Tiling]:
+    """(x, x_scale, tiling): one launch schedules, quantises x for fp8 weights and zeroes `total`."""
+    device, n = batch.hidden_states.device, batch.topk_ids.numel()
+    experts, hidden, _ = weights.down.shape
+    sizes = buffer_sizes(n, experts, block)
+    plan = Schedule(**{name: workspace.get(name, (size,), torch.int32, device) for name, size in sizes.items()})
+    x, x_scale, quantise = batch.hidden_states, None, None
+    if ops.is_fp8(weights):
+        q = workspace.get("x", (batch.num_tokens, hidden), torch.float8_e4m3fn, device)
+        x_scale = workspace.get("x_scale", (batch.num_tokens, hidden // 128), torch.float32, device)
+        quantise, x = (x, q, x_scale), q
+    schedule(batch.topk_ids, experts, block, plan, quantise=quantise, zero=total)
+    return x, x_scale, ops.Tiling(plan.slots, plan.expert_of_tile, sizes["expert_of_tile"])
+
+
+def _activations(
+    up: GemmConfig, weights: MoEWeights, n: int, dtype: torch.dtype, workspace: Workspace, device: torch.device
+) -> tuple[Tensor, Tensor | None]:
+    """The intermediate buffer and its scales; None for scales where it stays in the dtype of x, in which case the down
+    projection of fp8 weights quantises what it loads."""
+    inter = weights.down.shape[2]
+    if ops.is_fp8(weights) and quantises_itself(up):
+        scale = workspace.get("act_scale", (n, inter // 128), torch.float32, device)
+        return workspace.get("act", (n, inter), torch.float8_e4m3fn, device), scale
+    return workspace.get("act", (n, inter), dtype, device), None

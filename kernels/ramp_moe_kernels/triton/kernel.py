@@ -1,0 +1,128 @@
+"""The Triton path as a kernel of the library: configurations, geometry, and the launches of one forward pass.
+
+scheduled   prepare (schedule, and beside it: quantise activations, zero the output), up, [activate], down, combine
+direct      up, down: no schedule; for tiny batches
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import itertools
+from collections.abc import Sequence
+from dataclasses import asdict, replace
+from typing import TYPE_CHECKING, Any
+
+from ramp_moe import Hardware, KernelConfig, MoEShape, Stage, WeightLayout
+from ramp_moe.device import Batch, LaunchableKernel, MoEWeights, Workspace
+from ramp_moe.errors import KernelError
+from ramp_moe.shapes import SCALE_BLOCK
+
+from .config import GemmConfig, Path, geometry, invalid_path
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+MAX_EXPERTS = 1024
+DIRECT_TOKENS = 2
+
+
+class TritonMoE(LaunchableKernel):
+    """bf16, fp16 and fp8 (e4m3 W8A8, [128, 128] weight scales), any GPU that Triton compiles for."""
+
+    name = "triton"
+
+    def unsupported(self, shape: MoEShape, hardware: Hardware) -> str | None:
+        if shape.dtype == "fp8":
+            if hardware.fp8_flops is None:
+                return f"{hardware.name} has no fp8 units"
+            for what in ("hidden_size", "intermediate_size"):
+                if getattr(shape, what) % SCALE_BLOCK:
+                    return f"{what} {getattr(shape, what)} is not a multiple of the fp8 scale block {SCALE_BLOCK}"
+        if shape.num_experts > MAX_EXPERTS:
+            return f"{shape.num_experts} experts are more than the schedule's {MAX_EXPERTS}"
+        if shape.hidden_size % 16 or shape.intermediate_size % 16:
+            return "hidden_size and intermediate_size must be multiples of 16"
+        return None
+
+    def unavailable(self) -> str | None:
+        missing = [name for name in ("torch", "triton") if importlib.util.find_spec(name) is None]
+        return f"the package {missing[0]} is missing: pip install 'ramp-moe[triton]'" if missing else None
+
+    def paths(self, shape: MoEShape, hardware: Hardware) -> list[Path]:
+        """Every configuration, as what it launches."""
+        steps = (SCALE_BLOCK,) if shape.dtype == "fp8" else (64, 128)
+        depths = (3, 4) if hardware.smem_per_sm_bytes > 128 * 1024 else (1, 2)
+        found = []
+        for block, rows_up, rows_down, step, stages, group_m, split_k, swap in itertools.product(
+            (16, 32, 64, 128), (32, 64, 128), (64, 128), steps, depths, (1, 8), (1, 4), (False, True)
+        ):
+            warps = 8 if block == 128 else 4
+            up = GemmConfig(block, rows_up, step, warps, stages, group_m, split_k, swap)
+            down = GemmConfig(block, rows_down, step, warps if rows_down == 128 else 4, stages, group_m, 1, swap)
+            if split_k == 1:
+                found.append(Path(up, down))
+            if block == 16 and group_m == 1:
+                found.append(Path(up, down, direct=True))
+                found.append(Path(up, replace(down, split_k=4), atomic=True))
+        return [path for path in found if invalid_path(path, shape, hardware) is None]
+
+    def configs(self, shape: MoEShape, hardware: Hardware) -> Sequence[KernelConfig]:
+        return [self.describe(path, shape) for path in self.paths(shape, hardware)]
+
+    def describe(self, path: Path, shape: MoEShape) -> KernelConfig:
+        """A path as the library sees it."""
+        up, down = path.up, path.down
+        tiles = "direct/" if path.direct else ""
+        stages = []
+        if not path.direct:
+            beside = ("-quantise" if shape.dtype == "fp8" else "") + ("-zero" if path.atomic else "")
+            stages.append(Stage("schedule", f"{self.name}/prepare/bm{up.block}{beside}"))
+        stages.append(Stage("gemm", f"{self.name}/{tiles}up/{up.name}", geometry("up", up, shape, path.direct)))
+        if up.split_k > 1:
+            stages.append(Stage("activation", f"{self.name}/activate/sk{up.split_k}"))
+        ending = "atomic" if path.atomic else "store"
+        grid = geometry("down", down, shape, path.direct)
+        stages.append(Stage("gemm", f"{self.name}/{tiles}down/{down.name}-{ending}", grid))
+        stages.append(Stage("combine", f"{self.name}/cast" if path.atomic else f"{self.name}/combine"))
+        params = [(f"{gemm}_{k}", v) for gemm, c in (("up", up), ("down", down)) for k, v in asdict(c).items()]
+        return KernelConfig(path.name, tuple(stages), (*params, ("direct", path.direct), ("atomic", path.atomic)))
+
+    def weight_layout(self, shape: MoEShape) -> WeightLayout:
+        return WeightLayout("gate-first", shape.num_experts * shape.expert_bytes)
+
+    def prepare(self, weights: MoEWeights) -> MoEWeights:
+        """The weights as they are."""
+        return weights
+
+    def default_config(self, shape: MoEShape, hardware: Hardware, num_tokens: int) -> KernelConfig:
+        """The smallest token block that holds the mean of the experts' tokens, or the direct path for a few ids."""
+        ids = num_tokens * shape.top_k
+        mean = ids / min(ids, shape.num_experts)
+        direct = num_tokens <= DIRECT_TOKENS
+        wanted = 16 if direct else next((b for b in (16, 32, 64) if b >= mean), 128)
+        step = SCALE_BLOCK if shape.dtype == "fp8" else 64
+        # The best on an H200, then ever smaller tiles, for less shared memory.
+        for block, rows, stages in itertools.product((wanted, 64, 32, 16), (128, 64, 32), (3, 2)):
+            if block > wanted or (rows == 128 and (block == 128 or shape.dtype != "fp8")):
+                continue
+            warps, group_m, swap = (8, 8, False) if block == 128 else (4, 1, block <= 32 and rows >= 64)
+            gemm = GemmConfig(block, rows, step, warps, stages, group_m, 1, swap)
+            path = Path(gemm, gemm, direct)
+            if invalid_path(path, shape, hardware) is None:
+                return self.describe(path, shape)
+        raise KernelError(f"no configuration of {self.name} fits {hardware.name}")
+
+    def launch(self, config: KernelConfig, prepared: Any, batch: Batch, out: Tensor, workspace: Workspace) -> None:
+        from .forward import forward  # torch and Triton: not needed to describe the kernel
+
+        forward(_path(config), prepared, batch, out, workspace)
+
+
+def _path(config: KernelConfig) -> Path:
+    """What `describe` put into the parameters."""
+    p: dict[str, Any] = dict(config.params)
+    up, down = (
+        GemmConfig(**{k.removeprefix(f"{gemm}_"): v for k, v in p.items() if k.startswith(f"{gemm}_")})
+        for gemm in ("up", "down")
+    )
+    return Path(up, down, p["direct"], p["atomic"])

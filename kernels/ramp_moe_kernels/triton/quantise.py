@@ -1,0 +1,126 @@
+"""Activations to fp8: one float32 scale a token and group of 128 columns, in one launch.
+
+A program takes GROUPS groups, which follow each other in memory whatever token they belong to. Nothing but the
+division's rounding happens between the load and the store, so that the result is the reference's, bit for bit:
+
+    amax    float32 [GROUPS]        as integers, of the same order for magnitudes, and NaN above infinity: it stays
+    scale   max(amax, 1e-10) / 448  divided as IEEE says
+    fp8     x / scale               likewise, then to nearest even; |x / scale| never rounds to more than 448
+"""
+# Triton is untyped, and so is every function that it compiles.
+# mypy: disable-error-code="import-untyped, untyped-decorator, no-untyped-def, no-untyped-call"
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from ramp_moe.errors import KernelError, ShapeError
+from torch import Tensor
+
+from ..reference import FP8, FP8_MAX, GROUP, TINY
+
+DTYPES = (torch.bfloat16, torch.float16, torch.float32)
+MANY_GROUPS = 4096
+"""Groups from which on a program takes more of them: there are programs enough, and more loads in flight pay."""
+
+_GROUP = tl.constexpr(GROUP)
+_FP8_MAX = tl.constexpr(FP8_MAX)
+_TINY = tl.constexpr(TINY)
+
+
+@triton.jit
+def _to_fp8(v, EMULATE_FP8: tl.constexpr):
+    """e4m3 of float32 v, |v| <= 448 or NaN, to nearest even. EMULATE_FP8 is for the interpreter, whose own conversion
+    loses a carry into the exponent and turns NaN into a number."""
+    if EMULATE_FP8:
+        known = tl.where(v == v, v, 0.0)
+        exponent = tl.maximum(known.to(tl.int32, bitcast=True) >> 23 & 0xFF, 121)  # below 2^-6 e4m3 has fixed steps
+        # An addition rounds to nearest even; what is added says at which bit: 3 below the exponent.
+        anchor = (exponent + 20 << 23).to(tl.float32, bitcast=True)
+        size = (tl.abs(known) + anchor) - anchor
+        normal = (size.to(tl.int32, bitcast=True) >> 20) - (120 << 3)
+        code = tl.where(size < 0.015625, (size * 512).to(tl.int32), normal)
+        code = tl.where(v == v, code, 0x7F) | (v.to(tl.int32, bitcast=True) >> 24 & 0x80)
+        out = code.to(tl.uint8).to(tl.float8e4nv, bitcast=True)
+    else:
+        out = v.to(tl.float8e4nv)
+    return out
+
+
+@triton.jit
+def _quantise_rows(program, x, x_fp8, x_scale, num_groups, GROUPS: tl.constexpr, EMULATE_FP8: tl.constexpr):
+    """GROUPS groups of 128 columns, from group program * GROUPS on, of `num_groups`."""
+    first = program.to(tl.int64) * GROUPS  # elements can exceed 2^31
+    x += first * _GROUP
+    x_fp8 += first * _GROUP
+    group = tl.arange(0, GROUPS)
+    live = group < num_groups - first
+    at = group[:, None] * _GROUP + tl.arange(0, _GROUP)
+    values = tl.load(x + at, mask=live[:, None], other=0.0).to(tl.float32)
+    amax = tl.max(values.to(tl.int32, bitcast=True) & 0x7FFFFFFF, 1).to(tl.float32, bitcast=True)
+    scale = tl.div_rn(tl.where(amax < _TINY, _TINY, amax), tl.full((GROUPS,), _FP8_MAX, tl.float32))
+    tl.store(x_scale + first + group, scale, mask=live)
+    scaled = tl.div_rn(values, tl.broadcast_to(scale[:, None], (GROUPS, _GROUP)))
+    tl.store(x_fp8 + at, _to_fp8(scaled, EMULATE_FP8), mask=live[:, None])
+
+
+@triton.jit
+def quantise_kernel(x, x_fp8, x_scale, num_groups, GROUPS: tl.constexpr, EMULATE_FP8: tl.constexpr):
+    _quantise_rows(tl.program_id(0), x, x_fp8, x_scale, num_groups, GROUPS, EMULATE_FP8)
+
+
+def quantise(x: Tensor, out: Tensor, scale: Tensor) -> None:
+    """out float8_e4m3fn `[T, C]` and scale float32 `[T, C/128]` of x bf16, fp16 or float32 `[T, C]`, all contiguous.
+
+    scale = max(amax, 1e-10) / 448 of a token's group of 128 columns; out = x / scale to nearest even. A NaN or an
+    infinity spoils its own group only. Without tokens nothing is launched. Needs hardware with fp8 or, on AMD,
+    converts to OCP e4m3 in software where the hardware knows another e4m3. Raises ShapeError for shapes that do not
+    fit, KernelError for dtypes, strides and devices.
+    """
+    check_quantise(x, out, scale, x.device)
+    groups = scale.numel()
+    if groups == 0:
+        return
+    size = groups_per_program(groups)
+    with torch.cuda.device_of(x):
+        quantise_kernel[(-(-groups // size),)](
+            x, out, scale, groups, GROUPS=size, EMULATE_FP8=interpreted(quantise_kernel), num_warps=4
+        )
+
+
+def groups_per_program(num_groups: int) -> int:
+    """Few, while programs are scarce."""
+    return 16 if num_groups <= MANY_GROUPS else 64
+
+
+def interpreted(kernel: object) -> bool:
+    """Whether a kernel runs in Triton's interpreter, where there is no GPU."""
+    return not isinstance(kernel, triton.JITFunction)
+
+
+def check_quantise(x: Tensor, out: Tensor, scale: Tensor, device: torch.device) -> None:
+    """Raises what `quantise` says."""
+    if x.ndim != 2 or x.shape[1] % GROUP:
+        raise ShapeError(f"activations to quantise must be [T, C] with C a multiple of {GROUP}, not {list(x.shape)}")
+    tokens, columns = x.shape
+    check_tensor("the activations", x, (tokens, columns), DTYPES, device)
+    check_tensor("the quantised activations", out, (tokens, columns), (FP8,), device)
+    check_tensor("their scale", scale, (tokens, columns // GROUP), (torch.float32,), device)
+
+
+def check_tensor(
+    what: str, tensor: Tensor, shape: tuple[int, ...], dtypes: tuple[torch.dtype, ...], device: torch.device
+) -> None:
+    """Raises ShapeError for another shape; KernelError for another dtype or device, strides, and a missing GPU."""
+    if tensor.shape != shape:
+        raise ShapeError(f"{what} must be {list(shape)}, not {list(tensor.shape)}")
+    if tensor.dtype not in dtypes:
+        names = " or ".join(str(dtype).removeprefix("torch.") for dtype in dtypes)
+        raise KernelError(f"{what} must be {names}, not {str(tensor.dtype).removeprefix('torch.')}")
+    if tensor.device != device:
+        raise KernelError(f"{what} must be on {device}, not on {tensor.device}")
+    if not tensor.is_contiguous():
+        raise KernelError(f"{what} must be contiguous; strides are {tensor.stride()}")
+    if not tensor.is_cuda and not interpreted(quantise_kernel):
+        raise KernelError(f"{what} must be on a GPU, not on {tensor.device}")

@@ -1,0 +1,235 @@
+"""The router: scores, group selection, top-k, weights and their renormalisation, in one launch.
+
+One warp owns a row, or several rows where there are few experts, so that no reduction leaves the warp:
+
+    merit   int32 [rows, P]   what experts are chosen by, as an integer of the same order; P = padded groups x members
+    pick    int32 [rows]      k times over: the best merit, then the lowest expert that has it, then out of the race
+    weight  float32 [rows, K] the chosen experts' logits once more (a hit in L1), scored: bias and order leave no trace
+
+Integers order NaN, infinities and what may not be chosen without a special case, and their warp reductions are one
+instruction where the hardware has it.
+"""
+# Triton is untyped, and so is every function that it compiles.
+# mypy: disable-error-code="import-untyped, untyped-decorator, no-untyped-def, no-untyped-call"
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from ramp_moe.errors import KernelError, ShapeError
+
+from ..reference import WEIGHT_SUM_FLOOR, check_routing
+
+MAX_TOP_K = 16
+MAX_EXPERTS = 1024
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+ROW_ELEMENTS = 256
+"""Scores a program handles at least: eight a lane, wide loads and work to overlap with the reductions' latency."""
+
+_OUT = tl.constexpr(-(2**31))  # below every merit, -inf's included
+_NOBODY = tl.constexpr(2**31 - 1)  # above every index
+_FLOOR = tl.constexpr(WEIGHT_SUM_FLOOR)
+
+
+@triton.jit
+def _ordered(x):
+    """int32 that orders as the float32 x does; NaN counts as +inf, and the two zeros are equal."""
+    x = tl.where(x != x, float("inf"), x)
+    x = tl.where(x == 0, 0.0, x)
+    return _flip(x.to(tl.int32, bitcast=True))
+
+
+@triton.jit
+def _flip(bits):
+    """Floats order by their bits, the negative ones in reverse. Its own inverse."""
+    return bits ^ ((bits >> 31) & 0x7FFFFFFF)
+
+
+@triton.jit
+def _best(merit, index):
+    """(merit, index) of the best of [rows, N] in each row, the lowest index on a tie."""
+    best = tl.max(merit, 1)
+    return best, tl.min(tl.where(merit == best[:, None], index, _NOBODY), 1)
+
+
+@triton.jit
+def _keep_groups(merit, G: tl.constexpr, TOPK_GROUPS: tl.constexpr, BIASED: tl.constexpr):
+    """`merit` [rows, P] with the members of all but the best TOPK_GROUPS groups out of the race. P holds G groups,
+    padded to a power of two, one after the other, each padded with members that are out."""
+    GROUPS: tl.constexpr = triton.next_power_of_2(G)
+    MEMBERS: tl.constexpr = merit.shape[1] // GROUPS
+    members = tl.reshape(merit, (merit.shape[0], GROUPS, MEMBERS))
+    worth = tl.max(members, 2)
+    if BIASED and MEMBERS > 1:
+        member = tl.arange(0, MEMBERS)[None, None, :]
+        first = tl.min(tl.where(members == worth[:, :, None], member, MEMBERS), 2)
+        second = tl.max(tl.where(member == first[:, :, None], _OUT, members), 2)
+        both = _flip(worth).to(tl.float32, bitcast=True) + _flip(second).to(tl.float32, bitcast=True)
+        worth = _ordered(both)
+    group = tl.arange(0, GROUPS)[None, :]
+    worth = tl.where(group < G, worth, _OUT)
+    kept = tl.zeros_like(worth)
+    for _ in range(TOPK_GROUPS):
+        _, pick = _best(worth, group)
+        kept = tl.where(group == pick[:, None], 1, kept)
+        worth = tl.where(group == pick[:, None], _OUT, worth)
+    members = tl.where(kept[:, :, None] != 0, members, _OUT)
+    return tl.reshape(members, merit.shape)
+
+
+@triton.jit(do_not_specialize=["num_tokens"])
+def router_kernel(
+    logits_ptr,  # [T, E], rows `stride` elements apart
+    bias_ptr,  # [E] or None
+    ids_ptr,  # int32 [T, K]
+    weights_ptr,  # float32 [T, K]
+    num_tokens,
+    stride,
+    scale,
+    E: tl.constexpr,
+    K: tl.constexpr,
+    G: tl.constexpr,
+    TOPK_GROUPS: tl.constexpr,
+    SIGMOID: tl.constexpr,
+    RENORMALISE: tl.constexpr,
+    ROWS: tl.constexpr,
+):
+    SIZE: tl.constexpr = E // G
+    MEMBERS: tl.constexpr = triton.next_power_of_2(SIZE)
+    P: tl.constexpr = MEMBERS * triton.next_power_of_2(G)
+    SLOTS: tl.constexpr = triton.next_power_of_2(K)
+
+    row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
+    real = row < num_tokens
+    logits_ptrs = logits_ptr + row.to(tl.int64)[:, None] * stride
+    place = tl.arange(0, P)
+    expert = place // MEMBERS * SIZE + place % MEMBERS
+    exists = (place % MEMBERS < SIZE) & (place // MEMBERS < G)
+    logits = tl.load(logits_ptrs + expert, mask=real[:, None] & exists, other=-float("inf")).to(tl.float32)
+
+    # A row of -inf has no softmax: NaN, as in torch.
+    if not SIGMOID:
+        top = tl.max(logits, 1)[:, None]
+        total = tl.sum(tl.exp(logits - top), 1)[:, None]
+    if bias_ptr is None:
+        merit = _ordered(logits)  # both scorings keep the order of the logits, which is exact
+    else:
+        scores = tl.sigmoid(logits) if SIGMOID else tl.exp(logits - top) / total
+        merit = _ordered(scores + tl.load(bias_ptr + expert, mask=exists, other=0.0).to(tl.float32))
+    merit = tl.where(exists, merit, _OUT)
+    if TOPK_GROUPS < G:
+        merit = _keep_groups(merit, G, TOPK_GROUPS, bias_ptr is not None)
+
+    slot = tl.arange(0, SLOTS)[None, :]
+    ids = tl.zeros((ROWS, SLOTS), tl.int32)
+    for k in tl.static_range(K):
+        _, pick = _best(merit, expert)
+        ids = tl.where(slot == k, pick[:, None], ids)
+        merit = tl.where(expert == pick[:, None], _OUT, merit)
+
+    store = real[:, None] & (slot < K)
+    chosen = tl.load(logits_ptrs + ids, mask=store, other=-float("inf")).to(tl.float32)
+    weights = tl.sigmoid(chosen) if SIGMOID else tl.exp(chosen - top) / total
+    if RENORMALISE:
+        weights = weights / (tl.sum(tl.where(slot < K, weights, 0.0), 1)[:, None] + _FLOOR)
+    out = row.to(tl.int64)[:, None] * K + slot
+    tl.store(ids_ptr + out, ids, mask=store)
+    tl.store(weights_ptr + out, weights * scale, mask=store)
+
+
+def route(
+    logits: torch.Tensor,
+    top_k: int,
+    *,
+    scoring: str = "softmax",
+    bias: torch.Tensor | None = None,
+    num_groups: int = 1,
+    topk_groups: int = 1,
+    renormalise: bool = True,
+    scale: float = 1.0,
+    out: tuple[torch.Tensor, torch.Tensor] | None = None,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """(ids int32 `[T, top_k]`, weights float32 `[T, top_k]`), best expert first, as `reference.route` defines them.
+
+    `logits [T, E]` float32, bf16 or fp16, E up to 1024, top_k up to 16, rows contiguous; `bias [E]` in one of those
+    dtypes. One launch on the current stream, no host synchronisation; none for T = 0. `out` takes the result in
+    contiguous tensors of those dtypes and shapes, and makes the call free of allocation.
+
+    Raises ShapeError and UnknownNameError as `reference.route` does, and ShapeError for `out` of another shape;
+    KernelError for what the kernel does not take: top_k or E beyond its limits, a dtype, a layout, a device.
+    """
+    if logits.ndim != 2:
+        raise ShapeError(f"router logits must be [tokens, experts], not {list(logits.shape)}")
+    num_tokens, num_experts = logits.shape
+    check_routing(num_experts, top_k, scoring, num_groups, topk_groups)
+    if top_k > MAX_TOP_K:
+        raise KernelError(f"the router kernel takes top_k up to {MAX_TOP_K}, not {top_k}")
+    if num_experts > MAX_EXPERTS:
+        raise KernelError(f"the router kernel takes up to {MAX_EXPERTS} experts, not {num_experts}")
+    if logits.stride(1) != 1 and num_tokens > 0 and num_experts > 1:
+        raise KernelError("the router kernel reads contiguous rows: call .contiguous() on the logits")
+    _check_input("logits", logits, logits.device)
+    if bias is not None:
+        if bias.shape != (num_experts,):
+            raise ShapeError(f"the router's bias must be [{num_experts}], not {list(bias.shape)}")
+        _check_input("the bias", bias, logits.device)
+        bias = bias.contiguous()
+    ids, weights = _outputs(num_tokens, top_k, logits.device, out)
+    if num_tokens == 0:
+        return ids, weights
+
+    if topk_groups == num_groups:  # every group is kept: no groups
+        num_groups = topk_groups = 1
+    rows, warps = _launch_shape(num_experts, num_groups)
+    with torch.cuda.device_of(logits):
+        router_kernel[(triton.cdiv(num_tokens, rows),)](
+            logits,
+            bias,
+            ids,
+            weights,
+            num_tokens,
+            logits.stride(0),
+            float(scale),
+            E=num_experts,
+            K=top_k,
+            G=num_groups,
+            TOPK_GROUPS=topk_groups,
+            SIGMOID=scoring == "sigmoid",
+            RENORMALISE=renormalise,
+            ROWS=rows,
+            num_warps=warps,
+        )
+    return ids, weights
+
+
+def _launch_shape(num_experts: int, num_groups: int) -> tuple[int, int]:
+    """(rows, warps) of a program. More than one warp only where a row would not fit one's registers."""
+    padded = triton.next_power_of_2(num_groups) * triton.next_power_of_2(num_experts // num_groups)
+    return max(1, min(32, ROW_ELEMENTS // padded)), 1 if padded <= MAX_EXPERTS else 4
+
+
+def _check_input(what: str, tensor: torch.Tensor, device: torch.device) -> None:
+    if tensor.dtype not in DTYPES:
+        names = ", ".join(str(dtype).removeprefix("torch.") for dtype in DTYPES)
+        raise KernelError(f"the router kernel takes {what} in {names}, not {tensor.dtype}")
+    if tensor.device != device:
+        raise KernelError(f"{what} must be on {device}, where the logits are, not on {tensor.device}")
+    # Under Triton's interpreter the kernel is no JITFunction, and runs where there is no GPU.
+    if not tensor.is_cuda and isinstance(router_kernel, triton.JITFunction):
+        raise KernelError(f"the router kernel needs a GPU: {what} must not be on {tensor.device}")
+
+
+def _outputs(
+    num_tokens: int, top_k: int, device: torch.device, out: tuple[torch.Tensor, torch.Tensor] | None
+) -> tuple[torch.Tensor, torch.Tensor]:
+    shape = (num_tokens, top_k)
+    if out is None:
+        ids = torch.empty(shape, dtype=torch.int32, device=device)
+        return ids, torch.empty(shape, dtype=torch.float32, device=device)
+    for what, tensor, dtype in (("ids", out[0], torch.int32), ("weights", out[1], torch.float32)):
+        if tensor.shape != shape:
+            raise ShapeError(f"the router's {what} must be {list(shape)}, not {list(tensor.shape)}")
+        if tensor.dtype != dtype or tensor.device != device or not tensor.is_contiguous():
+            raise KernelError(f"the router's {what} must be contiguous {dtype} on {device}")
+    return out

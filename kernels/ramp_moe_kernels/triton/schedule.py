@@ -1,0 +1,406 @@
+"""The schedule: routed ids sorted by expert and padded to tiles of `block` slots, without a word to the host.
+
+A routed id is token * top_k + slot. Sorting is counting: an id's slot follows from the experts before its own (their
+tiles), the ids before it in earlier chunks and its rank within its chunk of at most 4096 ids. Up to 4096 ids take one
+launch, in which every program counts all ids again: that costs less than waiting for another. More ids take two:
+
+    launch   programs                                    write
+    1        one a chunk                                 partial[chunk, :]: the chunk's histogram
+    2 or 1   one a chunk and some experts                slots of their ids; in chunk 0 also padding, expert_of_tile
+             one more                                    histogram, num_slots, -1 past the last tile
+
+Nothing is added to memory, so that no buffer needs zeroing, and every word is written by one program: the result does
+not depend on the order of programs. Further programs of the first launch quantise activations and zero an output.
+"""
+# Triton is untyped, and so is every function that it compiles.
+# mypy: disable-error-code="import-untyped, untyped-decorator, no-untyped-def, no-untyped-call"
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+import triton
+import triton.language as tl
+from ramp_moe.errors import KernelError, ShapeError
+from torch import Tensor
+
+from .quantise import _quantise_rows, check_quantise, check_tensor, groups_per_program, interpreted
+
+MAX_IDS = 2**20
+MAX_EXPERTS = 1024
+MAX_BLOCK = 256
+MAX_CHUNK = 4096
+PROGRAMS = 128
+"""Programs of one launch that sort: one an SM of a large GPU, since each of them counts all ids."""
+PROGRAMS_IN_CHUNKS = 512
+"""Likewise where the counts are read: several programs share an SM."""
+ZERO_BLOCK = 4096
+
+_MAX_BLOCK = tl.constexpr(MAX_BLOCK)
+_PARTIALS = tl.constexpr(16)  # chunks whose histograms are loaded at a time
+_TAIL = tl.constexpr(1024)
+_BITS = tl.constexpr(21)  # three counts of at most MAX_IDS in an int64
+_FIELD = tl.constexpr(2**21 - 1)
+
+
+@dataclass(frozen=True, slots=True)
+class Schedule:
+    """Device tensors that `schedule` fills, int32; of buffers larger than a call needs the front is used.
+
+    slots `[max_tiles * block]`: routed ids, experts in increasing order, an expert's ids increasing; padding = n.
+        Nothing is written from num_slots on.
+    expert_of_tile `[max_tiles]`: the expert of each tile of `block` slots; -1 from the last tile to the buffer's end.
+    num_slots `[1]`: tiles * block that are in use (what vLLM calls num_tokens_post_padded).
+    histogram `[num_experts]`: ids of each expert.
+    partial: working memory, needed above 4096 ids.
+    """
+
+    slots: Tensor
+    expert_of_tile: Tensor
+    num_slots: Tensor
+    histogram: Tensor
+    partial: Tensor | None = None
+
+
+def max_tiles(num_ids: int, num_experts: int, block: int) -> int:
+    """Tiles of the worst routing: each expert has one id, and the rest fills whole tiles."""
+    return num_ids if num_ids <= num_experts else num_experts + (num_ids - num_experts) // block
+
+
+def buffer_sizes(max_ids: int, num_experts: int, block: int) -> dict[str, int]:
+    """Elements, all int32, of each tensor of a Schedule for up to `max_ids` routed ids.
+
+    Raises KernelError beyond the limits of `schedule`.
+    """
+    if not 0 <= max_ids <= MAX_IDS:
+        raise KernelError(f"the schedule takes up to {MAX_IDS} routed ids, not {max_ids}")
+    if not 1 <= num_experts <= MAX_EXPERTS:
+        raise KernelError(f"the schedule takes 1 to {MAX_EXPERTS} experts, not {num_experts}")
+    if not 1 <= block <= MAX_BLOCK:
+        raise KernelError(f"the schedule takes blocks of 1 to {MAX_BLOCK} tokens, not {block}")
+    tiles = max_tiles(max_ids, num_experts, block)
+    return {
+        "slots": tiles * block,
+        "expert_of_tile": tiles,
+        "num_slots": 1,
+        "histogram": num_experts,
+        "partial": _chunks(max_ids) * _bins(num_experts) if max_ids > MAX_CHUNK else 0,
+    }
+
+
+def allocate(max_ids: int, num_experts: int, block: int, device: torch.device | str) -> Schedule:
+    """Buffers for up to `max_ids` routed ids, not initialised; raises what `buffer_sizes` does.
+
+    They serve every smaller batch, and other blocks as far as their tiles and slots fit.
+    """
+    sizes = buffer_sizes(max_ids, num_experts, block)
+    return Schedule(**{name: torch.empty(size, dtype=torch.int32, device=device) for name, size in sizes.items()})
+
+
+@triton.jit
+def _load_experts(topk_ids, num_valid, first, num_ids, num_tokens, top_k, num_experts, CHUNK: tl.constexpr):
+    """(ids, experts) int32 [4, CHUNK / 4]: the routed ids from `first` on and their experts; -1 where skipped.
+
+    Neighbouring ids lie along the first axis, which one thread loads at once and owns: ranking them takes no shuffle.
+    """
+    lane = tl.arange(0, CHUNK // 4)
+    ids = first + tl.arange(0, 4)[:, None] + lane[None, :] * 4
+    experts = tl.load(topk_ids + ids, mask=ids < num_ids, other=-1)
+    live = (experts >= 0) & (experts < num_experts)  # before the cast: an int64 id must not wrap into range
+    if num_valid is not None:
+        # Any value is harmless: it is brought into range before the product, which cannot overflow then.
+        live = live & (ids < tl.minimum(tl.maximum(tl.load(num_valid), 0), num_tokens) * top_k)
+    return ids, tl.where(live, experts, -1).to(tl.int32)
+
+
+@triton.jit
+def _count(experts, BINS: tl.constexpr):
+    """int32 [BINS]: how often each expert occurs; -1 is not counted."""
+    flat = tl.ravel(experts)
+    return tl.histogram(flat, BINS, mask=flat >= 0)
+
+
+@triton.jit
+def _read_histograms(partial, chunk, chunks, BINS: tl.constexpr):
+    """(count, earlier) int32 [BINS]: ids of each expert in all chunks, and in those before `chunk`."""
+    bins = tl.arange(0, BINS)
+    count = tl.zeros((BINS,), tl.int32)
+    earlier = tl.zeros((BINS,), tl.int32)
+    for first in range(0, chunks, _PARTIALS):
+        row = first + tl.arange(0, _PARTIALS)[:, None]
+        rows = tl.load(partial + row * BINS + bins, mask=row < chunks, other=0)
+        count += tl.sum(rows, 0)
+        earlier += tl.sum(tl.where(row < chunk, rows, 0), 0)
+    return count, earlier
+
+
+@triton.jit
+def _schedule_expert(
+    expert, ids, experts, tiles, count, earlier, chunk, slots, expert_of_tile, num_ids, block, BINS: tl.constexpr
+):
+    """Slots of one expert's ids of one chunk; in chunk 0 also its padding and its tiles' entries.
+
+    tiles, count, earlier int32 [BINS]: every expert's tiles, ids, and ids in chunks before this one.
+    """
+    bins = tl.arange(0, BINS)
+    # Three sums by one reduction, since each costs a barrier: tiles before, own ids, own ids in earlier chunks.
+    own = count.to(tl.int64) << _BITS | earlier.to(tl.int64) << 2 * _BITS
+    packed = tl.sum(tl.where(bins < expert, tiles, 0) + tl.where(bins == expert, own, 0))
+    first_tile = (packed & _FIELD).to(tl.int32)
+    num_own = (packed >> _BITS & _FIELD).to(tl.int32)
+    if num_own > 0:
+        slots += first_tile * block
+        mine = experts == expert
+        one = mine.to(tl.int32)
+        of_lane = tl.sum(one, 0)
+        rank = (packed >> 2 * _BITS).to(tl.int32) + tl.cumsum(of_lane, 0) - of_lane
+        tl.store(slots + rank[None, :] + tl.cumsum(one, 0) - 1, ids, mask=mine)
+        if chunk == 0:
+            num_tiles = tl.cdiv(num_own, block)
+            padding = num_own + tl.arange(0, _MAX_BLOCK)
+            tl.store(slots + padding, num_ids, mask=padding < num_tiles * block)
+            for first in range(0, num_tiles, _MAX_BLOCK):
+                tile = first + tl.arange(0, _MAX_BLOCK)
+                tl.store(expert_of_tile + first_tile + tile, expert, mask=tile < num_tiles)
+
+
+@triton.jit
+def _summarise(tiles, count, expert_of_tile, num_slots, histogram, num_experts, block, capacity, BINS: tl.constexpr):
+    """histogram, num_slots, and -1 from the last tile to the end of the buffer."""
+    bins = tl.arange(0, BINS)
+    tl.store(histogram + bins, count, mask=bins < num_experts)
+    num_tiles = tl.sum(tiles)
+    tl.store(num_slots, num_tiles * block)
+    for first in range(num_tiles, capacity, _TAIL):
+        tile = first + tl.arange(0, _TAIL)
+        tl.store(expert_of_tile + tile, -1, mask=tile < capacity)
+
+
+@triton.jit
+def _zero_rows(program, zero, zero_size, BLOCK: tl.constexpr):
+    """BLOCK elements of a contiguous tensor."""
+    first = program.to(tl.int64) * BLOCK  # elements can exceed 2^31
+    at = tl.arange(0, BLOCK)
+    tl.store(zero + first + at, tl.zeros((BLOCK,), zero.dtype.element_ty), mask=at < zero_size - first)
+
+
+@triton.jit
+def _beside(
+    program,
+    x,
+    x_fp8,
+    x_scale,
+    num_groups,
+    x_programs,
+    zero,
+    zero_size,
+    GROUPS: tl.constexpr,
+    ZERO: tl.constexpr,
+    EMULATE_FP8: tl.constexpr,
+):
+    """What a program past the sorting ones does: quantise x, if there is one, or zero `zero`, if there is one."""
+    if x is not None:  # noqa: SIM102 - known when compiling, unlike the next
+        if program < x_programs:
+            _quantise_rows(program, x, x_fp8, x_scale, num_groups, GROUPS, EMULATE_FP8)
+    if zero is not None:  # noqa: SIM102
+        if program >= x_programs:
+            _zero_rows(program - x_programs, zero, zero_size, ZERO)
+
+
+@triton.jit
+def histogram_kernel(
+    topk_ids,
+    num_valid,
+    partial,
+    num_ids,
+    num_tokens,
+    top_k,
+    num_experts,
+    chunks,
+    x,
+    x_fp8,
+    x_scale,
+    num_groups,
+    x_programs,
+    zero,
+    zero_size,
+    CHUNK: tl.constexpr,
+    BINS: tl.constexpr,
+    GROUPS: tl.constexpr,
+    ZERO: tl.constexpr,
+    EMULATE_FP8: tl.constexpr,
+):
+    """First of two launches: partial[chunk, :] for each of `chunks`; then `_beside`."""
+    program = tl.program_id(0)
+    if program < chunks:
+        _, experts = _load_experts(topk_ids, num_valid, program * CHUNK, num_ids, num_tokens, top_k, num_experts, CHUNK)
+        count = _count(experts, BINS)
+        tl.store(partial + program * BINS + tl.arange(0, BINS), count)
+    else:
+        _beside(program - chunks, x, x_fp8, x_scale, num_groups, x_programs, zero, zero_size, GROUPS, ZERO, EMULATE_FP8)
+
+
+@triton.jit
+def schedule_kernel(
+    topk_ids,  # int32 or int64 [num_tokens, top_k]
+    num_valid,  # int32 [1], or None
+    partial,  # int32 [chunks, BINS], or None: this launch counts for itself, there is one chunk
+    slots,
+    expert_of_tile,
+    num_slots,
+    histogram,
+    num_ids,
+    num_tokens,
+    top_k,
+    num_experts,
+    block,
+    capacity,  # tiles that expert_of_tile has room for
+    chunks,
+    experts_each,  # experts of a program
+    parts,  # programs of a chunk
+    x,  # bf16, fp16 or float32 [num_groups, 128], or None
+    x_fp8,
+    x_scale,
+    num_groups,
+    x_programs,
+    zero,  # any dtype, or None
+    zero_size,
+    CHUNK: tl.constexpr,  # a power of two, 4096 if there are several
+    BINS: tl.constexpr,  # a power of two, experts or more
+    GROUPS: tl.constexpr,
+    ZERO: tl.constexpr,
+    EMULATE_FP8: tl.constexpr,
+):
+    """Program 0 summarises, the next chunks * parts sort, those after them work beside."""
+    program = tl.program_id(0)
+    if program <= chunks * parts:
+        worker = tl.maximum(program, 1) - 1
+        chunk = worker // parts
+        ids, experts = _load_experts(topk_ids, num_valid, chunk * CHUNK, num_ids, num_tokens, top_k, num_experts, CHUNK)
+        if partial is None:
+            count = _count(experts, BINS)
+            earlier = tl.zeros((BINS,), tl.int32)
+        else:
+            count, earlier = _read_histograms(partial, chunk, chunks, BINS)
+        tiles = tl.cdiv(count, block)
+        if program == 0:
+            _summarise(tiles, count, expert_of_tile, num_slots, histogram, num_experts, block, capacity, BINS)
+        else:
+            first = worker % parts * experts_each
+            for expert in range(first, tl.minimum(first + experts_each, num_experts)):
+                _schedule_expert(
+                    expert, ids, experts, tiles, count, earlier, chunk, slots, expert_of_tile, num_ids, block, BINS
+                )
+    else:
+        program -= chunks * parts + 1
+        _beside(program, x, x_fp8, x_scale, num_groups, x_programs, zero, zero_size, GROUPS, ZERO, EMULATE_FP8)
+
+
+def schedule(
+    topk_ids: Tensor,
+    num_experts: int,
+    block: int,
+    out: Schedule,
+    *,
+    num_valid: Tensor | None = None,
+    quantise: tuple[Tensor, Tensor, Tensor] | None = None,
+    zero: Tensor | None = None,
+) -> None:
+    """Fill `out` for topk_ids int32 or int64 `[T, k]`, contiguous: one launch up to 4096 ids, two above.
+
+    Ids outside [0, num_experts) are skipped: they get no slot. num_valid int32 `[1]` on the device: ids of tokens from
+    there on are skipped too (captured batches that are padded). quantise = (x, x_fp8, x_scale), as `quantise` takes
+    them, and zero, a contiguous tensor that is set to zero, ride in the first launch.
+
+    Sizes alone decide the launch: no allocation, no synchronisation, fit for CUDA graphs. Stable and deterministic.
+    Takes up to 2^20 ids, 1024 experts and blocks of 1 to 256. Raises KernelError beyond that, for buffers that are too
+    small, for dtypes, strides and devices; ShapeError for shapes that do not fit.
+    """
+    if topk_ids.ndim != 2:
+        raise ShapeError(f"topk_ids must be [T, k], not {list(topk_ids.shape)}")
+    tokens, top_k = topk_ids.shape
+    num_ids = tokens * top_k
+    check_tensor("topk_ids", topk_ids, (tokens, top_k), (torch.int32, torch.int64), topk_ids.device)
+    _check_out(out, num_ids, num_experts, block, topk_ids.device)
+    if num_valid is not None:
+        check_tensor("num_valid", num_valid, (1,), (torch.int32,), topk_ids.device)
+    x, x_fp8, x_scale = quantise or (None, None, None)
+    groups = group_size = x_programs = 0
+    if x is not None and x_fp8 is not None and x_scale is not None:
+        check_quantise(x, x_fp8, x_scale, topk_ids.device)
+        groups = x_scale.numel()
+        group_size = groups_per_program(groups)
+        x_programs = triton.cdiv(groups, group_size)
+    zero_size = 0
+    if zero is not None:
+        check_tensor("the tensor to zero", zero, tuple(zero.shape), (zero.dtype,), topk_ids.device)
+        zero_size = zero.numel()
+
+    chunks = _chunks(num_ids)
+    chunk = MAX_CHUNK if chunks > 1 else max(512, triton.next_power_of_2(num_ids))
+    experts_each = triton.cdiv(num_experts * chunks, PROGRAMS if chunks == 1 else PROGRAMS_IN_CHUNKS)
+    parts = triton.cdiv(num_experts, experts_each)
+    beside = (x, x_fp8, x_scale, groups, x_programs, zero, zero_size)
+    nothing = (None, None, None, 0, 0, None, 0)
+    beside_programs = x_programs + triton.cdiv(zero_size, ZERO_BLOCK)
+    constants = {
+        "CHUNK": chunk,
+        "BINS": _bins(num_experts),
+        "GROUPS": group_size,
+        "ZERO": ZERO_BLOCK,
+        "EMULATE_FP8": interpreted(schedule_kernel),
+        "num_warps": _warps(chunk),
+    }
+    with torch.cuda.device_of(topk_ids):
+        if chunks > 1:
+            histogram_kernel[(chunks + beside_programs,)](
+                topk_ids, num_valid, out.partial, num_ids, tokens, top_k, num_experts, chunks, *beside, **constants
+            )
+            beside, beside_programs = nothing, 0
+        schedule_kernel[(1 + chunks * parts + beside_programs,)](
+            topk_ids,
+            num_valid,
+            out.partial if chunks > 1 else None,
+            out.slots,
+            out.expert_of_tile,
+            out.num_slots,
+            out.histogram,
+            num_ids,
+            tokens,
+            top_k,
+            num_experts,
+            block,
+            out.expert_of_tile.numel(),
+            chunks,
+            experts_each,
+            parts,
+            *beside,
+            **constants,
+        )
+
+
+def _chunks(num_ids: int) -> int:
+    return max(1, -(-num_ids // MAX_CHUNK))
+
+
+def _warps(chunk: int) -> int:
+    return 4 if chunk <= 1024 else 8
+
+
+def _bins(num_experts: int) -> int:
+    """Counters of a histogram: at least one for each lane of the widest wave."""
+    return int(max(64, triton.next_power_of_2(num_experts)))
+
+
+def _check_out(out: Schedule, num_ids: int, num_experts: int, block: int, device: torch.device) -> None:
+    for name, size in buffer_sizes(num_ids, num_experts, block).items():
+        buffer: Tensor | None = getattr(out, name)
+        has = 0 if buffer is None else buffer.numel()
+        if has < size:
+            raise KernelError(
+                f"the schedule's {name} holds {has} of the {size} elements that {num_ids} ids of {num_experts} experts "
+                f"in blocks of {block} can need: allocate more"
+            )
+        if buffer is not None:
+            check_tensor(f"the schedule's {name}", buffer, tuple(buffer.shape), (torch.int32,), device)

@@ -1,0 +1,215 @@
+"""The MoE kernels compile for NVIDIA and AMD without either at hand, within the shared memory that was promised.
+
+Run as a script with the numbers of cases, this file compiles them and prints a line of JSON for each.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from dataclasses import dataclass, replace
+from typing import Any
+
+import pytest
+from ramp_moe import Hardware, MoEShape, Registry
+from ramp_moe_kernels.triton.config import Gemm, GemmConfig, invalid
+
+SM80, SM90, GFX942 = ("cuda", 80, 32), ("cuda", 90, 32), ("hip", "gfx942", 64)
+DEVICES = {SM80: "a100-sxm", SM90: "h200", GFX942: "mi300x"}
+HIDDEN, INTER = 2048, 1024
+RESERVED = 1024
+"""Bytes of a multiprocessor's shared memory that CUDA keeps for each CTA; AMD keeps none."""
+MARGIN = 4096
+"""Bytes beside the tiles that the predicate leaves: scratch of conversions and reductions."""
+
+
+@dataclass(frozen=True)
+class Case:
+    """One compilation. quantise: of the up projection, what it stores is fp8; of the down projection, it quantises
+    what it loads. direct: without a schedule, where the up projection of fp8 weights quantises what it loads. even:
+    whether the tiles divide the sizes, which are multiples of 16 in any case. low: the predicate counts too few bytes.
+    """
+
+    target: tuple[str, int | str, int]
+    kernel: str
+    dtype: str
+    config: GemmConfig | None = None
+    quantise: bool = False
+    bias: bool = False
+    direct: bool = False
+    atomic: bool = False
+    even: bool = True
+    activation: str = "swiglu"
+
+    @property
+    def id(self) -> str:
+        flags = [f for f in ("quantise", "bias", "direct", "atomic") if getattr(self, f)] + (
+            [] if self.even else ["uneven"]
+        )
+        name = self.config.name if self.config else ""
+        return "-".join(filter(None, [str(self.target[1]), self.kernel, self.dtype, name, self.activation, *flags]))
+
+    @property
+    def shape(self) -> MoEShape:
+        return MoEShape(64, 8, HIDDEN, INTER, self.dtype)
+
+
+def tile(block: int, rows: int, step: int, warps: int = 4, stages: int = 3, **more: Any) -> GemmConfig:
+    return GemmConfig(block, rows, step, warps, stages, **more)
+
+
+CASES = [
+    # bf16 and fp16 wherever they run: plain, swapped, split, with what each adds at the end
+    Case(SM80, "up", "bf16", tile(16, 64, 64), bias=True),
+    Case(SM80, "up", "fp16", tile(64, 64, 64, swap=True), even=False),
+    Case(SM80, "up", "bf16", tile(16, 32, 128, split_k=4), direct=True),
+    Case(SM80, "down", "fp16", tile(128, 64, 64, 8), bias=True),
+    Case(SM80, "down", "bf16", tile(16, 128, 64, swap=True), atomic=True),
+    Case(SM90, "up", "bf16", tile(16, 64, 64, stages=5), bias=True, activation="swiglu_oai"),
+    Case(SM90, "up", "fp16", tile(128, 128, 64, 8, 4, group_m=8)),
+    Case(SM90, "up", "bf16", tile(16, 128, 128, swap=True, split_k=4)),
+    Case(SM90, "up", "fp8", tile(64, 128, 128, 8), quantise=True),
+    Case(SM90, "up", "fp8", tile(16, 64, 128, stages=4, swap=True), bias=True, activation="gelu_tanh"),
+    Case(SM90, "up", "fp8", tile(16, 128, 128, swap=True), direct=True, quantise=True),
+    Case(SM90, "down", "bf16", tile(64, 128, 64, 8, 4), bias=True, even=False),
+    Case(SM90, "down", "fp16", tile(32, 64, 128, swap=True, split_k=4), bias=True),
+    Case(SM90, "down", "fp8", tile(64, 128, 128, 8, 4, swap=True), atomic=True),
+    Case(SM90, "down", "fp8", tile(128, 64, 128, stages=4), quantise=True, bias=True),
+    Case(SM90, "down", "fp8", tile(16, 128, 128, swap=True), direct=True, quantise=True),
+    Case(SM90, "activate", "bf16", bias=True, activation="swiglu_oai"),
+    Case(GFX942, "up", "bf16", tile(16, 64, 64, swap=True), bias=True),
+    Case(GFX942, "up", "fp8", tile(16, 128, 128, stages=1), quantise=True),
+    Case(GFX942, "up", "fp8", tile(16, 64, 128, stages=2), direct=True, activation="swiglu_oai"),
+    Case(GFX942, "up", "fp16", tile(16, 64, 64, split_k=4), even=False),
+    Case(GFX942, "down", "fp16", tile(64, 64, 64), atomic=True),
+    Case(GFX942, "down", "fp8", tile(16, 64, 128, swap=True), quantise=True, bias=True),
+    Case(GFX942, "down", "fp8", tile(16, 64, 128), direct=True),
+    Case(GFX942, "activate", "fp16", activation="gelu_tanh"),
+]
+
+
+def compiled(case: Case) -> dict[str, int]:
+    """Compile one case as its launch would; sizes of what came out."""
+    import triton
+    from ramp_moe_kernels.triton import gemm
+    from triton.backends.compiler import GPUTarget
+
+    kernel = getattr(gemm, f"{case.kernel}_kernel")
+    half, fp8, c, up = (
+        "*bf16" if case.dtype != "fp16" else "*fp16",
+        case.dtype == "fp8",
+        case.config,
+        case.kernel == "up",
+    )
+    dependent = case.target == SM90  # as its launch does it
+    weight = "*fp8e4nv" if fp8 else half
+    given: dict[str, Any] = {
+        "bias_ptr": "*fp32" if case.bias else None, "ws_ptr": "*fp32" if fp8 else None, "w_ptr": weight,
+        "FP8": fp8, "ACTIVATION": case.activation, "QUANTISE": case.quantise, "ATOMIC": case.atomic, "EMULATE": False,
+        "EVEN_K": case.even, "EVEN_N": case.even, "weight_ptr": "*fp32", "part_ptr": "*fp32", "BLOCK": 1024,
+        "SPLIT_K": 4, "PDL": dependent, "DIRECT": case.direct, "QUANTISE_X": fp8 and case.direct, "out_ptr": half,
+    }  # fmt: skip
+    options: dict[str, Any] = {"num_warps": 4, **({"launch_pdl": True} if dependent else {})}
+    if c is not None:
+        given |= {"BM": c.block, "BN": c.rows, "BK": c.step, "GROUP_M": c.group_m, "SPLIT_K": c.split_k, "SWAP": c.swap}
+        options |= {"num_warps": c.warps, "num_stages": c.stages}
+        scaled = fp8 and not (case.direct if up else case.quantise)
+        loaded = weight if scaled else half
+        given |= {"x_ptr": loaded, "a_ptr": loaded, "outs_ptr": "*fp32" if case.quantise else None}
+        given |= {"xs_ptr": "*fp32" if scaled else None, "as_ptr": "*fp32" if scaled else None}
+        if up:
+            given["out_ptr"] = "*fp32" if c.split_k > 1 else "*fp8e4nv" if case.quantise else half
+        elif case.atomic:
+            given["out_ptr"] = "*fp32"
+        if case.direct:
+            given["slots_ptr"] = None
+    names = kernel.arg_names
+    given = {n: given.get(n, "*i32" if n.endswith("_ptr") else "i32") for n in names}
+    # ACTIVATION is the one constant that is a string.
+    types = {n: t if isinstance(t, str) and n != "ACTIVATION" else "constexpr" for n, t in given.items()}
+    constants = {n: t for n, t in given.items() if types[n] == "constexpr"}
+    aligned = [n for n in names if types[n].startswith("*") or n in ("H", "I")]
+    attrs = {(names.index(n),): [["tt.divisibility", 16]] for n in aligned}
+    source = triton.compiler.ASTSource(kernel, types, constants, attrs=attrs)
+    binary = triton.compile(source, target=GPUTarget(*case.target), options=options)
+    return {"shared": binary.metadata.shared, "bytes": len(binary.kernel)}
+
+
+def gemm_of(case: Case) -> Gemm:
+    return "up" if case.kernel == "up" else "down"
+
+
+def quantises_loads(case: Case) -> bool:
+    """The direct up projection quantises x, a down projection may quantise the intermediate."""
+    return case.dtype == "fp8" and (case.direct if case.kernel == "up" else case.quantise)
+
+
+def promised(case: Case, hardware: Hardware) -> int:
+    """The bytes of tiles that the predicate counts; it says them when it refuses."""
+    assert case.config is not None
+    tiny = replace(hardware, smem_per_sm_bytes=1)
+    reason = invalid(gemm_of(case), case.config, case.shape, tiny, quantises_loads(case))
+    assert reason is not None
+    assert "exceed shared memory" in reason
+    return int(reason.split()[0])
+
+
+@pytest.fixture(scope="module")
+def results() -> dict[int, dict[str, Any]]:
+    """Two processes that know nothing of the interpreter, each with half of the cases."""
+    env = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    halves = [[str(n) for n in range(first, len(CASES), 2)] for first in (0, 1)]
+    started = [
+        subprocess.Popen([sys.executable, __file__, *half], env=env, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+        for half in halves
+    ]
+    found = {}
+    for process in started:
+        out, err = process.communicate()
+        assert process.returncode == 0, err.decode()
+        found |= {result["case"]: result for result in map(json.loads, out.splitlines())}
+    return found
+
+
+@pytest.mark.parametrize("number", range(len(CASES)), ids=[case.id for case in CASES])
+def test_it_compiles_within_its_shared_memory(
+    number: int, results: dict[int, dict[str, Any]], registry: Registry
+) -> None:
+    case, result = CASES[number], results[number]
+    assert "error" not in result, result["error"]
+    assert result["bytes"] > 0
+    hardware = registry.device(DEVICES[case.target])
+    reserved = RESERVED if case.target[0] == "cuda" else 0
+    assert result["shared"] <= hardware.smem_per_sm_bytes - reserved
+    if case.config is not None:
+        assert invalid(gemm_of(case), case.config, case.shape, hardware, quantises_loads(case)) is None, (
+            "a case that would never be launched"
+        )
+
+
+PROMISED = [
+    pytest.param(n, id=case.id) for n, case in enumerate(CASES) if case.target == SM90 and case.config is not None
+]
+
+
+@pytest.mark.parametrize("number", PROMISED)
+def test_the_predicate_counts_its_shared_memory(
+    number: int, results: dict[int, dict[str, Any]], registry: Registry
+) -> None:
+    case = CASES[number]
+    assert results[number]["shared"] <= promised(case, registry.device(DEVICES[case.target])) + MARGIN
+
+
+def main(numbers: list[int]) -> None:
+    for number in numbers:
+        try:
+            result: dict[str, Any] = compiled(CASES[number])
+        except Exception as e:
+            result = {"error": f"{type(e).__name__}: {e}"}
+        print(json.dumps({"case": number, **result}), flush=True)
+
+
+if __name__ == "__main__":
+    main([int(n) for n in sys.argv[1:]])
