@@ -8,9 +8,11 @@ import pytest
 import torch
 from moe_cases import H200, ROUTINGS, batch, error, expected, weights
 from ramp_moe import Hardware, Registry
-from ramp_moe.device import Workspace
+from ramp_moe.device import MoELayer, Workspace
+from ramp_moe_kernels import reference
 from ramp_moe_kernels.triton.config import GemmConfig, Path, quantises_itself
 from ramp_moe_kernels.triton.kernel import TritonMoE, _path
+from ramp_moe_kernels.triton.router import LinearRouter
 
 KERNEL = TritonMoE()
 GPU = torch.cuda.is_available()
@@ -162,3 +164,15 @@ def test_captured_in_a_graph_it_follows_new_routings() -> None:
         graph.replay()
         torch.cuda.synchronize()
         assert error(out, same_rounding(config, layer, given)) < TOLERANCE["fp8"], routing
+
+
+@pytest.mark.parametrize("scoring", ["softmax", "sigmoid"])
+def test_the_whole_layer_from_hidden_states(scoring: str) -> None:
+    """Router weight, Triton router and Triton path together, against the reference for all of it."""
+    weight = torch.randn(8, 256, generator=torch.Generator().manual_seed(1)).to(DEVICE) / 16
+    layer = weights(8, 256, 128, HALF, DEVICE)
+    x = batch(9, 3, 8, 256, "uniform", DEVICE, HALF_DTYPE).hidden_states
+    moe = MoELayer(layer, 3, H200, [KERNEL], router=LinearRouter(weight, 3, scoring, scale=2.5))
+    ids, topk_weights = reference.route(x.float() @ weight.T, 3, scoring=scoring, scale=2.5)
+    wanted = reference.experts(x, layer.gate_up, layer.down, ids, topk_weights)
+    assert error(moe.forward_hidden(x), wanted) < TOLERANCE[HALF]

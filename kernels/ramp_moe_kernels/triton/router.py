@@ -14,6 +14,8 @@ instruction where the hardware has it.
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import torch
 import triton
 import triton.language as tl
@@ -233,3 +235,34 @@ def _outputs(
         if tensor.dtype != dtype or tensor.device != device or not tensor.is_contiguous():
             raise KernelError(f"the router's {what} must be contiguous {dtype} on {device}")
     return out
+
+
+@dataclass(frozen=True)
+class LinearRouter:
+    """A layer's router, for `MoELayer(router=...)`: hidden states `[T, H]` -> (ids, weights) `[T, top_k]`, int32, float32.
+
+    weight `[E, H]` is the router's projection, of the dtype of the hidden states or float32; the other fields are
+    `route`'s. Logits are float32 products where the weight is float32, as DeepSeek-V3 computes them.
+    """
+
+    weight: torch.Tensor
+    top_k: int
+    scoring: str = "softmax"
+    bias: torch.Tensor | None = None
+    num_groups: int = 1
+    topk_groups: int = 1
+    renormalise: bool = True
+    scale: float = 1.0
+
+    def __call__(self, hidden_states: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        logits = torch.nn.functional.linear(hidden_states.to(self.weight.dtype), self.weight)
+        return route(
+            logits,
+            self.top_k,
+            scoring=self.scoring,
+            bias=self.bias,
+            num_groups=self.num_groups,
+            topk_groups=self.topk_groups,
+            renormalise=self.renormalise,
+            scale=self.scale,
+        )
