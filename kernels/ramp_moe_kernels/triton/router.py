@@ -239,7 +239,7 @@ def _outputs(
 
 @dataclass(frozen=True)
 class LinearRouter:
-    """A layer's router, for `MoELayer(router=...)`: hidden states `[T, H]` -> (ids, weights) `[T, top_k]`, int32, float32.
+    """A router for `MoELayer`: hidden states `[T, H]` -> (ids int32, weights float32), both `[T, top_k]`.
 
     weight `[E, H]` is the router's projection, of the dtype of the hidden states or float32; the other fields are
     `route`'s. Logits are float32 products where the weight is float32, as DeepSeek-V3 computes them.
