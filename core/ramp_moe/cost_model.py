@@ -30,7 +30,8 @@ BoolArray = NDArray[np.bool_]
 
 @dataclass(frozen=True, slots=True)
 class Form:
-    """Terms of T = sum_i c_i * term_i, by name (see `_terms`). A non-negative fit cannot predict a negative time."""
+    """Terms of T = sum_i c_i * term_i, by name (see `_Grids._term`), "one" first. A non-negative fit cannot predict a
+    negative time."""
 
     terms: tuple[str, ...]
     non_negative: bool
@@ -121,7 +122,9 @@ class _Grids:
 
     def ctas(self, histograms: IntArray) -> FloatArray:
         """CTAs that do work, `[..., stages]`."""
-        tiles = np.add.reduce(np.ceil(histograms[..., None, :] / self.blocks), axis=-1)
+        # To floats before the broadcast, which would convert every element once a block.
+        shares = histograms.astype(np.float64)[..., None, :] / self.blocks
+        tiles = np.add.reduce(np.ceil(shares, out=shares), axis=-1)
         return np.asarray(tiles.take(self.block_of, axis=-1) * self.ctas_per_m_tile)
 
     def terms(self, names: Sequence[str], ctas: FloatArray, active: FloatArray) -> list[FloatArray | float]:
@@ -230,12 +233,14 @@ class CostModel:
 
     def _cost(self, ctas: FloatArray, active: FloatArray) -> FloatArray:
         terms = self._grids.terms(self._terms, ctas, active)
-        us = self._coefficients[0] * terms[0]
-        for coefficient, term in zip(self._coefficients[1:], terms[1:], strict=True):
-            us = us + coefficient * term
-        us = np.maximum(us, self._floor)
+        # The first term is the constant; any other gives the sum its full shape.
+        us = np.asarray(self._coefficients[1] * terms[1])
+        us += self._coefficients[0]
+        for coefficient, term in zip(self._coefficients[2:], terms[2:], strict=True):
+            us += coefficient * term
+        np.maximum(us, self._floor, out=us)
         if self._one_stage_each:
-            return np.asarray(us)
+            return us
         return np.asarray(np.add.reduceat(us[..., self._flat], self._starts, axis=-1))
 
 

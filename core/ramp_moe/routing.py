@@ -73,12 +73,16 @@ def check_histogram(histogram: Any, num_experts: int | None = None, max_ids: int
         raise RoutingError(f"an expert histogram holds whole token counts, not {h.dtype} values such as {h.flat[0]!s}")
     if num_experts is not None and h.shape[-1] != num_experts:
         raise RoutingError(f"expert histogram has {h.shape[-1]} entries, the shape has {num_experts} experts")
-    if h.min(initial=0) < 0:
-        expert = int(np.argmin(h) % h.shape[-1])
-        raise RoutingError(f"expert histogram has a negative count ({int(h.min())}) at expert {expert}")
-    if h.max(initial=0) > MAX_COUNT:
+    if h.dtype != np.int64:
+        if h.max(initial=0) > MAX_COUNT:
+            raise RoutingError(f"expert histogram has a count of {h.max()}, more than any batch can have")
+        h = h.astype(np.int64)
+    # As unsigned numbers, negative counts are huge: one pass finds both, which is what the hot path pays for.
+    if np.maximum.reduce(h.view(np.uint64), axis=None, initial=0) > MAX_COUNT:
+        if h.min() < 0:
+            expert = int(np.argmin(h) % h.shape[-1])
+            raise RoutingError(f"expert histogram has a negative count ({int(h.min())}) at expert {expert}")
         raise RoutingError(f"expert histogram has a count of {h.max()}, more than any batch can have")
-    h = h.astype(np.int64, copy=False)
     if max_ids is not None and (total := int(h.sum(-1).max(initial=0))) > max_ids:
         raise RoutingError(f"expert histogram counts {total} ids, more than tokens x top_k = {max_ids}")
     return h

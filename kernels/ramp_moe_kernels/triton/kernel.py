@@ -95,21 +95,31 @@ class TritonMoE(LaunchableKernel):
         return weights
 
     def default_config(self, shape: MoEShape, hardware: Hardware, num_tokens: int) -> KernelConfig:
-        """The smallest token block that holds the mean of the experts' tokens, or the direct path for a few ids."""
-        ids = num_tokens * shape.top_k
-        mean = ids / min(ids, shape.num_experts)
-        direct = num_tokens <= DIRECT_TOKENS
-        wanted = 16 if direct else next((b for b in (16, 32, 64) if b >= mean), 128)
-        step = SCALE_BLOCK if shape.dtype == "fp8" else 64
-        # The best on an H200, then ever smaller tiles, for less shared memory.
-        for block, rows, stages in itertools.product((wanted, 64, 32, 16), (128, 64, 32), (3, 2)):
-            if block > wanted or (rows == 128 and (block == 128 or shape.dtype != "fp8")):
-                continue
-            warps, group_m, swap = (8, 8, False) if block == 128 else (4, 1, block <= 32 and rows >= 64)
-            gemm = GemmConfig(block, rows, step, warps, stages, group_m, 1, swap)
-            path = Path(gemm, gemm, direct)
+        """The direct path for a few tokens, else a token block of about twice the experts' mean load."""
+        return self.describe(self._default_path(shape, hardware, num_tokens), shape)
+
+    def _default_path(self, shape: MoEShape, hardware: Hardware, num_tokens: int) -> Path:
+        """What mostly wins on an H200 (examples/benchmarks), then ever smaller tiles, for less shared memory."""
+        ids, fp8 = num_tokens * shape.top_k, shape.dtype == "fp8"
+        if num_tokens <= DIRECT_TOKENS:
+            # Few CTAs, of few rows; a grid below two waves shares its reduction.
+            ctas = ids * -(-shape.intermediate_size // 32)
+            split_k = 4 if ctas < 2 * hardware.num_sms else 1
+            up = GemmConfig(16, 32, SCALE_BLOCK, stages=4 if fp8 else 3, split_k=split_k)
+            path = Path(up, GemmConfig(16, 64, SCALE_BLOCK, swap=True), direct=True)
             if invalid_path(path, shape, hardware) is None:
-                return self.describe(path, shape)
+                return path
+        load = 2 * ids / min(ids, shape.num_experts)
+        wanted = next((b for b in (16, 32, 64) if b >= load), 64 if fp8 else 128)
+        for block, rows, stages in itertools.product((wanted, 64, 32, 16), (128, 64, 32), (3, 2)):
+            if block > wanted or (rows == 128 and not fp8 and block < 128):
+                continue
+            step = SCALE_BLOCK if fp8 or block <= 32 else 64
+            group_m, swap = (8, False) if block >= 64 else (1, rows >= 64)
+            gemm = GemmConfig(block, rows, step, 8 if block * rows >= 64 * 128 else 4, stages, group_m, 1, swap)
+            path = Path(gemm, gemm)
+            if invalid_path(path, shape, hardware) is None:
+                return path
         raise KernelError(f"no configuration of {self.name} fits {hardware.name}")
 
     def launch(self, config: KernelConfig, prepared: Any, batch: Batch, out: Tensor, workspace: Workspace) -> None:
