@@ -102,10 +102,12 @@ class TritonMoE(LaunchableKernel):
         """What mostly wins on an H200 (examples/benchmarks), then ever smaller tiles, for less shared memory."""
         ids, fp8 = num_tokens * shape.top_k, shape.dtype == "fp8"
         if num_tokens <= DIRECT_TOKENS:
-            # Few CTAs, of few rows; a grid below two waves shares its reduction.
-            ctas = ids * -(-shape.intermediate_size // 32)
-            split_k = 4 if ctas < 2 * hardware.num_sms else 1
-            up = GemmConfig(16, 32, SCALE_BLOCK, stages=4 if fp8 else 3, split_k=split_k)
+            # The widest tile that still fills the SMs; a grid below two waves of the narrowest shares its reduction.
+            inter = shape.intermediate_size
+            rows = next((r for r in (128, 64) if ids * -(-inter // r) >= hardware.num_sms), 32)
+            split_k = 4 if ids * -(-inter // rows) < 2 * hardware.num_sms and rows == 32 else 1
+            stages = 4 if fp8 and rows == 32 else 3
+            up = GemmConfig(16, rows, SCALE_BLOCK, stages=stages, split_k=split_k, swap=rows > 32)
             path = Path(up, GemmConfig(16, 64, SCALE_BLOCK, swap=True), direct=True)
             if invalid_path(path, shape, hardware) is None:
                 return path
