@@ -12,6 +12,7 @@ import itertools
 from collections.abc import Sequence
 
 from ramp_moe import GridGeometry, Hardware, Kernel, KernelConfig, MoEShape, Stage, WeightLayout
+from ramp_moe.kernel import fp8_unsupported
 from ramp_moe.shapes import DTYPE_BYTES, SCALE_BLOCK
 
 # The grid that vLLM's own tuning script (benchmarks/kernels/benchmark_moe.py) searches on NVIDIA GPUs.
@@ -33,13 +34,7 @@ class VllmTriton(Kernel):
     name = "vllm_triton"
 
     def unsupported(self, shape: MoEShape, hardware: Hardware) -> str | None:
-        if shape.dtype == "fp8":
-            if hardware.fp8_flops is None:
-                return f"{hardware.name} has no fp8 units"
-            for what in ("hidden_size", "intermediate_size"):
-                if getattr(shape, what) % SCALE_BLOCK:
-                    return f"{what} {getattr(shape, what)} is not a multiple of the fp8 scale block {SCALE_BLOCK}"
-        return None
+        return fp8_unsupported(shape, hardware)
 
     def configs(self, shape: MoEShape, hardware: Hardware) -> Sequence[KernelConfig]:
         return [

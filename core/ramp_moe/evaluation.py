@@ -2,8 +2,8 @@
 
 Regret of choosing c for a batch is time(c) / time(fastest) - 1, a fraction. The retrofitted choice of a row never
 comes from a fit that saw the row: rows are split into folds, and each fold is chosen for by a fit on the others. The
-fastest of many noisy cells flatters the hindsight that everything is compared with; a repeat of two of the shipped
-sweeps put that at 0.2% (olmoe-1b-7b) and 1.0% (deepseek-v3-tp8) of regret.
+fastest of many noisy cells flatters the hindsight that everything is compared with: regret includes the measurements'
+noise, which the shipped sweeps, taken once, cannot tell apart.
 """
 
 from __future__ import annotations

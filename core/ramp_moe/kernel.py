@@ -10,7 +10,7 @@ from typing import Literal, get_args
 from .errors import KernelError, RampMoEError
 from .geometry import GridGeometry
 from .hardware import Hardware
-from .shapes import MoEShape
+from .shapes import SCALE_BLOCK, MoEShape
 
 StageKind = Literal["quantise", "schedule", "zero", "gemm", "activation", "combine"]
 STAGE_KINDS: tuple[str, ...] = get_args(StageKind)
@@ -81,6 +81,18 @@ class Kernel(ABC):
     @abstractmethod
     def weight_layout(self, shape: MoEShape) -> WeightLayout:
         """The layout that the weights must be in."""
+
+
+def fp8_unsupported(shape: MoEShape, hardware: Hardware) -> str | None:
+    """Why block-scaled fp8 cannot be computed for this shape here; None where it can, or for another dtype."""
+    if shape.dtype != "fp8":
+        return None
+    if hardware.fp8_flops is None:
+        return f"{hardware.name} has no fp8 units"
+    for what in ("hidden_size", "intermediate_size"):
+        if getattr(shape, what) % SCALE_BLOCK:
+            return f"{what} {getattr(shape, what)} is not a multiple of the fp8 scale block {SCALE_BLOCK}"
+    return None
 
 
 def usable_configs(kernel: Kernel, shape: MoEShape, hardware: Hardware) -> tuple[KernelConfig, ...]:

@@ -14,10 +14,12 @@ from ramp_moe import (
     CostModel,
     GridGeometry,
     Hardware,
+    HardwareError,
     KernelConfig,
     KernelError,
     MoEShape,
     RampMoEError,
+    Registry,
     RoutingError,
     ShapeError,
     Stage,
@@ -368,6 +370,17 @@ def test_a_cost_model_for_another_shape_is_refused(other: MoEShape, h200: Hardwa
     message = f"the cost model is for {other.slug}, the weights are {SHAPE.slug}"
     with pytest.raises(ShapeError, match=re.escape(message)):
         layer(h200, kernel, model=model_of(h200, kernel, PRICES, other))
+
+
+def test_a_cost_model_of_another_gpu_is_refused(registry: Registry, h200: Hardware) -> None:
+    kernel = FakeKernel()
+    with pytest.raises(HardwareError, match="fitted on h200, the layer is on b200"):
+        layer(registry.device("b200"), kernel, model=model_of(h200, kernel, PRICES))
+
+
+def test_two_kernels_of_one_name_are_refused(h200: Hardware) -> None:
+    with pytest.raises(KernelError, match=r"two of the layer's kernels are named '.*'; give one of them"):
+        layer(h200, FakeKernel(), FakeKernel())
 
 
 def test_top_k_must_exist(h200: Hardware) -> None:

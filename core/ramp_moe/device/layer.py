@@ -9,7 +9,7 @@ import numpy as np
 
 from ..cost_model import Candidate, CostModel
 from ..dispatch import Dispatcher
-from ..errors import KernelError, RampMoEError, RoutingError, ShapeError
+from ..errors import HardwareError, KernelError, RampMoEError, RoutingError, ShapeError
 from ..hardware import Hardware
 from ..kernel import KernelConfig, usable_configs
 from ..routing import expert_histogram
@@ -52,6 +52,8 @@ class MoELayer:
         self.dropped: dict[str, str] = {}
         self._kernels: dict[str, tuple[LaunchableKernel, Any]] = {}
         for kernel in kernels:
+            if kernel.name in self._kernels:
+                raise KernelError(f"two of the layer's kernels are named {kernel.name!r}; give one of them")
             try:
                 if reason := kernel.unsupported(self.shape, hardware) or kernel.unavailable():
                     raise KernelError(reason)
@@ -66,6 +68,10 @@ class MoELayer:
     def _dispatcher_over(self, model: CostModel) -> Dispatcher:
         if model.shape != self.shape:
             raise ShapeError(f"the cost model is for {model.shape.slug}, the weights are {self.shape.slug}")
+        if model.hardware != self.hardware:
+            raise HardwareError(
+                f"the cost model was fitted on {model.hardware.name}, the layer is on {self.hardware.name}"
+            )
         return Dispatcher(model.restrict(list(self._kernels)))
 
     def choose(self, batch: Batch) -> Candidate:

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 from ramp_moe import Hardware, KernelConfig, MoEShape, Stage, WeightLayout
 from ramp_moe.device import Batch, LaunchableKernel, MoEWeights, Workspace
 from ramp_moe.errors import KernelError
+from ramp_moe.kernel import fp8_unsupported
 from ramp_moe.shapes import SCALE_BLOCK
 
 from .config import GemmConfig, Path, geometry, invalid_path
@@ -32,12 +33,8 @@ class TritonMoE(LaunchableKernel):
     name = "triton"
 
     def unsupported(self, shape: MoEShape, hardware: Hardware) -> str | None:
-        if shape.dtype == "fp8":
-            if hardware.fp8_flops is None:
-                return f"{hardware.name} has no fp8 units"
-            for what in ("hidden_size", "intermediate_size"):
-                if getattr(shape, what) % SCALE_BLOCK:
-                    return f"{what} {getattr(shape, what)} is not a multiple of the fp8 scale block {SCALE_BLOCK}"
+        if reason := fp8_unsupported(shape, hardware):
+            return reason
         if shape.num_experts > MAX_EXPERTS:
             return f"{shape.num_experts} experts are more than the schedule's {MAX_EXPERTS}"
         if shape.hidden_size % 16 or shape.intermediate_size % 16:

@@ -10,7 +10,7 @@ import torch
 def dependent_launch(device: torch.device) -> dict[str, bool]:
     """Arguments of a kernel that begins with `gdc_wait` where PDL is set: programmatic dependent launch.
 
-    The kernel's CTAs are set up while the kernel before it drains, which hides about 2 us of launch latency. Only
+    The kernel's CTAs are set up while the kernel before it drains, which hides most of the launch latency. Only
     NVIDIA GPUs from sm_90 on have it; elsewhere, and in the interpreter, launches wait for each other as usual.
     """
     return {"PDL": True, "launch_pdl": True} if _has_pdl(device.type, device.index) else {"PDL": False}
