@@ -11,6 +11,7 @@ import pytest
 from ramp_moe import Hardware, MoEShape, ProfileStore, Registry
 from ramp_moe.replay import Replay, load_replay
 
+DATA = Path(__file__).parent / "data"
 RECORDED = ("olmoe-1b-7b", "qwen3-30b-a3b", "deepseek-v3-tp8", "mixtral-8x7b-tp4")
 
 
@@ -60,7 +61,14 @@ def olmoe(registry: Registry) -> MoEShape:
 
 
 @pytest.fixture
-def store(registry: Registry) -> ProfileStore:
+def store() -> ProfileStore:
+    """One recorded sweep, the same for as long as the tests need it: 152 configurations of Alpha-MoE on 78 batches."""
+    return ProfileStore(shipped=[DATA / "profiles"])
+
+
+@pytest.fixture
+def shipped(registry: Registry) -> ProfileStore:
+    """What ships: its figures change whenever something is measured again."""
     return ProfileStore(shipped=registry.profile_dirs)
 
 

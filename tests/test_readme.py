@@ -17,8 +17,8 @@ README = (Path(__file__).parents[1] / "README.md").read_text()
 
 
 @pytest.mark.parametrize("model", RECORDED)
-def test_the_table_is_recomputed(registry: Registry, store: ProfileStore, h200: Hardware, model: str) -> None:
-    replay = load_replay(registry, store, registry.shape(model, "fp8"), h200, ["alpha_moe"])
+def test_the_table_is_recomputed(registry: Registry, shipped: ProfileStore, h200: Hardware, model: str) -> None:
+    replay = load_replay(registry, shipped, registry.shape(model, "fp8"), h200, ["alpha_moe"])
     found = compare_recorded(replay)
     s, best = found.speedup_over_static, found.best_over_static
     assert best is not None
@@ -33,10 +33,10 @@ def test_the_table_is_recomputed(registry: Registry, store: ProfileStore, h200: 
     assert f"| {' | '.join(cells)} |" in README
 
 
-def test_the_shares_of_gains_and_losses(registry: Registry, store: ProfileStore, h200: Hardware) -> None:
+def test_the_shares_of_gains_and_losses(registry: Registry, shipped: ProfileStore, h200: Hardware) -> None:
     speedups: list[float] = []
     for model in RECORDED:
-        replay = load_replay(registry, store, registry.shape(model, "fp8"), h200, ["alpha_moe"])
+        replay = load_replay(registry, shipped, registry.shape(model, "fp8"), h200, ["alpha_moe"])
         speedups += [b.speedup for b in compare_recorded(replay).batches]
     gain, loss = (sum(test) / len(speedups) for test in ([s > 1.1 for s in speedups], [s < 0.98 for s in speedups]))
     assert f"{gain:.0%} of them gain more than\n10%, while {loss:.0%} lose more than 2%" in README

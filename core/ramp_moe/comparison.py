@@ -7,27 +7,32 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
+import msgspec
 import numpy as np
 
 from .cost_model import DEFAULT_FORM, Candidate, CostModel, provenance
-from .errors import RoutingError
+from .errors import ProfileError, RoutingError
 from .evaluation import (
     DEALS,
+    IndexArray,
     Summary,
     cross_validated_choices,
-    nearest_batch_choices,
     pooled_regret,
     regret,
+    selection_noise,
+    single_choice,
     single_choices,
-    static_choices,
+    sparse_table,
+    split_half_regret,
     static_table,
     table_choice,
+    table_choices,
 )
 from .replay import Replay
 from .routing import FloatArray, IntArray, active_experts, expert_histogram
 from .trace import Trace
 
-Mode = Literal["replay", "predicted"]
+Mode = Literal["replay", "live", "predicted"]
 
 
 def percent(value: float | None) -> str:
@@ -37,7 +42,7 @@ def percent(value: float | None) -> str:
 
 @dataclass(frozen=True, slots=True)
 class Pick:
-    """A candidate and its time: measured in replay mode, predicted otherwise."""
+    """A candidate and its time: predicted in mode "predicted", measured otherwise."""
 
     kernel: str
     config: str
@@ -94,6 +99,18 @@ class Ratios:
         return cls(float(np.exp(np.log(ratios).mean())), float(ratios.min()), float(ratios.max()))
 
 
+@dataclass(frozen=True, slots=True)
+class Noise:
+    """What repeated measurements say of the regrets: `selection` is the regret of choosing the best on one run and
+    judging it on another; `regret` each policy's mean regret against the best so chosen, which noise does not flatter.
+    """
+
+    runs: int
+    batches: int
+    selection: Summary
+    regret: Mapping[str, float]
+
+
 @dataclass(frozen=True)
 class Comparison:
     """What `ramp-moe compare` shows. Regrets are fractions, None where they were not measured."""
@@ -103,7 +120,7 @@ class Comparison:
     model: str
     kernels: list[str]
     form: str
-    sources: list[dict[str, str]]
+    sources: list[dict[str, Any]]
     stages: list[str]
     stages_left_out: Mapping[str, list[str]]
     """By kernel, the kinds of stages that its times do not contain."""
@@ -115,15 +132,18 @@ class Comparison:
     best_over_static: Ratios | None
     """Of the best in hindsight: more than this no choice can gain. None where nothing was measured."""
     notes: list[str]
+    noise: Noise | None = None
+    """None where batches were measured once only."""
 
     def provenance(self) -> str:
         """Where the numbers come from, and what they cover, in two sentences."""
         what = "; ".join(s["summary"] for s in self.sources)
-        origin = (
-            f"Replay of recorded measurements, nothing was run on this machine: {what}."
-            if self.mode == "replay"
-            else f"PREDICTED by the cost model, not measured; it was fitted to recorded measurements of {what}."
-        )
+        origin = {
+            "replay": f"Replay of recorded measurements, nothing was run on this machine: {what}.",
+            "live": f"MEASURED on this machine's GPU just now; the cost model was fitted to: {what}.",
+            "predicted": "PREDICTED by the cost model, not measured; it was fitted to recorded measurements of "
+            f"{what}.",
+        }[self.mode]
         left_out = "; ".join(f"{k} without {', '.join(v)}" for k, v in self.stages_left_out.items() if v)
         return f"{origin} Times cover: {', '.join(self.stages)}" + (f" ({left_out})." if left_out else ".")
 
@@ -144,45 +164,86 @@ class Comparison:
             "baselines": summaries,
             "speedup_over_static": asdict(self.speedup_over_static),
             "best_over_static": self.best_over_static and asdict(self.best_over_static),
+            "noise": self.noise and asdict(self.noise),
             "notes": self.notes,
             "batches": [b.as_dict() for b in self.batches],
         }
 
 
-def _sources(replay: Replay) -> list[dict[str, str]]:
+def _sources(replay: Replay) -> list[dict[str, Any]]:
     return [
         {
             "summary": provenance(r.sweep),
             "kernel": r.sweep.kernel,
             "kernel_version": r.sweep.record.kernel_version,
-            "device_name": r.sweep.record.device_name,
-            "driver": r.sweep.record.driver,
-            "measured": r.sweep.record.measured,
-            "method": r.sweep.record.method,
+            "runs": msgspec.to_builtins(r.sweep.record.runs),
             "file": str(r.path),
         }
         for r in replay.recordings
     ]
 
 
-def compare_recorded(replay: Replay, form: str = DEFAULT_FORM) -> Comparison:
-    """Judge every policy on the replay's measured times; the retrofitted choices are cross-validated."""
-    times, labels, candidates = replay.times_us, replay.labels, replay.candidates
+@dataclass(frozen=True, slots=True)
+class _Policies:
+    """Choices `[rows]` of each policy on the judged batches, one array for each way of dealing folds (one where the
+    batches are held out anyway), and what a reader must know of them."""
+
+    choices: Mapping[str, list[IndexArray]]
+    notes: list[str]
+
+
+def _held_out_policies(tune: Replay, test: Replay, form: str) -> _Policies:
+    """Everything is fitted and tuned on `tune`, and chooses for the batches of `test`."""
+    table = static_table(tune.times_us, tune.labels)
+    choices = {
+        "retrofitted": tune.fit(form=form).cost(test.histograms).argmin(1),
+        "static": table_choices(table, test.labels),
+        "nearest-batch table": table_choices(sparse_table(table), test.labels),
+        "one configuration": np.full(len(test.labels), single_choice(tune.times_us)),
+    }
+    kinds = sorted({kind for _, kind in test.labels} - {kind for _, kind in tune.labels})
+    note = f"fitted, and static dispatch tuned, on {len(tune.labels)} batches; judged on {len(test.labels)} others" + (
+        f", among them routing never used in tuning: {', '.join(kinds)}" if kinds else ""
+    )
+    return _Policies({k: [v] for k, v in choices.items()}, [note])
+
+
+def _cross_validated_policies(replay: Replay, form: str) -> _Policies:
+    times, labels = replay.times_us, replay.labels
     retrofitted = [
         cross_validated_choices(replay.histograms, lambda rows: replay.fit(rows, form), seed=deal)
         for deal in range(DEALS)
     ]
-    static = static_choices(times, labels)
-    policies = {
+    table = static_table(times, labels)
+    means = [float(regret(times, choices).mean()) for choices in retrofitted]
+    notes = [
+        f"retrofitted choices are cross-validated, {DEALS} ways of dealing the batches into folds pooled (mean "
+        f"regret {percent(min(means))} to {percent(max(means))}); the table shows the first",
+        "static is judged on the uniform batches it was tuned on, which favours it",
+    ]
+    choices = {
         "retrofitted": retrofitted,
-        "static": [static],
-        "nearest-batch table": [nearest_batch_choices(times, labels)],
+        "static": [table_choices(table, labels)],
+        "nearest-batch table": [table_choices(sparse_table(table), labels)],
         "one configuration": [single_choices(times, seed=deal) for deal in range(DEALS)],
     }
-    means = [float(regret(times, choices).mean()) for choices in retrofitted]
+    return _Policies(choices, notes)
+
+
+def compare_recorded(replay: Replay, form: str = DEFAULT_FORM, mode: Mode = "replay") -> Comparison:
+    """Judge every policy on measured times: those of the replay's test batches, with everything fitted and tuned on the
+    others; or, where it has no test batches, of all of them, with the retrofitted choices cross-validated. mode "live"
+    says that the test batches were measured just now."""
+    tune, test = replay.of("tune"), replay.of("test")
+    if tune is None:
+        raise ProfileError(f"{replay.shape.label} on {replay.hardware.name}: no batches to fit on; measure some first")
+    judged = test or tune
+    policies = _cross_validated_policies(tune, form) if test is None else _held_out_policies(tune, test, form)
+    times, candidates = judged.times_us, judged.candidates
+    retrofitted, (static,) = policies.choices["retrofitted"], policies.choices["static"]
     rows = np.arange(len(times))
     static_us, best = times[rows, static], times.argmin(1)
-    active = active_experts(replay.histograms)
+    active = active_experts(judged.histograms)
 
     def pick(row: int, candidate: int) -> Pick:
         return Pick.of(candidates[candidate], times[row, candidate])
@@ -197,10 +258,10 @@ def compare_recorded(replay: Replay, form: str = DEFAULT_FORM) -> Comparison:
             best=pick(i, best[i]),
             changed=float(static[i] != retrofitted[0][i]),
         )
-        for i, (tokens, routing) in enumerate(labels)
+        for i, (tokens, routing) in enumerate(judged.labels)
     ]
     return Comparison(
-        mode="replay",
+        mode=mode,
         device=replay.hardware.name,
         model=replay.shape.label,
         kernels=replay.kernels,
@@ -209,16 +270,25 @@ def compare_recorded(replay: Replay, form: str = DEFAULT_FORM) -> Comparison:
         stages=list(replay.stages),
         stages_left_out=replay.stages_left_out,
         batches=batches,
-        baselines={name: Summary.of(pooled_regret(times, deals)) for name, deals in policies.items()},
+        baselines={name: Summary.of(pooled_regret(times, deals)) for name, deals in policies.choices.items()},
         speedup_over_static=Ratios.of(np.concatenate([static_us / times[rows, choices] for choices in retrofitted])),
         best_over_static=Ratios.of(static_us / times.min(1)),
-        notes=[
-            *replay.notes,
-            f"retrofitted choices are cross-validated, {DEALS} ways of dealing the batches into folds pooled (mean "
-            f"regret {percent(min(means))} to {percent(max(means))}); the table shows the first",
-            "static is judged on the uniform batches it was tuned on, which favours it",
-        ],
+        noise=_noise(judged, policies),
+        notes=[*replay.notes, *policies.notes],
     )
+
+
+def _noise(judged: Replay, policies: _Policies) -> Noise | None:
+    """None where the batches were not measured twice."""
+    twice = np.isfinite(judged.runs_us).all(axis=(0, 2))
+    if len(judged.runs_us) < 2 or not twice.any():
+        return None
+    runs = judged.runs_us[:, twice]
+    against = {
+        name: float(np.mean([split_half_regret(runs, choices[twice]).mean() for choices in deals]))
+        for name, deals in policies.choices.items()
+    }
+    return Noise(len(runs), int(twice.sum()), Summary.of(selection_noise(runs).ravel()), against)
 
 
 DECODE_SIZES = (1, 4, 16, 64, 256)
@@ -237,8 +307,11 @@ def compare_trace(replay: Replay, trace: Trace, form: str = DEFAULT_FORM) -> Com
             f"the trace names {trace.top_k} of {trace.num_experts or 'so many'} experts a token, "
             f"{shape.label} {shape.top_k} of {shape.num_experts}"
         )
-    model = replay.fit(form=form)
-    table = static_table(replay.times_us, replay.labels)
+    tune = replay.of("tune")
+    if tune is None:
+        raise ProfileError(f"{shape.label} on {replay.hardware.name}: no batches to fit on; measure some first")
+    model = tune.fit(form=form)
+    table = static_table(tune.times_us, tune.labels)
     batches, outside, total = [], 0, 0
     for routing, size, histograms in _trace_batches(trace, shape.num_experts):
         prediction = model.predict(histograms)

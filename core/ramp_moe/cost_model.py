@@ -1,11 +1,13 @@
-"""The wave cost model: a handful of parameters a stage, fitted from a sweep, that turn an expert histogram into the
+"""The wave cost model: a handful of parameters a part, fitted from a sweep, that turn an expert histogram into the
 predicted time of every candidate.
 
-A candidate is one configuration of one kernel; its time is the sum over its stages. A gemm stage is seen through its
-grid alone: g CTAs that do work, in ceil(g / slots) waves. Stages without a grid (quantise, schedule, ...) are seen
-as one work item a routed id, with no waves. FORMS lists which terms a form combines; each stage has one coefficient
-a term, found by least squares on the relative error (rows weighted by 1 / time: an error of 3% counts the same at
-30 us and at 3 ms).
+A candidate is one configuration of one kernel; its time is the sum over its parts: one for each stage, or a single one
+where the sweep measured the path as a whole. A part is seen through the grids of its GEMMs alone: g CTAs that do work,
+in ceil(g / slots) waves. A path of two GEMMs adds up both grids, each CTA and wave counted by the work of a CTA
+relative to the first grid's (weight rows times its share of the reduction). Parts without a grid (quantise, schedule,
+...) are seen as one work item a routed id, with no waves. FORMS lists which terms a form combines; each part has one
+coefficient a term, found by least squares on the relative error (rows weighted by 1 / time: an error of 3% counts the
+same at 30 us and at 3 ms).
 """
 
 from __future__ import annotations
@@ -19,11 +21,12 @@ import numpy as np
 from numpy.typing import NDArray
 
 from .errors import KernelError, ProfileError, UnknownNameError
+from .geometry import GridGeometry
 from .hardware import Hardware
-from .kernel import PREPARATION, STAGE_KINDS, KernelConfig, Stage
+from .kernel import PREPARATION, STAGE_KINDS, KernelConfig
 from .routing import FloatArray, IntArray
 from .shapes import MoEShape
-from .sweep import Sweep
+from .sweep import COLUMN_KINDS, PATH, Sweep, path_key
 
 BoolArray = NDArray[np.bool_]
 
@@ -78,20 +81,36 @@ class Candidate:
 
 
 @dataclass(frozen=True, slots=True)
-class StageFit:
-    """What a fit knows of one stage.
+class Part:
+    """What is measured and fitted as one: a stage, or a whole path. `key` is that of its column in a sweep."""
+
+    key: str
+    grids: tuple[GridGeometry, ...]
+
+
+def parts_of(candidate: Candidate, stages: Sequence[str]) -> list[Part]:
+    """The parts that times of these kinds of columns are the sum of."""
+    config = candidate.config
+    if PATH in stages:
+        return [Part(path_key(candidate.kernel, config.name), config.gemms)]
+    return [Part(s.key, () if s.geometry is None else (s.geometry,)) for s in config.stages if s.kind in stages]
+
+
+@dataclass(frozen=True, slots=True)
+class PartFit:
+    """What a fit knows of one part.
 
     `coefficients` follow the form's terms, in microseconds a unit. `max_error` and `rms_error` are relative, on the
     fitted rows. The ranges are those of the fitted rows; outside them a prediction is an extrapolation. `floor_us` is
     half the fastest fitted time: no prediction goes below it.
     """
 
-    stage: Stage
+    part: Part
     coefficients: tuple[float, ...]
     rows: int
     rms_error: float
     max_error: float
-    ctas_range: tuple[int, int]
+    ctas_range: tuple[float, float]
     active_range: tuple[int, int]
     floor_us: float
 
@@ -105,30 +124,40 @@ class Prediction:
 
 
 class _Grids:
-    """Many stages' grids as arrays, so that all are evaluated at once for one histogram or a batch of them.
+    """Many parts' grids as arrays, so that all are evaluated at once for one histogram or a batch of them.
 
     CTA counts are float64 here: `GridGeometry` counts in integers, but the division of doubles is several times
     faster, and exact for every count below 2**52 / block.
     """
 
-    def __init__(self, stages: Sequence[Stage], num_sms: int) -> None:
-        geometries = [s.geometry for s in stages]
-        # A stage without a grid counts routed ids: blocks of one token, one tile along the weights, endless slots.
-        blocks = np.array([1 if g is None else g.block_tokens for g in geometries], np.float64)
+    def __init__(self, parts: Sequence[Part], num_sms: int) -> None:
+        # A part without a grid counts routed ids: blocks of one token, one tile along the weights, endless slots.
+        grids = [g for p in parts for g in p.grids or (None,)]
+        blocks = np.array([1 if g is None else g.block_tokens for g in grids], np.float64)
         distinct, self.block_of = np.unique(blocks, return_inverse=True)
         self.blocks = distinct[:, None]
-        self.ctas_per_m_tile = np.array([1.0 if g is None else g.ctas_per_m_tile for g in geometries])
-        self.slots = np.array([np.inf if g is None else g.slots(num_sms) for g in geometries])
+        self.ctas_per_m_tile = np.array([1.0 if g is None else g.ctas_per_m_tile for g in grids])
+        self.slots = np.array([np.inf if g is None else g.slots(num_sms) for g in grids])
+        # Part p adds up the grids starts[p] : starts[p + 1], each by the work of one of its CTAs.
+        self.starts = np.cumsum([0, *(max(len(p.grids), 1) for p in parts[:-1])])
+        self.work = np.array([w for p in parts for w in _relative_work(p.grids)])
+        self.one_grid_each = len(grids) == len(parts)
 
     def ctas(self, histograms: IntArray) -> FloatArray:
-        """CTAs that do work, `[..., stages]`."""
+        """CTAs that do work, `[..., grids]`."""
         # To floats before the broadcast, which would convert every element once a block.
         shares = histograms.astype(np.float64)[..., None, :] / self.blocks
         tiles = np.add.reduce(np.ceil(shares, out=shares), axis=-1)
         return np.asarray(tiles.take(self.block_of, axis=-1) * self.ctas_per_m_tile)
 
+    def sum(self, per_grid: FloatArray) -> FloatArray:
+        """`[..., grids]` -> `[..., parts]`, weighted by work."""
+        if self.one_grid_each:
+            return per_grid
+        return np.asarray(np.add.reduceat(per_grid * self.work, self.starts, axis=-1))
+
     def terms(self, names: Sequence[str], ctas: FloatArray, active: FloatArray) -> list[FloatArray | float]:
-        """Each named term, `[..., stages]` or broadcasting to it; `active` is `[..., 1]`."""
+        """Each named term, `[..., parts]` or broadcasting to it, of `ctas [..., grids]` and `active [..., 1]`."""
         return [self._term(name, ctas, active) for name in names]
 
     def _term(self, name: str, ctas: FloatArray, active: FloatArray) -> FloatArray | float:
@@ -136,16 +165,22 @@ class _Grids:
             case "one":
                 return 1.0
             case "waves":
-                return np.asarray(ctas / self.slots)
+                return self.sum(np.asarray(ctas / self.slots))
             case "ceil_waves":
-                return np.asarray(np.ceil(ctas / self.slots))
+                return self.sum(np.asarray(np.ceil(ctas / self.slots)))
             case "ctas":
-                return ctas
+                return self.sum(ctas)
             case "log_ctas":
-                return np.asarray(np.log1p(ctas))
+                return np.asarray(np.log1p(self.sum(ctas)))
             case "active":
                 return active
         raise KernelError(f"cost model form names an unknown term {name!r}")
+
+
+def _relative_work(grids: Sequence[GridGeometry]) -> list[float]:
+    """Work of one CTA of each grid, in those of the first: its weight rows times its share of the reduction."""
+    work = [g.block_weights * g.reduction / g.split_k for g in grids] or [1.0]
+    return [w / work[0] for w in work]
 
 
 def _active(histograms: IntArray) -> FloatArray:
@@ -154,9 +189,9 @@ def _active(histograms: IntArray) -> FloatArray:
 
 
 class CostModel:
-    """Fitted stages and the candidates that are sums of them.
+    """Fitted parts and the candidates that are sums of them.
 
-    Raises KernelError where a candidate needs a stage that has no fit.
+    Raises KernelError where a candidate needs a part that has no fit.
     """
 
     def __init__(
@@ -165,37 +200,37 @@ class CostModel:
         hardware: Hardware,
         form: str,
         candidates: Sequence[Candidate],
-        fits: Mapping[str, StageFit],
+        fits: Mapping[str, PartFit],
         stages: Sequence[str],
         measured: Sequence[str],
     ) -> None:
-        """`stages` are the kinds of stages that the times contain; a candidate's other stages are left out. `measured`
-        says, a line each, where and when the times were recorded."""
+        """`stages` are the kinds of columns that the times are made of ("path" for whole paths); a candidate's other
+        stages are left out. `measured` says, a line each, where and when the times were recorded."""
         if not candidates:
             raise KernelError(f"no candidate to predict for {shape.label} on {hardware.name}")
         self.shape, self.hardware, self.form = shape, hardware, form
         self.candidates = tuple(candidates)
         self.stages, self.measured = tuple(stages), tuple(measured)
-        keys = [[s.key for s in c.config.stages if s.kind in self.stages] for c in candidates]
+        keys = [[p.key for p in parts_of(c, self.stages)] for c in candidates]
         missing = [(c.name, k) for c, ks in zip(candidates, keys, strict=True) for k in ks if k not in fits]
         if missing:
-            raise KernelError(f"candidate {missing[0][0]} needs stage {missing[0][1]!r}, which is not fitted")
+            raise KernelError(f"candidate {missing[0][0]} needs {missing[0][1]!r}, which is not fitted")
         self.fits = {k: fits[k] for k in dict.fromkeys(itertools.chain.from_iterable(keys))}
         index = {k: i for i, k in enumerate(self.fits)}
         fitted = list(self.fits.values())
         self._terms = get_form(form).terms
-        self._grids = _Grids([f.stage for f in fitted], hardware.num_sms)
+        self._grids = _Grids([f.part for f in fitted], hardware.num_sms)
         self._coefficients = np.array([f.coefficients for f in fitted]).T.copy()
         self._floor = np.array([f.floor_us for f in fitted])
         self._ctas_range = np.array([f.ctas_range for f in fitted]).T
         self._active_range = np.array([f.active_range for f in fitted]).T
-        # Candidate c sums stages _flat[_starts[c] : _starts[c + 1]].
+        # Candidate c sums parts _flat[_starts[c] : _starts[c + 1]].
         self._flat = np.array([index[k] for ks in keys for k in ks], np.intp)
         self._starts = np.cumsum([0, *(len(ks) for ks in keys[:-1])])
-        self._stages_of = [[index[k] for k in ks] for ks in keys]
+        self._parts_of = [[index[k] for k in ks] for ks in keys]
         self._ranges = [(*f.ctas_range, *f.active_range) for f in fitted]
-        # The commonest case, one measured stage a candidate, needs no summing in the hot path.
-        self._one_stage_each = np.array_equal(self._flat, np.arange(len(candidates)))
+        # The commonest case, one measured part a candidate, needs no summing in the hot path.
+        self._one_part_each = np.array_equal(self._flat, np.arange(len(candidates)))
 
     @property
     def num_experts(self) -> int:
@@ -212,9 +247,10 @@ class CostModel:
         us = self._cost(ctas, active)
         best = int(us.argmin())
         extrapolated = False
-        for i in self._stages_of[best]:
-            f, a = self._ranges[i], active[0]
-            extrapolated |= not (f[0] <= ctas[i] <= f[1] and f[2] <= a <= f[3])
+        summed, a = self._grids.sum(ctas), active[0]
+        for i in self._parts_of[best]:
+            f = self._ranges[i]
+            extrapolated |= not (f[0] <= summed[i] <= f[1] and f[2] <= a <= f[3])
         return best, float(us[best]), extrapolated
 
     def predict(self, histograms: IntArray) -> Prediction:
@@ -222,7 +258,8 @@ class CostModel:
         ctas = self._grids.ctas(histograms)
         active = _active(histograms)
         (ctas_low, ctas_high), (active_low, active_high) = self._ctas_range, self._active_range
-        outside = (ctas < ctas_low) | (ctas > ctas_high) | (active < active_low) | (active > active_high)
+        summed = self._grids.sum(ctas)
+        outside = (summed < ctas_low) | (summed > ctas_high) | (active < active_low) | (active > active_high)
         extrapolated = np.logical_or.reduceat(outside[..., self._flat], self._starts, axis=-1)
         return Prediction(self._cost(ctas, active), extrapolated)
 
@@ -239,7 +276,7 @@ class CostModel:
         for coefficient, term in zip(self._coefficients[2:], terms[2:], strict=True):
             us += coefficient * term
         np.maximum(us, self._floor, out=us)
-        if self._one_stage_each:
+        if self._one_part_each:
             return us
         return np.asarray(np.add.reduceat(us[..., self._flat], self._starts, axis=-1))
 
@@ -247,16 +284,16 @@ class CostModel:
 def candidates_of(
     sweep: Sweep, configs: Sequence[KernelConfig], notes: list[str] | None = None
 ) -> tuple[Candidate, ...]:
-    """The configurations of the sweep's kernel whose measured kinds of stages all have a column. `notes` gains a line
-    where some have not.
+    """The configurations of the sweep's kernel that have a column for each of their parts. `notes` gains a line where
+    some have not.
 
     Raises ProfileError where there is none: the plugin's configurations have changed since the sweep was taken.
     """
     measured = sweep.column_of
     candidates = tuple(
-        Candidate(sweep.kernel, c)
-        for c in configs
-        if (keys := [s.key for s in c.stages if s.kind in sweep.stages]) and all(k in measured for k in keys)
+        c
+        for c in (Candidate(sweep.kernel, config) for config in configs)
+        if (parts := parts_of(c, sweep.stages)) and all(p.key in measured for p in parts)
     )
     if not candidates:
         raise ProfileError(
@@ -266,60 +303,66 @@ def candidates_of(
     if notes is not None and len(candidates) < len(configs):
         notes.append(
             f"{sweep.kernel}: {len(configs) - len(candidates)} of {len(configs)} configurations left out, "
-            f"the sweep has no times for one of their stages ({', '.join(sweep.stages)})"
+            f"the sweep has no times for them ({', '.join(sweep.stages)})"
         )
     return candidates
 
 
 def provenance(sweep: Sweep) -> str:
     """Which kernel a sweep measured, where and when, in one line."""
-    r = sweep.record
-    return f"{r.kernel} {r.kernel_version} on {r.device_name}, {r.measured}"
+    record, runs = sweep.record, sweep.record.runs
+    days = list(dict.fromkeys(run.measured[:10] for run in runs))
+    where = " and ".join(dict.fromkeys(run.device_name for run in runs))
+    times = f" ({len(runs)} runs)" if len(runs) > 1 else ""
+    return f"{record.kernel} {record.kernel_version} on {where}, {' and '.join(days)}{times}"
 
 
-def path_times(sweep: Sweep, candidates: Sequence[Candidate]) -> FloatArray:
-    """Measured microseconds `[rows, candidates]`: each candidate's columns summed, NaN where one is missing."""
+def path_times(sweep: Sweep, candidates: Sequence[Candidate], runs: bool = False) -> FloatArray:
+    """Measured microseconds `[rows, candidates]`: each candidate's columns summed, NaN where one is missing. With
+    `runs`, of each run by itself, `[runs, rows, candidates]`."""
+    times = sweep.runs_us if runs else sweep.times_us
     column = sweep.column_of
-    picked = [[column[s.key] for s in c.config.stages if s.kind in sweep.stages] for c in candidates]
-    return np.stack([sweep.times_us[:, p].sum(1) for p in picked], axis=1)
+    picked = [[column[p.key] for p in parts_of(c, sweep.stages)] for c in candidates]
+    return np.stack([times[..., p].sum(-1) for p in picked], axis=-1)
 
 
 def fit_sweep(sweep: Sweep, candidates: Sequence[Candidate], hardware: Hardware, form: str = DEFAULT_FORM) -> CostModel:
-    """Fit every stage that the candidates need on the sweep's rows.
+    """Fit every part that the candidates need on the sweep's rows.
 
-    Candidates of which a stage has fewer measured rows than the form has terms are dropped. Raises ProfileError where
+    Candidates of which a part has fewer measured rows than the form has terms are dropped. Raises ProfileError where
     none is left.
     """
     spec = get_form(form)
-    by_key = {s.key: s for c in candidates for s in c.config.stages if s.kind in sweep.stages}
-    stages = list(by_key.values())
+    by_key = {p.key: p for c in candidates for p in parts_of(c, sweep.stages)}
+    parts = list(by_key.values())
     column = sweep.column_of
     if absent := by_key.keys() - column.keys():
-        raise KernelError(f"the sweep of {sweep.kernel} has no column for stage {min(absent)!r}")
+        raise KernelError(f"the sweep of {sweep.kernel} has no column {min(absent)!r}")
     times = sweep.times_us[:, [column[k] for k in by_key]]
-    grids = _Grids(stages, hardware.num_sms)
+    grids = _Grids(parts, hardware.num_sms)
     ctas = grids.ctas(sweep.histograms)
     active = _active(sweep.histograms)
     full = np.broadcast_arrays(*grids.terms(spec.terms, ctas, active), times)[:-1]
+    summed = grids.sum(ctas)
     coefficients, relative = _least_squares(np.stack(full, axis=-1), times, spec.non_negative)
 
-    fits: dict[str, StageFit] = {}
-    for i, stage in enumerate(stages):
+    fits: dict[str, PartFit] = {}
+    for i, part in enumerate(parts):
         seen = np.isfinite(times[:, i])
         if seen.sum() < len(spec.terms):
             continue
         error = relative[seen, i]
-        fits[stage.key] = StageFit(
-            stage=stage,
+        fits[part.key] = PartFit(
+            part=part,
             coefficients=tuple(coefficients[i].tolist()),
             rows=int(seen.sum()),
             rms_error=float(np.sqrt(np.mean(error**2))),
             max_error=float(np.abs(error).max()),
-            ctas_range=(int(ctas[seen, i].min()), int(ctas[seen, i].max())),
+            ctas_range=(float(summed[seen, i].min()), float(summed[seen, i].max())),
             active_range=(int(active[seen].min()), int(active[seen].max())),
             floor_us=float(times[seen, i].min()) / 2,
         )
-    kept = [c for c in candidates if all(s.key in fits for s in c.config.stages if s.kind in sweep.stages)]
+    kept = [c for c in candidates if all(p.key in fits for p in parts_of(c, sweep.stages))]
     if not kept:
         raise ProfileError(
             f"{len(sweep.labels)} batches of {sweep.kernel} for {sweep.shape.label} on {sweep.device} are too few to "
@@ -331,10 +374,10 @@ def fit_sweep(sweep: Sweep, candidates: Sequence[Candidate], hardware: Hardware,
 def join(models: Sequence[CostModel]) -> CostModel:
     """One model over the candidates of several kernels for one shape and device.
 
-    A stage that two of them share is taken from the first. Raises ProfileError where their times cannot be compared.
+    A part that two of them share is taken from the first. Raises ProfileError where their times cannot be compared.
     """
     first = models[0]
-    fits: dict[str, StageFit] = {}
+    fits: dict[str, PartFit] = {}
     for model in models:
         if (model.shape, model.hardware, model.form) != (first.shape, first.hardware, first.form):
             raise ProfileError("cost models of different shapes, devices or forms cannot be joined")
@@ -343,7 +386,7 @@ def join(models: Sequence[CostModel]) -> CostModel:
         if reason := incomparable(one, other):
             raise ProfileError(f"{reason}; choose comparable ones with --kernel")
     candidates = [c for m in models for c in m.candidates]
-    stages = [k for k in STAGE_KINDS if any(k in m.stages for m in models)]
+    stages = [k for k in COLUMN_KINDS if any(k in m.stages for m in models)]
     measured = [line for m in models for line in m.measured]
     return CostModel(first.shape, first.hardware, first.form, candidates, fits, stages, measured)
 
@@ -361,7 +404,7 @@ class Timed(Protocol):
 def left_out(timed: Timed) -> list[str]:
     """Kinds of stages that the candidates run and their times do not contain."""
     run = {s.kind for c in timed.candidates for s in c.config.stages}
-    return [k for k in STAGE_KINDS if k in run and k not in timed.stages]
+    return [] if PATH in timed.stages else [k for k in STAGE_KINDS if k in run and k not in timed.stages]
 
 
 def incomparable(a: Timed, b: Timed) -> str | None:
@@ -373,13 +416,13 @@ def incomparable(a: Timed, b: Timed) -> str | None:
         name = one.candidates[0].kernel
         if missing := [k for k in left_out(one) if k not in PREPARATION]:
             return f"the times of {name} leave out {', '.join(missing)}"
-        if uneven := [k for k in left_out(one) if k in other.stages]:
+        if uneven := [k for k in left_out(one) if k in other.stages or PATH in other.stages]:
             return f"the times of {name} leave out {', '.join(uneven)}, those of {other.candidates[0].kernel} do not"
     return None
 
 
 def _least_squares(terms: FloatArray, times: FloatArray, non_negative: bool) -> tuple[FloatArray, FloatArray]:
-    """Minimise sum_r ((terms[r, s] @ c[s] - times[r, s]) / times[r, s])**2 for every stage s.
+    """Minimise sum_r ((terms[r, s] @ c[s] - times[r, s]) / times[r, s])**2 for every part s.
 
     terms `[rows, stages, n]`, times `[rows, stages]` (NaN rows do not count). Returns c `[stages, n]` and the relative
     residuals `[rows, stages]`. Collinear terms (the literal paper form) get the minimum-norm solution.

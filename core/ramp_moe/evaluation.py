@@ -1,13 +1,14 @@
 """How good a choice is, judged on measured times: regret against exhaustive search, and the policies to beat.
 
 Regret of choosing c for a batch is time(c) / time(fastest) - 1, a fraction. The retrofitted choice of a row never
-comes from a fit that saw the row: rows are split into folds, and each fold is chosen for by a fit on the others. The
-fastest of many noisy cells flatters the hindsight that everything is compared with: regret includes the measurements'
-noise, which the shipped sweeps, taken once, cannot tell apart.
+comes from a fit that saw the row: it is a test row, or rows are split into folds, and each fold is chosen for by a fit
+on the others. The fastest of many noisy cells flatters the hindsight that everything is compared with. Where batches
+were measured in several runs, `selection_noise` tells how much: it chooses on one run and judges on another.
 """
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 
@@ -99,25 +100,46 @@ def table_choice(table: dict[int, int], tokens: int) -> int:
     return table[min(sorted(table), key=lambda size: abs(size - tokens))]
 
 
-def static_choices(times_us: FloatArray, labels: Labels) -> IndexArray:
-    """Static dispatch, tuned at every measured batch size. It is judged on the very rows that it was tuned on where
-    those are uniform, which favours it."""
-    table = static_table(times_us, labels)
+def sparse_table(table: dict[int, int]) -> dict[int, int]:
+    """The entries at TABLE_SIZES only (all where none was measured there)."""
+    return {tokens: c for tokens, c in table.items() if tokens in TABLE_SIZES} or table
+
+
+def table_choices(table: dict[int, int], labels: Labels) -> IndexArray:
+    """Static dispatch: the table's choice for each row."""
     return np.array([table_choice(table, tokens) for tokens, _ in labels], np.intp)
 
 
-def nearest_batch_choices(times_us: FloatArray, labels: Labels) -> IndexArray:
-    """Static dispatch from a sparse table, tuned at TABLE_SIZES only (where none was measured, at all)."""
-    table = static_table(times_us, labels)
-    sparse = {tokens: c for tokens, c in table.items() if tokens in TABLE_SIZES} or table
-    return np.array([table_choice(sparse, tokens) for tokens, _ in labels], np.intp)
+def single_choice(times_us: FloatArray) -> int:
+    """One candidate for everything: the best on geometric mean."""
+    return int(np.log(times_us).mean(0).argmin())
 
 
 def single_choices(times_us: FloatArray, num_folds: int = 5, seed: int = 0) -> IndexArray:
-    """One candidate for everything: the best on geometric mean over the other folds."""
-    log = np.log(times_us)
+    """One candidate for everything, for each fold the best on the others."""
     choices = np.empty(len(times_us), np.intp)
     for held_out in folds(len(times_us), num_folds, seed):
-        rest = np.setdiff1d(np.arange(len(times_us)), held_out)
-        choices[held_out] = log[rest].mean(0).argmin()
+        choices[held_out] = single_choice(times_us[np.setdiff1d(np.arange(len(times_us)), held_out)])
     return choices
+
+
+def selection_noise(runs_us: FloatArray) -> FloatArray:
+    """Regret, within one run, of what was fastest in another: `[ordered pairs of runs, rows]` of `[runs, rows,
+    candidates]`. It is what the noise of measuring alone costs; no pairs where there is one run."""
+    return np.array([regret(runs_us[judge], runs_us[chosen_on].argmin(1)) for chosen_on, judge in _pairs(runs_us)])
+
+
+def split_half_regret(runs_us: FloatArray, choices: IndexArray) -> FloatArray:
+    """time(choice) / time(best) - 1 within one run, the best being that of another run: `[ordered pairs, rows]`. An
+    estimate of regret against a hindsight that noise does not flatter; single values can be negative."""
+    rows = np.arange(runs_us.shape[1])
+    return np.array(
+        [
+            runs_us[judge, rows, choices] / runs_us[judge, rows, runs_us[chosen_on].argmin(1)] - 1
+            for chosen_on, judge in _pairs(runs_us)
+        ]
+    )
+
+
+def _pairs(runs_us: FloatArray) -> list[tuple[int, int]]:
+    return list(itertools.permutations(range(len(runs_us)), 2))

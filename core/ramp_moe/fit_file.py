@@ -3,10 +3,11 @@
     device, kernel, shape         what the fit is for
     form, terms                   the cost model form, and the order of its coefficients
     sweep, measured               digest of the sweep it was fitted on; what that measured, where and when
-    stages                        kinds of stages that the predicted times contain
-    quality                       cross-validated regret {mean, median, p95, max} of choosing by this form, rows
-    fits                          a stage each: key, coefficients (us a unit), rms_error and max_error (relative), the
-                                  fitted rows, and the ranges of CTAs and active experts that they cover
+    stages                        kinds of stages that the predicted times contain ("path": all of them)
+    quality                       regret {mean, median, p95, max} of choosing by this form: on the sweep's test batches,
+                                  or cross-validated where it has none
+    fits                          a stage or path each: key, coefficients (us a unit), rms_error and max_error
+                                  (relative), the fitted rows, and the ranges of CTAs and active experts they cover
 
 A fit whose digest is not that of the sweep found beside it is out of date and is not used.
 """
@@ -19,27 +20,27 @@ from pathlib import Path
 
 import msgspec
 
-from .cost_model import FORMS, Candidate, CostModel, StageFit, provenance
+from .cost_model import FORMS, Candidate, CostModel, PartFit, parts_of, provenance
 from .errors import ProfileError, RampMoEError
 from .files import read_json, write_json
 from .hardware import Hardware
-from .kernel import STAGE_KINDS, KernelConfig
+from .kernel import KernelConfig
 from .shapes import MoEShape
-from .sweep import MAX_US, MIN_US, ShapeRecord, Sweep
+from .sweep import COLUMN_KINDS, MAX_US, MIN_US, ShapeRecord, Sweep
 
 FORMAT = "ramp-moe/fit"
 VERSION = 1
 
 
-class StageRecord(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """A `StageFit` by its stage's key; the other fields are the same."""
+class PartRecord(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """A `PartFit` by its part's key; the other fields are the same."""
 
     key: str
     coefficients: tuple[float, ...]
     rows: int
     rms_error: float
     max_error: float
-    ctas_range: tuple[int, int]
+    ctas_range: tuple[float, float]
     active_range: tuple[int, int]
     floor_us: float
 
@@ -58,7 +59,7 @@ class FitRecord(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     measured: str
     stages: list[str]
     quality: dict[str, float]
-    fits: list[StageRecord]
+    fits: list[PartRecord]
 
 
 def digest(sweep: Sweep) -> str:
@@ -68,7 +69,7 @@ def digest(sweep: Sweep) -> str:
 
 def make_record(model: CostModel, sweep: Sweep, quality: Mapping[str, float]) -> FitRecord:
     fits = [
-        StageRecord(key, *(getattr(f, field) for field in StageRecord.__struct_fields__[1:]))
+        PartRecord(key, *(getattr(f, field) for field in PartRecord.__struct_fields__[1:]))
         for key, f in model.fits.items()
     ]
     return FitRecord(
@@ -101,7 +102,7 @@ def load_fit(path: Path) -> FitRecord:
         raise ProfileError(f"{path}: {e} - at `$.shape`") from None
     if record.form not in FORMS or list(FORMS[record.form].terms) != record.terms:
         raise ProfileError(f"{path}: form {record.form!r} of terms {record.terms} is not known here; fit again")
-    if not record.stages or not set(record.stages) <= set(STAGE_KINDS):
+    if not record.stages or not set(record.stages) <= set(COLUMN_KINDS):
         raise ProfileError(f"{path}: {record.stages} are not kinds of stages - at `$.stages`")
     for i, fit in enumerate(record.fits):
         if len(fit.coefficients) != len(record.terms):
@@ -124,13 +125,14 @@ def model_from_fit(
     by_key = {f.key: f for f in record.fits}
     candidates, fits = [], {}
     for config in configs:
-        stages = [s for s in config.stages if s.kind in record.stages]
-        if stages and all(s.key in by_key for s in stages):
-            candidates.append(Candidate(record.kernel, config))
-            for stage in stages:
-                numbers = msgspec.structs.asdict(by_key[stage.key])
+        candidate = Candidate(record.kernel, config)
+        parts = parts_of(candidate, record.stages)
+        if parts and all(p.key in by_key for p in parts):
+            candidates.append(candidate)
+            for part in parts:
+                numbers = msgspec.structs.asdict(by_key[part.key])
                 del numbers["key"]
-                fits[stage.key] = StageFit(stage, **numbers)
+                fits[part.key] = PartFit(part, **numbers)
     if not candidates:
         raise ProfileError(
             f"the fit of {record.kernel} for {shape.label} on {record.device} covers no configuration of the kernel "

@@ -46,21 +46,25 @@ def write_report(result: Comparison, path: Path) -> None:
 
 
 def _page(result: Comparison) -> str:
-    replay = result.mode == "replay"
+    measured = result.mode != "predicted"
     title = f"ramp-moe: {result.model} on {result.device}"
     s = result.speedup_over_static
     plots = [("Latency by batch size", _latency(result.batches))]
-    if replay:
+    if measured:
         plots.append(("Regret: how far from the best in hindsight", _regret(result.batches)))
     plots.append(("Which configuration wins where", _winners(result.batches)))
     body = "\n".join(f"<h2>{html.escape(name)}</h2>\n{_svg(figure)}" for name, figure in plots)
     notes = "".join(f"<li>{html.escape(n)}</li>" for n in result.notes)
-    methods = "".join(f"<li>{html.escape(x['kernel'])}: {html.escape(x['method'])}</li>" for x in result.sources)
+    methods = "".join(
+        f"<li>{html.escape(x['kernel'])}: {html.escape(method)}</li>"
+        for x in result.sources
+        for method in dict.fromkeys(run["method"] for run in x["runs"])
+    )
     return f"""<!doctype html>
 <html lang="en"><head><meta charset="utf-8"><title>{html.escape(title)}</title><style>{_STYLE}</style></head><body>
 <h1>{html.escape(title)}</h1>
 <p class="banner">{html.escape(result.provenance())}</p>
-<p><span class="figures">{s.geomean:.3f}x</span> {"" if replay else "predicted "}geometric mean speed-up of
+<p><span class="figures">{s.geomean:.3f}x</span> {"" if measured else "predicted "}geometric mean speed-up of
 retrofitted over static dispatch; min {s.min:.3f}x, max {s.max:.3f}x.
 Kernels: {html.escape(", ".join(result.kernels))}.</p>
 {_policies(result)}

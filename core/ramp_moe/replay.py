@@ -6,7 +6,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import numpy as np
@@ -26,12 +26,12 @@ from .errors import ProfileError, RampMoEError
 from .evaluation import IndexArray
 from .fit_file import digest, model_from_fit
 from .hardware import Hardware
-from .kernel import STAGE_KINDS, KernelConfig, usable_configs
+from .kernel import KernelConfig, usable_configs
 from .plugins import Registry
 from .routing import FloatArray, IntArray
 from .shapes import MoEShape
 from .store import ProfileStore
-from .sweep import Sweep
+from .sweep import COLUMN_KINDS, PATH, Split, Sweep
 
 
 @dataclass(frozen=True)
@@ -51,7 +51,8 @@ class Recording:
 class Replay:
     """Measured times of every candidate on the batches that all recordings share.
 
-    `times_us` is float64 `[batches, candidates]` without gaps; `notes` says what was left out and why.
+    `times_us` is float64 `[batches, candidates]` without gaps; `runs_us` `[runs, batches, candidates]` has the runs
+    that all recordings have, with NaN where one did not measure a batch. `notes` says what was left out and why.
     """
 
     shape: MoEShape
@@ -60,6 +61,7 @@ class Replay:
     histograms: IntArray
     labels: list[tuple[int, str]]
     times_us: FloatArray
+    runs_us: FloatArray
     notes: list[str] = field(default_factory=list)
 
     @property
@@ -73,12 +75,26 @@ class Replay:
     @property
     def stages(self) -> tuple[str, ...]:
         """Kinds of stages that the times contain."""
-        return tuple(k for k in STAGE_KINDS if any(k in r.stages for r in self.recordings))
+        return tuple(k for k in COLUMN_KINDS if any(k in r.stages for r in self.recordings))
 
     @property
     def stages_left_out(self) -> dict[str, list[str]]:
         """By kernel, the kinds of stages that its paths run and its times do not contain."""
         return {r.sweep.kernel: left_out(r) for r in self.recordings}
+
+    def of(self, split: Split) -> Replay | None:
+        """The batches to fit on ("tune") or those kept for judging ("test"); None where there is none."""
+        rows = self.recordings[0].sweep.rows_of(split)
+        if not rows:
+            return None
+        return replace(
+            self,
+            recordings=tuple(replace(r, sweep=r.sweep.select(rows)) for r in self.recordings),
+            histograms=self.histograms[rows],
+            labels=[self.labels[i] for i in rows],
+            times_us=self.times_us[rows],
+            runs_us=self.runs_us[:, rows],
+        )
 
     def fit(self, rows: IndexArray | None = None, form: str = DEFAULT_FORM) -> CostModel:
         """A cost model over all candidates, in their order, fitted on these rows (all where None)."""
@@ -96,8 +112,10 @@ def load_replay(
     shape: MoEShape,
     hardware: Hardware,
     kernels: Sequence[str] = (),
+    stages: Sequence[str] = (),
 ) -> Replay:
-    """Bring together the recorded sweeps of `kernels` (of every registered kernel that has one, where empty).
+    """Bring together the recorded sweeps of `kernels` (of every registered kernel that has one, where empty), whole
+    paths where they were measured, or the times of these kinds of stages alone.
 
     Kernels that were asked for must have a sweep and share batches; of the others, those that cannot be compared with
     the kernel of the most batches are left out with a note. Raises UnknownNameError, KernelError or ProfileError.
@@ -111,11 +129,20 @@ def load_replay(
         with _left_out(name, bool(kernels), notes):
             recorded = store.require(name, shape, hardware) if kernels else store.find(name, shape, hardware)
             if recorded is not None:
-                found.append(_recording(*recorded, usable_configs(kernel, shape, hardware), notes))
+                path, sweep = recorded
+                found.append(_recording(path, view(sweep, stages), usable_configs(kernel, shape, hardware), notes))
     if not found:
         raise ProfileError("; ".join(notes) or store.missing(names, shape, hardware))
     found.sort(key=lambda r: -len(r.sweep.labels))
     return _align(shape, hardware, found, bool(kernels), notes)
+
+
+def view(sweep: Sweep, stages: Sequence[str] = ()) -> Sweep:
+    """The columns of these kinds; where none is named, the whole paths, or all stages of a sweep that has no paths.
+    Raises ProfileError where a named kind was not measured."""
+    if not stages and PATH not in sweep.stages:
+        return sweep
+    return sweep.only(stages or [PATH])
 
 
 @contextmanager
@@ -166,7 +193,9 @@ def _align(shape: MoEShape, hardware: Hardware, found: Sequence[Recording], stri
         )
     first = aligned[0].sweep
     times = np.concatenate([path_times(r.sweep, r.candidates) for r in aligned], axis=1)
-    return Replay(shape, hardware, tuple(aligned), first.histograms, first.labels, times, notes)
+    shared_runs = min(len(r.sweep.runs_us) for r in aligned)
+    runs = np.concatenate([path_times(r.sweep, r.candidates, runs=True)[:shared_runs] for r in aligned], axis=2)
+    return Replay(shape, hardware, tuple(aligned), first.histograms, first.labels, times, runs, notes)
 
 
 def _rows(sweep: Sweep) -> dict[tuple[int, bytes, int], int]:
@@ -206,8 +235,7 @@ def load_model(
             if fitted and fitted.form == form and (recorded is None or fitted.sweep == digest(recorded[1])):
                 models.append(model_from_fit(fitted, shape, hardware, configs))
             elif recorded:
-                sweep = recorded[1]
-                models.append(fit_sweep(sweep, candidates_of(sweep, configs, notes), hardware, form))
+                models.append(fit_recorded(recorded[1], configs, hardware, form, notes))
             else:
                 raise ProfileError(f"the fit of {name} is of another form than {form}, and its sweep is not here")
     if not models:
@@ -215,6 +243,21 @@ def load_model(
     if not kernels:
         models = _comparable(models, notes)
     return join(models), notes
+
+
+def fit_recorded(
+    sweep: Sweep,
+    configs: Sequence[KernelConfig],
+    hardware: Hardware,
+    form: str = DEFAULT_FORM,
+    notes: list[str] | None = None,
+) -> CostModel:
+    """A fit of what there is to dispatch by: the sweep's `view`, on its batches to fit on."""
+    tune = sweep.rows_of("tune")
+    if not tune:
+        raise ProfileError(f"the sweep of {sweep.kernel} has no batches to fit on, only ones kept for judging")
+    seen = view(sweep).select(tune)
+    return fit_sweep(seen, candidates_of(seen, configs, notes), hardware, form)
 
 
 def _comparable(models: Sequence[CostModel], notes: list[str]) -> list[CostModel]:

@@ -1,17 +1,22 @@
-"""Sweeps: measured times of a kernel's stages over routings, and the file that holds them.
+"""Sweeps: measured times of a kernel's stages and whole paths over routings, and the file that holds them.
 
-A sweep file (format "ramp-moe/sweep", version 1) is one JSON object:
+A sweep file (format "ramp-moe/sweep", version 2) is one JSON object:
 
-    device, device_name, driver, software   hardware name in this library, as the driver says it, versions
-    kernel, kernel_version                  which kernel, and the version or commit that ran
-    shape                                   num_experts, top_k, hidden_size, intermediate_size, dtype, name
-    method, measured                        how the times were taken, and the date (ISO 8601)
-    columns                                 what was timed: {"stage": kind, "key": stage key, "params": {...}}
-    rows                                    {"num_tokens", "routing" (a label), "histogram" [E], "median_us" [columns]}
+    device, kernel, kernel_version   hardware name in this library; which kernel, and the version or commit that ran
+    shape                            num_experts, top_k, hidden_size, intermediate_size, dtype, name
+    runs                             each time that the batches were measured: {"measured" (ISO 8601), "device_name",
+                                     "gpu" (start of its UUID), "driver", "software" (versions), "method", "notes"}
+    columns                          what was timed: {"stage": kind or "path", "key": stage key, "params": {...}}
+    left_out                         configurations without a column, by why: {"reason", "configs"}
+    rows                             a batch each: {"num_tokens", "routing" (a label), "histogram" [E], "seed" (of the
+                                     label's generator), "split", "runs_us" [runs][columns]}
 
-Times are microseconds, the median over launches; null marks a cell that was not measured or failed. A column's `key`
-is that of the kernel's `Stage`. What a sweep has no column for (quantisation, say) is not in its times: `stages` tells.
-Version 0 is the headerless form of the first measurements.
+Times are microseconds, the median over launches; null marks a cell, or a whole run of a row, that was not measured or
+failed. A column's `key` is that of the kernel's `Stage`, or `path_key` of a configuration for "path": the whole of it,
+from top-k ids to output. What a sweep has no column for (quantisation, say) is not in its times: `stages` tells.
+`split` is "tune" for batches to fit and to tune static tables on, "test" for those that are kept for judging.
+Version 1 had one run, its fields beside the others, and no splits; version 0 is the headerless form of the first
+measurements.
 """
 
 from __future__ import annotations
@@ -20,7 +25,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import msgspec
 import numpy as np
@@ -32,7 +37,10 @@ from .routing import FloatArray, IntArray, check_histogram
 from .shapes import MoEShape
 
 FORMAT = "ramp-moe/sweep"
-VERSION = 1
+VERSION = 2
+PATH = "path"
+COLUMN_KINDS = (PATH, *STAGE_KINDS)
+Split = Literal["tune", "test"]
 MIN_US, MAX_US = 1e-3, 1e9
 """Times outside are mistakes of unit; squares of what is inside stay finite in a fit."""
 
@@ -63,7 +71,24 @@ class Row(msgspec.Struct, forbid_unknown_fields=True):
     num_tokens: int
     routing: str
     histogram: list[int]
-    median_us: list[float | None]
+    runs_us: list[list[float | None] | None]
+    seed: int | None = None
+    split: Split = "tune"
+
+
+class Run(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    measured: str
+    device_name: str
+    driver: str
+    software: dict[str, str]
+    method: str
+    gpu: str = ""
+    notes: list[str] = []
+
+
+class LeftOut(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    reason: str
+    configs: list[str]
 
 
 class SweepRecord(msgspec.Struct, forbid_unknown_fields=True):
@@ -72,16 +97,18 @@ class SweepRecord(msgspec.Struct, forbid_unknown_fields=True):
     format: str
     version: int
     device: str
-    device_name: str
-    driver: str
-    software: dict[str, str]
     kernel: str
     kernel_version: str
     shape: ShapeRecord
-    method: str
-    measured: str
+    runs: list[Run]
     columns: list[Column]
+    left_out: list[LeftOut]
     rows: list[Row]
+
+
+def path_key(kernel: str, config: str) -> str:
+    """Key of the column that holds a configuration's whole path."""
+    return f"{PATH}/{kernel}/{config}"
 
 
 @dataclass(frozen=True)
@@ -92,8 +119,8 @@ class Sweep:
     shape: MoEShape
     histograms: IntArray
     """int64 `[rows, num_experts]`"""
-    times_us: FloatArray
-    """float64 `[rows, columns]`, NaN where nothing was measured"""
+    runs_us: FloatArray
+    """float64 `[runs, rows, columns]`, NaN where nothing was measured"""
 
     @property
     def kernel(self) -> str:
@@ -108,6 +135,16 @@ class Sweep:
         """(tokens, routing label) of each row."""
         return [(r.num_tokens, r.routing) for r in self.record.rows]
 
+    @cached_property
+    def times_us(self) -> FloatArray:
+        """float64 `[rows, columns]`: the geometric mean over the runs that measured a cell, NaN where none did."""
+        measured = np.isfinite(self.runs_us)
+        logs = np.where(measured, np.log(np.where(measured, self.runs_us, 1.0)), 0.0).sum(0)
+        count = measured.sum(0)
+        # What was measured once stays as it is in the file.
+        once = np.where(count == 1, np.nansum(self.runs_us, axis=0), np.nan)
+        return np.where(count > 1, np.exp(logs / np.maximum(count, 1)), once)
+
     @property
     def column_of(self) -> dict[str, int]:
         """Column index by stage key."""
@@ -115,15 +152,34 @@ class Sweep:
 
     @cached_property
     def stages(self) -> tuple[str, ...]:
-        """Kinds of stages that the times contain, in the order in which a path runs them."""
+        """Kinds of columns in the order in which a path runs them, "path" first."""
         kinds = {c.stage for c in self.record.columns}
-        return tuple(k for k in STAGE_KINDS if k in kinds)
+        return tuple(k for k in COLUMN_KINDS if k in kinds)
+
+    def rows_of(self, split: Split) -> list[int]:
+        """Indices of the batches to fit on ("tune"), or of those kept for judging ("test")."""
+        return [i for i, r in enumerate(self.record.rows) if r.split == split]
 
     def select(self, rows: Sequence[int]) -> Sweep:
         """The same sweep with these rows, in this order."""
         record = msgspec.structs.replace(self.record, rows=[self.record.rows[i] for i in rows])
         index = np.asarray(rows, np.intp)
-        return Sweep(record, self.shape, self.histograms[index], self.times_us[index])
+        return Sweep(record, self.shape, self.histograms[index], self.runs_us[:, index])
+
+    def only(self, stages: Sequence[str]) -> Sweep:
+        """The same sweep with the columns of these kinds. Raises ProfileError where one of them has none."""
+        if missing := [k for k in stages if k not in self.stages]:
+            raise ProfileError(
+                f"the sweep of {self.kernel} for {self.shape.label} on {self.device} has no times of "
+                f"{', '.join(missing)}; it has {', '.join(self.stages)}"
+            )
+        index = [i for i, c in enumerate(self.record.columns) if c.stage in stages]
+        rows = [
+            msgspec.structs.replace(r, runs_us=[u and [u[i] for i in index] for u in r.runs_us])
+            for r in self.record.rows
+        ]
+        record = msgspec.structs.replace(self.record, columns=[self.record.columns[i] for i in index], rows=rows)
+        return Sweep(record, self.shape, self.histograms, self.runs_us[:, :, index])
 
     def save(self, path: Path) -> None:
         """Write the current version of the format, atomically."""
@@ -142,9 +198,11 @@ def make_sweep(record: SweepRecord, source: str = "sweep") -> Sweep:
         raise wrong("shape", str(e)) from None
     if not record.columns:
         raise wrong("columns", "a sweep needs at least one column")
+    if not record.runs:
+        raise wrong("runs", "a sweep needs at least one run")
     for i, column in enumerate(record.columns):
-        if column.stage not in STAGE_KINDS:
-            raise wrong(f"columns[{i}].stage", f"{column.stage!r} is not one of {', '.join(STAGE_KINDS)}")
+        if column.stage not in COLUMN_KINDS:
+            raise wrong(f"columns[{i}].stage", f"{column.stage!r} is not one of {', '.join(COLUMN_KINDS)}")
     keys = [c.key for c in record.columns]
     if len(set(keys)) != len(keys):
         i = next(i for i, k in enumerate(keys) if k in keys[:i])
@@ -158,23 +216,31 @@ def make_sweep(record: SweepRecord, source: str = "sweep") -> Sweep:
             check_histogram(row.histogram, shape.num_experts, row.num_tokens * shape.top_k)
         except RampMoEError as e:
             raise wrong(f"rows[{i}].histogram", str(e)) from None
-        if len(row.median_us) != len(keys):
-            raise wrong(f"rows[{i}].median_us", f"{len(row.median_us)} times for {len(keys)} columns")
-        for j, t in enumerate(row.median_us):
-            if t is not None and not MIN_US <= t <= MAX_US:
-                raise wrong(f"rows[{i}].median_us[{j}]", f"{t} is no time in microseconds ({MIN_US:g} to {MAX_US:g})")
+        if len(row.runs_us) != len(record.runs):
+            raise wrong(f"rows[{i}].runs_us", f"{len(row.runs_us)} runs, the sweep has {len(record.runs)}")
+        for r, times in enumerate(row.runs_us):
+            if times is not None and len(times) != len(keys):
+                raise wrong(f"rows[{i}].runs_us[{r}]", f"{len(times)} times for {len(keys)} columns")
+            for j, t in enumerate(times or ()):
+                if t is not None and not MIN_US <= t <= MAX_US:
+                    raise wrong(
+                        f"rows[{i}].runs_us[{r}][{j}]", f"{t} is no time in microseconds ({MIN_US:g} to {MAX_US:g})"
+                    )
+    absent = [None] * len(keys)
     return Sweep(
         record,
         shape,
         np.array([r.histogram for r in record.rows], np.int64),
-        np.array([r.median_us for r in record.rows], np.float64),
+        np.array([[absent if u is None else u for u in r.runs_us] for r in record.rows], np.float64).swapaxes(0, 1),
     )
 
 
 def load_sweep(path: str | Path) -> Sweep:
     """Read and validate a sweep file of any version. Raises ProfileError naming the file and the field."""
     path = Path(path)
-    record = read_json(path, SweepRecord, FORMAT, VERSION, {0: _from_version_0}, _recognise_version_0)
+    record = read_json(
+        path, SweepRecord, FORMAT, VERSION, {0: _from_version_0, 1: _from_version_1}, _recognise_version_0
+    )
     return make_sweep(record, str(path))
 
 
@@ -217,3 +283,12 @@ def _from_version_0(raw: dict[str, Any]) -> dict[str, Any]:
         "columns": [column(c) for c in raw["configs"]],
         "rows": [row(r) for r in raw["rows"]],
     }
+
+
+def _from_version_1(raw: dict[str, Any]) -> dict[str, Any]:
+    """One run, and every batch of it to fit on."""
+    run = {k: raw.pop(k) for k in ("measured", "device_name", "driver", "software", "method")}
+    rows = [{**row, "runs_us": [row["median_us"]]} for row in raw.pop("rows")]
+    for row in rows:
+        del row["median_us"]
+    return {**raw, "version": 2, "runs": [run], "left_out": [], "rows": rows}

@@ -15,12 +15,14 @@ from ramp_moe.evaluation import (
     Summary,
     cross_validated_choices,
     folds,
-    nearest_batch_choices,
     regret,
+    selection_noise,
     single_choices,
-    static_choices,
+    split_half_regret,
+    sparse_table,
     static_table,
     table_choice,
+    table_choices,
 )
 from ramp_moe.replay import Replay, load_model, load_replay
 from ramp_moe.store import relative_path, user_data_dir
@@ -52,10 +54,11 @@ def test_regret_and_policies_on_a_table_made_by_hand() -> None:
     labels = [(1, "uniform"), (1, "zipf1.0"), (8, "uniform"), (8, "zipf1.0"), (9, "zipf1.0")]
     times = np.array([[10.0, 12], [20, 10], [30, 15], [10, 20], [40, 50]])
     assert static_table(times, labels) == {1: 0, 8: 1}
-    static = static_choices(times, labels)
+    static = table_choices(static_table(times, labels), labels)
     assert static.tolist() == [0, 0, 1, 1, 1]
     assert regret(times, static).tolist() == [0, 1, 0, 1, 0.25]
-    assert nearest_batch_choices(times, labels).tolist() == [0, 0, 0, 0, 0]
+    assert sparse_table(static_table(times, labels)) == {1: 0}
+    assert sparse_table({8: 1}) == {8: 1}
     assert table_choice({1: 5, 9: 6}, 5) == 5
     assert Summary.of(regret(times, static)) == Summary(0.45, 0.25, pytest.approx(1.0), 1.0)
     with pytest.raises(ProfileError, match="no batch with uniform routing"):
@@ -77,8 +80,8 @@ EXPECTED = {
 
 
 @pytest.mark.parametrize("model", RECORDED)
-def test_regret_on_the_shipped_sweeps(registry: Registry, store: ProfileStore, h200: Hardware, model: str) -> None:
-    replay = load_replay(registry, store, registry.shape(model, "fp8"), h200, ["alpha_moe"])
+def test_regret_on_the_shipped_sweeps(registry: Registry, shipped: ProfileStore, h200: Hardware, model: str) -> None:
+    replay = load_replay(registry, shipped, registry.shape(model, "fp8"), h200, ["alpha_moe"])
     found = compare_recorded(replay)
     retrofitted, static = EXPECTED[model]
     assert found.baselines["retrofitted"].mean < retrofitted
@@ -91,9 +94,9 @@ def test_regret_on_the_shipped_sweeps(registry: Registry, store: ProfileStore, h
 
 @pytest.mark.parametrize("model", RECORDED)
 def test_the_default_form_is_no_worse_than_the_papers(
-    registry: Registry, store: ProfileStore, h200: Hardware, model: str
+    registry: Registry, shipped: ProfileStore, h200: Hardware, model: str
 ) -> None:
-    replay = load_replay(registry, store, registry.shape(model, "fp8"), h200, ["alpha_moe"])
+    replay = load_replay(registry, shipped, registry.shape(model, "fp8"), h200, ["alpha_moe"])
     mean = {form: compare_recorded(replay, form).baselines["retrofitted"].mean for form in ("paper", "active")}
     assert mean["active"] < mean["paper"]
 
@@ -121,7 +124,7 @@ def test_comparison_adds_up(replay: Replay) -> None:
     static = [b["static"]["us"] / b["best"]["us"] for b in found["batches"]]
     assert found["best_over_static"]["geomean"] == pytest.approx(np.exp(np.log(static).mean()))
     assert found["stages"] == ["gemm"]
-    assert found["stages_left_out"] == {"alpha_moe": ["quantise", "schedule", "zero"]}
+    assert found["stages_left_out"] == {"alpha_moe": ["schedule"]}
 
 
 def write_trace(path: Path, experts: int = 64, top_k: int = 8, tokens: int = 300) -> Path:
@@ -155,7 +158,7 @@ def test_trace_of_another_shape(replay: Replay, tmp_path: Path) -> None:
 
 def test_repeated_batches_are_kept_apart(registry: Registry, sweep_file: Path, olmoe: MoEShape, h200: Hardware) -> None:
     raw = json.loads(sweep_file.read_text())
-    raw["rows"].append(raw["rows"][4] | {"median_us": [2 * t for t in raw["rows"][4]["median_us"]]})
+    raw["rows"].append(raw["rows"][4] | {"runs_us": [[2 * t for t in raw["rows"][4]["runs_us"][0]]]})
     sweep_file.write_text(json.dumps(raw))
     replay = load_replay(registry, ProfileStore([sweep_file]), olmoe, h200, ["alpha_moe"])
     assert replay.notes == []
@@ -167,9 +170,9 @@ def test_a_column_of_another_kind_drops_candidates_with_a_note(
     registry: Registry, sweep_file: Path, olmoe: MoEShape, h200: Hardware
 ) -> None:
     raw = json.loads(sweep_file.read_text())
-    raw["columns"].append({"stage": "schedule", "key": "schedule/bm8", "params": {}})
+    raw["columns"].append({"stage": "schedule", "key": "alpha_moe/prepare/bm8", "params": {}})
     for row in raw["rows"]:
-        row["median_us"].append(3.0)
+        row["runs_us"][0].append(3.0)
     sweep_file.write_text(json.dumps(raw))
     replay = load_replay(registry, ProfileStore([sweep_file]), olmoe, h200, ["alpha_moe"])
     assert len(replay.candidates) == 10
@@ -200,9 +203,87 @@ def test_configurations_with_gaps_are_left_out_and_noted(
     registry: Registry, sweep_file: Path, olmoe: MoEShape, h200: Hardware
 ) -> None:
     raw = json.loads(sweep_file.read_text())
-    raw["rows"][7]["median_us"][3] = None
+    raw["rows"][7]["runs_us"][0][3] = None
     sweep_file.write_text(json.dumps(raw))
     replay = load_replay(registry, ProfileStore([sweep_file]), olmoe, h200, ["alpha_moe"])
     assert replay.times_us.shape == (78, 151)
     assert np.isfinite(replay.times_us).all()
     assert replay.notes == ["alpha_moe: 1 configurations left out, not measured on every batch"]
+
+
+def test_noise_of_two_runs_made_by_hand() -> None:
+    runs = np.array([[[10.0, 12.0], [20.0, 30.0]], [[11.0, 10.0], [20.0, 32.0]]])
+    # First batch: the first run's best costs 11 / 10 in the second, the second's 12 / 10 in the first.
+    assert selection_noise(runs) == pytest.approx(np.array([[0.1, 0.0], [0.2, 0.0]]))
+    choices = np.array([1, 1])
+    assert split_half_regret(runs, choices) == pytest.approx(np.array([[10 / 11 - 1, 0.6], [0.0, 0.5]]))
+    assert selection_noise(runs[:1]).size == 0
+
+
+@pytest.fixture
+def held_out_file(sweep_file: Path) -> Path:
+    """Every third batch is kept for judging; a second run is 2% slower, and its second configuration another 10%."""
+    raw = json.loads(sweep_file.read_text())
+    raw["runs"].append(raw["runs"][0])
+    for i, row in enumerate(raw["rows"]):
+        row["split"] = "test" if i % 3 == 0 else "tune"
+        row["runs_us"].append([t * (1.122 if j == 1 else 1.02) for j, t in enumerate(row["runs_us"][0])])
+    sweep_file.write_text(json.dumps(raw))
+    return sweep_file
+
+
+def test_held_out_batches_are_judged_by_what_the_others_taught(
+    registry: Registry, held_out_file: Path, olmoe: MoEShape, h200: Hardware
+) -> None:
+    replay = load_replay(registry, ProfileStore([held_out_file]), olmoe, h200, ["alpha_moe"])
+    tune, test = replay.of("tune"), replay.of("test")
+    assert tune is not None
+    assert test is not None
+    assert (len(tune.labels), len(test.labels)) == (52, 26)
+    assert tune.of("test") is None
+    found = compare_recorded(replay)
+    assert [(b.tokens, b.routing) for b in found.batches] == test.labels
+    chosen = tune.fit().cost(test.histograms).argmin(1)
+    assert [b.retrofitted.config for b in found.batches] == [replay.candidates[c].config.name for c in chosen]
+    static = table_choices(static_table(tune.times_us, tune.labels), test.labels)
+    assert [b.static.us for b in found.batches] == test.times_us[np.arange(26), static].tolist()
+    assert found.noise is not None
+    assert (found.noise.runs, found.noise.batches) == (2, 26)
+    assert found.noise.selection.mean == pytest.approx(selection_noise(test.runs_us).mean())
+    assert found.noise.regret["static"] == pytest.approx(split_half_regret(test.runs_us, static).mean())
+    assert set(found.noise.regret) == set(found.baselines)
+    # Dispatching uses the same fit: batches that are kept for judging never enter it.
+    model, _ = load_model(registry, ProfileStore([held_out_file]), olmoe, h200, ["alpha_moe"])
+    assert model.cost(test.histograms) == pytest.approx(tune.fit().cost(test.histograms))
+
+
+def test_a_profile_without_batches_to_fit_on(
+    registry: Registry, sweep_file: Path, olmoe: MoEShape, h200: Hardware
+) -> None:
+    raw = json.loads(sweep_file.read_text())
+    for row in raw["rows"]:
+        row["split"] = "test"
+    sweep_file.write_text(json.dumps(raw))
+    store = ProfileStore([sweep_file])
+    with pytest.raises(ProfileError, match="no batches to fit on"):
+        compare_recorded(load_replay(registry, store, olmoe, h200, ["alpha_moe"]))
+    with pytest.raises(ProfileError, match="no batches to fit on"):
+        load_model(registry, store, olmoe, h200, ["alpha_moe"])
+
+
+def test_stages_can_be_judged_alone(registry: Registry, sweep_file: Path, olmoe: MoEShape, h200: Hardware) -> None:
+    """A whole path beside the stages is what is compared, unless the stages are asked for."""
+    raw = json.loads(sweep_file.read_text())
+    raw["columns"].append({"stage": "path", "key": "path/alpha_moe/bm8-bn64-wn4-st1", "params": {}})
+    for row in raw["rows"]:
+        row["runs_us"][0].append(99.0)
+    sweep_file.write_text(json.dumps(raw))
+    store = ProfileStore([sweep_file])
+    path = load_replay(registry, store, olmoe, h200, ["alpha_moe"])
+    assert path.stages == ("path",)
+    assert path.stages_left_out == {"alpha_moe": []}
+    assert path.times_us.tolist() == [[99.0]] * 78
+    gemm = load_replay(registry, store, olmoe, h200, ["alpha_moe"], ["gemm"])
+    assert gemm.times_us.shape == (78, 152)
+    with pytest.raises(ProfileError, match="has no times of combine; it has path, gemm"):
+        load_replay(registry, store, olmoe, h200, ["alpha_moe"], ["combine"])

@@ -25,7 +25,7 @@ from ramp_moe import (
 )
 from ramp_moe.cost_model import candidates_of, get_form, incomparable, join, path_times
 from ramp_moe.replay import Replay
-from ramp_moe.sweep import FORMAT, VERSION, Column, Row, ShapeRecord, SweepRecord, make_sweep
+from ramp_moe.sweep import FORMAT, VERSION, Column, Row, Run, ShapeRecord, SweepRecord, make_sweep, path_key
 
 SHAPE = MoEShape(16, 2, 256, 256)
 UP = GridGeometry(16, 128, 128, 512, 256, 1)
@@ -60,12 +60,11 @@ def synthetic(hardware: Hardware, stages: dict[str, tuple[Stage, tuple[float, ..
                 waves = math.ceil(g / hardware.num_sms) if form != "paper" else g / hardware.num_sms
             last = int((h > 0).sum()) if form == "active" else math.log(g + 1)
             times.append(a + b * waves + c * g + d * last)
-        rows.append(Row(tokens, "uniform", h.tolist(), times))
+        rows.append(Row(tokens, "uniform", h.tolist(), [times]))
     columns = [Column(stage.kind, key) for key, (stage, _) in stages.items()]
     record = SweepRecord(
-        format=FORMAT, version=VERSION, device="h200", device_name="NVIDIA H200", driver="", software={}, kernel="k",
-        kernel_version="1", shape=ShapeRecord.of(SHAPE), method="made up", measured="2026-01-01", columns=columns,
-        rows=rows,
+        format=FORMAT, version=VERSION, device="h200", kernel="k", kernel_version="1", shape=ShapeRecord.of(SHAPE),
+        runs=[Run("2026-01-01", "NVIDIA H200", "", {}, "made up")], columns=columns, left_out=[], rows=rows,
     )  # fmt: skip
     return make_sweep(record)
 
@@ -158,7 +157,7 @@ def test_unmeasured_rows_do_not_count(replay: Replay, h200: Hardware) -> None:
     times = sweep.times_us.copy()
     times[40:, 0] = np.nan
     times[2:, 1] = np.nan
-    gaps = Sweep(sweep.record, sweep.shape, sweep.histograms, times)
+    gaps = Sweep(sweep.record, sweep.shape, sweep.histograms, times[None])
     model = fit_sweep(gaps, recording.candidates, h200)
     # two rows are too few for four terms: that candidate is gone; the other equals a fit of its forty rows
     assert len(model.candidates) == 151
@@ -223,7 +222,7 @@ def test_candidates_need_their_stages(h200: Hardware) -> None:
     renamed = config("b", Stage("gemm", "k/up/b", UP))
     with pytest.raises(ProfileError, match="has no column that fits a configuration"):
         candidates_of(sweep, [renamed])
-    with pytest.raises(KernelError, match="candidate k/b needs stage 'k/up/b', which is not fitted"):
+    with pytest.raises(KernelError, match="candidate k/b needs 'k/up/b', which is not fitted"):
         CostModel(SHAPE, h200, "active", [Candidate("k", renamed)], {}, ["gemm"], [])
     with pytest.raises(KernelError, match="no candidate"):
         CostModel(SHAPE, h200, "active", [], {}, ["gemm"], [])
@@ -236,5 +235,36 @@ def test_persistent_grids_wait_in_waves_of_their_own_ctas(h200: Hardware) -> Non
     rows = [(t, h, 5.0 + 3.0 * math.ceil(int(grid.logical(h)) / 8)) for t, h in histograms()]
     sweep = synthetic(h200, stages_of(c, known))
     times = np.array([[t] for _, _, t in rows])
-    model = fit_sweep(Sweep(sweep.record, SHAPE, sweep.histograms, times), [Candidate("k", c)], h200)
+    model = fit_sweep(Sweep(sweep.record, SHAPE, sweep.histograms, times[None]), [Candidate("k", c)], h200)
     assert model.fits["k/p"].coefficients == pytest.approx(known, abs=1e-6)
+
+
+def test_a_whole_path_adds_up_its_grids_by_work(h200: Hardware) -> None:
+    """One column for the path of two GEMMs: a CTA of the second does a quarter of the work of one of the first (half
+    the weight rows, half the reduction)."""
+    down = GridGeometry(16, 64, 128, 256, 128, 1)
+    path = config("a", TWO_GEMMS.stages[0], TWO_GEMMS.stages[1], Stage("gemm", "k/down/a", down))
+    a, b, c, d = known = (7.0, 3.0, 0.02, 0.4)
+    times = []
+    for _, h in histograms():
+        tiles = sum(math.ceil(n / 16) for n in h.tolist())
+        grids = tiles * UP.tiles_n, tiles * down.tiles_n
+        waves = math.ceil(grids[0] / 132) + math.ceil(grids[1] / 132) / 4
+        times.append([a + b * waves + c * (grids[0] + grids[1] / 4) + d * int((h > 0).sum())])
+    sweep = synthetic(h200, stages_of(config("a", TWO_GEMMS.stages[1]), known))
+    record = sweep.record
+    record.columns = [Column("path", path_key("k", "a"))]
+    whole = Sweep(record, SHAPE, sweep.histograms, np.array([times]))
+    candidates = candidates_of(whole, [path])
+    model = fit_sweep(whole, candidates, h200)
+    assert model.fits["path/k/a"].coefficients == pytest.approx(known)
+    assert path_times(whole, candidates).tolist() == times
+    assert model.cost(whole.histograms)[:, 0] == pytest.approx(path_times(whole, candidates)[:, 0])
+    best, us, extrapolated = model.choose(whole.histograms[3])
+    assert (best, us, extrapolated) == (0, pytest.approx(times[3][0]), False)
+    assert model.choose(100 * whole.histograms[-1])[2]
+    # a path leaves nothing out, and so cannot be compared with a GEMM alone
+    assert incomparable(model, model) is None
+    alone = synthetic(h200, stages_of(config("a", TWO_GEMMS.stages[1]), known))
+    gemm = fit_sweep(alone, candidates_of(alone, [config("a", *TWO_GEMMS.stages[:2])]), h200)
+    assert incomparable(model, gemm) == "the times of k leave out schedule, those of k do not"

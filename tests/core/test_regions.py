@@ -68,10 +68,10 @@ def test_small_blocks_for_few_tokens_and_large_for_many(registry: Registry) -> N
 
 @pytest.mark.parametrize("model", RECORDED)
 def test_the_advised_block_against_measurements(
-    registry: Registry, store: ProfileStore, h200: Hardware, model: str
+    registry: Registry, shipped: ProfileStore, h200: Hardware, model: str
 ) -> None:
     """Without any measurement the advice does as well as the best single configuration does with all of them."""
-    replay = load_replay(registry, store, registry.shape(model, "fp8"), h200, ["alpha_moe"])
+    replay = load_replay(registry, shipped, registry.shape(model, "fp8"), h200, ["alpha_moe"])
     block = np.array([c.config.gemms[0].block_tokens for c in replay.candidates])
     lost = []
     for histogram, times in zip(replay.histograms, replay.times_us, strict=True):

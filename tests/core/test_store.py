@@ -2,35 +2,42 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import msgspec
 import pytest
+from conftest import DATA
 from ramp_moe import Hardware, MoEShape, ProfileError, ProfileStore, Registry, load_sweep
 from ramp_moe.fit_file import FitRecord, load_fit, make_record, save_fit
 from ramp_moe.replay import Replay, load_model
 from ramp_moe.store import FIT_SUFFIX, relative_path, user_data_dir
 
 
+def marked(sweep_file: Path, method: str) -> dict[str, Any]:
+    raw: dict[str, Any] = json.loads(sweep_file.read_text())
+    raw["runs"][0]["method"] = method
+    return raw
+
+
 def place(folder: Path, sweep_file: Path, shape: MoEShape, hardware: Hardware, method: str) -> Path:
     """Put a marked copy of the sweep where a look-up finds it."""
     path = folder / relative_path("alpha_moe", shape, hardware)
     path.parent.mkdir(parents=True, exist_ok=True)
-    raw = json.loads(sweep_file.read_text()) | {"method": method}
-    path.write_text(json.dumps(raw))
+    path.write_text(json.dumps(marked(sweep_file, method)))
     return path
 
 
-def test_look_up_order(registry: Registry, sweep_file: Path, olmoe: MoEShape, h200: Hardware, tmp_path: Path) -> None:
+def test_look_up_order(sweep_file: Path, olmoe: MoEShape, h200: Hardware, tmp_path: Path) -> None:
     def found(*explicit: Path) -> str:
-        store = ProfileStore(explicit, registry.profile_dirs)
-        return store.require("alpha_moe", olmoe, h200)[1].record.method
+        store = ProfileStore(explicit, [DATA / "profiles"])
+        return store.require("alpha_moe", olmoe, h200)[1].record.runs[0].method
 
     assert found().startswith("one launch between two CUDA events")
     place(user_data_dir(), sweep_file, olmoe, h200, "user")
     assert found() == "user"
     place(tmp_path / "folder", sweep_file, olmoe, h200, "explicit folder")
     assert found(tmp_path / "folder") == "explicit folder"
-    sweep_file.write_text(json.dumps(json.loads(sweep_file.read_text()) | {"method": "explicit file"}))
+    sweep_file.write_text(json.dumps(marked(sweep_file, "explicit file")))
     assert found(tmp_path / "folder", sweep_file) == "explicit file"
 
 
@@ -41,7 +48,7 @@ def test_what_is_missing_is_said(store: ProfileStore, registry: Registry, h200: 
         store.require("alpha_moe", mixtral, h200)
     message = str(e.value)
     assert "no sweep of alpha_moe for mixtral-8x7b (E8-k2-h4096-i14336-fp8) on h200" in message
-    assert "h200 alpha_moe E8-k2-h4096-i3584-fp8" in message
+    assert "h200 alpha_moe E64-k8-h2048-i1024-fp8" in message
     assert "--profile" in message
 
 

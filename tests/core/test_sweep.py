@@ -52,19 +52,20 @@ def version_0(record: dict[str, Any]) -> dict[str, Any]:
             "routing": kind,
             "routing_arg": arg,
             "histogram": r["histogram"],
-            "median_us": r["median_us"],
-            "min_us": r["median_us"],
+            "median_us": r["runs_us"][0],
+            "min_us": r["runs_us"][0],
         }
 
+    (run,) = record["runs"]
     return {
-        "device": record["device_name"],
-        "driver": record["driver"],
-        **record["software"],
+        "device": run["device_name"],
+        "driver": run["driver"],
+        **run["software"],
         "kernel": record["kernel"],
         "kernel_version": record["kernel_version"],
         "dtype": "fp8_w8a8 block [128,128]",
-        "measured": record["measured"],
-        "method": record["method"],
+        "measured": run["measured"],
+        "method": run["method"],
         "model": shape["name"],
         **{k: shape[k] for k in ("num_experts", "top_k", "hidden_size", "intermediate_size")},
         "configs": [c["params"] for c in record["columns"]],
@@ -73,9 +74,21 @@ def version_0(record: dict[str, Any]) -> dict[str, Any]:
     }
 
 
-def test_version_0_migrates_to_the_same_sweep(sweep_file: Path) -> None:
+def version_1(record: dict[str, Any]) -> dict[str, Any]:
+    """The same content with its one run among the other fields."""
+    (run,) = record.pop("runs")
+    rows = [{k: r[k] for k in ("num_tokens", "routing", "histogram")} for r in record["rows"]]
+    for old, new in zip(rows, record["rows"], strict=True):
+        old["median_us"] = new["runs_us"][0]
+    kept = ("device_name", "driver", "software", "method", "measured")
+    del record["left_out"]
+    return record | {"version": 1, "rows": rows} | {k: run[k] for k in kept}
+
+
+@pytest.mark.parametrize("older", [version_0, version_1])
+def test_older_versions_migrate_to_the_same_sweep(sweep_file: Path, older: Edit) -> None:
     new = load_sweep(sweep_file)
-    before = edited(sweep_file, version_0).read_bytes()
+    before = edited(sweep_file, older).read_bytes()
     old = load_sweep(sweep_file)
     assert msgspec.to_builtins(old.record) == msgspec.to_builtins(new.record)
     assert sweep_file.read_bytes() == before
@@ -96,22 +109,25 @@ def _set(*path: Any) -> Edit:
 @pytest.mark.parametrize(
     ("edit", "message"),
     [
-        (_set("version", 99), "version 99, this ramp-moe reads up to 1; upgrade ramp-moe"),
+        (_set("version", 99), "version 99, this ramp-moe reads up to 2; upgrade ramp-moe"),
         (_set("version", 0.5), "is not a ramp-moe/sweep file"),
         (_set("format", "other"), r"is not a ramp-moe/sweep file \(its format says 'other'\)"),
         (lambda raw: [1, 2], "is not a ramp-moe/sweep file"),
         (lambda raw: {"hello": 1}, "is not a ramp-moe/sweep file"),
-        (lambda raw: raw.pop("method") and None, "missing required field `method`"),
+        (lambda raw: raw["runs"][0].pop("method") and None, r"missing required field `method` - at `\$.runs\[0\]`"),
         (_set("extra", 1), "unknown field `extra`"),
         (_set("rows", 3, "num_tokens", "four"), r"Expected `int`, got `str` - at `\$.rows\[3\].num_tokens`"),
         (_set("rows", 3, "num_tokens", 0), r"at `\$.rows\[3\].num_tokens`"),
         (_set("rows", 2, "histogram", [1, 2]), r"2 entries, the shape has 64 experts - at `\$.rows\[2\].histogram`"),
         (_set("rows", 2, "histogram", 0, -4), r"negative count .* - at `\$.rows\[2\].histogram`"),
         (_set("rows", 0, "histogram", 0, 999), r"more than tokens x top_k = 8 - at `\$.rows\[0\].histogram`"),
-        (_set("rows", 1, "median_us", [1.0]), r"1 times for 152 columns - at `\$.rows\[1\].median_us`"),
+        (_set("rows", 1, "runs_us", 0, [1.0]), r"1 times for 152 columns - at `\$.rows\[1\].runs_us\[0\]`"),
+        (_set("rows", 1, "runs_us", []), r"0 runs, the sweep has 1 - at `\$.rows\[1\].runs_us`"),
+        (_set("rows", 1, "split", "train"), r"Invalid enum value 'train' - at `\$.rows\[1\].split`"),
+        (_set("runs", []), "at least one run"),
         (
-            _set("rows", 1, "median_us", 7, -1.0),
-            r"-1.0 is no time in microseconds .* - at `\$.rows\[1\].median_us\[7\]`",
+            _set("rows", 1, "runs_us", 0, 7, -1.0),
+            r"-1.0 is no time in microseconds .* - at `\$.rows\[1\].runs_us\[0\]\[7\]`",
         ),
         (_set("rows", []), "at least one row"),
         (_set("columns", []), "at least one column"),
@@ -174,10 +190,42 @@ def test_links_are_followed_and_modes_kept(sweep_file: Path, tmp_path: Path) -> 
 
 
 def test_unmeasured_cells_and_selection(sweep_file: Path) -> None:
-    edited(sweep_file, _set("rows", 0, "median_us", 3, None))
+    edited(sweep_file, _set("rows", 0, "runs_us", 0, 3, None))
     sweep = load_sweep(sweep_file)
     assert np.isnan(sweep.times_us[0, 3])
     assert np.isfinite(sweep.times_us).sum() == sweep.times_us.size - 1
     part = sweep.select([5, 2])
     assert part.labels == [sweep.labels[5], sweep.labels[2]]
     assert np.array_equal(part.times_us, sweep.times_us[[5, 2]])
+
+
+def two_runs(raw: dict[str, Any]) -> None:
+    """A second run, 21% slower, that has no time for cell [0, 3] and did not measure row 2; row 1 is kept for judging.
+    Columns: the whole path of the first configuration beside the others' stages."""
+    raw["runs"].append(raw["runs"][0] | {"measured": "2026-12-01"})
+    for row in raw["rows"]:
+        row["runs_us"].append([1.21 * t for t in row["runs_us"][0]])
+    raw["rows"][0]["runs_us"][1][3] = None
+    raw["rows"][2]["runs_us"][1] = None
+    raw["rows"][1]["split"] = "test"
+    raw["columns"][0] |= {"stage": "path", "key": "path/alpha_moe/bm8-bn64-wn4-st1"}
+
+
+def test_runs_splits_and_kinds_of_columns(sweep_file: Path) -> None:
+    one = load_sweep(sweep_file)
+    sweep = load_sweep(edited(sweep_file, two_runs))
+    assert sweep.runs_us.shape == (2, 78, 152)
+    expected = 1.1 * one.times_us
+    expected[0, 3] = one.times_us[0, 3]
+    expected[2] = one.times_us[2]
+    assert sweep.times_us == pytest.approx(expected)
+    assert sweep.rows_of("test") == [1]
+    assert sweep.rows_of("tune") == [0, *range(2, 78)]
+    assert sweep.stages == ("path", "gemm")
+    stages = sweep.only(["gemm"])
+    assert stages.stages == ("gemm",)
+    assert np.array_equal(stages.runs_us, sweep.runs_us[:, :, 1:], equal_nan=True)
+    assert stages.record.rows[2].runs_us[1] is None
+    assert sweep.only(["path"]).runs_us.shape == (2, 78, 1)
+    with pytest.raises(ProfileError, match="has no times of combine; it has path, gemm"):
+        sweep.only(["combine", "gemm"])

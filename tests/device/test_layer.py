@@ -30,7 +30,7 @@ from ramp_moe import (
 )
 from ramp_moe.cost_model import join
 from ramp_moe.device import Batch, LaunchableKernel, MoELayer, MoEWeights, Workspace
-from ramp_moe.sweep import FORMAT, VERSION, Column, Row, ShapeRecord, SweepRecord, make_sweep
+from ramp_moe.sweep import FORMAT, VERSION, Column, Row, Run, ShapeRecord, SweepRecord, make_sweep
 
 E, K, H, I = 16, 2, 32, 16  # noqa: E741
 SHAPE = MoEShape(E, K, H, I, "bf16")
@@ -126,11 +126,11 @@ def model_of(hardware: Hardware, kernel: FakeKernel, us_a_tile: dict[int, float]
                     generate(kind, tokens, shape.num_experts, shape.top_k, seed=tokens), shape.num_experts
                 )
                 tiles = sum(-(-n // block) for n in h.tolist())
-                rows.append(Row(tokens, kind, h.tolist(), [1 + price * tiles]))
+                rows.append(Row(tokens, kind, h.tolist(), [[1 + price * tiles]]))
         record = SweepRecord(
-            format=FORMAT, version=VERSION, device=hardware.name, device_name=hardware.device_names[0], driver="",
-            software={}, kernel=kernel.name, kernel_version="1", shape=ShapeRecord.of(shape), method="made up",
-            measured="2026-01-01", columns=[Column("gemm", config.stages[0].key)], rows=rows,
+            format=FORMAT, version=VERSION, device=hardware.name, kernel=kernel.name, kernel_version="1",
+            shape=ShapeRecord.of(shape), runs=[Run("2026-01-01", hardware.device_names[0], "", {}, "made up")],
+            columns=[Column("gemm", config.stages[0].key)], left_out=[], rows=rows,
         )  # fmt: skip
         found.append(fit_sweep(make_sweep(record), [Candidate(kernel.name, config)], hardware))
     return join(found)

@@ -32,6 +32,7 @@ for _command in (
     listing.plugins,
     listing.kernels,
     listing.models,
+    listing.profiles,
     choose.regions,
     choose.fit,
     choose.explain,

@@ -10,13 +10,13 @@ import click
 import numpy as np
 
 from ..comparison import compare_recorded, compare_trace
-from ..cost_model import CostModel, fit_sweep, get_form, provenance
-from ..evaluation import DEALS, Summary, cross_validated_choices, pooled_regret
+from ..cost_model import CostModel, get_form, provenance
 from ..fit_file import make_record, save_fit
 from ..html import write_report
+from ..kernel import STAGE_KINDS, usable_configs
 from ..plugins import get_registry
 from ..regions import analyse
-from ..replay import Replay, load_model, load_replay
+from ..replay import fit_recorded, load_model, load_replay
 from ..routing import IntArray
 from ..store import FIT_SUFFIX, ProfileStore, relative_path, user_data_dir
 from ..trace import load_trace
@@ -96,11 +96,12 @@ def fit(
     written: list[dict[str, Any]] = []
     for name in names:
         replay = load_replay(registry, store, shape, hardware, [name])
-        quality = _quality(replay, form)
-        recording = replay.recordings[0]
-        cost_model = fit_sweep(recording.sweep, recording.candidates, hardware, form)
+        quality = compare_recorded(replay, form).baselines["retrofitted"].as_dict()
+        _, sweep = store.require(name, shape, hardware)
+        configs = usable_configs(registry.kernel(name), shape, hardware)
+        cost_model = fit_recorded(sweep, configs, hardware, form)
         path = (output or user_data_dir()) / relative_path(name, shape, hardware, FIT_SUFFIX)
-        save_fit(path, make_record(cost_model, recording.sweep, quality))
+        save_fit(path, make_record(cost_model, sweep, quality))
         errors = [f.rms_error for f in cost_model.fits.values()]
         written.append(
             {
@@ -110,7 +111,7 @@ def fit(
                 "stages": len(errors),
                 "rms_error": {"median": float(np.median(errors)), "max": max(errors)},
                 "regret": quality,
-                "measured": provenance(recording.sweep),
+                "measured": provenance(sweep),
                 "file": str(path),
             }
         )
@@ -118,15 +119,6 @@ def fit(
         print_json(written)
     else:
         console().print(*tables.fits(shape, hardware, written), sep="\n")
-
-
-def _quality(replay: Replay, form: str) -> dict[str, float]:
-    """Cross-validated regret of choosing by this form."""
-    deals = [
-        cross_validated_choices(replay.histograms, lambda rows: replay.fit(rows, form), seed=deal)
-        for deal in range(DEALS)
-    ]
-    return Summary.of(pooled_regret(replay.times_us, deals)).as_dict()
 
 
 @click.command()
@@ -209,6 +201,13 @@ def _explained(model: CostModel, histogram: IntArray) -> list[dict[str, Any]]:
     "--trace", type=click.Path(path_type=Path), help="Predict costs on recorded routing (JSON or JSON lines)."
 )
 @click.option(
+    "--stage",
+    "stages",
+    multiple=True,
+    type=click.Choice(STAGE_KINDS),
+    help="Judge the times of this kind of stage alone, not whole paths (repeatable).",
+)
+@click.option(
     "--html", "html_path", type=click.Path(path_type=Path), help="Also write one self-contained page with plots."
 )
 @json_option
@@ -220,6 +219,7 @@ def compare(
     profiles: tuple[Path, ...],
     form: str,
     trace: Path | None,
+    stages: tuple[str, ...],
     html_path: Path | None,
     as_json: bool,
 ) -> None:
@@ -228,7 +228,7 @@ def compare(
     registry = get_registry()
     shape, hardware = registry.shape(model, dtype), resolve_device(registry, device)
     recorded_trace = None if trace is None else load_trace(trace)
-    replay = load_replay(registry, ProfileStore(profiles, registry.profile_dirs), shape, hardware, kernels)
+    replay = load_replay(registry, ProfileStore(profiles, registry.profile_dirs), shape, hardware, kernels, stages)
     result = compare_trace(replay, recorded_trace, form) if recorded_trace else compare_recorded(replay, form)
     if html_path is not None:
         write_report(result, html_path)

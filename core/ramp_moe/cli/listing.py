@@ -1,21 +1,40 @@
-"""`ramp-moe plugins`, `kernels` and `models`: what is registered."""
+"""`ramp-moe plugins`, `kernels`, `models` and `profiles`: what is registered, and what was measured."""
 
 from __future__ import annotations
 
+import math
+from collections.abc import Sequence
 from dataclasses import asdict
+from pathlib import Path
 from typing import Any
 
 import click
+import msgspec
+import numpy as np
 from rich.markup import escape
 from rich.table import Table
 
 from ..device import LaunchableKernel
+from ..errors import ProfileError
 from ..hardware import Hardware
-from ..kernel import Kernel, WeightLayout, usable_configs
+from ..kernel import Kernel, KernelConfig, WeightLayout, usable_configs
 from ..plugins import describe, get_registry
+from ..repeatability import spread, stage_bias
 from ..shapes import MoEShape
 from ..store import ProfileStore
-from .options import console, device_option, dtype_option, json_option, print_json, resolve_device
+from ..sweep import Split, Sweep
+from . import tables
+from .options import (
+    console,
+    device_option,
+    dtype_option,
+    json_option,
+    kernel_option,
+    model_option,
+    print_json,
+    profile_option,
+    resolve_device,
+)
 
 
 @click.command()
@@ -109,3 +128,51 @@ def models(as_json: bool) -> None:
         table.add_row(m.name, *sizes, s.dtype, escape(m.source))
     console().print(table)
     console().print("NAME-tpN is the model on one of N tensor-parallel ranks.")
+
+
+@click.command()
+@model_option
+@device_option
+@dtype_option
+@kernel_option
+@profile_option
+@json_option
+def profiles(
+    model: str, device: str, dtype: str, kernels: tuple[str, ...], profiles: tuple[Path, ...], as_json: bool
+) -> None:
+    """List what was measured for a model and device: runs, batches, configurations, and how well the runs repeat."""
+    registry = get_registry()
+    shape, hardware = registry.shape(model, dtype), resolve_device(registry, device)
+    store = ProfileStore(profiles, registry.profile_dirs)
+    names = kernels or tuple(registry.kernels)
+    store.check(names, shape, hardware)
+    found = [(name, *recorded) for name in names if (recorded := store.find(name, shape, hardware))]
+    if not found:
+        raise ProfileError(store.missing(names, shape, hardware))
+    rows = [
+        describe_profile(path, sweep, usable_configs(registry.kernel(name), shape, hardware))
+        for name, path, sweep in found
+    ]
+    if as_json:
+        print_json(rows)
+    else:
+        console().print(*tables.profiles(shape, hardware, rows), sep="\n")
+
+
+def describe_profile(path: Path, sweep: Sweep, configs: Sequence[KernelConfig]) -> dict[str, Any]:
+    """A profile's runs, sizes and repeatability, as `ramp-moe profiles --json` prints them."""
+    bias = stage_bias(sweep, configs)
+    splits: tuple[Split, ...] = ("tune", "test")
+    return {
+        "kernel": sweep.kernel,
+        "kernel_version": sweep.record.kernel_version,
+        "file": str(path),
+        "runs": msgspec.to_builtins(sweep.record.runs),
+        "batches": {split: len(sweep.rows_of(split)) for split in splits},
+        "columns": {kind: sum(c.stage == kind for c in sweep.record.columns) for kind in sweep.stages},
+        "left_out": msgspec.to_builtins(sweep.record.left_out),
+        "spread": [asdict(s) | {"high": None if math.isinf(s.high) else s.high} for s in spread(sweep)],
+        "stages_over_path": {"median": float(np.median(bias)), "p95": float(np.quantile(np.abs(bias), 0.95))}
+        if len(bias)
+        else None,
+    }

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -9,7 +10,7 @@ from rich.console import RenderableType
 from rich.markup import escape
 from rich.table import Table
 
-from ..comparison import Batch, Comparison, Pick, percent
+from ..comparison import Batch, Comparison, Noise, Pick, percent
 from ..cost_model import CostModel
 from ..hardware import Hardware
 from ..regions import Regions
@@ -19,7 +20,7 @@ from ..shapes import MoEShape
 
 def comparison(result: Comparison) -> list[RenderableType]:
     table = Table(title=f"{result.model} on {result.device}")
-    replay = result.mode == "replay"
+    measured = result.mode != "predicted"
     table.add_column("tokens", justify="right")
     table.add_column("routing")
     table.add_column("active", justify="right")
@@ -27,14 +28,14 @@ def comparison(result: Comparison) -> list[RenderableType]:
     table.add_column("us", justify="right")
     table.add_column("retrofitted choice", overflow="fold")
     table.add_column("us", justify="right")
-    if replay:
+    if measured:
         table.add_column("best in hindsight", overflow="fold")
         table.add_column("us", justify="right")
     else:
         table.add_column("steps", justify="right")
         table.add_column("differ", justify="right")
     table.add_column("speed-up", justify="right")
-    if replay:
+    if measured:
         table.add_column("regret", justify="right")
     several = len(result.kernels) > 1
     tokens = 0
@@ -47,14 +48,26 @@ def comparison(result: Comparison) -> list[RenderableType]:
     if result.baselines:
         lines.append(_policies(result))
     s = result.speedup_over_static
-    kind = "" if replay else "predicted "
+    kind = "" if measured else "predicted "
     lines.append(
         f"[bold]{kind}speed-up of retrofitted over static dispatch: geometric mean {s.geomean:.3f}x[/bold], "
-        f"min {s.min:.3f}x, max {s.max:.3f}x over {len(result.batches)} " + ("batches" if replay else "kinds of batch")
+        f"min {s.min:.3f}x, max {s.max:.3f}x over {len(result.batches)} "
+        + ("batches" if measured else "kinds of batch")
     )
     if result.best_over_static:
         lines.append(f"best in hindsight over static dispatch: geometric mean {result.best_over_static.geomean:.3f}x")
+    if result.noise:
+        lines.append(_noise(result.noise))
     return [*lines, *(f"[dim]note: {escape(n)}" for n in result.notes)]
+
+
+def _noise(noise: Noise) -> str:
+    regrets = ", ".join(f"{name} {percent(value)}" for name, value in noise.regret.items())
+    return (
+        f"noise of measuring: choosing on one of {noise.runs} runs and judging on another costs "
+        f"{percent(noise.selection.mean)} (p95 {percent(noise.selection.p95)}); "
+        f"mean regret against the best so chosen: {regrets}"
+    )
 
 
 def _batch_cells(batch: Batch, several_kernels: bool) -> list[str]:
@@ -106,7 +119,49 @@ def fits(shape: MoEShape, hardware: Hardware, written: Sequence[dict[str, Any]])
         error = percent(w["rms_error"]["median"])
         table.add_row(w["kernel"], w["form"], str(w["batches"]), str(w["stages"]), error, *regret)
     lines = [f"recorded: {w['measured']}; written to {w['file']}" for w in written]
-    return [table, "Regret is cross-validated.", *(escape(line) for line in lines)]
+    return [table, "Regret is that on batches that the fit did not see.", *(escape(line) for line in lines)]
+
+
+def profiles(shape: MoEShape, hardware: Hardware, rows: Sequence[dict[str, Any]]) -> list[RenderableType]:
+    table = Table(title=f"{shape.label} ({shape.dtype}) on {hardware.name}")
+    for what in ("kernel", "version", "runs", "to fit on", "to judge on", "configurations", "left out", "stages"):
+        table.add_column(what, justify="left" if what in ("kernel", "version") else "right")
+    lines: list[RenderableType] = [table]
+    for row in rows:
+        columns = dict(row["columns"])
+        left_out = sum(len(x["configs"]) for x in row["left_out"])
+        table.add_row(
+            row["kernel"],
+            escape(row["kernel_version"]),
+            str(len(row["runs"])),
+            str(row["batches"]["tune"]),
+            str(row["batches"]["test"]),
+            str(columns.pop("path", 0)),
+            str(left_out),
+            str(sum(columns.values())),
+        )
+        lines += [
+            f"{escape(row['kernel'])}: {escape(run['device_name'])} {escape(run['gpu'])}, {escape(run['measured'])}"
+            for run in row["runs"]
+        ]
+        if row["spread"]:
+            lines.append(_spread(row["kernel"], row["spread"]))
+        if bias := row["stages_over_path"]:
+            lines.append(
+                f"{escape(row['kernel'])}: stages timed one by one add up to {percent(bias['median'])} over the whole "
+                f"path (median; p95 of the size {percent(bias['p95'])})"
+            )
+    return [*lines, *(f"[dim]{escape(row['file'])}" for row in rows)]
+
+
+def _spread(kernel: str, spread: Sequence[dict[str, Any]]) -> Table:
+    table = Table(title=f"{kernel}: one run against another")
+    for what in ("latency", "cells", "median", "p95", "offset"):
+        table.add_column(what, justify="left" if what == "latency" else "right")
+    for s in spread:
+        bounds = "all" if not s["low"] and s["high"] is None else f"{s['low']:.0f} to {s['high'] or math.inf:.0f} us"
+        table.add_row(bounds, str(s["cells"]), f"{s['median']:.2%}", f"{s['p95']:.2%}", f"{s['offset']:+.2%}")
+    return table
 
 
 def explanation(
