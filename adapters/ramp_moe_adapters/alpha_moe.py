@@ -10,11 +10,12 @@ Grid: x = N / 256, y = the padded tokens' upper bound / block_m; CTAs past the d
 from __future__ import annotations
 
 import importlib.util
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
 from ramp_moe import GridGeometry, Hardware, KernelConfig, MoEShape, Stage, WeightLayout
 from ramp_moe.device import Batch, LaunchableKernel, MoEWeights, Workspace
+from ramp_moe.kernel import version_of
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -77,9 +78,7 @@ class AlphaMoE(LaunchableKernel):
         return KernelConfig(
             name,
             (
-                Stage("quantise", "quantise/group128"),
-                Stage("schedule", f"schedule/bm{block_m}"),
-                Stage("zero", "zero/bf16"),
+                Stage("schedule", f"{self.name}/prepare/bm{block_m}"),  # quantises and zeroes beside
                 Stage("gemm", f"{self.name}/{name}", grid),
             ),
             (("block_m", block_m), ("block_n", block_n), ("warp_n", warp_n), ("stages", stages)),
@@ -87,6 +86,9 @@ class AlphaMoE(LaunchableKernel):
 
     def weight_layout(self, shape: MoEShape) -> WeightLayout:
         return WeightLayout("gate-up-interleaved-8", shape.num_experts * shape.expert_bytes)
+
+    def version(self) -> str:
+        return version_of("alpha_moe")
 
     def unavailable(self) -> str | None:
         missing = [name for name in ("torch", "triton", "alpha_moe") if not _installed(name)]
@@ -113,6 +115,14 @@ class AlphaMoE(LaunchableKernel):
         from .alpha_moe_launch import launch
 
         launch(config, prepared, batch, out, workspace)
+
+    def steps(
+        self, config: KernelConfig, prepared: Any, batch: Batch, out: Tensor, workspace: Workspace
+    ) -> Iterator[str]:
+        from .alpha_moe_launch import launch_steps
+
+        for stage, _ in zip(config.stages, launch_steps(config, prepared, batch, out, workspace), strict=True):
+            yield stage.key
 
 
 def _installed(name: str) -> bool:

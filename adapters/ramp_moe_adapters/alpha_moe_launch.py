@@ -7,7 +7,7 @@ everything that it relies on is checked here.
 from __future__ import annotations
 
 import importlib
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -90,6 +90,14 @@ def prepare(weights: MoEWeights) -> Prepared:
 
 
 def launch(config: KernelConfig, prepared: Prepared, batch: Batch, out: Tensor, workspace: Workspace) -> None:
+    for _ in launch_steps(config, prepared, batch, out, workspace):
+        pass
+
+
+def launch_steps(
+    config: KernelConfig, prepared: Prepared, batch: Batch, out: Tensor, workspace: Workspace
+) -> Iterator[None]:
+    """`launch`, stopping after the preparation and after the operator."""
     from ramp_moe_kernels.triton.schedule import Schedule, buffer_sizes, schedule
 
     p: dict[str, Any] = dict(config.params)
@@ -106,6 +114,7 @@ def launch(config: KernelConfig, prepared: Prepared, batch: Batch, out: Tensor, 
     schedule(batch.topk_ids, experts, block, plan, quantise=(x, x_fp8, x_scale), zero=out if apart else None)
     if not apart:
         out.zero_()
+    yield
     with torch.cuda.device(x.get_device()):  # the operator takes the current device's stream, whichever device x is on
         prepared.operator(
             x_fp8,
@@ -126,6 +135,7 @@ def launch(config: KernelConfig, prepared: Prepared, batch: Batch, out: Tensor, 
             p["stages"],
             1.0,  # scaling_factor of all routing weights
         )
+    yield
 
 
 def _check_batch(batch: Batch, out: Tensor, prepared: Prepared, tiles: int, block: int) -> None:

@@ -302,11 +302,7 @@ def compare_trace(replay: Replay, trace: Trace, form: str = DEFAULT_FORM) -> Com
     of another shape.
     """
     shape = replay.shape
-    if (trace.num_experts or shape.num_experts, trace.top_k) != (shape.num_experts, shape.top_k):
-        raise RoutingError(
-            f"the trace names {trace.top_k} of {trace.num_experts or 'so many'} experts a token, "
-            f"{shape.label} {shape.top_k} of {shape.num_experts}"
-        )
+    trace.require(shape)
     tune = replay.of("tune")
     if tune is None:
         raise ProfileError(f"{shape.label} on {replay.hardware.name}: no batches to fit on; measure some first")

@@ -38,8 +38,8 @@ class Hardware:
         return self.fp8_flops if dtype == "fp8" else self.bf16_flops
 
 
-def identify(known: Iterable[Hardware], device_name: str, num_sms: int) -> Hardware:
-    """The constants of a GPU that reports `device_name` and `num_sms`.
+def identify(known: Iterable[Hardware], device_name: str, num_sms: int | None = None) -> Hardware:
+    """The constants of a GPU that reports `device_name` and `num_sms` (None: who asked could not tell).
 
     The longest matching entry of `device_names` wins. Raises HardwareError for an unknown GPU, and for one whose SM
     count differs (a MIG slice: costs measured on the whole GPU do not hold there).
@@ -51,7 +51,7 @@ def identify(known: Iterable[Hardware], device_name: str, num_sms: int) -> Hardw
             "or name the nearest device with --device"
         )
     hardware = max(matches, key=lambda m: m[0])[1]
-    if hardware.num_sms != num_sms:
+    if num_sms is not None and hardware.num_sms != num_sms:
         raise HardwareError(
             f"GPU {device_name!r} reports {num_sms} SMs where {hardware.name} has {hardware.num_sms} "
             "(a MIG slice?); register it under its own name with the ramp_moe_hardware hook"

@@ -5,6 +5,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Iterable
 from dataclasses import dataclass
+from importlib import metadata
 from typing import Literal, get_args
 
 from .errors import KernelError, RampMoEError
@@ -81,6 +82,20 @@ class Kernel(ABC):
     @abstractmethod
     def weight_layout(self, shape: MoEShape) -> WeightLayout:
         """The layout that the weights must be in."""
+
+    def version(self) -> str:
+        """Version of the code that runs, for profiles: one of another version is not extended. By default that of the
+        distribution which the class is from."""
+        return version_of(type(self).__module__.partition(".")[0])
+
+
+def version_of(package: str) -> str:
+    """Version of the distribution that provides a top-level package, "?" where none does."""
+    found = metadata.packages_distributions().get(package)
+    if found is None:  # an editable installation lists no packages, but its entry points name one
+        entries = (e for e in metadata.entry_points(group="ramp_moe") if e.module.partition(".")[0] == package)
+        found = [e.dist.name for e in entries if e.dist]
+    return metadata.version(found[0]) if found else "?"
 
 
 def fp8_unsupported(shape: MoEShape, hardware: Hardware) -> str | None:

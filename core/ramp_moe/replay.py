@@ -51,8 +51,8 @@ class Recording:
 class Replay:
     """Measured times of every candidate on the batches that all recordings share.
 
-    `times_us` is float64 `[batches, candidates]` without gaps; `runs_us` `[runs, batches, candidates]` has the runs
-    that all recordings have, with NaN where one did not measure a batch. `notes` says what was left out and why.
+    `times_us` is float64 `[batches, candidates]` without gaps; `runs_us` `[runs, batches, candidates]` has them run by
+    run, NaN where a batch has fewer runs. `notes` says what was left out and why.
     """
 
     shape: MoEShape
@@ -193,9 +193,18 @@ def _align(shape: MoEShape, hardware: Hardware, found: Sequence[Recording], stri
         )
     first = aligned[0].sweep
     times = np.concatenate([path_times(r.sweep, r.candidates) for r in aligned], axis=1)
-    shared_runs = min(len(r.sweep.runs_us) for r in aligned)
-    runs = np.concatenate([path_times(r.sweep, r.candidates, runs=True)[:shared_runs] for r in aligned], axis=2)
-    return Replay(shape, hardware, tuple(aligned), first.histograms, first.labels, times, runs, notes)
+    runs = [_measured_first(path_times(r.sweep, r.candidates, runs=True)) for r in aligned]
+    shared = min(len(r) for r in runs)
+    runs_us = np.concatenate([r[:shared] for r in runs], axis=2)
+    return Replay(shape, hardware, tuple(aligned), first.histograms, first.labels, times, runs_us, notes)
+
+
+def _measured_first(runs_us: FloatArray) -> FloatArray:
+    """`[runs, rows, candidates]` with each row's runs moved up, so that those that did not measure it come last:
+    kernels may have been profiled in different runs. Runs that are then empty are left out."""
+    measured = np.isfinite(runs_us).any(axis=2)
+    order = np.argsort(~measured, axis=0, kind="stable")
+    return np.take_along_axis(runs_us, order[..., None], axis=0)[: measured.sum(0).max()]
 
 
 def _rows(sweep: Sweep) -> dict[tuple[int, bytes, int], int]:

@@ -181,6 +181,32 @@ class Sweep:
         record = msgspec.structs.replace(self.record, columns=[self.record.columns[i] for i in index], rows=rows)
         return Sweep(record, self.shape, self.histograms, self.runs_us[:, :, index])
 
+    def extended(self, other: Sweep) -> Sweep:
+        """These batches and then those of `other`, over the columns that both have, the runs of both side by side."""
+        keys = [c.key for c in self.record.columns if c.key in other.column_of]
+        mine, theirs = ([s.column_of[k] for k in keys] for s in (self, other))
+
+        def rows(sweep: Sweep, columns: list[int], before: int, after: int) -> list[Row]:
+            empty: list[list[float | None] | None] = [None]
+            return [
+                msgspec.structs.replace(
+                    r,
+                    runs_us=[*empty * before, *(u and [u[i] for i in columns] for u in r.runs_us), *empty * after],
+                )
+                for r in sweep.record.rows
+            ]
+
+        record = msgspec.structs.replace(
+            self.record,
+            runs=[*self.record.runs, *other.record.runs],
+            columns=[self.record.columns[i] for i in mine],
+            rows=[
+                *rows(self, mine, 0, len(other.record.runs)),
+                *rows(other, theirs, len(self.record.runs), 0),
+            ],
+        )
+        return make_sweep(record)
+
     def save(self, path: Path) -> None:
         """Write the current version of the format, atomically."""
         write_json(path, self.record)

@@ -20,6 +20,7 @@ import numpy as np
 
 from .errors import RoutingError
 from .routing import IntArray, expert_histogram
+from .shapes import MoEShape
 
 MAX_EXPERTS = 65_536
 
@@ -43,6 +44,14 @@ class Trace:
     @property
     def top_k(self) -> int:
         return int(self.topk_ids.shape[1])
+
+    def require(self, shape: MoEShape) -> None:
+        """Raises RoutingError where the trace is of another shape."""
+        if (self.num_experts or shape.num_experts, self.top_k) != (shape.num_experts, shape.top_k):
+            raise RoutingError(
+                f"the trace names {self.top_k} of {self.num_experts or 'so many'} experts a token, "
+                f"{shape.label} {shape.top_k} of {shape.num_experts}"
+            )
 
     def prefill(self, tokens: int) -> Iterator[IntArray]:
         """Batches of `tokens` consecutive tokens, as a prefill chunk holds them; a shorter rest is left out."""

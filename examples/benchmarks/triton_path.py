@@ -28,6 +28,7 @@ import torch
 import triton
 from ramp_moe import MoEShape, get_registry
 from ramp_moe.device import Batch, MoEWeights, Workspace
+from ramp_moe.device.bench import random_weights
 from ramp_moe_kernels.triton import forward, ops
 from ramp_moe_kernels.triton.config import GemmConfig, Path, invalid_path, quantises_itself, space
 from ramp_moe_kernels.triton.schedule import allocate, schedule
@@ -52,23 +53,6 @@ def routing(kind: str, tokens: int, shape: MoEShape) -> tuple[torch.Tensor, torc
             p = torch.arange(1, shape.num_experts + 1).float() ** -1.2
         ids = torch.multinomial(p.expand(tokens, -1).contiguous(), shape.top_k, generator=g)
     return ids, torch.softmax(torch.randn(tokens, shape.top_k, generator=g), -1)
-
-
-def random_weights(shape: MoEShape) -> MoEWeights:
-    experts, hidden, inter = shape.num_experts, shape.hidden_size, shape.intermediate_size
-    sizes = (experts, 2 * inter, hidden), (experts, hidden, inter)
-    if shape.dtype == "bf16":
-        return MoEWeights(
-            *(torch.empty(s, dtype=torch.bfloat16, device=DEVICE).normal_(0, s[2] ** -0.5) for s in sizes)
-        )
-    weights, scales = [], []
-    for s in sizes:
-        w = torch.empty(s, dtype=torch.float8_e4m3fn, device=DEVICE)
-        for e in range(experts):
-            w[e] = (64 * torch.randn(s[1:], device=DEVICE)).to(w.dtype)
-        weights.append(w)
-        scales.append((torch.rand(experts, s[1] // 128, s[2] // 128, device=DEVICE) + 0.5) * s[2] ** -0.5 / 64)
-    return MoEWeights(*weights, *scales)
 
 
 _flush: list[torch.Tensor] = []
@@ -212,7 +196,7 @@ def compile_share(work: tuple[int, int, str]) -> None:
     """Compile every n-th configuration: Triton's cache on disk is shared by processes."""
     first, n, dtype = work
     shape = MoEShape(4, 2, 2048, 1024, dtype)
-    weights = random_weights(shape)
+    weights = random_weights(shape, DEVICE, seed=0)
     ids = torch.zeros(8, 2, dtype=torch.int32, device=DEVICE)
     batch = Batch(torch.randn(8, 2048, device=DEVICE, dtype=torch.bfloat16), ids, torch.rand(8, 2, device=DEVICE))
     jobs = [(g, c) for g in ("up", "down") for c in space(g, shape, HARDWARE) if worth(c, shape)]
@@ -262,8 +246,8 @@ def main(dtype: str, output: str, seconds: str = "600") -> None:
     cells = []
     for name, model in MODELS.items():
         shape = get_registry().shape(model, dtype)
-        weights = random_weights(shape)
-        plain = weights if dtype == "bf16" else random_weights(get_registry().shape(model, "bf16"))
+        weights = random_weights(shape, DEVICE, seed=0)
+        plain = weights if dtype == "bf16" else random_weights(get_registry().shape(model, "bf16"), DEVICE, seed=0)
         for tokens, kind in itertools.product(TOKENS, ROUTINGS):
             if time.time() - start > float(seconds):
                 sys.exit(f"out of time at {name} {tokens} {kind}; {output} holds {len(cells)} cells")

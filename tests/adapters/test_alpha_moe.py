@@ -153,6 +153,18 @@ def test_one_workspace_serves_batches_of_any_size(layer: MoEWeights) -> None:
 
 
 @pytest.mark.usefixtures("emulated")
+def test_steps_are_the_launch_by_stages(layer: MoEWeights) -> None:
+    b, c, prepared = given(9), config(16, layer), KERNEL.prepare(layer)
+    out = torch.full_like(b.hidden_states, float("nan"))
+    steps = KERNEL.steps(c, prepared, b, out, Workspace())
+    assert next(steps) == "alpha_moe/prepare/bm16"
+    assert not out.any(), "zeroed, and nothing added yet"
+    assert [*steps] == [f"alpha_moe/{c.name}"]
+    assert [s.key for s in c.stages] == ["alpha_moe/prepare/bm16", f"alpha_moe/{c.name}"]
+    assert torch.equal(out, run(c, prepared, b))
+
+
+@pytest.mark.usefixtures("emulated")
 def test_all_skipped_gives_zeros(layer: MoEWeights) -> None:
     b = given(5)
     b.topk_ids.fill_(-1)

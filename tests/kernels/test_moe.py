@@ -100,6 +100,22 @@ def test_split_k_with_bias() -> None:
         check(KERNEL.describe(path, layer.shape(2)), layer, given, HALF)
 
 
+@pytest.mark.parametrize("dtype", [HALF, "fp8"])
+@pytest.mark.parametrize("split_k", [1, 4])
+@pytest.mark.parametrize(("direct", "atomic"), [(False, False), (False, True), (True, False)])
+def test_steps_are_the_stages(dtype: str, split_k: int, direct: bool, atomic: bool) -> None:
+    layer = weights(4, 1024, 256, dtype, DEVICE)
+    given = batch(2, 2, 4, 1024, "uniform", DEVICE, HALF_DTYPE)
+    step = GemmConfig(16, 64, 128)
+    config = KERNEL.describe(Path(replace(step, split_k=split_k), step, direct, atomic), layer.shape(2))
+    out, done = torch.full_like(given.hidden_states, float("nan")), []
+    for key in KERNEL.steps(config, layer, given, out, Workspace()):
+        assert out.isnan().all() or len(done) == len(config.stages) - 1, "the output is written in the last"
+        done.append(key)
+    assert done == [stage.key for stage in config.stages]
+    assert error(out, same_rounding(config, layer, given)) < TOLERANCE[dtype]
+
+
 def test_nan_stays_in_its_token() -> None:
     layer = weights(8, 256, 128, HALF, DEVICE)
     for tokens in (2, 9):

@@ -7,7 +7,7 @@ from typing import Any
 import click
 
 from ..errors import RampMoEError
-from . import choose, listing
+from . import choose, listing, profile
 
 
 class _Failure(click.ClickException):
@@ -37,5 +37,6 @@ for _command in (
     choose.fit,
     choose.explain,
     choose.compare,
+    profile.profile_command,
 ):
     main.add_command(_command)

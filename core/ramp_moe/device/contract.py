@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from abc import abstractmethod
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -186,3 +186,11 @@ class LaunchableKernel(Kernel):
     def launch(self, config: KernelConfig, prepared: Any, batch: Batch, out: Tensor, workspace: Workspace) -> None:
         """Write out `[T, H]` for a batch with at least one token, in the order of the current stream, without
         synchronising with the host."""
+
+    def steps(
+        self, config: KernelConfig, prepared: Any, batch: Batch, out: Tensor, workspace: Workspace
+    ) -> Iterator[str]:
+        """`launch`, stopping after each stage: launches one and yields its key, then the next. A profiler times the
+        stages so. By default the path is one step that has no key of its own."""
+        self.launch(config, prepared, batch, out, workspace)
+        yield from ()

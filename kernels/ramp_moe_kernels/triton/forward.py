@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import torch
 from ramp_moe.device import Batch, MoEWeights, Workspace
 from torch import Tensor
@@ -14,6 +16,12 @@ from .schedule import Schedule, buffer_sizes, schedule
 
 def forward(path: Path, weights: MoEWeights, batch: Batch, out: Tensor, workspace: Workspace) -> None:
     """[prepare], up, [activate], down, combine."""
+    for _ in forward_steps(path, weights, batch, out, workspace):
+        pass
+
+
+def forward_steps(path: Path, weights: MoEWeights, batch: Batch, out: Tensor, workspace: Workspace) -> Iterator[None]:
+    """`forward`, stopping after each stage of the path's description."""
     device, n = out.device, batch.topk_ids.numel()
     experts, hidden, inter = weights.down.shape
     up, down = path.up, path.down
@@ -22,22 +30,28 @@ def forward(path: Path, weights: MoEWeights, batch: Batch, out: Tensor, workspac
         x, x_scale, tiling = batch.hidden_states, None, ops.Tiling(None, batch.topk_ids, n)
     else:
         x, x_scale, tiling = _prepare(up.block, weights, batch, total, workspace)
+        yield
 
     act, act_scale = _activations(up, weights, n, batch.hidden_states.dtype, workspace, device)
     if up.split_k > 1:
         partial = workspace.get("partial_sums", (up.split_k, n, 2 * inter), torch.float32, device)
         ops.up(up, x, x_scale, weights, tiling, n, batch.top_k, partial, None)
+        yield
         ops.activate(partial, weights, batch.topk_ids, act)
     else:
         ops.up(up, x, x_scale, weights, tiling, n, batch.top_k, act, act_scale)
+    yield
 
     if total is not None:
         ops.down(down, act, act_scale, weights, tiling, batch.topk_weights, total, atomic=True)
+        yield
         out.copy_(total)
-        return
-    rows = workspace.get("rows", (down.split_k, n, hidden), out.dtype, device)
-    ops.down(down, act, act_scale, weights, tiling, batch.topk_weights, rows, atomic=False)
-    combine(rows, batch.topk_ids, out, num_experts=experts)
+    else:
+        rows = workspace.get("rows", (down.split_k, n, hidden), out.dtype, device)
+        ops.down(down, act, act_scale, weights, tiling, batch.topk_weights, rows, atomic=False)
+        yield
+        combine(rows, batch.topk_ids, out, num_experts=experts)
+    yield
 
 
 def _prepare(

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import importlib.util
 import itertools
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, replace
 from typing import TYPE_CHECKING, Any
 
@@ -25,6 +25,7 @@ if TYPE_CHECKING:
 
 MAX_EXPERTS = 1024
 DIRECT_TOKENS = 2
+MAX_DEFAULT_LOG2_TOKENS = 16
 
 
 class TritonMoE(LaunchableKernel):
@@ -61,7 +62,10 @@ class TritonMoE(LaunchableKernel):
             if block == 16 and group_m == 1:
                 found.append(Path(up, down, direct=True))
                 found.append(Path(up, replace(down, split_k=4), atomic=True))
-        return [path for path in found if invalid_path(path, shape, hardware) is None]
+        valid = [path for path in found if invalid_path(path, shape, hardware) is None]
+        # What runs where there is no profile can be profiled, too: it changes with powers of two at most.
+        defaults = (self._default_path(shape, hardware, 2**i) for i in range(MAX_DEFAULT_LOG2_TOKENS + 1))
+        return list(dict.fromkeys([*valid, *defaults]))
 
     def configs(self, shape: MoEShape, hardware: Hardware) -> Sequence[KernelConfig]:
         return [self.describe(path, shape) for path in self.paths(shape, hardware)]
@@ -125,6 +129,15 @@ class TritonMoE(LaunchableKernel):
         from .forward import forward  # torch and Triton: not needed to describe the kernel
 
         forward(_path(config), prepared, batch, out, workspace)
+
+    def steps(
+        self, config: KernelConfig, prepared: Any, batch: Batch, out: Tensor, workspace: Workspace
+    ) -> Iterator[str]:
+        from .forward import forward_steps
+
+        steps = forward_steps(_path(config), prepared, batch, out, workspace)
+        for stage, _ in zip(config.stages, steps, strict=True):
+            yield stage.key
 
 
 def _path(config: KernelConfig) -> Path:

@@ -1,0 +1,314 @@
+"""One shape's random weights on this GPU, and configurations of kernels over them: run, checked, timed with a cold L2.
+
+A time is taken inside a CUDA graph that is replayed for each launch: 256 MiB are zeroed, which flushes L2, then nodes
+that record events lie around the path, or around each of its stages. So the host's time is in no figure.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn.functional import pad, silu
+
+from ..errors import HardwareError, KernelError, RoutingError, UnknownNameError
+from ..hardware import Hardware
+from ..kernel import KernelConfig, usable_configs
+from ..routing import IntArray
+from ..shapes import SCALE_BLOCK, MoEShape
+from .contract import Batch, LaunchableKernel, MoEWeights, Workspace
+
+FLUSH_BYTES = 256 * 2**20
+LIMITS = {"fp8": 0.06, "bf16": 0.01, "fp16": 0.01}
+"""Allowed relative error of the output, by weight dtype; one token, and one block of columns, may have twice as much.
+What rounds x and the intermediates to fp8 is by that alone 0.041 to 0.046 from the exact layer."""
+COLUMNS = 64
+"""Columns of a block that is judged alone: no more than a tile that could be left out."""
+PART = 4096
+"""Routed ids that the reference computes at a time: its memory is small whatever one expert has to do."""
+VISIT_US = 4000.0
+"""A path so long is launched less often: its times repeat better, and a visit must not take long."""
+MIN_LAUNCHES = 2
+NEGLIGIBLE = 1e-3
+"""A token's reference below this part of the usual one counts as if it were that large."""
+
+Spans = dict[str, tuple[torch.cuda.Event, torch.cuda.Event]]
+"""By step, the events before and after it."""
+
+
+def random_weights(shape: MoEShape, device: torch.device | str, seed: int) -> MoEWeights:
+    """Normal weights of size columns**-0.5: bf16, fp16, or e4m3 with scales that differ from block to block."""
+    generator = torch.Generator(device).manual_seed(seed)
+    experts, hidden, inter = shape.num_experts, shape.hidden_size, shape.intermediate_size
+
+    def plain(rows: int, columns: int) -> Tensor:
+        dtype = torch.float16 if shape.dtype == "fp16" else torch.bfloat16
+        w = torch.empty(experts, rows, columns, dtype=dtype, device=device)
+        return w.normal_(0, columns**-0.5, generator=generator)
+
+    def scaled(rows: int, columns: int) -> tuple[Tensor, Tensor]:
+        w = torch.empty(experts, rows, columns, dtype=torch.float8_e4m3fn, device=device)
+        for e in range(experts):  # float32 of one expert at a time
+            w[e] = (64 * torch.randn(rows, columns, device=device, generator=generator)).to(w.dtype)
+        blocks = experts, rows // SCALE_BLOCK, columns // SCALE_BLOCK
+        return w, (torch.rand(blocks, device=device, generator=generator) + 0.5) * columns**-0.5 / 64
+
+    if shape.dtype != "fp8":
+        return MoEWeights(plain(2 * inter, hidden), plain(hidden, inter))
+    (gate_up, gate_up_scale), (down, down_scale) = scaled(2 * inter, hidden), scaled(hidden, inter)
+    return MoEWeights(gate_up, down, gate_up_scale, down_scale)
+
+
+@dataclass
+class _Opened:
+    """A batch, where its output goes, and what was found out about it: the reference, the graphs by what they time."""
+
+    batch: Batch
+    out: Tensor
+    expected: Tensor | None = None
+    graphs: dict[tuple[str, str, bool], tuple[torch.cuda.CUDAGraph, Spans]] = field(default_factory=dict)
+
+
+class Bench:
+    """One shape's random weights on this GPU, prepared for each kernel; runs, checks and times single configurations.
+
+    Without a GPU everything but the times works on the CPU. All work is on one stream, since a workspace has its
+    buffers by stream, and each method returns when it is done. Raises KernelError for a kernel that cannot compute the
+    shape or cannot run here; the methods raise UnknownNameError for a kernel or a configuration that does not exist,
+    RoutingError where no batch is open, and whatever a kernel raises.
+    """
+
+    def __init__(self, shape: MoEShape, hardware: Hardware, kernels: Sequence[LaunchableKernel], seed: int = 0) -> None:
+        gpu = torch.cuda.is_available()
+        self.shape, self._seed = shape, seed
+        self.device = torch.device("cuda", torch.cuda.current_device()) if gpu else torch.device("cpu")
+        configs = {kernel.name: usable_configs(kernel, shape, hardware) for kernel in kernels}
+        for kernel in kernels:
+            if reason := kernel.unavailable():
+                raise KernelError(f"kernel {kernel.name} cannot run here: {reason}")
+        self._stream = torch.cuda.Stream() if gpu else None  # type: ignore[no-untyped-call]
+        self._workspace = Workspace()
+        self._opened: _Opened | None = None
+        with self._finished():
+            self._flush = torch.empty(FLUSH_BYTES if gpu else 0, dtype=torch.int8, device=self.device)
+            self._weights = random_weights(shape, self.device, seed)
+            self._kernels = {
+                kernel.name: (kernel, kernel.prepare(self._weights), {c.name: c for c in configs[kernel.name]})
+                for kernel in kernels
+            }
+
+    def open(self, topk_ids: IntArray) -> None:
+        """Work on this routing from now on: int64 `[T, k]`, ids out of range are skipped. Hidden states are normal,
+        bf16 (fp16 for a fp16 shape), routing weights a softmax; both are the same whenever T is."""
+        if topk_ids.ndim != 2 or topk_ids.shape[1] != self.shape.top_k or not len(topk_ids):
+            raise RoutingError(f"topk_ids must be [T, {self.shape.top_k}] with T > 0, not {list(topk_ids.shape)}")
+        # Of the seed itself the weights are made: the first token would be the first expert's first row.
+        generator = torch.Generator(self.device).manual_seed(self._seed + 1)
+        dtype = torch.float16 if self.shape.dtype == "fp16" else torch.bfloat16
+        with self._finished():
+            x = torch.randn(len(topk_ids), self.shape.hidden_size, device=self.device, generator=generator).to(dtype)
+            scores = torch.randn(topk_ids.shape, device=self.device, generator=generator)
+            ids = torch.tensor(topk_ids, dtype=torch.int32, device=self.device)
+            self._opened = _Opened(Batch(x, ids, scores.softmax(-1)), torch.empty_like(x))
+
+    def warm(self, kernel: str, config: str) -> None:
+        """Launch once, which compiles."""
+        with self._finished():
+            self._run(kernel, config)
+
+    def check(self, kernel: str, config: str) -> None:
+        """Run on the open batch. Raises KernelError where the output, one token's or one block's of columns, is further
+        from the float32 layer than LIMITS allow, or was not written."""
+        opened = self._batch()
+        with self._finished():
+            opened.out.fill_(float("nan"))
+            self._run(kernel, config)
+            if opened.expected is None:
+                opened.expected = _reference(self._weights, opened.batch)
+            errors = _errors(opened.out, opened.expected)
+        limit = LIMITS[self.shape.dtype]
+        for where, error in errors.items():
+            allowed = limit if where == "output" else 2 * limit
+            if not error <= allowed:  # NaN is not, either
+                raise KernelError(f"{kernel}/{config}: relative error {error:.3g} of {where}, allowed are {allowed}")
+
+    def time(self, kernel: str, config: str, launches: int, patience_us: float = math.inf) -> list[float]:
+        """Microseconds of each of `launches` launches of the whole path, or of fewer where it is long (VISIT_US).
+
+        A path whose first launch takes longer than `patience_us`, the host's time included, is left at that one figure.
+        Raises HardwareError without a GPU.
+        """
+        (times,) = self._times(kernel, config, launches, False, patience_us).values()
+        return times
+
+    def time_stages(self, kernel: str, config: str, launches: int) -> dict[str, list[float]]:
+        """Likewise by stage key, each stage alone: none overlaps the one before it. {} for a kernel without steps."""
+        return self._times(kernel, config, launches, True, math.inf)
+
+    def healthy(self) -> bool:
+        """Whether the device still answers: after an illegal access it does not, until the process ends."""
+        try:
+            if self._stream is not None:
+                torch.cuda.synchronize()
+        except RuntimeError:
+            return False
+        return True
+
+    @contextmanager
+    def _finished(self) -> Iterator[None]:
+        """Work on the bench's stream, which is waited for."""
+        with torch.cuda.stream(self._stream):
+            yield
+            if self._stream is not None:
+                self._stream.synchronize()
+
+    def _batch(self) -> _Opened:
+        if self._opened is None:
+            raise RoutingError("no batch is open: call open first")
+        return self._opened
+
+    def _find(self, kernel: str, config: str) -> tuple[LaunchableKernel, Any, KernelConfig]:
+        if kernel not in self._kernels:
+            raise UnknownNameError("kernel", kernel, self._kernels)
+        launchable, prepared, configs = self._kernels[kernel]
+        if config not in configs:
+            raise UnknownNameError(f"configuration of {kernel}", config, configs)
+        return launchable, prepared, configs[config]
+
+    def _steps(self, kernel: str, config: str, staged: bool) -> Iterator[str]:
+        """Launch, stopping after each stage, or at the end only."""
+        launchable, prepared, described = self._find(kernel, config)
+        given = described, prepared, self._batch().batch, self._batch().out, self._workspace
+        if staged:
+            yield from launchable.steps(*given)
+        else:
+            launchable.launch(*given)
+            yield "path"
+
+    def _run(self, kernel: str, config: str, staged: bool = False) -> bool:
+        """Launch once. Whether there were steps to stop after."""
+        return len(list(self._steps(kernel, config, staged))) > 0
+
+    def _times(
+        self, kernel: str, config: str, launches: int, staged: bool, patience_us: float
+    ) -> dict[str, list[float]]:
+        if self._stream is None:
+            raise HardwareError("times need a CUDA device; torch sees none")
+        graphs, timed = self._batch().graphs, (kernel, config, staged)
+        found: list[dict[str, float]] = []
+        with self._finished():
+            if timed not in graphs:
+                if not self._run(*timed):  # which compiles, and gives the workspace its buffers
+                    return {}
+                first = self._launch(lambda: self._enqueue(*timed))
+                us = sum(first.values())
+                if us > patience_us:
+                    return {step: [t] for step, t in first.items()}
+                if not self._find(kernel, config)[0].graph_safe:
+                    count = _affordable(launches, us)
+                    return _by_step([first, *(self._launch(lambda: self._enqueue(*timed)) for _ in range(count - 1))])
+                graph = torch.cuda.CUDAGraph()
+                with torch.cuda.graph(graph, stream=self._stream):
+                    spans = self._enqueue(*timed)
+                graphs[timed] = graph, spans
+                self._replay(timed)  # the first replay is slower, and is not looked at
+            found.append(self._replay(timed))
+            count = _affordable(launches, sum(found[0].values()))
+            found += [self._replay(timed) for _ in range(count - 1)]
+        return _by_step(found)
+
+    def _replay(self, timed: tuple[str, str, bool]) -> dict[str, float]:
+        graph, spans = self._batch().graphs[timed]
+
+        def launch() -> Spans:
+            graph.replay()
+            return spans
+
+        return self._launch(launch)
+
+    def _launch(self, launch: Callable[[], Spans]) -> dict[str, float]:
+        """Microseconds of each step of one launch, once it is done."""
+        assert self._stream is not None
+        spans = launch()
+        self._stream.synchronize()
+        return {step: a.elapsed_time(b) * 1e3 for step, (a, b) in spans.items()}
+
+    def _enqueue(self, kernel: str, config: str, staged: bool) -> Spans:
+        """A launch with the events around its steps, L2 flushed before it."""
+        spans: Spans = {}
+        self._flush.zero_()
+        before = _mark()
+        for step in self._steps(kernel, config, staged):
+            after = _mark()
+            spans[step] = before, after
+            before = after
+        return spans
+
+
+def _affordable(launches: int, us: float) -> int:
+    return min(launches, max(MIN_LAUNCHES, int(VISIT_US / us)))
+
+
+def _by_step(launches: Sequence[dict[str, float]]) -> dict[str, list[float]]:
+    return {step: [times[step] for times in launches] for step in launches[0]}
+
+
+def _mark() -> torch.cuda.Event:
+    # In a capture only an external event becomes a node that records it at each replay.
+    external = torch.cuda.is_current_stream_capturing()
+    event = torch.cuda.Event(enable_timing=True, external=external)  # type: ignore[no-untyped-call]
+    event.record()
+    return event
+
+
+def _reference(weights: MoEWeights, batch: Batch) -> Tensor:
+    """The swiglu layer, float32 `[T, H]`, with nothing rounded on the way; ids out of range are skipped."""
+    x, ids = batch.hidden_states.float(), batch.topk_ids
+    out = torch.zeros_like(x)
+    precision = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision("highest")  # no TF32
+    try:
+        for e in torch.bincount(ids[(ids >= 0) & (ids < len(weights.down))]).nonzero().flatten().tolist():
+            gate_up = _dequantised(weights.gate_up, weights.gate_up_scale, e)
+            down = _dequantised(weights.down, weights.down_scale, e)
+            for part in (ids == e).nonzero().split(PART):
+                token, slot = part.unbind(1)
+                gate, up = (x[token] @ gate_up.T).chunk(2, 1)
+                y = (silu(gate) * up) @ down.T
+                out.index_add_(0, token, y * batch.topk_weights[token, slot, None])
+    finally:
+        torch.set_float32_matmul_precision(precision)
+    return out
+
+
+def _dequantised(w: Tensor, scale: Tensor | None, expert: int) -> Tensor:
+    """One expert's matrix, float32."""
+    if scale is None:
+        return w[expert].float()
+    return w[expert].float() * scale[expert].repeat_interleave(SCALE_BLOCK, 0).repeat_interleave(SCALE_BLOCK, 1)
+
+
+def _errors(out: Tensor, expected: Tensor) -> dict[str, float]:
+    """Relative error by Frobenius norms of the output, of its worst token and of its worst COLUMNS columns; NaN where
+    anything is NaN."""
+    wrong, size = (out.float() - expected).square(), expected.square()
+    rows = _relative(wrong.sum(1), size.sum(1))
+    padding = 0, -out.shape[1] % COLUMNS
+    blocks = _relative(*(pad(t.sum(0), padding).view(-1, COLUMNS).sum(1) for t in (wrong, size)))
+    token, block = int(rows.argmax()), int(blocks.argmax())  # NaN counts as the largest
+    return {
+        "output": float(_relative(wrong.sum(), size.sum())),
+        f"token {token}": float(rows[token]),
+        f"columns from {block * COLUMNS} on": float(blocks[block]),
+    }
+
+
+def _relative(wrong: Tensor, size: Tensor) -> Tensor:
+    """Of sums of squares. Where the reference is zero, any error is infinite or next to it, none is 0."""
+    floor = (NEGLIGIBLE**2 * size.mean()).clamp(min=torch.finfo(size.dtype).tiny)
+    return (wrong / size.maximum(floor)).sqrt()

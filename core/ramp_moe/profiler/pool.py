@@ -1,0 +1,152 @@
+"""Workers in use: one that measures and is replaced when it is lost, and several that compile at the same time."""
+
+from __future__ import annotations
+
+import queue
+import threading
+from collections import deque
+from collections.abc import Callable, Generator, Sequence
+from typing import Any
+
+from ..cost_model import Candidate
+from ..errors import ProfileError
+from ..routing import IntArray
+from .worker import BenchLike, Died, Failed, Worker
+
+MAX_LOST = 20
+"""Workers lost one after another: it is then not the configurations that are at fault."""
+
+
+def _start(make_bench: Callable[[], BenchLike], topk_ids: IntArray, timeout: float) -> Worker:
+    """A worker with a batch open. Raises Failed or Died."""
+    worker = Worker(make_bench)
+    try:
+        worker.call("open", topk_ids, timeout=timeout)
+    except BaseException:
+        worker.close()
+        raise
+    return worker
+
+
+def _lost(error: Failed | Died) -> bool:
+    return isinstance(error, Died) or not error.healthy
+
+
+class Measurer:
+    """A worker with a batch open. One that is lost is replaced, and the batch opened there again."""
+
+    def __init__(self, make_bench: Callable[[], BenchLike], timeout: float) -> None:
+        self._make_bench, self._timeout = make_bench, timeout
+        self._worker: Worker | None = None
+        self._lost = 0
+
+    def open(self, topk_ids: IntArray) -> None:
+        """Raises ProfileError where no worker can be made that opens the batch within `timeout` seconds."""
+        self._topk_ids = topk_ids
+        if self._worker is not None:
+            try:
+                self._worker.call("open", topk_ids, timeout=self._timeout)
+                return
+            except (Failed, Died):
+                pass
+        self._replace()
+
+    def call(self, method: str, candidate: Candidate, *args: object, timeout: float) -> Any:
+        """What the bench answers. Raises Failed or Died, after which the next call may follow, or ProfileError where
+        there is no going on."""
+        assert self._worker is not None
+        try:
+            answer = self._worker.call(method, candidate.kernel, candidate.config.name, *args, timeout=timeout)
+        except (Failed, Died) as e:
+            if _lost(e):
+                self._lost += 1
+                if self._lost == MAX_LOST:
+                    raise ProfileError(
+                        f"{MAX_LOST} configurations in a row broke the measuring process, the last with: {e}; look at "
+                        "the driver's messages (dmesg); the same command then goes on with what was measured so far"
+                    ) from None
+                self._replace()  # where that is impossible, the candidate is not to blame
+            raise
+        self._lost = 0
+        return answer
+
+    def _replace(self) -> None:
+        self.close()
+        try:
+            self._worker = _start(self._make_bench, self._topk_ids, self._timeout)
+        except (Failed, Died) as e:
+            raise ProfileError(
+                f"cannot measure on this GPU: {e}; the same command goes on with what was measured so far"
+            ) from None
+
+    def close(self) -> None:
+        """End the worker."""
+        if self._worker is not None:
+            self._worker.close()
+            self._worker = None
+
+
+class Warmers:
+    """Several workers, each of which launches once whatever candidate is next, so that it is compiled."""
+
+    def __init__(
+        self,
+        make_bench: Callable[[], BenchLike],
+        topk_ids: IntArray,
+        candidates: Sequence[Candidate],
+        count: int,
+        first_call_s: float,
+        timeout: float,
+    ) -> None:
+        self._make_bench, self._topk_ids = make_bench, topk_ids
+        self._first_call_s, self._timeout = first_call_s, timeout
+        self._todo = deque(candidates)
+        self._count = min(count, len(candidates))
+        self._done: queue.SimpleQueue[tuple[Candidate, str | None] | None] = queue.SimpleQueue()
+        self._error = ""
+
+    def outcomes(self) -> Generator[tuple[Candidate, str | None]]:
+        """Each candidate as it is done, with the reason where it failed. Raises ProfileError where no worker can be
+        made. Closed early, the workers end with the candidate that they are at."""
+        for _ in range(self._count):
+            # A daemon: Ctrl-C must not wait for a compiler.
+            threading.Thread(target=self._work, daemon=True).start()
+        running = self._count
+        try:
+            while running:
+                outcome = self._done.get()
+                if outcome is None:
+                    running -= 1
+                else:
+                    yield outcome
+            if self._todo:
+                raise ProfileError(
+                    f"cannot compile on this GPU: {self._error}; the same command goes on with what was compiled so far"
+                )
+        finally:
+            self._todo.clear()
+
+    def _work(self) -> None:
+        worker: Worker | None = None
+        try:
+            while self._todo:
+                worker = worker or _start(self._make_bench, self._topk_ids, self._timeout)
+                try:
+                    candidate = self._todo.popleft()
+                except IndexError:
+                    break
+                reason = None
+                try:
+                    worker.call("warm", candidate.kernel, candidate.config.name, timeout=self._first_call_s)
+                except (Failed, Died) as e:
+                    reason = str(e)
+                    if _lost(e):
+                        worker.close()
+                        worker = None
+                self._done.put((candidate, reason))
+        except Exception as e:
+            self._error = str(e)
+        finally:
+            if worker is not None:
+                worker.close()
+            self._done.put(None)

@@ -1,0 +1,385 @@
+"""One profiling run: what is compiled, checked, timed and dropped, in which order, and that nothing of it is lost.
+
+Every result goes into the journal before the next measurement starts. The same call after an interruption, of whatever
+kind, goes on behind the journal's last line; the time spent before it counts. Orders are drawn from seeds, so that they
+are the same then.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import datetime
+import math
+import time
+from collections import Counter
+from collections.abc import Collection, Iterable, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+from ..cost_model import Candidate
+from ..device.contract import LaunchableKernel
+from ..errors import KernelError, ProfileError, RampMoEError
+from ..fit_file import digest
+from ..hardware import Hardware
+from ..kernel import Kernel, usable_configs
+from ..routing import IntArray, generate
+from ..shapes import MoEShape
+from ..sweep import MAX_US, MIN_US, Run
+from .journal import (
+    AnyEvent,
+    BatchRecord,
+    Complete,
+    Dropped,
+    Header,
+    Journal,
+    Judged,
+    KernelRecord,
+    Noted,
+    Passed,
+    Row,
+    Stages,
+    Visit,
+    journal_path,
+    open_journal,
+)
+from .plan import PlannedBatch, plan
+from .pool import Measurer, Warmers
+from .settings import Environment, MakeBench, Progress, Result, Settings
+from .worker import Died, Failed
+from .writing import Place, all_batches, find_place, measured_configs, write_profile
+
+FIRST_ROWS = 8
+"""Tune batches before candidates are pruned. The plan spreads its first batches over what the cost model sees."""
+
+KEPT = 3
+"""Candidates of each kernel, the nearest to the best, that are never pruned."""
+
+MAX_STATIC_TOKENS = 8192
+SLIVER_EXPERTS = 16
+CHECK_TOKENS, CHECK_ROUTING = 33, "balancedness0.5"
+"""A batch with a hot expert, experts without a token, an expert twice in a token, and no round number of tokens."""
+
+FAILURES = {
+    "warm": "cannot be compiled",
+    "check": "fails its check",
+    "time": "cannot be timed",
+    "time_stages": "its stages cannot be timed",
+}
+
+SHOWN_REASONS = 3
+
+
+def profile(
+    shape: MoEShape,
+    hardware: Hardware,
+    kernels: Sequence[Kernel],
+    settings: Settings,
+    environment: Environment,
+    make_bench: MakeBench,
+    progress: Progress,
+    batches: Sequence[PlannedBatch] | None = None,
+    only: Mapping[str, Collection[str]] | None = None,
+) -> Result:
+    """Measure these kernels on `batches` (the plan for the shape, where None) and write a profile of each. `only` names
+    the configurations to measure, by kernel; all of them where None.
+
+    Raises ProfileError for a profile or journal that cannot be used or written, or where nothing could be measured, and
+    KernelError for a kernel without configurations. An exception or Ctrl-C leaves the journal, to go on from.
+    """
+    planned = plan(shape) if batches is None else batches
+    session = _open(shape, hardware, kernels, settings, environment, make_bench, progress, planned, only)
+    try:
+        return session.run(environment.notes)
+    finally:
+        session.close()
+
+
+def _open(
+    shape: MoEShape,
+    hardware: Hardware,
+    kernels: Sequence[Kernel],
+    settings: Settings,
+    environment: Environment,
+    make_bench: MakeBench,
+    progress: Progress,
+    planned: Sequence[PlannedBatch],
+    only: Mapping[str, Collection[str]] | None,
+) -> _Session:
+    configs = {
+        k.name: [c for c in usable_configs(k, shape, hardware) if only is None or c.name in only[k.name]]
+        for k in kernels
+    }
+    versions = {k.name: k.version() for k in kernels}
+    static = {f"{k.name}/{name}" for k in kernels for name in _defaults(k, shape, hardware)}
+    places: dict[str, Place] = {}
+
+    def make_header(found: Header | None) -> Header:
+        records = {}
+        for name, of_kernel in configs.items():
+            run = found.run if found else None
+            place = places[name] = find_place(settings.folder, name, versions[name], of_kernel, shape, hardware, run)
+            if found and place.written and name in found.kernels:
+                records[name] = found.kernels[name]
+            elif place.base:
+                names = measured_configs(place.base, of_kernel)
+                records[name] = KernelRecord(versions[name], names, digest(place.base))
+            else:
+                records[name] = KernelRecord(versions[name], [c.name for c in of_kernel], None)
+        if found and any(p.written for p in places.values()):
+            drawn = found.batches  # what a run has written itself must not change what it takes for given
+        else:
+            bases = [p.base for p in places.values() if p.base]
+            drawn = [BatchRecord.of(b) for b in all_batches(bases, planned)]
+        now = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
+        e = environment
+        run = Run(now, e.device_name, e.driver, e.software, settings.method, e.gpu)
+        prune = settings.prune if math.isfinite(settings.prune) else None
+        return Header.of(shape, hardware, run, prune, settings.rounds, settings.close, records, drawn)
+
+    path = journal_path(settings.folder, shape, hardware)
+    journal = open_journal(path, make_header, progress.note)
+    by_name = {k: {c.name: c for c in of_kernel} for k, of_kernel in configs.items()}
+    candidates = [Candidate(k, by_name[k][n]) for k, r in journal.header.kernels.items() for n in r.candidates]
+    given = {BatchRecord.of(b): b for b in planned}
+    drawn = [given.get(b) or b.batch() for b in journal.header.batches]
+    return _Session(shape, settings, journal, places, candidates, drawn, static, make_bench, progress)
+
+
+def _defaults(kernel: Kernel, shape: MoEShape, hardware: Hardware) -> set[str]:
+    """Names of the configurations that the kernel runs where there is no profile."""
+    if not isinstance(kernel, LaunchableKernel):
+        return set()
+    try:
+        return {kernel.default_config(shape, hardware, n).name for n in range(1, MAX_STATIC_TOKENS + 1)}
+    except RampMoEError:
+        raise
+    except Exception as e:  # a plugin's own mistake, which must not look like ours
+        raise KernelError(f"kernel {kernel.name} fails to give its default: {type(e).__name__}: {e}") from e
+
+
+def sliver_experts(shape: MoEShape) -> int:
+    """Experts of the part of a layer that is enough to compile on."""
+    return max(shape.top_k, min(shape.num_experts, SLIVER_EXPERTS))
+
+
+def _batch_to_check(shape: MoEShape, num_experts: int) -> IntArray:
+    return generate(CHECK_ROUTING, CHECK_TOKENS, num_experts, shape.top_k)
+
+
+class _Session:
+    def __init__(
+        self,
+        shape: MoEShape,
+        settings: Settings,
+        journal: Journal,
+        places: dict[str, Place],
+        candidates: Sequence[Candidate],
+        batches: Sequence[PlannedBatch],
+        static: Collection[str],
+        make_bench: MakeBench,
+        progress: Progress,
+    ) -> None:
+        self._shape, self._settings, self._journal, self._taken = shape, settings, journal, journal.taken
+        self._places, self._static, self._progress, self._make_bench = places, static, progress, make_bench
+        self._candidates, self._batches = {c.name: c for c in candidates}, batches
+        self._measurer = Measurer(make_bench(None), settings.call_s)
+        self._began = time.monotonic() - self._taken.spent
+
+    def run(self, notes: Iterable[str]) -> Result:
+        if not self._taken.complete:
+            if self._taken.spent:
+                self._progress.note(
+                    f"going on with {self._journal.path}: {len(self._taken.rows)} of {len(self._batches)} batches "
+                    f"measured in {self._taken.spent / 60:.1f} minutes"
+                )
+            for text in notes:
+                if text not in self._taken.notes:
+                    self._keep(Noted(self._spent, text))
+            self._warm()
+            self._check()
+            self._require_candidates()
+            self._measure()
+        return self._finish()
+
+    def close(self) -> None:
+        self._measurer.close()
+        self._journal.close()
+
+    @property
+    def _spent(self) -> float:
+        return round(time.monotonic() - self._began, 3)
+
+    def _keep(self, event: AnyEvent) -> None:
+        self._journal.append(event)
+
+    @property
+    def _live(self) -> list[str]:
+        return [name for name in self._candidates if name not in self._taken.dropped]
+
+    def _attempt(self, method: str, name: str, *args: object, timeout: float) -> Any:
+        """What the bench answers; None where the candidate failed, which is kept."""
+        try:
+            return self._measurer.call(method, self._candidates[name], *args, timeout=timeout)
+        except (Failed, Died) as e:
+            self._drop(name, method, str(e))
+            return None
+
+    def _drop(self, name: str, method: str, reason: str) -> None:
+        self._keep(Dropped(self._spent, name, f"{FAILURES[method]}: {reason}"))
+
+    def _warm(self) -> None:
+        """Compile on a few of the experts, in several processes: they share the compilers' caches on disk."""
+        passed = self._taken.passed
+        todo = [n for n in self._live if n not in passed["warm"] and n not in passed["check"]]
+        if self._settings.warmers < 2 or not todo:
+            return
+        self._progress.phase("compile", len(todo))
+        experts = sliver_experts(self._shape)
+        warmers = Warmers(
+            self._make_bench(experts),
+            _batch_to_check(self._shape, experts),
+            [self._candidates[n] for n in todo],
+            self._settings.warmers,
+            self._settings.first_call_s,
+            self._settings.call_s,
+        )
+        with contextlib.closing(warmers.outcomes()) as outcomes:
+            for done, (candidate, reason) in enumerate(outcomes, 1):
+                if reason is None:
+                    self._keep(Passed(self._spent, "warm", candidate.name))
+                else:
+                    self._drop(candidate.name, "warm", reason)
+                self._progress.at(done, candidate.name, self._spent)
+
+    def _check(self) -> None:
+        """Compare the output of every candidate with the float32 layer, on all experts."""
+        todo = [n for n in self._live if n not in self._taken.passed["check"]]
+        if todo:
+            self._progress.phase("check", len(todo))
+            self._measurer.open(_batch_to_check(self._shape, self._shape.num_experts))
+        for done, name in enumerate(todo):
+            self._progress.at(done, name, self._spent)
+            self._attempt("check", name, timeout=self._settings.first_call_s)
+            if name not in self._taken.dropped:
+                self._keep(Passed(self._spent, "check", name))
+
+    def _measure(self) -> None:
+        taken = self._taken
+        self._progress.phase("measure", len(self._batches))
+        for row, batch in enumerate(self._batches):
+            self._prune()
+            if row in taken.rows:
+                continue
+            late = self._spent >= self._settings.minutes * 60
+            if late and row not in taken.visits and len(taken.rows) >= FIRST_ROWS:
+                break
+            self._measure_row(row, batch)
+        self._keep(Complete(self._spent))
+
+    def _measure_row(self, row: int, batch: PlannedBatch) -> None:
+        self._measurer.open(batch.topk_ids(self._shape))
+        where = f"batch {row + 1} of {len(self._batches)} ({batch.num_tokens} tokens, {batch.routing})"
+        for turn in range(self._settings.rounds):
+            for name in self._turn(row, turn):
+                self._progress.at(len(self._taken.rows), f"{where}, {len(self._live)} configurations", self._spent)
+                self._visit(row, name)
+        while names := cover(self._untimed(row)):
+            for name in names:
+                self._progress.at(len(self._taken.rows), f"{where}, stages", self._spent)
+                self._visit_stages(row, name)
+        self._require_candidates()
+        self._keep(Row(self._spent, row))
+
+    def _turn(self, row: int, turn: int) -> list[str]:
+        """The candidates to visit in one turn of a row, shuffled, less those that an interrupted run visited."""
+        visits = self._taken.visits.get(row, {})
+        wanted = [n for n in self._live if len(visits.get(n, [])) >= turn]
+        if turn:
+            medians = {n: np.median(np.concatenate(visits[n][:turn])) for n in wanted}
+            best = min(medians.values(), default=0.0)
+            wanted = [n for n in wanted if medians[n] <= best * self._settings.close]
+        # Over all candidates, so that the order of the others stays when one is dropped.
+        names = list(self._candidates)
+        order = np.random.default_rng((row, turn)).permutation(len(names))
+        left = {n for n in wanted if len(visits.get(n, [])) == turn}
+        return [names[i] for i in order if names[i] in left]
+
+    def _visit(self, row: int, name: str) -> None:
+        us = self._attempt("time", name, self._settings.launches, timeout=self._settings.call_s)
+        if us is not None and self._plausible("time", name, us):
+            self._keep(Visit(self._spent, row, name, us))
+
+    def _visit_stages(self, row: int, name: str) -> None:
+        us = self._attempt("time_stages", name, self._settings.launches, timeout=self._settings.call_s)
+        if us is not None and all(self._plausible("time_stages", name, of_stage) for of_stage in us.values()):
+            self._keep(Stages(self._spent, row, name, us))
+
+    def _plausible(self, method: str, name: str, us: list[float]) -> bool:
+        """Whether a sweep can hold these times; a candidate that has others is dropped."""
+        if us and all(MIN_US <= t <= MAX_US for t in us):
+            return True
+        self._drop(name, method, f"{us} are no times in microseconds")
+        return False
+
+    def _untimed(self, row: int) -> dict[str, set[str]]:
+        """By candidate, the keys of its stages that have no time on the row."""
+        taken = self._taken
+        asked = taken.staged.get(row, set())
+        known = {*taken.stages.get(row, {}), *(s.key for n in asked for s in self._candidates[n].config.stages)}
+        return {
+            name: {s.key for s in self._candidates[name].config.stages} - known
+            for name in self._live
+            if self._candidates[name].kernel not in taken.stageless
+        }
+
+    def _prune(self) -> None:
+        """Once the first tune batches are complete, drop the candidates that were far from the best on all of them."""
+        tune = [i for i, b in enumerate(self._batches) if b.split == "tune"][:FIRST_ROWS]
+        taken, factor, kernels = self._taken, self._settings.prune, self._journal.header.kernels
+        if taken.judged or math.isinf(factor) or len(tune) < FIRST_ROWS or not taken.rows.issuperset(tune):
+            return
+        # With those that were pruned before an interruption, so that the outcome is the same.
+        names = [n for n in self._candidates if n not in taken.dropped or taken.dropped[n].pruned]
+        us = np.array([[np.median(np.concatenate(taken.visits[row][n])) for n in names] for row in tune])
+        nearest = dict(zip(names, (us / us.min(1, keepdims=True)).min(0).tolist(), strict=True))
+        kept = set(self._static)
+        for kernel, record in kernels.items():
+            own = [n for n in names if self._candidates[n].kernel == kernel]
+            kept.update(own if record.base else sorted(own, key=lambda n: nearest[n])[:KEPT])
+        reason = f"never within {factor:g}x of the best of {' and '.join(kernels)} on {FIRST_ROWS} spread batches"
+        for name in names:
+            if nearest[name] > factor and name not in kept and name not in taken.dropped:
+                self._keep(Dropped(self._spent, name, reason, pruned=True))
+        self._keep(Judged(self._spent))
+
+    def _require_candidates(self) -> None:
+        if self._live:
+            return
+        by_reason = Counter(d.reason for d in self._taken.dropped.values())
+        reasons = "; ".join(f"{count} of them: {why}" for why, count in by_reason.most_common(SHOWN_REASONS))
+        raise ProfileError(
+            f"none of {len(self._candidates)} configurations can be measured ({reasons}); "
+            f"move {self._journal.path}, which has all reasons, away to try again"
+        )
+
+    def _finish(self) -> Result:
+        taken, header = self._taken, self._journal.header
+        rows = {i: (self._batches[i], self._batches[i].histogram(self._shape)) for i in sorted(taken.rows)}
+        profiles = []
+        for kernel, place in self._places.items():
+            configs = {c.config.name: c.config for c in self._candidates.values() if c.kernel == kernel}
+            profiles.append(write_profile(self._settings.folder, place, header, kernel, configs, taken, rows))
+        self._journal.delete()
+        return Result(profiles, len(rows), len(self._batches), taken.spent, taken.notes)
+
+
+def cover(wanted: Mapping[str, Collection[str]]) -> list[str]:
+    """Few names that have all keys between them: always the one next that has the most keys still missing."""
+    missing = {key for keys in wanted.values() for key in keys}
+    chosen = []
+    while missing:
+        name = max(wanted, key=lambda n: len(missing.intersection(wanted[n])))
+        chosen.append(name)
+        missing.difference_update(wanted[name])
+    return chosen

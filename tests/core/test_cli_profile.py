@@ -1,0 +1,222 @@
+"""`ramp-moe profile` over simulated kernels and a GPU that exists in its state alone."""
+
+from __future__ import annotations
+
+import functools
+import json
+from dataclasses import replace
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import pytest
+from click.testing import CliRunner, Result
+from ramp_moe import Hardware, HardwareError, Kernel, Model, Registry, load_sweep
+from ramp_moe.cli import main
+from ramp_moe.cli import profile as command
+from ramp_moe.kernel import version_of
+from ramp_moe.profiler import pool
+from ramp_moe.profiler.gpu import GpuState
+from ramp_moe.profiler.journal import journal_path
+from ramp_moe.store import relative_path, user_data_dir
+from simulated_bench import HARDWARE, SHAPE, Here, Script, Simulated, make_bench
+
+IDLE = GpuState("NVIDIA H200", "580.1", "GPU-01234567-89ab", 100 * 2**30, 0, 0.0, ())
+MODEL = ("--model", "tiny", "--dtype", "bf16", "--minutes", "0")
+
+
+class Unavailable(Simulated):
+    def unavailable(self) -> str | None:
+        return "its package is missing: pip install it"
+
+
+class Described(Kernel):
+    name = "described"
+
+    def configs(self, shape: Any, hardware: Any) -> Any:
+        return Simulated().configs(shape, hardware)
+
+    def weight_layout(self, shape: Any) -> Any:
+        return Simulated().weight_layout(shape)
+
+
+class Machine:
+    """A registry and a GPU that a test may change before it runs the command."""
+
+    def __init__(self, log: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.registry = Registry(load_entry_points=False)
+        self.registry.models["tiny"] = Model(SHAPE, "a test")
+        self.registry.kernels |= {"sim": Simulated()}
+        self.state, self.log, self.patch = IDLE, log, monkeypatch
+        monkeypatch.setattr(command, "get_registry", lambda: self.registry)
+        monkeypatch.setattr(command, "gpu_state", lambda: self.state)
+        monkeypatch.setattr(pool, "Worker", Here)
+        self.acts({})
+
+    def acts(self, acts: dict[str, str]) -> None:
+        self.patch.setattr(command, "_make_bench", functools.partial(make_bench, Script(self.log, acts)))
+
+    def run(self, *args: object) -> Result:
+        return CliRunner().invoke(main, ["profile", *MODEL, *map(str, args)])
+
+
+@pytest.fixture
+def machine(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Machine:
+    return Machine(tmp_path / "calls", monkeypatch)
+
+
+def place(folder: Path) -> Path:
+    return folder / relative_path("sim", SHAPE, HARDWARE)
+
+
+def test_what_it_prints(machine: Machine) -> None:
+    machine.registry.kernels |= {"described": Described(), "other": Unavailable("other")}
+    machine.acts({"check/bm64-b": "raises"})
+    result = machine.run()
+    assert result.exit_code == 0, result.output
+    assert result.stderr.splitlines()[:2] == [
+        "described left out: it is only described, there is nothing to launch",
+        "other left out: its package is missing: pip install it",
+    ]
+    assert result.stderr.splitlines()[-2:] == ["check: 6 configurations", "measure: 138 batches at most"]
+    assert "tiny on h200: 8 of 138 batches" in result.stdout
+    assert str(place(user_data_dir())) in result.stdout.replace("\n", "")
+    assert "sim/bm64-b: fails its check: ValueError: wrong by far" in result.stdout
+    assert result.stdout.splitlines()[-1] == "next: ramp-moe compare --model tiny --dtype bf16 --device h200"
+    run = load_sweep(place(user_data_dir())).record.runs[0]
+    assert (run.device_name, run.driver, run.gpu) == ("NVIDIA H200", "580.1", "GPU-01234567")
+    assert {"python", "torch", "cuda", "ramp-moe"} <= run.software.keys()
+    assert run.notes == []
+
+
+def test_json(machine: Machine, tmp_path: Path) -> None:
+    machine.registry.kernels["described"] = Described()
+    machine.acts({"check/bm64-b": "raises"})
+    result = machine.run("--output", tmp_path / "out", "--json")
+    assert result.exit_code == 0, result.output
+    found = json.loads(result.stdout)
+    assert found.pop("seconds") > 0
+    assert found == {
+        "model": "tiny",
+        "device": "h200",
+        "gpu": "GPU-01234567",
+        "batches": 8,
+        "planned": 138,
+        "profiles": [
+            {
+                "kernel": "sim",
+                "path": str(place(tmp_path / "out")),
+                "run": 1,
+                "batches": 8,
+                "configs": 4,
+                "failed": {"fails its check: ValueError: wrong by far": ["bm64-b"]},
+                "pruned": ["bm16-slow"],
+                "superseded": None,
+            }
+        ],
+        "notes": ["described left out: it is only described, there is nothing to launch"],
+    }
+    shown = machine.run("--output", tmp_path / "out")
+    assert f"--device h200 --profile {tmp_path / 'out'}" in shown.stdout
+    assert len(load_sweep(place(tmp_path / "out")).record.runs) == 2
+
+
+def test_a_busy_gpu(machine: Machine) -> None:
+    machine.state = replace(IDLE, processes=((4321, 2**30),))
+    result = machine.run("--json")
+    assert "warning: NVIDIA H200 is in use by others (process 4321" in result.stderr
+    (note,) = load_sweep(place(user_data_dir())).record.runs[0].notes
+    assert "process 4321" in note
+    assert json.loads(result.stdout)["notes"] == [note]
+
+
+def test_no_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PATH", "")
+    result = CliRunner().invoke(main, ["profile", "--model", "olmoe-1b-7b"])
+    assert result.exit_code == 2
+    assert "cannot run nvidia-smi" in result.stderr
+    assert result.stderr.count("\n") == 1
+
+
+@pytest.mark.parametrize(
+    ("state", "args", "message"),
+    [
+        (replace(IDLE, used_bytes=99 * 2**30), (), "tiny bf16 needs"),
+        (replace(IDLE, name="NVIDIA GeForce"), (), "no constants for GPU 'NVIDIA GeForce'"),
+        (IDLE, ("--kernel", "simm"), "unknown kernel 'simm'; did you mean 'sim'?"),
+        (IDLE, ("--kernel", "other"), "kernel other cannot be profiled for tiny on h200: its package is missing"),
+        (IDLE, ("--kernel", "described"), "kernel described cannot be profiled for tiny on h200: it is only described"),
+        (IDLE, ("--prune", "0.5"), "is not in the range x>=1"),
+    ],
+)
+def test_errors(machine: Machine, state: GpuState, args: tuple[str, ...], message: str) -> None:
+    machine.state = state
+    machine.registry.kernels |= {"described": Described(), "other": Unavailable("other")}
+    result = machine.run(*args)
+    assert result.exit_code == 2
+    assert message in result.stderr
+    assert result.stdout == ""
+    assert not machine.log.exists()
+
+
+def test_no_kernel_at_all(machine: Machine) -> None:
+    machine.registry.kernels.clear()
+    machine.registry.kernels["described"] = Described()
+    result = machine.run()
+    assert result.exit_code == 2
+    assert "no kernel can be profiled for tiny on h200: described left out: it is only described" in result.stderr
+
+
+def test_ctrl_c(machine: Machine, monkeypatch: pytest.MonkeyPatch) -> None:
+    def interrupt(self: object, done: int, doing: str, spent: float) -> None:
+        if doing.startswith("batch 3"):
+            raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(command._Display, "at", interrupt)
+        result = machine.run()
+    assert result.exit_code == 130
+    journal = journal_path(user_data_dir(), SHAPE, HARDWARE)
+    last = result.stderr.splitlines()[-1]
+    assert last == f"interrupted: what was measured is kept in {journal}, the same command goes on from it"
+    again = machine.run()
+    assert again.exit_code == 0
+    assert f"going on with {journal}: 2 of 138 batches measured in 0.0 minutes" in again.stderr
+    assert not journal.exists()
+
+
+def test_ctrl_c_before_anything_is_measured(machine: Machine, monkeypatch: pytest.MonkeyPatch) -> None:
+    def interrupt(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(command, "profile", interrupt)
+    result = machine.run()
+    assert (result.exit_code, result.stderr) == (130, "interrupted: nothing was measured\n")
+
+
+def test_the_bar_on_a_terminal(machine: Machine, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("FORCE_COLOR", "1")
+    monkeypatch.setenv("COLUMNS", "200")
+    result = machine.run("--json", "--minutes", "60")
+    assert "60.0 minutes left" in result.stderr
+    assert "batch 138 of 138 (" in result.stderr
+    json.loads(result.stdout)
+
+
+def test_the_worker_looks_at_the_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A MIG slice has the name of the whole GPU; and CUDA may count GPUs in another order."""
+    b200 = Registry(load_entry_points=False).device("b200")
+
+    def detect(known: object) -> Hardware:
+        return b200
+
+    monkeypatch.setattr(command, "detect", detect)
+    with pytest.raises(HardwareError, match="CUDA's first GPU is b200, nvidia-smi's h200; set CUDA_VISIBLE_DEVICES"):
+        command._make_bench(SHAPE, "h200", ["sim"], None)
+
+
+def test_versions_of_kernels(registry: Registry) -> None:
+    for name in ("triton", "vllm_triton"):
+        assert registry.kernel(name).version() == metadata.version("ramp-moe")
+    assert version_of("numpy") == metadata.version("numpy")
+    assert version_of("no_such_package") == "?"

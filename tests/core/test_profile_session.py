@@ -1,0 +1,559 @@
+"""A profiling run over simulated kernels: what it measures, drops, keeps over interruptions, and writes."""
+
+from __future__ import annotations
+
+import errno
+import json
+import os
+import pickle
+import random
+import signal
+import subprocess
+import sys
+import time
+from collections import Counter
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import simulated_bench
+from ramp_moe import MoEShape, ProfileError, ProfileStore, Sweep, load_sweep
+from ramp_moe.kernel import KernelConfig
+from ramp_moe.profiler import pool, worker
+from ramp_moe.profiler.journal import journal_path
+from ramp_moe.profiler.plan import PlannedBatch
+from ramp_moe.profiler.session import FIRST_ROWS, cover
+from ramp_moe.store import relative_path
+from ramp_moe.sweep import path_key
+from simulated_bench import BATCHES, HARDWARE, SHAPE, SLOW, Call, Here, Script, Silent, Simulated, settings
+
+NAMES = ["bm16-a", "bm16-b", "bm16-slow", "bm64-a", "bm64-b", "bm64-slow"]
+LOST = "never within 1.2x of the best of sim on 8 spread batches"
+
+
+@pytest.fixture(autouse=True)
+def quick_ends(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(worker, "GRACE_SECONDS", 0.5)
+
+
+@pytest.fixture
+def here(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(pool, "Worker", Here)
+
+
+in_process = pytest.mark.usefixtures("here")
+
+
+@pytest.fixture
+def call(tmp_path: Path) -> Call:
+    return Call(Script(tmp_path / "calls"), settings(tmp_path / "profiles"))
+
+
+def place(call: Call, kernel: str = "sim") -> Path:
+    return call.settings.folder / relative_path(kernel, SHAPE, HARDWARE)
+
+
+def journal(call: Call) -> Path:
+    return journal_path(call.settings.folder, SHAPE, HARDWARE)
+
+
+def script(call: Call, acts: dict[str, str] | None = None, **changes: Any) -> Call:
+    return replace(call, script=replace(call.script, acts=acts or {}, **changes))
+
+
+def setting(call: Call, **changes: Any) -> Call:
+    return replace(call, settings=replace(call.settings, **changes))
+
+
+def configs(kernel: Simulated | None = None) -> dict[str, KernelConfig]:
+    return {c.name: c for c in (kernel or Simulated()).configs(SHAPE, HARDWARE)}
+
+
+def check_times(sweep: Sweep, kernel: Simulated, run: int = 0, within: float = 1e-3) -> None:
+    """Every measured time is the simulated one."""
+    found = configs(kernel)
+    for i, histogram in enumerate(sweep.histograms):
+        stages = {k: us for c in found.values() for k, us in kernel.stage_us(c, histogram).items()}
+        paths = {path_key(kernel.name, n): kernel.path_us(c, histogram) for n, c in found.items()}
+        for column, us in zip(sweep.record.columns, sweep.runs_us[run, i], strict=True):
+            assert us == pytest.approx((paths | stages)[column.key], rel=within, abs=2e-3), column.key
+
+
+def test_a_whole_run(call: Call) -> None:
+    silent = Silent()
+    result = script(call, noise=0.02).run(silent)
+    sweep = load_sweep(place(call))
+    assert not journal(call).exists()
+    # bm64-slow is slow, but the kernel's default for 8192 tokens
+    kept = ["bm16-a", "bm16-b", "bm64-a", "bm64-b", "bm64-slow"]
+    keys = [c.key for c in sweep.record.columns]
+    assert keys[:5] == [path_key("sim", n) for n in kept]
+    assert set(keys[5:]) == {"schedule/bm16", "schedule/bm64", "combine", *(f"sim/{n}" for n in kept)}
+    assert sweep.record.columns[0].params == {"block": 16, "kind": "a"}
+    assert [(o.reason, o.configs) for o in sweep.record.left_out] == [(LOST, ["bm16-slow"])]
+    assert [(r.num_tokens, r.routing, r.seed, r.split) for r in sweep.record.rows] == [
+        (b.num_tokens, b.routing, b.seed, b.split) for b in BATCHES
+    ]
+    assert np.isfinite(sweep.times_us).all()
+    check_times(sweep, Simulated(), within=0.04)
+    (run,) = sweep.record.runs
+    assert (run.device_name, run.gpu, run.driver, run.software) == (
+        "NVIDIA H200",
+        "GPU-00000000",
+        "580.1",
+        {"torch": "2.9"},
+    )
+    assert "CUDA graph of 5 launches" in run.method
+    assert "median of 5 to 15 launches in up to 3 rounds" in run.method
+    assert sweep.record.kernel_version == "1"
+    (profile,) = result.profiles
+    assert (profile.path, profile.run, profile.configs, profile.pruned, profile.failed) == (
+        place(call),
+        1,
+        5,
+        ["bm16-slow"],
+        {},
+    )
+    assert (result.batches, result.planned) == (12, 12)
+    assert silent.phases == [("check", 6), ("measure", 12)]
+    store = ProfileStore([call.settings.folder])
+    assert store.find("sim", SHAPE, HARDWARE) is not None
+
+
+def rounds(calls: list[dict[str, Any]], method: str = "time") -> dict[str, list[str]]:
+    """By batch, the configurations in the order of their visits."""
+    found: dict[str, list[str]] = {}
+    for c in calls:
+        if c["method"] == method:
+            found.setdefault(c["batch"], []).append(c["config"])
+    return found
+
+
+@in_process
+def test_configurations_take_turns_and_the_near_ones_more(call: Call) -> None:
+    setting(call, prune=float("inf")).run()
+    visits = rounds(call.calls())
+    assert len(visits) == len(BATCHES)
+    first = [v[:6] for v in visits.values()]
+    assert all(sorted(f) == NAMES for f in first)
+    assert len({tuple(f) for f in first}) > 6
+    for batch, names in visits.items():
+        us = {n: Simulated().path_us(c, np.array(list(map(int, batch.split("-"))))) for n, c in configs().items()}
+        near = [n for n in NAMES if us[n] <= 1.25 * min(us.values())]
+        assert len(near) < 6
+        assert len(names) == 6 + 2 * len(near)
+        later = names[6 : 6 + len(near)], names[6 + len(near) :]
+        assert all(sorted(turn) == sorted(near) for turn in later)
+    assert any(names[6:][: len(names[6:]) // 2] != names[6:][len(names[6:]) // 2 :] for names in visits.values())
+    # every gemm is of one configuration alone
+    assert all(sorted(v) == NAMES for v in rounds(call.calls(), "time_stages").values())
+    assert [c["config"] for c in call.calls() if c["method"] == "check"] == NAMES
+    assert load_sweep(place(call)).record.left_out == []
+
+
+@in_process
+def test_pruned_configurations_are_not_measured_any_more(call: Call) -> None:
+    call.run()
+    slow = [c["config"] == "bm16-slow" for c in call.calls() if c["method"] == "open" or c["config"] == "bm16-slow"]
+    opened = [i for i, is_slow in enumerate(slow) if not is_slow]
+    # checked once, then timed, whole and by stages, on the nine batches up to the eighth tune batch
+    assert sum(slow) == 1 + 9 * 2
+    assert not any(slow[opened[10] :])
+
+
+def test_compiling_in_several_processes(call: Call) -> None:
+    silent = Silent()
+    call = script(call, {"warm/bm16-b": "raises", "warm/bm64-b": "exits"}, delay_s=0.01)
+    setting(call, warmers=2).run(silent)
+    warm = [c for c in call.calls() if c["method"] == "warm"]
+    assert sorted(c["config"] for c in warm) == NAMES
+    assert len({c["pid"] for c in warm}) >= 2
+    assert {c["batch"].count("-") for c in warm} == {7}
+    assert silent.phases == [("compile", 6), ("check", 4), ("measure", 12)]
+    assert {o.reason: o.configs for o in load_sweep(place(call)).record.left_out} == {
+        "cannot be compiled: ValueError: wrong by far": ["bm16-b"],
+        "cannot be compiled: the worker ended with exit code 3": ["bm64-b"],
+    }
+
+
+def test_what_fails_is_left_out_and_the_rest_goes_on(call: Call) -> None:
+    acts = {
+        "check/bm16-a": "raises",
+        "time/bm16-b": "exits",
+        "time/bm16-slow": "hangs",
+        "time/bm64-a": "breaks the context",
+        "time_stages/bm64-b": "raises",
+    }
+    result = setting(script(call, acts), call_s=1.5).run()
+    sweep = load_sweep(place(call))
+    assert [c.key for c in sweep.record.columns if c.stage == "path"] == [path_key("sim", "bm64-slow")]
+    assert np.isfinite(sweep.times_us).all()
+    check_times(sweep, Simulated())
+    reasons = {o.configs[0]: o.reason for o in sweep.record.left_out}
+    assert reasons == {
+        "bm16-a": "fails its check: ValueError: wrong by far",
+        "bm16-b": "cannot be timed: the worker ended with exit code 3",
+        "bm16-slow": "cannot be timed: the worker gave no answer within 1.5 s and was killed",
+        "bm64-a": "cannot be timed: RuntimeError: an illegal memory access was encountered",
+        "bm64-b": "its stages cannot be timed: ValueError: wrong by far",
+    }
+    assert result.profiles[0].failed == {why: [name] for name, why in reasons.items()}
+    counts = Counter((c["method"], c["config"]) for c in call.calls())
+    assert all(counts[tuple(act.split("/"))] == 1 for act in acts)
+    assert len({c["pid"] for c in call.calls()}) == 4
+
+
+@in_process
+def test_a_kernel_that_does_not_tell_its_stages_apart(call: Call) -> None:
+    script(call, stageless=True).run()
+    sweep = load_sweep(place(call))
+    assert sweep.stages == ("path",)
+    check_times(sweep, Simulated())
+    assert len(rounds(call.calls(), "time_stages")) == 1
+
+
+@in_process
+def test_nothing_left(call: Call) -> None:
+    call = script(call, {f"check/{n}": "raises" for n in NAMES})
+    for _ in range(2):
+        with pytest.raises(
+            ProfileError, match=r"none of 6 configurations .*\(6 of them: fails its check: .*move .*jour"
+        ):
+            call.run()
+    assert len([c for c in call.calls() if c["method"] == "check"]) == 6
+    assert not place(call).exists()
+
+
+def test_no_worker_can_be_made(call: Call) -> None:
+    for warmers in (1, 2):
+        with pytest.raises(ProfileError, match=r"on this GPU: MemoryError: no room; the same command goes on"):
+            setting(script(call, {"make": "no room"}), warmers=warmers).run()
+    result = call.run()
+    assert result.profiles[0].failed == {}
+
+
+def test_one_worker_after_another_is_lost(call: Call, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(pool, "MAX_LOST", 2)
+    with pytest.raises(
+        ProfileError, match=r"2 configurations in a row broke the measuring process, the last with: the"
+    ):
+        script(call, {f"time/{n}": "exits" for n in NAMES}).run()
+    assert journal(call).exists()
+
+
+@in_process
+def test_two_kernels_share_batches_and_stages(call: Call) -> None:
+    kernels = Simulated(), Simulated("other", slower=3.0)
+    replace(call, kernels=kernels).run()
+    fast, slow = (load_sweep(place(call, k.name)) for k in kernels)
+    assert fast.labels == slow.labels
+    check_times(fast, kernels[0])
+    check_times(slow, kernels[1])
+    # none comes near the other kernel's best: the nearest three are kept, and the defaults
+    assert sum(c.stage == "path" for c in slow.record.columns) == 4
+    assert slow.record.left_out[0].reason == LOST.replace("sim", "sim and other")
+    opens = sum(c["method"] == "open" for c in call.calls())
+    assert opens == len(BATCHES) + 1
+
+
+@in_process
+def test_minutes(call: Call) -> None:
+    result = setting(call, minutes=0).run()
+    assert (result.batches, result.planned) == (8, 12)
+    sweep = load_sweep(place(call))
+    assert len(sweep.labels) == 8
+    assert sweep.record.left_out == []
+
+
+@in_process
+def test_time_spent_before_an_interruption_counts(call: Call, monkeypatch: pytest.MonkeyPatch) -> None:
+    stop_at(call, monkeypatch, 70)
+    *before, last = journal(call).read_text().splitlines()
+    last = json.dumps(json.loads(last) | {"spent": 3600.0})
+    journal(call).write_text("\n".join([*before, last, ""]))
+    silent = Silent()
+    result = call.run(silent)
+    assert result.batches == 8
+    assert result.spent >= 3600
+    assert "batches measured in 60.0 minutes" in silent.notes[0]
+
+
+def stop_at(call: Call, monkeypatch: pytest.MonkeyPatch, line: int) -> None:
+    """Run until the journal has so many lines; then the disk is full."""
+    write, count = os.write, [0]
+
+    def limited(descriptor: int, data: bytes) -> int:
+        if os.readlink(f"/proc/self/fd/{descriptor}") == str(journal(call)):
+            count[0] += 1
+            if count[0] > line:
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        return write(descriptor, data)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "write", limited)
+        with pytest.raises(ProfileError, match=r"No space left on device; everything measured so far is kept there"):
+            call.run()
+
+
+def same_but_for_when(*paths: Path) -> None:
+    records = [json.loads(p.read_text()) for p in paths]
+    for record in records:
+        for run in record["runs"]:
+            del run["measured"]
+    assert all(r == records[0] for r in records)
+
+
+def counted(call: Call) -> Counter[tuple[str, ...]]:
+    return Counter((c["method"], c["config"], c["batch"]) for c in call.calls() if c["method"] != "open")
+
+
+@pytest.fixture
+def undisturbed(tmp_path: Path) -> Call:
+    call = Call(Script(tmp_path / "undisturbed"), settings(tmp_path / "elsewhere"))
+    call.run()
+    return call
+
+
+@in_process
+def test_going_on_after_a_full_disk(call: Call, undisturbed: Call, monkeypatch: pytest.MonkeyPatch) -> None:
+    for line in (4, 40, 90):
+        stop_at(call, monkeypatch, line)
+        assert not place(call).exists()
+    call.run()
+    same_but_for_when(place(call), place(undisturbed))
+    # what was measured when the line could not be written is measured again
+    again = counted(call) - counted(undisturbed)
+    assert sum(again.values()) <= 3
+    assert not counted(undisturbed) - counted(call)
+
+
+def lines(path: Path) -> int:
+    return path.read_bytes().count(b"\n") if path.exists() else 0
+
+
+def test_going_on_after_kills(call: Call, undisturbed: Call, tmp_path: Path) -> None:
+    slowly = script(call, delay_s=0.002)
+    (tmp_path / "call").write_bytes(pickle.dumps(slowly))
+    command = [sys.executable, simulated_bench.__file__, str(tmp_path / "call")]
+    rng, total = random.Random(7), sum(counted(undisturbed).values())
+    for share in (0.0, 0.02, 0.3, 0.6, 0.9):
+        process = subprocess.Popen(command)
+        target = share * total + rng.randrange(total // 12)
+        deadline = time.monotonic() + 20
+        while lines(journal(call)) <= target and process.poll() is None:
+            assert time.monotonic() < deadline
+            time.sleep(0.001)
+        process.kill()
+        assert process.wait() == -signal.SIGKILL
+    slowly.run()
+    same_but_for_when(place(call), place(undisturbed))
+    again = counted(call) - counted(undisturbed)
+    assert sum(again.values()) <= 5
+    assert not counted(undisturbed) - counted(call)
+
+
+def test_ctrl_c_leaves_the_journal(call: Call, monkeypatch: pytest.MonkeyPatch) -> None:
+    class Interrupting(Silent):
+        def at(self, done: int, doing: str, spent: float) -> None:
+            if done == 3:
+                raise KeyboardInterrupt
+
+    for warmers in (2, 1):
+        with pytest.raises(KeyboardInterrupt):
+            setting(call, warmers=warmers).run(Interrupting())
+        assert journal(call).exists()
+    call.run()
+    check_times(load_sweep(place(call)), Simulated())
+
+
+@in_process
+def test_a_second_run_joins_the_first(call: Call) -> None:
+    setting(call, minutes=0).run()
+    before = load_sweep(place(call))
+    assert len(before.labels) == 8
+    own = list(reversed(BATCHES))
+    other = replace(call, batches=own, environment=replace(call.environment, gpu="GPU-1", notes=["busy"]))
+    result = script(other, {"time/bm16-b": "raises"}).run()
+    sweep = load_sweep(place(call))
+    assert (result.profiles[0].run, result.profiles[0].pruned) == (2, [])
+    assert [r.gpu for r in sweep.record.runs] == ["GPU-00000000", "GPU-1"]
+    assert sweep.record.runs[1].notes == ["busy", "no times of bm16-b: cannot be timed: ValueError: wrong by far"]
+    # the file's batches first, in its order; then those of the plan
+    expected = BATCHES[:8] + [b for b in own if b not in BATCHES[:8]]
+    assert sweep.labels == [(b.num_tokens, b.routing) for b in expected]
+    assert sweep.record.columns == before.record.columns
+    assert np.array_equal(sweep.runs_us[0, :8], before.runs_us[0])
+    assert all(row.runs_us[0] is None for row in sweep.record.rows[8:])
+    failed = {path_key("sim", "bm16-b"), "sim/bm16-b"}
+    for i, column in enumerate(sweep.record.columns):
+        assert np.isfinite(sweep.runs_us[1, :, i]).all() == (column.key not in failed)
+
+
+@in_process
+def test_a_second_run_measures_the_files_configurations_only(call: Call) -> None:
+    call.run()
+    calls = len(call.calls())
+    call.run()
+    assert {c["config"] for c in call.calls()[calls:]} == {"", *NAMES} - {"bm16-slow"}
+    sweep = load_sweep(place(call))
+    assert [o.configs for o in sweep.record.left_out] == [["bm16-slow"]]
+    check_times(sweep, Simulated(), run=1)
+    assert np.array_equal(sweep.runs_us[0], sweep.runs_us[1])
+
+
+@in_process
+def test_rows_that_cannot_be_drawn_again_stay(call: Call) -> None:
+    setting(call, minutes=0).run()
+    raw = json.loads(place(call).read_text())
+    raw["rows"][0]["seed"] = None
+    raw["rows"][1]["histogram"] = [2, 0, 0, 0, 0, 0, 0, 0]
+    place(call).write_text(json.dumps(raw))
+    call.run()
+    sweep = load_sweep(place(call))
+    measured = [[us is not None for us in r.runs_us] for r in sweep.record.rows]
+    assert measured == [[True, False]] * 2 + [[True, True]] * 6 + [[False, True]] * 6
+    assert [(r.num_tokens, r.seed) for r in sweep.record.rows[8:10]] == [(64, 0), (1, 1)]
+
+
+@in_process
+def test_another_version_begins_anew(call: Call) -> None:
+    for version, copies in (("1", 0), ("2", 1), ("3", 2)):
+        before = place(call).read_bytes() if copies else b""
+        result = replace(call, kernels=(Simulated(version=version),)).run()
+        assert load_sweep(place(call)).record.kernel_version == version
+        assert len(load_sweep(place(call)).record.runs) == 1
+        kept = sorted((call.settings.folder / "superseded" / "h200" / "sim").glob("*"))
+        assert len(kept) == copies
+        if copies:
+            superseded = result.profiles[0].superseded
+            assert superseded in kept
+            assert superseded.read_bytes() == before
+    assert ProfileStore([call.settings.folder]).recorded() >= {("h200", "sim", SHAPE.slug)}
+    assert all(device == "h200" for device, _, _ in ProfileStore([call.settings.folder]).recorded())
+
+
+@in_process
+def test_a_profile_without_whole_paths_makes_way(call: Call) -> None:
+    call.run()
+    only_stages = load_sweep(place(call)).only(["gemm"])
+    only_stages.save(place(call))
+    result = call.run()
+    assert result.profiles[0].run == 1
+    assert load_sweep(result.profiles[0].superseded).stages == ("gemm",)
+    assert "path" in load_sweep(place(call)).stages
+
+
+@in_process
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        (lambda raw: raw | {"version": 99}, "has ramp-moe/sweep version 99, this ramp-moe reads up to 2"),
+        (lambda raw: raw | {"kernel": "other"}, "is for other, E8.*not what its place says; move it"),
+        (lambda raw: [], "is not a ramp-moe/sweep file"),
+    ],
+)
+def test_a_file_that_cannot_be_used_is_refused_before_anything_is_measured(
+    call: Call, damage: Any, message: str
+) -> None:
+    setting(call, minutes=0).run()
+    place(call).write_text(json.dumps(damage(json.loads(place(call).read_text()))))
+    before, calls = place(call).read_bytes(), len(call.calls())
+    with pytest.raises(ProfileError, match=message):
+        call.run()
+    assert place(call).read_bytes() == before
+    assert len(call.calls()) == calls
+
+
+@in_process
+def test_only_writing_is_left_after_a_failed_write(call: Call, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of two profiles the first is written, the second not."""
+    kernels = Simulated(), Simulated("other", version="2")
+    both = replace(call, kernels=kernels)
+    replace(call, kernels=(Simulated("other"),)).run()
+    old = place(call, "other").read_bytes()
+    calls, save = len(call.calls()), Sweep.save
+
+    def failing(self: Sweep, path: Path) -> None:
+        if path == place(call, "other"):
+            raise ProfileError(f"cannot write {path}: No space left on device")
+        save(self, path)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Sweep, "save", failing)
+        with pytest.raises(ProfileError, match="cannot write"):
+            both.run()
+    assert journal(call).exists()
+    assert place(call, "other").read_bytes() == old
+    first, measured = place(call).read_bytes(), len(call.calls())
+    assert measured > calls
+    result = both.run()
+    assert len(call.calls()) == measured
+    assert not journal(call).exists()
+    assert place(call).read_bytes() == first
+    assert [p.run for p in result.profiles] == [1, 1]
+    check_times(load_sweep(place(call, "other")), kernels[1])
+    (copy,) = (call.settings.folder / "superseded").glob("*/*/*")
+    assert copy.read_bytes() == old
+
+
+@in_process
+def test_other_settings_set_the_journal_aside(call: Call, monkeypatch: pytest.MonkeyPatch) -> None:
+    stop_at(call, monkeypatch, 40)
+    silent = Silent()
+    setting(call, launches=3).run(silent)
+    assert "is kept as" in silent.notes[0]
+    assert load_sweep(place(call)).record.runs[0].method.count("3 launches") == 1
+    assert journal(call).with_name(f"{journal(call).name}.old-1").exists()
+
+
+@in_process
+def test_notes_of_every_sitting_are_kept(call: Call, monkeypatch: pytest.MonkeyPatch) -> None:
+    stop_at(call, monkeypatch, 40)
+    replace(call, environment=replace(call.environment, notes=["in use by others"])).run()
+    assert load_sweep(place(call)).record.runs[0].notes == ["in use by others"]
+
+
+class Given(PlannedBatch):
+    """A batch that no seed draws."""
+
+    def topk_ids(self, shape: MoEShape) -> Any:
+        return np.full((self.num_tokens, shape.top_k), self.seed)
+
+
+@in_process
+def test_given_batches_of_some_configurations(call: Call) -> None:
+    batches = [Given(n, "recorded", n % 8, "test") for n in (4, 9, 17)]
+    only = replace(call, batches=batches, only={"sim": {"bm16-b", "bm64-a"}})
+    for run in (1, 2):
+        result = only.run()
+        assert (result.profiles[0].run, result.profiles[0].configs) == (run, 2)
+    sweep = load_sweep(place(call))
+    assert [c.key for c in sweep.record.columns if c.stage == "path"] == [
+        path_key("sim", n) for n in ("bm16-b", "bm64-a")
+    ]
+    assert sweep.histograms.tolist() == [[8 * (e == 4) for e in range(8)], [0, 18, *[0] * 6], [0, 34, *[0] * 6]]
+    assert np.isfinite(sweep.runs_us).all()
+    check_times(sweep, Simulated(), run=1)
+    # without those who know them, they stay, and only the plan's are measured
+    setting(call, minutes=0).run()
+    rows = load_sweep(place(call)).record.rows
+    assert [[us is not None for us in r.runs_us] for r in rows] == [[True, True, False]] * 3 + [
+        [False, False, True]
+    ] * 8
+
+
+def test_cover() -> None:
+    assert cover({"a": {"1"}, "b": {"1", "2", "3"}, "c": {"3", "4"}, "d": {"2"}}) == ["b", "c"]
+    assert cover({"a": set()}) == []
+    assert cover({}) == []
+
+
+def test_the_simulation_is_as_the_tests_think() -> None:
+    slow = [c for n, c in configs().items() if n.endswith("slow")]
+    histogram = BATCHES[0].histogram(SHAPE)
+    us = {n: Simulated().path_us(c, histogram) for n, c in configs().items()}
+    assert all(us[c.name] > 1.25 * min(us.values()) for c in slow)
+    assert SLOW > 1.25
+    assert sum(b.split == "tune" for b in BATCHES[:9]) == FIRST_ROWS
