@@ -25,7 +25,7 @@ class FakeBench:
     def check(self, kernel: str, config: str) -> None:
         self._do(config)
 
-    def time(self, kernel: str, config: str, launches: int) -> list[float]:
+    def time(self, kernel: str, config: str, launches: int, patience_us: float = 0.0) -> list[float]:
         self._do(config)
         return [float(self.topk_ids.sum())] * launches
 

@@ -6,9 +6,11 @@ Run as a script with the path of a pickled `Call`, it profiles them, so that a t
 from __future__ import annotations
 
 import functools
+import itertools
 import json
 import os
 import pickle
+import signal
 import sys
 import time
 from collections.abc import Callable, Collection, Mapping, Sequence
@@ -35,6 +37,8 @@ BATCHES = [
 """The eighth tune batch is that of index 8."""
 
 SLOW = 4.0
+COUNT = itertools.count()
+"""Of the benches of a process, so that no two draw the same noise."""
 
 
 class Simulated(LaunchableKernel):
@@ -90,7 +94,8 @@ class Simulated(LaunchableKernel):
 
 @dataclass(frozen=True)
 class Script:
-    """How the simulation behaves. Calls are logged, a JSON line each; `acts` says by METHOD/CONFIG what goes wrong."""
+    """How the simulation behaves. Calls are logged, a JSON line each; `acts` says by METHOD/CONFIG, or by
+    METHOD/CONFIG/TOKENS for batches of so many tokens, what goes wrong."""
 
     log: Path
     acts: dict[str, str] = field(default_factory=dict)
@@ -100,17 +105,16 @@ class Script:
 
 
 class SimulatedBench:
-    def __init__(self, script: Script, kernels: Sequence[Simulated], experts: int | None) -> None:
+    def __init__(self, script: Script, kernels: Sequence[Simulated]) -> None:
         if "make" in script.acts:
             raise MemoryError(script.acts["make"])
-        self.script, self.experts = script, experts
-        self.shape = SHAPE if experts is None else replace(SHAPE, num_experts=experts)
+        self.script = script
         self.kernels = {k.name: k for k in kernels}
         self.answers = True
-        self.rng = np.random.default_rng(os.getpid())
+        self.rng = np.random.default_rng(next(COUNT))
 
     def open(self, topk_ids: Any) -> None:
-        self.histogram = expert_histogram(topk_ids, self.shape.num_experts)
+        self.histogram = expert_histogram(topk_ids, SHAPE.num_experts)
         self._called("open", "")
 
     def healthy(self) -> bool:
@@ -122,10 +126,11 @@ class SimulatedBench:
     def check(self, kernel: str, config: str) -> None:
         self._called("check", config, kernel)
 
-    def time(self, kernel: str, config: str, launches: int) -> list[float]:
-        self._called("time", config, kernel)
+    def time(self, kernel: str, config: str, launches: int, patience_us: float) -> list[float]:
+        self._called("time", config, kernel, patience_us=patience_us)
         found = self._find(kernel, config)
-        return self._noisy(self.kernels[kernel].path_us(found, self.histogram), launches)
+        us = self._noisy(self.kernels[kernel].path_us(found, self.histogram), launches)
+        return us[:1] if us[0] > patience_us else us
 
     def time_stages(self, kernel: str, config: str, launches: int) -> dict[str, list[float]]:
         self._called("time_stages", config, kernel)
@@ -136,20 +141,22 @@ class SimulatedBench:
         return {key: self._noisy(us, launches) for key, us in stages.items()}
 
     def _find(self, kernel: str, config: str) -> KernelConfig:
-        return next(c for c in self.kernels[kernel].configs(self.shape, HARDWARE) if c.name == config)
+        return next(c for c in self.kernels[kernel].configs(SHAPE, HARDWARE) if c.name == config)
 
     def _noisy(self, us: float, launches: int) -> list[float]:
         return (
             (us * self.rng.lognormal(0, self.script.noise, launches)).tolist() if self.script.noise else [us] * launches
         )
 
-    def _called(self, method: str, config: str, kernel: str = "") -> None:
+    def _called(self, method: str, config: str, kernel: str = "", **given: float) -> None:
         batch = "-".join(map(str, self.histogram))
-        call = {"pid": os.getpid(), "method": method, "kernel": kernel, "config": config, "batch": batch}
+        call = {"pid": os.getpid(), "method": method, "kernel": kernel, "config": config, "batch": batch} | given
         with self.script.log.open("a") as f:
             f.write(json.dumps(call) + "\n")
-        time.sleep(self.script.delay_s)
-        act = self.script.acts.get(f"{method}/{config}")
+        if self.script.delay_s:
+            time.sleep(self.script.delay_s)
+        acts, tokens = self.script.acts, int(self.histogram.sum()) // SHAPE.top_k
+        act = acts.get(f"{method}/{config}/{tokens}", acts.get(f"{method}/{config}"))
         if act == "raises":
             raise ValueError("wrong by far")
         if act == "breaks the context":
@@ -159,12 +166,14 @@ class SimulatedBench:
             os._exit(3)
         if act == "hangs":
             time.sleep(600)
+        if act == "kills the run":
+            os.kill(os.getppid(), signal.SIGKILL)
 
 
-def make_bench(script: Script, shape: MoEShape, hardware: str, kernels: Sequence[str], experts: int | None) -> Any:
+def make_bench(script: Script, shape: MoEShape, hardware: str, kernels: Sequence[str]) -> Any:
     """In place of the command line's."""
     assert (shape, hardware) == (SHAPE, HARDWARE.name)
-    return SimulatedBench(script, [Simulated(k) for k in kernels], experts)
+    return SimulatedBench(script, [Simulated(k) for k in kernels])
 
 
 class Here:
@@ -215,16 +224,13 @@ class Call:
     only: Mapping[str, Collection[str]] | None = None
 
     def run(self, progress: Silent | None = None) -> Result:
-        def make_bench(experts: int | None) -> Callable[[], SimulatedBench]:
-            return functools.partial(SimulatedBench, self.script, self.kernels, experts)
-
         return profile(
             SHAPE,
             HARDWARE,
             self.kernels,
             self.settings,
             self.environment,
-            make_bench,
+            functools.partial(SimulatedBench, self.script, self.kernels),
             progress or Silent(),
             self.batches,
             self.only,

@@ -170,7 +170,8 @@ class Comparison:
         }
 
 
-def _sources(replay: Replay) -> list[dict[str, Any]]:
+def sources_of(replay: Replay) -> list[dict[str, Any]]:
+    """Where the replay's sweeps are from, as `Comparison.sources` has it."""
     return [
         {
             "summary": provenance(r.sweep),
@@ -266,7 +267,7 @@ def compare_recorded(replay: Replay, form: str = DEFAULT_FORM, mode: Mode = "rep
         model=replay.shape.label,
         kernels=replay.kernels,
         form=form,
-        sources=_sources(replay),
+        sources=sources_of(replay),
         stages=list(replay.stages),
         stages_left_out=replay.stages_left_out,
         batches=batches,
@@ -329,7 +330,7 @@ def compare_trace(replay: Replay, trace: Trace, form: str = DEFAULT_FORM) -> Com
         model=shape.label,
         kernels=replay.kernels,
         form=form,
-        sources=_sources(replay),
+        sources=sources_of(replay),
         stages=list(replay.stages),
         stages_left_out=replay.stages_left_out,
         batches=batches,

@@ -31,14 +31,21 @@ svg { max-width: 100%; height: auto }
 """
 
 
-def write_report(result: Comparison, path: Path) -> None:
-    """Write the page, atomically. Raises RampMoEError without matplotlib, ProfileError where it cannot be written."""
+def check_report(path: Path) -> None:
+    """Raises what `write_report` would without matplotlib, or for a folder: it is known before minutes of measuring."""
     try:
-        import matplotlib
+        import matplotlib  # noqa: F401
     except ImportError:
         raise RampMoEError("--html draws its plots with matplotlib: pip install 'ramp-moe[plots]'") from None
     if path.is_dir():
         raise ProfileError(f"cannot write {path}: it is a folder; name a file")
+
+
+def write_report(result: Comparison, path: Path) -> None:
+    """Write the page, atomically. Raises RampMoEError without matplotlib, ProfileError where it cannot be written."""
+    check_report(path)
+    import matplotlib
+
     # Text stays text, so that the page can be searched; a fixed salt makes the same result give the same file.
     with matplotlib.rc_context({"svg.fonttype": "none", "svg.hashsalt": "ramp-moe", "font.size": 10}):
         page = _page(result)

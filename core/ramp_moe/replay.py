@@ -93,7 +93,7 @@ class Replay:
             histograms=self.histograms[rows],
             labels=[self.labels[i] for i in rows],
             times_us=self.times_us[rows],
-            runs_us=self.runs_us[:, rows],
+            runs_us=_measured_first(self.runs_us[:, rows]),
         )
 
     def fit(self, rows: IndexArray | None = None, form: str = DEFAULT_FORM) -> CostModel:
@@ -138,11 +138,13 @@ def load_replay(
 
 
 def view(sweep: Sweep, stages: Sequence[str] = ()) -> Sweep:
-    """The columns of these kinds; where none is named, the whole paths, or all stages of a sweep that has no paths.
-    Raises ProfileError where a named kind was not measured."""
+    """The columns of these kinds, with the batches on which they were timed; where none is named, the whole paths, or
+    all stages of a sweep that has no paths. Raises ProfileError where a named kind was not measured."""
     if not stages and PATH not in sweep.stages:
         return sweep
-    return sweep.only(stages or [PATH])
+    found = sweep.only(stages or [PATH])
+    timed = np.isfinite(found.runs_us).any(axis=(0, 2))
+    return found if timed.all() else found.select(np.flatnonzero(timed).tolist())
 
 
 @contextmanager
@@ -194,8 +196,8 @@ def _align(shape: MoEShape, hardware: Hardware, found: Sequence[Recording], stri
     first = aligned[0].sweep
     times = np.concatenate([path_times(r.sweep, r.candidates) for r in aligned], axis=1)
     runs = [_measured_first(path_times(r.sweep, r.candidates, runs=True)) for r in aligned]
-    shared = min(len(r) for r in runs)
-    runs_us = np.concatenate([r[:shared] for r in runs], axis=2)
+    common = min(len(r) for r in runs)
+    runs_us = np.concatenate([r[:common] for r in runs], axis=2)
     return Replay(shape, hardware, tuple(aligned), first.histograms, first.labels, times, runs_us, notes)
 
 

@@ -5,7 +5,8 @@ A sweep file (format "ramp-moe/sweep", version 2) is one JSON object:
     device, kernel, kernel_version   hardware name in this library; which kernel, and the version or commit that ran
     shape                            num_experts, top_k, hidden_size, intermediate_size, dtype, name
     runs                             each time that the batches were measured: {"measured" (ISO 8601), "device_name",
-                                     "gpu" (start of its UUID), "driver", "software" (versions), "method", "notes"}
+                                     "gpu" (start of its UUID), "driver", "software" (versions), "method",
+                                     "seconds" (that the run took, all its kernels together), "notes"}
     columns                          what was timed: {"stage": kind or "path", "key": stage key, "params": {...}}
     left_out                         configurations without a column, by why: {"reason", "configs"}
     rows                             a batch each: {"num_tokens", "routing" (a label), "histogram" [E], "seed" (of the
@@ -21,7 +22,7 @@ measurements.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -83,6 +84,7 @@ class Run(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     software: dict[str, str]
     method: str
     gpu: str = ""
+    seconds: float | None = None
     notes: list[str] = []
 
 
@@ -173,7 +175,13 @@ class Sweep:
                 f"the sweep of {self.kernel} for {self.shape.label} on {self.device} has no times of "
                 f"{', '.join(missing)}; it has {', '.join(self.stages)}"
             )
-        index = [i for i, c in enumerate(self.record.columns) if c.stage in stages]
+        return self._columns([i for i, c in enumerate(self.record.columns) if c.stage in stages])
+
+    def without(self, keys: Collection[str]) -> Sweep:
+        """The same sweep without the columns of these keys."""
+        return self._columns([i for i, c in enumerate(self.record.columns) if c.key not in keys])
+
+    def _columns(self, index: Sequence[int]) -> Sweep:
         rows = [
             msgspec.structs.replace(r, runs_us=[u and [u[i] for i in index] for u in r.runs_us])
             for r in self.record.rows

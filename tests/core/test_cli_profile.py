@@ -2,62 +2,25 @@
 
 from __future__ import annotations
 
-import functools
 import json
+import re
+import shutil
 from dataclasses import replace
 from importlib import metadata
 from pathlib import Path
-from typing import Any
 
 import pytest
 from click.testing import CliRunner, Result
-from ramp_moe import Hardware, HardwareError, Kernel, Model, Registry, load_sweep
-from ramp_moe.cli import main
+from ramp_moe import Hardware, HardwareError, Registry, load_sweep
+from ramp_moe.cli import gpu, main
 from ramp_moe.cli import profile as command
 from ramp_moe.kernel import version_of
-from ramp_moe.profiler import pool
 from ramp_moe.profiler.gpu import GpuState
 from ramp_moe.profiler.journal import journal_path
-from ramp_moe.store import relative_path, user_data_dir
-from simulated_bench import HARDWARE, SHAPE, Here, Script, Simulated, make_bench
-
-IDLE = GpuState("NVIDIA H200", "580.1", "GPU-01234567-89ab", 100 * 2**30, 0, 0.0, ())
-MODEL = ("--model", "tiny", "--dtype", "bf16", "--minutes", "0")
-
-
-class Unavailable(Simulated):
-    def unavailable(self) -> str | None:
-        return "its package is missing: pip install it"
-
-
-class Described(Kernel):
-    name = "described"
-
-    def configs(self, shape: Any, hardware: Any) -> Any:
-        return Simulated().configs(shape, hardware)
-
-    def weight_layout(self, shape: Any) -> Any:
-        return Simulated().weight_layout(shape)
-
-
-class Machine:
-    """A registry and a GPU that a test may change before it runs the command."""
-
-    def __init__(self, log: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-        self.registry = Registry(load_entry_points=False)
-        self.registry.models["tiny"] = Model(SHAPE, "a test")
-        self.registry.kernels |= {"sim": Simulated()}
-        self.state, self.log, self.patch = IDLE, log, monkeypatch
-        monkeypatch.setattr(command, "get_registry", lambda: self.registry)
-        monkeypatch.setattr(command, "gpu_state", lambda: self.state)
-        monkeypatch.setattr(pool, "Worker", Here)
-        self.acts({})
-
-    def acts(self, acts: dict[str, str]) -> None:
-        self.patch.setattr(command, "_make_bench", functools.partial(make_bench, Script(self.log, acts)))
-
-    def run(self, *args: object) -> Result:
-        return CliRunner().invoke(main, ["profile", *MODEL, *map(str, args)])
+from ramp_moe.store import user_data_dir
+from ramp_moe_kernels.triton import kernel as triton_kernel
+from simulated_bench import HARDWARE, SHAPE
+from simulated_gpu import IDLE, Described, Machine, Unavailable, place
 
 
 @pytest.fixture
@@ -65,34 +28,38 @@ def machine(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Machine:
     return Machine(tmp_path / "calls", monkeypatch)
 
 
-def place(folder: Path) -> Path:
-    return folder / relative_path("sim", SHAPE, HARDWARE)
+def run(machine: Machine, *args: object) -> Result:
+    return machine.run("profile", "--minutes", 0, *args)
 
 
 def test_what_it_prints(machine: Machine) -> None:
     machine.registry.kernels |= {"described": Described(), "other": Unavailable("other")}
     machine.acts({"check/bm64-b": "raises"})
-    result = machine.run()
+    result = run(machine)
     assert result.exit_code == 0, result.output
     assert result.stderr.splitlines()[:2] == [
         "described left out: it is only described, there is nothing to launch",
         "other left out: its package is missing: pip install it",
     ]
-    assert result.stderr.splitlines()[-2:] == ["check: 6 configurations", "measure: 138 batches at most"]
+    assert result.stderr.splitlines()[-3:] == [
+        "check: 6 configurations",
+        "probe: 8 batches",
+        "measure: 138 batches at most",
+    ]
     assert "tiny on h200: 8 of 138 batches" in result.stdout
     assert str(place(user_data_dir())) in result.stdout.replace("\n", "")
     assert "sim/bm64-b: fails its check: ValueError: wrong by far" in result.stdout
     assert result.stdout.splitlines()[-1] == "next: ramp-moe compare --model tiny --dtype bf16 --device h200"
-    run = load_sweep(place(user_data_dir())).record.runs[0]
-    assert (run.device_name, run.driver, run.gpu) == ("NVIDIA H200", "580.1", "GPU-01234567")
-    assert {"python", "torch", "cuda", "ramp-moe"} <= run.software.keys()
-    assert run.notes == []
+    (recorded,) = load_sweep(place(user_data_dir())).record.runs
+    assert (recorded.device_name, recorded.driver, recorded.gpu) == ("NVIDIA H200", "580.1", "GPU-01234567")
+    assert {"python", "torch", "cuda", "ramp-moe"} <= recorded.software.keys()
+    assert recorded.notes == []
 
 
 def test_json(machine: Machine, tmp_path: Path) -> None:
     machine.registry.kernels["described"] = Described()
     machine.acts({"check/bm64-b": "raises"})
-    result = machine.run("--output", tmp_path / "out", "--json")
+    result = run(machine, "--output", tmp_path / "out", "--json")
     assert result.exit_code == 0, result.output
     found = json.loads(result.stdout)
     assert found.pop("seconds") > 0
@@ -116,14 +83,14 @@ def test_json(machine: Machine, tmp_path: Path) -> None:
         ],
         "notes": ["described left out: it is only described, there is nothing to launch"],
     }
-    shown = machine.run("--output", tmp_path / "out")
+    shown = run(machine, "--output", tmp_path / "out")
     assert f"--device h200 --profile {tmp_path / 'out'}" in shown.stdout
     assert len(load_sweep(place(tmp_path / "out")).record.runs) == 2
 
 
 def test_a_busy_gpu(machine: Machine) -> None:
     machine.state = replace(IDLE, processes=((4321, 2**30),))
-    result = machine.run("--json")
+    result = run(machine, "--json")
     assert "warning: NVIDIA H200 is in use by others (process 4321" in result.stderr
     (note,) = load_sweep(place(user_data_dir())).record.runs[0].notes
     assert "process 4321" in note
@@ -144,15 +111,15 @@ def test_no_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
         (replace(IDLE, used_bytes=99 * 2**30), (), "tiny bf16 needs"),
         (replace(IDLE, name="NVIDIA GeForce"), (), "no constants for GPU 'NVIDIA GeForce'"),
         (IDLE, ("--kernel", "simm"), "unknown kernel 'simm'; did you mean 'sim'?"),
-        (IDLE, ("--kernel", "other"), "kernel other cannot be profiled for tiny on h200: its package is missing"),
-        (IDLE, ("--kernel", "described"), "kernel described cannot be profiled for tiny on h200: it is only described"),
+        (IDLE, ("--kernel", "other"), "kernel other cannot be measured for tiny on h200: its package is missing"),
+        (IDLE, ("--kernel", "described"), "kernel described cannot be measured for tiny on h200: it is only described"),
         (IDLE, ("--prune", "0.5"), "is not in the range x>=1"),
     ],
 )
 def test_errors(machine: Machine, state: GpuState, args: tuple[str, ...], message: str) -> None:
     machine.state = state
     machine.registry.kernels |= {"described": Described(), "other": Unavailable("other")}
-    result = machine.run(*args)
+    result = run(machine, *args)
     assert result.exit_code == 2
     assert message in result.stderr
     assert result.stdout == ""
@@ -162,9 +129,9 @@ def test_errors(machine: Machine, state: GpuState, args: tuple[str, ...], messag
 def test_no_kernel_at_all(machine: Machine) -> None:
     machine.registry.kernels.clear()
     machine.registry.kernels["described"] = Described()
-    result = machine.run()
+    result = run(machine)
     assert result.exit_code == 2
-    assert "no kernel can be profiled for tiny on h200: described left out: it is only described" in result.stderr
+    assert "no kernel can be measured for tiny on h200: described left out: it is only described" in result.stderr
 
 
 def test_ctrl_c(machine: Machine, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -173,13 +140,13 @@ def test_ctrl_c(machine: Machine, monkeypatch: pytest.MonkeyPatch) -> None:
             raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr(command._Display, "at", interrupt)
-        result = machine.run()
+        patch.setattr(gpu.Display, "at", interrupt)
+        result = run(machine)
     assert result.exit_code == 130
     journal = journal_path(user_data_dir(), SHAPE, HARDWARE)
     last = result.stderr.splitlines()[-1]
     assert last == f"interrupted: what was measured is kept in {journal}, the same command goes on from it"
-    again = machine.run()
+    again = run(machine)
     assert again.exit_code == 0
     assert f"going on with {journal}: 2 of 138 batches measured in 0.0 minutes" in again.stderr
     assert not journal.exists()
@@ -190,14 +157,14 @@ def test_ctrl_c_before_anything_is_measured(machine: Machine, monkeypatch: pytes
         raise KeyboardInterrupt
 
     monkeypatch.setattr(command, "profile", interrupt)
-    result = machine.run()
+    result = run(machine)
     assert (result.exit_code, result.stderr) == (130, "interrupted: nothing was measured\n")
 
 
 def test_the_bar_on_a_terminal(machine: Machine, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("FORCE_COLOR", "1")
     monkeypatch.setenv("COLUMNS", "200")
-    result = machine.run("--json", "--minutes", "60")
+    result = run(machine, "--json", "--minutes", "60")
     assert "60.0 minutes left" in result.stderr
     assert "batch 138 of 138 (" in result.stderr
     json.loads(result.stdout)
@@ -210,13 +177,29 @@ def test_the_worker_looks_at_the_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
     def detect(known: object) -> Hardware:
         return b200
 
-    monkeypatch.setattr(command, "detect", detect)
+    monkeypatch.setattr(gpu, "detect", detect)
     with pytest.raises(HardwareError, match="CUDA's first GPU is b200, nvidia-smi's h200; set CUDA_VISIBLE_DEVICES"):
-        command._make_bench(SHAPE, "h200", ["sim"], None)
+        gpu._make_bench(SHAPE, "h200", ["sim"])
 
 
 def test_versions_of_kernels(registry: Registry) -> None:
-    for name in ("triton", "vllm_triton"):
-        assert registry.kernel(name).version() == metadata.version("ramp-moe")
+    version = metadata.version("ramp-moe")
+    assert registry.kernel("vllm_triton").version() == version
+    assert re.fullmatch(rf"{re.escape(version)}\+[0-9a-f]{{8}}", registry.kernel("triton").version())
     assert version_of("numpy") == metadata.version("numpy")
     assert version_of("no_such_package") == "?"
+
+
+def test_a_change_of_the_sources_is_another_version_of_the_triton_kernel(
+    registry: Registry, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    kernel, sources = registry.kernel("triton"), tmp_path / "triton"
+    before = kernel.version()
+    shutil.copytree(Path(triton_kernel.__file__).parent, sources, ignore=shutil.ignore_patterns("__pycache__"))
+    monkeypatch.setattr(triton_kernel, "__file__", str(sources / "kernel.py"))
+    assert kernel.version() == before
+    for name in ("kernel.py", "forward.py", "config.py"):
+        with (sources / name).open("a") as f:
+            f.write("#")
+        assert kernel.version() != before
+        before = kernel.version()

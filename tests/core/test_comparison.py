@@ -18,14 +18,16 @@ from ramp_moe.evaluation import (
     regret,
     selection_noise,
     single_choices,
-    split_half_regret,
     sparse_table,
+    split_half_regret,
     static_table,
     table_choice,
     table_choices,
 )
 from ramp_moe.replay import Replay, load_model, load_replay
 from ramp_moe.store import relative_path, user_data_dir
+from ramp_moe.sweep import FORMAT, VERSION, Column, Row, Run, ShapeRecord, SweepRecord, make_sweep, path_key
+from simulated_bench import HARDWARE, SHAPE, Simulated
 
 
 def test_folds_cover_every_row_once() -> None:
@@ -287,3 +289,57 @@ def test_stages_can_be_judged_alone(registry: Registry, sweep_file: Path, olmoe:
     assert gemm.times_us.shape == (78, 152)
     with pytest.raises(ProfileError, match="has no times of combine; it has path, gemm"):
         load_replay(registry, store, olmoe, h200, ["alpha_moe"], ["combine"])
+
+
+def write_paths(folder: Path, kernel: Simulated, runs: list[list[int]]) -> None:
+    """A profile of whole paths of four batches: run r of a batch took 100 (r + 1) + 10 row us, and each configuration
+    1 us more than the one before; `runs` says which batches each run measured."""
+    configs = kernel.configs(SHAPE, HARDWARE)
+    us = {(r, i): [100.0 * (r + 1) + 10 * i + c for c in range(len(configs))] for r, of in enumerate(runs) for i in of}
+    rows = [
+        Row(8, "uniform", [16 - i, i, *[0] * 6], [us.get((r, i)) for r in range(len(runs))], i, "test" if i else "tune")
+        for i in range(4)
+    ]
+    record = SweepRecord(
+        FORMAT,
+        VERSION,
+        HARDWARE.name,
+        kernel.name,
+        "1",
+        ShapeRecord.of(SHAPE),
+        [Run(f"2026-11-2{r}", "NVIDIA H200", "580.1", {}, "by hand") for r in range(len(runs))],
+        [Column("path", path_key(kernel.name, c.name)) for c in configs],
+        [],
+        rows,
+    )
+    make_sweep(record).save(folder / relative_path(kernel.name, SHAPE, HARDWARE))
+
+
+def test_runs_of_kernels_that_were_measured_at_different_times(tmp_path: Path) -> None:
+    """A batch's first run of one kernel stands beside the first of the other, whichever runs these were."""
+    kernels = Simulated("one"), Simulated("two")
+    write_paths(tmp_path, kernels[0], [[0, 1, 2, 3], [0, 1, 2, 3]])
+    write_paths(tmp_path, kernels[1], [[0, 1], [2, 3], [0, 2, 3], [3]])
+    registry = Registry(load_entry_points=False)
+    registry.kernels = {k.name: k for k in kernels}
+    replay = load_replay(registry, ProfileStore([tmp_path]), SHAPE, HARDWARE)
+    assert replay.kernels == ["one", "two"]
+    first = replay.runs_us[:, :, [0, 6]]
+    expected = [
+        [[100.0, 100.0], [110.0, 110.0], [120.0, 220.0], [130.0, 230.0]],
+        [[200.0, 300.0], [210.0, np.nan], [220.0, 320.0], [230.0, 330.0]],
+    ]
+    assert np.array_equal(first, expected, equal_nan=True)
+
+
+def test_runs_that_measured_none_of_the_chosen_batches_do_not_count(tmp_path: Path) -> None:
+    """The batch to fit on was measured four times, those to judge on twice."""
+    kernel = Simulated()
+    write_paths(tmp_path, kernel, [[0], [0], [0, 1, 2, 3], [0, 1, 2, 3]])
+    registry = Registry(load_entry_points=False)
+    registry.kernels = {kernel.name: kernel}
+    replay = load_replay(registry, ProfileStore([tmp_path]), SHAPE, HARDWARE)
+    test = replay.of("test")
+    assert len(replay.runs_us) == 4
+    assert test is not None
+    assert test.runs_us[:, :, 0].tolist() == [[310.0, 320.0, 330.0], [410.0, 420.0, 430.0]]

@@ -41,7 +41,7 @@ EVENTS = [
     Stages(3.0, 0, "plain/a", {}),
     Row(3.5, 0),
     Dropped(4.0, "sim/c", "slow", pruned=True),
-    Judged(4.0),
+    Judged(4.0, 8),
     Complete(5.0),
 ]
 
@@ -87,7 +87,7 @@ def test_what_is_appended_is_read_back(written: Path) -> None:
     assert taken.stages == {0: {"gemm": [9.0], "combine": [1.0]}}
     assert taken.staged == {0: {"sim/a", "plain/a"}}
     assert taken.stageless == {"plain"}
-    assert (taken.rows, taken.notes, taken.judged, taken.complete) == ({0}, ["the GPU is busy"], True, True)
+    assert (taken.rows, taken.notes, taken.judged, taken.complete) == ({0}, ["the GPU is busy"], 8, True)
     journal.close()
     first = json.loads(written.read_text().splitlines()[0])
     assert (first["format"], first["version"], first["kernels"]["sim"]["version"]) == ("ramp-moe/journal", 1, "1")
@@ -100,7 +100,7 @@ def test_a_line_that_a_kill_cut_off_is_dropped(written: Path, cut: int) -> None:
     written.write_bytes(whole[: -min(cut, len(last) - 1)])
     journal = opened(written)
     assert not journal.taken.complete
-    assert journal.taken.judged
+    assert journal.taken.judged == 8
     journal.append(EVENTS[-1])
     journal.close()
     assert written.read_bytes() == whole

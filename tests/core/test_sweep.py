@@ -229,3 +229,47 @@ def test_runs_splits_and_kinds_of_columns(sweep_file: Path) -> None:
     assert sweep.only(["path"]).runs_us.shape == (2, 78, 1)
     with pytest.raises(ProfileError, match="has no times of combine; it has path, gemm"):
         sweep.only(["combine", "gemm"])
+
+
+def test_without_columns(sweep_file: Path) -> None:
+    sweep = load_sweep(edited(sweep_file, two_runs))
+    keys = [c.key for c in sweep.record.columns]
+    part = sweep.without({keys[0], keys[3], "path/alpha_moe/unheard-of"})
+    kept = [i for i in range(152) if i not in (0, 3)]
+    assert [c.key for c in part.record.columns] == [keys[i] for i in kept]
+    assert np.array_equal(part.runs_us, sweep.runs_us[:, :, kept], equal_nan=True)
+    assert part.record.rows[2].runs_us[1] is None
+    assert part.stages == ("gemm",)
+
+
+def test_extended_by_the_batches_of_another(sweep_file: Path, tmp_path: Path) -> None:
+    """Two runs of 78 batches, then one run of two others, which has the first columns in another order."""
+    one = load_sweep(edited(sweep_file, two_runs))
+    before = msgspec.json.encode(one.record)
+    raw = msgspec.to_builtins(one.record)
+    order = [4, 1, 2]
+    raw["columns"] = [raw["columns"][i] for i in order] + [{"stage": "gemm", "key": "another", "params": {}}]
+    raw["runs"] = [raw["runs"][0] | {"measured": "2027-01-01", "gpu": "GPU-7"}]
+    raw["rows"] = [
+        raw["rows"][i] | {"seed": i, "split": "test", "runs_us": [[10.0 + i, 20.0 + i, None, 40.0]]} for i in (3, 5)
+    ]
+    (tmp_path / "other.json").write_text(json.dumps(raw))
+    other = load_sweep(tmp_path / "other.json")
+    both = one.extended(other)
+    assert [c.key for c in both.record.columns] == [one.record.columns[i].key for i in (1, 2, 4)]
+    assert [r.measured for r in both.record.runs] == ["2026-11-20", "2026-12-01", "2027-01-01"]
+    assert both.record.runs[2].gpu == "GPU-7"
+    assert both.labels == [*one.labels, *other.labels]
+    assert both.rows_of("test") == [1, 78, 79]
+    assert [r.seed for r in both.record.rows[78:]] == [3, 5]
+    assert np.array_equal(both.runs_us[:2, :78], one.runs_us[:, :, [1, 2, 4]], equal_nan=True)
+    assert np.isnan(both.runs_us[:2, 78:]).all()
+    assert np.isnan(both.runs_us[2, :78]).all()
+    assert np.array_equal(both.runs_us[2, 78:], [[20.0 + i, np.nan, 10.0 + i] for i in (3, 5)], equal_nan=True)
+    assert both.record.rows[0].runs_us[2] is None
+    assert both.record.rows[2].runs_us[1:] == [None, None]
+    both.save(tmp_path / "both.json")
+    assert load_sweep(tmp_path / "both.json").record == both.record
+    assert msgspec.json.encode(one.record) == before
+    with pytest.raises(ProfileError, match="a sweep needs at least one column"):
+        one.only(["path"]).extended(other.only(["gemm"]))

@@ -7,7 +7,7 @@ from typing import Any
 import click
 
 from ..errors import RampMoEError
-from . import choose, listing, profile
+from . import choose, compare, listing, profile
 
 
 class _Failure(click.ClickException):
@@ -36,7 +36,7 @@ for _command in (
     choose.regions,
     choose.fit,
     choose.explain,
-    choose.compare,
+    compare.compare,
     profile.profile_command,
 ):
     main.add_command(_command)

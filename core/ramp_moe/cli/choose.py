@@ -1,4 +1,4 @@
-"""`ramp-moe regions`, `fit`, `explain` and `compare`: where a batch stands, and what to run for it."""
+"""`ramp-moe regions`, `fit` and `explain`: where a batch stands, and what to run for it."""
 
 from __future__ import annotations
 
@@ -9,17 +9,15 @@ from typing import Any
 import click
 import numpy as np
 
-from ..comparison import compare_recorded, compare_trace
+from ..comparison import compare_recorded
 from ..cost_model import CostModel, get_form, provenance
 from ..fit_file import make_record, save_fit
-from ..html import write_report
-from ..kernel import STAGE_KINDS, usable_configs
+from ..kernel import usable_configs
 from ..plugins import get_registry
 from ..regions import analyse
 from ..replay import fit_recorded, load_model, load_replay
 from ..routing import IntArray
 from ..store import FIT_SUFFIX, ProfileStore, relative_path, user_data_dir
-from ..trace import load_trace
 from . import tables
 from .options import (
     batch_options,
@@ -188,53 +186,3 @@ def _explained(model: CostModel, histogram: IntArray) -> list[dict[str, Any]]:
             }
         )
     return rows
-
-
-@click.command()
-@model_option
-@device_option
-@dtype_option
-@kernel_option
-@profile_option
-@form_option
-@click.option(
-    "--trace", type=click.Path(path_type=Path), help="Predict costs on recorded routing (JSON or JSON lines)."
-)
-@click.option(
-    "--stage",
-    "stages",
-    multiple=True,
-    type=click.Choice(STAGE_KINDS),
-    help="Judge the times of this kind of stage alone, not whole paths (repeatable).",
-)
-@click.option(
-    "--html", "html_path", type=click.Path(path_type=Path), help="Also write one self-contained page with plots."
-)
-@json_option
-def compare(
-    model: str,
-    device: str,
-    dtype: str,
-    kernels: tuple[str, ...],
-    profiles: tuple[Path, ...],
-    form: str,
-    trace: Path | None,
-    stages: tuple[str, ...],
-    html_path: Path | None,
-    as_json: bool,
-) -> None:
-    """Compare static dispatch, retrofitted dispatch and the best in hindsight on recorded measurements."""
-    get_form(form)
-    registry = get_registry()
-    shape, hardware = registry.shape(model, dtype), resolve_device(registry, device)
-    recorded_trace = None if trace is None else load_trace(trace)
-    replay = load_replay(registry, ProfileStore(profiles, registry.profile_dirs), shape, hardware, kernels, stages)
-    result = compare_trace(replay, recorded_trace, form) if recorded_trace else compare_recorded(replay, form)
-    if html_path is not None:
-        write_report(result, html_path)
-    if as_json:
-        print_json(result.as_dict())
-    else:
-        console().print(*tables.comparison(result), sep="\n")
-        if html_path is not None:
-            click.echo(f"report: {html_path}")

@@ -2,39 +2,27 @@
 
 from __future__ import annotations
 
-import functools
-import platform
-from collections.abc import Iterable, Sequence
-from dataclasses import asdict, replace
-from importlib import metadata
+from collections.abc import Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import click
-from rich.console import Console, RenderableType
+from rich.console import RenderableType
 from rich.markup import escape
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
 from rich.table import Table
 
-from ..device import LaunchableKernel
-from ..errors import HardwareError, KernelError
-from ..hardware import Hardware, detect, identify
-from ..kernel import WeightLayout
-from ..plugins import Registry, get_registry
-from ..profiler.gpu import GpuState, check_memory, gpu_state, memory_needed
+from ..hardware import Hardware
+from ..plugins import get_registry
+from ..profiler.gpu import GpuState
 from ..profiler.journal import journal_path
 from ..profiler.plan import plan
-from ..profiler.session import CHECK_TOKENS, profile, sliver_experts
-from ..profiler.settings import Environment, Result, Settings, default_warmers
-from ..profiler.worker import BenchLike, make_gpu_bench
+from ..profiler.session import profile
+from ..profiler.settings import Result, Settings
 from ..shapes import MoEShape
 from ..store import user_data_dir
-from .listing import describe_kernel, why_unavailable
+from .gpu import INTERRUPTED, UUID_START, Display, choose_kernels, find_gpu, set_up
 from .options import console, dtype_option, json_option, kernel_option, model_option, print_json
-
-UUID_START = 12
-"""Characters of a GPU's UUID ("GPU-" and eight digits) that tell one from another."""
-INTERRUPTED = 130
 
 
 @click.command(name="profile")
@@ -56,9 +44,9 @@ INTERRUPTED = 130
 @click.option(
     "--prune",
     type=click.FloatRange(min=1),
-    default=1.2,
+    default=1.15,
     show_default=True,
-    help="Drop configurations that are never within this factor of the best; inf keeps all.",
+    help="Drop configurations that are never within this factor of their kernel's best; inf keeps all.",
 )
 @json_option
 @click.pass_context
@@ -75,34 +63,18 @@ def profile_command(
     """Measure kernels on this machine's GPU and record their profiles. Interrupted, the same command goes on."""
     registry = get_registry()
     shape = registry.shape(model, dtype)
-    state = gpu_state()
-    # Without its SM count, which takes a CUDA context: the worker has one, and refuses a MIG slice.
-    hardware = identify(registry.hardware.values(), state.name)
-    display = _Display(minutes)
-    chosen, left_out = _choose(registry, kernels, shape, hardware)
+    state, hardware = find_gpu(registry)
+    display = Display(minutes)
+    chosen, left_out = choose_kernels(registry, kernels, registry.kernels, shape, hardware)
     for note in left_out:
         display.note(note)
     batches = plan(shape)
-    check_memory(shape, _layouts(chosen, shape), max(b.num_tokens for b in batches), state)
-    busy = state.busy()
-    if busy:
-        display.note(f"warning: {busy}")
-    environment = Environment(state.name, state.driver, state.uuid[:UUID_START], _software(), [busy] if busy else [])
+    setup = set_up(shape, hardware, state, chosen, max(b.num_tokens for b in batches), display.note)
     folder = output or user_data_dir()
-    settings = Settings(minutes, folder, prune, warmers=_warmers(chosen, shape, state))
-    bench = functools.partial(_make_bench, shape, hardware.name, [k.name for k in chosen])
+    settings = Settings(minutes, folder, prune, warmers=setup.warmers)
     try:
         with display:
-            result = profile(
-                shape,
-                hardware,
-                chosen,
-                settings,
-                environment,
-                lambda experts: functools.partial(bench, experts),
-                display,
-                batches,
-            )
+            result = profile(shape, hardware, chosen, settings, setup.environment, setup.make_bench, display, batches)
     except KeyboardInterrupt:
         journal = journal_path(folder, shape, hardware)
         kept = f"what was measured is kept in {journal}, the same command goes on from it"
@@ -114,104 +86,6 @@ def profile_command(
         compare = f"ramp-moe compare --model {model} --dtype {dtype} --device {hardware.name}"
         console().print(*_summary(shape, hardware, result), sep="\n")
         click.echo(f"next: {compare}" + (f" --profile {output}" if output else ""))
-
-
-def _make_bench(shape: MoEShape, hardware: str, kernels: Sequence[str], experts: int | None) -> BenchLike:
-    """In the worker: a bench, once this is surely the GPU that the profile will be filed under."""
-    found = detect(get_registry().hardware.values())
-    if found.name != hardware:
-        raise HardwareError(f"CUDA's first GPU is {found.name}, nvidia-smi's {hardware}; set CUDA_VISIBLE_DEVICES")
-    return make_gpu_bench(shape, hardware, kernels, experts)
-
-
-def _choose(
-    registry: Registry, names: Sequence[str], shape: MoEShape, hardware: Hardware
-) -> tuple[list[LaunchableKernel], list[str]]:
-    """The kernels to measure, and why others are not. Raises KernelError where one that was asked for, or all, cannot
-    be."""
-    chosen, left_out = [], []
-    for name in dict.fromkeys(names) or registry.kernels:
-        kernel = registry.kernel(name)
-        if not isinstance(kernel, LaunchableKernel):
-            reason: str | None = "it is only described, there is nothing to launch"
-        else:
-            reason = describe_kernel(kernel, shape, hardware)[2] or why_unavailable(kernel)
-            if reason is None:
-                chosen.append(kernel)
-                continue
-        if names:
-            raise KernelError(f"kernel {name} cannot be profiled for {shape.label} on {hardware.name}: {reason}")
-        left_out.append(f"{name} left out: {reason}")
-    if not chosen:
-        raise KernelError(f"no kernel can be profiled for {shape.label} on {hardware.name}: {'; '.join(left_out)}")
-    return chosen, left_out
-
-
-def _layouts(kernels: Iterable[LaunchableKernel], shape: MoEShape) -> list[WeightLayout]:
-    layouts = [k.weight_layout(shape) for k in kernels]
-    return list({layout.key: layout for layout in layouts}.values())
-
-
-def _warmers(kernels: Sequence[LaunchableKernel], shape: MoEShape, state: GpuState) -> int:
-    """Processes that compile: no more than have room on the GPU at the same time."""
-    sliver = replace(shape, num_experts=sliver_experts(shape))
-    needed = sum(memory_needed(sliver, _layouts(kernels, sliver), CHECK_TOKENS).values())
-    return max(1, min(default_warmers(), state.free_bytes // needed))
-
-
-def _software() -> dict[str, str]:
-    """Versions of what has a part in the times."""
-    import torch
-
-    versions = {
-        "python": platform.python_version(),
-        "torch": str(torch.__version__),
-        "cuda": torch.version.cuda or "none",
-    }
-    for name in ("triton", "ramp-moe"):
-        try:
-            versions[name] = metadata.version(name)
-        except metadata.PackageNotFoundError:
-            continue
-    return versions
-
-
-class _Display:
-    """The run's progress on stderr: a bar on a terminal, else a line for each phase."""
-
-    def __init__(self, minutes: float) -> None:
-        self._console = Console(stderr=True, highlight=False, soft_wrap=True)
-        self._seconds = minutes * 60
-        self._bar = Progress(
-            TextColumn("{task.description}"),
-            BarColumn(bar_width=30),
-            MofNCompleteColumn(),
-            TextColumn("{task.fields[left]} [dim]{task.fields[doing]}"),
-            console=self._console,
-            disable=not self._console.is_terminal,
-            transient=True,
-        )
-        self._task = self._bar.add_task("", visible=False, left="", doing="")
-
-    def __enter__(self) -> None:
-        self._bar.start()
-
-    def __exit__(self, *_: object) -> None:
-        self._bar.stop()
-
-    def phase(self, name: str, steps: int) -> None:
-        if self._console.is_terminal:
-            self._bar.reset(self._task, description=name, total=steps, visible=True, left="", doing="")
-        else:
-            self._console.print(f"{name}: {steps} {'batches at most' if name == 'measure' else 'configurations'}")
-
-    def at(self, done: int, doing: str, spent: float) -> None:
-        left = self._seconds - spent
-        clock = "time is up" if left <= 0 else f"{left / 60:.1f} minutes left"
-        self._bar.update(self._task, completed=done, doing=escape(doing), left=clock)
-
-    def note(self, text: str) -> None:
-        self._console.print(escape(text))
 
 
 def _as_dict(

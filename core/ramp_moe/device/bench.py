@@ -7,7 +7,7 @@ that record events lie around the path, or around each of its stages. So the hos
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -31,9 +31,10 @@ COLUMNS = 64
 """Columns of a block that is judged alone: no more than a tile that could be left out."""
 PART = 4096
 """Routed ids that the reference computes at a time: its memory is small whatever one expert has to do."""
-VISIT_US = 4000.0
-"""A path so long is launched less often: its times repeat better, and a visit must not take long."""
-MIN_LAUNCHES = 2
+LONG_US = 1000.0
+"""A path so long is timed as it is launched from the host, and LONG_LAUNCHES times at most: the host keeps ahead of it,
+its times repeat to a few tenths of a per cent, and most of what measuring takes goes into the longest paths."""
+LONG_LAUNCHES = 2
 NEGLIGIBLE = 1e-3
 """A token's reference below this part of the usual one counts as if it were that large."""
 
@@ -94,6 +95,7 @@ class Bench:
         self._stream = torch.cuda.Stream() if gpu else None  # type: ignore[no-untyped-call]
         self._workspace = Workspace()
         self._opened: _Opened | None = None
+        self._ran: set[tuple[str, str]] = set()
         with self._finished():
             self._flush = torch.empty(FLUSH_BYTES if gpu else 0, dtype=torch.int8, device=self.device)
             self._weights = random_weights(shape, self.device, seed)
@@ -138,17 +140,17 @@ class Bench:
                 raise KernelError(f"{kernel}/{config}: relative error {error:.3g} of {where}, allowed are {allowed}")
 
     def time(self, kernel: str, config: str, launches: int, patience_us: float = math.inf) -> list[float]:
-        """Microseconds of each of `launches` launches of the whole path, or of fewer where it is long (VISIT_US).
+        """Microseconds of each of `launches` launches of the whole path, or of LONG_LAUNCHES where it is long.
 
-        A path whose first launch takes longer than `patience_us`, the host's time included, is left at that one figure.
-        Raises HardwareError without a GPU.
+        A path whose first launch takes longer than `patience_us` is left at that one figure. Raises HardwareError
+        without a GPU.
         """
-        (times,) = self._times(kernel, config, launches, False, patience_us).values()
+        (times,) = self._times(kernel, config, False, launches, patience_us).values()
         return times
 
     def time_stages(self, kernel: str, config: str, launches: int) -> dict[str, list[float]]:
         """Likewise by stage key, each stage alone: none overlaps the one before it. {} for a kernel without steps."""
-        return self._times(kernel, config, launches, True, math.inf)
+        return self._times(kernel, config, True, launches, math.inf)
 
     def healthy(self) -> bool:
         """Whether the device still answers: after an illegal access it does not, until the process ends."""
@@ -195,48 +197,52 @@ class Bench:
         return len(list(self._steps(kernel, config, staged))) > 0
 
     def _times(
-        self, kernel: str, config: str, launches: int, staged: bool, patience_us: float
+        self, kernel: str, config: str, staged: bool, launches: int, patience_us: float
     ) -> dict[str, list[float]]:
         if self._stream is None:
             raise HardwareError("times need a CUDA device; torch sees none")
-        graphs, timed = self._batch().graphs, (kernel, config, staged)
-        found: list[dict[str, float]] = []
+        opened, timed = self._batch(), (kernel, config, staged)
         with self._finished():
-            if timed not in graphs:
-                if not self._run(*timed):  # which compiles, and gives the workspace its buffers
-                    return {}
-                first = self._launch(lambda: self._enqueue(*timed))
-                us = sum(first.values())
-                if us > patience_us:
-                    return {step: [t] for step, t in first.items()}
-                if not self._find(kernel, config)[0].graph_safe:
-                    count = _affordable(launches, us)
-                    return _by_step([first, *(self._launch(lambda: self._enqueue(*timed)) for _ in range(count - 1))])
-                graph = torch.cuda.CUDAGraph()
-                with torch.cuda.graph(graph, stream=self._stream):
-                    spans = self._enqueue(*timed)
-                graphs[timed] = graph, spans
-                self._replay(timed)  # the first replay is slower, and is not looked at
-            found.append(self._replay(timed))
-            count = _affordable(launches, sum(found[0].values()))
-            found += [self._replay(timed) for _ in range(count - 1)]
-        return _by_step(found)
+            if timed in opened.graphs:
+                return _by_step([self._replay(timed) for _ in range(launches)])
+            if (kernel, config) not in self._ran:
+                self._run(kernel, config)  # which compiles
+                self._ran.add((kernel, config))
+            first = self._eager(timed)
+            if not first:
+                return {}
+            # Twice, since buffers may have grown in the first launch, or the host have been busy with something else.
+            second = self._eager(timed) if sum(first.values()) > LONG_US else first
+            if (us := sum(second.values())) > LONG_US:
+                count = 1 if us > patience_us else min(launches, LONG_LAUNCHES)
+                return _by_step([second, *(self._eager(timed) for _ in range(count - 1))])
+            if not self._find(kernel, config)[0].graph_safe:
+                return _by_step([self._eager(timed) for _ in range(launches)])
+            graph = torch.cuda.CUDAGraph()
+            graph.capture_begin()
+            try:
+                spans = self._enqueue(*timed)
+            finally:
+                graph.capture_end()
+            opened.graphs[timed] = graph, spans
+            self._replay(timed)  # the first replay is slower, and is not looked at
+            first = self._replay(timed)
+            count = 1 if sum(first.values()) > patience_us else launches
+            return _by_step([first, *(self._replay(timed) for _ in range(count - 1))])
+
+    def _eager(self, timed: tuple[str, str, bool]) -> dict[str, float]:
+        return self._measured(self._enqueue(*timed))
 
     def _replay(self, timed: tuple[str, str, bool]) -> dict[str, float]:
         graph, spans = self._batch().graphs[timed]
+        graph.replay()
+        return self._measured(spans)
 
-        def launch() -> Spans:
-            graph.replay()
-            return spans
-
-        return self._launch(launch)
-
-    def _launch(self, launch: Callable[[], Spans]) -> dict[str, float]:
-        """Microseconds of each step of one launch, once it is done."""
+    def _measured(self, spans: Spans) -> dict[str, float]:
+        """Microseconds of each step of what was enqueued, once it is done."""
         assert self._stream is not None
-        spans = launch()
         self._stream.synchronize()
-        return {step: a.elapsed_time(b) * 1e3 for step, (a, b) in spans.items()}
+        return {step: before.elapsed_time(after) * 1e3 for step, (before, after) in spans.items()}
 
     def _enqueue(self, kernel: str, config: str, staged: bool) -> Spans:
         """A launch with the events around its steps, L2 flushed before it."""
@@ -248,10 +254,6 @@ class Bench:
             spans[step] = before, after
             before = after
         return spans
-
-
-def _affordable(launches: int, us: float) -> int:
-    return min(launches, max(MIN_LAUNCHES, int(VISIT_US / us)))
 
 
 def _by_step(launches: Sequence[dict[str, float]]) -> dict[str, list[float]]:

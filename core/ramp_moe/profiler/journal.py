@@ -135,7 +135,9 @@ class Noted(Event, frozen=True):
 
 
 class Judged(Event, frozen=True):
-    """Pruning has taken place; what was pruned stands before it."""
+    """Pruning has taken place on so many tune batches; what was pruned stands before it."""
+
+    batches: int
 
 
 class Complete(Event, frozen=True):
@@ -162,7 +164,7 @@ class Taken:
     """Kernels that do not tell their stages apart."""
     rows: set[int] = field(default_factory=set)
     notes: list[str] = field(default_factory=list)
-    judged: bool = False
+    judged: int = 0
     complete: bool = False
 
     def add(self, event: AnyEvent) -> None:
@@ -186,7 +188,7 @@ class Taken:
             case Noted():
                 self.notes.append(event.text)
             case Judged():
-                self.judged = True
+                self.judged = event.batches
             case Complete():
                 self.complete = True
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
@@ -9,20 +10,20 @@ from pathlib import Path
 
 import numpy as np
 
-from ..comparison import DECODE_SIZES, PREFILL_SIZES, Comparison, compare_recorded
+from ..comparison import DECODE_SIZES, PREFILL_SIZES, Comparison, compare_recorded, sources_of
 from ..cost_model import DEFAULT_FORM
 from ..errors import ProfileError, RoutingError
 from ..hardware import Hardware
 from ..plugins import Registry
-from ..replay import load_replay, view
+from ..replay import Replay, load_replay, view
 from ..routing import IntArray
 from ..shapes import MoEShape
 from ..store import ProfileStore, relative_path
-from ..sweep import PATH, Sweep, load_sweep
+from ..sweep import PATH, Sweep, load_sweep, path_key
 from ..trace import Trace
-from .plan import PlannedBatch, held_out
+from .plan import TEST_SIZES, PlannedBatch, held_out
 from .session import profile
-from .settings import Environment, MakeBench, Progress, Settings
+from .settings import Environment, MakeBench, Progress, Result, Settings
 
 RUNS = 2
 """The batches are measured so many times, so that the noise of measuring can be told from regret."""
@@ -32,6 +33,9 @@ FIRST_SEED = 1000
 
 STEPS = 3
 """Batches of each kind and size that a trace gives, evenly spread over it."""
+
+MAX_TOKENS = max(*TEST_SIZES, *DECODE_SIZES, *PREFILL_SIZES)
+"""Of the largest batch."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,16 +52,21 @@ def trace_batches(trace: Trace, shape: MoEShape) -> list[PlannedBatch]:
     """STEPS batches of each kind and size that the trace is long enough for. Raises RoutingError for a trace of another
     shape."""
     trace.require(shape)
-    found: list[PlannedBatch] = []
+    found: list[list[PlannedBatch]] = []
     for kind, cut, sizes in (("decode", trace.decode, DECODE_SIZES), ("prefill", trace.prefill, PREFILL_SIZES)):
         for size in sizes:
             try:
                 steps = list(cut(size))
             except RoutingError:  # longer than the trace
                 continue
-            for i in np.unique(np.linspace(0, len(steps) - 1, STEPS).round().astype(int)).tolist() if steps else ():
-                found.append(TraceBatch(size, f"trace {kind}", i, "test", steps[i]))
-    return found
+            spread = np.unique(np.linspace(0, len(steps) - 1, min(STEPS, len(steps))).round().astype(int)).tolist()
+            found.append([TraceBatch(size, f"trace {kind}", i, "test", steps[i]) for i in spread])
+    return _in_turns(found)
+
+
+def _in_turns(lists: Sequence[Sequence[PlannedBatch]]) -> list[PlannedBatch]:
+    """The first of each list, then the second of each: if time is up early, all had their share."""
+    return [batch for turn in itertools.zip_longest(*lists) for batch in turn if batch is not None]
 
 
 def compare_live(
@@ -67,6 +76,7 @@ def compare_live(
     hardware: Hardware,
     kernels: Sequence[str],
     minutes: float,
+    warmers: int,
     environment: Environment,
     make_bench: MakeBench,
     progress: Progress,
@@ -74,7 +84,7 @@ def compare_live(
     form: str = DEFAULT_FORM,
 ) -> Comparison:
     """Measure the profiled candidates of these kernels on held-out batches, and on batches of the trace, and judge what
-    the profiles' cost model and static table choose for them.
+    the profiles' cost model and static table choose for them. Each of the RUNS may take its part of `minutes`.
 
     Raises ProfileError where a kernel has no profile of whole paths, and whatever `profile` raises. Nothing that is
     measured is kept.
@@ -85,22 +95,51 @@ def compare_live(
             f"the recorded times of {', '.join(recorded.kernels)} are of {', '.join(recorded.stages)}, not of whole "
             "paths; run `ramp-moe profile` first"
         )
-    batches = [*held_out(shape, FIRST_SEED), *(trace_batches(trace, shape) if trace else ())]
+    tuned = {r.sweep.kernel: _profiled(r.sweep) for r in recorded.recordings}
+    batches = _in_turns([held_out(shape, FIRST_SEED), trace_batches(trace, shape) if trace else []])
     names = {k: [c.config.name for c in recorded.candidates if c.kernel == k] for k in recorded.kernels}
     chosen = [registry.kernel(k) for k in recorded.kernels]
-    with tempfile.TemporaryDirectory(prefix="ramp-moe-live-") as folder:
-        settings = Settings(minutes / RUNS, Path(folder), prune=float("inf"))
-        for _ in range(RUNS):
-            profile(shape, hardware, chosen, settings, environment, make_bench, progress, batches, names)
-        for recording in recorded.recordings:
-            place = Path(folder) / relative_path(recording.sweep.kernel, shape, hardware)
-            _profiled(recording.sweep).extended(view(load_sweep(place))).save(place)
-        live = load_replay(registry, ProfileStore([Path(folder)]), shape, hardware, recorded.kernels)
-    sources = {r.sweep.kernel: r.path for r in recorded.recordings}
-    recordings = tuple(replace(r, path=sources[r.sweep.kernel]) for r in live.recordings)
-    return compare_recorded(
-        replace(live, recordings=recordings, notes=[*recorded.notes, *live.notes]), form, mode="live"
-    )
+    notes = [*environment.notes, *_changed(registry, recorded), *recorded.notes]
+    with tempfile.TemporaryDirectory(prefix="ramp-moe-live-") as name:
+        folder = Path(name)
+        settings = Settings(minutes / RUNS, folder, prune=float("inf"), stages=False, warmers=warmers)
+        failed: set[str] = set()
+        for run in range(1, RUNS + 1):
+            progress.note(f"run {run} of {RUNS}")
+            result = profile(shape, hardware, chosen, settings, environment, make_bench, progress, batches, names)
+            failed |= _failed(result, notes)
+            chosen = [registry.kernel(p.kernel) for p in result.profiles if p.path]
+            settings = replace(settings, warmers=1)  # everything is compiled
+        for kernel in chosen:
+            place = folder / relative_path(kernel.name, shape, hardware)
+            tuned[kernel.name].extended(view(load_sweep(place)).without(failed)).save(place)
+        live = load_replay(registry, ProfileStore([folder]), shape, hardware, [k.name for k in chosen])
+    notes += [n for n in live.notes if n not in notes]
+    sources = [s for s in sources_of(recorded) if s["kernel"] in live.kernels]
+    return replace(compare_recorded(replace(live, notes=notes), form, mode="live"), sources=sources)
+
+
+def _changed(registry: Registry, recorded: Replay) -> list[str]:
+    """A note on each kernel whose profile is of another version than what is measured now."""
+    notes = []
+    for recording in recorded.recordings:
+        sweep = recording.sweep
+        now = registry.kernel(sweep.kernel).version()
+        if now != sweep.record.kernel_version:
+            notes.append(f"{sweep.kernel} {now} was measured, its profile is of {sweep.record.kernel_version}")
+    return notes
+
+
+def _failed(result: Result, notes: list[str]) -> set[str]:
+    """Keys of the columns of what failed, which the notes gain."""
+    failed: set[str] = set()
+    for of_kernel in result.profiles:
+        for reason, configs in of_kernel.failed.items():
+            notes.append(f"{of_kernel.kernel}/{', '.join(configs)} left out: {reason}")
+            failed.update(path_key(of_kernel.kernel, c) for c in configs)
+        if of_kernel.path is None:
+            notes.append(f"{of_kernel.kernel} left out: none of its configurations can be measured")
+    return failed
 
 
 def _profiled(sweep: Sweep) -> Sweep:

@@ -87,21 +87,21 @@ class Measurer:
 
 
 class Warmers:
-    """Several workers, each of which launches once whatever candidate is next, so that it is compiled."""
+    """Several workers, each of which launches once whatever candidate is next on its batch, so that it is compiled."""
 
     def __init__(
         self,
         make_bench: Callable[[], BenchLike],
-        topk_ids: IntArray,
-        candidates: Sequence[Candidate],
+        tasks: Sequence[tuple[IntArray, Candidate]],
         count: int,
         first_call_s: float,
         timeout: float,
     ) -> None:
-        self._make_bench, self._topk_ids = make_bench, topk_ids
+        self._make_bench = make_bench
         self._first_call_s, self._timeout = first_call_s, timeout
-        self._todo = deque(candidates)
-        self._count = min(count, len(candidates))
+        self._todo = deque(tasks)
+        self._failed: set[str] = set()
+        self._count = min(count, len(tasks))
         self._done: queue.SimpleQueue[tuple[Candidate, str | None] | None] = queue.SimpleQueue()
         self._error = ""
 
@@ -128,21 +128,29 @@ class Warmers:
 
     def _work(self) -> None:
         worker: Worker | None = None
+        opened: IntArray | None = None
         try:
             while self._todo:
-                worker = worker or _start(self._make_bench, self._topk_ids, self._timeout)
+                # Before a task is taken: what cannot be started must not cost a candidate.
+                worker = worker or _start(self._make_bench, self._todo[0][0], self._timeout)
                 try:
-                    candidate = self._todo.popleft()
+                    topk_ids, candidate = self._todo.popleft()
                 except IndexError:
                     break
+                if candidate.name in self._failed:  # on another batch: it may have taken a worker with it
+                    continue
                 reason = None
                 try:
+                    if topk_ids is not opened:
+                        worker.call("open", topk_ids, timeout=self._timeout)
+                        opened = topk_ids
                     worker.call("warm", candidate.kernel, candidate.config.name, timeout=self._first_call_s)
                 except (Failed, Died) as e:
                     reason = str(e)
+                    self._failed.add(candidate.name)
                     if _lost(e):
                         worker.close()
-                        worker = None
+                        worker = opened = None
                 self._done.put((candidate, reason))
         except Exception as e:
             self._error = str(e)

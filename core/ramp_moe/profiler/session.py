@@ -50,13 +50,30 @@ from .worker import Died, Failed
 from .writing import Place, all_batches, find_place, measured_configs, write_profile
 
 FIRST_ROWS = 8
-"""Tune batches before candidates are pruned. The plan spreads its first batches over what the cost model sees."""
+"""Tune batches before candidates are pruned; batches measured in any case. The plan spreads its first ones over what
+the cost model sees."""
+
+MORE_ROWS, CLOSER = 16, 1 / 3
+"""Tune batches after which they are pruned again, by this part of the margin. On an H200 a third of Alpha-MoE's and of
+Triton's candidates that are left go then, without which the best in hindsight loses 0.1% at most."""
+
+FAR = 3.0
+"""A candidate so many times slower than its kernel's best is not tried on larger batches, where a launch takes longest,
+before others were pruned. What is far behind on few tokens seldom comes near on many: in sweeps of Alpha-MoE 5 to 10 of
+152 configurations do, without which the best in hindsight loses less than 0.1%."""
+
+STAGES_EVERY = 3
+"""Stages are timed on every test batch, and on one tune batch in so many: they cost as much as the paths, by which
+dispatch goes."""
+
+PATIENCE, MIN_PATIENCE_US = 3.0, 500.0
+"""A path that takes so many times as long as its kernel's best so far on a batch is timed once, unless that saves
+little."""
 
 KEPT = 3
 """Candidates of each kernel, the nearest to the best, that are never pruned."""
 
 MAX_STATIC_TOKENS = 8192
-SLIVER_EXPERTS = 16
 CHECK_TOKENS, CHECK_ROUTING = 33, "balancedness0.5"
 """A batch with a hot expert, experts without a token, an expert twice in a token, and no round number of tokens."""
 
@@ -158,13 +175,8 @@ def _defaults(kernel: Kernel, shape: MoEShape, hardware: Hardware) -> set[str]:
         raise KernelError(f"kernel {kernel.name} fails to give its default: {type(e).__name__}: {e}") from e
 
 
-def sliver_experts(shape: MoEShape) -> int:
-    """Experts of the part of a layer that is enough to compile on."""
-    return max(shape.top_k, min(shape.num_experts, SLIVER_EXPERTS))
-
-
-def _batch_to_check(shape: MoEShape, num_experts: int) -> IntArray:
-    return generate(CHECK_ROUTING, CHECK_TOKENS, num_experts, shape.top_k)
+def _batch_to_check(shape: MoEShape) -> IntArray:
+    return generate(CHECK_ROUTING, CHECK_TOKENS, shape.num_experts, shape.top_k)
 
 
 class _Session:
@@ -183,7 +195,8 @@ class _Session:
         self._shape, self._settings, self._journal, self._taken = shape, settings, journal, journal.taken
         self._places, self._static, self._progress, self._make_bench = places, static, progress, make_bench
         self._candidates, self._batches = {c.name: c for c in candidates}, batches
-        self._measurer = Measurer(make_bench(None), settings.call_s)
+        self._covered: tuple[dict[str, set[str]], list[str]] | None = None
+        self._measurer = Measurer(make_bench, settings.call_s)
         self._began = time.monotonic() - self._taken.spent
 
     def run(self, notes: Iterable[str]) -> Result:
@@ -199,6 +212,7 @@ class _Session:
             self._warm()
             self._check()
             self._require_candidates()
+            self._probe()
             self._measure()
         return self._finish()
 
@@ -229,27 +243,34 @@ class _Session:
         self._keep(Dropped(self._spent, name, f"{FAILURES[method]}: {reason}"))
 
     def _warm(self) -> None:
-        """Compile on a few of the experts, in several processes: they share the compilers' caches on disk."""
+        """Launch once whatever may have to be compiled, in several processes: they share the compilers' caches on disk.
+
+        Every candidate on one batch; then, for each size of batch that is going to be measured, enough candidates for
+        all stages besides the GEMMs, which may be compiled for sizes: different ones at the same time, so that no two
+        processes compile the same."""
         passed = self._taken.passed
         todo = [n for n in self._live if n not in passed["warm"] and n not in passed["check"]]
         if self._settings.warmers < 2 or not todo:
             return
-        self._progress.phase("compile", len(todo))
-        experts = sliver_experts(self._shape)
+        others = {n: {s.key for s in self._candidates[n].config.stages if s.kind != "gemm"} for n in todo}
+        sizes = dict.fromkeys(b.num_tokens for b in self._batches)
+        first = _batch_to_check(self._shape)
+        routings = [generate("uniform", n, self._shape.num_experts, self._shape.top_k) for n in sizes]
+        tasks = [(first, n) for n in todo] + [(ids, n) for n in cover(others) for ids in routings]
+        self._progress.phase("compile", len(tasks))
         warmers = Warmers(
-            self._make_bench(experts),
-            _batch_to_check(self._shape, experts),
-            [self._candidates[n] for n in todo],
+            self._make_bench,
+            [(ids, self._candidates[n]) for ids, n in tasks],
             self._settings.warmers,
             self._settings.first_call_s,
             self._settings.call_s,
         )
         with contextlib.closing(warmers.outcomes()) as outcomes:
             for done, (candidate, reason) in enumerate(outcomes, 1):
-                if reason is None:
-                    self._keep(Passed(self._spent, "warm", candidate.name))
-                else:
+                if reason is not None:
                     self._drop(candidate.name, "warm", reason)
+                elif candidate.name not in passed["warm"]:
+                    self._keep(Passed(self._spent, "warm", candidate.name))
                 self._progress.at(done, candidate.name, self._spent)
 
     def _check(self) -> None:
@@ -257,48 +278,105 @@ class _Session:
         todo = [n for n in self._live if n not in self._taken.passed["check"]]
         if todo:
             self._progress.phase("check", len(todo))
-            self._measurer.open(_batch_to_check(self._shape, self._shape.num_experts))
+            self._measurer.open(_batch_to_check(self._shape))
         for done, name in enumerate(todo):
             self._progress.at(done, name, self._spent)
             self._attempt("check", name, timeout=self._settings.first_call_s)
             if name not in self._taken.dropped:
                 self._keep(Passed(self._spent, "check", name))
 
+    def _probe(self) -> None:
+        """Visit the candidates on the first tune batches, the smallest first, and prune those that are near the best on
+        none of them. Not where all kernels extend a recorded sweep, of which nothing is pruned."""
+        tune = self._first_tune(FIRST_ROWS)
+        extends = all(k.base for k in self._journal.header.kernels.values())
+        if self._taken.judged or extends or math.isinf(self._settings.prune) or len(tune) < FIRST_ROWS:
+            return
+        tune.sort(key=lambda row: self._batches[row].num_tokens)
+        self._progress.phase("probe", len(tune))
+        for done, row in enumerate(tune):
+            behind = self._behind(tune[:done])
+            names = [n for n in self._turn(row, 0) if behind.get(n, 1.0) <= FAR]
+            if names:
+                self._open(row)
+            for name in names:
+                self._progress.at(done, f"{self._batches[row].num_tokens} tokens, {name}", self._spent)
+                self._visit(row, name)
+        self._require_candidates()
+        self._prune(tune, self._settings.prune)
+
+    def _first_tune(self, count: int) -> list[int]:
+        return [i for i, b in enumerate(self._batches) if b.split == "tune"][:count]
+
+    def _behind(self, rows: Sequence[int]) -> dict[str, float]:
+        """By candidate, its time over its kernel's best on the last of these rows on which it was visited."""
+        found: dict[str, float] = {}
+        for row in rows:
+            # With what failed since, so that a row's candidates are the same after an interruption.
+            found |= self._ratios(row, self._candidates)
+        return found
+
+    def _ratios(self, row: int, names: Collection[str]) -> dict[str, float]:
+        """By candidate, of these, that was visited on a row, its time over its kernel's best: a layer may have but one
+        kernel."""
+        visits = self._taken.visits.get(row, {})
+        us = {n: float(np.median(np.concatenate(of_candidate))) for n, of_candidate in visits.items() if n in names}
+        best = self._best(us)
+        return {n: t / best[self._kernel_of(n)] for n, t in us.items()}
+
+    def _best(self, us: Mapping[str, float]) -> dict[str, float]:
+        """By kernel, the shortest of these times."""
+        best: dict[str, float] = {}
+        for name, t in us.items():
+            kernel = self._kernel_of(name)
+            best[kernel] = min(t, best.get(kernel, math.inf))
+        return best
+
+    def _kernel_of(self, name: str) -> str:
+        return self._candidates[name].kernel
+
     def _measure(self) -> None:
         taken = self._taken
         self._progress.phase("measure", len(self._batches))
+        more = self._first_tune(MORE_ROWS)
         for row, batch in enumerate(self._batches):
-            self._prune()
             if row in taken.rows:
                 continue
+            if 0 < taken.judged < len(more) == MORE_ROWS and taken.rows.issuperset(more):
+                self._prune(more, 1 + CLOSER * (self._settings.prune - 1))
             late = self._spent >= self._settings.minutes * 60
-            if late and row not in taken.visits and len(taken.rows) >= FIRST_ROWS:
-                break
+            if late and row not in taken.visits and len(taken.visits) >= FIRST_ROWS:
+                continue  # only what is begun, by the probe or before an interruption, is finished
             self._measure_row(row, batch)
         self._keep(Complete(self._spent))
 
     def _measure_row(self, row: int, batch: PlannedBatch) -> None:
-        self._measurer.open(batch.topk_ids(self._shape))
+        self._open(row)
         where = f"batch {row + 1} of {len(self._batches)} ({batch.num_tokens} tokens, {batch.routing})"
         for turn in range(self._settings.rounds):
             for name in self._turn(row, turn):
                 self._progress.at(len(self._taken.rows), f"{where}, {len(self._live)} configurations", self._spent)
                 self._visit(row, name)
-        while names := cover(self._untimed(row)):
+        staged = self._settings.stages and (batch.split == "test" or row % STAGES_EVERY == 0)
+        while names := self._stages_to_time(row) if staged else ():
             for name in names:
                 self._progress.at(len(self._taken.rows), f"{where}, stages", self._spent)
                 self._visit_stages(row, name)
         self._require_candidates()
         self._keep(Row(self._spent, row))
 
+    def _open(self, row: int) -> None:
+        self._measurer.open(self._batches[row].topk_ids(self._shape))
+        self._fastest = self._best({n: visits[0][0] for n, visits in self._taken.visits.get(row, {}).items()})
+
     def _turn(self, row: int, turn: int) -> list[str]:
         """The candidates to visit in one turn of a row, shuffled, less those that an interrupted run visited."""
         visits = self._taken.visits.get(row, {})
         wanted = [n for n in self._live if len(visits.get(n, [])) >= turn]
         if turn:
-            medians = {n: np.median(np.concatenate(visits[n][:turn])) for n in wanted}
-            best = min(medians.values(), default=0.0)
-            wanted = [n for n in wanted if medians[n] <= best * self._settings.close]
+            medians = {n: float(np.median(np.concatenate(visits[n][:turn]))) for n in wanted}
+            best = self._best(medians)
+            wanted = [n for n in wanted if medians[n] <= best[self._kernel_of(n)] * self._settings.close]
         # Over all candidates, so that the order of the others stays when one is dropped.
         names = list(self._candidates)
         order = np.random.default_rng((row, turn)).permutation(len(names))
@@ -306,9 +384,12 @@ class _Session:
         return [names[i] for i in order if names[i] in left]
 
     def _visit(self, row: int, name: str) -> None:
-        us = self._attempt("time", name, self._settings.launches, timeout=self._settings.call_s)
+        kernel = self._kernel_of(name)
+        patience = max(PATIENCE * self._fastest.get(kernel, math.inf), MIN_PATIENCE_US)
+        us = self._attempt("time", name, self._settings.launches, patience, timeout=self._settings.call_s)
         if us is not None and self._plausible("time", name, us):
             self._keep(Visit(self._spent, row, name, us))
+            self._fastest[kernel] = min(us[0], self._fastest.get(kernel, math.inf))
 
     def _visit_stages(self, row: int, name: str) -> None:
         us = self._attempt("time_stages", name, self._settings.launches, timeout=self._settings.call_s)
@@ -322,6 +403,16 @@ class _Session:
         self._drop(name, method, f"{us} are no times in microseconds")
         return False
 
+    def _stages_to_time(self, row: int) -> list[str]:
+        """A cover of the stages without a time on the row. Of a new row it is that of all stages, which takes a while
+        to find, and changes only where candidates are dropped."""
+        untimed = self._untimed(row)
+        if row in self._taken.staged:
+            return cover(untimed)
+        if self._covered is None or self._covered[0] != untimed:
+            self._covered = untimed, cover(untimed)
+        return self._covered[1]
+
     def _untimed(self, row: int) -> dict[str, set[str]]:
         """By candidate, the keys of its stages that have no time on the row."""
         taken = self._taken
@@ -330,28 +421,27 @@ class _Session:
         return {
             name: {s.key for s in self._candidates[name].config.stages} - known
             for name in self._live
-            if self._candidates[name].kernel not in taken.stageless
+            if self._kernel_of(name) not in taken.stageless
         }
 
-    def _prune(self) -> None:
-        """Once the first tune batches are complete, drop the candidates that were far from the best on all of them."""
-        tune = [i for i, b in enumerate(self._batches) if b.split == "tune"][:FIRST_ROWS]
-        taken, factor, kernels = self._taken, self._settings.prune, self._journal.header.kernels
-        if taken.judged or math.isinf(factor) or len(tune) < FIRST_ROWS or not taken.rows.issuperset(tune):
-            return
+    def _prune(self, rows: Sequence[int], factor: float) -> None:
+        """Drop the candidates that are not within `factor` of their kernel's best on any of these rows."""
+        taken, kernels = self._taken, self._journal.header.kernels
         # With those that were pruned before an interruption, so that the outcome is the same.
-        names = [n for n in self._candidates if n not in taken.dropped or taken.dropped[n].pruned]
-        us = np.array([[np.median(np.concatenate(taken.visits[row][n])) for n in names] for row in tune])
-        nearest = dict(zip(names, (us / us.min(1, keepdims=True)).min(0).tolist(), strict=True))
+        judged = [n for n in self._candidates if n not in taken.dropped or taken.dropped[n].pruned]
+        nearest: dict[str, float] = {}
+        for row in rows:
+            for name, ratio in self._ratios(row, judged).items():
+                nearest[name] = min(ratio, nearest.get(name, math.inf))
         kept = set(self._static)
         for kernel, record in kernels.items():
-            own = [n for n in names if self._candidates[n].kernel == kernel]
+            own = [n for n in nearest if self._kernel_of(n) == kernel]
             kept.update(own if record.base else sorted(own, key=lambda n: nearest[n])[:KEPT])
-        reason = f"never within {factor:g}x of the best of {' and '.join(kernels)} on {FIRST_ROWS} spread batches"
-        for name in names:
-            if nearest[name] > factor and name not in kept and name not in taken.dropped:
+        reason = f"never within {factor:.3g}x of the kernel's best on {len(rows)} spread batches"
+        for name, ratio in nearest.items():
+            if ratio > factor and name not in kept and name not in taken.dropped:
                 self._keep(Dropped(self._spent, name, reason, pruned=True))
-        self._keep(Judged(self._spent))
+        self._keep(Judged(self._spent, len(rows)))
 
     def _require_candidates(self) -> None:
         if self._live:

@@ -13,8 +13,8 @@ from .writing import Profile
 
 MAX_WARMERS = 14
 
-MakeBench = Callable[[int | None], Callable[[], BenchLike]]
-"""Given a number of experts (None: all), what makes a bench in the worker; it must pickle."""
+MakeBench = Callable[[], BenchLike]
+"""What makes a bench in the worker; it must pickle."""
 
 
 def default_warmers() -> int:
@@ -24,18 +24,20 @@ def default_warmers() -> int:
 
 @dataclass(frozen=True)
 class Settings:
-    """minutes: what the whole run may take; a batch that is begun is finished, and the first eight are always measured.
-    folder: of profiles, to write to. prune: candidates that never come within this factor of the best are pruned after
-    the first batches; infinite to keep all. launches: of each visit to a candidate. rounds: visits on a batch, at most,
-    of those candidates within `close` of its best. warmers: processes that compile. first_call_s, call_s: seconds
-    after which a call that may compile, or another, counts as hung."""
+    """minutes: what the whole run may take; a batch that is begun is finished, and eight are measured in any case.
+    folder: of profiles, to write to. prune: candidates that do not come within this factor of their kernel's best on
+    any of the first eight tune batches are pruned, after 16 by a third of the margin; infinite to keep all. launches:
+    of each visit to a candidate. rounds: visits on a batch, at most, of candidates within `close` of their kernel's
+    best. stages: whether they are timed, besides whole paths. warmers: processes that compile. first_call_s, call_s:
+    seconds after which a call that may compile, or another, counts as hung."""
 
     minutes: float
     folder: Path
-    prune: float = 1.2
+    prune: float = 1.15
     launches: int = 5
     rounds: int = 3
-    close: float = 1.25
+    close: float = 1.1
+    stages: bool = True
     warmers: int = field(default_factory=default_warmers)
     first_call_s: float = 300.0
     call_s: float = 120.0
@@ -43,10 +45,11 @@ class Settings:
     @property
     def method(self) -> str:
         return (
-            f"whole paths and stages from top-k ids to output in a CUDA graph of {self.launches} launches, each after "
-            "256 MiB were written to flush L2, between CUDA events recorded in the graph; median of "
-            f"{self.launches} to {self.launches * self.rounds} launches in up to {self.rounds} rounds of interleaved "
-            "configurations; every configuration's output checked against float32 once"
+            "whole paths and stages from top-k ids to output, each launch a replay of a CUDA graph that writes 256 MiB "
+            "to flush L2 and records events around the path or its stages; median of up to "
+            f"{self.launches * self.rounds} launches, {self.launches} in each of {self.rounds} rounds of interleaved "
+            f"configurations (2 where a path takes over 2 ms; one round where it is over {self.close:g}x the kernel's "
+            "best; one launch where it is over 3x the best); every configuration's output checked against float32"
         )
 
 

@@ -12,7 +12,6 @@ import os
 import signal
 import tempfile
 from collections.abc import Callable, Sequence
-from dataclasses import replace
 from multiprocessing.connection import Connection
 from typing import Any, Protocol
 
@@ -39,7 +38,7 @@ class BenchLike(Protocol):
 
     def check(self, kernel: str, config: str) -> None: ...
 
-    def time(self, kernel: str, config: str, launches: int) -> list[float]: ...
+    def time(self, kernel: str, config: str, launches: int, patience_us: float) -> list[float]: ...
 
     def time_stages(self, kernel: str, config: str, launches: int) -> dict[str, list[float]]: ...
 
@@ -58,13 +57,9 @@ class Died(KernelError):
     """The worker ended before it answered, or was killed because it did not; a new one is needed."""
 
 
-def make_gpu_bench(shape: MoEShape, hardware: str, kernels: Sequence[str], experts: int | None = None) -> BenchLike:
-    """A Bench of registered kernels and hardware by name, of at most `experts` of the shape's experts.
-
-    A few experts are enough to compile every configuration, which several processes can do at once for their common
-    cache on disk. Raises UnknownNameError, ShapeError for fewer experts than top_k, KernelError for a kernel that
-    cannot run.
-    """
+def make_gpu_bench(shape: MoEShape, hardware: str, kernels: Sequence[str]) -> BenchLike:
+    """A Bench of registered kernels and hardware by name. Raises UnknownNameError, and KernelError for a kernel that
+    cannot run."""
     from ..device.bench import Bench
 
     registry, found = get_registry(), []
@@ -73,8 +68,6 @@ def make_gpu_bench(shape: MoEShape, hardware: str, kernels: Sequence[str], exper
         if not isinstance(kernel, LaunchableKernel):
             raise KernelError(f"kernel {name} is only described, there is nothing to launch")
         found.append(kernel)
-    if experts is not None:
-        shape = replace(shape, num_experts=min(experts, shape.num_experts))
     return Bench(shape, registry.device(hardware), found)
 
 

@@ -157,7 +157,7 @@ def write_profile(
     superseded = None
     if not place.written:
         notes = [f"no times of {', '.join(names)}: {why}" for why, names in failed.items()] if place.base else []
-        run = msgspec.structs.replace(header.run, notes=[*taken.notes, *notes])
+        run = msgspec.structs.replace(header.run, seconds=round(taken.spent), notes=[*taken.notes, *notes])
         columns, times = _times(kernel, kept, taken, batches)
         rows = [Row(b.num_tokens, b.routing, h.tolist(), [times[i]], b.seed, b.split) for i, (b, h) in batches.items()]
         if place.base is not None:

@@ -17,7 +17,7 @@ FEW_ELEMENTS = 256 * 1024
 """Output elements up to which narrow programs are needed for all SMs to have some."""
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_ids", "num_experts"])
 def combine_kernel(
     partial,  # [SPLIT_K, num_ids, hidden]
     topk_ids,  # [tokens, TOP_K], or None: no id is skipped

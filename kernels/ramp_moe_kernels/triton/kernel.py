@@ -6,8 +6,10 @@ direct      up, down: no schedule; for tiny batches
 
 from __future__ import annotations
 
+import hashlib
 import importlib.util
 import itertools
+import pathlib
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, replace
 from typing import TYPE_CHECKING, Any
@@ -32,6 +34,11 @@ class TritonMoE(LaunchableKernel):
     """bf16, fp16 and fp8 (e4m3 W8A8, [128, 128] weight scales), any GPU that Triton compiles for."""
 
     name = "triton"
+
+    def version(self) -> str:
+        """The library's version and a digest of this package's sources, which decide the times between versions."""
+        sources = sorted(pathlib.Path(__file__).parent.glob("*.py"))
+        return f"{super().version()}+{hashlib.sha256(b''.join(f.read_bytes() for f in sources)).hexdigest()[:8]}"
 
     def unsupported(self, shape: MoEShape, hardware: Hardware) -> str | None:
         if reason := fp8_unsupported(shape, hardware):

@@ -65,7 +65,7 @@ def _quantise_rows(program, x, x_fp8, x_scale, num_groups, GROUPS: tl.constexpr,
     tl.store(x_fp8 + at, _to_fp8(scaled, EMULATE_FP8), mask=live[:, None])
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_groups"])
 def quantise_kernel(x, x_fp8, x_scale, num_groups, GROUPS: tl.constexpr, EMULATE_FP8: tl.constexpr):
     _quantise_rows(tl.program_id(0), x, x_fp8, x_scale, num_groups, GROUPS, EMULATE_FP8)
 

@@ -208,7 +208,12 @@ def _beside(
             _zero_rows(program - x_programs, zero, zero_size, ZERO)
 
 
-@triton.jit
+# Sizes that change with every batch must not each compile a kernel of their own. zero_size stays: that 16 divides it
+# makes stores wide, and is always so.
+_SIZES = ["num_ids", "num_tokens", "top_k", "num_experts", "chunks", "num_groups", "x_programs"]
+
+
+@triton.jit(do_not_specialize=_SIZES)
 def histogram_kernel(
     topk_ids,
     num_valid,
@@ -241,7 +246,7 @@ def histogram_kernel(
         _beside(program - chunks, x, x_fp8, x_scale, num_groups, x_programs, zero, zero_size, GROUPS, ZERO, EMULATE_FP8)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=[*_SIZES, "block", "capacity", "experts_each", "parts"])
 def schedule_kernel(
     topk_ids,  # int32 or int64 [num_tokens, top_k]
     num_valid,  # int32 [1], or None

@@ -1,0 +1,175 @@
+"""`ramp-moe compare`: static dispatch, retrofitted dispatch and the best in hindsight, as recorded or measured now."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import click
+
+from ..comparison import Comparison, compare_recorded, compare_trace
+from ..cost_model import get_form
+from ..errors import HardwareError, ProfileError, RampMoEError
+from ..hardware import Hardware
+from ..html import check_report, write_report
+from ..kernel import STAGE_KINDS
+from ..plugins import Registry, get_registry
+from ..profiler.live import MAX_TOKENS, RUNS, compare_live
+from ..replay import load_replay
+from ..shapes import MoEShape
+from ..store import ProfileStore
+from ..sweep import PATH
+from ..trace import Trace, load_trace
+from . import tables
+from .gpu import INTERRUPTED, Display, choose_kernels, find_gpu, set_up
+from .options import (
+    console,
+    device_option,
+    dtype_option,
+    form_option,
+    json_option,
+    kernel_option,
+    model_option,
+    print_json,
+    profile_option,
+    resolve_device,
+)
+
+LIVE_MINUTES = 5.0
+
+
+@click.command()
+@model_option
+@device_option
+@dtype_option
+@kernel_option
+@profile_option
+@form_option
+@click.option(
+    "--trace",
+    type=click.Path(path_type=Path),
+    help="Predict costs on recorded routing (JSON or JSON lines); with --live, measure them.",
+)
+@click.option(
+    "--stage",
+    "stages",
+    multiple=True,
+    type=click.Choice(STAGE_KINDS),
+    help="Judge the times of this kind of stage alone, not whole paths (repeatable).",
+)
+@click.option("--live", is_flag=True, help="Measure on this machine's GPU now, on batches that no profile saw.")
+@click.option(
+    "--minutes",
+    type=click.FloatRange(min=0),
+    show_default=f"{LIVE_MINUTES:g}",
+    help="With --live, stop after these, at the end of a batch; eight batches are measured in any case.",
+)
+@click.option(
+    "--html", "html_path", type=click.Path(path_type=Path), help="Also write one self-contained page with plots."
+)
+@json_option
+@click.pass_context
+def compare(
+    ctx: click.Context,
+    model: str,
+    device: str,
+    dtype: str,
+    kernels: tuple[str, ...],
+    profiles: tuple[Path, ...],
+    form: str,
+    trace: Path | None,
+    stages: tuple[str, ...],
+    live: bool,
+    minutes: float | None,
+    html_path: Path | None,
+    as_json: bool,
+) -> None:
+    """Compare static dispatch, retrofitted dispatch and the best in hindsight, on recorded measurements or --live."""
+    if minutes is not None and not live:
+        raise click.UsageError("--minutes says how long to measure: name --live, too")
+    if live and stages:
+        raise click.UsageError("--live measures whole paths: leave out --stage")
+    get_form(form)
+    if html_path is not None:
+        check_report(html_path)
+    registry = get_registry()
+    shape = registry.shape(model, dtype)
+    recorded_trace = None if trace is None else load_trace(trace)
+    store = ProfileStore(profiles, registry.profile_dirs)
+    if live:
+        minutes = LIVE_MINUTES if minutes is None else minutes
+        try:
+            result = _measure(registry, store, shape, device, kernels, minutes, recorded_trace, form)
+        except KeyboardInterrupt:
+            click.echo("interrupted: nothing is kept of a live comparison", err=True)
+            ctx.exit(INTERRUPTED)
+    else:
+        replay = load_replay(registry, store, shape, resolve_device(registry, device), kernels, stages)
+        result = compare_trace(replay, recorded_trace, form) if recorded_trace else compare_recorded(replay, form)
+    if html_path is not None:
+        write_report(result, html_path)
+    if as_json:
+        print_json(result.as_dict())
+    else:
+        console().print(*tables.comparison(result), sep="\n")
+        if html_path is not None:
+            click.echo(f"report: {html_path}")
+
+
+def _measure(
+    registry: Registry,
+    store: ProfileStore,
+    shape: MoEShape,
+    device: str,
+    kernels: tuple[str, ...],
+    minutes: float,
+    trace: Trace | None,
+    form: str,
+) -> Comparison:
+    """The comparison, measured now. Raises HardwareError where this machine's GPU is not the device."""
+    state, hardware = find_gpu(registry)
+    if device != "auto" and registry.device(device) != hardware:
+        raise HardwareError(
+            f"--device is {device}, this machine's GPU is {hardware.name} ({state.name}); name --device {hardware.name}"
+        )
+    display = Display(minutes / RUNS)
+    recorded, without_paths = ([], []) if kernels else _recorded(registry, store, shape, hardware)
+    chosen, left_out = choose_kernels(registry, kernels, recorded, shape, hardware)
+    for note in (*without_paths, *left_out):
+        display.note(note)
+    setup = set_up(shape, hardware, state, chosen, MAX_TOKENS, display.note)
+    with display:
+        return compare_live(
+            registry,
+            store,
+            shape,
+            hardware,
+            [k.name for k in chosen],
+            minutes,
+            setup.warmers,
+            setup.environment,
+            setup.make_bench,
+            display,
+            trace,
+            form,
+        )
+
+
+def _recorded(
+    registry: Registry, store: ProfileStore, shape: MoEShape, hardware: Hardware
+) -> tuple[list[str], list[str]]:
+    """Kernels with recorded times of whole paths, and why others that are recorded are left out. Raises ProfileError
+    where there is none."""
+    names, left_out = [], []
+    for name in registry.kernels:
+        try:
+            found = store.find(name, shape, hardware)
+        except RampMoEError as e:
+            left_out.append(f"{name} left out: {e}")
+            continue
+        if found is not None and PATH in found[1].stages:
+            names.append(name)
+        elif found is not None:
+            left_out.append(f"{name} left out: {found[0]} has no times of whole paths; run `ramp-moe profile`")
+    if not names:
+        raise ProfileError("; ".join(left_out) or store.missing(registry.kernels, shape, hardware))
+    return names, left_out

@@ -1,0 +1,163 @@
+"""This machine's GPU for the commands that measure on it: what it is, what can run there, and how a run goes."""
+
+from __future__ import annotations
+
+import functools
+import platform
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from importlib import metadata
+
+from rich.console import Console
+from rich.markup import escape
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
+
+from ..device import LaunchableKernel
+from ..errors import HardwareError, KernelError
+from ..hardware import Hardware, detect, identify
+from ..kernel import WeightLayout
+from ..plugins import Registry, get_registry
+from ..profiler.gpu import GpuState, check_memory, gpu_state, memory_needed
+from ..profiler.settings import Environment, MakeBench, default_warmers
+from ..profiler.worker import BenchLike, make_gpu_bench
+from ..shapes import MoEShape
+from .listing import describe_kernel, why_unavailable
+
+UUID_START = 12
+"""Characters of a GPU's UUID ("GPU-" and eight digits) that tell one from another."""
+INTERRUPTED = 130
+"""Exit code after Ctrl-C."""
+STEPS = {"compile": "launches", "check": "configurations", "probe": "batches", "measure": "batches at most"}
+"""What the steps of a run's phases are."""
+
+
+@dataclass(frozen=True)
+class Setup:
+    """What a run on this machine is given: `warmers` processes compile, `make_bench` makes a bench in a worker."""
+
+    environment: Environment
+    warmers: int
+    make_bench: MakeBench
+
+
+def find_gpu(registry: Registry) -> tuple[GpuState, Hardware]:
+    """The GPU's state and constants. Raises HardwareError where there is none, or none that is registered."""
+    state = gpu_state()
+    # Without its SM count, which takes a CUDA context: the worker has one, and refuses a MIG slice.
+    return state, identify(registry.hardware.values(), state.name)
+
+
+def choose_kernels(
+    registry: Registry, asked: Sequence[str], among: Iterable[str], shape: MoEShape, hardware: Hardware
+) -> tuple[list[LaunchableKernel], list[str]]:
+    """The kernels to measure, those that were asked for or else those of `among` that run here, and why others are not.
+    Raises KernelError where one that was asked for, or all, cannot be measured."""
+    chosen, left_out = [], []
+    for name in dict.fromkeys(asked) or among:
+        kernel = registry.kernel(name)
+        if not isinstance(kernel, LaunchableKernel):
+            reason: str | None = "it is only described, there is nothing to launch"
+        else:
+            reason = describe_kernel(kernel, shape, hardware)[2] or why_unavailable(kernel)
+            if reason is None:
+                chosen.append(kernel)
+                continue
+        if asked:
+            raise KernelError(f"kernel {name} cannot be measured for {shape.label} on {hardware.name}: {reason}")
+        left_out.append(f"{name} left out: {reason}")
+    if not chosen:
+        raise KernelError(f"no kernel can be measured for {shape.label} on {hardware.name}: {'; '.join(left_out)}")
+    return chosen, left_out
+
+
+def set_up(
+    shape: MoEShape,
+    hardware: Hardware,
+    state: GpuState,
+    kernels: Sequence[LaunchableKernel],
+    max_tokens: int,
+    note: Callable[[str], None],
+) -> Setup:
+    """Look whether batches of up to `max_tokens` fit into memory, and whether others use the GPU, which is noted.
+    Raises HardwareError where they do not fit."""
+    check_memory(shape, _layouts(kernels, shape), max_tokens, state)
+    busy = state.busy()
+    if busy:
+        note(f"warning: {busy}")
+    environment = Environment(state.name, state.driver, state.uuid[:UUID_START], _software(), [busy] if busy else [])
+    bench = functools.partial(_make_bench, shape, hardware.name, [k.name for k in kernels])
+    return Setup(environment, _warmers(kernels, shape, max_tokens, state), bench)
+
+
+def _make_bench(shape: MoEShape, hardware: str, kernels: Sequence[str]) -> BenchLike:
+    """In the worker: a bench, once this is surely the GPU that the profile will be filed under."""
+    found = detect(get_registry().hardware.values())
+    if found.name != hardware:
+        raise HardwareError(f"CUDA's first GPU is {found.name}, nvidia-smi's {hardware}; set CUDA_VISIBLE_DEVICES")
+    return make_gpu_bench(shape, hardware, kernels)
+
+
+def _layouts(kernels: Iterable[LaunchableKernel], shape: MoEShape) -> list[WeightLayout]:
+    layouts = [k.weight_layout(shape) for k in kernels]
+    return list({layout.key: layout for layout in layouts}.values())
+
+
+def _warmers(kernels: Sequence[LaunchableKernel], shape: MoEShape, max_tokens: int, state: GpuState) -> int:
+    """Processes that compile: no more than have room on the GPU at the same time."""
+    needed = sum(memory_needed(shape, _layouts(kernels, shape), max_tokens).values())
+    return max(1, min(default_warmers(), state.free_bytes // needed))
+
+
+def _software() -> dict[str, str]:
+    """Versions of what has a part in the times."""
+    import torch
+
+    versions = {
+        "python": platform.python_version(),
+        "torch": str(torch.__version__),
+        "cuda": torch.version.cuda or "none",
+    }
+    for name in ("triton", "ramp-moe"):
+        try:
+            versions[name] = metadata.version(name)
+        except metadata.PackageNotFoundError:
+            continue
+    return versions
+
+
+class Display:
+    """A run's progress on stderr: a bar on a terminal, else a line for each phase. `minutes` are what it may take."""
+
+    def __init__(self, minutes: float) -> None:
+        self._console = Console(stderr=True, highlight=False, soft_wrap=True)
+        self._seconds = minutes * 60
+        self._bar = Progress(
+            TextColumn("{task.description}"),
+            BarColumn(bar_width=30),
+            MofNCompleteColumn(),
+            TextColumn("{task.fields[left]} [dim]{task.fields[doing]}"),
+            console=self._console,
+            disable=not self._console.is_terminal,
+            transient=True,
+        )
+        self._task = self._bar.add_task("", visible=False, left="", doing="")
+
+    def __enter__(self) -> None:
+        self._bar.start()
+
+    def __exit__(self, *_: object) -> None:
+        self._bar.stop()
+
+    def phase(self, name: str, steps: int) -> None:
+        if self._console.is_terminal:
+            self._bar.reset(self._task, description=name, total=steps, visible=True, left="", doing="")
+        else:
+            self._console.print(f"{name}: {steps} {STEPS[name]}")
+
+    def at(self, done: int, doing: str, spent: float) -> None:
+        left = self._seconds - spent
+        clock = "time is up" if left <= 0 else f"{left / 60:.1f} minutes left"
+        self._bar.update(self._task, completed=done, doing=escape(doing), left=clock)
+
+    def note(self, text: str) -> None:
+        self._console.print(escape(text))

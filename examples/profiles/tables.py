@@ -1,0 +1,230 @@
+"""Everything that the README beside this says in figures, computed from the profiles that ship.
+
+python tables.py            print the page's tables
+python tables.py --write    put them into README.md, between its markers
+"""
+
+from __future__ import annotations
+
+import itertools
+import json
+import sys
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+
+import numpy as np
+from ramp_moe import ProfileError, ProfileStore, get_registry
+from ramp_moe.comparison import Comparison, Ratios, compare_recorded
+from ramp_moe.evaluation import regret, selection_noise, static_table, table_choices
+from ramp_moe.repeatability import RANGES_US
+from ramp_moe.replay import Replay, load_replay, view
+from ramp_moe.sweep import Sweep
+
+HERE = Path(__file__).parent
+MODELS = ("olmoe-1b-7b", "qwen3-30b-a3b", "deepseek-v3-tp8", "mixtral-8x7b-tp4")
+CASES = (
+    ("fp8", ("alpha_moe",)),
+    ("fp8", ("triton",)),
+    ("fp8", ("alpha_moe", "triton")),
+    ("bf16", ("triton",)),
+)
+CURVE = (8, 12, 16, 24, 32, 48, 64)
+"""Tune batches after which the learning curve is told."""
+
+registry = get_registry()
+h200 = registry.device("h200")
+store = ProfileStore(shipped=registry.profile_dirs)
+
+
+def sweeps() -> list[Sweep]:
+    found = []
+    for dtype, kernel in (("fp8", "alpha_moe"), ("fp8", "triton"), ("bf16", "triton")):
+        found += [store.require(kernel, registry.shape(m, dtype), h200)[1] for m in MODELS]
+    return found
+
+
+def replay(model: str, dtype: str, kernels: Sequence[str], stages: Sequence[str] = ()) -> Replay:
+    return load_replay(registry, store, registry.shape(model, dtype), h200, kernels, stages)
+
+
+def percent(value: float) -> str:
+    return f"{value:.1%}"
+
+
+def table(head: Sequence[str], rows: Iterable[Sequence[object]]) -> str:
+    lines = [head, ["---"] * len(head), *rows]
+    return "\n".join("| " + " | ".join(map(str, line)) + " |" for line in lines)
+
+
+def profiles() -> str:
+    """What was measured."""
+    rows = []
+    for s in sweeps():
+        runs = s.record.runs
+        rows.append(
+            (
+                f"{s.shape.label} {s.shape.dtype}",
+                f"{s.kernel} {s.record.kernel_version}",
+                s.only(["path"]).times_us.shape[1],
+                sum(len(x.configs) for x in s.record.left_out),
+                f"{len(s.rows_of('tune'))} + {len(s.rows_of('test'))}",
+                "; ".join(f"{r.measured[:16]} {r.gpu} {r.seconds:.0f} s" for r in runs),
+            )
+        )
+    head = ("model", "kernel", "configurations", "pruned", "batches to fit + to judge", "runs: when, GPU, all kernels")
+    return table(head, rows)
+
+
+def repeatability() -> str:
+    """|a / b - 1| between two runs, by range of latency, pooled over the four models."""
+    rows = []
+    for kernel, dtype in (("alpha_moe", "fp8"), ("triton", "fp8"), ("triton", "bf16")):
+        pairs = []
+        for s in sweeps():
+            if (s.kernel, s.shape.dtype) == (kernel, dtype):
+                us = view(s).runs_us
+                pairs += [np.stack([us[a], us[b]], -1) for a, b in itertools.combinations(range(len(us)), 2)]
+        both = np.concatenate([p[np.isfinite(p).all(-1)] for p in pairs]) if pairs else np.empty((0, 2))
+        mean = np.sqrt(both.prod(-1))
+        for low, high in (*zip((0.0, *RANGES_US), (*RANGES_US, np.inf), strict=True), (0.0, np.inf)):
+            cells = both[(low <= mean) & (mean < high)]
+            if len(cells):
+                ratio = cells[:, 1] / cells[:, 0] - 1
+                name = "all" if (low, high) == (0, np.inf) else f"{low:.0f} to {high:.0f} us"
+                size = np.abs(ratio)
+                p95 = np.quantile(size, 0.95)
+                rows.append((kernel, dtype, name, len(cells), f"{np.median(size):.2%}", f"{p95:.2%}",
+                             f"{np.median(ratio):+.2%}"))  # fmt: skip
+    return table(("kernel", "dtype", "latency", "cells", "median", "p95", "median of b / a - 1"), rows)
+
+
+def compared(model: str, dtype: str, kernels: Sequence[str]) -> Comparison:
+    return compare_recorded(replay(model, dtype, kernels))
+
+
+def dispatch() -> str:
+    """Held-out batches: static and retrofitted dispatch, with what noise makes of the regrets."""
+    rows = []
+    for (dtype, kernels), model in itertools.product(CASES, MODELS):
+        found = compared(model, dtype, kernels)
+        best, noise = found.best_over_static, found.noise
+        assert best is not None
+        speedup = found.speedup_over_static
+        rows.append(
+            (
+                model,
+                f"{' + '.join(kernels)} {dtype}",
+                len(found.batches),
+                f"{speedup.geomean:.3f}x ({speedup.min:.2f} to {speedup.max:.2f})",
+                f"{best.geomean:.3f}x ({best.max:.2f})",
+                *(percent(found.baselines[k].mean) for k in ("retrofitted", "static", "nearest-batch table")),
+                percent(noise.selection.mean) if noise else "",
+                f"{percent(noise.regret['retrofitted'])} / {percent(noise.regret['static'])}" if noise else "",
+            )
+        )
+    head = ("model", "kernels", "batches", "retrofitted over static (min to max)", "best over static (max)",
+            "regret: retrofitted", "static", "nearest-batch table", "noise of choosing",
+            "against the split-half best: retrofitted / static")  # fmt: skip
+    return table(head, rows)
+
+
+def alpha_moe() -> str:
+    """Alpha-MoE retrofitted over its own tables, by kind of held-out routing, the four models together: whole paths,
+    and its own launch alone."""
+    rows = []
+    for stages, table_name in itertools.product(((), ("gemm",)), ("static", "nearest-batch table")):
+        by_kind: dict[str, list[float]] = {}
+        for model in MODELS:
+            both = replay(model, "fp8", ["alpha_moe"], stages)
+            tune, test = both.of("tune"), both.of("test")
+            assert tune is not None
+            assert test is not None
+            chosen = tune.fit().cost(test.histograms).argmin(1)
+            entries = static_table(tune.times_us, tune.labels)
+            if table_name != "static":
+                sizes = (1, 4, 16, 64, 256, 1024, 4096)
+                entries = {n: c for n, c in entries.items() if n in sizes}
+            static = table_choices(entries, test.labels)
+            index = np.arange(len(test.labels))
+            ratio = test.times_us[index, static] / test.times_us[index, chosen]
+            for (_, kind), r in zip(test.labels, ratio.tolist(), strict=True):
+                by_kind.setdefault(kind, []).append(r)
+                by_kind.setdefault("all", []).append(r)
+        for kind, ratios in sorted(by_kind.items(), key=lambda item: (item[0] == "all", item[0])):
+            r = Ratios.of(np.array(ratios))
+            losing = sum(x < 0.98 for x in ratios) / len(ratios)
+            what = "its launch alone" if stages else "whole path"
+            rows.append((what, table_name, kind, len(ratios), f"{r.geomean:.3f}x", f"{r.max:.3f}x", f"{r.min:.3f}x",
+                         percent(losing)))  # fmt: skip
+    head = ("time", "against", "routing", "batches", "geometric mean", "max", "min", "batches over 2% slower")
+    return table(head, rows)
+
+
+def live() -> str:
+    """What `ramp-moe compare --live` measured, from the files beside this."""
+    rows = []
+    for file in sorted(HERE.glob("live_*.json")):
+        found = json.loads(file.read_text())
+        kinds: dict[str, list[float]] = {}
+        for b in found["batches"]:
+            kinds.setdefault(b["routing"], []).append(b["speedup"])
+            kinds.setdefault("all", []).append(b["speedup"])
+        for kind, values in kinds.items():
+            r = Ratios.of(np.array(values))
+            name = f"{found['model']} {' + '.join(found['kernels'])}"
+            rows.append((name, kind, len(values), f"{r.geomean:.3f}x", f"{r.max:.3f}x", f"{r.min:.3f}x"))
+    return table(("profile", "routing", "batches", "retrofitted over static, geometric mean", "max", "min"), rows)
+
+
+def curve() -> str:
+    """Mean regret on the test batches by the tune batches that the fit and the static table saw, in the order in which
+    they were measured; and the share of a run's seconds that they took on average."""
+    rows = []
+    for (dtype, kernels), model in itertools.product(CASES, MODELS):
+        both = replay(model, dtype, kernels)
+        tune, test = both.of("tune"), both.of("test")
+        assert tune is not None
+        assert test is not None
+        for count in (*(n for n in CURVE if n < len(tune.labels)), len(tune.labels)):
+            chosen = tune.fit(np.arange(count)).cost(test.histograms).argmin(1)
+            values = [percent(regret(test.times_us, chosen).mean())]
+            try:
+                static = table_choices(static_table(tune.times_us[:count], tune.labels[:count]), test.labels)
+                values.append(percent(regret(test.times_us, static).mean()))
+            except ProfileError:
+                values.append("")
+            rows.append((model, f"{' + '.join(kernels)} {dtype}", count, *values))
+    return table(("model", "kernels", "tune batches", "regret: retrofitted", "static"), rows)
+
+
+def noise_of_choosing() -> str:
+    """Over all batches that two runs measured: the regret of choosing on one and judging on the other."""
+    rows = []
+    for (dtype, kernels), model in itertools.product(CASES, MODELS):
+        both = replay(model, dtype, kernels)
+        twice = np.isfinite(both.runs_us).all(axis=(0, 2))
+        if len(both.runs_us) > 1 and twice.any():
+            lost = selection_noise(both.runs_us[:, twice]).ravel()
+            rows.append((model, f"{' + '.join(kernels)} {dtype}", int(twice.sum()), f"{lost.mean():.2%}",
+                         f"{np.quantile(lost, 0.95):.2%}"))  # fmt: skip
+    return table(("model", "kernels", "batches", "mean", "p95"), rows)
+
+
+TABLES = {f.__name__: f for f in (profiles, repeatability, noise_of_choosing, dispatch, alpha_moe, live, curve)}
+
+
+def filled(page: str) -> str:
+    """The page with every table between its markers computed anew."""
+    for name, make in TABLES.items():
+        start, end = f"<!-- table: {name} -->\n", f"\n<!-- end: {name} -->"
+        before, rest = page.split(start)
+        page = before + start + make() + end + rest.split(end, 1)[1]
+    return page
+
+
+if __name__ == "__main__":
+    if sys.argv[1:] == ["--write"]:
+        readme = HERE / "README.md"
+        readme.write_text(filled(readme.read_text()))
+    else:
+        print("\n\n".join(f"{name}\n\n{make()}" for name, make in TABLES.items()))
