@@ -275,8 +275,16 @@ def compare_recorded(replay: Replay, form: str = DEFAULT_FORM, mode: Mode = "rep
         speedup_over_static=Ratios.of(np.concatenate([static_us / times[rows, choices] for choices in retrofitted])),
         best_over_static=Ratios.of(static_us / times.min(1)),
         noise=_noise(judged, policies),
-        notes=[*replay.notes, *policies.notes],
+        notes=[*replay.notes, *policies.notes, *_bounds(judged, policies)],
     )
+
+
+def _bounds(judged: Replay, policies: _Policies) -> list[str]:
+    """A line where a policy is judged by times that are only bounds."""
+    rows = np.arange(len(judged.labels))
+    count = {k: int(sum(judged.bounded[rows, c].sum() for c in deals)) for k, deals in policies.choices.items()}
+    chosen = ", ".join(f"{n} of {name}" for name, n in count.items() if n)
+    return [f"choices that were never timed, counted at the least they can take: {chosen}"] if chosen else []
 
 
 def _noise(judged: Replay, policies: _Policies) -> Noise | None:

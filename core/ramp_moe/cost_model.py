@@ -326,6 +326,13 @@ def path_times(sweep: Sweep, candidates: Sequence[Candidate], runs: bool = False
     return np.stack([times[..., p].sum(-1) for p in picked], axis=-1)
 
 
+def path_bounds(sweep: Sweep, candidates: Sequence[Candidate]) -> BoolArray:
+    """Which of `path_times` are bounds, or contain one, in any run: `[rows, candidates]`."""
+    column = sweep.column_of
+    bounded = np.asarray(sweep.bounded.any(axis=0))
+    return np.stack([bounded[:, [column[p.key] for p in parts_of(c, sweep.stages)]].any(1) for c in candidates], 1)
+
+
 def fit_sweep(sweep: Sweep, candidates: Sequence[Candidate], hardware: Hardware, form: str = DEFAULT_FORM) -> CostModel:
     """Fit every part that the candidates need on the sweep's rows.
 
@@ -338,17 +345,24 @@ def fit_sweep(sweep: Sweep, candidates: Sequence[Candidate], hardware: Hardware,
     column = sweep.column_of
     if absent := by_key.keys() - column.keys():
         raise KernelError(f"the sweep of {sweep.kernel} has no column {min(absent)!r}")
-    times = sweep.times_us[:, [column[k] for k in by_key]]
+    picked = [column[k] for k in by_key]
+    times, bounded = sweep.times_us[:, picked], sweep.bounded[:, :, picked].any(0)
     grids = _Grids(parts, hardware.num_sms)
     ctas = grids.ctas(sweep.histograms)
     active = _active(sweep.histograms)
     full = np.broadcast_arrays(*grids.terms(spec.terms, ctas, active), times)[:-1]
     summed = grids.sum(ctas)
-    coefficients, relative = _least_squares(np.stack(full, axis=-1), times, spec.non_negative)
+    features = np.stack(full, axis=-1)
+    coefficients, relative = _least_squares(features, np.where(bounded, np.nan, times), spec.non_negative)
+    if bounded.any():
+        # A bound is no time to fit to, unless the fit is below it there.
+        below = (bounded & (np.einsum("rsn,sn->rs", features, coefficients) < times)).any(0)
+        with_bounds = _least_squares(features[:, below], times[:, below], spec.non_negative)
+        coefficients[below], relative[:, below] = with_bounds
 
     fits: dict[str, PartFit] = {}
     for i, part in enumerate(parts):
-        seen = np.isfinite(times[:, i])
+        seen = np.isfinite(relative[:, i])
         if seen.sum() < len(spec.terms):
             continue
         error = relative[seen, i]

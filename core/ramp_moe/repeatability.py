@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from .cost_model import Candidate, path_times
+from .cost_model import Candidate, path_bounds, path_times
 from .kernel import KernelConfig
 from .replay import view
 from .routing import FloatArray
@@ -36,7 +36,8 @@ class Spread:
 def spread(sweep: Sweep) -> list[Spread]:
     """By range of latency, how far two runs of a sweep's whole paths (of its stages, where it has no paths) differ;
     every pair of runs counts. The last entry is over all; empty where cells were measured once."""
-    times = view(sweep).runs_us
+    seen = view(sweep)
+    times = np.where(seen.bounded, np.nan, seen.runs_us)
     pairs = [np.stack([times[a], times[b]], -1) for a, b in itertools.combinations(range(len(times)), 2)]
     both = np.concatenate([p[np.isfinite(p).all(-1)] for p in pairs]) if pairs else np.empty((0, 2))
     if not len(both):
@@ -70,5 +71,6 @@ def stage_bias(sweep: Sweep, configs: Sequence[KernelConfig]) -> FloatArray:
     ]
     if not timed:
         return np.empty(0)
-    bias = path_times(sweep.only(kinds), timed) / path_times(sweep.only([PATH]), timed) - 1
-    return np.asarray(bias[np.isfinite(bias)])
+    paths = sweep.only([PATH])
+    bias = path_times(sweep.only(kinds), timed) / path_times(paths, timed) - 1
+    return np.asarray(bias[np.isfinite(bias) & ~path_bounds(paths, timed)])

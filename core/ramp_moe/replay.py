@@ -10,6 +10,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import numpy as np
+from numpy.typing import NDArray
 
 from .cost_model import (
     DEFAULT_FORM,
@@ -20,6 +21,7 @@ from .cost_model import (
     incomparable,
     join,
     left_out,
+    path_bounds,
     path_times,
 )
 from .errors import ProfileError, RampMoEError
@@ -51,8 +53,9 @@ class Recording:
 class Replay:
     """Measured times of every candidate on the batches that all recordings share.
 
-    `times_us` is float64 `[batches, candidates]` without gaps; `runs_us` `[runs, batches, candidates]` has them run by
-    run, NaN where a batch has fewer runs. `notes` says what was left out and why.
+    `times_us` is float64 `[batches, candidates]` without gaps; `bounded` marks those of them that are bounds; `runs_us`
+    `[runs, batches, candidates]` has them run by run, NaN where a batch has fewer runs. `notes` says what was left out
+    and why.
     """
 
     shape: MoEShape
@@ -62,6 +65,7 @@ class Replay:
     labels: list[tuple[int, str]]
     times_us: FloatArray
     runs_us: FloatArray
+    bounded: NDArray[np.bool_]
     notes: list[str] = field(default_factory=list)
 
     @property
@@ -94,6 +98,7 @@ class Replay:
             labels=[self.labels[i] for i in rows],
             times_us=self.times_us[rows],
             runs_us=_measured_first(self.runs_us[:, rows]),
+            bounded=self.bounded[rows],
         )
 
     def fit(self, rows: IndexArray | None = None, form: str = DEFAULT_FORM) -> CostModel:
@@ -140,9 +145,7 @@ def load_replay(
 def view(sweep: Sweep, stages: Sequence[str] = ()) -> Sweep:
     """The columns of these kinds, with the batches on which they were timed; where none is named, the whole paths, or
     all stages of a sweep that has no paths. Raises ProfileError where a named kind was not measured."""
-    if not stages and PATH not in sweep.stages:
-        return sweep
-    found = sweep.only(stages or [PATH])
+    found = sweep.only(stages or [PATH]) if stages or PATH in sweep.stages else sweep
     timed = np.isfinite(found.runs_us).any(axis=(0, 2))
     return found if timed.all() else found.select(np.flatnonzero(timed).tolist())
 
@@ -198,7 +201,8 @@ def _align(shape: MoEShape, hardware: Hardware, found: Sequence[Recording], stri
     runs = [_measured_first(path_times(r.sweep, r.candidates, runs=True)) for r in aligned]
     common = min(len(r) for r in runs)
     runs_us = np.concatenate([r[:common] for r in runs], axis=2)
-    return Replay(shape, hardware, tuple(aligned), first.histograms, first.labels, times, runs_us, notes)
+    bounded = np.concatenate([path_bounds(r.sweep, r.candidates) for r in aligned], axis=1)
+    return Replay(shape, hardware, tuple(aligned), first.histograms, first.labels, times, runs_us, bounded, notes)
 
 
 def _measured_first(runs_us: FloatArray) -> FloatArray:

@@ -13,8 +13,10 @@ A sweep file (format "ramp-moe/sweep", version 2) is one JSON object:
                                      label's generator), "split", "runs_us" [runs][columns]}
 
 Times are microseconds, the median over launches; null marks a cell, or a whole run of a row, that was not measured or
-failed. A column's `key` is that of the kernel's `Stage`, or `path_key` of a configuration for "path": the whole of it,
-from top-k ids to output. What a sweep has no column for (quantisation, say) is not in its times: `stages` tells.
+failed. A negative time is a bound: at least so much, not measured, since the configuration was far behind on smaller
+batches already. A column's `key` is that of the kernel's `Stage`, or `path_key` of a configuration for "path": the
+whole of it, from top-k ids to output. What a sweep has no column for (quantisation, say) is not in its times: `stages`
+tells.
 `split` is "tune" for batches to fit and to tune static tables on, "test" for those that are kept for judging.
 Version 1 had one run, its fields beside the others, and no splits; version 0 is the headerless form of the first
 measurements.
@@ -30,6 +32,7 @@ from typing import Any, Literal
 
 import msgspec
 import numpy as np
+from numpy.typing import NDArray
 
 from .errors import ProfileError, RampMoEError
 from .files import read_json, write_json
@@ -122,7 +125,7 @@ class Sweep:
     histograms: IntArray
     """int64 `[rows, num_experts]`"""
     runs_us: FloatArray
-    """float64 `[runs, rows, columns]`, NaN where nothing was measured"""
+    """float64 `[runs, rows, columns]`, NaN where nothing was measured, the bound where that is what is known"""
 
     @property
     def kernel(self) -> str:
@@ -146,6 +149,13 @@ class Sweep:
         # What was measured once stays as it is in the file.
         once = np.where(count == 1, np.nansum(self.runs_us, axis=0), np.nan)
         return np.where(count > 1, np.exp(logs / np.maximum(count, 1)), once)
+
+    @cached_property
+    def bounded(self) -> NDArray[np.bool_]:
+        """`[runs, rows, columns]`: which of `runs_us` are bounds."""
+        columns = len(self.record.columns)
+        rows = [[[t is not None and t < 0 for t in u or [None] * columns] for u in r.runs_us] for r in self.record.rows]
+        return np.array(rows, bool).swapaxes(0, 1)
 
     @property
     def column_of(self) -> dict[str, int]:
@@ -256,7 +266,7 @@ def make_sweep(record: SweepRecord, source: str = "sweep") -> Sweep:
             if times is not None and len(times) != len(keys):
                 raise wrong(f"rows[{i}].runs_us[{r}]", f"{len(times)} times for {len(keys)} columns")
             for j, t in enumerate(times or ()):
-                if t is not None and not MIN_US <= t <= MAX_US:
+                if t is not None and not MIN_US <= abs(t) <= MAX_US:
                     raise wrong(
                         f"rows[{i}].runs_us[{r}][{j}]", f"{t} is no time in microseconds ({MIN_US:g} to {MAX_US:g})"
                     )
@@ -265,7 +275,9 @@ def make_sweep(record: SweepRecord, source: str = "sweep") -> Sweep:
         record,
         shape,
         np.array([r.histogram for r in record.rows], np.int64),
-        np.array([[absent if u is None else u for u in r.runs_us] for r in record.rows], np.float64).swapaxes(0, 1),
+        abs(np.array([[absent if u is None else u for u in r.runs_us] for r in record.rows], np.float64)).swapaxes(
+            0, 1
+        ),
     )
 
 

@@ -343,3 +343,21 @@ def test_runs_that_measured_none_of_the_chosen_batches_do_not_count(tmp_path: Pa
     assert len(replay.runs_us) == 4
     assert test is not None
     assert test.runs_us[:, :, 0].tolist() == [[310.0, 320.0, 330.0], [410.0, 420.0, 430.0]]
+
+
+def test_choices_that_were_never_timed_are_told(
+    registry: Registry, sweep_file: Path, olmoe: MoEShape, h200: Hardware
+) -> None:
+    replay = load_replay(registry, ProfileStore([sweep_file]), olmoe, h200, ["alpha_moe"])
+    static = table_choices(static_table(replay.times_us, replay.labels), replay.labels)
+    raw = json.loads(sweep_file.read_text())
+    row = next(i for i, (_, kind) in enumerate(replay.labels) if kind != "uniform")
+    times = raw["rows"][row]["runs_us"][0]
+    times[static[row]] *= -1
+    sweep_file.write_text(json.dumps(raw))
+    bounded = load_replay(registry, ProfileStore([sweep_file]), olmoe, h200, ["alpha_moe"])
+    assert np.argwhere(bounded.bounded).tolist() == [[row, static[row]]]
+    assert np.array_equal(bounded.times_us, replay.times_us)
+    (note,) = (n for n in compare_recorded(bounded).notes if "never timed" in n)
+    assert "1 of static" in note
+    assert not any("never timed" in n for n in compare_recorded(replay).notes)

@@ -268,3 +268,25 @@ def test_a_whole_path_adds_up_its_grids_by_work(h200: Hardware) -> None:
     alone = synthetic(h200, stages_of(config("a", TWO_GEMMS.stages[1]), known))
     gemm = fit_sweep(alone, candidates_of(alone, [config("a", *TWO_GEMMS.stages[:2])]), h200)
     assert incomparable(model, gemm) == "the times of k leave out schedule, those of k do not"
+
+
+def test_a_bound_is_no_time_to_fit_to_unless_the_fit_is_below_it(h200: Hardware) -> None:
+    c = config("a", Stage("gemm", "k/up/a", UP))
+    known = (5.0, 3.0, 0.02, 0.4)
+    sweep = synthetic(h200, stages_of(c, known))
+    bounded = [i for i, (tokens, _) in enumerate(sweep.labels) if tokens == 1024]
+
+    def with_bounds(share: float) -> Sweep:
+        for i in bounded:
+            sweep.record.rows[i].runs_us = [[-share * float(sweep.times_us[i, 0])]]
+        return make_sweep(sweep.record)
+
+    low = with_bounds(0.2)
+    assert low.bounded[0, :, 0].nonzero()[0].tolist() == bounded
+    assert low.times_us[bounded, 0] == pytest.approx(0.2 * sweep.times_us[bounded, 0])
+    fit = fit_sweep(low, [Candidate("k", c)], h200).fits["k/up/a"]
+    assert fit.coefficients == pytest.approx(known)
+    assert fit.rows == len(sweep.labels) - len(bounded)
+    high = fit_sweep(with_bounds(50.0), [Candidate("k", c)], h200)
+    # the fit of the other batches would be below it: the bounds count, as little as any four batches do
+    assert (high.cost(sweep.histograms[bounded]) > 1.1 * sweep.times_us[bounded]).all()

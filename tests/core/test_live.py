@@ -38,7 +38,7 @@ from simulated_bench import (
 
 PROFILED = [*BATCHES, PlannedBatch(512, "uniform", 20, "tune"), PlannedBatch(2048, "uniform", 21, "tune")]
 """Of these, two are kept for judging."""
-HELD_OUT = held_out(SHAPE, FIRST_SEED)[:16]
+HELD_OUT = held_out(SHAPE, FIRST_SEED)[:20]
 """Of the 48, for the tests' sake."""
 TRACE = Trace(np.random.default_rng(0).integers(0, 8, (300, 2)), 8)
 
@@ -137,6 +137,7 @@ def test_profile_fit_and_compare(live: Live) -> None:
     assert found.noise is not None
     assert (found.noise.runs, found.noise.batches) == (2, len(HELD_OUT))
     assert found.baselines["retrofitted"].mean < 0.1
+    assert "time_stages" not in live.script.log.read_text()
     assert live.progress.notes == ["run 1 of 2", "run 2 of 2"]
     assert live.progress.phases == [("check", 5), ("measure", len(HELD_OUT))] * 2
     # the profile's two test batches are neither fitted on nor judged

@@ -47,7 +47,7 @@ def coverage(f: FloatArray, chosen: IntArray) -> float:
     return float(np.linalg.norm(f[:, None] - f[chosen], axis=-1).min(1).max())
 
 
-@MODELS_ONLY
+@pytest.mark.parametrize("shape", [SHAPES[0], SHAPES[3]], ids=lambda s: s.label)
 def test_the_plan_depends_on_experts_and_top_k_alone(shape: MoEShape) -> None:
     other = dataclasses.replace(shape, hidden_size=512, intermediate_size=256, dtype="bf16", name="another")
     assert tuple(plan(other)) == planned(shape)[0]

@@ -126,8 +126,8 @@ def _set(*path: Any) -> Edit:
         (_set("rows", 1, "split", "train"), r"Invalid enum value 'train' - at `\$.rows\[1\].split`"),
         (_set("runs", []), "at least one run"),
         (
-            _set("rows", 1, "runs_us", 0, 7, -1.0),
-            r"-1.0 is no time in microseconds .* - at `\$.rows\[1\].runs_us\[0\]\[7\]`",
+            _set("rows", 1, "runs_us", 0, 7, 0.0),
+            r"0.0 is no time in microseconds .* - at `\$.rows\[1\].runs_us\[0\]\[7\]`",
         ),
         (_set("rows", []), "at least one row"),
         (_set("columns", []), "at least one column"),

@@ -16,7 +16,8 @@ from ramp_moe.profiler.plan import PlannedBatch, plan
 from ramp_moe.profiler.session import FIRST_ROWS, profile
 from ramp_moe.profiler.settings import Environment, Settings
 from ramp_moe.profiler.worker import BenchLike, make_gpu_bench
-from ramp_moe.replay import fit_recorded
+from ramp_moe.repeatability import stage_bias
+from ramp_moe.replay import fit_recorded, view
 from ramp_moe.sweep import path_key
 from simulated_bench import Silent
 
@@ -69,10 +70,14 @@ def test_profile_fit_and_compare(tmp_path: Path, h200: Hardware) -> None:
     assert paths == [path_key("triton", n) for n in names]
     stages = {(s.kind, s.key) for c in configs for s in c.stages}
     assert {(c.stage, c.key) for c in sweep.record.columns[6:]} == stages
-    assert (sweep.times_us > 0).all()
-    of_path, of_stages = sweep.times_us[:, :6], sweep.column_of
-    summed = [sum(sweep.times_us[:, of_stages[s.key]] for s in c.stages) for c in configs]
-    assert 0.3 < np.median(np.stack(summed, axis=1) / of_path) < 5
+    of_path = sweep.only(["path"]).times_us
+    assert (of_path > 0).all()
+    of_stages = view(sweep, [k for k in sweep.stages if k != "path"])
+    assert len(of_stages.labels) >= 3
+    assert (of_stages.times_us > 0).all()
+    bias = stage_bias(sweep, configs)
+    assert len(bias) == 6 * len(of_stages.labels)
+    assert -0.7 < np.median(bias) < 4
     tokens = np.array([n for n, _ in sweep.labels])
     assert of_path[tokens.argmax()].min() > of_path[tokens.argmin()].min()
 
@@ -128,5 +133,5 @@ def test_an_illegal_access_is_isolated(tmp_path: Path, h200: Hardware) -> None:
     sweep = load_sweep(tmp_path / h200.name / "wild" / f"{SHAPE.slug}.json")
     sane = [c.name for c in kernel.configs(SHAPE, h200) if c.name != wild_kernel.WILD]
     assert [c.key for c in sweep.record.columns if c.stage == "path"] == [path_key("wild", n) for n in sane]
-    assert (sweep.times_us > 0).all()
+    assert (sweep.only(["path"]).times_us > 0).all()
     assert [o.configs for o in sweep.record.left_out] == [[wild_kernel.WILD]]
