@@ -116,6 +116,13 @@ class Visit(Event, frozen=True):
     us: list[float]
 
 
+class Bounded(Event, frozen=True):
+    """The candidate is not worth timing on the row: it is too far behind."""
+
+    row: int
+    candidate: str
+
+
 class Stages(Event, frozen=True):
     row: int
     candidate: str
@@ -144,7 +151,7 @@ class Complete(Event, frozen=True):
     """All is measured; what remains is to write the profiles."""
 
 
-AnyEvent = Passed | Dropped | Visit | Stages | Row | Noted | Judged | Complete
+AnyEvent = Passed | Dropped | Visit | Bounded | Stages | Row | Noted | Judged | Complete
 
 
 @dataclass
@@ -156,6 +163,8 @@ class Taken:
     dropped: dict[str, Dropped] = field(default_factory=dict)
     visits: dict[int, dict[str, list[list[float]]]] = field(default_factory=dict)
     """By row and candidate, the microseconds of each visit's launches."""
+    bounded: dict[int, set[str]] = field(default_factory=dict)
+    """By row, the candidates that are not timed there."""
     stages: dict[int, dict[str, list[float]]] = field(default_factory=dict)
     """By row and stage key, microseconds."""
     staged: dict[int, set[str]] = field(default_factory=dict)
@@ -176,6 +185,8 @@ class Taken:
                 self.dropped[event.candidate] = event
             case Visit():
                 self.visits.setdefault(event.row, {}).setdefault(event.candidate, []).append(event.us)
+            case Bounded():
+                self.bounded.setdefault(event.row, set()).add(event.candidate)
             case Stages():
                 self.staged.setdefault(event.row, set()).add(event.candidate)
                 if not event.us:

@@ -26,9 +26,11 @@ from ..kernel import Kernel, usable_configs
 from ..routing import IntArray, generate
 from ..shapes import MoEShape
 from ..sweep import MAX_US, MIN_US, Run
+from .contest import TOO_FAR, Contest, cover
 from .journal import (
     AnyEvent,
     BatchRecord,
+    Bounded,
     Complete,
     Dropped,
     Header,
@@ -54,13 +56,11 @@ FIRST_ROWS = 8
 the cost model sees."""
 
 MORE_ROWS, CLOSER = 16, 1 / 3
-"""Tune batches after which they are pruned again, by this part of the margin. On an H200 a third of Alpha-MoE's and of
-Triton's candidates that are left go then, without which the best in hindsight loses 0.1% at most."""
+"""Tune batches after which they are pruned again, by this part of the margin."""
 
-FAR = 3.0
-"""A candidate so many times slower than its kernel's best is not tried on larger batches, where a launch takes longest,
-before others were pruned. What is far behind on few tokens seldom comes near on many: in sweeps of Alpha-MoE 5 to 10 of
-152 configurations do, without which the best in hindsight loses less than 0.1%."""
+MOST, FEWER = 24, 8
+"""Candidates of a kernel that one batch can keep, the first and the second time. In sweeps of all 152 configurations of
+Alpha-MoE 33 to 39 are left so, and with them the best in hindsight is 0.1% to 0.5% slower."""
 
 STAGES_EVERY = 3
 """Stages are timed on every test batch, and on one tune batch in so many: they cost as much as the paths, by which
@@ -69,9 +69,6 @@ dispatch goes."""
 PATIENCE, MIN_PATIENCE_US = 3.0, 500.0
 """A path that takes so many times as long as its kernel's best so far on a batch is timed once, unless that saves
 little."""
-
-KEPT = 3
-"""Candidates of each kernel, the nearest to the best, that are never pruned."""
 
 MAX_STATIC_TOKENS = 8192
 CHECK_TOKENS, CHECK_ROUTING = 33, "balancedness0.5"
@@ -197,6 +194,8 @@ class _Session:
         self._candidates, self._batches = {c.name: c for c in candidates}, batches
         self._covered: tuple[dict[str, set[str]], list[str]] | None = None
         self._measurer = Measurer(make_bench, settings.call_s)
+        self._contest = Contest(self._candidates, lambda row: batches[row].histogram(shape), self._taken)
+        self._kernel_of = self._contest.kernel_of
         self._began = time.monotonic() - self._taken.spent
 
     def run(self, notes: Iterable[str]) -> Result:
@@ -295,45 +294,16 @@ class _Session:
         tune.sort(key=lambda row: self._batches[row].num_tokens)
         self._progress.phase("probe", len(tune))
         for done, row in enumerate(tune):
-            behind = self._behind(tune[:done])
-            names = [n for n in self._turn(row, 0) if behind.get(n, 1.0) <= FAR]
-            if names:
-                self._open(row)
+            self._open(row)
+            names = self._turn(row, 0)
             for name in names:
                 self._progress.at(done, f"{self._batches[row].num_tokens} tokens, {name}", self._spent)
                 self._visit(row, name)
         self._require_candidates()
-        self._prune(tune, self._settings.prune)
+        self._prune(tune, self._settings.prune, MOST)
 
     def _first_tune(self, count: int) -> list[int]:
         return [i for i, b in enumerate(self._batches) if b.split == "tune"][:count]
-
-    def _behind(self, rows: Sequence[int]) -> dict[str, float]:
-        """By candidate, its time over its kernel's best on the last of these rows on which it was visited."""
-        found: dict[str, float] = {}
-        for row in rows:
-            # With what failed since, so that a row's candidates are the same after an interruption.
-            found |= self._ratios(row, self._candidates)
-        return found
-
-    def _ratios(self, row: int, names: Collection[str]) -> dict[str, float]:
-        """By candidate, of these, that was visited on a row, its time over its kernel's best: a layer may have but one
-        kernel."""
-        visits = self._taken.visits.get(row, {})
-        us = {n: float(np.median(np.concatenate(of_candidate))) for n, of_candidate in visits.items() if n in names}
-        best = self._best(us)
-        return {n: t / best[self._kernel_of(n)] for n, t in us.items()}
-
-    def _best(self, us: Mapping[str, float]) -> dict[str, float]:
-        """By kernel, the shortest of these times."""
-        best: dict[str, float] = {}
-        for name, t in us.items():
-            kernel = self._kernel_of(name)
-            best[kernel] = min(t, best.get(kernel, math.inf))
-        return best
-
-    def _kernel_of(self, name: str) -> str:
-        return self._candidates[name].kernel
 
     def _measure(self) -> None:
         taken = self._taken
@@ -343,7 +313,7 @@ class _Session:
             if row in taken.rows:
                 continue
             if 0 < taken.judged < len(more) == MORE_ROWS and taken.rows.issuperset(more):
-                self._prune(more, 1 + CLOSER * (self._settings.prune - 1))
+                self._prune(more, 1 + CLOSER * (self._settings.prune - 1), FEWER)
             late = self._spent >= self._settings.minutes * 60
             if late and row not in taken.visits and len(taken.visits) >= FIRST_ROWS:
                 continue  # only what is begun, by the probe or before an interruption, is finished
@@ -367,29 +337,37 @@ class _Session:
 
     def _open(self, row: int) -> None:
         self._measurer.open(self._batches[row].topk_ids(self._shape))
-        self._fastest = self._best({n: visits[0][0] for n, visits in self._taken.visits.get(row, {}).items()})
+        self._fastest = self._contest.best({n: v[0][0] for n, v in self._taken.visits.get(row, {}).items()})
+        self._expected = self._contest.estimates(row)
 
     def _turn(self, row: int, turn: int) -> list[str]:
-        """The candidates to visit in one turn of a row, shuffled, less those that an interrupted run visited."""
-        visits = self._taken.visits.get(row, {})
-        wanted = [n for n in self._live if len(visits.get(n, [])) >= turn]
+        """The candidates to visit in one turn of a row, less those that an interrupted run visited: shuffled, but that
+        which is expected to be its kernel's best comes first, for the others to be compared with."""
+        visits, bounded = self._taken.visits.get(row, {}), self._taken.bounded.get(row, ())
+        left = {n for n in self._live if len(visits.get(n, [])) == turn and n not in bounded}
         if turn:
-            medians = {n: float(np.median(np.concatenate(visits[n][:turn]))) for n in wanted}
-            best = self._best(medians)
-            wanted = [n for n in wanted if medians[n] <= best[self._kernel_of(n)] * self._settings.close]
+            ratios = self._contest.ratios(row, self._live, turn)
+            left = {n for n in left if ratios[n] <= self._settings.close}
         # Over all candidates, so that the order of the others stays when one is dropped.
         names = list(self._candidates)
-        order = np.random.default_rng((row, turn)).permutation(len(names))
-        left = {n for n in wanted if len(visits.get(n, [])) == turn}
-        return [names[i] for i in order if names[i] in left]
+        order = [names[i] for i in np.random.default_rng((row, turn)).permutation(len(names)) if names[i] in left]
+        known = sorted((n for n in order if n in self._expected), key=lambda n: -self._expected[n].us)
+        first = {self._kernel_of(n): n for n in known}
+        return sorted(order, key=lambda n: first.get(self._kernel_of(n)) != n)
 
     def _visit(self, row: int, name: str) -> None:
         kernel = self._kernel_of(name)
-        patience = max(PATIENCE * self._fastest.get(kernel, math.inf), MIN_PATIENCE_US)
+        best = self._fastest.get(kernel, math.inf)
+        timed = name in self._taken.visits.get(row, {})
+        expected = self._expected.get(name)
+        if not timed and expected is not None and expected.behind and expected.us > TOO_FAR * best:
+            self._keep(Bounded(self._spent, row, name))
+            return
+        patience = max(PATIENCE * best, MIN_PATIENCE_US)
         us = self._attempt("time", name, self._settings.launches, patience, timeout=self._settings.call_s)
         if us is not None and self._plausible("time", name, us):
             self._keep(Visit(self._spent, row, name, us))
-            self._fastest[kernel] = min(us[0], self._fastest.get(kernel, math.inf))
+            self._fastest[kernel] = min(us[0], best)
 
     def _visit_stages(self, row: int, name: str) -> None:
         us = self._attempt("time_stages", name, self._settings.launches, timeout=self._settings.call_s)
@@ -414,33 +392,27 @@ class _Session:
         return self._covered[1]
 
     def _untimed(self, row: int) -> dict[str, set[str]]:
-        """By candidate, the keys of its stages that have no time on the row."""
+        """By candidate that is not far behind on the row, the keys of its stages that have no time there."""
         taken = self._taken
         asked = taken.staged.get(row, set())
         known = {*taken.stages.get(row, {}), *(s.key for n in asked for s in self._candidates[n].config.stages)}
         return {
             name: {s.key for s in self._candidates[name].config.stages} - known
-            for name in self._live
-            if self._kernel_of(name) not in taken.stageless
+            for name, ratio in self._contest.ratios(row, self._live).items()
+            if ratio <= PATIENCE and self._kernel_of(name) not in taken.stageless
         }
 
-    def _prune(self, rows: Sequence[int], factor: float) -> None:
-        """Drop the candidates that are not within `factor` of their kernel's best on any of these rows."""
-        taken, kernels = self._taken, self._journal.header.kernels
-        # With those that were pruned before an interruption, so that the outcome is the same.
-        judged = [n for n in self._candidates if n not in taken.dropped or taken.dropped[n].pruned]
-        nearest: dict[str, float] = {}
-        for row in rows:
-            for name, ratio in self._ratios(row, judged).items():
-                nearest[name] = min(ratio, nearest.get(name, math.inf))
-        kept = set(self._static)
-        for kernel, record in kernels.items():
-            own = [n for n in nearest if self._kernel_of(n) == kernel]
-            kept.update(own if record.base else sorted(own, key=lambda n: nearest[n])[:KEPT])
-        reason = f"never within {factor:.3g}x of the kernel's best on {len(rows)} spread batches"
-        for name, ratio in nearest.items():
-            if ratio > factor and name not in kept and name not in taken.dropped:
-                self._keep(Dropped(self._spent, name, reason, pruned=True))
+    def _prune(self, rows: Sequence[int], factor: float, most: int) -> None:
+        """Drop the candidates that are behind on all of these rows, but for those of profiles that are extended."""
+        spared = set(self._static)
+        for kernel, record in self._journal.header.kernels.items():
+            if record.base:
+                spared.update(f"{kernel}/{n}" for n in record.candidates)
+        reason = (
+            f"on none of {len(rows)} spread batches among the kernel's {most} fastest within {factor:.3g}x of its best"
+        )
+        for name in self._contest.losers(rows, factor, most, spared):
+            self._keep(Dropped(self._spent, name, reason, pruned=True))
         self._keep(Judged(self._spent, len(rows)))
 
     def _require_candidates(self) -> None:
@@ -462,14 +434,3 @@ class _Session:
             profiles.append(write_profile(self._settings.folder, place, header, kernel, configs, taken, rows))
         self._journal.delete()
         return Result(profiles, len(rows), len(self._batches), taken.spent, taken.notes)
-
-
-def cover(wanted: Mapping[str, Collection[str]]) -> list[str]:
-    """Few names that have all keys between them: always the one next that has the most keys still missing."""
-    missing = {key for keys in wanted.values() for key in keys}
-    chosen = []
-    while missing:
-        name = max(wanted, key=lambda n: len(missing.intersection(wanted[n])))
-        chosen.append(name)
-        missing.difference_update(wanted[name])
-    return chosen

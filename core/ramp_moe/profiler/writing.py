@@ -48,6 +48,10 @@ from .plan import PlannedBatch
 
 SUPERSEDED = "superseded"
 
+BOUND = 3.0
+"""What is not timed, since it is too far behind (see `contest`), is said to take at least so many times as long as its
+kernel's best."""
+
 
 @dataclass(frozen=True)
 class Place:
@@ -195,7 +199,8 @@ Times = list[float | None]
 def _times(
     kernel: str, kept: Mapping[str, KernelConfig], taken: Taken, rows: Mapping[int, object]
 ) -> tuple[list[Column], dict[int, Times]]:
-    """The columns of these configurations, and by row their times: medians over all launches."""
+    """The columns of these configurations, and by row their times: medians over all launches; what was not timed since
+    it is far behind has a bound."""
     columns = [Column(PATH, path_key(kernel, n), dict(c.params)) for n, c in kept.items()]
     timed = {key for row in rows for key in taken.stages.get(row, {})}
     stages = {s.key: Column(s.kind, s.key) for c in kept.values() for s in c.stages if s.key in timed}
@@ -203,7 +208,12 @@ def _times(
     def of_row(row: int) -> Times:
         visits, of_stages = taken.visits.get(row, {}), taken.stages.get(row, {})
         paths = [[us for visit in visits.get(f"{kernel}/{name}", []) for us in visit] for name in kept]
-        return [_median(us) for us in (*paths, *(of_stages.get(key, []) for key in stages))]
+        medians = [_median(us) for us in (*paths, *(of_stages.get(key, []) for key in stages))]
+        best = min((t for t in medians[: len(kept)] if t), default=None)
+        for i, name in enumerate(kept):
+            if best and f"{kernel}/{name}" in taken.bounded.get(row, ()):
+                medians[i] = -round(BOUND * best, 3)
+        return medians
 
     return [*columns, *stages.values()], {row: of_row(row) for row in rows}
 
