@@ -8,6 +8,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import ramp_moe_profiles
 from ramp_moe import Hardware, MoEShape, ProfileStore, Registry
 from ramp_moe.replay import Replay, load_replay
 
@@ -70,6 +71,15 @@ def store() -> ProfileStore:
 def shipped(registry: Registry) -> ProfileStore:
     """What ships: its figures change whenever something is measured again."""
     return ProfileStore(shipped=registry.profile_dirs)
+
+
+EXHAUSTIVE = Path(ramp_moe_profiles.__file__).parent / "superseded" / "h200" / "alpha_moe"
+
+
+def exhaustive(shape: MoEShape) -> ProfileStore:
+    """Alpha-MoE's launch alone on 78 batches, all 152 configurations, for each of RECORDED."""
+    (file,) = EXHAUSTIVE.glob(f"{shape.slug}.*.json")
+    return ProfileStore([file])
 
 
 @pytest.fixture

@@ -285,7 +285,7 @@ def candidates_of(
     sweep: Sweep, configs: Sequence[KernelConfig], notes: list[str] | None = None
 ) -> tuple[Candidate, ...]:
     """The configurations of the sweep's kernel that have a column for each of their parts. `notes` gains a line where
-    some have not.
+    some have not that the sweep does not say to have been left out.
 
     Raises ProfileError where there is none: the plugin's configurations have changed since the sweep was taken.
     """
@@ -300,9 +300,11 @@ def candidates_of(
             f"the sweep of {sweep.kernel} for {sweep.shape.label} on {sweep.device} has no column that fits a "
             "configuration of the kernel registered under that name; measure again"
         )
-    if notes is not None and len(candidates) < len(configs):
+    explained = {name for x in sweep.record.left_out for name in x.configs}
+    missing = {c.name for c in configs} - {c.config.name for c in candidates} - explained
+    if notes is not None and missing:
         notes.append(
-            f"{sweep.kernel}: {len(configs) - len(candidates)} of {len(configs)} configurations left out, "
+            f"{sweep.kernel}: {len(missing)} of {len(configs)} configurations left out, "
             f"the sweep has no times for them ({', '.join(sweep.stages)})"
         )
     return candidates
@@ -336,8 +338,8 @@ def path_bounds(sweep: Sweep, candidates: Sequence[Candidate]) -> BoolArray:
 def fit_sweep(sweep: Sweep, candidates: Sequence[Candidate], hardware: Hardware, form: str = DEFAULT_FORM) -> CostModel:
     """Fit every part that the candidates need on the sweep's rows.
 
-    Candidates of which a part has fewer measured rows than the form has terms are dropped. Raises ProfileError where
-    none is left.
+    Candidates of which a part has fewer rows, measured or bounded, than the form has terms are dropped. Raises
+    ProfileError where none is left.
     """
     spec = get_form(form)
     by_key = {p.key: p for c in candidates for p in parts_of(c, sweep.stages)}
@@ -355,8 +357,9 @@ def fit_sweep(sweep: Sweep, candidates: Sequence[Candidate], hardware: Hardware,
     features = np.stack(full, axis=-1)
     coefficients, relative = _least_squares(features, np.where(bounded, np.nan, times), spec.non_negative)
     if bounded.any():
-        # A bound is no time to fit to, unless the fit is below it there.
+        # A bound is no time to fit to, unless the fit is below it there, or has too few batches without it.
         below = (bounded & (np.einsum("rsn,sn->rs", features, coefficients) < times)).any(0)
+        below |= (np.isfinite(times) & ~bounded).sum(0) < len(spec.terms)
         with_bounds = _least_squares(features[:, below], times[:, below], spec.non_negative)
         coefficients[below], relative[:, below] = with_bounds
 

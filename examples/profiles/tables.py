@@ -22,12 +22,7 @@ from ramp_moe.sweep import Sweep
 
 HERE = Path(__file__).parent
 MODELS = ("olmoe-1b-7b", "qwen3-30b-a3b", "deepseek-v3-tp8", "mixtral-8x7b-tp4")
-CASES = (
-    ("fp8", ("alpha_moe",)),
-    ("fp8", ("triton",)),
-    ("fp8", ("alpha_moe", "triton")),
-    ("bf16", ("triton",)),
-)
+KERNELS = (("fp8", ("alpha_moe",)), ("fp8", ("triton",)), ("fp8", ("alpha_moe", "triton")), ("bf16", ("triton",)))
 CURVE = (8, 12, 16, 24, 32, 48, 64)
 """Tune batches after which the learning curve is told."""
 
@@ -36,11 +31,17 @@ h200 = registry.device("h200")
 store = ProfileStore(shipped=registry.profile_dirs)
 
 
-def sweeps() -> list[Sweep]:
-    found = []
-    for dtype, kernel in (("fp8", "alpha_moe"), ("fp8", "triton"), ("bf16", "triton")):
-        found += [store.require(kernel, registry.shape(m, dtype), h200)[1] for m in MODELS]
-    return found
+def find(model: str, dtype: str, kernel: str) -> Sweep | None:
+    found = store.find(kernel, registry.shape(model, dtype), h200)
+    return found and found[1]
+
+
+SINGLE = [(dtype, *kernels) for dtype, kernels in KERNELS if len(kernels) == 1]
+SWEEPS = [s for dtype, kernel in SINGLE for m in MODELS if (s := find(m, dtype, kernel))]
+CASES = [
+    (dtype, kernels, m) for (dtype, kernels), m in itertools.product(KERNELS, MODELS)
+    if all(find(m, dtype, k) for k in kernels)
+]  # fmt: skip
 
 
 def replay(model: str, dtype: str, kernels: Sequence[str], stages: Sequence[str] = ()) -> Replay:
@@ -59,7 +60,7 @@ def table(head: Sequence[str], rows: Iterable[Sequence[object]]) -> str:
 def profiles() -> str:
     """What was measured."""
     rows = []
-    for s in sweeps():
+    for s in SWEEPS:
         runs = s.record.runs
         rows.append(
             (
@@ -68,7 +69,7 @@ def profiles() -> str:
                 s.only(["path"]).times_us.shape[1],
                 sum(len(x.configs) for x in s.record.left_out),
                 f"{len(s.rows_of('tune'))} + {len(s.rows_of('test'))}",
-                "; ".join(f"{r.measured[:16]} {r.gpu} {r.seconds:.0f} s" for r in runs),
+                "; ".join(f"{r.measured[:16]} {r.gpu} {r.seconds or 0:.0f} s" for r in runs),
             )
         )
     head = ("model", "kernel", "configurations", "pruned", "batches to fit + to judge", "runs: when, GPU, all kernels")
@@ -80,7 +81,7 @@ def repeatability() -> str:
     rows = []
     for kernel, dtype in (("alpha_moe", "fp8"), ("triton", "fp8"), ("triton", "bf16")):
         pairs = []
-        for s in sweeps():
+        for s in SWEEPS:
             if (s.kernel, s.shape.dtype) == (kernel, dtype):
                 us = view(s).runs_us
                 pairs += [np.stack([us[a], us[b]], -1) for a, b in itertools.combinations(range(len(us)), 2)]
@@ -105,7 +106,7 @@ def compared(model: str, dtype: str, kernels: Sequence[str]) -> Comparison:
 def dispatch() -> str:
     """Held-out batches: static and retrofitted dispatch, with what noise makes of the regrets."""
     rows = []
-    for (dtype, kernels), model in itertools.product(CASES, MODELS):
+    for dtype, kernels, model in CASES:
         found = compared(model, dtype, kernels)
         best, noise = found.best_over_static, found.noise
         assert best is not None
@@ -180,7 +181,7 @@ def curve() -> str:
     """Mean regret on the test batches by the tune batches that the fit and the static table saw, in the order in which
     they were measured; and the share of a run's seconds that they took on average."""
     rows = []
-    for (dtype, kernels), model in itertools.product(CASES, MODELS):
+    for dtype, kernels, model in CASES:
         both = replay(model, dtype, kernels)
         tune, test = both.of("tune"), both.of("test")
         assert tune is not None
@@ -200,7 +201,7 @@ def curve() -> str:
 def noise_of_choosing() -> str:
     """Over all batches that two runs measured: the regret of choosing on one and judging on the other."""
     rows = []
-    for (dtype, kernels), model in itertools.product(CASES, MODELS):
+    for dtype, kernels, model in CASES:
         both = replay(model, dtype, kernels)
         twice = np.isfinite(both.runs_us).all(axis=(0, 2))
         if len(both.runs_us) > 1 and twice.any():

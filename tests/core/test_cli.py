@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 from click.testing import CliRunner, Result
 from conftest import RECORDED
+from ramp_moe import Hardware, ProfileStore, Registry
 from ramp_moe.cli import main
 
 
@@ -25,11 +26,12 @@ def run_json(*args: object) -> Any:
 
 
 @pytest.mark.parametrize("model", RECORDED)
-def test_compare_json(model: str) -> None:
+def test_compare_json(model: str, registry: Registry, shipped: ProfileStore, h200: Hardware) -> None:
     found = run_json("compare", "--model", model, "--device", "h200", "--kernel", "alpha_moe")
     assert found["mode"] == "replay"
     assert (found["device"], found["model"], found["kernels"]) == ("h200", model, ["alpha_moe"])
-    assert len(found["batches"]) == 78
+    _, sweep = shipped.require("alpha_moe", registry.shape(model, "fp8"), h200)
+    assert len(found["batches"]) == len(sweep.rows_of("test")) > 0
     for key in ("regret", "static_regret"):
         assert set(found[key]) == {"mean", "median", "p95", "max"}
         assert 0 <= found[key]["median"] <= found[key]["p95"] <= found[key]["max"] < 1
@@ -42,7 +44,8 @@ def test_the_main_job_takes_under_five_seconds() -> None:
     result = subprocess.run(command, capture_output=True, text=True, check=True)
     assert time.perf_counter() - start < 5
     assert "Replay of recorded measurements" in result.stdout
-    assert "alpha_moe 0fbed62 on NVIDIA H200, 2026-11-20" in result.stdout
+    for kernel in ("alpha_moe", "triton"):
+        assert re.search(rf"{kernel} \S+ on NVIDIA H200, 20\d\d-\d\d-\d\d", result.stdout)
     assert re.search(r"geometric mean 1\.0\d\dx", result.stdout)
 
 
@@ -61,7 +64,9 @@ def test_compare_html(tmp_path: Path) -> None:
     assert result.exit_code == 0, result.output
     text = page.read_text()
     assert text.count("<svg") == 3
-    assert "Replay of recorded measurements, nothing was run on this machine: alpha_moe 0fbed62" in text
+    assert re.search(
+        r"Replay of recorded measurements, nothing was run on this machine: (alpha_moe|triton) \S+ on", text
+    )
     # self-contained: nothing is loaded from elsewhere
     assert not re.search(r"<(script|link|img|iframe)\b", text)
     assert not re.search(r"""(src|href)=["']https?:""", text)
@@ -118,7 +123,7 @@ def test_explain() -> None:
     assert sum(found["histogram"]) == 512
     shown = run("explain", "--model", "olmoe-1b-7b", "--tokens", 64, "--top", 3).output
     assert "PREDICTED" in shown
-    assert shown.count("alpha_moe/bm") == 3
+    assert len(re.findall(r"(?:alpha_moe|triton)/\w+", shown)) == 3
 
 
 def test_explain_a_histogram(tmp_path: Path) -> None:
@@ -134,7 +139,7 @@ def test_fit_is_stored_and_used(tmp_path: Path) -> None:
     before = run_json("explain", "--model", "olmoe-1b-7b")
     written = run_json("fit", "--model", "olmoe-1b-7b", "--kernel", "alpha_moe")
     assert Path(written[0]["file"]).is_file()
-    assert written[0]["regret"]["mean"] < 0.03
+    assert written[0]["regret"]["mean"] < 0.05
     assert run_json("explain", "--model", "olmoe-1b-7b") == before
     elsewhere = run_json("fit", "--model", "olmoe-1b-7b", "--form", "ceil", "--output", tmp_path)
     assert Path(elsewhere[0]["file"]).is_relative_to(tmp_path)

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from conftest import RECORDED
+from conftest import RECORDED, exhaustive
 from ramp_moe import Hardware, MoEShape, ProfileError, ProfileStore, Registry, RoutingError, load_trace
 from ramp_moe.comparison import compare_recorded, compare_trace
 from ramp_moe.evaluation import (
@@ -82,8 +82,9 @@ EXPECTED = {
 
 
 @pytest.mark.parametrize("model", RECORDED)
-def test_regret_on_the_shipped_sweeps(registry: Registry, shipped: ProfileStore, h200: Hardware, model: str) -> None:
-    replay = load_replay(registry, shipped, registry.shape(model, "fp8"), h200, ["alpha_moe"])
+def test_regret_on_the_shipped_sweeps(registry: Registry, h200: Hardware, model: str) -> None:
+    shape = registry.shape(model, "fp8")
+    replay = load_replay(registry, exhaustive(shape), shape, h200, ["alpha_moe"])
     found = compare_recorded(replay)
     retrofitted, static = EXPECTED[model]
     assert found.baselines["retrofitted"].mean < retrofitted
@@ -95,10 +96,9 @@ def test_regret_on_the_shipped_sweeps(registry: Registry, shipped: ProfileStore,
 
 
 @pytest.mark.parametrize("model", RECORDED)
-def test_the_default_form_is_no_worse_than_the_papers(
-    registry: Registry, shipped: ProfileStore, h200: Hardware, model: str
-) -> None:
-    replay = load_replay(registry, shipped, registry.shape(model, "fp8"), h200, ["alpha_moe"])
+def test_the_default_form_is_no_worse_than_the_papers(registry: Registry, h200: Hardware, model: str) -> None:
+    shape = registry.shape(model, "fp8")
+    replay = load_replay(registry, exhaustive(shape), shape, h200, ["alpha_moe"])
     mean = {form: compare_recorded(replay, form).baselines["retrofitted"].mean for form in ("paper", "active")}
     assert mean["active"] < mean["paper"]
 

@@ -290,3 +290,18 @@ def test_a_bound_is_no_time_to_fit_to_unless_the_fit_is_below_it(h200: Hardware)
     high = fit_sweep(with_bounds(50.0), [Candidate("k", c)], h200)
     # the fit of the other batches would be below it: the bounds count, as little as any four batches do
     assert (high.cost(sweep.histograms[bounded]) > 1.1 * sweep.times_us[bounded]).all()
+
+
+def test_what_has_hardly_more_than_bounds_stays_a_candidate(h200: Hardware) -> None:
+    """A replay counts on the model's candidates being its own, in its order."""
+    c, behind = config("a", Stage("gemm", "k/up/a", UP)), config("b", Stage("gemm", "k/up/b", UP))
+    sweep = synthetic(h200, stages_of(c, (5.0, 3.0, 0.02, 0.4)))
+    record = sweep.record
+    record.columns.insert(0, Column("gemm", "k/up/b"))
+    for i, row in enumerate(record.rows):
+        us = float(sweep.times_us[i, 0])
+        row.runs_us = [[20 * us if i < 3 else -3 * us, us]]
+    candidates = [Candidate("k", behind), Candidate("k", c)]
+    model = fit_sweep(make_sweep(record), candidates, h200)
+    assert list(model.candidates) == candidates
+    assert model.cost(sweep.histograms).argmin(1).tolist() == [1] * len(record.rows)

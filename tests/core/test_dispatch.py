@@ -5,7 +5,7 @@ from time import thread_time
 
 import numpy as np
 import pytest
-from ramp_moe import Dispatcher, ProfileError, RoutingError, UnknownNameError
+from ramp_moe import Dispatcher, Hardware, MoEShape, ProfileError, ProfileStore, RoutingError, UnknownNameError
 from ramp_moe.replay import Replay
 
 
@@ -46,8 +46,10 @@ def test_lists_are_taken_and_bad_histograms_refused(dispatcher: Dispatcher) -> N
         dispatcher.choose(np.ones((2, 64), np.int64))
 
 
-def test_for_a_named_model() -> None:
-    assert len(Dispatcher.for_model("olmoe-1b-7b", "h200", ["alpha_moe"]).model.candidates) == 152
+def test_for_a_named_model(shipped: ProfileStore, olmoe: MoEShape, h200: Hardware) -> None:
+    _, sweep = shipped.require("alpha_moe", olmoe, h200)
+    found = Dispatcher.for_model("olmoe-1b-7b", "h200", ["alpha_moe"]).model.candidates
+    assert len(found) == sum(c.stage == "path" for c in sweep.record.columns) > 20
     with pytest.raises(UnknownNameError, match="unknown kernel 'alpha_mo'; did you mean 'alpha_moe'"):
         Dispatcher.for_model("olmoe-1b-7b", "h200", ["alpha_mo"])
     with pytest.raises(ProfileError, match=r"no sweep of .* for kimi-k2"):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import itertools
 import json
 import os
 import pickle
@@ -596,6 +597,11 @@ def test_going_on_after_a_full_disk(call: Call, undisturbed: Call, monkeypatch: 
     assert not counted(undisturbed) - counted(call)
 
 
+def in_order(call: Call) -> dict[str, list[str]]:
+    """By batch, the configurations in the order of their visits; once, where a visit was repeated at once."""
+    return {batch: [name for name, _ in itertools.groupby(names)] for batch, names in rounds(call.calls()).items()}
+
+
 @in_process
 def test_the_probe_goes_on_as_if_undisturbed(call: Call, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Wherever it stops, and although the best of the smaller batches fails on a larger one."""
@@ -615,6 +621,7 @@ def test_the_probe_goes_on_as_if_undisturbed(call: Call, tmp_path: Path, monkeyp
         same_but_for_when(place(stopped), place(whole))
         assert sum((counted(stopped) - counted(whole)).values()) <= 1
         assert not counted(whole) - counted(stopped)
+        assert in_order(stopped) == in_order(whole)
 
 
 def test_a_kill_inside_the_probe(call: Call, undisturbed: Call, tmp_path: Path) -> None:

@@ -2,8 +2,8 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
-from conftest import RECORDED
-from ramp_moe import Hardware, ProfileStore, Registry, RoutingError, expert_histogram, generate
+from conftest import RECORDED, exhaustive
+from ramp_moe import Hardware, Registry, RoutingError, expert_histogram, generate
 from ramp_moe.comparison import compare_recorded
 from ramp_moe.regions import Regions, analyse
 from ramp_moe.replay import load_replay
@@ -67,11 +67,10 @@ def test_small_blocks_for_few_tokens_and_large_for_many(registry: Registry) -> N
 
 
 @pytest.mark.parametrize("model", RECORDED)
-def test_the_advised_block_against_measurements(
-    registry: Registry, shipped: ProfileStore, h200: Hardware, model: str
-) -> None:
+def test_the_advised_block_against_measurements(registry: Registry, h200: Hardware, model: str) -> None:
     """Without any measurement the advice does as well as the best single configuration does with all of them."""
-    replay = load_replay(registry, shipped, registry.shape(model, "fp8"), h200, ["alpha_moe"])
+    shape = registry.shape(model, "fp8")
+    replay = load_replay(registry, exhaustive(shape), shape, h200, ["alpha_moe"])
     block = np.array([c.config.gemms[0].block_tokens for c in replay.candidates])
     lost = []
     for histogram, times in zip(replay.histograms, replay.times_us, strict=True):

@@ -68,23 +68,28 @@ def test_profile_fit_and_compare(tmp_path: Path, h200: Hardware) -> None:
     assert sweep.record.kernel_version == kernel.version()
     paths = [c.key for c in sweep.record.columns if c.stage == "path"]
     assert paths == [path_key("triton", n) for n in names]
+    # the direct path is far behind on large batches: it may have bounds there, and no times of stages
+    often = [c for c in configs if not dict(c.params)["direct"]]
     stages = {(s.kind, s.key) for c in configs for s in c.stages}
-    assert {(c.stage, c.key) for c in sweep.record.columns[6:]} == stages
-    of_path = sweep.only(["path"]).times_us
+    measured = {(c.stage, c.key) for c in sweep.record.columns[6:]}
+    assert {(s.kind, s.key) for c in often for s in c.stages} <= measured <= stages
+    of_path, bounded = sweep.only(["path"]).times_us, sweep.only(["path"]).bounded[0]
     assert (of_path > 0).all()
+    assert not bounded[:, [names.index(c.name) for c in often]].any()
     of_stages = view(sweep, [k for k in sweep.stages if k != "path"])
     assert len(of_stages.labels) >= 3
-    assert (of_stages.times_us > 0).all()
+    assert {*np.sign(of_stages.times_us[np.isfinite(of_stages.times_us)])} == {1.0}
     bias = stage_bias(sweep, configs)
-    assert len(bias) == 6 * len(of_stages.labels)
+    assert len(bias) >= 3 * len(of_stages.labels)
     assert -0.7 < np.median(bias) < 4
     tokens = np.array([n for n, _ in sweep.labels])
     assert of_path[tokens.argmax()].min() > of_path[tokens.argmin()].min()
 
     model = fit_recorded(sweep, configs, h200)
-    assert [c.config.name for c in model.candidates] == names
-    predicted = model.cost(sweep.histograms)
-    assert np.median(np.abs(predicted / of_path - 1)) < 0.5
+    fitted = [c.config.name for c in model.candidates]
+    assert {c.name for c in often} <= {*fitted} <= {*names}
+    error = np.abs(model.cost(sweep.histograms) / of_path[:, [names.index(n) for n in fitted]] - 1)
+    assert np.median(error) < 0.5
 
     found = compare_live(
         get_registry(),

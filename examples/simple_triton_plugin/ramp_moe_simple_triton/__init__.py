@@ -1,6 +1,7 @@
 """A kernel told to ramp-moe in one file: its name, where it works, its configurations and their grids, its launch.
 
-The kernel itself is in `kernel.py`; `measure.py` took the sweep in `profiles/` on a GPU. Triton is imported on launch.
+The kernel itself is in `kernel.py`; `ramp-moe profile` took the sweep in `profiles/` on a GPU. Triton is imported on
+launch.
 """
 
 from __future__ import annotations
