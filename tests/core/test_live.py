@@ -145,7 +145,7 @@ def test_profile_fit_and_compare(live: Live) -> None:
         n.startswith(f"fitted, and static dispatch tuned, on 12 batches; judged on {len(HELD_OUT)}")
         for n in found.notes
     )
-    assert found.notes[0].startswith("sim: 1 of 6 configurations left out, the sweep has no times for them")
+    assert len(found.notes) == 1
 
 
 def test_the_noise_of_measuring(live: Live) -> None:
@@ -228,7 +228,7 @@ def test_what_fails_is_left_out_with_a_note(live: Live, run: int) -> None:
     fails = replace(live.script, acts={"time/bm16-b/96": "raises"})
     found = live.compare(scripts=[live.script] * (run - 1) + [fails])
     assert "sim/bm16-b left out: cannot be timed: ValueError: wrong by far" in found.notes
-    assert "sim: 2 of 6 configurations left out, the sweep has no times for them (path)" in found.notes
+    assert "sim: 1 of 6 configurations left out, the sweep has no times for them (path)" in found.notes
     shown = {p.config for b in found.batches for p in (b.static, b.retrofitted, b.best) if p}
     assert "bm16-b" not in shown
     assert len(found.batches) == len(HELD_OUT)

@@ -350,10 +350,11 @@ class _Session:
             left = {n for n in left if ratios[n] <= self._settings.close}
         # Over all candidates, so that the order of the others stays when one is dropped.
         names = list(self._candidates)
-        order = [names[i] for i in np.random.default_rng((row, turn)).permutation(len(names)) if names[i] in left]
-        known = sorted((n for n in order if n in self._expected), key=lambda n: -self._expected[n].us)
-        first = {self._kernel_of(n): n for n in known}
-        return sorted(order, key=lambda n: first.get(self._kernel_of(n)) != n)
+        order = [names[i] for i in np.random.default_rng((row, turn)).permutation(len(names))]
+        # Likewise, what an interrupted run visited first stays the first.
+        known = [n for n in order if n in self._expected and (n in left or n in visits)]
+        first = {self._kernel_of(n): n for n in sorted(known, key=lambda n: -self._expected[n].us)}
+        return sorted((n for n in order if n in left), key=lambda n: first.get(self._kernel_of(n)) != n)
 
     def _visit(self, row: int, name: str) -> None:
         kernel = self._kernel_of(name)
