@@ -329,9 +329,8 @@ def path_times(sweep: Sweep, candidates: Sequence[Candidate], runs: bool = False
 
 
 def path_bounds(sweep: Sweep, candidates: Sequence[Candidate]) -> BoolArray:
-    """Which of `path_times` are bounds, or contain one, in any run: `[rows, candidates]`."""
-    column = sweep.column_of
-    bounded = np.asarray(sweep.bounded.any(axis=0))
+    """Which of `path_times` are bounds, or contain one: `[rows, candidates]`."""
+    column, bounded = sweep.column_of, sweep.only_bounded
     return np.stack([bounded[:, [column[p.key] for p in parts_of(c, sweep.stages)]].any(1) for c in candidates], 1)
 
 
@@ -348,7 +347,7 @@ def fit_sweep(sweep: Sweep, candidates: Sequence[Candidate], hardware: Hardware,
     if absent := by_key.keys() - column.keys():
         raise KernelError(f"the sweep of {sweep.kernel} has no column {min(absent)!r}")
     picked = [column[k] for k in by_key]
-    times, bounded = sweep.times_us[:, picked], sweep.bounded[:, :, picked].any(0)
+    times, bounded = sweep.times_us[:, picked], sweep.only_bounded[:, picked]
     grids = _Grids(parts, hardware.num_sms)
     ctas = grids.ctas(sweep.histograms)
     active = _active(sweep.histograms)

@@ -7,7 +7,8 @@
     quality                       regret {mean, median, p95, max} of choosing by this form: on the sweep's test batches,
                                   or cross-validated where it has none
     fits                          a stage or path each: key, coefficients (us a unit), rms_error and max_error
-                                  (relative), the fitted rows, and the ranges of CTAs and active experts they cover
+                                  (relative), the fitted rows, the ranges of CTAs and active experts they cover, and
+                                  floor_us, below which no prediction goes
 
 A fit whose digest is not that of the sweep found beside it is out of date and is not used.
 """

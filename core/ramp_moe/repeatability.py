@@ -22,7 +22,8 @@ RANGES_US = (30.0, 100.0, 300.0, 1000.0)
 class Spread:
     """Cells of one range of latency (microseconds, from `low` up to `high`), each measured in two runs.
 
-    median and p95 are of |a / b - 1|; `offset` is the median of a / b - 1, which a faster or slower chip shifts.
+    median and p95 are of |b / a - 1|, b the later run; `offset` is the median of b / a - 1, which a faster or slower
+    chip shifts.
     """
 
     low: float

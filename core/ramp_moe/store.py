@@ -23,7 +23,7 @@ FIT_SUFFIX = ".fit.json"
 
 
 def user_data_dir() -> Path:
-    """The folder of the user's own profiles (XDG_DATA_HOME/ramp-moe on Linux)."""
+    """The folder of the user's own profiles (XDG_DATA_HOME/ramp-moe/profiles on Linux)."""
     return Path(platformdirs.user_data_dir("ramp-moe", appauthor=False)) / "profiles"
 
 
@@ -131,8 +131,8 @@ class ProfileStore:
         there = sorted({f"{d} {k} {s}" for d, k, s in self.recorded() if k in names or d == hardware.name})
         return (
             f"no sweep of {' or '.join(names) or 'any kernel'} for {shape.label} ({shape.slug}) on {hardware.name}; "
-            f"recorded: {', '.join(there) or 'nothing'}; name another with --model or --device, "
-            "or a sweep file with --profile"
+            f"recorded: {', '.join(there) or 'nothing'}; name another with --model, --dtype or "
+            "--device, or a sweep file with --profile, or measure with `ramp-moe profile`"
         )
 
     def recorded(self) -> set[tuple[str, str, str]]:

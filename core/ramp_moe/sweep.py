@@ -142,12 +142,13 @@ class Sweep:
 
     @cached_property
     def times_us(self) -> FloatArray:
-        """float64 `[rows, columns]`: the geometric mean over the runs that measured a cell, NaN where none did."""
-        measured = np.isfinite(self.runs_us)
+        """float64 `[rows, columns]`: the geometric mean over the runs that measured a cell; over the bounds of one that
+        has only those (see `only_bounded`); NaN where there is neither."""
+        measured = np.isfinite(self.runs_us) & (~self.bounded | self.only_bounded)
         logs = np.where(measured, np.log(np.where(measured, self.runs_us, 1.0)), 0.0).sum(0)
         count = measured.sum(0)
         # What was measured once stays as it is in the file.
-        once = np.where(count == 1, np.nansum(self.runs_us, axis=0), np.nan)
+        once = np.where(count == 1, np.where(measured, self.runs_us, 0.0).sum(0), np.nan)
         return np.where(count > 1, np.exp(logs / np.maximum(count, 1)), once)
 
     @cached_property
@@ -156,6 +157,12 @@ class Sweep:
         columns = len(self.record.columns)
         rows = [[[t is not None and t < 0 for t in u or [None] * columns] for u in r.runs_us] for r in self.record.rows]
         return np.array(rows, bool).swapaxes(0, 1)
+
+    @cached_property
+    def only_bounded(self) -> NDArray[np.bool_]:
+        """`[rows, columns]`: which of `times_us` are bounds, since no run measured the cell."""
+        measured = np.isfinite(self.runs_us) & ~self.bounded
+        return np.asarray(self.bounded.any(0) & ~measured.any(0))
 
     @property
     def column_of(self) -> dict[str, int]:

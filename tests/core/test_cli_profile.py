@@ -114,6 +114,8 @@ def test_no_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
         (IDLE, ("--kernel", "other"), "kernel other cannot be measured for tiny on h200: its package is missing"),
         (IDLE, ("--kernel", "described"), "kernel described cannot be measured for tiny on h200: it is only described"),
         (IDLE, ("--prune", "0.5"), "is not in the range x>=1"),
+        (IDLE, ("--prune", "nan"), "'nan' is not a number"),
+        (IDLE, ("--minutes", "nan"), "'nan' is not a number"),
     ],
 )
 def test_errors(machine: Machine, state: GpuState, args: tuple[str, ...], message: str) -> None:

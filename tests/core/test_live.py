@@ -38,8 +38,9 @@ from simulated_bench import (
 
 PROFILED = [*BATCHES, PlannedBatch(512, "uniform", 20, "tune"), PlannedBatch(2048, "uniform", 21, "tune")]
 """Of these, two are kept for judging."""
-HELD_OUT = held_out(SHAPE, FIRST_SEED)[:20]
-"""Of the 48, for the tests' sake."""
+FITTED = {(b.num_tokens, *b.histogram(SHAPE).tolist()) for b in PROFILED if b.split == "tune"}
+HELD_OUT = [b for b in held_out(SHAPE, FIRST_SEED)[:20] if (b.num_tokens, *b.histogram(SHAPE).tolist()) not in FITTED]
+"""Of the 48, for the tests' sake; some are the same as what the profile is fitted on."""
 TRACE = Trace(np.random.default_rng(0).integers(0, 8, (300, 2)), 8)
 
 
@@ -189,6 +190,14 @@ def test_a_trace_is_measured_too(live: Live) -> None:
     assert found.noise.batches == len(found.batches)
 
 
+def test_batches_that_the_profile_was_fitted_on_are_not_held_out(live: Live, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Another draw may give the same routing."""
+    fitted = replace(next(b for b in PROFILED if b.split == "tune"), split="test")
+    monkeypatch.setattr(live_module, "held_out", lambda shape, first_seed: [fitted, *HELD_OUT])
+    found = live.compare()
+    assert [(b.tokens, b.routing) for b in found.batches] == [(b.num_tokens, b.routing) for b in HELD_OUT]
+
+
 def test_a_short_trace() -> None:
     requests = np.array([0, 0, 0, 1, 1])
     found = trace_batches(Trace(TRACE.topk_ids[:5], None, requests), SHAPE)
@@ -257,8 +266,19 @@ def test_a_kernel_of_which_everything_fails_is_left_out(live: Live) -> None:
 
 
 def test_all_fail(live: Live) -> None:
-    with pytest.raises(ProfileError, match="none of 5 configurations can be measured"):
+    with pytest.raises(ProfileError, match="none of 5 configurations can be measured") as e:
         live.compare(Gone())
+    # the journal lay in a folder that is gone
+    assert str(e.value).endswith("; nothing is kept of a live comparison")
+    assert ".journal" not in str(e.value)
+
+
+def test_a_gpu_that_gives_up_is_told_without_advice_to_go_on(live: Live, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(pool, "MAX_LOST", 2)
+    live.script = replace(live.script, acts={f"check/bm16-{k}": "breaks the context" for k in "ab"})
+    with pytest.raises(ProfileError, match=r"2 configurations in a row broke .* nothing is kept of a live comp") as e:
+        live.compare()
+    assert "goes on" not in str(e.value)
 
 
 def test_a_profile_of_another_version_is_noted(live: Live) -> None:

@@ -154,7 +154,7 @@ def test_processes_that_are_not_understood(smi: Smi, processes: str) -> None:
 
 def test_without_nvidia_smi(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("PATH", str(tmp_path))
-    with pytest.raises(HardwareError, match=r"cannot run nvidia-smi \(No such file or directory\); profiling needs"):
+    with pytest.raises(HardwareError, match=r"cannot run nvidia-smi \(No such file or directory\); measuring needs"):
         gpu_state()
 
 

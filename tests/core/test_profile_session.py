@@ -356,12 +356,11 @@ def test_compiling_in_several_processes(call: Call) -> None:
 
 
 @in_process
-@in_process
 def test_what_cannot_be_compiled_is_tried_once(call: Call) -> None:
-    """Of the other sizes' batches, on which it would have been launched, too."""
+    """By each of the two processes at most, although there are twelve more sizes to launch it on."""
     result = setting(script(call, {"warm/bm16-a": "raises"}), warmers=2).run()
     assert result.profiles[0].failed == {"cannot be compiled: ValueError: wrong by far": ["bm16-a"]}
-    assert [c["config"] for c in call.calls()].count("bm16-a") == 1
+    assert [c["config"] for c in call.calls()].count("bm16-a") in (1, 2)
     call = setting(script(call, {"warm/bm64-a/512": "breaks the context"}), warmers=2)
     result = replace(call, kernels=(Simulated("late"),)).run()
     assert result.profiles[0].failed == {
@@ -463,12 +462,16 @@ def test_no_worker_can_be_made(call: Call) -> None:
 
 
 def test_one_worker_after_another_is_lost(call: Call, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It is not the configurations that are at fault: a run on a sound GPU has them all."""
     monkeypatch.setattr(pool, "MAX_LOST", 2)
     with pytest.raises(
         ProfileError, match=r"2 configurations in a row broke the measuring process, the last with: the"
     ):
         script(call, {f"time/{n}": "exits" for n in NAMES}).run()
-    assert journal(call).exists()
+    events = [e["event"] for e in journalled(call)]
+    assert events.count("dropped") == events.count("restored") == 1
+    (profile,) = call.run().profiles
+    assert (profile.failed, profile.configs) == ({}, 5)
 
 
 @in_process

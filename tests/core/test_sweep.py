@@ -231,6 +231,18 @@ def test_runs_splits_and_kinds_of_columns(sweep_file: Path) -> None:
         sweep.only(["combine", "gemm"])
 
 
+def test_a_bound_of_one_run_gives_way_to_the_time_of_another(sweep_file: Path) -> None:
+    def bounds(raw: dict[str, Any]) -> None:
+        two_runs(raw)
+        raw["rows"][4]["runs_us"][0][:2] = [1000.0, -300.0]
+        raw["rows"][4]["runs_us"][1][:2] = [-300.0, -400.0]
+
+    sweep = load_sweep(edited(sweep_file, bounds))
+    assert sweep.times_us[4, :2] == pytest.approx([1000.0, (300 * 400) ** 0.5])
+    assert [index.tolist() for index in sweep.only_bounded.nonzero()] == [[4], [1]]
+    assert sweep.select([4]).only_bounded[0, :2].tolist() == [False, True]
+
+
 def test_without_columns(sweep_file: Path) -> None:
     sweep = load_sweep(edited(sweep_file, two_runs))
     keys = [c.key for c in sweep.record.columns]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import statistics
 from collections.abc import Callable
 from typing import Any
@@ -196,6 +197,20 @@ def test_errors_are_located() -> None:
     found = _errors(out, right)
     assert list(found) == ["output", "token 20", "columns from 64 on"]
     assert all(np.isnan(e) for e in found.values())
+
+
+@pytest.mark.parametrize(("patience_us", "launches"), [(500.0, 1), (900.0, 5)])
+def test_an_eager_kernel_tries_patience_too(
+    patience_us: float, launches: int, h200: Hardware, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With times made up, as there may be no GPU."""
+    made = bench(TINY, h200, TOKENS, OneStep())
+    config = KERNEL.default_config(TINY, h200, TOKENS).name
+    monkeypatch.setattr(made, "_finished", contextlib.nullcontext)
+    monkeypatch.setattr(made, "_stream", object())
+    monkeypatch.setattr(made, "_run", lambda kernel, config: True)
+    monkeypatch.setattr(made, "_eager", lambda timed: {"path": 700.0})
+    assert made.time("triton", config, 5, patience_us) == [700.0] * launches
 
 
 def test_a_kernel_without_steps_launches_once_and_names_none(h200: Hardware) -> None:

@@ -85,7 +85,7 @@ def fit(
     output: Path | None,
     as_json: bool,
 ) -> None:
-    """Fit the cost model to recorded sweeps, judge it by cross-validation, and store the coefficients."""
+    """Fit the cost model to recorded sweeps, judge it on batches that it did not see, and store the coefficients."""
     get_form(form)
     registry = get_registry()
     shape, hardware = registry.shape(model, dtype), resolve_device(registry, device)

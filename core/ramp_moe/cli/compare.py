@@ -22,6 +22,7 @@ from ..trace import Trace, load_trace
 from . import tables
 from .gpu import INTERRUPTED, Display, choose_kernels, find_gpu, set_up
 from .options import (
+    AtLeast,
     console,
     device_option,
     dtype_option,
@@ -59,7 +60,7 @@ LIVE_MINUTES = 5.0
 @click.option("--live", is_flag=True, help="Measure on this machine's GPU now, on batches that no profile saw.")
 @click.option(
     "--minutes",
-    type=click.FloatRange(min=0),
+    type=AtLeast(0),
     show_default=f"{LIVE_MINUTES:g}",
     help="With --live, stop after these, at the end of a batch; eight batches are measured in any case.",
 )

@@ -121,7 +121,9 @@ def models(as_json: bool) -> None:
     if as_json:
         print_json([asdict(m.shape) | {"source": m.source} for m in found.values()])
         return
-    table = Table("model", "experts", "top_k", "hidden", "intermediate", "released", "source")
+    table = Table()
+    for what in ("model", "experts", "top_k", "hidden", "intermediate", "released", "source"):
+        table.add_column(what, overflow="fold", no_wrap=what == "model")
     for m in found.values():
         s = m.shape
         sizes = [str(v) for v in (s.num_experts, s.top_k, s.hidden_size, s.intermediate_size)]

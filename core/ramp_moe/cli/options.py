@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import math
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -20,6 +21,20 @@ from ..routing import KINDS, IntArray, check_histogram, expert_histogram, genera
 from ..shapes import DTYPE_BYTES, MoEShape
 
 Command = Callable[..., Any]
+
+
+class AtLeast(click.FloatRange):
+    """A number from `low` on: click's own range lets nan through, which is neither too small nor enough."""
+
+    def __init__(self, low: float) -> None:
+        super().__init__(min=low)
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> float:
+        number = float(super().convert(value, param, ctx))
+        if math.isnan(number):
+            self.fail(f"{value!r} is not a number.", param, ctx)
+        return number
+
 
 json_option = click.option("--json", "as_json", is_flag=True, help="Print JSON (fractions, not percent).")
 model_option = click.option("--model", required=True, help="A model that `ramp-moe models` lists; -tpN shards it.")

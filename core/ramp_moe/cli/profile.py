@@ -22,7 +22,7 @@ from ..profiler.settings import Result, Settings
 from ..shapes import MoEShape
 from ..store import user_data_dir
 from .gpu import INTERRUPTED, UUID_START, Display, choose_kernels, find_gpu, set_up
-from .options import console, dtype_option, json_option, kernel_option, model_option, print_json
+from .options import AtLeast, console, dtype_option, json_option, kernel_option, model_option, print_json
 
 
 @click.command(name="profile")
@@ -31,7 +31,7 @@ from .options import console, dtype_option, json_option, kernel_option, model_op
 @kernel_option
 @click.option(
     "--minutes",
-    type=click.FloatRange(min=0),
+    type=AtLeast(0),
     default=10.0,
     show_default=True,
     help="Stop after these, at the end of a batch; eight batches are measured in any case.",
@@ -43,7 +43,7 @@ from .options import console, dtype_option, json_option, kernel_option, model_op
 )
 @click.option(
     "--prune",
-    type=click.FloatRange(min=1),
+    type=AtLeast(1),
     default=1.15,
     show_default=True,
     help="Drop configurations that are never within this factor of their kernel's best; inf keeps all.",

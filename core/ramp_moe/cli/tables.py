@@ -39,7 +39,7 @@ def comparison(result: Comparison) -> list[RenderableType]:
         table.add_column("regret", justify="right")
     several = len(result.kernels) > 1
     tokens = 0
-    for batch in result.batches:
+    for batch in sorted(result.batches, key=lambda b: b.tokens):
         if tokens and batch.tokens != tokens:
             table.add_section()
         tokens = batch.tokens
@@ -112,7 +112,7 @@ def regions(shape: MoEShape, hardware: Hardware, batch: str, found: Regions) -> 
 
 def fits(shape: MoEShape, hardware: Hardware, written: Sequence[dict[str, Any]]) -> list[RenderableType]:
     table = Table(title=f"{shape.label} on {hardware.name}")
-    for what in ("kernel", "form", "batches", "stages", "error (rms, median)", "regret mean", "p95", "max"):
+    for what in ("kernel", "form", "batches recorded", "fits", "error (rms, median)", "regret mean", "p95", "max"):
         table.add_column(what, justify="left" if what in ("kernel", "form") else "right")
     for w in written:
         regret = (percent(w["regret"][k]) for k in ("mean", "p95", "max"))
@@ -125,7 +125,7 @@ def fits(shape: MoEShape, hardware: Hardware, written: Sequence[dict[str, Any]])
 def profiles(shape: MoEShape, hardware: Hardware, rows: Sequence[dict[str, Any]]) -> list[RenderableType]:
     table = Table(title=f"{shape.label} ({shape.dtype}) on {hardware.name}")
     for what in ("kernel", "version", "runs", "to fit on", "to judge on", "configurations", "left out", "stages"):
-        table.add_column(what, justify="left" if what in ("kernel", "version") else "right")
+        table.add_column(what, justify="left" if what in ("kernel", "version") else "right", overflow="fold")
     lines: list[RenderableType] = [table]
     for row in rows:
         columns = dict(row["columns"])
@@ -149,7 +149,7 @@ def profiles(shape: MoEShape, hardware: Hardware, rows: Sequence[dict[str, Any]]
         if bias := row["stages_over_path"]:
             lines.append(
                 f"{escape(row['kernel'])}: stages timed one by one add up to {percent(bias['median'])} over the whole "
-                f"path (median; p95 of the size {percent(bias['p95'])})"
+                f"path (median; 95% of times are within {percent(bias['p95'])} either way)"
             )
     return [*lines, *(f"[dim]{escape(row['file'])}" for row in rows)]
 
@@ -169,7 +169,7 @@ def explanation(
 ) -> list[RenderableType]:
     table = Table()
     for what in ("candidate", "predicted us", "M-tiles", "CTAs", "waves", "last wave", "padding", ""):
-        table.add_column(what, justify="left" if what in ("candidate", "") else "right")
+        table.add_column(what, justify="left" if what in ("candidate", "") else "right", overflow="fold")
     for i, c in enumerate(candidates):
         g = c["gemms"]
         slots = [

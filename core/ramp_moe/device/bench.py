@@ -142,8 +142,8 @@ class Bench:
     def time(self, kernel: str, config: str, launches: int, patience_us: float = math.inf) -> list[float]:
         """Microseconds of each of `launches` launches of the whole path, or of LONG_LAUNCHES where it is long.
 
-        A path whose first launch takes longer than `patience_us` is left at that one figure. Raises HardwareError
-        without a GPU.
+        A path that takes longer than `patience_us`, once it is warm, is left at one figure, unless it was timed on the
+        open batch before. Raises HardwareError without a GPU.
         """
         (times,) = self._times(kernel, config, False, launches, patience_us).values()
         return times
@@ -217,7 +217,7 @@ class Bench:
                 count = 1 if us > patience_us else min(launches, LONG_LAUNCHES)
                 return _by_step([second, *(self._eager(timed) for _ in range(count - 1))])
             if not self._find(kernel, config)[0].graph_safe:
-                return _by_step([self._eager(timed) for _ in range(launches)])
+                return _by_step([self._eager(timed) for _ in range(1 if us > patience_us else launches)])
             graph = torch.cuda.CUDAGraph()
             graph.capture_begin()
             try:

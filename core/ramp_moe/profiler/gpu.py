@@ -99,7 +99,7 @@ def _query(query: str, columns: int) -> list[list[str]]:
         ) from None
     except OSError as e:
         raise HardwareError(
-            f"cannot run nvidia-smi ({e.strerror}); profiling needs an NVIDIA GPU whose driver's tools are on the PATH"
+            f"cannot run nvidia-smi ({e.strerror}); measuring needs an NVIDIA GPU whose driver's tools are on the PATH"
         ) from None
     lines = [line.strip() for line in done.stdout.splitlines() if line.strip()]
     if done.returncode != 0:

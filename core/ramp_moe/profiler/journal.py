@@ -32,6 +32,14 @@ SYNC_SECONDS = 1.0
 """A power cut loses at most this much; a kill loses nothing that was appended."""
 
 
+class Stopped(ProfileError):
+    """A run that cannot go on: `what` happened, and the `remedy` where its journal is kept."""
+
+    def __init__(self, what: str, remedy: str) -> None:
+        super().__init__(f"{what}; {remedy}")
+        self.what = what
+
+
 class BatchRecord(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     num_tokens: int
     routing: str
@@ -110,6 +118,12 @@ class Dropped(Event, frozen=True):
     pruned: bool = False
 
 
+class Restored(Event, frozen=True):
+    """A candidate that failed was not to blame: it is a candidate again."""
+
+    candidate: str
+
+
 class Visit(Event, frozen=True):
     row: int
     candidate: str
@@ -151,7 +165,7 @@ class Complete(Event, frozen=True):
     """All is measured; what remains is to write the profiles."""
 
 
-AnyEvent = Passed | Dropped | Visit | Bounded | Stages | Row | Noted | Judged | Complete
+AnyEvent = Passed | Dropped | Restored | Visit | Bounded | Stages | Row | Noted | Judged | Complete
 
 
 @dataclass
@@ -183,6 +197,8 @@ class Taken:
                 self.passed[event.phase].add(event.candidate)
             case Dropped():
                 self.dropped[event.candidate] = event
+            case Restored():
+                self.dropped.pop(event.candidate, None)
             case Visit():
                 self.visits.setdefault(event.row, {}).setdefault(event.candidate, []).append(event.us)
             case Bounded():
@@ -217,7 +233,7 @@ class Journal:
         return self
 
     def append(self, event: AnyEvent) -> None:
-        """Keep the event. Raises ProfileError where it cannot be written; the journal is then as it was before."""
+        """Keep the event. Raises Stopped where it cannot be written; the journal is then as it was before."""
         self._write(msgspec.json.encode(event) + b"\n")
         self.taken.add(event)
 
@@ -232,9 +248,9 @@ class Journal:
                 self._synced = time.monotonic()
         except OSError as e:
             self._cut_back()
-            raise ProfileError(
-                f"cannot write {self.path}: {e.strerror or e}; everything measured so far is kept there, "
-                "and the same command goes on from it once there is room"
+            raise Stopped(
+                f"cannot write {self.path}: {e.strerror or e}",
+                "everything measured so far is kept there, and the same command goes on from it once there is room",
             ) from None
 
     def _cut_back(self) -> None:
@@ -277,8 +293,8 @@ def open_journal(path: Path, make_header: Callable[[Header | None], Header], not
             if size:
                 aside = _set_aside(path)
                 note(f"{path} is of other kernels, versions, settings or another GPU; it is kept as {aside.name}")
-                os.close(descriptor)
-                descriptor = _locked(path)
+                old, descriptor = descriptor, _locked(path)
+                os.close(old)
             os.ftruncate(descriptor, 0)
             return Journal(path, descriptor, header, Taken(), 0).begin()
         except BaseException:

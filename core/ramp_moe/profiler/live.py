@@ -21,6 +21,7 @@ from ..shapes import MoEShape
 from ..store import ProfileStore, relative_path
 from ..sweep import PATH, Sweep, load_sweep, path_key
 from ..trace import Trace
+from .journal import Stopped
 from .plan import TEST_SIZES, PlannedBatch, held_out
 from .session import profile
 from .settings import Environment, MakeBench, Progress, Result, Settings
@@ -96,7 +97,10 @@ def compare_live(
             "paths; run `ramp-moe profile` first"
         )
     tuned = {r.sweep.kernel: _profiled(r.sweep) for r in recorded.recordings}
-    batches = _in_turns([held_out(shape, FIRST_SEED), trace_batches(trace, shape) if trace else []])
+    seen = {(r.num_tokens, *r.histogram) for sweep in tuned.values() for r in sweep.record.rows}
+    # Few experts leave small batches little to differ in.
+    unseen = [b for b in held_out(shape, FIRST_SEED) if (b.num_tokens, *b.histogram(shape).tolist()) not in seen]
+    batches = _in_turns([unseen, trace_batches(trace, shape) if trace else []])
     names = {k: [c.config.name for c in recorded.candidates if c.kernel == k] for k in recorded.kernels}
     chosen = [registry.kernel(k) for k in recorded.kernels]
     notes = [*environment.notes, *_changed(registry, recorded), *recorded.notes]
@@ -106,7 +110,10 @@ def compare_live(
         failed: set[str] = set()
         for run in range(1, RUNS + 1):
             progress.note(f"run {run} of {RUNS}")
-            result = profile(shape, hardware, chosen, settings, environment, make_bench, progress, batches, names)
+            try:
+                result = profile(shape, hardware, chosen, settings, environment, make_bench, progress, batches, names)
+            except Stopped as e:  # whose remedy is about a journal that is gone with the folder
+                raise ProfileError(f"{e.what}; nothing is kept of a live comparison") from None
             failed |= _failed(result, notes)
             chosen = [registry.kernel(p.kernel) for p in result.profiles if p.path]
             settings = replace(settings, warmers=1)  # everything is compiled

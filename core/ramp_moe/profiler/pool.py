@@ -9,8 +9,8 @@ from collections.abc import Callable, Generator, Sequence
 from typing import Any
 
 from ..cost_model import Candidate
-from ..errors import ProfileError
 from ..routing import IntArray
+from .journal import Stopped
 from .worker import BenchLike, Died, Failed, Worker
 
 MAX_LOST = 20
@@ -41,7 +41,7 @@ class Measurer:
         self._lost = 0
 
     def open(self, topk_ids: IntArray) -> None:
-        """Raises ProfileError where no worker can be made that opens the batch within `timeout` seconds."""
+        """Raises Stopped where no worker can be made that opens the batch within `timeout` seconds."""
         self._topk_ids = topk_ids
         if self._worker is not None:
             try:
@@ -52,7 +52,7 @@ class Measurer:
         self._replace()
 
     def call(self, method: str, candidate: Candidate, *args: object, timeout: float) -> Any:
-        """What the bench answers. Raises Failed or Died, after which the next call may follow, or ProfileError where
+        """What the bench answers. Raises Failed or Died, after which the next call may follow, or Stopped where
         there is no going on."""
         assert self._worker is not None
         try:
@@ -61,9 +61,10 @@ class Measurer:
             if _lost(e):
                 self._lost += 1
                 if self._lost == MAX_LOST:
-                    raise ProfileError(
+                    raise Stopped(
                         f"{MAX_LOST} configurations in a row broke the measuring process, the last with: {e}; look at "
-                        "the driver's messages (dmesg); the same command then goes on with what was measured so far"
+                        "the driver's messages (dmesg)",
+                        "the same command then goes on with what was measured so far",
                     ) from None
                 self._replace()  # where that is impossible, the candidate is not to blame
             raise
@@ -75,8 +76,8 @@ class Measurer:
         try:
             self._worker = _start(self._make_bench, self._topk_ids, self._timeout)
         except (Failed, Died) as e:
-            raise ProfileError(
-                f"cannot measure on this GPU: {e}; the same command goes on with what was measured so far"
+            raise Stopped(
+                f"cannot measure on this GPU: {e}", "the same command goes on with what was measured so far"
             ) from None
 
     def close(self) -> None:
@@ -106,8 +107,8 @@ class Warmers:
         self._error = ""
 
     def outcomes(self) -> Generator[tuple[Candidate, str | None]]:
-        """Each candidate as it is done, with the reason where it failed. Raises ProfileError where no worker can be
-        made. Closed early, the workers end with the candidate that they are at."""
+        """Each candidate as it is done, with the reason where it failed. Raises Stopped where no worker can be made.
+        Closed early, the workers end with the candidate that they are at."""
         for _ in range(self._count):
             # A daemon: Ctrl-C must not wait for a compiler.
             threading.Thread(target=self._work, daemon=True).start()
@@ -120,8 +121,9 @@ class Warmers:
                 else:
                     yield outcome
             if self._todo:
-                raise ProfileError(
-                    f"cannot compile on this GPU: {self._error}; the same command goes on with what was compiled so far"
+                raise Stopped(
+                    f"cannot compile on this GPU: {self._error}",
+                    "the same command goes on with what was compiled so far",
                 )
         finally:
             self._todo.clear()

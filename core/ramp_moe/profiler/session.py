@@ -19,7 +19,7 @@ import numpy as np
 
 from ..cost_model import Candidate
 from ..device.contract import LaunchableKernel
-from ..errors import KernelError, ProfileError, RampMoEError
+from ..errors import KernelError, RampMoEError
 from ..fit_file import digest
 from ..hardware import Hardware
 from ..kernel import Kernel, usable_configs
@@ -39,8 +39,10 @@ from .journal import (
     KernelRecord,
     Noted,
     Passed,
+    Restored,
     Row,
     Stages,
+    Stopped,
     Visit,
     journal_path,
     open_journal,
@@ -192,6 +194,8 @@ class _Session:
         self._shape, self._settings, self._journal, self._taken = shape, settings, journal, journal.taken
         self._places, self._static, self._progress, self._make_bench = places, static, progress, make_bench
         self._candidates, self._batches = {c.name: c for c in candidates}, batches
+        self._failing: list[str] = []
+        """Candidates dropped since one last succeeded."""
         self._covered: tuple[dict[str, set[str]], list[str]] | None = None
         self._measurer = Measurer(make_bench, settings.call_s)
         self._contest = Contest(self._candidates, lambda row: batches[row].histogram(shape), self._taken)
@@ -231,12 +235,20 @@ class _Session:
         return [name for name in self._candidates if name not in self._taken.dropped]
 
     def _attempt(self, method: str, name: str, *args: object, timeout: float) -> Any:
-        """What the bench answers; None where the candidate failed, which is kept."""
+        """What the bench answers; None where the candidate failed, which is kept, unless so many fail one after another
+        that it is not the candidates that are at fault."""
         try:
-            return self._measurer.call(method, self._candidates[name], *args, timeout=timeout)
+            answer = self._measurer.call(method, self._candidates[name], *args, timeout=timeout)
         except (Failed, Died) as e:
             self._drop(name, method, str(e))
+            self._failing.append(name)
             return None
+        except Stopped:
+            for failed in self._failing:
+                self._keep(Restored(self._spent, failed))
+            raise
+        self._failing.clear()
+        return answer
 
     def _drop(self, name: str, method: str, reason: str) -> None:
         self._keep(Dropped(self._spent, name, f"{FAILURES[method]}: {reason}"))
@@ -421,9 +433,9 @@ class _Session:
             return
         by_reason = Counter(d.reason for d in self._taken.dropped.values())
         reasons = "; ".join(f"{count} of them: {why}" for why, count in by_reason.most_common(SHOWN_REASONS))
-        raise ProfileError(
-            f"none of {len(self._candidates)} configurations can be measured ({reasons}); "
-            f"move {self._journal.path}, which has all reasons, away to try again"
+        raise Stopped(
+            f"none of {len(self._candidates)} configurations can be measured ({reasons})",
+            f"move {self._journal.path}, which has all reasons, away to try again",
         )
 
     def _finish(self) -> Result:

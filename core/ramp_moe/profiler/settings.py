@@ -45,11 +45,13 @@ class Settings:
     @property
     def method(self) -> str:
         return (
-            "whole paths and stages from top-k ids to output, each launch a replay of a CUDA graph that writes 256 MiB "
-            "to flush L2 and records events around the path or its stages; median of up to "
+            f"whole paths{' and stages' if self.stages else ''} from top-k ids to output, each launch after 256 MiB "
+            "were written to flush L2, with events around the path or its stages, all replayed as one CUDA graph "
+            "(launched from the host where it takes over 1 ms, or the kernel cannot be captured); median of up to "
             f"{self.launches * self.rounds} launches, {self.launches} in each of {self.rounds} rounds of interleaved "
-            f"configurations (2 where a path takes over 2 ms; one round where it is over {self.close:g}x the kernel's "
-            "best; one launch where it is over 3x the best); every configuration's output checked against float32"
+            f"configurations (2 in each where a path takes over 1 ms; one round where it is over {self.close:g}x the "
+            "kernel's best; one launch where it is over 3x the best and 500 us); every configuration's output checked "
+            "against float32"
         )
 
 
