@@ -58,8 +58,8 @@ def test_for_a_named_model(shipped: ProfileStore, olmoe: MoEShape, h200: Hardwar
 
 
 def test_choose_takes_under_50_us(dispatcher: Dispatcher, replay: Replay) -> None:
-    """152 configurations, 64 experts, on the host; the thread's own time, and the best of some seconds, since CI machines
-    are shared."""
+    """152 configurations, 64 experts, on the host; the thread's own time, and the best of some seconds, since CI
+    machines are shared."""
     histogram = replay.histograms[30]
     assert len(dispatcher.model.candidates) == 152
     best = math.inf
