@@ -15,7 +15,7 @@ from pathlib import Path
 import numpy as np
 from ramp_moe import ProfileError, ProfileStore, get_registry
 from ramp_moe.comparison import Comparison, Ratios, compare_recorded
-from ramp_moe.evaluation import regret, selection_noise, static_table, table_choices
+from ramp_moe.evaluation import regret, selection_noise, sparse_table, static_table, table_choices
 from ramp_moe.repeatability import RANGES_US
 from ramp_moe.replay import Replay, load_replay, view
 from ramp_moe.sweep import Sweep
@@ -143,8 +143,7 @@ def alpha_moe() -> str:
             chosen = tune.fit().cost(test.histograms).argmin(1)
             entries = static_table(tune.times_us, tune.labels)
             if table_name != "static":
-                sizes = (1, 4, 16, 64, 256, 1024, 4096)
-                entries = {n: c for n, c in entries.items() if n in sizes}
+                entries = sparse_table(entries)
             static = table_choices(entries, test.labels)
             index = np.arange(len(test.labels))
             ratio = test.times_us[index, static] / test.times_us[index, chosen]

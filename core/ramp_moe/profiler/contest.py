@@ -15,9 +15,8 @@ from .journal import Taken
 
 BEHIND, TOO_FAR = 2.0, 20.0
 """A candidate is not timed on a batch where it is estimated to take TOO_FAR times as long as its kernel's best, and
-took BEHIND times as long on the batch that the estimate comes from. In sweeps on an H200 in which all was timed, such
-cells took more than half of the time with Triton's configurations, and the fastest of them was over 12 times as slow as
-its kernel's best; with Alpha-MoE's there are next to none."""
+took BEHIND times as long on the batch that the estimate comes from: tiny tiles on thousands of tokens, which would
+otherwise be what most of the time goes into."""
 
 KEPT = 3
 """Candidates of each kernel, the nearest to the best, that are never pruned."""

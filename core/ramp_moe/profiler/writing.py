@@ -244,10 +244,7 @@ def _merged(base: SweepRecord, run: Run, columns: Sequence[Column], measured: Se
 
 def _supersede(folder: Path, path: Path) -> Path:
     """Keep a copy of the file out of the way of look-ups. The original stays until it is replaced."""
-    try:
-        data = path.read_bytes()
-    except OSError as e:
-        raise ProfileError(f"cannot read {path}: {e.strerror or e}") from None
+    data = _read(path)
     parent = (folder / SUPERSEDED / path.relative_to(folder)).parent
     date = datetime.datetime.now(datetime.UTC).date().isoformat()
     for i in itertools.count(1):
@@ -255,6 +252,13 @@ def _supersede(folder: Path, path: Path) -> Path:
         if not copy.exists():
             write_atomically(copy, data)
             return copy
-        if copy.read_bytes() == data:  # kept by a run that could not write the new one
+        if _read(copy) == data:  # kept by a run that could not write the new one
             return copy
     raise AssertionError
+
+
+def _read(path: Path) -> bytes:
+    try:
+        return path.read_bytes()
+    except OSError as e:
+        raise ProfileError(f"cannot read {path}: {e.strerror or e}") from None
