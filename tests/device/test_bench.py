@@ -325,7 +325,7 @@ def test_gpu_an_eager_kernel_is_timed_too(h200: Hardware) -> None:
     kernel = OneStep()
     made, config = bench(SMALL["bf16"], h200, 48, kernel), default(SMALL["bf16"], 48, h200)
     eager = made.time("triton", config, 20)
-    assert kernel.launched == 21
+    assert kernel.launched == 22  # once to compile, once to see how long it takes
     assert len(eager) == 20
     assert min(eager) > 0
     assert made.time_stages("triton", config, 20) == {}

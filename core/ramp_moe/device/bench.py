@@ -7,7 +7,7 @@ that record events lie around the path, or around each of its stages. So the hos
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -31,15 +31,17 @@ COLUMNS = 64
 """Columns of a block that is judged alone: no more than a tile that could be left out."""
 PART = 4096
 """Routed ids that the reference computes at a time: its memory is small whatever one expert has to do."""
-LONG_US = 1000.0
-"""A path so long is timed as it is launched from the host, and LONG_LAUNCHES times at most: the host keeps ahead of it,
-its times repeat to a few tenths of a per cent, and most of what measuring takes goes into the longest paths."""
-LONG_LAUNCHES = 2
+LONG_US, LONG_LAUNCHES = 1000.0, 2
+"""A path that takes longer is launched so many times at most: the longest are most of what measuring takes."""
 NEGLIGIBLE = 1e-3
 """A token's reference below this part of the usual one counts as if it were that large."""
 
 Spans = dict[str, tuple[torch.cuda.Event, torch.cuda.Event]]
 """By step, the events before and after it."""
+Timed = tuple[str, str, bool]
+"""Kernel, configuration, whether stage by stage."""
+Launch = Callable[[Timed], dict[str, float]]
+"""Microseconds of each step of one launch."""
 
 
 def random_weights(shape: MoEShape, device: torch.device | str, seed: int) -> MoEWeights:
@@ -72,7 +74,7 @@ class _Opened:
     batch: Batch
     out: Tensor
     expected: Tensor | None = None
-    graphs: dict[tuple[str, str, bool], tuple[torch.cuda.CUDAGraph, Spans]] = field(default_factory=dict)
+    graphs: dict[Timed, tuple[torch.cuda.CUDAGraph, Spans]] = field(default_factory=dict)
 
 
 class Bench:
@@ -204,20 +206,21 @@ class Bench:
         opened, timed = self._batch(), (kernel, config, staged)
         with self._finished():
             if timed in opened.graphs:
-                return _by_step([self._replay(timed) for _ in range(launches)])
+                return _by_step(self._repeated(self._replay, timed, launches, math.inf))
             if (kernel, config) not in self._ran:
                 self._run(kernel, config)  # which compiles
                 self._ran.add((kernel, config))
             first = self._eager(timed)
             if not first:
                 return {}
-            # Twice, since buffers may have grown in the first launch, or the host have been busy with something else.
-            second = self._eager(timed) if sum(first.values()) > LONG_US else first
-            if (us := sum(second.values())) > LONG_US:
-                count = 1 if us > patience_us else min(launches, LONG_LAUNCHES)
-                return _by_step([second, *(self._eager(timed) for _ in range(count - 1))])
+            hopeless = max(patience_us, LONG_US)
+            if sum(first.values()) > hopeless:
+                # Buffers may have grown meanwhile, or the host have been busy: one that is slow twice is slow.
+                second = self._eager(timed)
+                if sum(second.values()) > hopeless:
+                    return _by_step([second])
             if not self._find(kernel, config)[0].graph_safe:
-                return _by_step([self._eager(timed) for _ in range(1 if us > patience_us else launches)])
+                return _by_step(self._repeated(self._eager, timed, launches, patience_us))
             graph = torch.cuda.CUDAGraph()
             graph.capture_begin()
             try:
@@ -226,14 +229,18 @@ class Bench:
                 graph.capture_end()
             opened.graphs[timed] = graph, spans
             self._replay(timed)  # the first replay is slower, and is not looked at
-            first = self._replay(timed)
-            count = 1 if sum(first.values()) > patience_us else launches
-            return _by_step([first, *(self._replay(timed) for _ in range(count - 1))])
+            return _by_step(self._repeated(self._replay, timed, launches, patience_us))
 
-    def _eager(self, timed: tuple[str, str, bool]) -> dict[str, float]:
+    def _repeated(self, launch: Launch, timed: Timed, launches: int, patience_us: float) -> list[dict[str, float]]:
+        first = launch(timed)
+        us = sum(first.values())
+        count = 1 if us > patience_us else launches if us <= LONG_US else min(launches, LONG_LAUNCHES)
+        return [first, *(launch(timed) for _ in range(count - 1))]
+
+    def _eager(self, timed: Timed) -> dict[str, float]:
         return self._measured(self._enqueue(*timed))
 
-    def _replay(self, timed: tuple[str, str, bool]) -> dict[str, float]:
+    def _replay(self, timed: Timed) -> dict[str, float]:
         graph, spans = self._batch().graphs[timed]
         graph.replay()
         return self._measured(spans)

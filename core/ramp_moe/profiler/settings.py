@@ -47,11 +47,11 @@ class Settings:
         return (
             f"whole paths{' and stages' if self.stages else ''} from top-k ids to output, each launch after 256 MiB "
             "were written to flush L2, with events around the path or its stages, all replayed as one CUDA graph "
-            "(launched from the host where it takes over 1 ms, or the kernel cannot be captured); median of up to "
-            f"{self.launches * self.rounds} launches, {self.launches} in each of {self.rounds} rounds of interleaved "
-            f"configurations (2 in each where a path takes over 1 ms; one round where it is over {self.close:g}x the "
-            "kernel's best; one launch where it is over 3x the best and 500 us); every configuration's output checked "
-            "against float32"
+            "(launched from the host where the kernel cannot be captured, or the path is over 3x the best and 1 ms); "
+            f"median of up to {self.launches * self.rounds} launches, {self.launches} in each of {self.rounds} rounds "
+            "of interleaved configurations (2 in each where a path takes over 1 ms; one round where it is over "
+            f"{self.close:g}x the kernel's best; one launch where it is over 3x the best and 500 us); every "
+            "configuration's output checked against float32"
         )
 
 
