@@ -47,6 +47,8 @@ COLUMN_KINDS = (PATH, *STAGE_KINDS)
 Split = Literal["tune", "test"]
 MIN_US, MAX_US = 1e-3, 1e9
 """Times outside are mistakes of unit; squares of what is inside stay finite in a fit."""
+SPOILT = 1.25
+"""What disturbs a measurement makes it longer, and seldom twice: runs repeat to a few per cent otherwise."""
 
 
 class ShapeRecord(msgspec.Struct, forbid_unknown_fields=True):
@@ -142,9 +144,12 @@ class Sweep:
 
     @cached_property
     def times_us(self) -> FloatArray:
-        """float64 `[rows, columns]`: the geometric mean over the runs that measured a cell; over the bounds of one that
-        has only those (see `only_bounded`); NaN where there is neither."""
+        """float64 `[rows, columns]`: the geometric mean over the runs that measured a cell, but for those that took over
+        SPOILT times as long as the shortest; over the bounds of a cell that has only those (see `only_bounded`); NaN
+        where there is neither."""
         measured = np.isfinite(self.runs_us) & (~self.bounded | self.only_bounded)
+        shortest = np.where(measured, self.runs_us, np.inf).min(0)
+        measured &= self.runs_us <= SPOILT * shortest
         logs = np.where(measured, np.log(np.where(measured, self.runs_us, 1.0)), 0.0).sum(0)
         count = measured.sum(0)
         # What was measured once stays as it is in the file.

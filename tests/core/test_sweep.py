@@ -231,14 +231,28 @@ def test_runs_splits_and_kinds_of_columns(sweep_file: Path) -> None:
         sweep.only(["combine", "gemm"])
 
 
+def test_a_spoilt_time_gives_way_to_that_of_another_run(sweep_file: Path) -> None:
+    def spoil(raw: dict[str, Any]) -> None:
+        two_runs(raw)
+        raw["runs"].append(raw["runs"][0] | {"measured": "2026-12-02"})
+        for row in raw["rows"]:
+            row["runs_us"].append(None)
+        raw["rows"][4]["runs_us"] = [[us] * len(raw["columns"]) for us in (50.0, 1400.0, 60.0)]
+        raw["rows"][5]["runs_us"] = [[us] * len(raw["columns"]) for us in (70.0, 50.0, 51.0)]
+
+    sweep = load_sweep(edited(sweep_file, spoil))
+    assert sweep.times_us[4] == pytest.approx((50.0 * 60.0) ** 0.5)
+    assert sweep.times_us[5] == pytest.approx((50.0 * 51.0) ** 0.5)
+
+
 def test_a_bound_of_one_run_gives_way_to_the_time_of_another(sweep_file: Path) -> None:
     def bounds(raw: dict[str, Any]) -> None:
         two_runs(raw)
         raw["rows"][4]["runs_us"][0][:2] = [1000.0, -300.0]
-        raw["rows"][4]["runs_us"][1][:2] = [-300.0, -400.0]
+        raw["rows"][4]["runs_us"][1][:2] = [-300.0, -330.0]
 
     sweep = load_sweep(edited(sweep_file, bounds))
-    assert sweep.times_us[4, :2] == pytest.approx([1000.0, (300 * 400) ** 0.5])
+    assert sweep.times_us[4, :2] == pytest.approx([1000.0, (300 * 330) ** 0.5])
     assert [index.tolist() for index in sweep.only_bounded.nonzero()] == [[4], [1]]
     assert sweep.select([4]).only_bounded[0, :2].tolist() == [False, True]
 

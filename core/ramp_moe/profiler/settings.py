@@ -47,7 +47,7 @@ class Settings:
         return (
             f"whole paths{' and stages' if self.stages else ''} from top-k ids to output, each launch after 256 MiB "
             "were written to flush L2, with events around the path or its stages, all replayed as one CUDA graph "
-            "(launched from the host where the kernel cannot be captured, or the path is over 3x the best and 1 ms); "
+            "(launched from the host where the kernel cannot be captured, or the path is over 3x the best and 500 us); "
             f"median of up to {self.launches * self.rounds} launches, {self.launches} in each of {self.rounds} rounds "
             "of interleaved configurations (2 in each where a path takes over 1 ms; one round where it is over "
             f"{self.close:g}x the kernel's best; one launch where it is over 3x the best and 500 us); every "
