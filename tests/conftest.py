@@ -78,7 +78,7 @@ EXHAUSTIVE = Path(ramp_moe_profiles.__file__).parent / "superseded" / "h200" / "
 
 def exhaustive(shape: MoEShape) -> ProfileStore:
     """Alpha-MoE's launch alone on 78 batches, all 152 configurations, for each of RECORDED."""
-    (file,) = EXHAUSTIVE.glob(f"{shape.slug}.*.json")
+    (file,) = EXHAUSTIVE.glob(f"{shape.slug}.2026-11-20.json")
     return ProfileStore([file])
 
 

@@ -103,9 +103,9 @@ class Ratios:
 class Noise:
     """What repeated measurements say of the regrets: `selection` is the regret of choosing the best on one run and
     judging it on another; `regret` each policy's mean regret against the best so chosen, which noise does not flatter.
+    `batches` were measured twice.
     """
 
-    runs: int
     batches: int
     selection: Summary
     regret: Mapping[str, float]
@@ -288,16 +288,16 @@ def _bounds(judged: Replay, policies: _Policies) -> list[str]:
 
 
 def _noise(judged: Replay, policies: _Policies) -> Noise | None:
-    """None where the batches were not measured twice."""
-    twice = np.isfinite(judged.runs_us).all(axis=(0, 2))
-    if len(judged.runs_us) < 2 or not twice.any():
+    """None where no batch was measured twice."""
+    rows, runs = judged.repeated()
+    if not len(rows):
         return None
-    runs = judged.runs_us[:, twice]
-    against = {
-        name: float(np.mean([split_half_regret(runs, choices[twice]).mean() for choices in deals]))
-        for name, deals in policies.choices.items()
-    }
-    return Noise(len(runs), int(twice.sum()), Summary.of(selection_noise(runs).ravel()), against)
+    against = {}
+    for name, deals in policies.choices.items():
+        lost = np.concatenate([split_half_regret(runs, choices[rows]).ravel() for choices in deals])
+        if np.isfinite(lost).any():
+            against[name] = float(lost[np.isfinite(lost)].mean())
+    return Noise(len(rows), Summary.of(selection_noise(runs).ravel()), against)
 
 
 DECODE_SIZES = (1, 4, 16, 64, 256)

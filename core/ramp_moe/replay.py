@@ -33,7 +33,7 @@ from .plugins import Registry
 from .routing import FloatArray, IntArray
 from .shapes import MoEShape
 from .store import ProfileStore
-from .sweep import COLUMN_KINDS, PATH, Split, Sweep
+from .sweep import COLUMN_KINDS, PATH, SPOILT, Split, Sweep
 
 
 @dataclass(frozen=True)
@@ -100,6 +100,15 @@ class Replay:
             runs_us=_measured_first(self.runs_us[:, rows]),
             bounded=self.bounded[rows],
         )
+
+    def repeated(self) -> tuple[IndexArray, FloatArray]:
+        """The batches that were measured twice, and their times in the first two runs, `[2, rows, candidates]`:
+        infinite for a candidate that either did not time, or that one of them spoilt (see `Sweep.times_us`)."""
+        rows = np.flatnonzero(np.isfinite(self.runs_us[:2]).any(axis=2).sum(0) == 2)
+        pair = self.runs_us[:2, rows]
+        both = np.isfinite(pair).all(0) & (pair.max(0) <= SPOILT * pair.min(0))
+        seen = both.any(1)
+        return rows[seen], np.where(both, pair, np.inf)[:, seen]
 
     def fit(self, rows: IndexArray | None = None, form: str = DEFAULT_FORM) -> CostModel:
         """A cost model over all candidates, in their order, fitted on these rows (all where None)."""

@@ -144,9 +144,9 @@ class Sweep:
 
     @cached_property
     def times_us(self) -> FloatArray:
-        """float64 `[rows, columns]`: the geometric mean over the runs that measured a cell, but for those that took over
-        SPOILT times as long as the shortest; over the bounds of a cell that has only those (see `only_bounded`); NaN
-        where there is neither."""
+        """float64 `[rows, columns]`: the geometric mean over the runs that measured a cell, without times of over
+        SPOILT times the shortest; over the bounds of a cell that has only those (see `only_bounded`); NaN where there
+        is neither."""
         measured = np.isfinite(self.runs_us) & (~self.bounded | self.only_bounded)
         shortest = np.where(measured, self.runs_us, np.inf).min(0)
         measured &= self.runs_us <= SPOILT * shortest

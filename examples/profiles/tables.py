@@ -197,20 +197,44 @@ def curve() -> str:
     return table(("model", "kernels", "tune batches", "regret: retrofitted", "static"), rows)
 
 
+def exhaustive() -> str:
+    """What the shipped profiles lose against exhaustive ones, from exhaustive.json."""
+    rows = []
+    for found in json.loads((HERE / "exhaustive.json").read_text()):
+        batches, configurations, seconds, lost = (found[k] for k in ("batches", "configurations", "seconds", "regret"))
+        short = found["regret by batches of the profile"]
+        rows.append(
+            (
+                found["model"],
+                f"{' + '.join(found['kernels'])} {found['dtype']}",
+                f"{configurations['all']} on {batches['to fit']} + {batches['to judge']}, {sum(seconds['all']):.0f} s",
+                f"{configurations['kept']} on {batches['profile']}",
+                percent(lost["all"]),
+                percent(lost["profile"]),
+                *(percent(short[n]) for n in ("8", "16", "32")),
+                f"{found['best kept over best']:.2%}",
+            )
+        )
+    head = ("model", "kernels", "exhaustive: configurations on batches", "profile", "regret: exhaustive", "profile",
+            "its first 8 batches", "16", "32", "lost by pruning")  # fmt: skip
+    return table(head, rows)
+
+
 def noise_of_choosing() -> str:
     """Over all batches that two runs measured: the regret of choosing on one and judging on the other."""
     rows = []
     for dtype, kernels, model in CASES:
-        both = replay(model, dtype, kernels)
-        twice = np.isfinite(both.runs_us).all(axis=(0, 2))
-        if len(both.runs_us) > 1 and twice.any():
-            lost = selection_noise(both.runs_us[:, twice]).ravel()
-            rows.append((model, f"{' + '.join(kernels)} {dtype}", int(twice.sum()), f"{lost.mean():.2%}",
+        twice, runs_us = replay(model, dtype, kernels).repeated()
+        if len(twice):
+            lost = selection_noise(runs_us).ravel()
+            rows.append((model, f"{' + '.join(kernels)} {dtype}", len(twice), f"{lost.mean():.2%}",
                          f"{np.quantile(lost, 0.95):.2%}"))  # fmt: skip
     return table(("model", "kernels", "batches", "mean", "p95"), rows)
 
 
-TABLES = {f.__name__: f for f in (profiles, repeatability, noise_of_choosing, dispatch, alpha_moe, live, curve)}
+TABLES = {
+    f.__name__: f for f in (profiles, repeatability, noise_of_choosing, dispatch, alpha_moe, live, curve, exhaustive)
+}
 
 
 def filled(page: str) -> str:

@@ -250,13 +250,36 @@ def test_held_out_batches_are_judged_by_what_the_others_taught(
     static = table_choices(static_table(tune.times_us, tune.labels), test.labels)
     assert [b.static.us for b in found.batches] == test.times_us[np.arange(26), static].tolist()
     assert found.noise is not None
-    assert (found.noise.runs, found.noise.batches) == (2, 26)
+    assert found.noise.batches == 26
     assert found.noise.selection.mean == pytest.approx(selection_noise(test.runs_us).mean())
     assert found.noise.regret["static"] == pytest.approx(split_half_regret(test.runs_us, static).mean())
     assert set(found.noise.regret) == set(found.baselines)
     # Dispatching uses the same fit: batches that are kept for judging never enter it.
     model, _ = load_model(registry, ProfileStore([held_out_file]), olmoe, h200, ["alpha_moe"])
     assert model.cost(test.histograms) == pytest.approx(tune.fit().cost(test.histograms))
+
+
+def test_cells_that_one_run_missed_or_spoilt_have_no_part_in_the_noise(
+    registry: Registry, held_out_file: Path, olmoe: MoEShape, h200: Hardware
+) -> None:
+    raw = json.loads(held_out_file.read_text())
+    rows = [row for row in raw["rows"] if row["split"] == "test"]
+    rows[0]["runs_us"][1][5] = None
+    best = min(rows[1]["runs_us"][0])
+    rows[1]["runs_us"][0] = [best * (1 + i) for i in range(len(rows[1]["runs_us"][0]))]
+    rows[1]["runs_us"][1] = [30 * best, *rows[1]["runs_us"][0][1:]]
+    rows[2]["runs_us"][1] = None
+    held_out_file.write_text(json.dumps(raw))
+    replay = load_replay(registry, ProfileStore([held_out_file]), olmoe, h200, ["alpha_moe"]).of("test")
+    assert replay is not None
+    batches, runs = replay.repeated()
+    assert batches.tolist() == [0, 1, *range(3, 26)]
+    assert np.argwhere(np.isinf(runs)).tolist() == [[0, 0, 5], [0, 1, 0], [1, 0, 5], [1, 1, 0]]
+    assert selection_noise(runs)[:, 1] == pytest.approx(0)  # the best of those that both measured, in either
+    found = compare_recorded(load_replay(registry, ProfileStore([held_out_file]), olmoe, h200, ["alpha_moe"]))
+    assert found.noise is not None
+    assert found.noise.batches == 25
+    assert np.isfinite(list(found.noise.regret.values())).all()
 
 
 def test_a_profile_without_batches_to_fit_on(

@@ -209,7 +209,7 @@ def test_an_eager_kernel_tries_patience_too(
     monkeypatch.setattr(made, "_finished", contextlib.nullcontext)
     monkeypatch.setattr(made, "_stream", object())
     monkeypatch.setattr(made, "_run", lambda kernel, config: True)
-    monkeypatch.setattr(made, "_eager", lambda timed: {"path": 700.0})
+    monkeypatch.setattr(made, "_eager", lambda timed: ({"path": 700.0}, 100.0))
     assert made.time("triton", config, 5, patience_us) == [700.0] * launches
 
 
@@ -330,6 +330,21 @@ def test_gpu_an_eager_kernel_is_timed_too(h200: Hardware) -> None:
     assert min(eager) > 0
     assert made.time_stages("triton", config, 20) == {}
     assert made._batch().graphs == {}
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("host_us", [100.0, 600.0])
+def test_gpu_only_what_the_host_did_not_hold_up_is_far_behind(
+    opened: tuple[Bench, str], host_us: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made, config = opened
+    monkeypatch.setattr(made, "_eager", lambda timed: ({"path": 1000.0}, host_us))
+    times = made.time("triton", config, 5, 500.0)
+    if host_us < 500:
+        assert times == [1000.0]
+    else:
+        assert len(times) == 5
+        assert max(times) < 500
 
 
 @pytest.mark.gpu

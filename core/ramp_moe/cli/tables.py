@@ -64,7 +64,7 @@ def comparison(result: Comparison) -> list[RenderableType]:
 def _noise(noise: Noise) -> str:
     regrets = ", ".join(f"{name} {percent(value)}" for name, value in noise.regret.items())
     return (
-        f"noise of measuring: choosing on one of {noise.runs} runs and judging on another costs "
+        "noise of measuring: choosing on one run and judging on another costs "
         f"{percent(noise.selection.mean)} (p95 {percent(noise.selection.p95)}); "
         f"mean regret against the best so chosen: {regrets}"
     )

@@ -213,17 +213,14 @@ class Bench:
             if (kernel, config) not in self._ran:
                 self._run(kernel, config)  # which compiles
                 self._ran.add((kernel, config))
-            began = time.perf_counter()
-            spans = self._enqueue(*timed)
-            host_us = (time.perf_counter() - began) * 1e6
-            first = self._measured(spans)
+            first, host_us = self._eager(timed)
             if not first:
                 return {}
             # Unless the host held it up, which was busy, or had to allocate.
             if sum(first.values()) > max(patience_us, HOST_AHEAD * host_us):
                 return _by_step([first])
             if not self._find(kernel, config)[0].graph_safe:
-                return _by_step(self._repeated(self._eager, timed, launches, patience_us))
+                return _by_step(self._repeated(lambda t: self._eager(t)[0], timed, launches, patience_us))
             graph = torch.cuda.CUDAGraph()
             graph.capture_begin()
             try:
@@ -240,8 +237,12 @@ class Bench:
         count = 1 if us > patience_us else launches if us <= LONG_US else min(launches, LONG_LAUNCHES)
         return [first, *(launch(timed) for _ in range(count - 1))]
 
-    def _eager(self, timed: Timed) -> dict[str, float]:
-        return self._measured(self._enqueue(*timed))
+    def _eager(self, timed: Timed) -> tuple[dict[str, float], float]:
+        """Microseconds of each step of one launch from the host, and those that the host took for it."""
+        began = time.perf_counter()
+        spans = self._enqueue(*timed)
+        host_us = (time.perf_counter() - began) * 1e6
+        return self._measured(spans), host_us
 
     def _replay(self, timed: Timed) -> dict[str, float]:
         graph, spans = self._batch().graphs[timed]
