@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from rich.console import RenderableType
@@ -24,12 +24,12 @@ def comparison(result: Comparison) -> list[RenderableType]:
     table.add_column("tokens", justify="right")
     table.add_column("routing")
     table.add_column("active", justify="right")
-    table.add_column("static choice", overflow="fold")
+    table.add_column("static")
     table.add_column("us", justify="right")
-    table.add_column("retrofitted choice", overflow="fold")
+    table.add_column("retrofitted")
     table.add_column("us", justify="right")
     if measured:
-        table.add_column("best in hindsight", overflow="fold")
+        table.add_column("best")
         table.add_column("us", justify="right")
     else:
         table.add_column("steps", justify="right")
@@ -37,14 +37,18 @@ def comparison(result: Comparison) -> list[RenderableType]:
     table.add_column("speed-up", justify="right")
     if measured:
         table.add_column("regret", justify="right")
-    several = len(result.kernels) > 1
     tokens = 0
-    for batch in sorted(result.batches, key=lambda b: b.tokens):
+    batches = sorted(result.batches, key=lambda b: b.tokens)
+    labels = _labels(batches)
+    for batch in batches:
         if tokens and batch.tokens != tokens:
             table.add_section()
         tokens = batch.tokens
-        table.add_row(*_batch_cells(batch, several))
-    lines: list[RenderableType] = [table, escape(result.provenance())]
+        table.add_row(*_batch_cells(batch, labels))
+    legend = Table("", "configuration", box=None, show_header=False, padding=(0, 1))
+    for (kernel, config), label in labels.items():
+        legend.add_row(label, escape(f"{kernel}/{config}"))
+    lines: list[RenderableType] = [table, legend, escape(result.provenance())]
     if result.baselines:
         lines.append(_policies(result))
     s = result.speedup_over_static
@@ -70,9 +74,26 @@ def _noise(noise: Noise) -> str:
     )
 
 
-def _batch_cells(batch: Batch, several_kernels: bool) -> list[str]:
+def _labels(batches: Sequence[Batch]) -> dict[tuple[str, str], str]:
+    """Short names of the configurations, which are too long for a column: letters of the kernel and a number, in the
+    order in which they appear."""
+    chosen = [(p.kernel, p.config) for b in batches for p in (b.static, b.retrofitted, b.best) if p]
+    kernels = {kernel: "" for kernel, _ in chosen}
+    for kernel in kernels:
+        lengths = range(1, len(kernel) + 1)
+        kernels[kernel] = next(
+            kernel[:n] for n in lengths if n == len(kernel) or sum(k.startswith(kernel[:n]) for k in kernels) == 1
+        )
+    found: dict[tuple[str, str], str] = {}
+    for kernel, config in sorted(dict.fromkeys(chosen), key=lambda c: kernels[c[0]]):
+        number = 1 + sum(k == kernel for k, _ in found)
+        found[kernel, config] = f"{kernels[kernel]}{number}"
+    return found
+
+
+def _batch_cells(batch: Batch, labels: Mapping[tuple[str, str], str]) -> list[str]:
     def pick(p: Pick) -> list[str]:
-        return [escape(f"{p.kernel}/{p.config}" if several_kernels else p.config), f"{p.us:.1f}"]
+        return [escape(labels[p.kernel, p.config]), f"{p.us:.1f}"]
 
     colour = "[green]" if batch.speedup > 1.02 else "[red]" if batch.speedup < 0.98 else ""
     cells = [str(batch.tokens), escape(batch.routing), f"{batch.active_experts:.0f}", *pick(batch.static)]
