@@ -30,7 +30,7 @@ ALLOW_LIST = "RAMP_MOE_PLUGINS"
 SLOW_SECONDS = 1.0
 
 T = TypeVar("T", Kernel, Model, Hardware)
-_NAME = re.compile(r"(?!auto$)[A-Za-z0-9][A-Za-z0-9._-]*")
+NAME = re.compile(r"(?!auto$)[A-Za-z0-9][A-Za-z0-9._-]*")
 """Names go into paths and commands; `--device auto` has a meaning of its own."""
 
 
@@ -164,7 +164,7 @@ class Registry:
             name = None
             with plugin.guard(hook):
                 name = getattr(item, "name", None)
-            if not isinstance(item, kind) or not isinstance(name, str) or not _NAME.fullmatch(name):
+            if not isinstance(item, kind) or not isinstance(name, str) or not NAME.fullmatch(name):
                 plugin.problems.append(
                     f"{hook}: {describe(item)} is not a {kind.__name__} with a name of letters, digits, . _ and -"
                 )

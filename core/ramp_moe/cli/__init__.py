@@ -7,7 +7,7 @@ from typing import Any
 import click
 
 from ..errors import RampMoEError
-from . import choose, compare, listing, profile
+from . import check, choose, compare, listing, profile
 
 
 class _Failure(click.ClickException):
@@ -33,6 +33,7 @@ for _command in (
     listing.kernels,
     listing.models,
     listing.profiles,
+    check.check_kernel,
     choose.regions,
     choose.fit,
     choose.explain,

@@ -137,12 +137,9 @@ class Bench:
             self._run(kernel, config)
             if opened.expected is None:
                 opened.expected = _reference(self._weights, opened.batch)
-            errors = _errors(opened.out, opened.expected)
-        limit = LIMITS[self.shape.dtype]
-        for where, error in errors.items():
-            allowed = limit if where == "output" else 2 * limit
-            if not error <= allowed:  # NaN is not, either
-                raise KernelError(f"{kernel}/{config}: relative error {error:.3g} of {where}, allowed are {allowed}")
+            wrong = misfit(opened.out, opened.expected, self.shape.dtype)
+        if wrong is not None:
+            raise KernelError(f"{kernel}/{config}: {wrong}")
 
     def time(self, kernel: str, config: str, launches: int, patience_us: float = math.inf) -> list[float]:
         """Microseconds of each of `launches` launches of the whole path, or of LONG_LAUNCHES where it is long.
@@ -304,6 +301,16 @@ def _dequantised(w: Tensor, scale: Tensor | None, expert: int) -> Tensor:
     if scale is None:
         return w[expert].float()
     return w[expert].float() * scale[expert].repeat_interleave(SCALE_BLOCK, 0).repeat_interleave(SCALE_BLOCK, 1)
+
+
+def misfit(out: Tensor, expected: Tensor, dtype: str) -> str | None:
+    """How far `out` `[T, H]` is from the float32 `expected`, where that is more than LIMITS allow for weights of
+    `dtype`; None where it is near enough."""
+    for where, error in _errors(out, expected).items():
+        allowed = LIMITS[dtype] if where == "output" else 2 * LIMITS[dtype]
+        if not error <= allowed:  # NaN is not, either
+            return f"relative error {error:.3g} of {where}, allowed are {allowed}"
+    return None
 
 
 def _errors(out: Tensor, expected: Tensor) -> dict[str, float]:

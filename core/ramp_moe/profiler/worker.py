@@ -29,8 +29,14 @@ MAX_REASON = 300
 """Characters of a reason; some exceptions print whole sources."""
 
 
-class BenchLike(Protocol):
-    """What a worker needs of `device.bench.Bench`."""
+class Served(Protocol):
+    """What a worker needs of the object whose methods it calls."""
+
+    def healthy(self) -> bool: ...
+
+
+class BenchLike(Served, Protocol):
+    """What measuring needs of `device.bench.Bench`."""
 
     def open(self, topk_ids: IntArray) -> None: ...
 
@@ -41,8 +47,6 @@ class BenchLike(Protocol):
     def time(self, kernel: str, config: str, launches: int, patience_us: float) -> list[float]: ...
 
     def time_stages(self, kernel: str, config: str, launches: int) -> dict[str, list[float]]: ...
-
-    def healthy(self) -> bool: ...
 
 
 class Failed(KernelError):
@@ -71,7 +75,7 @@ def make_gpu_bench(shape: MoEShape, hardware: str, kernels: Sequence[str]) -> Be
     return Bench(shape, registry.device(hardware), found)
 
 
-def serve(connection: Connection, make_bench: Callable[[], BenchLike]) -> None:
+def serve(connection: Connection, make_bench: Callable[[], Served]) -> None:
     """Make the bench, then run the commands (method, args) that arrive, until the parent is gone.
 
     Each is answered, as the making is, by ("ok", value) or ("failed", reason, healthy).
@@ -100,7 +104,7 @@ def _reason(error: Exception) -> str:
     return f"{type(error).__name__}: {first}"[:MAX_REASON] if first else type(error).__name__
 
 
-def _main(connection: Connection, make_bench: Callable[[], BenchLike], output: str) -> None:
+def _main(connection: Connection, make_bench: Callable[[], Served], output: str) -> None:
     """`serve`, with what it and its libraries print in a file: it must not get into what the parent prints."""
     descriptor = os.open(output, os.O_WRONLY | os.O_APPEND)
     for stream in (1, 2):
@@ -115,7 +119,7 @@ class Worker:
     make_bench must pickle, as a functools.partial of a module's function does.
     """
 
-    def __init__(self, make_bench: Callable[[], BenchLike]) -> None:
+    def __init__(self, make_bench: Callable[[], Served]) -> None:
         context = multiprocessing.get_context("spawn")
         self._output = tempfile.NamedTemporaryFile(prefix="ramp-moe-worker-")  # noqa: SIM115 - closed by `close`
         self._connection, theirs = context.Pipe()
