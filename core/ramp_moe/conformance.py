@@ -56,9 +56,12 @@ PROBED = ((8, 2, 256, 128), (5, 3, 384, 640), (7, 1, 130, 70), (3, 3, 33, 17), (
 """Likewise, to ask for reasons and configurations: sizes that a kernel may well have forgotten."""
 ROUTINGS = (*(k for k in KINDS if not k.endswith("V")), "zipf1.2", "active0.25")
 GENERIC = frozenset(
-    "a all an and any are but by can cannot combination config configuration configurations device dtype error for "
-    "gpu hardware here in incompatible invalid is it kernel no not on or shape size supported the these this "
-    "unavailable unknown unsupported with works".split()
+    re.findall(
+        r"\w+",
+        "a all an and any are but by can cannot combination config configuration configurations device dtype error for "
+        "gpu hardware here in incompatible invalid is it kernel no not on or shape size supported the these this "
+        "unavailable unknown unsupported with works",
+    )
 )
 """Words that say nothing of the reason."""
 MIN_WORDS = 3
@@ -83,18 +86,23 @@ class Outcome:
     detail: str = ""
 
 
-def default_shape(kernel: Kernel, model: str = "olmoe-1b-7b", device: str = "h200") -> MoEShape:
-    """The model's shape in the first dtype that the kernel supports there. Raises KernelError with the reasons where
-    there is none, UnknownNameError for a model or a device that does not exist."""
+def supported_shape(
+    kernel: Kernel, model: str = "olmoe-1b-7b", device: str = "h200", dtypes: Iterable[str] = DTYPE_BYTES
+) -> MoEShape:
+    """The model's shape in the first of `dtypes` that the kernel supports there. Raises KernelError with the reasons
+    where there is none, UnknownNameError for a model or a device that does not exist."""
     registry, reasons = get_registry(), {}
-    for dtype in DTYPE_BYTES:
-        shape = registry.shape(model, dtype)
-        reason = kernel.unsupported(shape, registry.device(device))
+    for dtype in dtypes:
+        shape, hardware = registry.shape(model, dtype), registry.device(device)
+        try:
+            reason = kernel.unsupported(shape, hardware)
+        except Exception:  # which a check is there to tell
+            return shape
         if reason is None:
             return shape
         reasons[dtype] = reason
-    listed = "; ".join(f"{dtype}: {reason}" for dtype, reason in reasons.items())
-    raise KernelError(f"kernel {kernel.name} does not support {model} on {device} in any dtype ({listed})")
+    listed = "; ".join(f"{dtype}: {describe(reason)}" for dtype, reason in reasons.items())
+    raise KernelError(f"kernel {kernel.name} does not support {model} on {device} ({listed})")
 
 
 def interpret_without_gpu() -> None:
@@ -236,11 +244,14 @@ class Conformance:
                 for sizes in PROBED:
                     yield MoEShape(*sizes, dtype), hardware
 
-    def _described(self, shape: MoEShape) -> tuple[KernelConfig, ...]:
+    def _described(self, shape: MoEShape, hardware: Hardware | None = None) -> tuple[KernelConfig, ...]:
+        """Configurations, for checks that are not about them."""
         try:
-            return usable_configs(self.kernel, shape, self.hardware)
-        except KernelError as e:
+            configs = usable_configs(self.kernel, shape, hardware or self.hardware)
+            hash(configs)
+        except (KernelError, TypeError) as e:
             raise Skip(f"there are no configurations to look at: {e}") from e
+        return configs
 
     def _supported(self) -> Iterator[tuple[MoEShape, Hardware]]:
         for shape, hardware in self._probes():
@@ -298,6 +309,7 @@ class Conformance:
             raise Skip(
                 f"the kernel does not take a small {self.shape.dtype} shape on {hardware.name}; give launch_shape"
             )
+        self._described(shape, hardware)
         configs = self._configs if self._configs is not None else 8 if gpu else 2
         return Trial(kernel, shape, hardware, configs)
 
@@ -380,11 +392,12 @@ def _check_coverage(gemms: Sequence[GridGeometry], shape: MoEShape, layout: Weig
             f"{at}: the gemm stages cover {work} weights of an expert (weight_rows * reduction), it has {least}; "
             "gate and up rows both count, and each projection needs its own stage unless one launch does all"
         )
-    read, there = sum(g.expert_bytes for g in gemms), layout.bytes / shape.num_experts
+    # A layout that is too small is told by its own check.
+    read, there = sum(g.expert_bytes for g in gemms), max(layout.bytes / shape.num_experts, shape.expert_bytes)
     least = _elements(shape) * DTYPE_BYTES[shape.dtype]
     if not least <= read <= there:
         raise Failure(
-            f"{at}: the gemm stages read {read} bytes of an expert (expert_bytes), which has {least} without its scales "
+            f"{at}: the gemm stages read {read} bytes of an expert (expert_bytes), which has {least} without scales "
             f"and {there:.0f} in weight_layout(); shape.gate_up_bytes, down_bytes and expert_bytes are such sizes"
         )
 

@@ -15,7 +15,7 @@ from typing import ClassVar
 
 import pytest
 
-from .conformance import Conformance, default_shape, interpret_without_gpu
+from .conformance import Conformance, interpret_without_gpu, supported_shape
 from .kernel import Kernel
 from .plugins import get_registry
 from .shapes import MoEShape
@@ -44,7 +44,7 @@ class KernelConformance:
         """One for each shape, the same for all tests of the class: runs are shared."""
         if "_made" not in vars(cls):
             hardware = get_registry().device(cls.device)
-            shapes = cls.shapes or (default_shape(cls.kernel, device=cls.device),)
+            shapes = cls.shapes or (supported_shape(cls.kernel, device=cls.device),)
             cls._made = [Conformance(cls.kernel, s, hardware, cls.launch_shape, cls.configs) for s in shapes]
         return cls._made
 

@@ -11,8 +11,7 @@ from rich.console import RenderableType
 from rich.markup import escape
 from rich.table import Table
 
-from ..conformance import CHECKS, Making, Outcome, default_shape, run_apart
-from ..errors import KernelError
+from ..conformance import CHECKS, Making, Outcome, run_apart, supported_shape
 from ..plugins import get_registry
 from ..shapes import DTYPE_BYTES, MoEShape
 from .options import console, device_option, json_option, print_json, resolve_device
@@ -46,18 +45,12 @@ def check_kernel(
     """
     registry = get_registry()
     kernel, hardware = registry.kernel(name), resolve_device(registry, device)
-    if dtype is None:
-        shape = default_shape(kernel, model, hardware.name)
-    else:
-        shape = registry.shape(model, dtype)
-        if reason := kernel.unsupported(shape, hardware):
-            raise KernelError(f"kernel {kernel.name} does not support {model} {dtype} on {hardware.name}: {reason}")
+    shape = supported_shape(kernel, model, hardware.name, DTYPE_BYTES if dtype is None else [dtype])
     outcomes = list(run_apart(Making(kernel.name, shape, hardware.name, configs), SECONDS))
     if as_json:
         print_json(
             {
                 "kernel": kernel.name,
-                "version": kernel.version(),
                 "model": shape.label,
                 "dtype": shape.dtype,
                 "device": hardware.name,
@@ -78,5 +71,5 @@ def _table(name: str, shape: MoEShape, device: str, outcomes: Sequence[Outcome])
     for o in outcomes:
         detail = o.detail or CHECKS[o.check]
         table.add_row(o.check, f"[{COLOURS[o.result]}]{o.result}", escape(detail))
-    counts = Counter(o.result for o in outcomes)
+    counts = Counter[str](o.result for o in outcomes)
     return [table, ", ".join(f"{counts[result]} {result}" for result in COLOURS)]

@@ -3,6 +3,7 @@ graphs. Each check returns a note or None, and raises Failure or Skip."""
 
 from __future__ import annotations
 
+import contextlib
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, fields
@@ -78,11 +79,11 @@ class Filled(Workspace):
         return buffer
 
 
-class HostReads(TorchDispatchMode):
+class HostReads(TorchDispatchMode):  # type: ignore[no-untyped-call]
     """Collects the operations whose result the host must wait for, on any device."""
 
     def __init__(self) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self.found: list[str] = []
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -128,7 +129,7 @@ class Trial:
     @cached_property
     def cases(self) -> list[Case]:
         """Every kind of routing in every size. In the first no expert is empty, if there are tokens enough."""
-        found = []
+        found: list[Case] = []
         for tokens in self._sizes:
             for kind, ids in _routings(tokens, self.shape):
                 batch = self._batch(ids, seed=len(found) + 1)
@@ -191,14 +192,14 @@ class Trial:
     def steps(self) -> None:
         named, found = False, []
         for config in self._some:
-            case, out = self.cases[0], self._guarded(self.cases[0])
-            keys = list(self.kernel.steps(config, self.prepared, case.batch, out[0], Workspace()))
+            case, out = self.cases[0], self._guarded(self.cases[0])[0]
+            keys = list(self.kernel.steps(config, self.prepared, _copy(case.batch), out, Filled(0)))
             named |= bool(keys)
             wanted = [stage.key for stage in config.stages]
             if keys and keys != wanted:
                 found.append(f"configuration {config.name}: steps() yields {keys}, the stages are {wanted}")
             elif keys and self._wrong(self._output(config, case, Filled(0)), case) is None:
-                wrong = self._wrong(out[0], case)
+                wrong = self._wrong(out, case)
                 if wrong:
                     found.append(f"configuration {config.name}: after steps(), {wrong}, after launch() it is right")
         self._refuse(found, "launch each stage and yield its key, in the order of config.stages")
@@ -208,15 +209,8 @@ class Trial:
     def asynchronous(self) -> None:
         found = []
         for config in self._some:
-            case, workspace = self.cases[0], Workspace()
-            out = self._guarded(case)[0]
+            launch = self._again(config, _copy(self.cases[0].batch))[0]
             reads = HostReads()
-
-            def launch(
-                config: KernelConfig = config, case: Case = case, out: Tensor = out, workspace: Workspace = workspace
-            ) -> None:
-                self.kernel.launch(config, self.prepared, case.batch, out, workspace)
-
             launch()  # which compiles and allocates
             with reads:
                 launch()
@@ -236,14 +230,9 @@ class Trial:
         for config in self._some:
             for tokens in self._sizes:
                 cases = [c for c in self.cases if c.batch.num_tokens == tokens]
-                given = Batch(*_copied(cases[0].batch))
-                out, workspace = torch.empty_like(given.hidden_states), Workspace()
-
-                def launch(
-                    config: KernelConfig = config, given: Batch = given, out: Tensor = out, w: Workspace = workspace
-                ) -> None:
-                    self.kernel.launch(config, self.prepared, given, out, w)
-
+                # Of few experts: what was decided on the host, while it was captured, does not do for the others.
+                given = _copy(min(cases, key=lambda c: c.batch.topk_ids.unique().numel()).batch)
+                launch, out = self._again(config, given)
                 try:
                     replay = capture(launch)
                 except Exception as e:
@@ -270,12 +259,12 @@ class Trial:
             raise Skip("streams need a GPU")
         found: list[str] = []
 
-        def work(config: KernelConfig, case: Case, outs: list[Tensor]) -> None:
+        def work(config: KernelConfig, batch: Batch, outs: list[Tensor]) -> None:
             try:
                 stream, workspace = torch.cuda.Stream(), Workspace()  # type: ignore[no-untyped-call]
                 with torch.cuda.stream(stream):
                     for out in outs:
-                        self.kernel.launch(config, self.prepared, case.batch, out, workspace)
+                        self.kernel.launch(config, self.prepared, batch, out, workspace)
                 stream.synchronize()
             except Exception as e:
                 found.append(f"configuration {config.name} in a thread: {type(e).__name__}: {describe(e)}")
@@ -286,7 +275,9 @@ class Trial:
                 continue  # wrong alone, too
             outs = [[torch.full_like(c.batch.hidden_states, float("nan")) for _ in range(THREAD_ROUNDS)] for c in pair]
             self._synchronise()
-            workers = [threading.Thread(target=work, args=(config, c, o)) for c, o in zip(pair, outs, strict=True)]
+            workers = [
+                threading.Thread(target=work, args=(config, _copy(c.batch), o)) for c, o in zip(pair, outs, strict=True)
+            ]
             for worker in workers:
                 worker.start()
             for worker in workers:
@@ -306,6 +297,11 @@ class Trial:
         scores = torch.randn(ids.shape, device=self.device, generator=generator)
         return Batch(x, torch.tensor(ids, dtype=torch.int32, device=self.device), scores.softmax(-1))
 
+    def _again(self, config: KernelConfig, batch: Batch) -> tuple[Callable[[], None], Tensor]:
+        """(launch, out): what launches on these very buffers as often as it is called."""
+        out, workspace = torch.empty_like(batch.hidden_states), Workspace()
+        return lambda: self.kernel.launch(config, self.prepared, batch, out, workspace), out
+
     def _guarded(self, case: Case) -> tuple[Tensor, Tensor]:
         """(out, all): an output full of NaN in the middle of a buffer full of canaries."""
         x = case.batch.hidden_states
@@ -315,11 +311,9 @@ class Trial:
 
     def _watched(self, config: KernelConfig, case: Case) -> Run:
         run = Run(config, case)
-        before = _copied(case.batch)
         out, whole = self._guarded(case)
         try:
-            self.kernel.launch(config, self.prepared, case.batch, out, Filled(0))
-            self._synchronise()
+            run.changed = self._launch(config, case, out, Filled(0))
         except Exception as e:
             if self.device.type == "cpu" and isinstance(e, (KernelError, NotImplementedError)):
                 raise Skip(f"needs a GPU: {describe(e)}") from e
@@ -327,15 +321,19 @@ class Trial:
             return run
         run.wrong = self._wrong(out, case)
         run.outside = bool((whole[:GUARD] != CANARY).any() | (whole[-GUARD:] != CANARY).any())
-        run.changed = [
-            *_changed(case.batch, before),
-            *(f"the weights' {name}" for name in _changed(self.weights, self._weights_before)),
-        ]
-        # So that one configuration's deed is not laid at another's door.
-        for now, then in ((case.batch, before), (self.weights, self._weights_before)):
-            for mine, right in zip(_tensors(now), then, strict=True):
-                mine.copy_(right)
         return run
+
+    def _launch(self, config: KernelConfig, case: Case, out: Tensor, workspace: Workspace) -> list[str]:
+        """Launch on a copy of the batch. Names of the inputs that are changed; the weights are put right again, so that
+        the next launch is not to blame."""
+        batch = _copy(case.batch)
+        self.kernel.launch(config, self.prepared, batch, out, workspace)
+        self._synchronise()
+        spoilt = _changed(self.weights, self._weights_before)
+        if spoilt:
+            for mine, right in zip(_tensors(self.weights), self._weights_before, strict=True):
+                mine.copy_(right)
+        return [*_changed(batch, _tensors(case.batch)), *(f"the weights' {name}" for name in spoilt)]
 
     def _came_through(self) -> list[Run]:
         found = [run for run in self.runs if run.raised is None]
@@ -348,8 +346,7 @@ class Trial:
 
     def _output(self, config: KernelConfig, case: Case, workspace: Workspace) -> Tensor:
         out = self._guarded(case)[0]
-        self.kernel.launch(config, self.prepared, case.batch, out, workspace)
-        self._synchronise()
+        self._launch(config, case, out, workspace)
         return out
 
     def _wrong(self, out: Tensor, case: Case) -> str | None:
@@ -397,10 +394,10 @@ def _waits(launch: Callable[[], None]) -> str | None:
     # torch knows of its own waits only: with the device busy, a launch that waits comes back when it is no longer.
     torch.cuda.synchronize()
     busy = torch.cuda.Event()  # type: ignore[no-untyped-call]
-    torch.cuda._sleep(HOLD_CYCLES)
+    torch.cuda._sleep(HOLD_CYCLES)  # type: ignore[no-untyped-call]
     busy.record()
     launch()
-    done = busy.query()
+    done = busy.query()  # type: ignore[no-untyped-call]
     torch.cuda.synchronize()
     return "comes back only when the device has done what was before it" if done else None
 
@@ -410,10 +407,12 @@ def _sample(
 ) -> list[KernelConfig]:
     """About `at_most` configurations (all for 0), evenly spread, after the defaults of these sizes, and after any
     default that is not among the configurations."""
-    configs = usable_configs(kernel, shape, hardware)
-    defaults = [kernel.default_config(shape, hardware, tokens) for tokens in sizes]
-    strays = [kernel.default_config(shape, hardware, tokens) for tokens in powers_of_two(MAX_DEFAULT_TOKENS)]
-    chosen = [*defaults, *(c for c in strays if c not in configs)]
+    configs, chosen = usable_configs(kernel, shape, hardware), []
+    for tokens in (*sizes, *powers_of_two(MAX_DEFAULT_TOKENS)):
+        with contextlib.suppress(Exception):  # told by the check of defaults
+            config = kernel.default_config(shape, hardware, tokens)
+            if tokens in sizes or config not in configs:
+                chosen.append(config)
     at = np.linspace(0, len(configs) - 1, min(at_most or len(configs), len(configs))).round().astype(int)
     return list(dict.fromkeys([*chosen, *(configs[i] for i in at)]))
 
@@ -435,6 +434,10 @@ def _routings(tokens: int, shape: MoEShape) -> Iterator[tuple[str, IntArray]]:
 
 def _tensors(of: Batch | MoEWeights) -> list[Tensor]:
     return [value for field in fields(of) if isinstance(value := getattr(of, field.name), Tensor)]
+
+
+def _copy(batch: Batch) -> Batch:
+    return Batch(*_copied(batch))
 
 
 def _copied(of: Batch | MoEWeights) -> list[Tensor]:
