@@ -12,11 +12,14 @@ from typing import Any
 import numpy as np
 import torch
 from ramp_moe import GridGeometry, Hardware, KernelConfig, MoEShape, Stage, WeightLayout, get_registry
-from ramp_moe.conformance import Conformance, supported_shape
+from ramp_moe.conformance import Conformance
 from ramp_moe.device import Batch, LaunchableKernel, MoEWeights, Workspace
 from torch import Tensor
 from torch.nn.functional import silu
 from torch.utils._python_dispatch import TorchDispatchMode
+
+SHAPE = MoEShape(16, 2, 256, 128, "bf16")
+LAUNCHED = MoEShape(8, 2, 128, 64, "fp16")
 
 
 class Plain(LaunchableKernel):
@@ -270,7 +273,7 @@ class Crashes(Plain):
 
 
 def conformance(kernel: LaunchableKernel) -> Conformance:
-    return Conformance(kernel, supported_shape(kernel), get_registry().device("h200"))
+    return Conformance(kernel, SHAPE, get_registry().device("h200"), LAUNCHED)
 
 
 def crashing() -> Conformance:
