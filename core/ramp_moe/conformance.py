@@ -8,7 +8,6 @@ interpreter.
 
 from __future__ import annotations
 
-import contextlib
 import importlib.util
 import os
 import re
@@ -444,15 +443,15 @@ def run_apart(make: Callable[[], Conformance], timeout: float) -> Iterator[Outco
         for check in CHECKS:
             try:
                 worker = worker or Worker(make)
-                yield worker.call("run", check, timeout=timeout)
-                if worker.call("healthy", timeout=timeout):
-                    continue
+                outcome = worker.call("run", check, timeout=timeout)
+                healthy = worker.call("healthy", timeout=timeout)
             except (Died, Failed) as e:
-                yield Outcome(check, "failed", f"{e}; run it alone under compute-sanitizer or a debugger")
-            if worker is not None:
-                with contextlib.suppress(OSError):
-                    worker.close()
+                outcome = Outcome(check, "failed", f"{e}; run it alone under compute-sanitizer or a debugger")
+                healthy = False
+            if worker is not None and not healthy:
+                worker.close()
                 worker = None
+            yield outcome
     finally:
         if worker is not None:
             worker.close()
