@@ -257,6 +257,14 @@ class Waits(Plain):
         return range(min(len(w.down), int(batch.topk_ids.max()) + 1))
 
 
+class Synchronises(Plain):
+    """Right in all else: on a GPU, which alone can tell."""
+
+    def finish(self, batch: Batch, total: Tensor, out: Tensor) -> None:
+        super().finish(batch, total, out)
+        torch.cuda.synchronize()
+
+
 class FixedRouting(Plain):
     """Decides on the host, by means that torch does not see, which experts to run: a graph has those of its capture."""
 
@@ -278,6 +286,10 @@ def conformance(kernel: LaunchableKernel) -> Conformance:
 
 def crashing() -> Conformance:
     return conformance(Crashes())
+
+
+def synchronising() -> Conformance:
+    return conformance(Synchronises())
 
 
 def cannot_be_made() -> Conformance:

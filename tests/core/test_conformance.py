@@ -189,6 +189,14 @@ def test_checks_that_cannot_even_begin_fail(monkeypatch: pytest.MonkeyPatch) -> 
     assert (outcome.result, outcome.detail.partition(";")[0]) == ("failed", "MemoryError: the GPU is full")
 
 
+@pytest.mark.gpu
+def test_gpu_a_launch_that_synchronises(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("ramp_moe.conformance.CHECKS", dict.fromkeys(("outputs", "asynchronous", "graph"), ""))
+    outcomes = {o.check: o for o in run_apart(cases.synchronising, 300)}
+    assert [o.result for o in outcomes.values()] == ["passed", "failed", "failed"]
+    assert "cannot be captured" in outcomes["graph"].detail
+
+
 class TestPlain(KernelConformance):
     kernel = Plain()
     shapes = (MoEShape(8, 2, 256, 128, "fp16"), MoEShape(3, 2, 130, 70, "bf16"))

@@ -275,10 +275,9 @@ class Trial:
             if any(self._wrong(self._output(config, case, Workspace()), case) for case in pair):
                 continue  # wrong alone, too
             outs = [[torch.full_like(c.batch.hidden_states, float("nan")) for _ in range(THREAD_ROUNDS)] for c in pair]
-            self._synchronise()
-            workers = [
-                threading.Thread(target=work, args=(config, _copy(c.batch), o)) for c, o in zip(pair, outs, strict=True)
-            ]
+            given = [(config, _copy(case.batch), mine) for case, mine in zip(pair, outs, strict=True)]
+            self._synchronise()  # the threads' streams do not wait for this one
+            workers = [threading.Thread(target=work, args=args) for args in given]
             for worker in workers:
                 worker.start()
             for worker in workers:
