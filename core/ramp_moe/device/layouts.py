@@ -40,10 +40,10 @@ def relayout(weights: MoEWeights, layout: str) -> MoEWeights:
     )
 
 
-def readable(weights: MoEWeights, layouts: Sequence[str]) -> str:
-    """The layout in which to give the weights to a kernel that reads these: as they are where it reads that, else the
-    first that it reads of LAYOUTS, else gate-first, of which it makes a format of its own."""
-    return next((key for key in (weights.layout, *LAYOUTS) if key in layouts), "gate-first")
+def to_give(layouts: Sequence[str]) -> str:
+    """The layout in which a kernel that reads these is given the weights: the first that is in LAYOUTS, or gate-first
+    for it to make a format of its own of."""
+    return next((key for key in layouts if key in LAYOUTS), "gate-first")
 
 
 def _reordered(t: Tensor, given: str, wanted: str, chunk: int) -> Tensor:
