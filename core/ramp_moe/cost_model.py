@@ -394,7 +394,8 @@ def fit_sweep(sweep: Sweep, candidates: Sequence[Candidate], hardware: Hardware,
 def join(models: Sequence[CostModel]) -> CostModel:
     """One model over the candidates of several kernels for one shape and device.
 
-    A part that two of them share is taken from the first, the histograms from the first that has some. Raises ProfileError where their times cannot be compared.
+    A part that two of them share is taken from the first, the histograms from the first that has some. Raises
+    ProfileError where their times cannot be compared.
     """
     first = models[0]
     fits: dict[str, PartFit] = {}

@@ -56,9 +56,9 @@ class KernelConfig:
 
 
 LAYOUTS = ("gate-first", "gate-up-interleaved-8", "up-first")
-"""Orders of the rows of the gate and up projections that weights can be held in: all gate rows, then all up rows; 8 gate
-rows, the same 8 up rows, and so on; all up rows, then all gate rows. `ramp_moe.device.relayout` turns one into another.
-"""
+"""Orders of the rows of the gate and up projections that weights can be held in: all gate rows, then all up rows; 8
+gate rows, the same 8 up rows, and so on; all up rows, then all gate rows. `ramp_moe.device.relayout` turns one into
+another."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -205,8 +205,9 @@ def experts(
 ) -> Tensor:
     """float32 `[T, H]`: the sum over each token's experts of weight * (down @ activation(gate_up @ x)).
 
-    `x [T, H]`; `gate_up [E, 2I, H]`, its rows, scales and bias in the order of `layout`, as `MoEWeights` has it; `down
-    [E, H, I]`; `topk_ids [T, k]`, where -1 and E are skipped; `topk_weights [T, k]`. fp8 weights come with `gate_up_scale [E, 2I/128, H/128]` and `down_scale [E, H/128, I/128]`.
+    `x [T, H]`; `gate_up [E, 2I, H]`, its rows, scales and bias in the order of `layout`, as `MoEWeights` has it;
+    `down [E, H, I]`; `topk_ids [T, k]`, where -1 and E are skipped; `topk_weights [T, k]`. fp8 weights come with
+    `gate_up_scale [E, 2I/128, H/128]` and `down_scale [E, H/128, I/128]`.
     Biases `[E, 2I]` and `[E, H]` are added to each expert's products, the second before the weight.
     `quantise` rounds what each product is fed, x and the activated intermediate, to fp8 as a W8A8 kernel does;
     `stored_as` is the dtype that the intermediate goes through memory in before it is.

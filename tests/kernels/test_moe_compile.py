@@ -114,7 +114,8 @@ def compiled(case: Case) -> dict[str, int]:
         "bias_ptr": "*fp32" if case.bias else None, "ws_ptr": "*fp32" if fp8 else None, "w_ptr": weight,
         "FP8": fp8, "ACTIVATION": case.activation, "QUANTISE": case.quantise, "ATOMIC": case.atomic, "EMULATE": False,
         "EVEN_K": case.even, "EVEN_N": case.even, "weight_ptr": "*fp32", "part_ptr": "*fp32", "BLOCK": 1024,
-        "SPLIT_K": 4, "LAYOUT": case.layout, "PDL": dependent, "DIRECT": case.direct, "QUANTISE_X": fp8 and case.direct, "out_ptr": half,
+        "SPLIT_K": 4, "PDL": dependent, "DIRECT": case.direct, "QUANTISE_X": fp8 and case.direct, "out_ptr": half,
+        "LAYOUT": case.layout,
     }  # fmt: skip
     options: dict[str, Any] = {"num_warps": 4, **({"launch_pdl": True} if dependent else {})}
     if c is not None:

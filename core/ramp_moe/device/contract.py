@@ -31,9 +31,9 @@ class MoEWeights:
 
     gate_up `[E, 2 I, H]` and down `[E, H, I]` are bf16, fp16 or float8_e4m3fn; fp8 weights come with float32 scales,
     one for each [128, 128] block: gate_up_scale `[E, 2 I / 128, H / 128]`, down_scale `[E, H / 128, I / 128]`. Biases
-    `[E, 2 I]` and `[E, H]` are optional. `layout`, one of LAYOUTS, is the order of gate_up's rows; its bias has the same,
-    and its scale likewise, interleaved by one block row of gate and one of up. Raises ShapeError for whatever does not
-    fit together, UnknownNameError for an activation or a layout that does not exist.
+    `[E, 2 I]` and `[E, H]` are optional. `layout`, one of LAYOUTS, is the order of the rows of gate_up and of its bias;
+    so are the scale's, where one block row of gate and one of up come in turn if interleaved. Raises ShapeError for
+    whatever does not fit together, UnknownNameError for an activation or a layout that does not exist.
     """
 
     gate_up: Tensor

@@ -34,14 +34,14 @@ class MoELayer:
 
     kernels: launchable kernels by preference; those that cannot take the weights, or that read no layout in which they
     are held, are dropped, and `dropped` says why.
-    copies: in how many layouts the weights may be held. Which, `layouts` says: those whose kernels are predicted to lose
-    least, on the batches of the cost model's profile where they are at hand; without a model those that serve the
+    copies: in how many layouts the weights may be held. In which, `layouts` says: those whose kernels are predicted to
+    lose least, on the batches of the cost model's profile where they are at hand; without a model those that serve the
     kernels in their order.
     router: hidden states `[T, H]` -> (topk_ids int32 `[T, k]`, topk_weights float32 `[T, k]`), for `forward_hidden`.
     checked: read the ids back and raise RoutingError for one out of range, instead of skipping it.
 
-    Weights in another layout than they are given in are a copy of gate_up (`relayout`), beside the given one for as long
-    as the caller keeps that: drop it, or give the weights in a layout that the layer holds.
+    A layout that the weights are not given in is a copy of gate_up (`relayout`). While the layer is built, and for as
+    long as the caller keeps the weights given, it is there beside theirs: drop them, or give them in that layout.
     """
 
     def __init__(

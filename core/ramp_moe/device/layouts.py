@@ -60,6 +60,7 @@ def _reordered(t: Tensor, given: str, wanted: str, chunk: int) -> Tensor:
 
 def _half(t: Tensor, layout: str, chunk: int, up: int) -> Tensor:
     """View `[E, R / chunk, chunk, ...]` of the gate rows, or with `up` 1 of the up rows, in their order."""
+    experts, _, *rest = t.shape
     if layout == "gate-up-interleaved-8":
-        return t.unflatten(1, (-1, 2, chunk))[:, :, up]
-    return t.unflatten(1, (2, -1, chunk))[:, up if layout == "gate-first" else 1 - up]
+        return t.view(experts, -1, 2, chunk, *rest)[:, :, up]
+    return t.view(experts, 2, -1, chunk, *rest)[:, up if layout == "gate-first" else 1 - up]
