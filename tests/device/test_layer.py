@@ -3,16 +3,14 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from layer_cases import PRICES, SHAPE, E, FakeKernel, H, I, K, by_hand, inputs, layer, model_of, weights
 from ramp_moe import (
     Candidate,
-    CostModel,
-    GridGeometry,
     Hardware,
     HardwareError,
     KernelConfig,
@@ -22,133 +20,9 @@ from ramp_moe import (
     Registry,
     RoutingError,
     ShapeError,
-    Stage,
-    WeightLayout,
-    expert_histogram,
-    fit_sweep,
-    generate,
 )
 from ramp_moe.cost_model import join
-from ramp_moe.device import Batch, LaunchableKernel, MoELayer, MoEWeights, Workspace, relayout
-from ramp_moe.kernel import LAYOUTS
-from ramp_moe.sweep import FORMAT, VERSION, Column, Row, Run, ShapeRecord, SweepRecord, make_sweep
-
-E, K, H, I = 16, 2, 32, 16  # noqa: E741
-SHAPE = MoEShape(E, K, H, I, "bf16")
-BLOCKS = (8, 32, 128)
-
-
-def weights(dtype: torch.dtype = torch.bfloat16) -> MoEWeights:
-    generator = torch.Generator().manual_seed(1)
-    gate_up, down = (torch.randn(shape, generator=generator) * 0.2 for shape in ((E, 2 * I, H), (E, H, I)))
-    return MoEWeights(gate_up.to(dtype), down.to(dtype))
-
-
-class FakeKernel(LaunchableKernel):
-    """The layer token by token, in float32. Its three configurations differ in their token blocks alone; `launched`
-    lists what was run."""
-
-    def __init__(
-        self,
-        name: str = "fake",
-        reason: str | None = None,
-        refuses: str | None = None,
-        layouts: tuple[str, ...] = ("gate-first",),
-    ) -> None:
-        self.name, self.reason, self.refuses, self.layouts = name, reason, refuses, layouts
-        self.launched: list[tuple[str, int]] = []
-        self.missing: str | None = None
-        self.prepared = 0
-
-    def unsupported(self, shape: MoEShape, hardware: Hardware) -> str | None:
-        return self.reason
-
-    def unavailable(self) -> str | None:
-        return self.missing
-
-    def config(self, block: int) -> KernelConfig:
-        grid = GridGeometry(block, 2 * I, H, 2 * I, H, 1)
-        return KernelConfig(f"bm{block}", (Stage("gemm", f"{self.name}/bm{block}", grid),), (("block", block),))
-
-    def configs(self, shape: MoEShape, hardware: Hardware) -> Sequence[KernelConfig]:
-        return [self.config(block) for block in BLOCKS]
-
-    def weight_layout(self, shape: MoEShape) -> WeightLayout:
-        return WeightLayout(self.layouts[0], shape.num_experts * shape.expert_bytes)
-
-    def readable_layouts(self, shape: MoEShape) -> tuple[str, ...]:
-        return self.layouts
-
-    def prepare(self, weights: MoEWeights) -> Any:
-        if self.refuses is not None:
-            raise KernelError(self.refuses)
-        self.prepared += 1
-        self.given = weights
-        weights = relayout(weights, "gate-first")
-        return weights.gate_up.float(), weights.down.float()
-
-    def default_config(self, shape: MoEShape, hardware: Hardware, num_tokens: int) -> KernelConfig:
-        return self.config(8 if num_tokens < 64 else 128)
-
-    def launch(
-        self, config: KernelConfig, prepared: Any, batch: Batch, out: torch.Tensor, workspace: Workspace
-    ) -> None:
-        assert batch.num_tokens > 0
-        self.launched.append((config.name, batch.num_tokens))
-        gate_up, down = prepared
-        total = workspace.get("total", (batch.num_tokens, H), torch.float32, out.device).zero_()
-        for t, k in np.ndindex(batch.num_tokens, batch.top_k):
-            expert = int(batch.topk_ids[t, k])
-            if 0 <= expert < E:
-                gate, up = (gate_up[expert] @ batch.hidden_states[t].float()).chunk(2)
-                total[t] += batch.topk_weights[t, k] * (down[expert] @ (gate * gate.sigmoid() * up))
-        out.copy_(total)
-
-
-def inputs(tokens: int, kind: str = "uniform", seed: int = 0) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    generator = torch.Generator().manual_seed(seed)
-    ids = torch.from_numpy(generate(kind, tokens, E, K, seed)).int()
-    x = torch.randn(tokens, H, generator=generator).bfloat16()
-    return x, ids, torch.rand(tokens, K, generator=generator)
-
-
-def by_hand(x: torch.Tensor, ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
-    """Every expert for every token, then the sum over those that were asked for."""
-    w = weights()
-    gate, up = torch.einsum("eih,th->tei", w.gate_up.float(), x.float()).chunk(2, -1)
-    of_all = torch.einsum("ehi,tei->teh", w.down.float(), torch.nn.functional.silu(gate) * up)
-    asked = torch.zeros(len(x), E + 2)
-    asked.scatter_add_(1, torch.where((ids < 0) | (ids > E), E, ids).long(), scores)
-    return torch.einsum("te,teh->th", asked[:, :E], of_all)
-
-
-def layer(hardware: Hardware, *kernels: FakeKernel, **options: Any) -> MoELayer:
-    return MoELayer(weights(), K, hardware, kernels or [FakeKernel()], **options)
-
-
-def model_of(hardware: Hardware, kernel: FakeKernel, us_a_tile: dict[int, float], shape: MoEShape = SHAPE) -> CostModel:
-    """Each configuration costs 1 us, and so many us for each of its tiles, exactly."""
-    found = []
-    for block, price in us_a_tile.items():
-        config = kernel.config(block)
-        rows = []
-        for tokens in (1, 4, 16, 64, 256, 1024):
-            for kind in ("uniform", "zipf1.2", "active0.25", "one-hot"):
-                h = expert_histogram(
-                    generate(kind, tokens, shape.num_experts, shape.top_k, seed=tokens), shape.num_experts
-                )
-                tiles = sum(-(-n // block) for n in h.tolist())
-                rows.append(Row(tokens, kind, h.tolist(), [[1 + price * tiles]]))
-        record = SweepRecord(
-            format=FORMAT, version=VERSION, device=hardware.name, kernel=kernel.name, kernel_version="1",
-            shape=ShapeRecord.of(shape), runs=[Run("2026-01-01", hardware.device_names[0], "", {}, "made up")],
-            columns=[Column("gemm", config.stages[0].key)], left_out=[], rows=rows,
-        )  # fmt: skip
-        found.append(fit_sweep(make_sweep(record), [Candidate(kernel.name, config)], hardware))
-    return join(found)
-
-
-PRICES = {8: 0.1, 32: 0.2, 128: 0.4}
+from ramp_moe.device import Batch, MoELayer, MoEWeights, Workspace
 
 
 def test_it_computes_the_layer(h200: Hardware) -> None:
@@ -452,95 +326,3 @@ def test_the_workspace_is_kept_between_calls(h200: Hardware) -> None:
     assert moe.workspace.bytes == size
     moe(*inputs(9))
     assert moe.workspace.bytes > size
-
-
-# --- weight layouts --------------------------------------------------------------------------------------------------
-
-MIXED = "gate-up-interleaved-8"
-
-
-def kernels() -> tuple[FakeKernel, FakeKernel, FakeKernel]:
-    """One that reads the weights interleaved, one that reads them gate-first, one that reads all layouts."""
-    return FakeKernel("mixed", layouts=(MIXED,)), FakeKernel("plain"), FakeKernel("any", layouts=LAYOUTS)
-
-
-def test_one_copy_of_the_weights_that_all_kernels_read(h200: Hardware) -> None:
-    mixed, _, any_ = kernels()
-    moe = layer(h200, any_, mixed)
-    assert (moe.layouts, moe.dropped) == ((MIXED,), {})
-    assert mixed.given is any_.given, "one copy"
-    assert mixed.given.layout == MIXED
-    for kernel in (mixed, any_):
-        out = torch.full_like(X, float("nan"))
-        moe.launch(Candidate(kernel.name, kernel.config(8)), Batch(X, IDS, SCORES), out)
-        torch.testing.assert_close(out.float(), by_hand(X, IDS, SCORES), rtol=1e-2, atol=1e-3)
-
-
-def test_weights_are_used_as_they_are_given_where_that_will_do(h200: Hardware) -> None:
-    for layout in LAYOUTS:
-        any_, given = kernels()[2], relayout(weights(), layout)
-        moe = MoELayer(given, K, h200, [any_])
-        assert moe.layouts == (layout,)
-        assert any_.given is given
-
-
-def test_without_a_model_the_first_kernel_is_kept(h200: Hardware) -> None:
-    for order in ((0, 1, 2), (1, 0, 2)):
-        first, second, third = (kernels()[i] for i in order)
-        moe = layer(h200, first, second, third)
-        assert list(moe.configs()) == [first.name, third.name]
-        assert moe.layouts == first.layouts
-        assert moe.dropped == {
-            second.name: f"reads weights in {second.layouts[0]}, which are held in {first.layouts[0]} alone; "
-            "copies=2 would keep it"
-        }
-        assert second.prepared == 0
-    mixed, plain, any_ = kernels()
-    moe = layer(h200, mixed, plain, any_, copies=2)
-    assert (set(moe.layouts), moe.dropped) == ({"gate-first", MIXED}, {})
-    assert (mixed.given.layout, plain.given.layout, any_.given.layout) == (MIXED, "gate-first", "gate-first")
-    assert any_.given is plain.given
-
-
-def test_with_a_model_the_kernels_that_are_faster_are_kept(h200: Hardware) -> None:
-    # The wide tiles of the one pay for batches on few experts, the narrow ones of the other for all else.
-    mixed, plain, _ = kernels()
-    model = join([model_of(h200, mixed, {8: 0.1}), model_of(h200, plain, {128: 0.4})])
-    one = layer(h200, plain, mixed, model=model)
-    assert list(one.configs()) in (["plain"], ["mixed"])
-    (dropped,) = one.dropped.values()
-    assert dropped.endswith("copies=2 would keep it")
-    two = layer(h200, plain, mixed, model=model, copies=2)
-    assert (set(two.layouts), two.dropped) == ({"gate-first", MIXED}, {})
-    # One that is never faster is no reason for a copy.
-    model = join([model_of(h200, mixed, {8: 0.1}), model_of(h200, plain, {8: 0.2})])
-    for copies in (1, 2):
-        moe = layer(h200, plain, mixed, model=model, copies=copies)
-        assert (moe.layouts, list(moe.configs())) == ((MIXED,), ["mixed"])
-        assert moe.dropped["plain"].endswith("a copy for it would gain nothing by the cost model")
-
-
-def test_a_kernel_that_refuses_leaves_the_choice_to_the_others(h200: Hardware) -> None:
-    refusing = FakeKernel("picky", refuses="no such weights", layouts=(MIXED,))
-    _, plain, _ = kernels()
-    moe = layer(h200, refusing, plain)
-    assert (moe.layouts, moe.dropped) == (("gate-first",), {"picky": "no such weights"})
-    assert plain.given.layout == "gate-first"
-    # So does one whose layout the sizes rule out.
-    odd = MoEWeights(torch.zeros(E, 24, H).bfloat16(), torch.zeros(E, H, 12).bfloat16())
-    mixed, plain, _ = kernels()
-    moe = MoELayer(odd, K, h200, [mixed, plain])
-    assert moe.layouts == ("gate-first",)
-    assert moe.dropped == {"mixed": f"{MIXED} needs an intermediate size in multiples of 8, not 12"}
-
-
-def test_a_format_of_its_own_is_made_of_gate_first(h200: Hardware) -> None:
-    tiled = FakeKernel("tiled", layouts=("tiled",))
-    moe = MoELayer(relayout(weights(), "up-first"), K, h200, [tiled])
-    assert moe.layouts == ("tiled",)
-    assert tiled.given.layout == "gate-first"
-
-
-def test_there_must_be_a_copy(h200: Hardware) -> None:
-    with pytest.raises(KernelError, match="at least one copy, not 0"):
-        layer(h200, copies=0)
