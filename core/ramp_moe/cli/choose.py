@@ -144,7 +144,7 @@ def explain(
     top: int,
     as_json: bool,
 ) -> None:
-    """Show what each candidate is predicted to cost for one batch, which wins, and what a copy of the weights serves."""
+    """Show what each candidate is predicted to cost for one batch, which wins, and what a second copy would gain."""
     get_form(form)
     registry = get_registry()
     shape, hardware = registry.shape(model, dtype), resolve_device(registry, device)
