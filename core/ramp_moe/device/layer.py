@@ -120,6 +120,7 @@ class MoELayer:
         return None
 
     def _check(self, model: CostModel) -> None:
+        """Raises ShapeError or HardwareError for a model of another shape or GPU."""
         if model.shape != self.shape:
             raise ShapeError(f"the cost model is for {model.shape.slug}, the weights are {self.shape.slug}")
         if model.hardware != self.hardware:
