@@ -23,7 +23,7 @@ from typing import TYPE_CHECKING, Any
 from ramp_moe import GridGeometry, Hardware, KernelConfig, MoEShape, Stage, WeightLayout
 from ramp_moe.device import Batch, LaunchableKernel, MoEWeights, Workspace
 from ramp_moe.errors import KernelError
-from ramp_moe.kernel import fp8_unsupported, version_of
+from ramp_moe.kernel import LAYOUTS, fp8_unsupported, version_of
 
 from .deep_gemm_choice import Pinned, pinned
 
@@ -44,8 +44,7 @@ SMALL_LOAD = 64.0
 
 
 class DeepGEMM(LaunchableKernel):
-    """Takes bf16 hidden states; fp8 block-scaled or bf16 weights, biases, any activation and any order of gate and up
-    rows. Deterministic."""
+    """Takes bf16 hidden states; fp8 block-scaled or bf16 weights, biases, any activation. Deterministic."""
 
     name = "deep_gemm"
 
@@ -107,6 +106,11 @@ class DeepGEMM(LaunchableKernel):
 
     def weight_layout(self, shape: MoEShape) -> WeightLayout:
         return WeightLayout("gate-first", shape.num_experts * shape.expert_bytes)
+
+    def readable_layouts(self, shape: MoEShape) -> tuple[str, ...]:
+        """All orders of rows, since the activation is ours; but of fp8 weights not the interleaved one, where rows of
+        two scale blocks share 128 rows, for which DeepGEMM has one scale."""
+        return tuple(key for key in LAYOUTS if shape.dtype != "fp8" or key != "gate-up-interleaved-8")
 
     def version(self) -> str:
         return version_of("deep_gemm")

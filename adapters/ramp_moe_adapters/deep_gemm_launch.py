@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 from ramp_moe import KernelConfig
-from ramp_moe.device import Batch, MoEWeights, Workspace
+from ramp_moe.device import Batch, MoEWeights, Workspace, relayout
 from ramp_moe.errors import KernelError
 from ramp_moe_kernels.rows.dispatch import dispatch
 from ramp_moe_kernels.rows.finish import activate, combine
@@ -48,6 +48,8 @@ def prepare(weights: MoEWeights) -> Prepared:
         raise KernelError(f"deep_gemm takes fp8 block-scaled or bf16 weights, not {weights.gate_up.dtype}")
     if device.type != "cuda" or torch.cuda.get_device_capability(device) != (9, 0):
         raise KernelError(f"deep_gemm is described for Hopper (sm_90); the weights are on {device}, something else")
+    if weights.gate_up_scale is not None and weights.layout == "gate-up-interleaved-8":
+        weights = relayout(weights, "gate-first")
     return Prepared(weights, library())
 
 
@@ -87,8 +89,7 @@ def launch_steps(
     gate_up = workspace.get("rows_gate_up", (size, 2 * inter), x.dtype, x.device)
     _gemm(prepared, p, "up", rows.values, rows.scale, w.gate_up, w.gate_up_scale, gate_up, rows.ends)
     yield
-    layout = getattr(w, "layout", "gate-first")
-    act, act_scale = activate(gate_up, w.gate_up_bias, batch.topk_ids, rows, fp8, layout, w.activation, workspace)
+    act, act_scale = activate(gate_up, w.gate_up_bias, batch.topk_ids, rows, fp8, w.layout, w.activation, workspace)
     yield
     values = workspace.get("rows_out", (size, hidden), x.dtype, x.device)
     _gemm(prepared, p, "down", act, act_scale, w.down, w.down_scale, values, rows.ends)

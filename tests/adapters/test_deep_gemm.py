@@ -20,7 +20,7 @@ import pytest
 import torch
 from moe_cases import H200, batch, error, expected, weights
 from ramp_moe import Hardware, KernelConfig, KernelError, Registry, expert_histogram, generate
-from ramp_moe.device import Batch, MoELayer, MoEWeights, Workspace
+from ramp_moe.device import Batch, MoELayer, MoEWeights, Workspace, relayout
 from ramp_moe.kernel import usable_configs
 from ramp_moe_adapters import deep_gemm
 from ramp_moe_adapters.deep_gemm import DeepGEMM
@@ -133,6 +133,21 @@ def test_biases_and_activations(activation: str) -> None:
     given_batch = given(9, "padded")
     out = run(configs(w)[0], Prepared(w, Emulation()), given_batch)
     assert error(out, expected(w, given_batch, quantise=False)) < 0.01
+
+
+@pytest.mark.parametrize(
+    ("dtype", "layout"), [("bf16", "up-first"), ("bf16", "gate-up-interleaved-8"), ("fp8", "up-first")]
+)
+def test_layouts_that_it_reads(dtype: str, layout: str) -> None:
+    w = layer(dtype, bias=True)
+    assert layout in KERNEL.readable_layouts(w.shape(TOP_K))
+    config, given_batch = configs(w)[0], given(9, "padded")
+    plain, other = (run(config, Prepared(v, Emulation()), given_batch) for v in (w, relayout(w, layout)))
+    assert torch.equal(plain, other)
+
+
+def test_fp8_cannot_be_read_interleaved() -> None:
+    assert KERNEL.readable_layouts(layer("fp8").shape(TOP_K)) == ("gate-first", "up-first")
 
 
 def test_steps_are_the_stages() -> None:

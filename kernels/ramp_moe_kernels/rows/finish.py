@@ -10,7 +10,7 @@ import triton.language as tl
 from ramp_moe.device import Batch, Workspace
 from torch import Tensor
 
-from ..triton.gemm import _activate
+from ..triton.gemm import CHUNK, _activate, _gate_row
 from ..triton.launch import dependent_launch
 from ..triton.quantise import _FP8_MAX, _GROUP, _TINY, _to_fp8, interpreted
 from .dispatch import Rows
@@ -49,15 +49,8 @@ def activate_kernel(
     group = tl.program_id(1) * GROUPS + tl.arange(0, GROUPS)
     column = group[:, None] * _GROUP + tl.arange(0, _GROUP)
     inside = column < columns
-    if LAYOUT == "gate-up-interleaved-8":
-        gate_at = column // 8 * 16 + column % 8
-        up_at = gate_at + 8
-    elif LAYOUT == "up-first":
-        gate_at = column + columns
-        up_at = column
-    else:
-        gate_at = column
-        up_at = column + columns
+    gate_at, to_up = _gate_row(column, columns, CHUNK, LAYOUT)
+    up_at = gate_at + to_up
     of_row = gate_up + row * 2 * columns
     gate = tl.load(of_row + gate_at, mask=inside, other=0.0).to(tl.float32)
     up = tl.load(of_row + up_at, mask=inside, other=0.0).to(tl.float32)
