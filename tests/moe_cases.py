@@ -72,6 +72,7 @@ def expected(layer: MoEWeights, given: Batch, quantise: bool, stored_as: torch.d
         down_bias=layer.down_bias,
         quantise=quantise,
         stored_as=stored_as,
+        layout=layer.layout,
     )
 
 

@@ -7,10 +7,12 @@ from collections.abc import Iterable
 from ramp_moe import Kernel, hookimpl
 
 from .alpha_moe import AlphaMoE
+from .deep_gemm import DeepGEMM
 from .vllm_triton import VllmTriton
 
 
 @hookimpl
 def ramp_moe_kernels() -> Iterable[Kernel]:
     yield AlphaMoE()
+    yield DeepGEMM()
     yield VllmTriton()

@@ -24,6 +24,7 @@ if TYPE_CHECKING:
 
 CTA_WEIGHT_ROWS = 256
 BLOCK_K = 128
+LAYOUT = "gate-up-interleaved-8"
 CTA_HIDDEN = 256
 """Output columns that a CTA writes at a time; a remainder would stay unwritten."""
 WARP_TILES = ((64, 4), (32, 8))
@@ -85,7 +86,7 @@ class AlphaMoE(LaunchableKernel):
         )
 
     def weight_layout(self, shape: MoEShape) -> WeightLayout:
-        return WeightLayout("gate-up-interleaved-8", shape.num_experts * shape.expert_bytes)
+        return WeightLayout(LAYOUT, shape.num_experts * shape.expert_bytes)
 
     def version(self) -> str:
         return version_of("alpha_moe")
@@ -97,8 +98,8 @@ class AlphaMoE(LaunchableKernel):
         return f"{' and '.join(missing)} missing; pip install {' '.join(missing)}" if missing else None
 
     def prepare(self, weights: MoEWeights) -> Prepared:
-        """Interleave gate and up, which copies gate_up once. Raises KernelError for weights, a device or an
-        installation that the operator cannot work with."""
+        """Interleave gate and up, which copies gate_up once, unless they are given so. Raises KernelError for weights,
+        a device or an installation that the operator cannot work with."""
         from .alpha_moe_launch import prepare  # torch: not needed to describe the kernel
 
         return prepare(weights)

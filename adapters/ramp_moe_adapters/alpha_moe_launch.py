@@ -13,14 +13,13 @@ from typing import Any
 
 import torch
 from ramp_moe import KernelConfig
-from ramp_moe.device import Batch, MoEWeights, Workspace
+from ramp_moe.device import Batch, MoEWeights, Workspace, relayout
 from ramp_moe.errors import KernelError
 from ramp_moe.shapes import SCALE_BLOCK
 from torch import Tensor
 
-from .alpha_moe import CTA_HIDDEN
+from .alpha_moe import CTA_HIDDEN, LAYOUT
 
-ROW_CHUNK = 8
 MAX_TILES = 65_535
 """CTAs along a grid's y axis."""
 ALIGNMENT = 16
@@ -39,24 +38,6 @@ class Prepared:
     w2: Tensor
     w2_scale: Tensor
     operator: Operator
-
-
-def interleave(gate_up: Tensor, gate_up_scale: Tensor) -> tuple[Tensor, Tensor]:
-    """Gate-first to Alpha-MoE's order: 8 gate rows, the same 8 up rows, ...; of the scales one row of each in turn.
-
-    gate_up fp8 [E, 2 I, H] and gate_up_scale float32 [E, 2 I / 128, H / 128], I in multiples of 128; the results have
-    the same shapes. gate_up is copied once; scales of I = 128 are in order already and are not.
-    """
-    # uint8: a copy of bytes, exact for every bit pattern and on every device.
-    rows = _alternate(gate_up.view(torch.uint8), ROW_CHUNK).view(gate_up.dtype)
-    return rows, _alternate(gate_up_scale, 1)
-
-
-def _alternate(t: Tensor, chunk: int) -> Tensor:
-    """[E, 2 R, C]: chunks of the first R rows and of the last R rows in turn."""
-    experts, rows, columns = t.shape
-    parts = t.reshape(experts, 2, rows // (2 * chunk), chunk, columns)
-    return parts.transpose(1, 2).reshape(t.shape).contiguous()
 
 
 def operator(device: torch.device) -> Operator:
@@ -84,9 +65,10 @@ def prepare(weights: MoEWeights) -> Prepared:
         raise KernelError(f"alpha_moe: hidden_size {weights.gate_up.shape[2]} is not a multiple of {CTA_HIDDEN}")
     launchable = operator(weights.gate_up.device)
     _check_aligned("down", weights.down)
-    return Prepared(
-        *interleave(weights.gate_up, weights.gate_up_scale), weights.down, weights.down_scale, operator=launchable
-    )
+    interleaved = relayout(weights, LAYOUT)
+    _check_aligned("gate_up", interleaved.gate_up)
+    assert interleaved.gate_up_scale is not None
+    return Prepared(interleaved.gate_up, interleaved.gate_up_scale, weights.down, weights.down_scale, launchable)
 
 
 def launch(config: KernelConfig, prepared: Prepared, batch: Batch, out: Tensor, workspace: Workspace) -> None:

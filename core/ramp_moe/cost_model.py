@@ -203,14 +203,16 @@ class CostModel:
         fits: Mapping[str, PartFit],
         stages: Sequence[str],
         measured: Sequence[str],
+        histograms: IntArray | None = None,
     ) -> None:
         """`stages` are the kinds of columns that the times are made of ("path" for whole paths); a candidate's other
-        stages are left out. `measured` says, a line each, where and when the times were recorded."""
+        stages are left out. `measured` says, a line each, where and when the times were recorded. `histograms` are
+        those of the batches that were fitted to, `[batches, num_experts]`, where they are at hand."""
         if not candidates:
             raise KernelError(f"no candidate to predict for {shape.label} on {hardware.name}")
         self.shape, self.hardware, self.form = shape, hardware, form
         self.candidates = tuple(candidates)
-        self.stages, self.measured = tuple(stages), tuple(measured)
+        self.stages, self.measured, self.histograms = tuple(stages), tuple(measured), histograms
         keys = [[p.key for p in parts_of(c, self.stages)] for c in candidates]
         missing = [(c.name, k) for c, ks in zip(candidates, keys, strict=True) for k in ks if k not in fits]
         if missing:
@@ -266,7 +268,9 @@ class CostModel:
     def restrict(self, kernels: Sequence[str]) -> CostModel:
         """The same model with the candidates of these kernels only."""
         kept = [c for c in self.candidates if c.kernel in kernels]
-        return CostModel(self.shape, self.hardware, self.form, kept, self.fits, self.stages, self.measured)
+        return CostModel(
+            self.shape, self.hardware, self.form, kept, self.fits, self.stages, self.measured, self.histograms
+        )
 
     def _cost(self, ctas: FloatArray, active: FloatArray) -> FloatArray:
         terms = self._grids.terms(self._terms, ctas, active)
@@ -384,13 +388,14 @@ def fit_sweep(sweep: Sweep, candidates: Sequence[Candidate], hardware: Hardware,
             f"{len(sweep.labels)} batches of {sweep.kernel} for {sweep.shape.label} on {sweep.device} are too few to "
             f"fit {len(spec.terms)} terms; measure more routings"
         )
-    return CostModel(sweep.shape, hardware, form, kept, fits, sweep.stages, [provenance(sweep)])
+    return CostModel(sweep.shape, hardware, form, kept, fits, sweep.stages, [provenance(sweep)], sweep.histograms)
 
 
 def join(models: Sequence[CostModel]) -> CostModel:
     """One model over the candidates of several kernels for one shape and device.
 
-    A part that two of them share is taken from the first. Raises ProfileError where their times cannot be compared.
+    A part that two of them share is taken from the first, the histograms from the first that has some. Raises
+    ProfileError where their times cannot be compared.
     """
     first = models[0]
     fits: dict[str, PartFit] = {}
@@ -404,7 +409,8 @@ def join(models: Sequence[CostModel]) -> CostModel:
     candidates = [c for m in models for c in m.candidates]
     stages = [k for k in COLUMN_KINDS if any(k in m.stages for m in models)]
     measured = [line for m in models for line in m.measured]
-    return CostModel(first.shape, first.hardware, first.form, candidates, fits, stages, measured)
+    histograms = next((m.histograms for m in models if m.histograms is not None), None)
+    return CostModel(first.shape, first.hardware, first.form, candidates, fits, stages, measured, histograms)
 
 
 class Timed(Protocol):

@@ -26,6 +26,7 @@ from .errors import ProfileError, RampMoEError
 from .files import read_json, write_json
 from .hardware import Hardware
 from .kernel import KernelConfig
+from .routing import IntArray
 from .shapes import MoEShape
 from .sweep import COLUMN_KINDS, MAX_US, MIN_US, ShapeRecord, Sweep
 
@@ -117,9 +118,14 @@ def load_fit(path: Path) -> FitRecord:
 
 
 def model_from_fit(
-    record: FitRecord, shape: MoEShape, hardware: Hardware, configs: Sequence[KernelConfig]
+    record: FitRecord,
+    shape: MoEShape,
+    hardware: Hardware,
+    configs: Sequence[KernelConfig],
+    histograms: IntArray | None = None,
 ) -> CostModel:
-    """The cost model of a fit, over those of the kernel's configurations that it covers.
+    """The cost model of a fit, over those of the kernel's configurations that it covers; `histograms` are those that it
+    was fitted to, which the file does not have.
 
     Raises ProfileError where it covers none: the kernel's configurations have changed since.
     """
@@ -139,4 +145,4 @@ def model_from_fit(
             f"the fit of {record.kernel} for {shape.label} on {record.device} covers no configuration of the kernel "
             "registered under that name; fit again"
         )
-    return CostModel(shape, hardware, record.form, candidates, fits, record.stages, [record.measured])
+    return CostModel(shape, hardware, record.form, candidates, fits, record.stages, [record.measured], histograms)

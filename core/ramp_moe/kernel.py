@@ -55,11 +55,17 @@ class KernelConfig:
         return tuple(s.geometry for s in self.stages if s.geometry is not None)
 
 
+LAYOUTS = ("gate-first", "gate-up-interleaved-8", "up-first")
+"""Orders of the rows of the gate and up projections that weights can be held in: all gate rows, then all up rows; 8
+gate rows, the same 8 up rows, and so on; all up rows, then all gate rows. `ramp_moe.device.relayout` turns one into
+another."""
+
+
 @dataclass(frozen=True, slots=True)
 class WeightLayout:
-    """How a kernel wants the experts' weights in memory. Kernels whose `key` is equal share one copy.
+    """How a kernel wants the experts' weights in memory: one of LAYOUTS, or a format that it makes itself.
 
-    `bytes` is the size of all experts' weights and scales in this layout.
+    Kernels whose `key` is equal share one copy. `bytes` is the size of all experts' weights and scales in this layout.
     """
 
     key: str
@@ -81,7 +87,11 @@ class Kernel(ABC):
 
     @abstractmethod
     def weight_layout(self, shape: MoEShape) -> WeightLayout:
-        """The layout that the weights must be in."""
+        """The layout that the kernel wants the weights in."""
+
+    def readable_layouts(self, shape: MoEShape) -> tuple[str, ...]:
+        """Keys of the layouts that the kernel reads without a copy, the one it wants first. By default that alone."""
+        return (self.weight_layout(shape).key,)
 
     def version(self) -> str:
         """Version of the code that runs, for profiles: one of another version is not extended. By default that of the
@@ -108,6 +118,17 @@ def fp8_unsupported(shape: MoEShape, hardware: Hardware) -> str | None:
         if getattr(shape, what) % SCALE_BLOCK:
             return f"{what} {getattr(shape, what)} is not a multiple of the fp8 scale block {SCALE_BLOCK}"
     return None
+
+
+def layouts_of(kernel: Kernel, shape: MoEShape) -> tuple[str, ...]:
+    """The kernel's readable layouts, or KernelError with the reason why the kernel is broken."""
+    try:
+        found = tuple(kernel.readable_layouts(shape))
+    except Exception as e:  # a plugin's own mistake, which must not look like ours
+        raise KernelError(f"kernel {kernel.name} fails to name its weight layouts: {type(e).__name__}: {e}") from e
+    if not found or not all(isinstance(key, str) for key in found):
+        raise KernelError(f"kernel {kernel.name} names {found!r} as the weight layouts that it reads")
+    return found
 
 
 def usable_configs(kernel: Kernel, shape: MoEShape, hardware: Hardware) -> tuple[KernelConfig, ...]:

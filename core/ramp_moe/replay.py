@@ -257,7 +257,8 @@ def load_model(
                 continue
             configs = usable_configs(kernel, shape, hardware)
             if fitted and fitted.form == form and (recorded is None or fitted.sweep == digest(recorded[1])):
-                models.append(model_from_fit(fitted, shape, hardware, configs))
+                histograms = None if recorded is None else fitted_on(recorded[1]).histograms
+                models.append(model_from_fit(fitted, shape, hardware, configs, histograms))
             elif recorded:
                 models.append(fit_recorded(recorded[1], configs, hardware, form, notes))
             else:
@@ -276,12 +277,17 @@ def fit_recorded(
     form: str = DEFAULT_FORM,
     notes: list[str] | None = None,
 ) -> CostModel:
-    """A fit of what there is to dispatch by: the sweep's `view`, on its batches to fit on."""
+    """A fit of what there is to dispatch by."""
+    seen = fitted_on(sweep)
+    return fit_sweep(seen, candidates_of(seen, configs, notes), hardware, form)
+
+
+def fitted_on(sweep: Sweep) -> Sweep:
+    """What `fit_recorded` fits to: the sweep's `view`, its batches to fit on."""
     tune = sweep.rows_of("tune")
     if not tune:
         raise ProfileError(f"the sweep of {sweep.kernel} has no batches to fit on, only ones kept for judging")
-    seen = view(sweep).select(tune)
-    return fit_sweep(seen, candidates_of(seen, configs, notes), hardware, form)
+    return view(sweep).select(tune)
 
 
 def _comparable(models: Sequence[CostModel], notes: list[str]) -> list[CostModel]:

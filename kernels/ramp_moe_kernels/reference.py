@@ -7,6 +7,7 @@ the products follow `torch.get_float32_matmul_precision()`; leave it at its defa
 from __future__ import annotations
 
 import torch
+from ramp_moe.device.contract import ROW_CHUNK, check_layout
 from ramp_moe.errors import KernelError, RoutingError, ShapeError, UnknownNameError
 from torch import Tensor
 
@@ -200,19 +201,22 @@ def experts(
     down_bias: Tensor | None = None,
     quantise: bool = False,
     stored_as: torch.dtype = torch.float32,
+    layout: str = "gate-first",
 ) -> Tensor:
     """float32 `[T, H]`: the sum over each token's experts of weight * (down @ activation(gate_up @ x)).
 
-    `x [T, H]`; `gate_up [E, 2I, H]`, gate rows first; `down [E, H, I]`; `topk_ids [T, k]`, where -1 and E are skipped;
-    `topk_weights [T, k]`. fp8 weights come with `gate_up_scale [E, 2I/128, H/128]` and `down_scale [E, H/128, I/128]`.
+    `x [T, H]`; `gate_up [E, 2I, H]`, its rows, scales and bias in the order of `layout`, as `MoEWeights` has it;
+    `down [E, H, I]`; `topk_ids [T, k]`, where -1 and E are skipped; `topk_weights [T, k]`. fp8 weights come with
+    `gate_up_scale [E, 2I/128, H/128]` and `down_scale [E, H/128, I/128]`.
     Biases `[E, 2I]` and `[E, H]` are added to each expert's products, the second before the weight.
     `quantise` rounds what each product is fed, x and the activated intermediate, to fp8 as a W8A8 kernel does;
     `stored_as` is the dtype that the intermediate goes through memory in before it is.
 
     Raises RoutingError for ids that are not integers or lie outside [-1, E], ShapeError for tensors that do not fit
-    each other, KernelError for fp8 weights without scales, UnknownNameError for the activation.
+    each other, KernelError for fp8 weights without scales, UnknownNameError for the activation and the layout.
     """
     num_experts, rows, hidden = _check_weights(x, gate_up, down)
+    check_layout(layout, rows // 2)
     shapes = {
         "topk_weights": (topk_weights, tuple(topk_ids.shape)),
         "gate_up_scale": (gate_up_scale, (num_experts, rows // GROUP, hidden // GROUP)),
@@ -241,10 +245,14 @@ def experts(
             continue
         y = _mlp(
             x[token],
-            _plain(gate_up[e], None if gate_up_scale is None else gate_up_scale[e], "gate_up"),
+            _plain(
+                _gate_first(gate_up[e], layout, ROW_CHUNK),
+                None if gate_up_scale is None else _gate_first(gate_up_scale[e], layout, 1),
+                "gate_up",
+            ),
             _plain(down[e], None if down_scale is None else down_scale[e], "down"),
             activation,
-            None if gate_up_bias is None else gate_up_bias[e],
+            None if gate_up_bias is None else _gate_first(gate_up_bias[e], layout, ROW_CHUNK),
             None if down_bias is None else down_bias[e],
             quantise,
             stored_as,
@@ -303,6 +311,20 @@ def _mlp(
     h = h.to(stored_as).float()
     y = (_through_fp8(h) if quantise else h) @ down.T
     return y if down_bias is None else y + down_bias.float()
+
+
+def _gate_first(t: Tensor, layout: str, chunk: int) -> Tensor:
+    """One expert's `t [2 R, ...]` with its gate rows first; `chunk` rows of each come in turn where interleaved."""
+    if layout == "gate-first":
+        return t
+    row = torch.arange(len(t) // 2, device=t.device)
+    if layout == "up-first":
+        gate, up = row + len(row), row
+    else:
+        gate = row // chunk * 2 * chunk + row % chunk
+        up = gate + chunk
+    plain = t.view(torch.uint8) if t.dtype == FP8 else t
+    return plain[torch.cat((gate, up))].view(t.dtype)
 
 
 def _plain(w: Tensor, scale: Tensor | None, name: str) -> Tensor:

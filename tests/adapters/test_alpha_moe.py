@@ -11,14 +11,15 @@ import pytest
 import torch
 from click.testing import CliRunner
 from moe_cases import H200, batch, error, expected, weights
-from ramp_moe import Hardware, KernelError
+from ramp_moe import Candidate, Hardware, KernelError
 from ramp_moe.cli import main
 from ramp_moe.cli.listing import why_unavailable
-from ramp_moe.device import Batch, MoELayer, MoEWeights, Workspace
-from ramp_moe.kernel import usable_configs
+from ramp_moe.device import Batch, MoELayer, MoEWeights, Workspace, relayout
+from ramp_moe.kernel import LAYOUTS, usable_configs
 from ramp_moe_adapters import alpha_moe_launch
 from ramp_moe_adapters.alpha_moe import AlphaMoE
 from ramp_moe_kernels import reference
+from ramp_moe_kernels.triton.kernel import TritonMoE
 
 KERNEL = AlphaMoE()
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -121,14 +122,18 @@ def random_fp8(*shape: int) -> torch.Tensor:
     return torch.randint(0, 256, shape, dtype=torch.uint8, generator=torch.Generator().manual_seed(0)).view(FP8)
 
 
+@pytest.mark.usefixtures("emulated")
 @pytest.mark.parametrize(("e", "i", "h"), [(1, 128, 256), (3, 256, 256), (2, 384, 512)])
 def test_rows_lie_where_the_operator_reads_them(e: int, i: int, h: int) -> None:
     """A CTA reads 256 rows; of its 128 intermediates j, gate is row 16 * (j // 8) + j % 8 and up the same + 8."""
     gate_up, scale = random_fp8(e, 2 * i, h), torch.rand(e, 2 * i // 128, h // 128)
-    w, w_scale = alpha_moe_launch.interleave(gate_up, scale)
+    plain = MoEWeights(gate_up, random_fp8(e, h, i), scale, torch.rand(e, h // 128, i // 128))
+    prepared = KERNEL.prepare(plain)
+    w, w_scale = prepared.w, prepared.w_scale
     assert w.is_contiguous()
     assert w_scale.is_contiguous()
     assert (w.dtype, w.shape, w_scale.shape) == (FP8, gate_up.shape, scale.shape)
+    assert (prepared.w2, prepared.w2_scale) == (plain.down, plain.down_scale)
     got, wanted = w.view(torch.uint8), gate_up.view(torch.uint8)
     for j, half in itertools.product(range(i), range(2)):
         assert torch.equal(got[:, 256 * (j // 128) + 16 * (j % 128 // 8) + j % 8 + 8 * half], wanted[:, half * i + j])
@@ -142,6 +147,17 @@ def test_rows_lie_where_the_operator_reads_them(e: int, i: int, h: int) -> None:
 def test_launch_over_the_emulated_operator(layer: MoEWeights, routing: str, tokens: int, block_m: int) -> None:
     b = given(tokens, routing)
     check(run(config(block_m, layer), KERNEL.prepare(layer), b), layer, b)
+
+
+@pytest.mark.usefixtures("emulated")
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_weights_in_any_layout(layer: MoEWeights, layout: str) -> None:
+    b, relaid = given(9), relayout(layer, layout)
+    prepared = KERNEL.prepare(relaid)
+    assert torch.equal(run(config(16, layer), prepared, b), run(config(16, layer), KERNEL.prepare(layer), b))
+    # Those in the layout that the operator reads are used as they are.
+    assert (prepared.w is relaid.gate_up) == (layout == KERNEL.weight_layout(layer.shape(TOP_K)).key)
+    assert prepared.w2 is layer.down
 
 
 @pytest.mark.usefixtures("emulated")
@@ -206,6 +222,21 @@ def test_a_layer_uses_it_where_it_is_installed(layer: MoEWeights, h200: Hardware
     assert none.shape == (0, HIDDEN)
 
 
+@pytest.mark.usefixtures("emulated")
+def test_one_copy_serves_it_and_the_triton_path(layer: MoEWeights, h200: Hardware, installed: Path) -> None:
+    (installed / "alpha_moe.py").touch()
+    triton, b = TritonMoE(), given(9)
+    for kernels in ([KERNEL, triton], [triton, KERNEL]):
+        moe = MoELayer(layer, TOP_K, h200, kernels)
+        assert moe.layouts == ("gate-up-interleaved-8",)
+        assert moe.dropped == {}
+        for kernel in kernels:
+            out = torch.full_like(b.hidden_states, float("nan"))
+            candidate = Candidate(kernel.name, kernel.default_config(moe.shape, h200, 9))
+            moe.launch(candidate, b, out)
+            check(out, layer, b, kernel.name)
+
+
 def test_absence_does_not_change_the_description(layer: MoEWeights, h200: Hardware, installed: Path) -> None:
     assert "alpha_moe is missing" in (KERNEL.unavailable() or "")
     assert len(usable_configs(KERNEL, layer.shape(TOP_K), h200)) == 152
@@ -258,12 +289,14 @@ def test_defaults_are_configurations_and_grow(layer: MoEWeights, h200: Hardware)
 @pytest.mark.usefixtures("emulated")
 def test_weights_it_refuses(layer: MoEWeights) -> None:
     bias = torch.zeros(EXPERTS, HIDDEN, device=DEVICE)
+    mixed = relayout(layer, "gate-up-interleaved-8")
     for bad, message in (
         (replace(layer, activation="gelu_tanh"), "swiglu only, not gelu_tanh"),
         (replace(layer, down_bias=bias), "no biases"),
         (weights(2, 256, 128, "bf16", DEVICE), "fp8 block-scaled weights, not torch.bfloat16"),
         (weights(2, 384, 128, "fp8", DEVICE), "hidden_size 384 is not a multiple of 256"),
         (replace(layer, down=shifted(layer.down)), "down must be contiguous and start at a multiple of 16"),
+        (replace(mixed, gate_up=shifted(mixed.gate_up)), "gate_up must be contiguous and start at a multiple of 16"),
     ):
         with pytest.raises(KernelError, match=message):
             KERNEL.prepare(bad)

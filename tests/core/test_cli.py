@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 from click.testing import CliRunner, Result
 from conftest import RECORDED
-from ramp_moe import Hardware, ProfileStore, Registry
+from ramp_moe import Hardware, MoEShape, ProfileStore, Registry
 from ramp_moe.cli import main
 
 
@@ -123,7 +123,33 @@ def test_explain() -> None:
     assert sum(found["histogram"]) == 512
     shown = run("explain", "--model", "olmoe-1b-7b", "--tokens", 64, "--top", 3).output
     assert "PREDICTED" in shown
+    serve = r"weights in gate-up-interleaved-8 \(one copy\) serve alpha_moe, triton; a second copy would gain "
+    assert re.search(serve + r"0\.0% on this batch, 0\.0% over the profiled ones", " ".join(shown.split()))
     assert len(re.findall(r"(?:alpha_moe|triton)/\w+", shown)) == 3
+
+
+def test_explain_what_a_second_copy_of_the_weights_would_gain(
+    monkeypatch: pytest.MonkeyPatch, registry: Registry, olmoe: MoEShape
+) -> None:
+    command = ("explain", "--model", "olmoe-1b-7b", "--tokens", 64)
+    layouts = run_json(*command)["layouts"]
+    assert layouts["one_copy"] == layouts["two_copies"]
+    assert layouts["one_copy"]["layouts"] == ["gate-up-interleaved-8"]
+    assert layouts["one_copy"]["bytes"] == olmoe.num_experts * olmoe.expert_bytes
+    assert layouts["gain_of_second"] == {"this_batch": 0, "weighed": 0}
+    assert layouts["weighed"]["profiled"]
+    # Were the Triton path to read one layout only, it or Alpha-MoE would have to go.
+    monkeypatch.setattr(type(registry.kernel("triton")), "readable_layouts", lambda self, shape: ("gate-first",))
+    layouts = run_json(*command)["layouts"]
+    one, two, gain = layouts["one_copy"], layouts["two_copies"], layouts["gain_of_second"]
+    assert len(one["kernels"]) == 1
+    assert sorted(two["kernels"]) == ["alpha_moe", "triton"]
+    assert two["loss"] == 0
+    assert gain["weighed"] == pytest.approx(one["loss"])
+    assert 0 < gain["weighed"] < 1
+    assert two["bytes"] == one["bytes"] + olmoe.num_experts * olmoe.gate_up_bytes
+    shown = " ".join(run(*command).output.split())
+    assert re.search(rf"serve {one['kernels'][0]}; a second copy would gain \S+% on this batch, [1-9.]+% over", shown)
 
 
 def test_explain_a_histogram(tmp_path: Path) -> None:

@@ -141,6 +141,17 @@ def test_batches_are_drawn_alike(h200: Hardware) -> None:
     assert abs(float(correlation)) < 5, "the weights' first numbers are not the batch's"
 
 
+def test_a_kernel_is_given_a_layout_that_it_reads(h200: Hardware) -> None:
+    class Interleaved(TritonMoE):
+        def readable_layouts(self, shape: MoEShape) -> tuple[str, ...]:
+            return ("gate-up-interleaved-8",)
+
+    made = bench(TINY, h200, TOKENS, Interleaved())
+    assert made._kernels["triton"][1].layout == "gate-up-interleaved-8"
+    assert made._weights.layout == "gate-first"
+    made.check("triton", default(TINY, TOKENS, h200))
+
+
 def test_a_right_kernel_passes(h200: Hardware) -> None:
     made = bench(TINY, h200, TOKENS)
     config = default(TINY, TOKENS, h200)

@@ -42,12 +42,14 @@ class Case:
     atomic: bool = False
     even: bool = True
     activation: str = "swiglu"
+    layout: str = "gate-first"
 
     @property
     def id(self) -> str:
         flags = [f for f in ("quantise", "bias", "direct", "atomic") if getattr(self, f)] + (
             [] if self.even else ["uneven"]
         )
+        flags += [] if self.layout == "gate-first" else [self.layout]
         name = self.config.name if self.config else ""
         return "-".join(filter(None, [str(self.target[1]), self.kernel, self.dtype, name, self.activation, *flags]))
 
@@ -73,16 +75,19 @@ CASES = [
     Case(SM90, "up", "fp8", tile(64, 128, 128, 8), quantise=True),
     Case(SM90, "up", "fp8", tile(16, 64, 128, stages=4, swap=True), bias=True, activation="gelu_tanh"),
     Case(SM90, "up", "fp8", tile(16, 128, 128, swap=True), direct=True, quantise=True),
+    Case(SM90, "up", "fp8", tile(64, 128, 128, 8), quantise=True, bias=True, layout="gate-up-interleaved-8"),
+    Case(SM90, "up", "bf16", tile(16, 64, 64, swap=True), bias=True, even=False, layout="up-first"),
     Case(SM90, "down", "bf16", tile(64, 128, 64, 8, 4), bias=True, even=False),
     Case(SM90, "down", "fp16", tile(32, 64, 128, swap=True, split_k=4), bias=True),
     Case(SM90, "down", "fp8", tile(64, 128, 128, 8, 4, swap=True), atomic=True),
     Case(SM90, "down", "fp8", tile(128, 64, 128, stages=4), quantise=True, bias=True),
     Case(SM90, "down", "fp8", tile(16, 128, 128, swap=True), direct=True, quantise=True),
     Case(SM90, "activate", "bf16", bias=True, activation="swiglu_oai"),
+    Case(SM90, "activate", "bf16", bias=True, layout="gate-up-interleaved-8"),
     Case(GFX942, "up", "bf16", tile(16, 64, 64, swap=True), bias=True),
     Case(GFX942, "up", "fp8", tile(16, 128, 128, stages=1), quantise=True),
     Case(GFX942, "up", "fp8", tile(16, 64, 128, stages=2), direct=True, activation="swiglu_oai"),
-    Case(GFX942, "up", "fp16", tile(16, 64, 64, split_k=4), even=False),
+    Case(GFX942, "up", "fp16", tile(16, 64, 64, split_k=4), even=False, layout="gate-up-interleaved-8"),
     Case(GFX942, "down", "fp16", tile(64, 64, 64), atomic=True),
     Case(GFX942, "down", "fp8", tile(16, 64, 128, swap=True), quantise=True, bias=True),
     Case(GFX942, "down", "fp8", tile(16, 64, 128), direct=True),
@@ -110,6 +115,7 @@ def compiled(case: Case) -> dict[str, int]:
         "FP8": fp8, "ACTIVATION": case.activation, "QUANTISE": case.quantise, "ATOMIC": case.atomic, "EMULATE": False,
         "EVEN_K": case.even, "EVEN_N": case.even, "weight_ptr": "*fp32", "part_ptr": "*fp32", "BLOCK": 1024,
         "SPLIT_K": 4, "PDL": dependent, "DIRECT": case.direct, "QUANTISE_X": fp8 and case.direct, "out_ptr": half,
+        "LAYOUT": case.layout,
     }  # fmt: skip
     options: dict[str, Any] = {"num_warps": 4, **({"launch_pdl": True} if dependent else {})}
     if c is not None:
@@ -127,8 +133,8 @@ def compiled(case: Case) -> dict[str, int]:
             given["slots_ptr"] = None
     names = kernel.arg_names
     given = {n: given.get(n, "*i32" if n.endswith("_ptr") else "i32") for n in names}
-    # ACTIVATION is the one constant that is a string.
-    types = {n: t if isinstance(t, str) and n != "ACTIVATION" else "constexpr" for n, t in given.items()}
+    strings = ("ACTIVATION", "LAYOUT")  # the constants that are
+    types = {n: t if isinstance(t, str) and n not in strings else "constexpr" for n, t in given.items()}
     constants = {n: t for n, t in given.items() if types[n] == "constexpr"}
     aligned = [n for n in names if types[n].startswith("*") or n in ("H", "I")]
     attrs = {(names.index(n),): [["tt.divisibility", 16]] for n in aligned}

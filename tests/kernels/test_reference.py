@@ -386,6 +386,7 @@ def test_experts_refuse_tensors_that_do_not_fit() -> None:
         ({"gate_up": fp8}, KernelError, "pass gate_up_scale"),
         ({"gate_up": fp8, "gate_up_scale": scale[:2]}, ShapeError, r"gate_up_scale must be \[3, 2, 1\]"),
         ({"activation": "swigloo"}, UnknownNameError, "swiglu"),
+        ({"layout": "up-fist"}, UnknownNameError, "up-first"),
     ]
     for change, error, message in wrong:
         with pytest.raises(error, match=message):

@@ -13,10 +13,11 @@ from ..comparison import compare_recorded
 from ..cost_model import CostModel, get_form, provenance
 from ..fit_file import make_record, save_fit
 from ..kernel import usable_configs
-from ..plugins import get_registry
+from ..layouts import choose_layouts, kernel_times, weighed_batches
+from ..plugins import Registry, get_registry
 from ..regions import analyse
 from ..replay import fit_recorded, load_model, load_replay
-from ..routing import IntArray
+from ..routing import FloatArray, IntArray
 from ..store import FIT_SUFFIX, ProfileStore, relative_path, user_data_dir
 from . import tables
 from .options import (
@@ -143,20 +144,21 @@ def explain(
     top: int,
     as_json: bool,
 ) -> None:
-    """Show what each candidate is predicted to cost for one batch, and which wins."""
+    """Show what each candidate is predicted to cost for one batch, which wins, and what a second copy would gain."""
     get_form(form)
     registry = get_registry()
     shape, hardware = registry.shape(model, dtype), resolve_device(registry, device)
     batch, counts = read_batch(shape, tokens, routing, seed, histogram)
     store = ProfileStore(profiles, registry.profile_dirs)
     cost_model, notes = load_model(registry, store, shape, hardware, kernels, form)
-    candidates = _explained(cost_model, counts)
+    candidates, layouts = _explained(cost_model, counts), _layouts(registry, cost_model, counts)
     if as_json:
         about = {"model": shape.label, "device": hardware.name, "batch": batch, "form": form, "figures": "predicted"}
         stages = {"stages": cost_model.stages, "measured": list(cost_model.measured)}
-        print_json(about | stages | {"notes": notes, "histogram": counts.tolist(), "candidates": candidates})
+        found = {"layouts": layouts, "candidates": candidates}
+        print_json(about | stages | {"notes": notes, "histogram": counts.tolist()} | found)
     else:
-        console().print(*tables.explanation(cost_model, batch, counts, candidates[:top], notes), sep="\n")
+        console().print(*tables.explanation(cost_model, batch, counts, candidates[:top], layouts, notes), sep="\n")
 
 
 def _explained(model: CostModel, histogram: IntArray) -> list[dict[str, Any]]:
@@ -186,3 +188,23 @@ def _explained(model: CostModel, histogram: IntArray) -> list[dict[str, Any]]:
             }
         )
     return rows
+
+
+def _layouts(registry: Registry, model: CostModel, histogram: IntArray) -> dict[str, Any]:
+    """What one copy of the weights serves, what two do, and the predicted time that the second copy gains: fractions of
+    that with two, for this batch and on average over the batches that the layouts are weighed on."""
+    names = sorted({c.kernel for c in model.candidates})
+    kernels, batches = [registry.kernel(name) for name in names], weighed_batches(model)
+    weighed, here = (kernel_times(model, names, h) for h in (batches, histogram[None]))
+    one, two = (choose_layouts(model.shape, kernels, copies, weighed) for copies in (1, 2))
+
+    def gain(us: FloatArray) -> float:
+        with_one, with_two = (us[:, [names.index(k) for k in c.kernels]].min(1) for c in (one, two))
+        return float((with_one / with_two).mean() - 1)
+
+    return {
+        "one_copy": asdict(one),
+        "two_copies": asdict(two),
+        "gain_of_second": {"this_batch": gain(here), "weighed": gain(weighed)},
+        "weighed": {"batches": len(batches), "profiled": model.histograms is not None},
+    }

@@ -186,7 +186,12 @@ def _spread(kernel: str, spread: Sequence[dict[str, Any]]) -> Table:
 
 
 def explanation(
-    model: CostModel, batch: str, histogram: IntArray, candidates: Sequence[dict[str, Any]], notes: Sequence[str]
+    model: CostModel,
+    batch: str,
+    histogram: IntArray,
+    candidates: Sequence[dict[str, Any]],
+    layouts: Mapping[str, Any],
+    notes: Sequence[str],
 ) -> list[RenderableType]:
     table = Table()
     for what in ("candidate", "predicted us", "M-tiles", "CTAs", "waves", "last wave", "padding", ""):
@@ -210,5 +215,15 @@ def explanation(
         table,
         f"{len(model.candidates)} candidates. PREDICTED by the cost model (form {model.form}), which was fitted to "
         f"recorded measurements of {escape(' and '.join(model.measured))}; times cover: {', '.join(model.stages)}.",
+        escape(_held(layouts)),
         *(f"[dim]note: {escape(n)}" for n in notes),
     ]
+
+
+def _held(layouts: Mapping[str, Any]) -> str:
+    one, gain = layouts["one_copy"], layouts["gain_of_second"]
+    over = "the profiled ones" if layouts["weighed"]["profiled"] else "uniform ones of up to 4096 tokens"
+    return (
+        f"weights in {one['layouts'][0]} (one copy) serve {', '.join(one['kernels'])}; a second copy would gain "
+        f"{percent(gain['this_batch'])} on this batch, {percent(gain['weighed'])} over {over}"
+    )

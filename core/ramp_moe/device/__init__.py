@@ -2,5 +2,6 @@
 
 from .contract import Batch, LaunchableKernel, MoEWeights, Workspace
 from .layer import MoELayer
+from .layouts import relayout
 
-__all__ = ["Batch", "LaunchableKernel", "MoELayer", "MoEWeights", "Workspace"]
+__all__ = ["Batch", "LaunchableKernel", "MoELayer", "MoEWeights", "Workspace", "relayout"]

@@ -19,10 +19,11 @@ from torch.nn.functional import pad, silu
 
 from ..errors import HardwareError, KernelError, RoutingError, UnknownNameError
 from ..hardware import Hardware
-from ..kernel import KernelConfig, usable_configs
+from ..kernel import KernelConfig, layouts_of, usable_configs
 from ..routing import IntArray
 from ..shapes import SCALE_BLOCK, MoEShape
 from .contract import Batch, LaunchableKernel, MoEWeights, Workspace
+from .layouts import relayout, to_give
 
 FLUSH_BYTES = 256 * 2**20
 LIMITS = {"fp8": 0.06, "bf16": 0.01, "fp16": 0.01}
@@ -104,9 +105,10 @@ class Bench:
         with self._finished():
             self._flush = torch.empty(FLUSH_BYTES if gpu else 0, dtype=torch.int8, device=self.device)
             self._weights = random_weights(shape, self.device, seed)
+            layouts = {kernel.name: to_give(layouts_of(kernel, shape)) for kernel in kernels}
+            given = {layout: relayout(self._weights, layout) for layout in set(layouts.values())}
             self._kernels = {
-                kernel.name: (kernel, kernel.prepare(self._weights), {c.name: c for c in configs[kernel.name]})
-                for kernel in kernels
+                k.name: (k, k.prepare(given[layouts[k.name]]), {c.name: c for c in configs[k.name]}) for k in kernels
             }
 
     def open(self, topk_ids: IntArray) -> None:
@@ -279,6 +281,7 @@ def _mark() -> torch.cuda.Event:
 def _reference(weights: MoEWeights, batch: Batch) -> Tensor:
     """The swiglu layer, float32 `[T, H]`, with nothing rounded on the way; ids out of range are skipped."""
     x, ids = batch.hidden_states.float(), batch.topk_ids
+    weights = relayout(weights, "gate-first")
     out = torch.zeros_like(x)
     precision = torch.get_float32_matmul_precision()
     torch.set_float32_matmul_precision("highest")  # no TF32

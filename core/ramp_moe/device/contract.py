@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from ..errors import RoutingError, ShapeError, UnknownNameError
 from ..hardware import Hardware
-from ..kernel import Kernel, KernelConfig
+from ..kernel import LAYOUTS, Kernel, KernelConfig
 from ..shapes import SCALE_BLOCK, MoEShape
 
 if TYPE_CHECKING:
@@ -21,13 +21,19 @@ ACTIVATIONS = ("swiglu", "gelu_tanh", "swiglu_oai")
 """silu(gate) * up; gelu(gate, tanh) * up; gpt-oss: gate and up clamped at 7, gate * sigmoid(1.702 gate) * (up + 1)."""
 
 
+ROW_CHUNK = 8
+"""Rows of gate, and then of up, that lie together in the layout gate-up-interleaved-8."""
+
+
 @dataclass(frozen=True)
 class MoEWeights:
-    """A layer's experts, gate rows first, contiguous on one device.
+    """A layer's experts, contiguous on one device.
 
     gate_up `[E, 2 I, H]` and down `[E, H, I]` are bf16, fp16 or float8_e4m3fn; fp8 weights come with float32 scales,
     one for each [128, 128] block: gate_up_scale `[E, 2 I / 128, H / 128]`, down_scale `[E, H / 128, I / 128]`. Biases
-    `[E, 2 I]` and `[E, H]` are optional. Raises ShapeError for whatever does not fit together.
+    `[E, 2 I]` and `[E, H]` are optional. `layout`, one of LAYOUTS, is the order of the rows of gate_up and of its bias;
+    so are the scale's, where one block row of gate and one of up come in turn if interleaved. Raises ShapeError for
+    whatever does not fit together, UnknownNameError for an activation or a layout that does not exist.
     """
 
     gate_up: Tensor
@@ -37,6 +43,7 @@ class MoEWeights:
     gate_up_bias: Tensor | None = None
     down_bias: Tensor | None = None
     activation: str = "swiglu"
+    layout: str = "gate-first"
 
     def __post_init__(self) -> None:
         import torch
@@ -47,6 +54,7 @@ class MoEWeights:
             raise ShapeError(f"gate_up must be [E, 2 I, H], not {list(self.gate_up.shape)}")
         experts, rows, hidden = self.gate_up.shape
         inter = rows // 2
+        check_layout(self.layout, inter)
         if self.gate_up.dtype not in _dtype_names():
             raise ShapeError(f"gate_up is {self.gate_up.dtype}; weights must be bf16, fp16 or float8_e4m3fn")
         expected: dict[str, tuple[tuple[int, ...], Any]] = {"down": ((experts, hidden, inter), self.gate_up.dtype)}
@@ -85,6 +93,14 @@ class MoEWeights:
         """The layer's shape, for a router that names `top_k` experts a token."""
         experts, rows, hidden = self.gate_up.shape
         return MoEShape(experts, top_k, hidden, rows // 2, _dtype_names()[self.gate_up.dtype], name)
+
+
+def check_layout(layout: str, intermediate_size: int) -> None:
+    """Raises UnknownNameError for a layout that is not in LAYOUTS, ShapeError for one that the size rules out."""
+    if layout not in LAYOUTS:
+        raise UnknownNameError("weight layout", layout, LAYOUTS)
+    if layout == "gate-up-interleaved-8" and intermediate_size % ROW_CHUNK:
+        raise ShapeError(f"{layout} needs an intermediate size in multiples of {ROW_CHUNK}, not {intermediate_size}")
 
 
 def _dtype_names() -> dict[torch.dtype, str]:
@@ -176,7 +192,11 @@ class LaunchableKernel(Kernel):
 
     @abstractmethod
     def prepare(self, weights: MoEWeights) -> Any:
-        """Bring the weights into the kernel's layout, once. Raises KernelError where it cannot take them."""
+        """Bring the weights into the kernel's own form, once; what is given in a layout that it reads is not copied.
+
+        A layer gives the weights in one of `readable_layouts`, or gate-first where none of those is in LAYOUTS. Raises
+        KernelError where the kernel cannot take them.
+        """
 
     @abstractmethod
     def default_config(self, shape: MoEShape, hardware: Hardware, num_tokens: int) -> KernelConfig:

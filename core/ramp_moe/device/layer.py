@@ -11,9 +11,11 @@ from ..cost_model import Candidate, CostModel
 from ..dispatch import Dispatcher
 from ..errors import HardwareError, KernelError, RampMoEError, RoutingError, ShapeError
 from ..hardware import Hardware
-from ..kernel import KernelConfig, usable_configs
+from ..kernel import KernelConfig, layouts_of, usable_configs
+from ..layouts import choose_layouts, kernel_times, weighed_batches, why_not_served
 from ..routing import expert_histogram
 from .contract import Batch, LaunchableKernel, MoEWeights, Workspace
+from .layouts import relayout, to_give
 
 if TYPE_CHECKING:
     import torch
@@ -30,9 +32,16 @@ class MoELayer:
     the batch size alone: the model's choice for an even spread, or the first kernel's static default. Call `warm_up`
     before a capture.
 
-    kernels: launchable kernels by preference; those that cannot take the weights are dropped, `dropped` says why.
+    kernels: launchable kernels by preference; those that cannot take the weights, or that read no layout in which they
+    are held, are dropped, and `dropped` says why.
+    copies: in how many layouts the weights may be held. In which, `layouts` says: those whose kernels are predicted to
+    lose least, on the batches of the cost model's profile where they are at hand; without a model those that serve the
+    kernels in their order.
     router: hidden states `[T, H]` -> (topk_ids int32 `[T, k]`, topk_weights float32 `[T, k]`), for `forward_hidden`.
     checked: read the ids back and raise RoutingError for one out of range, instead of skipping it.
+
+    A layout that the weights are not given in is a copy of gate_up (`relayout`). While the layer is built, and for as
+    long as the caller keeps the weights given, it is there beside theirs: drop them, or give them in that layout.
     """
 
     def __init__(
@@ -44,35 +53,80 @@ class MoELayer:
         model: CostModel | None = None,
         router: Router | None = None,
         checked: bool = False,
+        copies: int = 1,
     ) -> None:
         self.shape = weights.shape(top_k)
         self.hardware, self.router, self.checked = hardware, router, checked
         self._device, self._dtype = weights.gate_up.device, weights.gate_up.dtype
         self.workspace = Workspace()
+        self.layouts: tuple[str, ...] = ()
         self.dropped: dict[str, str] = {}
         self._kernels: dict[str, tuple[LaunchableKernel, Any]] = {}
-        for kernel in kernels:
-            if kernel.name in self._kernels:
-                raise KernelError(f"two of the layer's kernels are named {kernel.name!r}; give one of them")
-            try:
-                if reason := kernel.unsupported(self.shape, hardware) or kernel.unavailable():
-                    raise KernelError(reason)
-                self._kernels[kernel.name] = kernel, kernel.prepare(weights)
-            except RampMoEError as e:
-                self.dropped[kernel.name] = str(e)
+        if model is not None:
+            self._check(model)
+        usable = self._usable(kernels)
+        # A kernel that refuses the weights once they are in its layout leaves the choice of layouts to the others.
+        while usable and (refusing := self._hold(weights, usable, copies, model)):
+            usable.remove(refusing)
         if not self._kernels:
             reasons = "; ".join(f"{k}: {r}" for k, r in self.dropped.items()) or "none was given"
             raise KernelError(f"no kernel can compute {self.shape.label} on {hardware.name} ({reasons})")
-        self._dispatcher = None if model is None else self._dispatcher_over(model)
+        self._dispatcher = None if model is None else Dispatcher(model.restrict(list(self._kernels)))
 
-    def _dispatcher_over(self, model: CostModel) -> Dispatcher:
+    def _usable(self, kernels: Sequence[LaunchableKernel]) -> list[LaunchableKernel]:
+        """Those that say that they can compute the shape here; the others are dropped."""
+        usable: dict[str, LaunchableKernel] = {}
+        for kernel in kernels:
+            if kernel.name in usable:
+                raise KernelError(f"two of the layer's kernels are named {kernel.name!r}; give one of them")
+            try:
+                if reason := kernel.unsupported(self.shape, self.hardware) or kernel.unavailable():
+                    raise KernelError(reason)
+                layouts_of(kernel, self.shape)
+                usable[kernel.name] = kernel
+            except RampMoEError as e:
+                self.dropped[kernel.name] = str(e)
+        return list(usable.values())
+
+    def _hold(
+        self, weights: MoEWeights, usable: Sequence[LaunchableKernel], copies: int, model: CostModel | None
+    ) -> LaunchableKernel | None:
+        """Choose the layouts, and prepare the kernels that read one of them; or a kernel that refuses the weights."""
+        times = None
+        if model is not None:
+            names = [k.name for k in usable]
+            times = kernel_times(model.restrict(names), names, weighed_batches(model))
+        chosen = choose_layouts(self.shape, usable, copies, times, weights.layout)
+        held: dict[str, MoEWeights] = {}
+        self._kernels = {}
+        for kernel in usable:
+            if kernel.name not in chosen.kernels:
+                continue
+            layout = to_give([key for key in layouts_of(kernel, self.shape) if key in chosen.layouts])
+            try:
+                if layout not in held:
+                    held[layout] = relayout(weights, layout)
+                self._kernels[kernel.name] = kernel, kernel.prepare(held[layout])
+            except RampMoEError as e:
+                self.dropped[kernel.name] = str(e)
+                self._kernels = {}
+                return kernel
+        self.layouts = chosen.layouts
+        self.dropped |= {
+            kernel.name: why_not_served(self.shape, usable, kernel, copies, times, weights.layout)
+            for kernel in usable
+            if kernel.name not in chosen.kernels
+        }
+        return None
+
+    def _check(self, model: CostModel) -> None:
+        """Raises ShapeError or HardwareError for a model of another shape or GPU."""
         if model.shape != self.shape:
             raise ShapeError(f"the cost model is for {model.shape.slug}, the weights are {self.shape.slug}")
         if model.hardware != self.hardware:
             raise HardwareError(
                 f"the cost model was fitted on {model.hardware.name}, the layer is on {self.hardware.name}"
             )
-        return Dispatcher(model.restrict(list(self._kernels)))
 
     def choose(self, batch: Batch) -> Candidate:
         """The kernel and configuration that `forward` would launch for this batch."""

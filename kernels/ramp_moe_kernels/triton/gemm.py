@@ -23,10 +23,12 @@ from __future__ import annotations
 
 import triton
 import triton.language as tl
+from ramp_moe.device.contract import ROW_CHUNK
 
 from .quantise import _to_fp8
 
 GROUP = tl.constexpr(128)
+CHUNK = tl.constexpr(ROW_CHUNK)
 
 
 @triton.jit
@@ -129,17 +131,34 @@ def _quantise(v, EMULATE_FP8: tl.constexpr):
     return _to_fp8(tl.fma(rest, inverse, quotient), EMULATE_FP8), scale
 
 
+@triton.jit
+def _gate_row(r, rows, CHUNK: tl.constexpr, LAYOUT: tl.constexpr):
+    """(where row r of the gate lies, how far behind it the same row of up does), for `rows` rows of each. CHUNK is how
+    many of each come in turn where they are interleaved."""
+    if LAYOUT == "gate-first":
+        gate = r
+        up = rows
+    elif LAYOUT == "up-first":
+        gate = r + rows
+        up = -rows
+    else:
+        tl.static_assert(LAYOUT == "gate-up-interleaved-8")
+        gate = r // CHUNK * (2 * CHUNK) + r % CHUNK
+        up = CHUNK
+    return gate, up
+
+
 # Counts that change with every batch must not each compile a kernel of their own.
 @triton.jit(do_not_specialize=["tiles", "num_ids", "num_experts", "top_k"])
 def up_kernel(
     x_ptr,  # [T, H]: bf16, fp16, or fp8 with xs
     xs_ptr,  # float32 [T, H / 128], fp8 x only
-    w_ptr,  # [E, 2 I, H], gate rows first
-    ws_ptr,  # float32 [E, 2 I / 128, H / 128], fp8 only
-    bias_ptr,  # [E, 2 I] or None
+    w_ptr,  # [E, 2 I, H], rows in the order of LAYOUT
+    ws_ptr,  # float32 [E, 2 I / 128, H / 128], fp8 only; likewise
+    bias_ptr,  # [E, 2 I] or None; likewise
     slots_ptr,
     expert_ptr,
-    out_ptr,  # [num_ids, I], or float32 [SPLIT_K, num_ids, 2 I] before the activation
+    out_ptr,  # [num_ids, I], or float32 [SPLIT_K, num_ids, 2 I], gate first, before the activation
     outs_ptr,  # float32 [num_ids, I / 128], QUANTISE only
     tiles,
     num_ids,
@@ -157,6 +176,7 @@ def up_kernel(
     FP8: tl.constexpr,
     QUANTISE_X: tl.constexpr,  # fp8 weights, x not yet quantised: done here, a step at a time
     QUANTISE: tl.constexpr,
+    LAYOUT: tl.constexpr,
     ACTIVATION: tl.constexpr,
     EVEN_K: tl.constexpr,
     EVEN_N: tl.constexpr,
@@ -177,13 +197,15 @@ def up_kernel(
     x_ptrs = x_ptr + token[:, None] * H + k
     # A row past the last reads the last one instead of a mask on every load; its result is not stored.
     safe = row if EVEN_N else tl.minimum(row, I - 1)
-    gate_ptrs = w_ptr + expert * 2 * I * H + safe[:, None].to(tl.int64) * H + k
-    up_ptrs = gate_ptrs + I.to(tl.int64) * H
+    gate_row, to_up = _gate_row(safe, I, CHUNK, LAYOUT)
+    gate_ptrs = w_ptr + expert * 2 * I * H + gate_row[:, None].to(tl.int64) * H + k
+    up_ptrs = gate_ptrs + to_up * H.to(tl.int64)
     if FP8:
         if not QUANTISE_X:
             xs_ptrs = xs_ptr + token * (H // GROUP) + split
-        gs_ptr = ws_ptr + (expert * 2 * I // GROUP + n * BN // GROUP) * (H // GROUP) + split
-        us_ptr = gs_ptr + (I // GROUP) * (H // GROUP)
+        gate_block, to_up_block = _gate_row(n * BN // GROUP, I // GROUP, 1, LAYOUT)
+        gs_ptr = ws_ptr + (expert * 2 * I // GROUP + gate_block) * (H // GROUP) + split
+        us_ptr = gs_ptr + to_up_block * (H // GROUP)
     if SWAP:
         gate = tl.zeros((BN, BM), tl.float32)
         up = tl.zeros((BN, BM), tl.float32)
@@ -229,9 +251,9 @@ def up_kernel(
         tl.store(out_ptrs + I, up, mask=store)
     else:
         if bias_ptr is not None:
-            bias_ptrs = bias_ptr + expert * 2 * I + safe
+            bias_ptrs = bias_ptr + expert * 2 * I + gate_row
             gate += tl.load(bias_ptrs).to(tl.float32)[None, :]
-            up += tl.load(bias_ptrs + I).to(tl.float32)[None, :]
+            up += tl.load(bias_ptrs + to_up).to(tl.float32)[None, :]
         act = _activate(gate, up, ACTIVATION)
         if QUANTISE:
             tl.static_assert(BN == GROUP)
@@ -334,14 +356,15 @@ def down_kernel(
 
 @triton.jit(do_not_specialize=["num_ids", "num_experts"])
 def activate_kernel(
-    part_ptr,  # float32 [SPLIT_K, num_ids, 2 I]
-    bias_ptr,  # [E, 2 I] or None
+    part_ptr,  # float32 [SPLIT_K, num_ids, 2 I], gate first
+    bias_ptr,  # [E, 2 I] or None, in the order of LAYOUT
     ids_ptr,  # [num_ids], expert of each routed id; an id outside [0, E) is skipped
     out_ptr,  # [num_ids, I]
     num_ids,
     num_experts,
     I,  # noqa: E741
     SPLIT_K: tl.constexpr,
+    LAYOUT: tl.constexpr,
     ACTIVATION: tl.constexpr,
     BLOCK: tl.constexpr,
     PDL: tl.constexpr,
@@ -361,6 +384,8 @@ def activate_kernel(
         gate += tl.load(part, mask=inside, other=0.0)
         up += tl.load(part + I, mask=inside, other=0.0)
     if bias_ptr is not None:
-        gate += tl.load(bias_ptr + expert * 2 * I + column, mask=inside, other=0.0).to(tl.float32)
-        up += tl.load(bias_ptr + expert * 2 * I + I + column, mask=inside, other=0.0).to(tl.float32)
+        gate_row, to_up = _gate_row(column, I, CHUNK, LAYOUT)
+        bias_ptrs = bias_ptr + expert * 2 * I + gate_row
+        gate += tl.load(bias_ptrs, mask=inside, other=0.0).to(tl.float32)
+        up += tl.load(bias_ptrs + to_up, mask=inside, other=0.0).to(tl.float32)
     tl.store(out_ptr + i * I + column, _activate(gate, up, ACTIVATION).to(out_ptr.dtype.element_ty), mask=inside)

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 from ramp_moe import Hardware, KernelConfig, MoEShape, Stage, WeightLayout
 from ramp_moe.device import Batch, LaunchableKernel, MoEWeights, Workspace
 from ramp_moe.errors import KernelError
-from ramp_moe.kernel import fp8_unsupported
+from ramp_moe.kernel import LAYOUTS, fp8_unsupported
 from ramp_moe.shapes import SCALE_BLOCK
 
 from .config import GemmConfig, Path, geometry, invalid_path
@@ -97,6 +97,10 @@ class TritonMoE(LaunchableKernel):
 
     def weight_layout(self, shape: MoEShape) -> WeightLayout:
         return WeightLayout("gate-first", shape.num_experts * shape.expert_bytes)
+
+    def readable_layouts(self, shape: MoEShape) -> tuple[str, ...]:
+        """All of them: the up projection finds its rows by the layout."""
+        return LAYOUTS
 
     def prepare(self, weights: MoEWeights) -> MoEWeights:
         """The weights as they are."""

@@ -68,6 +68,7 @@ def up(
         FP8=weights.gate_up_scale is not None,
         QUANTISE_X=weights.gate_up_scale is not None and x_scale is None,
         QUANTISE=act_scale is not None,
+        LAYOUT=weights.layout,
         ACTIVATION=weights.activation,
         EVEN_K=hidden % (config.step * config.split_k) == 0,
         EVEN_N=inter % config.rows == 0,
@@ -79,7 +80,8 @@ def up(
 
 
 def activate(partial: Tensor, weights: MoEWeights, topk_ids: Tensor, act: Tensor) -> None:
-    """act `[num_ids, I]` from the up projection's partial sums float32 `[split_k, num_ids, 2 I]`."""
+    """act `[num_ids, I]` from the up projection's partial sums float32 `[split_k, num_ids, 2 I]`, gate first in any
+    layout of the weights."""
     experts, inter = weights.gate_up.shape[0], weights.gate_up.shape[1] // 2
     block = 1024
     activate_kernel[(topk_ids.numel(), -(-inter // block))](
@@ -91,6 +93,7 @@ def activate(partial: Tensor, weights: MoEWeights, topk_ids: Tensor, act: Tensor
         experts,
         inter,
         SPLIT_K=partial.shape[0],
+        LAYOUT=weights.layout,
         ACTIVATION=weights.activation,
         BLOCK=block,
         **dependent_launch(act.device),

@@ -1,0 +1,122 @@
+"""Which tile DeepGEMM's grouped GEMMs take on Hopper: its own choice, told from outside.
+
+DeepGEMM has no argument for it. It weighs every tile by modelled L1 and L2 cycles for the rows that it expects, the
+SMs that it may use and a multiple that the weight block must have, and takes the best. Those three its callers can
+set, and that is how a configuration pins a tile. What follows is `get_best_config` for sm_90 as of 0.1.4 (sgl) and
+2.6.1 (deepseek-ai), csrc/jit_kernels/heuristics; a test compares it with what the library prints.
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import cache
+
+SMEM_BYTES = 232_448
+MAX_STAGES = 16
+MAX_BLOCK_N = {"fp8": 192, "bf16": 256}
+STEP_BYTES = 128
+"""Depth of one step along the reduction."""
+WGMMA_ROWS = 64
+L2_BYTES_PER_CYCLE_OF_SM, MAX_L2_BYTES_PER_CYCLE = 64.0, 8e6 / 1.3e3
+L1_BYTES_PER_CYCLE_OF_SM = 128
+
+
+@dataclass(frozen=True, slots=True)
+class Tile:
+    """block_n weight rows; clusters of cluster_m x cluster_n CTAs, which share what they load."""
+
+    block_n: int
+    cluster_m: int
+    cluster_n: int
+
+    @property
+    def name(self) -> str:
+        return f"bn{self.block_n}-c{self.cluster_m}x{self.cluster_n}"
+
+
+@cache
+def choose(
+    dtype: str, block_m: int, rows: int, reduction: int, experts: int, expected_m: int, num_sms: int, multiple: int = 1
+) -> Tile | None:
+    """The tile for weights `[experts, rows, reduction]` where `expected_m` tokens are expected of each expert; None
+    where no tile is valid."""
+    size = 1 if dtype == "fp8" else 2
+    best: tuple[int, Tile] | None = None
+    for tile in _valid(dtype, block_m, rows, reduction, num_sms, multiple):
+        n, m_cluster, n_cluster = tile.block_n, tile.cluster_m, tile.cluster_n
+        tiles = -(-expected_m // block_m) * -(-rows // n) * experts
+        waves = -(-tiles // num_sms)
+        written = block_m * n * 2
+        l2 = reduction * (block_m // n_cluster + n // m_cluster) * size + written
+        l1 = reduction * (block_m + n) * size + reduction * (max(WGMMA_ROWS, block_m) + n) * size + 2 * written
+        l2_cycles = int(l2 * tiles / min(L2_BYTES_PER_CYCLE_OF_SM * num_sms, MAX_L2_BYTES_PER_CYCLE))
+        l1_cycles = l1 * tiles // (L1_BYTES_PER_CYCLE_OF_SM * num_sms)
+        cycles = int(max(l1_cycles, l2_cycles) / (tiles / (waves * num_sms)))
+        if m_cluster * n_cluster > 1 and waves <= 1:  # nothing to share
+            cycles = 2**63 - 1
+        if best is None or cycles < best[0]:
+            best = cycles, tile
+    return best and best[1]
+
+
+def _valid(dtype: str, block_m: int, rows: int, reduction: int, num_sms: int, multiple: int) -> Iterator[Tile]:
+    """In DeepGEMM's order, which decides ties."""
+    step = math.lcm(16, multiple)
+    block_k = STEP_BYTES if dtype == "fp8" else STEP_BYTES // 2
+    for m_cluster, n_cluster in ((1, 1), (1, 2), (2, 1)):
+        cluster = m_cluster * n_cluster
+        if num_sms % cluster:
+            continue
+        for n in range(step, MAX_BLOCK_N[dtype] + 1, step):
+            # A tile over two scale blocks is unrolled by what lies in the first.
+            over = n - block_k
+            if dtype == "fp8" and over > 0 and n % over and block_k % over:
+                continue
+            stages = _stages(dtype, block_m, n, reduction)
+            deep = stages >= (3 if block_m * n >= 128 * 192 else 4)
+            if -(-rows // n) % cluster == 0 and deep:
+                yield Tile(n, m_cluster, n_cluster)
+
+
+def _stages(dtype: str, block_m: int, n: int, reduction: int) -> int:
+    """Of the pipeline, by shared memory."""
+    fixed = _align(block_m * n * 2, 1024) + MAX_STAGES * 16
+    stage = (block_m + n) * STEP_BYTES
+    if dtype == "fp8":
+        fixed += _align(-(-reduction // STEP_BYTES) * 4 * (1 if STEP_BYTES % n == 0 else 2), 8)
+        stage += _align(block_m * 4, 128)
+    return min((SMEM_BYTES - fixed) // stage, MAX_STAGES)
+
+
+def _align(size: int, to: int) -> int:
+    return -(-size // to) * to
+
+
+@dataclass(frozen=True, slots=True)
+class Pinned:
+    """One GEMM's tile, and what makes DeepGEMM take it."""
+
+    tile: Tile
+    expected_m: int
+    multiple: int
+
+
+def pinned(
+    dtype: str, block_m: int, rows: int, reduction: int, experts: int, num_sms: int, with_multiple: bool
+) -> list[Pinned]:
+    """The tiles that can be had at this many SMs, each with what pins it: an expected number of tokens, and where the
+    installed version can be told a multiple, that."""
+    multiples = range(1, MAX_BLOCK_N[dtype] + 1) if with_multiple else (1,)
+    found: dict[Tile, Pinned] = {}
+    for multiple, tiles in itertools.product((m for m in multiples if m == 1 or m % 16 == 0), EXPECTED_TILES):
+        tile = choose(dtype, block_m, rows, reduction, experts, tiles * block_m, num_sms, multiple)
+        if tile is not None:
+            found.setdefault(tile, Pinned(tile, tiles * block_m, multiple))
+    return list(found.values())
+
+
+EXPECTED_TILES = (1, 2, 3, 4, 6, 8, 16)
+"""Tiles of an expert to pretend."""

@@ -1,0 +1,137 @@
+"""A batch through DeepGEMM: dispatch, up, activation, down, combine.
+
+DeepGEMM's settings belong to the process, and are read when a GEMM is launched. So they are set, used and restored
+under a lock, which is DeepGEMM's in this process as far as this library is concerned.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import importlib
+import threading
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from ramp_moe import KernelConfig
+from ramp_moe.device import Batch, MoEWeights, Workspace, relayout
+from ramp_moe.errors import KernelError
+from ramp_moe_kernels.rows.dispatch import dispatch
+from ramp_moe_kernels.rows.finish import activate, combine
+from torch import Tensor
+
+NEEDED = (
+    "m_grouped_fp8_gemm_nt_contiguous",
+    "m_grouped_bf16_gemm_nt_contiguous",
+    "set_num_sms",
+    "get_num_sms",
+    "set_mk_alignment_for_contiguous_layout",
+    "get_mk_alignment_for_contiguous_layout",
+)
+MULTIPLE = "set_block_size_multiple_of"
+MAX_ELEMENTS = 2**31
+"""Of a matrix of rows: offsets within its tensor map are of 32 bits."""
+
+_lock = threading.RLock()
+
+
+@dataclass(frozen=True, slots=True)
+class Prepared:
+    weights: MoEWeights
+    library: Any
+
+
+def prepare(weights: MoEWeights) -> Prepared:
+    device = weights.gate_up.device
+    if weights.gate_up.dtype not in (torch.float8_e4m3fn, torch.bfloat16):
+        raise KernelError(f"deep_gemm takes fp8 block-scaled or bf16 weights, not {weights.gate_up.dtype}")
+    if device.type != "cuda" or torch.cuda.get_device_capability(device) != (9, 0):
+        raise KernelError(f"deep_gemm is described for Hopper (sm_90); the weights are on {device}, something else")
+    if weights.gate_up_scale is not None and weights.layout == "gate-up-interleaved-8":
+        weights = relayout(weights, "gate-first")
+    return Prepared(weights, library())
+
+
+def library() -> Any:
+    """The module. Raises KernelError where it cannot be loaded or lacks what is needed."""
+    try:
+        module = importlib.import_module("deep_gemm")
+    except Exception as e:  # it loads a library, looks for a compiler and makes folders
+        raise KernelError(f"deep_gemm cannot be loaded ({type(e).__name__}: {e})") from e
+    if lacking := [name for name in NEEDED if not hasattr(module, name)]:
+        raise KernelError(f"the installed deep_gemm has no {', '.join(lacking)}; install a tested version")
+    return module
+
+
+def launch(config: KernelConfig, prepared: Prepared, batch: Batch, out: Tensor, workspace: Workspace) -> None:
+    for _ in launch_steps(config, prepared, batch, out, workspace):
+        pass
+
+
+def launch_steps(
+    config: KernelConfig, prepared: Prepared, batch: Batch, out: Tensor, workspace: Workspace
+) -> Iterator[None]:
+    """`launch`, stopping after each stage."""
+    p: dict[str, Any] = dict(config.params)
+    w, x = prepared.weights, batch.hidden_states
+    experts, hidden, inter = w.down.shape
+    fp8, block = w.gate_up_scale is not None, p["block_m"]
+    if x.dtype != torch.bfloat16 or out.dtype != torch.bfloat16:
+        raise KernelError(f"deep_gemm writes bf16 only: hidden_states are {x.dtype}, out is {out.dtype}")
+    rows = dispatch(x, batch.topk_ids, experts, block, fp8, workspace)
+    size = len(rows.values)
+    if size * max(hidden, 2 * inter) >= MAX_ELEMENTS:
+        raise KernelError(
+            f"deep_gemm: {size} rows of {max(hidden, 2 * inter)} exceed its 32-bit offsets; split the batch"
+        )
+    yield
+    gate_up = workspace.get("rows_gate_up", (size, 2 * inter), x.dtype, x.device)
+    _gemm(prepared, p, "up", rows.values, rows.scale, w.gate_up, w.gate_up_scale, gate_up, rows.ends)
+    yield
+    act, act_scale = activate(gate_up, w.gate_up_bias, batch.topk_ids, rows, fp8, w.layout, w.activation, workspace)
+    yield
+    values = workspace.get("rows_out", (size, hidden), x.dtype, x.device)
+    _gemm(prepared, p, "down", act, act_scale, w.down, w.down_scale, values, rows.ends)
+    yield
+    combine(values, w.down_bias, batch, rows, out)
+    yield
+
+
+def _gemm(
+    prepared: Prepared,
+    params: dict[str, Any],
+    which: str,
+    a: Tensor,
+    a_scale: Tensor | None,
+    b: Tensor,
+    b_scale: Tensor | None,
+    out: Tensor,
+    ends: Tensor,
+) -> None:
+    """out `[capacity, N]` = a `[capacity, K]` by each expert's b `[N, K]`, for rows up to the expert's end."""
+    psum = {"use_psum_layout": True, "expected_m_for_psum_layout": params[f"{which}_expected_m"]}
+    dg = prepared.library
+    settings = _settings(dg, params["block_m"], params["num_sms"], params[f"{which}_multiple"])
+    with settings, torch.cuda.device(a.get_device()):  # it takes the current device's stream
+        if a_scale is not None:
+            dg.m_grouped_fp8_gemm_nt_contiguous((a, a_scale.T), (b, b_scale), out, ends, **psum)
+        else:
+            dg.m_grouped_bf16_gemm_nt_contiguous(a, b, out, ends, **psum)
+
+
+@contextlib.contextmanager
+def _settings(dg: Any, block_m: int, num_sms: int, multiple: int) -> Iterator[None]:
+    with _lock:
+        before = dg.get_mk_alignment_for_contiguous_layout(), dg.get_num_sms()
+        try:
+            dg.set_mk_alignment_for_contiguous_layout(block_m)
+            dg.set_num_sms(num_sms)
+            if multiple > 1:
+                getattr(dg, MULTIPLE)((1, multiple))
+            yield
+        finally:
+            dg.set_mk_alignment_for_contiguous_layout(before[0])
+            dg.set_num_sms(before[1])
+            if multiple > 1:
+                getattr(dg, MULTIPLE)((1, 1))
