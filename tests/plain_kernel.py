@@ -126,6 +126,18 @@ class Weightless(Plain):
         return WeightLayout("gate-first", shape.num_experts * shape.gate_up_bytes)
 
 
+class ReadsAnother(Plain):
+    def readable_layouts(self, shape: MoEShape) -> tuple[str, ...]:
+        return ("up-first",)
+
+
+class SwapsGateAndUp(Plain):
+    """Says that it reads weights that it does not tell from others."""
+
+    def readable_layouts(self, shape: MoEShape) -> tuple[str, ...]:
+        return "gate-first", "up-first"
+
+
 class HalfOfTheRows(Plain):
     """Forgets that gate and up both have rows."""
 

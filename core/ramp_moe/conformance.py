@@ -21,7 +21,7 @@ import numpy as np
 from .errors import KernelError, RampMoEError
 from .geometry import GridGeometry
 from .hardware import Hardware, detect
-from .kernel import Kernel, KernelConfig, Stage, WeightLayout, usable_configs
+from .kernel import Kernel, KernelConfig, Stage, WeightLayout, layouts_of, usable_configs
 from .plugins import NAME, describe, get_registry
 from .routing import KINDS, IntArray, expert_histogram, generate
 from .shapes import DTYPE_BYTES, MoEShape
@@ -34,10 +34,11 @@ CHECKS: Mapping[str, str] = {
     "name": "name and version can be used in paths and profiles",
     "reasons": "unsupported() and unavailable() say why, in a sentence",
     "configs": "configurations exist wherever the kernel is supported, told apart, hashable, with consistent stages",
-    "layout": "weight_layout() has a key and holds all weights",
+    "layout": "weight_layout() has a key, holds all weights and is one that the kernel reads",
     "geometry": "grids grow with the tokens, cover every routing and read all weights",
     "default-config": "default_config() answers for every power of two up to 8192 tokens",
     "outputs": "the float32 layer's output, for every kind of routing",
+    "layouts": "the same output from weights in every layout that the kernel reads",
     "bounds": "nothing is written outside of the output",
     "inputs": "hidden states, ids, routing weights and weights stay as they were",
     "repeatable": "two runs agree within bf16 rounding",
@@ -194,6 +195,10 @@ class Conformance:
             layout = self.kernel.weight_layout(shape)
             if not isinstance(layout, WeightLayout) or not isinstance(layout.key, str) or not layout.key:
                 raise Failure(f"weight_layout({shape.slug}) is {layout!r}; return a WeightLayout with a key")
+            if layout.key not in (readable := layouts_of(self.kernel, shape)):
+                raise Failure(
+                    f"weight_layout({shape.slug}) is {layout.key}, readable_layouts() are {readable}; name it there first"
+                )
             least = shape.num_experts * _elements(shape) * DTYPE_BYTES[shape.dtype]
             if not isinstance(layout.bytes, int) or layout.bytes < least:
                 raise Failure(

@@ -78,6 +78,9 @@ class KernelConformance:
     def test_outputs(self) -> None:
         self.check("outputs")
 
+    def test_layouts(self) -> None:
+        self.check("layouts")
+
     def test_bounds(self) -> None:
         self.check("bounds")
 

@@ -5,11 +5,12 @@ from __future__ import annotations
 import pytest
 from ramp_moe.testing import KernelConformance
 from ramp_moe_adapters.alpha_moe import AlphaMoE
+from ramp_moe_adapters.deep_gemm import DeepGEMM
 from ramp_moe_adapters.vllm_triton import VllmTriton
 
 
 class TestAlphaMoE(KernelConformance):
-    """Without the package, and without Hopper, only its description."""
+    """Without the package, and without Hopper, only its description; so below."""
 
     kernel = AlphaMoE()
 
@@ -18,6 +19,10 @@ class TestAlphaMoE(KernelConformance):
 class TestAlphaMoEOnGpu(KernelConformance):
     kernel = AlphaMoE()
     configs = 0
+
+
+class TestDeepGEMM(KernelConformance):
+    kernel = DeepGEMM()
 
 
 class TestVllmTriton(KernelConformance):

@@ -18,12 +18,13 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from ..conformance import MAX_DEFAULT_TOKENS, Failure, Skip, powers_of_two
 from ..errors import KernelError
 from ..hardware import Hardware
-from ..kernel import KernelConfig, usable_configs
+from ..kernel import LAYOUTS, KernelConfig, layouts_of, usable_configs
 from ..plugins import describe
 from ..routing import IntArray, generate
 from ..shapes import MoEShape
 from .bench import _reference, misfit, random_weights
 from .contract import Batch, LaunchableKernel, MoEWeights, Workspace
+from .layouts import relayout, to_give
 
 TOKENS, GPU_TOKENS = (9, 1), (33, 1, 8, 300)
 """Batch sizes, the first of which the checks take that need one only."""
@@ -106,7 +107,9 @@ class Trial:
         gpu = torch.cuda.is_available()
         self.kernel, self.shape, self.hardware = kernel, shape, hardware
         self.device = torch.device("cuda", torch.cuda.current_device()) if gpu else torch.device("cpu")
-        self.weights = random_weights(shape, self.device, seed=0)
+        layouts = layouts_of(kernel, shape)
+        self.weights = relayout(random_weights(shape, self.device, seed=0), to_give(layouts))
+        self._others = [key for key in layouts if key in LAYOUTS and key != self.weights.layout]
         self._weights_before = _copied(self.weights)
         self._sizes = GPU_TOKENS if gpu else TOKENS
         self.configs = _sample(kernel, shape, hardware, at_most, self._sizes)
@@ -150,6 +153,20 @@ class Trial:
         )
         where = torch.cuda.get_device_name(self.device) if self.device.type == "cuda" else "CPU tensors"
         return f"{len(self.runs)} launches of {len(self.configs)} configurations, {self.shape.slug} on {where}"
+
+    def layouts(self) -> str:
+        if not self._others:
+            raise Skip("the kernel reads one layout alone, in which it has the weights of the other checks")
+        found, config, case = [], self._sound()[0], self.cases[0]
+        if self._wrong(self._output(config, case, Filled(0)), case) is None:
+            for layout in self._others:
+                prepared, out = self.kernel.prepare(relayout(self.weights, layout)), self._guarded(case)[0]
+                self.kernel.launch(config, prepared, _copy(case.batch), out, Filled(0))
+                self._synchronise()
+                if wrong := self._wrong(out, case):
+                    found.append(f"configuration {config.name} on weights in {layout}: {wrong}")
+        self._refuse(found, "look at weights.layout in prepare(), or leave the layout out of readable_layouts()")
+        return f"also {', '.join(self._others)}"
 
     def bounds(self) -> None:
         self._refuse(
