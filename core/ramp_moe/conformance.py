@@ -197,7 +197,7 @@ class Conformance:
                 raise Failure(f"weight_layout({shape.slug}) is {layout!r}; return a WeightLayout with a key")
             if layout.key not in (readable := layouts_of(self.kernel, shape)):
                 raise Failure(
-                    f"weight_layout({shape.slug}) is {layout.key}, readable_layouts() are {readable}; name it there first"
+                    f"weight_layout({shape.slug}) is {layout.key}, readable_layouts() are {readable}; name it there"
                 )
             least = shape.num_experts * _elements(shape) * DTYPE_BYTES[shape.dtype]
             if not isinstance(layout.bytes, int) or layout.bytes < least:
