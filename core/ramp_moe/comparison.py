@@ -288,7 +288,7 @@ def compare_recorded(
         best_over_static=Ratios.of(static_us / times.min(1)),
         noise=_noise(judged, policies),
         notes=[*replay.notes, *policies.notes, *_bounds(judged, policies)],
-        static_table=named and _static_table(named, candidates),
+        static_table=None if named is None else _static_table(named, candidates),
     )
 
 

@@ -79,9 +79,9 @@ class Launch:
                 raise ValueError(f"{key} must be a positive integer, not {value!r}")
             found.append(value)
         extra = sorted((k, v) for k, v in values.items() if k not in IGNORED or IGNORED[k] not in (None, v))
-        block_m, block_n, block_k, *rest = found
+        block_m, block_n, block_k, group_m, warps, stages = found
         block_k = min(block_k, SCALE_BLOCK) if shape.dtype == "fp8" else block_k
-        return cls(block_m, block_n, block_k, *rest, extra=tuple(extra))
+        return cls(block_m, block_n, block_k, group_m, warps, stages, tuple(extra))
 
 
 def device_names(hardware: Hardware) -> list[str]:
