@@ -139,8 +139,8 @@ def _check(batch: Batch, out: Tensor, weights: MoEWeights) -> None:
         raise KernelError(f"vllm_triton: hidden_states are {x.dtype}, the weights {weights.gate_up.dtype}")
     if x.shape[1] != hidden or out.shape != x.shape or out.dtype != x.dtype:
         raise KernelError(
-            f"vllm_triton: hidden_states {x.dtype} {list(x.shape)} and out {out.dtype} {list(out.shape)} must be of one "
-            f"dtype, [T, {hidden}]"
+            f"vllm_triton: hidden_states {x.dtype} {list(x.shape)} and out {out.dtype} {list(out.shape)} must be "
+            f"of one dtype, [T, {hidden}]"
         )
     if not x.device == out.device == weights.gate_up.device:
         raise KernelError(
