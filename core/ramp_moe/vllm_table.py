@@ -125,8 +125,8 @@ def read_table(path: Path, shape: MoEShape) -> VllmTable:
         raw.pop("triton_version", None)
         entries: dict[int, Launch] = {}
         for size, entry in raw.items():
-            if not re.fullmatch(r"[0-9]+", size):
-                raise ProfileError(f"{path}: {size!r} is not a batch size")
+            if not re.fullmatch(r"[0-9]{1,9}", size):
+                raise ProfileError(f"{path}: {size[:20]!r} is not a batch size")
             try:
                 entries[int(size)] = Launch.of(msgspec.json.decode(entry, type=dict[str, ParamValue]), shape)
             except KeyError as e:
@@ -137,7 +137,7 @@ def read_table(path: Path, shape: MoEShape) -> VllmTable:
                 raise ProfileError(f"{path}: the entry of batch size {size}: {e}") from None
     except OSError as e:
         raise ProfileError(f"cannot read {path}: {e.strerror or e}") from None
-    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError, ValueError) as e:
+    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as e:
         raise ProfileError(f"{path} is not a table in vLLM's format, a JSON object by batch size: {e}") from None
     if not entries:
         raise ProfileError(f"{path} has no entry: vLLM's format is a JSON object by batch size")
