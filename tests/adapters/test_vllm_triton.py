@@ -23,8 +23,9 @@ KERNEL = VllmTriton()
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 EXPERTS, TOP_K, HIDDEN, INTER = 6, 3, 256, 128
 HALF = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp8": torch.bfloat16}
-# Of the result's rounding to bf16, and of vLLM's: intermediates in bf16, activations in fp8.
-ROUNDED, COMPUTED = 5e-3, {"bf16": 1e-2, "fp16": 2e-3, "fp8": 3e-2}
+# Of the result's rounding to bf16; and of vLLM's against the exact layer: intermediates in bf16, or activations in fp8,
+# whose scales may be powers of two.
+ROUNDED, COMPUTED = 5e-3, {"bf16": 1e-2, "fp16": 2e-3, "fp8": 6e-2}
 
 
 @pytest.fixture
@@ -242,7 +243,7 @@ def test_gpu_sizes_and_routings(h200: Hardware, tokens: int, dtype: str, routing
     of = weights(32, 1024, 512, dtype, "cuda")
     moe, b = MoELayer(of, 8, h200, [KERNEL]), batch(tokens, 8, 32, 1024, routing, "cuda", HALF[dtype])
     out = moe(b.hidden_states, b.topk_ids, b.topk_weights)
-    assert error(out, expected(of, b, quantise=dtype == "fp8")) < COMPUTED[dtype]
+    assert error(out, expected(of, b, quantise=False)) < COMPUTED[dtype]
 
 
 @pytest.mark.gpu
