@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import ast
 import functools
+import inspect
 import json
 import os
 import sys
 import types
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -192,3 +194,24 @@ def test_choices_are_vllms(
     check()
     write(own, shape, h200, {"9": entry(64), "3": entry(32), "500": entry(128)})
     check()
+
+
+@real
+@pytest.mark.parametrize(
+    ("file", "function", "fake"),
+    [
+        ("fused_moe.py", "fused_experts", fake_vllm.FakeVllm().fused_experts),
+        ("__init__.py", "override_config", fake_vllm.FakeVllm().override_config),
+        ("config.py", "fp8_w8a8_moe_quant_config", fake_vllm.fp8_w8a8_moe_quant_config),
+        ("config.py", "biased_moe_quant_config", fake_vllm.biased_moe_quant_config),
+    ],
+)
+def test_the_fake_has_the_arguments_of_vllm(file: str, function: str, fake: Callable[..., Any]) -> None:
+    assert source is not None
+    tree = ast.parse((source / vllm_static.SHIPPED.parent / file).read_text())
+    (found,) = (n.args for n in tree.body if isinstance(n, ast.FunctionDef) and n.name == function)
+    names = [a.arg for a in found.args]
+    assert not found.kwonlyargs
+    parameters = inspect.signature(fake).parameters.values()
+    assert {p.name for p in parameters} <= set(names)
+    assert [p.name for p in parameters if p.default is p.empty] == names[: len(names) - len(found.defaults)]
