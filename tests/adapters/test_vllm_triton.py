@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 import threading
+import time
 from dataclasses import replace
 from importlib import metadata
 from pathlib import Path
@@ -124,14 +125,17 @@ def test_an_exception_leaves_vllms_configuration_as_it_was(fake: FakeVllm) -> No
 def test_threads_do_not_see_each_others_configuration(fake: FakeVllm, h200: Hardware) -> None:
     of, b = layer(), given(5)
     first, second = usable_configs(KERNEL, of.shape(TOP_K), h200)[:2]
-    inside, seen = threading.Event(), []
+    inside, looked, seen = threading.Event(), threading.Event(), []
 
     def during() -> None:
-        fake.during = lambda: None
+        if threading.current_thread() is other:
+            looked.wait(5)
+            return
         before = fake.config
         inside.set()
-        other.join(0.2)  # time for the other thread to change it, if it could
+        time.sleep(0.2)  # for the other thread to change it, if it could
         seen.append((before, fake.config))
+        looked.set()
 
     def launch(config) -> None:
         KERNEL.launch(config, prepared, b, torch.empty_like(b.hidden_states), Workspace())
