@@ -31,7 +31,7 @@ from .evaluation import (
 from .replay import Replay
 from .routing import FloatArray, IntArray, active_experts, expert_histogram
 from .trace import Trace
-from .vllm_table import POLICY, Judged, VllmTable, judge
+from .vllm_table import POLICY, VllmTable, judge
 
 Mode = Literal["replay", "live", "predicted"]
 
@@ -288,16 +288,8 @@ def compare_recorded(
         best_over_static=Ratios.of(static_us / times.min(1)),
         noise=_noise(judged, policies),
         notes=[*replay.notes, *policies.notes, *_bounds(judged, policies)],
-        static_table=None if named is None else _static_table(named, candidates),
+        static_table=None if named is None else named.as_dict(candidates),
     )
-
-
-def _static_table(named: Judged, candidates: Sequence[Candidate]) -> dict[str, Any]:
-    entries = {
-        str(size): {"entry": dict(launch.params), "config": candidates[named.picks[size]].config.name}
-        for size, launch in named.table.entries.items()
-    }
-    return {"file": str(named.table.path), "kernel": named.kernel, "exact": named.exact, "entries": entries}
 
 
 def _bounds(judged: Replay, policies: _Policies) -> list[str]:

@@ -17,6 +17,7 @@ import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import msgspec
 import numpy as np
@@ -190,6 +191,13 @@ class Judged:
             f"{POLICY}: {self.table.path.name}, judged on {self.kernel}'s recorded times{whose}; "
             f"{self.exact} of {len(self.picks)} entries were recorded as they are{mapped}"
         )
+
+    def as_dict(self, candidates: Sequence[Candidate]) -> dict[str, Any]:
+        entries = {
+            str(size): {"entry": dict(launch.params), "config": candidates[self.picks[size]].config.name}
+            for size, launch in self.table.entries.items()
+        }
+        return {"file": str(self.table.path), "kernel": self.kernel, "exact": self.exact, "entries": entries}
 
 
 def judge(table: VllmTable, candidates: Sequence[Candidate]) -> Judged:
