@@ -1,4 +1,4 @@
-"""Third-party MoE kernels, each described by its grid in a file of its own."""
+"""Third-party MoE kernels, each described by its grid in a file of its own, and launched as they are installed."""
 
 from __future__ import annotations
 

@@ -31,6 +31,7 @@ from .evaluation import (
 from .replay import Replay
 from .routing import FloatArray, IntArray, active_experts, expert_histogram
 from .trace import Trace
+from .vllm_table import POLICY, VllmTable, judge
 
 Mode = Literal["replay", "live", "predicted"]
 
@@ -134,6 +135,9 @@ class Comparison:
     notes: list[str]
     noise: Noise | None = None
     """None where batches were measured once only."""
+    static_table: Mapping[str, Any] | None = None
+    """A table of vLLM's format that was judged, too: its file, the kernel on whose times, and what each entry is
+    there."""
 
     def provenance(self) -> str:
         """Where the numbers come from, and what they cover, in two sentences."""
@@ -165,6 +169,7 @@ class Comparison:
             "speedup_over_static": asdict(self.speedup_over_static),
             "best_over_static": self.best_over_static and asdict(self.best_over_static),
             "noise": self.noise and asdict(self.noise),
+            "static_table": self.static_table,
             "notes": self.notes,
             "batches": [b.as_dict() for b in self.batches],
         }
@@ -231,15 +236,22 @@ def _cross_validated_policies(replay: Replay, form: str) -> _Policies:
     return _Policies(choices, notes)
 
 
-def compare_recorded(replay: Replay, form: str = DEFAULT_FORM, mode: Mode = "replay") -> Comparison:
+def compare_recorded(
+    replay: Replay, form: str = DEFAULT_FORM, mode: Mode = "replay", table: VllmTable | None = None
+) -> Comparison:
     """Judge every policy on measured times: those of the replay's test batches, with everything fitted and tuned on the
     others; or, where it has no test batches, of all of them, with the retrofitted choices cross-validated. mode "live"
-    says that the test batches were measured just now."""
+    says that the test batches were measured just now. `table` is one more policy, see `vllm_table.judge`."""
     tune, test = replay.of("tune"), replay.of("test")
     if tune is None:
         raise ProfileError(f"{replay.shape.label} on {replay.hardware.name}: no batches to fit on; measure some first")
     judged = test or tune
     policies = _cross_validated_policies(tune, form) if test is None else _held_out_policies(tune, test, form)
+    named = None if table is None else judge(table, judged.candidates)
+    if named is not None:
+        policies = _Policies(
+            {**policies.choices, POLICY: [named.choices(judged.labels)]}, [*policies.notes, named.note()]
+        )
     times, candidates = judged.times_us, judged.candidates
     retrofitted, (static,) = policies.choices["retrofitted"], policies.choices["static"]
     rows = np.arange(len(times))
@@ -276,6 +288,7 @@ def compare_recorded(replay: Replay, form: str = DEFAULT_FORM, mode: Mode = "rep
         best_over_static=Ratios.of(static_us / times.min(1)),
         noise=_noise(judged, policies),
         notes=[*replay.notes, *policies.notes, *_bounds(judged, policies)],
+        static_table=None if named is None else named.as_dict(candidates),
     )
 
 

@@ -249,13 +249,11 @@ def test_the_command_line_says_what_is_missing(installed: Path) -> None:
     rows = {row["name"]: row for row in json.loads(kernels("--json"))}
     assert rows["alpha_moe"]["unavailable"] == KERNEL.unavailable()
     assert rows["alpha_moe"]["unsupported"] is None
-    assert rows["vllm_triton"]["unavailable"] is None
     shown = kernels()
     assert "runs here" in shown
-    assert "only described" in shown
     assert "alpha_moe cannot run here: the package alpha_moe is missing" in shown
     (installed / "alpha_moe.py").touch()
-    assert "cannot run here" not in kernels()
+    assert "alpha_moe cannot run here" not in kernels()
 
 
 def test_a_broken_plugin_s_complaint_is_shown() -> None:

@@ -14,9 +14,10 @@ from functools import partial
 import numpy as np
 import pytest
 from profile_cases import FakeBench, cannot_be_made, dies_while_made
-from ramp_moe import KernelError, MoEShape, RampMoEError
+from ramp_moe import KernelError, MoEShape, RampMoEError, Registry
 from ramp_moe.profiler import worker as worker_module
 from ramp_moe.profiler.worker import Died, Failed, Worker, make_gpu_bench, serve
+from simulated_gpu import Described
 
 IDS = np.arange(6).reshape(3, 2)
 
@@ -183,7 +184,7 @@ def test_the_protocol() -> None:
     assert wire.sent == [("failed", "MemoryError: the GPU is full", False)]
 
 
-def test_a_gpu_bench_is_made_by_names() -> None:
+def test_a_gpu_bench_is_made_by_names(monkeypatch: pytest.MonkeyPatch) -> None:
     pytest.importorskip("torch")
     shape = MoEShape(64, 2, 32, 16, "fp16")
     worker = Worker(partial(make_gpu_bench, shape, "h200", ("triton",)))
@@ -194,8 +195,11 @@ def test_a_gpu_bench_is_made_by_names() -> None:
         assert worker.call("healthy", timeout=60)
     finally:
         worker.close()
+    registry = Registry(load_entry_points=False)
+    registry.kernels["described"] = Described()
+    monkeypatch.setattr(worker_module, "get_registry", lambda: registry)
     for kernel, reason in (
-        ("vllm_triton", "kernel vllm_triton is only described, there is nothing to launch"),
+        ("described", "kernel described is only described, there is nothing to launch"),
         ("unheard", "unknown kernel 'unheard'"),
     ):
         with pytest.raises(RampMoEError, match=reason):

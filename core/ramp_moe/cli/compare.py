@@ -19,6 +19,7 @@ from ..shapes import MoEShape
 from ..store import ProfileStore
 from ..sweep import PATH
 from ..trace import Trace, load_trace
+from ..vllm_table import open_table
 from . import tables
 from .gpu import INTERRUPTED, Display, choose_kernels, find_gpu, set_up
 from .options import (
@@ -65,6 +66,11 @@ LIVE_MINUTES = 5.0
     help="With --live, stop after these, at the end of a batch; eight batches are measured in any case.",
 )
 @click.option(
+    "--static-table",
+    type=click.Path(path_type=Path),
+    help="Also judge a table in vLLM's format: its file, or a folder in which vLLM would find it.",
+)
+@click.option(
     "--html", "html_path", type=click.Path(path_type=Path), help="Also write one self-contained page with plots."
 )
 @json_option
@@ -81,6 +87,7 @@ def compare(
     stages: tuple[str, ...],
     live: bool,
     minutes: float | None,
+    static_table: Path | None,
     html_path: Path | None,
     as_json: bool,
 ) -> None:
@@ -89,6 +96,8 @@ def compare(
         raise click.UsageError("--minutes says how long to measure: name --live, too")
     if live and stages:
         raise click.UsageError("--live measures whole paths: leave out --stage")
+    if static_table is not None and (live or trace is not None):
+        raise click.UsageError("--static-table is judged on recorded times: leave out --live and --trace")
     get_form(form)
     if html_path is not None:
         check_report(html_path)
@@ -104,8 +113,13 @@ def compare(
             click.echo("interrupted: nothing is kept of a live comparison", err=True)
             ctx.exit(INTERRUPTED)
     else:
-        replay = load_replay(registry, store, shape, resolve_device(registry, device), kernels, stages)
-        result = compare_trace(replay, recorded_trace, form) if recorded_trace else compare_recorded(replay, form)
+        hardware = resolve_device(registry, device)
+        table = None if static_table is None else open_table(static_table, shape, hardware)
+        replay = load_replay(registry, store, shape, hardware, kernels, stages)
+        if recorded_trace:
+            result = compare_trace(replay, recorded_trace, form)
+        else:
+            result = compare_recorded(replay, form, table=table)
     if html_path is not None:
         write_report(result, html_path)
     if as_json:
