@@ -14,6 +14,7 @@ from ramp_moe import Kernel, KernelError, MoEShape, get_registry
 from ramp_moe.conformance import CHECKS, Conformance, Outcome, _generic, run_all, run_apart, supported_shape
 from ramp_moe.device import conformance as launching
 from ramp_moe.testing import KernelConformance
+from simulated_gpu import Described
 
 GPU = torch.cuda.is_available()
 SKIPPED = ("layouts",) if GPU else ("layouts", "graph", "threads")
@@ -123,8 +124,7 @@ def test_what_raises_fails() -> None:
 
 def test_what_cannot_be_launched_is_skipped() -> None:
     h200 = get_registry().device("h200")
-    described = get_registry().kernel("vllm_triton")
-    outcome = Conformance(described, supported_shape(described), h200).run("outputs")
+    outcome = Conformance(Described(), cases.SHAPE, h200).run("outputs")
     assert outcome == Outcome("outputs", "skipped", "the kernel is only described, there is nothing to launch")
 
     class Absent(Plain):
