@@ -18,12 +18,13 @@ import itertools
 import os
 import shutil
 from collections.abc import Iterator, Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ramp_moe import GridGeometry, Hardware, KernelConfig, MoEShape, Stage, WeightLayout
 from ramp_moe.device import Batch, LaunchableKernel, MoEWeights, Workspace
 from ramp_moe.errors import KernelError
-from ramp_moe.kernel import LAYOUTS, fp8_unsupported, version_of
+from ramp_moe.kernel import LAYOUTS, digest_of, fp8_unsupported, version_of
 
 from .deep_gemm_choice import Pinned, pinned
 
@@ -113,13 +114,16 @@ class DeepGEMM(LaunchableKernel):
         return tuple(key for key in LAYOUTS if shape.dtype != "fp8" or key != "gate-up-interleaved-8")
 
     def version(self) -> str:
-        return version_of("deep_gemm")
+        """DeepGEMM's version and a digest of what is ours around it."""
+        from ramp_moe_kernels import rows
+
+        return f"{version_of('deep_gemm')}+{digest_of(Path(rows.__file__).parent)}"
 
     def unavailable(self) -> str | None:
         missing = [name for name in ("torch", "triton", "deep_gemm", "tvm_ffi") if not _installed(name)]
         if missing:
             return f"{' and '.join(missing)} missing; {INSTALL} (its README: https://github.com/sgl-project/DeepGEMM)"
-        if reason := _untested(self.version()):
+        if reason := _untested(version_of("deep_gemm")):
             return reason
         if not _has_compiler():
             return "deep_gemm compiles its kernels with nvcc, and finds none: install a CUDA toolkit and set CUDA_HOME"
@@ -144,7 +148,7 @@ class DeepGEMM(LaunchableKernel):
         return self._config(shape, block, sms, up[0], down[0])
 
     def launch(self, config: KernelConfig, prepared: Any, batch: Batch, out: Tensor, workspace: Workspace) -> None:
-        """Up to 4096 routed ids three launches beside DeepGEMM's two, six above. Raises KernelError for fp16."""
+        """Up to 2048 routed ids three launches beside DeepGEMM's two, six above. Raises KernelError for fp16."""
         from .deep_gemm_launch import launch
 
         launch(config, prepared, batch, out, workspace)

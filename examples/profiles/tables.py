@@ -15,7 +15,6 @@ from pathlib import Path
 import numpy as np
 from ramp_moe import ProfileError, ProfileStore, get_registry
 from ramp_moe.comparison import Comparison, Ratios, compare_recorded
-from ramp_moe.device import LaunchableKernel
 from ramp_moe.evaluation import regret, selection_noise, sparse_table, static_table, table_choices
 from ramp_moe.repeatability import RANGES_US
 from ramp_moe.replay import Replay, load_replay, view
@@ -33,8 +32,6 @@ KERNELS = (
     ("bf16", ("triton",)),
     ("bf16", ("deep_gemm", "triton")),
 )
-DECODE = 512
-"""Tokens up to which dispatch is compared with DeepGEMM alone."""
 CURVE = (8, 12, 16, 24, 32, 48, 64)
 """Tune batches after which the learning curve is told."""
 
@@ -172,34 +169,6 @@ def alpha_moe() -> str:
     return table(head, rows)
 
 
-def deep_gemm() -> str:
-    """Dispatch over all kernels against DeepGEMM with the tiles that it takes itself, cell by cell."""
-    rows = []
-    for dtype, kernels, model in CASES:
-        if "deep_gemm" not in kernels or len(kernels) == 1 or (dtype == "fp8" and len(kernels) < 3):
-            continue
-        both = replay(model, dtype, kernels)
-        tune, test = both.of("tune"), both.of("test")
-        assert tune is not None
-        assert test is not None
-        index = {c.name: i for i, c in enumerate(test.candidates)}
-        kernel, chosen = registry.kernel("deep_gemm"), tune.fit().cost(test.histograms).argmin(1)
-        assert isinstance(kernel, LaunchableKernel)
-        ratios = []
-        for i, (tokens, routing) in enumerate(test.labels):
-            alone = index[f"deep_gemm/{kernel.default_config(both.shape, h200, tokens).name}"]
-            if tokens <= DECODE:
-                us, theirs = test.times_us[i, chosen[i]], test.times_us[i, alone]
-                ratios.append(theirs / us)
-                rows.append((model, dtype, tokens, routing, f"{theirs:.1f}", test.candidates[chosen[i]].kernel,
-                             f"{us:.1f}", f"{theirs / us:.2f}x"))  # fmt: skip
-        r = Ratios.of(np.array(ratios))
-        rows.append((model, dtype, "all", f"{len(ratios)} batches", "", "", "",
-                     f"**{r.geomean:.2f}x** ({r.min:.2f} to {r.max:.2f})"))  # fmt: skip
-    head = ("model", "dtype", "tokens", "routing", "DeepGEMM alone, us", "chosen", "us", "DeepGEMM over chosen")
-    return table(head, rows)
-
-
 def live() -> str:
     """What `ramp-moe compare --live` measured, from the files beside this."""
     rows = []
@@ -272,7 +241,7 @@ def noise_of_choosing() -> str:
     return table(("model", "kernels", "batches", "mean", "p95"), rows)
 
 
-PAGE = (profiles, repeatability, noise_of_choosing, dispatch, alpha_moe, deep_gemm, live, curve, exhaustive)
+PAGE = (profiles, repeatability, noise_of_choosing, dispatch, alpha_moe, live, curve, exhaustive)
 TABLES = {f.__name__: f for f in PAGE}
 
 

@@ -15,7 +15,7 @@ POINTERS = {
     "x": "*bf16", "topk_ids": "*i32", "row_of_id": "*i32", "ends": "*i32", "slots": "*i32", "num_slots": "*i32",
     "histogram": "*i32", "gate_up": "*bf16", "topk_weights": "*fp32", "out": "*bf16", "bias": "*fp32",
 }  # fmt: skip
-DISPATCH = {"CHUNK": 4096, "BINS": 256, "TOP_K": 8, "GROUPS": 8, "EMULATE_FP8": False, "PDL": True}
+DISPATCH = {"STEP": 512, "BINS": 256, "TOP_K": 8, "GROUPS": 8, "EMULATE_FP8": False, "PDL": True}
 ACTIVATE = {"ACTIVATION": "swiglu", "GROUPS": 8, "EMULATE_FP8": False, "PDL": True}
 CASES = [
     ("dispatch fused fp8", dispatch_kernel, {"rows": "*fp8e4nv", "scale": "*fp32"}, {**DISPATCH, "FUSED": True}),
@@ -38,7 +38,7 @@ if __name__ == "__main__":
         divisible = [n for n in names if str(types[n]).startswith("*") or n in ("columns", "capacity")]
         attrs = {(names.index(n),): [["tt.divisibility", 16]] for n in divisible}
         source = triton.compiler.ASTSource(kernel, types, given, attrs=attrs)
-        options = {"num_warps": 8 if constants.get("CHUNK") else 4}
+        options: dict[str, object] = {"num_warps": 4}
         if constants.get("PDL"):
             options["launch_pdl"] = True
         binary = triton.compile(source, target=TARGET, options=options)

@@ -27,9 +27,11 @@ from ..triton.launch import dependent_launch
 from ..triton.quantise import _FP8_MAX, _GROUP, _TINY, _to_fp8, interpreted
 from ..triton.schedule import MAX_EXPERTS, MAX_IDS, Schedule, buffer_sizes, max_tiles, schedule
 
-FUSED_IDS, MIN_CHUNK = 4096, 512
+FUSED_IDS = 2048
+STEP = 512
+PROGRAMS = 132
 COLUMNS = 1024
-"""Columns of x that a program copies."""
+"""Columns of x that a program copies at a time."""
 SLOTS = 1024
 """Slots of the schedule that a program inverts."""
 
@@ -47,23 +49,27 @@ class Rows:
 
 
 @triton.jit
-def _rows_of_token(topk_ids, token, num_ids, top_k, num_experts, block, CHUNK: tl.constexpr, BINS: tl.constexpr,
+def _rows_of_token(topk_ids, token, num_ids, top_k, num_experts, block, STEP: tl.constexpr, BINS: tl.constexpr,
                    TOP_K: tl.constexpr):  # fmt: skip
-    """(rows int32 [TOP_K], -1 where the id is skipped; ends int32 [BINS]) from all ids."""
-    at = tl.arange(0, CHUNK)
-    experts = tl.load(topk_ids + at, mask=at < num_ids, other=-1)
-    experts = tl.where((experts >= 0) & (experts < num_experts), experts, -1)
-    count = tl.histogram(experts, BINS, mask=experts >= 0)
-    padded = tl.cdiv(count, block) * block
-    first = tl.cumsum(padded, 0) - padded
+    """(rows int32 [TOP_K], -1 where the id is skipped; ends int32 [BINS]) from all ids, STEP of them at a time: code
+    for all at once would take longer to be fetched than to run."""
     slot = tl.arange(0, TOP_K)
     own = token * top_k + slot
     expert = tl.load(topk_ids + own, mask=slot < top_k, other=-1)
     expert = tl.where((expert >= 0) & (expert < num_experts), expert, -1)
-    before = (experts[None, :] == expert[:, None]) & (at[None, :] < own[:, None])
+    count = tl.zeros((BINS,), tl.int32)
+    rank = tl.zeros((TOP_K,), tl.int32)
+    for begin in range(0, num_ids, STEP):
+        at = begin + tl.arange(0, STEP)
+        experts = tl.load(topk_ids + at, mask=at < num_ids, other=-1)
+        experts = tl.where((experts >= 0) & (experts < num_experts), experts, -1)
+        count += tl.histogram(experts, BINS, mask=experts >= 0)
+        before = (experts[None, :] == expert[:, None]) & (at[None, :] < own[:, None])
+        rank += tl.sum(before.to(tl.int32), 1)
+    padded = tl.cdiv(count, block) * block
+    first = tl.cumsum(padded, 0) - padded
     base = tl.where(tl.arange(0, BINS)[None, :] == expert[:, None], first[None, :], 0)
-    row = tl.sum(base, 1) + tl.sum(before.to(tl.int32), 1)
-    return tl.where(expert >= 0, row, -1), first + count
+    return tl.where(expert >= 0, tl.sum(base, 1) + rank, -1), first + count
 
 
 @triton.jit(do_not_specialize=["num_ids", "top_k", "num_experts", "block"])
@@ -81,14 +87,15 @@ def dispatch_kernel(
     columns,
     capacity,
     FUSED: tl.constexpr,  # rows and ends are found here, not given
-    CHUNK: tl.constexpr,  # a power of two, num_ids or more
+    STEP: tl.constexpr,  # ids that are looked at at a time
     BINS: tl.constexpr,  # a power of two, experts or more
     TOP_K: tl.constexpr,  # a power of two, top_k or more
     GROUPS: tl.constexpr,
     EMULATE_FP8: tl.constexpr,
     PDL: tl.constexpr,
 ):
-    """Program (token, GROUPS groups of columns): the token's columns, quantised once, to all of its rows."""
+    """Program (token, one of several): every several-th GROUPS groups of the token's columns, quantised once, to all of
+    its rows."""
     if PDL:
         tl.extra.cuda.gdc_wait()
         tl.extra.cuda.gdc_launch_dependents()
@@ -97,7 +104,7 @@ def dispatch_kernel(
     slot = tl.arange(0, TOP_K)
     own = token * top_k + slot
     if FUSED:
-        row, end = _rows_of_token(topk_ids, token, num_ids, top_k, num_experts, block, CHUNK, BINS, TOP_K)
+        row, end = _rows_of_token(topk_ids, token, num_ids, top_k, num_experts, block, STEP, BINS, TOP_K)
         if part == 0:
             tl.store(row_of_id + own, row, mask=(slot < top_k) & (row >= 0))
             if token == 0:
@@ -107,22 +114,25 @@ def dispatch_kernel(
         expert = tl.load(topk_ids + own, mask=slot < top_k, other=-1)
         known = (expert >= 0) & (expert < num_experts)
         row = tl.load(row_of_id + own, mask=known, other=-1)
-    group = part * GROUPS + tl.arange(0, GROUPS)
-    column = group[:, None] * _GROUP + tl.arange(0, _GROUP)
-    inside = column < columns
-    v = tl.load(x + token.to(tl.int64) * columns + column, mask=inside, other=0.0)
-    wide = row.to(tl.int64)
-    if scale is not None:
-        v = v.to(tl.float32)
-        amax = tl.max(v.to(tl.int32, bitcast=True) & 0x7FFFFFFF, 1).to(tl.float32, bitcast=True)
-        s = tl.div_rn(tl.where(amax < _TINY, _TINY, amax), tl.full((GROUPS,), _FP8_MAX, tl.float32))
-        v = _to_fp8(tl.div_rn(v, tl.broadcast_to(s[:, None], (GROUPS, _GROUP))), EMULATE_FP8)
-        at = group[None, :].to(tl.int64) * capacity + wide[:, None]
-        live = (row >= 0)[:, None] & (group * _GROUP < columns)[None, :]
-        tl.store(scale + at, tl.broadcast_to(s[None, :], (TOP_K, GROUPS)), mask=live)
-    to = rows + wide[:, None, None] * columns + column[None, :, :]
-    mask = (row >= 0)[:, None, None] & inside[None, :, :]
-    tl.store(to, tl.broadcast_to(v[None, :, :], (TOP_K, GROUPS, _GROUP)), mask=mask)
+    for begin in range(part * GROUPS * _GROUP, columns, tl.num_programs(1) * GROUPS * _GROUP):
+        group = begin // _GROUP + tl.arange(0, GROUPS)
+        column = group[:, None] * _GROUP + tl.arange(0, _GROUP)
+        inside = column < columns
+        v = tl.load(x + token.to(tl.int64) * columns + column, mask=inside, other=0.0)
+        if scale is not None:
+            v = v.to(tl.float32)
+            amax = tl.max(v.to(tl.int32, bitcast=True) & 0x7FFFFFFF, 1).to(tl.float32, bitcast=True)
+            s = tl.div_rn(tl.where(amax < _TINY, _TINY, amax), tl.full((GROUPS,), _FP8_MAX, tl.float32))
+            q = _to_fp8(tl.div_rn(v, tl.broadcast_to(s[:, None], (GROUPS, _GROUP))), EMULATE_FP8)
+        else:
+            q = v
+        # One row at a time: stores of several would be a byte wide.
+        for i in range(top_k):
+            to = tl.sum(tl.where(slot == i, row, 0), 0).to(tl.int64)
+            if to >= 0:
+                tl.store(rows + to * columns + column, q, mask=inside)
+                if scale is not None:
+                    tl.store(scale + group.to(tl.int64) * capacity + to, s, mask=group * _GROUP < columns)
 
 
 @triton.jit(do_not_specialize=["num_ids", "num_experts", "block"])
@@ -183,11 +193,13 @@ def dispatch(x: Tensor, topk_ids: Tensor, num_experts: int, block: int, fp8: boo
                 num_ids, num_experts, block, BINS=bins, BLOCK=SLOTS,
             )  # fmt: skip
         groups = min(COLUMNS, triton.next_power_of_2(columns)) // 128
-        dispatch_kernel[(tokens, triton.cdiv(columns, groups * 128))](
+        # Where few tokens leave SMs idle, several programs share one, each of which counts all ids.
+        parts = max(1, min(triton.cdiv(columns, groups * 128), PROGRAMS // tokens))
+        dispatch_kernel[(tokens, parts)](
             x, topk_ids, rows.values, rows.scale, rows.row_of_id, rows.ends,
             num_ids, top_k, num_experts, block, columns, size,
-            FUSED=fused, CHUNK=max(MIN_CHUNK, triton.next_power_of_2(num_ids)) if fused else MIN_CHUNK, BINS=bins,
+            FUSED=fused, STEP=STEP, BINS=bins,
             TOP_K=triton.next_power_of_2(top_k), GROUPS=groups, EMULATE_FP8=interpreted(dispatch_kernel),
-            **dependent_launch(device), num_warps=4 if num_ids <= 1024 else 8,
+            **dependent_launch(device), num_warps=4,
         )  # fmt: skip
     return rows

@@ -6,7 +6,6 @@ direct      up, down: no schedule; for tiny batches
 
 from __future__ import annotations
 
-import hashlib
 import importlib.util
 import itertools
 import pathlib
@@ -36,9 +35,8 @@ class TritonMoE(LaunchableKernel):
     name = "triton"
 
     def version(self) -> str:
-        """The library's version and a digest of this package's sources, which decide the times between versions."""
-        sources = sorted(pathlib.Path(__file__).parent.glob("*.py"))
-        return f"{super().version()}+{hashlib.sha256(b''.join(f.read_bytes() for f in sources)).hexdigest()[:8]}"
+        """The library's version and a digest of this package's sources."""
+        return f"{super().version()}+{digest_of(pathlib.Path(__file__).parent)}"
 
     def unsupported(self, shape: MoEShape, hardware: Hardware) -> str | None:
         if reason := fp8_unsupported(shape, hardware):
