@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 from ramp_moe import Hardware, KernelConfig, MoEShape, Stage, WeightLayout
 from ramp_moe.device import Batch, LaunchableKernel, MoEWeights, Workspace
 from ramp_moe.errors import KernelError
-from ramp_moe.kernel import LAYOUTS, fp8_unsupported
+from ramp_moe.kernel import LAYOUTS, digest_of, fp8_unsupported
 from ramp_moe.shapes import SCALE_BLOCK
 
 from .config import GemmConfig, Path, geometry, invalid_path
