@@ -37,8 +37,8 @@ BLOCKS = (64, 128)
 SM_SHARES = (1.0, 0.9, 0.8)
 """Of the SMs: fewer of them are another choice of tile, and leave the last wave less empty."""
 BF16_STEP = 64
-TESTED = ("0.1.4.post1", "0.1.5.post1")
-"""Versions of sgl-deep-gemm whose choice of tiles was compared with `deep_gemm_choice`."""
+TESTED = ("0.1.4.post1",)
+"""Versions of sgl-deep-gemm that ran on an H200. Another may choose other tiles."""
 INSTALL = "pip install 'ramp-moe[deep-gemm]'"
 SMALL_LOAD = 64.0
 """Mean tokens of an active expert up to which the small token block is the default."""
@@ -187,7 +187,7 @@ def _takes_multiples() -> bool:
 def _untested(version: str) -> str | None:
     if version in TESTED:
         return None
-    return f"deep_gemm {version} is not tested, sgl-deep-gemm {' and '.join(TESTED)} are; {INSTALL}"
+    return f"deep_gemm {version} is not tested (sgl-deep-gemm {', '.join(TESTED)}); {INSTALL}"
 
 
 def _has_compiler() -> bool:
