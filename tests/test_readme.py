@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import re
 from pathlib import Path
 from typing import Any
@@ -51,6 +52,14 @@ def test_the_shares_of_gains_and_losses(registry: Registry, shipped: ProfileStor
     assert f"{gain:.0%} of all {len(speedups)} gain more than 10%, {loss:.0%} lose more than 2%" in " ".join(
         README.split()
     )
+
+
+def test_the_range_of_regrets_of_the_smooth_form(registry: Registry, shipped: ProfileStore, h200: Hardware) -> None:
+    regrets = []
+    for model, kernels in itertools.product(RECORDED, KERNELS):
+        replay = load_replay(registry, shipped, registry.shape(model, "fp8"), h200, kernels)
+        regrets.append(compare_recorded(replay, "smooth").baselines["retrofitted"].mean)
+    assert f"its regret is {min(regrets):.1%} to {max(regrets):.1%} in each" in " ".join(README.split())
 
 
 def test_python_examples_run(registry: Registry, h200: Hardware, capsys: pytest.CaptureFixture[str]) -> None:

@@ -21,9 +21,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from .errors import KernelError, ProfileError, UnknownNameError
-from .geometry import GridGeometry
+from .geometry import GridGeometry, m_tiles
 from .hardware import Hardware
 from .kernel import PREPARATION, STAGE_KINDS, KernelConfig
+from .residual import Correction, Residual, fit_residual
 from .routing import FloatArray, IntArray
 from .shapes import MoEShape
 from .sweep import COLUMN_KINDS, PATH, Sweep, path_key
@@ -39,6 +40,8 @@ class Form:
     terms: tuple[str, ...]
     non_negative: bool
     why: str
+    smooth: bool = False
+    """Whether what the terms leave over is corrected (see `residual`)."""
 
 
 FORMS: Mapping[str, Form] = {
@@ -57,8 +60,17 @@ FORMS: Mapping[str, Form] = {
         True,
         "active experts in place of the logarithm: few tokens are bound by the weights of the experts they wake",
     ),
+    "smooth": Form(
+        ("one", "ceil_waves", "ctas", "active"),
+        True,
+        "the same, with what it leaves over corrected as a smooth function of the batch: batches alike are wrong alike",
+        smooth=True,
+    ),
 }
 DEFAULT_FORM = "active"
+NEAR = 1.2
+"""Candidates whose time by the terms alone is within this factor of the fastest are corrected; the others stay behind
+them, as slow as the slowest at least: what the correction learnt there decides nothing."""
 
 
 def get_form(name: str) -> Form:
@@ -143,11 +155,14 @@ class _Grids:
         self.work = np.array([w for p in parts for w in _relative_work(p.grids)])
         self.one_grid_each = len(grids) == len(parts)
 
-    def ctas(self, histograms: IntArray) -> FloatArray:
-        """CTAs that do work, `[..., grids]`."""
+    def tiles(self, histograms: IntArray) -> FloatArray:
+        """M-tiles of each distinct token block, `[..., blocks]`."""
         # To floats before the broadcast, which would convert every element once a block.
         shares = histograms.astype(np.float64)[..., None, :] / self.blocks
-        tiles = np.add.reduce(np.ceil(shares, out=shares), axis=-1)
+        return np.asarray(np.add.reduce(np.ceil(shares, out=shares), axis=-1))
+
+    def ctas(self, tiles: FloatArray) -> FloatArray:
+        """CTAs that do work, `[..., grids]`."""
         return np.asarray(tiles.take(self.block_of, axis=-1) * self.ctas_per_m_tile)
 
     def sum(self, per_grid: FloatArray) -> FloatArray:
@@ -204,10 +219,12 @@ class CostModel:
         stages: Sequence[str],
         measured: Sequence[str],
         histograms: IntArray | None = None,
+        residuals: Sequence[Residual] = (),
     ) -> None:
         """`stages` are the kinds of columns that the times are made of ("path" for whole paths); a candidate's other
         stages are left out. `measured` says, a line each, where and when the times were recorded. `histograms` are
-        those of the batches that were fitted to, `[batches, num_experts]`, where they are at hand."""
+        those of the batches that were fitted to, `[batches, num_experts]`, where they are at hand; `residuals` correct
+        the candidates that they know."""
         if not candidates:
             raise KernelError(f"no candidate to predict for {shape.label} on {hardware.name}")
         self.shape, self.hardware, self.form = shape, hardware, form
@@ -231,6 +248,14 @@ class CostModel:
         self._starts = np.cumsum([0, *(len(ks) for ks in keys[:-1])])
         self._parts_of = [[index[k] for k in ks] for ks in keys]
         self._ranges = [(*f.ctas_range, *f.active_range) for f in fitted]
+        self.residuals = tuple(residuals)
+        block_index = {int(b): i for i, b in enumerate(self._grids.blocks[:, 0])}
+        self._corrections = []
+        for residual in self.residuals:
+            columns = [i for i, c in enumerate(self.candidates) if c.name in residual.weights]
+            if columns:
+                names = [self.candidates[i].name for i in columns]
+                self._corrections.append(Correction(residual, columns, names, block_index))
         # The commonest case, one measured part a candidate, needs no summing in the hot path.
         self._one_part_each = np.array_equal(self._flat, np.arange(len(candidates)))
 
@@ -240,16 +265,16 @@ class CostModel:
 
     def cost(self, histograms: IntArray) -> FloatArray:
         """Microseconds `[..., candidates]` for checked histograms int64 `[..., num_experts]`: the hot path."""
-        return self._cost(self._grids.ctas(histograms), _active(histograms))
+        return self._cost(histograms, self._grids.tiles(histograms), _active(histograms))
 
     def choose(self, histogram: IntArray) -> tuple[int, float, bool]:
         """Index of the fastest candidate for one checked histogram (the first of equal ones), its predicted
         microseconds, and whether that extrapolates."""
-        ctas, active = self._grids.ctas(histogram), _active(histogram)
-        us = self._cost(ctas, active)
+        tiles, active = self._grids.tiles(histogram), _active(histogram)
+        us = self._cost(histogram, tiles, active)
         best = int(us.argmin())
         extrapolated = False
-        summed, a = self._grids.sum(ctas), active[0]
+        summed, a = self._grids.sum(self._grids.ctas(tiles)), active[0]
         for i in self._parts_of[best]:
             f = self._ranges[i]
             extrapolated |= not (f[0] <= summed[i] <= f[1] and f[2] <= a <= f[3])
@@ -257,23 +282,40 @@ class CostModel:
 
     def predict(self, histograms: IntArray) -> Prediction:
         """As `cost`, and which predictions lie outside the rows that the fit saw."""
-        ctas = self._grids.ctas(histograms)
-        active = _active(histograms)
+        tiles, active = self._grids.tiles(histograms), _active(histograms)
         (ctas_low, ctas_high), (active_low, active_high) = self._ctas_range, self._active_range
-        summed = self._grids.sum(ctas)
+        summed = self._grids.sum(self._grids.ctas(tiles))
         outside = (summed < ctas_low) | (summed > ctas_high) | (active < active_low) | (active > active_high)
         extrapolated = np.logical_or.reduceat(outside[..., self._flat], self._starts, axis=-1)
-        return Prediction(self._cost(ctas, active), extrapolated)
+        return Prediction(self._cost(histograms, tiles, active), extrapolated)
 
     def restrict(self, kernels: Sequence[str]) -> CostModel:
         """The same model with the candidates of these kernels only."""
         kept = [c for c in self.candidates if c.kernel in kernels]
         return CostModel(
-            self.shape, self.hardware, self.form, kept, self.fits, self.stages, self.measured, self.histograms
+            self.shape,
+            self.hardware,
+            self.form,
+            kept,
+            self.fits,
+            self.stages,
+            self.measured,
+            self.histograms,
+            self.residuals,
         )
 
-    def _cost(self, ctas: FloatArray, active: FloatArray) -> FloatArray:
-        terms = self._grids.terms(self._terms, ctas, active)
+    def _cost(self, histograms: IntArray, tiles: FloatArray, active: FloatArray) -> FloatArray:
+        us = self._by_terms(tiles, active)
+        if self._corrections:
+            near = us <= NEAR * us.min(-1, keepdims=True)
+            ids = np.add.reduce(histograms, axis=-1, dtype=np.float64)
+            for correction in self._corrections:
+                correction.apply(us, near, ids, active[..., 0], tiles)
+            np.maximum(us, np.where(near, us, 0.0).max(-1, keepdims=True), out=us, where=~near)
+        return us
+
+    def _by_terms(self, tiles: FloatArray, active: FloatArray) -> FloatArray:
+        terms = self._grids.terms(self._terms, self._grids.ctas(tiles), active)
         # The first term is the constant; any other gives the sum its full shape.
         us = np.asarray(self._coefficients[1] * terms[1])
         us += self._coefficients[0]
@@ -353,7 +395,7 @@ def fit_sweep(sweep: Sweep, candidates: Sequence[Candidate], hardware: Hardware,
     picked = [column[k] for k in by_key]
     times, bounded = sweep.times_us[:, picked], sweep.only_bounded[:, picked]
     grids = _Grids(parts, hardware.num_sms)
-    ctas = grids.ctas(sweep.histograms)
+    ctas = grids.ctas(grids.tiles(sweep.histograms))
     active = _active(sweep.histograms)
     full = np.broadcast_arrays(*grids.terms(spec.terms, ctas, active), times)[:-1]
     summed = grids.sum(ctas)
@@ -388,7 +430,30 @@ def fit_sweep(sweep: Sweep, candidates: Sequence[Candidate], hardware: Hardware,
             f"{len(sweep.labels)} batches of {sweep.kernel} for {sweep.shape.label} on {sweep.device} are too few to "
             f"fit {len(spec.terms)} terms; measure more routings"
         )
-    return CostModel(sweep.shape, hardware, form, kept, fits, sweep.stages, [provenance(sweep)], sweep.histograms)
+    measured = [provenance(sweep)]
+    model = CostModel(sweep.shape, hardware, form, kept, fits, sweep.stages, measured, sweep.histograms)
+    residual = _residual(model, sweep) if spec.smooth else None
+    if residual is None:
+        return model
+    return CostModel(sweep.shape, hardware, form, kept, fits, sweep.stages, measured, sweep.histograms, [residual])
+
+
+def _residual(model: CostModel, sweep: Sweep) -> Residual | None:
+    """Of the whole candidates, on the sweep's rows."""
+    histograms, candidates = sweep.histograms, model.candidates
+    rows = np.flatnonzero(histograms.any(-1))
+    times = np.where(path_bounds(sweep, candidates), np.nan, path_times(sweep, candidates))[rows]
+    blocks = [_token_block(parts_of(c, sweep.stages)) for c in candidates]
+    seen = histograms[rows]
+    tiles = {b: m_tiles(seen, b) for b in dict.fromkeys(blocks)}
+    names = [c.name for c in candidates]
+    active = (seen > 0).sum(-1)
+    return fit_residual(seen.sum(-1), active, tiles, names, blocks, times, model.cost(seen))
+
+
+def _token_block(parts: Sequence[Part]) -> int:
+    """That of the first grid; 1 where there is none, as `_Grids` has it."""
+    return next((g.block_tokens for p in parts for g in p.grids), 1)
 
 
 def join(models: Sequence[CostModel]) -> CostModel:
@@ -410,7 +475,8 @@ def join(models: Sequence[CostModel]) -> CostModel:
     stages = [k for k in COLUMN_KINDS if any(k in m.stages for m in models)]
     measured = [line for m in models for line in m.measured]
     histograms = next((m.histograms for m in models if m.histograms is not None), None)
-    return CostModel(first.shape, first.hardware, first.form, candidates, fits, stages, measured, histograms)
+    residuals = [r for m in models for r in m.residuals]
+    return CostModel(first.shape, first.hardware, first.form, candidates, fits, stages, measured, histograms, residuals)
 
 
 class Timed(Protocol):

@@ -9,6 +9,9 @@
     fits                          a stage or path each: key, coefficients (us a unit), rms_error and max_error
                                   (relative), the fitted rows, the ranges of CTAs and active experts they cover, and
                                   floor_us, below which no prediction goes
+    residual                      what corrects the sums (see `residual`), null for forms without: routed ids, active
+                                  experts and, by token block, M-tiles of the fitted batches; the covariance's length;
+                                  by configuration its token block, and a weight for each batch
 
 A fit whose digest is not that of the sweep found beside it is out of date and is not used.
 """
@@ -20,12 +23,14 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import msgspec
+import numpy as np
 
 from .cost_model import FORMS, Candidate, CostModel, PartFit, parts_of, provenance
 from .errors import ProfileError, RampMoEError
 from .files import read_json, write_json
 from .hardware import Hardware
 from .kernel import KernelConfig
+from .residual import LENGTHS, Residual
 from .routing import IntArray
 from .shapes import MoEShape
 from .sweep import COLUMN_KINDS, MAX_US, MIN_US, ShapeRecord, Sweep
@@ -47,6 +52,41 @@ class PartRecord(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     floor_us: float
 
 
+class ResidualRecord(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """A `Residual`, its token blocks as JSON's keys have to be."""
+
+    ids: list[int]
+    active: list[int]
+    tiles: dict[str, list[int]]
+    length: float
+    weights: dict[str, tuple[int, list[float]]]
+
+    @classmethod
+    def of(cls, residual: Residual, kernel: str) -> ResidualRecord:
+        plain = {str(b): t.tolist() for b, t in residual.tiles.items()}
+        weights = {n.removeprefix(f"{kernel}/"): (b, w.tolist()) for n, (b, w) in residual.weights.items()}
+        return cls(residual.ids.tolist(), residual.active.tolist(), plain, residual.length, weights)
+
+    def residual(self, kernel: str) -> Residual:
+        tiles = {int(b): np.array(t) for b, t in self.tiles.items()}
+        weights = {f"{kernel}/{n}": (b, np.array(w)) for n, (b, w) in self.weights.items()}
+        return Residual(np.array(self.ids), np.array(self.active), tiles, self.length, weights)
+
+    def flaw(self) -> str | None:
+        """What is wrong with it."""
+        rows, columns = len(self.ids), [self.ids, self.active, *self.tiles.values()]
+        if rows == 0 or any(len(column) != rows or min(column) < 1 for column in columns):
+            return "the batches' numbers are not positive, or not as many as the batches"
+        if not LENGTHS[0] <= self.length <= LENGTHS[-1]:
+            return f"a length of {self.length}"
+        if not all(b.isdecimal() for b in self.tiles):
+            return "token blocks that are no numbers"
+        for name, (block, weights) in self.weights.items():
+            if str(block) not in self.tiles or len(weights) != rows or not np.isfinite(weights).all():
+                return f"the weights of {name} do not fit the batches"
+        return None
+
+
 class FitRecord(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """The file, field by field."""
 
@@ -62,6 +102,7 @@ class FitRecord(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     stages: list[str]
     quality: dict[str, float]
     fits: list[PartRecord]
+    residual: ResidualRecord | None = None
 
 
 def digest(sweep: Sweep) -> str:
@@ -87,6 +128,7 @@ def make_record(model: CostModel, sweep: Sweep, quality: Mapping[str, float]) ->
         stages=list(model.stages),
         quality=dict(quality),
         fits=fits,
+        residual=ResidualRecord.of(model.residuals[0], sweep.kernel) if model.residuals else None,
     )
 
 
@@ -114,6 +156,8 @@ def load_fit(path: Path) -> FitRecord:
             )
         if not all(abs(c) <= MAX_US for c in fit.coefficients) or not MIN_US / 2 <= fit.floor_us <= MAX_US:
             raise ProfileError(f"{path}: not finite, or no time in microseconds - at `$.fits[{i}]`; fit again")
+    if record.residual and (flaw := record.residual.flaw()):
+        raise ProfileError(f"{path}: {flaw} - at `$.residual`; fit again")
     return record
 
 
@@ -145,4 +189,7 @@ def model_from_fit(
             f"the fit of {record.kernel} for {shape.label} on {record.device} covers no configuration of the kernel "
             "registered under that name; fit again"
         )
-    return CostModel(shape, hardware, record.form, candidates, fits, record.stages, [record.measured], histograms)
+    residuals = [record.residual.residual(record.kernel)] if record.residual else []
+    return CostModel(
+        shape, hardware, record.form, candidates, fits, record.stages, [record.measured], histograms, residuals
+    )

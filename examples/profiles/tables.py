@@ -15,6 +15,7 @@ from pathlib import Path
 import numpy as np
 from ramp_moe import ProfileError, ProfileStore, get_registry
 from ramp_moe.comparison import Comparison, Ratios, compare_recorded
+from ramp_moe.cost_model import DEFAULT_FORM
 from ramp_moe.evaluation import regret, selection_noise, sparse_table, static_table, table_choices
 from ramp_moe.repeatability import RANGES_US
 from ramp_moe.replay import Replay, load_replay, view
@@ -108,8 +109,8 @@ def repeatability() -> str:
     return table(("kernel", "dtype", "latency", "cells", "median", "p95", "median of b / a - 1"), rows)
 
 
-def compared(model: str, dtype: str, kernels: Sequence[str]) -> Comparison:
-    return compare_recorded(replay(model, dtype, kernels))
+def compared(model: str, dtype: str, kernels: Sequence[str], form: str = DEFAULT_FORM) -> Comparison:
+    return compare_recorded(replay(model, dtype, kernels), form)
 
 
 def dispatch() -> str:
@@ -127,13 +128,15 @@ def dispatch() -> str:
                 len(found.batches),
                 f"{speedup.geomean:.3f}x ({speedup.min:.2f} to {speedup.max:.2f})",
                 f"{best.geomean:.3f}x ({best.max:.2f})",
-                *(percent(found.baselines[k].mean) for k in ("retrofitted", "static", "nearest-batch table")),
+                percent(found.baselines["retrofitted"].mean),
+                percent(compared(model, dtype, kernels, "smooth").baselines["retrofitted"].mean),
+                *(percent(found.baselines[k].mean) for k in ("static", "nearest-batch table")),
                 percent(noise.selection.mean) if noise else "",
                 f"{percent(noise.regret['retrofitted'])} / {percent(noise.regret['static'])}" if noise else "",
             )
         )
     head = ("model", "kernels", "batches", "retrofitted over static (min to max)", "best over static (max)",
-            "regret: retrofitted", "static", "nearest-batch table", "noise of choosing",
+            "regret: retrofitted", "with --form smooth", "static", "nearest-batch table", "noise of choosing",
             "against the split-half best: retrofitted / static")  # fmt: skip
     return table(head, rows)
 
