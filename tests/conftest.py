@@ -6,11 +6,16 @@ import importlib.util
 import os
 import sys
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import pytest
 import ramp_moe_profiles
 from ramp_moe import Hardware, MoEShape, ProfileStore, Registry
+from ramp_moe.profiler import pool, worker
 from ramp_moe.replay import Replay, load_replay
+
+if TYPE_CHECKING:
+    from simulated_bench import Call
 
 DATA = Path(__file__).parent / "data"
 RECORDED = ("olmoe-1b-7b", "qwen3-30b-a3b", "deepseek-v3-tp8", "mixtral-8x7b-tp4")
@@ -94,3 +99,25 @@ def sweep_file(registry: Registry, store: ProfileStore, olmoe: MoEShape, h200: H
     copy = tmp_path / "sweep.json"
     copy.write_bytes(source.read_bytes())
     return copy
+
+
+# Of tests of a profiling run over simulated kernels, whose modules cannot be found before the path above is set.
+
+
+@pytest.fixture
+def quick_ends(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(worker, "GRACE_SECONDS", 0.5)
+
+
+@pytest.fixture
+def here(monkeypatch: pytest.MonkeyPatch) -> None:
+    from simulated_bench import Here
+
+    monkeypatch.setattr(pool, "Worker", Here)
+
+
+@pytest.fixture
+def call(tmp_path: Path) -> Call:
+    from simulated_bench import Call, Script, settings
+
+    return Call(Script(tmp_path / "calls"), settings(tmp_path / "profiles"))

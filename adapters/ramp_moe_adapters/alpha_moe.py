@@ -9,13 +9,12 @@ Grid: x = N / 256, y = the padded tokens' upper bound / block_m; CTAs past the d
 
 from __future__ import annotations
 
-import importlib.util
 from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
 from ramp_moe import GridGeometry, Hardware, KernelConfig, MoEShape, Stage, WeightLayout
 from ramp_moe.device import Batch, LaunchableKernel, MoEWeights, Workspace
-from ramp_moe.kernel import version_of
+from ramp_moe.kernel import is_installed, version_of
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -92,7 +91,7 @@ class AlphaMoE(LaunchableKernel):
         return version_of("alpha_moe")
 
     def unavailable(self) -> str | None:
-        missing = [name for name in ("torch", "triton", "alpha_moe") if not _installed(name)]
+        missing = [name for name in ("torch", "triton", "alpha_moe") if not is_installed(name)]
         if "alpha_moe" in missing:
             return "the package alpha_moe is missing; build Aleph-Alpha/Alpha-MoE from source with the installed torch"
         return f"{' and '.join(missing)} missing; pip install {' '.join(missing)}" if missing else None
@@ -124,9 +123,3 @@ class AlphaMoE(LaunchableKernel):
 
         for stage, _ in zip(config.stages, launch_steps(config, prepared, batch, out, workspace), strict=True):
             yield stage.key
-
-
-def _installed(name: str) -> bool:
-    """Whether a module can be found, without importing it; a mere folder of that name (no origin) does not count."""
-    spec = importlib.util.find_spec(name)
-    return spec is not None and spec.origin is not None

@@ -24,7 +24,7 @@ from typing import TYPE_CHECKING, Any
 from ramp_moe import GridGeometry, Hardware, KernelConfig, MoEShape, Stage, WeightLayout
 from ramp_moe.device import Batch, LaunchableKernel, MoEWeights, Workspace
 from ramp_moe.errors import KernelError
-from ramp_moe.kernel import LAYOUTS, digest_of, fp8_unsupported, version_of
+from ramp_moe.kernel import LAYOUTS, digest_of, fp8_unsupported, is_installed, version_of
 
 from .deep_gemm_choice import Pinned, pinned
 
@@ -120,7 +120,7 @@ class DeepGEMM(LaunchableKernel):
         return f"{version_of('deep_gemm')}+{digest_of(Path(rows.__file__).parent)}"
 
     def unavailable(self) -> str | None:
-        missing = [name for name in ("torch", "triton", "deep_gemm", "tvm_ffi") if not _installed(name)]
+        missing = [name for name in ("torch", "triton", "deep_gemm", "tvm_ffi") if not is_installed(name)]
         if missing:
             return f"{' and '.join(missing)} missing; {INSTALL} (its README: https://github.com/sgl-project/DeepGEMM)"
         if reason := _untested(version_of("deep_gemm")):
@@ -165,12 +165,6 @@ class DeepGEMM(LaunchableKernel):
 def _sm_counts(hardware: Hardware) -> list[int]:
     """Even, since CTAs come in clusters of two."""
     return list(dict.fromkeys(int(hardware.num_sms * share) // 2 * 2 for share in SM_SHARES))
-
-
-def _installed(name: str) -> bool:
-    """Whether a module can be found, without importing it; a mere folder of that name (no origin) does not count."""
-    spec = importlib.util.find_spec(name)
-    return spec is not None and spec.origin is not None
 
 
 @functools.cache

@@ -56,7 +56,7 @@ class VllmTriton(LaunchableKernel):
     """bf16 and fp16 of the weights' dtype, and fp8 (e4m3 W8A8, [128, 128] weight scales); swiglu and gelu_tanh; biases.
 
     In fp8, vLLM rounds the scales of activations to powers of two on Hopper and Blackwell, unless
-    VLLM_USE_DEEP_GEMM_E8M0=0; the error against the exact layer is about the same.
+    VLLM_USE_DEEP_GEMM_E8M0=0.
 
     Ids that are to be skipped, which vLLM would read out of bounds or leave uninitialised sums for, cost as much as
     routed ones: see `vllm_triton_launch`. vLLM's configuration is a global of its module: launches of this process hold

@@ -3,7 +3,7 @@
 `import ramp_moe` needs none of the GPU libraries; what does imports them when it is used.
 """
 
-from .cost_model import FORMS, Candidate, CostModel, Prediction, fit_sweep
+from .cost_model import FORMS, Candidate, CostModel, Prediction
 from .dispatch import Choice, Dispatcher
 from .errors import (
     HardwareError,
@@ -14,6 +14,7 @@ from .errors import (
     ShapeError,
     UnknownNameError,
 )
+from .fitting import fit_sweep
 from .geometry import GridGeometry
 from .hardware import Hardware, detect
 from .hookspecs import hookimpl

@@ -6,7 +6,7 @@ where the sweep measured the path as a whole. A part is seen through the grids o
 in ceil(g / slots) waves. A path of two GEMMs adds up both grids, each CTA and wave counted by the work of a CTA
 relative to the first grid's (weight rows times its share of the reduction). Parts without a grid (quantise, schedule,
 ...) are seen as one work item a routed id, with no waves. FORMS lists which terms a form combines; each part has one
-coefficient a term, found by least squares on the relative error (rows weighted by 1 / time: an error of 3% counts the
+coefficient a term, found (in `fitting`) by least squares on the relative error (rows weighted by 1 / time: 3% count the
 same at 30 us and at 3 ms).
 """
 
@@ -21,10 +21,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from .errors import KernelError, ProfileError, UnknownNameError
-from .geometry import GridGeometry, m_tiles
+from .geometry import GridGeometry
 from .hardware import Hardware
 from .kernel import PREPARATION, STAGE_KINDS, KernelConfig
-from .residual import Correction, Residual, fit_residual
+from .residual import Correction, Residual
 from .routing import FloatArray, IntArray
 from .shapes import MoEShape
 from .sweep import COLUMN_KINDS, PATH, Sweep, path_key
@@ -34,7 +34,7 @@ BoolArray = NDArray[np.bool_]
 
 @dataclass(frozen=True, slots=True)
 class Form:
-    """Terms of T = sum_i c_i * term_i, by name (see `_Grids._term`), "one" first. A non-negative fit cannot predict a
+    """Terms of T = sum_i c_i * term_i, by name (see `Grids._term`), "one" first. A non-negative fit cannot predict a
     negative time."""
 
     terms: tuple[str, ...]
@@ -135,7 +135,7 @@ class Prediction:
     extrapolated: BoolArray
 
 
-class _Grids:
+class Grids:
     """Many parts' grids as arrays, so that all are evaluated at once for one histogram or a batch of them.
 
     CTA counts are float64 here: `GridGeometry` counts in integers, but the division of doubles is several times
@@ -198,7 +198,7 @@ def _relative_work(grids: Sequence[GridGeometry]) -> list[float]:
     return [w / work[0] for w in work]
 
 
-def _active(histograms: IntArray) -> FloatArray:
+def active_of(histograms: IntArray) -> FloatArray:
     """Active experts `[..., 1]`, as floats for the terms."""
     return np.asarray(np.add.reduce(histograms > 0, axis=-1, keepdims=True, dtype=np.float64))
 
@@ -238,7 +238,7 @@ class CostModel:
         index = {k: i for i, k in enumerate(self.fits)}
         fitted = list(self.fits.values())
         self._terms = get_form(form).terms
-        self._grids = _Grids([f.part for f in fitted], hardware.num_sms)
+        self._grids = Grids([f.part for f in fitted], hardware.num_sms)
         self._coefficients = np.array([f.coefficients for f in fitted]).T.copy()
         self._floor = np.array([f.floor_us for f in fitted])
         self._ctas_range = np.array([f.ctas_range for f in fitted]).T
@@ -265,12 +265,12 @@ class CostModel:
 
     def cost(self, histograms: IntArray) -> FloatArray:
         """Microseconds `[..., candidates]` for checked histograms int64 `[..., num_experts]`: the hot path."""
-        return self._cost(histograms, self._grids.tiles(histograms), _active(histograms))
+        return self._cost(histograms, self._grids.tiles(histograms), active_of(histograms))
 
     def choose(self, histogram: IntArray) -> tuple[int, float, bool]:
         """Index of the fastest candidate for one checked histogram (the first of equal ones), its predicted
         microseconds, and whether that extrapolates."""
-        tiles, active = self._grids.tiles(histogram), _active(histogram)
+        tiles, active = self._grids.tiles(histogram), active_of(histogram)
         us = self._cost(histogram, tiles, active)
         best = int(us.argmin())
         extrapolated = False
@@ -282,7 +282,7 @@ class CostModel:
 
     def predict(self, histograms: IntArray) -> Prediction:
         """As `cost`, and which predictions lie outside the rows that the fit saw."""
-        tiles, active = self._grids.tiles(histograms), _active(histograms)
+        tiles, active = self._grids.tiles(histograms), active_of(histograms)
         (ctas_low, ctas_high), (active_low, active_high) = self._ctas_range, self._active_range
         summed = self._grids.sum(self._grids.ctas(tiles))
         outside = (summed < ctas_low) | (summed > ctas_high) | (active < active_low) | (active > active_high)
@@ -380,82 +380,6 @@ def path_bounds(sweep: Sweep, candidates: Sequence[Candidate]) -> BoolArray:
     return np.stack([bounded[:, [column[p.key] for p in parts_of(c, sweep.stages)]].any(1) for c in candidates], 1)
 
 
-def fit_sweep(sweep: Sweep, candidates: Sequence[Candidate], hardware: Hardware, form: str = DEFAULT_FORM) -> CostModel:
-    """Fit every part that the candidates need on the sweep's rows.
-
-    Candidates of which a part has fewer rows, measured or bounded, than the form has terms are dropped. Raises
-    ProfileError where none is left.
-    """
-    spec = get_form(form)
-    by_key = {p.key: p for c in candidates for p in parts_of(c, sweep.stages)}
-    parts = list(by_key.values())
-    column = sweep.column_of
-    if absent := by_key.keys() - column.keys():
-        raise KernelError(f"the sweep of {sweep.kernel} has no column {min(absent)!r}")
-    picked = [column[k] for k in by_key]
-    times, bounded = sweep.times_us[:, picked], sweep.only_bounded[:, picked]
-    grids = _Grids(parts, hardware.num_sms)
-    ctas = grids.ctas(grids.tiles(sweep.histograms))
-    active = _active(sweep.histograms)
-    full = np.broadcast_arrays(*grids.terms(spec.terms, ctas, active), times)[:-1]
-    summed = grids.sum(ctas)
-    features = np.stack(full, axis=-1)
-    coefficients, relative = _least_squares(features, np.where(bounded, np.nan, times), spec.non_negative)
-    if bounded.any():
-        # A bound is no time to fit to, unless the fit is below it there, or has too few batches without it.
-        below = (bounded & (np.einsum("rsn,sn->rs", features, coefficients) < times)).any(0)
-        below |= (np.isfinite(times) & ~bounded).sum(0) < len(spec.terms)
-        with_bounds = _least_squares(features[:, below], times[:, below], spec.non_negative)
-        coefficients[below], relative[:, below] = with_bounds
-
-    fits: dict[str, PartFit] = {}
-    for i, part in enumerate(parts):
-        seen = np.isfinite(relative[:, i])
-        if seen.sum() < len(spec.terms):
-            continue
-        error = relative[seen, i]
-        fits[part.key] = PartFit(
-            part=part,
-            coefficients=tuple(coefficients[i].tolist()),
-            rows=int(seen.sum()),
-            rms_error=float(np.sqrt(np.mean(error**2))),
-            max_error=float(np.abs(error).max()),
-            ctas_range=(float(summed[seen, i].min()), float(summed[seen, i].max())),
-            active_range=(int(active[seen].min()), int(active[seen].max())),
-            floor_us=float(times[seen, i].min()) / 2,
-        )
-    kept = [c for c in candidates if all(p.key in fits for p in parts_of(c, sweep.stages))]
-    if not kept:
-        raise ProfileError(
-            f"{len(sweep.labels)} batches of {sweep.kernel} for {sweep.shape.label} on {sweep.device} are too few to "
-            f"fit {len(spec.terms)} terms; measure more routings"
-        )
-    measured = [provenance(sweep)]
-    model = CostModel(sweep.shape, hardware, form, kept, fits, sweep.stages, measured, sweep.histograms)
-    residual = _residual(model, sweep) if spec.smooth else None
-    if residual is None:
-        return model
-    return CostModel(sweep.shape, hardware, form, kept, fits, sweep.stages, measured, sweep.histograms, [residual])
-
-
-def _residual(model: CostModel, sweep: Sweep) -> Residual | None:
-    """Of the whole candidates, on the sweep's rows."""
-    histograms, candidates = sweep.histograms, model.candidates
-    rows = np.flatnonzero(histograms.any(-1))
-    times = np.where(path_bounds(sweep, candidates), np.nan, path_times(sweep, candidates))[rows]
-    blocks = [_token_block(parts_of(c, sweep.stages)) for c in candidates]
-    seen = histograms[rows]
-    tiles = {b: m_tiles(seen, b) for b in dict.fromkeys(blocks)}
-    names = [c.name for c in candidates]
-    active = (seen > 0).sum(-1)
-    return fit_residual(seen.sum(-1), active, tiles, names, blocks, times, model.cost(seen))
-
-
-def _token_block(parts: Sequence[Part]) -> int:
-    """That of the first grid; 1 where there is none, as `_Grids` has it."""
-    return next((g.block_tokens for p in parts for g in p.grids), 1)
-
-
 def join(models: Sequence[CostModel]) -> CostModel:
     """One model over the candidates of several kernels for one shape and device.
 
@@ -507,40 +431,3 @@ def incomparable(a: Timed, b: Timed) -> str | None:
         if uneven := [k for k in left_out(one) if k in other.stages or PATH in other.stages]:
             return f"the times of {name} leave out {', '.join(uneven)}, those of {other.candidates[0].kernel} do not"
     return None
-
-
-def _least_squares(terms: FloatArray, times: FloatArray, non_negative: bool) -> tuple[FloatArray, FloatArray]:
-    """Minimise sum_r ((terms[r, s] @ c[s] - times[r, s]) / times[r, s])**2 for every part s.
-
-    terms `[rows, stages, n]`, times `[rows, stages]` (NaN rows do not count). Returns c `[stages, n]` and the relative
-    residuals `[rows, stages]`. Collinear terms (the literal paper form) get the minimum-norm solution.
-    """
-    seen = np.isfinite(times)
-    weight = np.where(seen, 1 / np.where(seen, times, 1.0), 0.0)
-    a = np.moveaxis(terms * weight[..., None], 0, 1)
-    # Terms span five orders of magnitude; unit columns keep the pseudo-inverse's cut-off meaningful.
-    scale = np.abs(a).max(axis=1, keepdims=True)
-    a = a / np.where(scale > 0, scale, 1.0)
-    target = seen.T.astype(np.float64)
-    solve = _non_negative if non_negative else _unconstrained
-    c = solve(a, target)
-    residual = np.einsum("srn,sn->rs", a, c) - target.T
-    return c / np.where(scale > 0, scale, 1.0)[:, 0], np.where(seen, residual, np.nan)
-
-
-def _unconstrained(a: FloatArray, target: FloatArray) -> FloatArray:
-    return np.asarray(np.einsum("snr,sr->sn", np.linalg.pinv(a), target))
-
-
-def _non_negative(a: FloatArray, target: FloatArray) -> FloatArray:
-    """Exact non-negative least squares: the optimum is unconstrained on the support where it is positive, and with
-    four terms there are only fifteen supports to try."""
-    stages, _, n = a.shape
-    best, best_loss = np.zeros((stages, n)), (target**2).sum(1)
-    for support in itertools.chain.from_iterable(itertools.combinations(range(n), k) for k in range(1, n + 1)):
-        c = np.zeros((stages, n))
-        c[:, support] = _unconstrained(a[:, :, support], target)
-        loss = ((np.einsum("srn,sn->sr", a, c) - target) ** 2).sum(1)
-        better = (c >= 0).all(1) & (loss < best_loss)
-        best[better], best_loss[better] = c[better], loss[better]
-    return best

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import importlib.util
 from abc import ABC, abstractmethod
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -108,6 +109,12 @@ def version_of(package: str) -> str:
         entries = (e for e in metadata.entry_points(group="ramp_moe") if e.module.partition(".")[0] == package)
         found = [e.dist.name for e in entries if e.dist]
     return metadata.version(found[0]) if found else "?"
+
+
+def is_installed(module: str) -> bool:
+    """Whether a module can be found, without importing it; a mere folder of that name (no origin) does not count."""
+    spec = importlib.util.find_spec(module)
+    return spec is not None and spec.origin is not None
 
 
 def digest_of(*folders: Path) -> str:

@@ -17,7 +17,6 @@ from .cost_model import (
     Candidate,
     CostModel,
     candidates_of,
-    fit_sweep,
     incomparable,
     join,
     left_out,
@@ -27,6 +26,7 @@ from .cost_model import (
 from .errors import ProfileError, RampMoEError
 from .evaluation import IndexArray
 from .fit_file import digest, model_from_fit
+from .fitting import fit_sweep
 from .hardware import Hardware
 from .kernel import KernelConfig, usable_configs
 from .plugins import Registry

@@ -4,7 +4,7 @@ The wave model's error is not noise: batches alike are wrong alike. So the logar
 taken for a Gaussian process over three numbers of a batch, those that the wave model sees: routed ids, active experts,
 and M-tiles of the candidate's token block, all as logarithms in units of their spread over the fitted batches. The
 covariance of two batches at distance d is exp(-d / length), which bends at measured batches and is 0 far from them:
-there the wave model stands alone. (Of the covariances tried, smoother ones cost more regret.)
+there the wave model stands alone.
 
 All candidates of a kernel share the length and the noise. They are chosen by leaving out each batch in turn, in closed
 form: by the mean square of the errors that decide, which are those of candidates near the batch's best, less what all

@@ -12,6 +12,7 @@ installed to read one.
 
 from __future__ import annotations
 
+import functools
 import math
 import re
 from collections.abc import Mapping, Sequence
@@ -120,7 +121,16 @@ class VllmTable:
 
 
 def read_table(path: Path, shape: MoEShape) -> VllmTable:
-    """The file's entries, whatever it is called. Raises ProfileError, in one line, for what vLLM could not use."""
+    """The file's entries, whatever it is called; read anew only where it has changed, since a static choice is made for
+    every batch. Raises ProfileError, in one line, for what vLLM could not use."""
+    try:
+        return _read(path, path.stat().st_mtime_ns, shape)
+    except OSError as e:
+        raise ProfileError(f"cannot read {path}: {e.strerror or e}") from None
+
+
+@functools.lru_cache(maxsize=64)
+def _read(path: Path, changed: int, shape: MoEShape) -> VllmTable:
     try:
         raw = msgspec.json.decode(path.read_bytes(), type=dict[str, msgspec.Raw])
         raw.pop("triton_version", None)
@@ -136,8 +146,6 @@ def read_table(path: Path, shape: MoEShape) -> VllmTable:
                 raise ProfileError(f"{path}: the entry of batch size {size} is no object of parameters: {e}") from None
             except ValueError as e:
                 raise ProfileError(f"{path}: the entry of batch size {size}: {e}") from None
-    except OSError as e:
-        raise ProfileError(f"cannot read {path}: {e.strerror or e}") from None
     except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as e:
         raise ProfileError(f"{path} is not a table in vLLM's format, a JSON object by batch size: {e}") from None
     if not entries:

@@ -239,9 +239,9 @@ def test_what_it_cannot_do(
 
 
 def test_a_missing_package(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    monkeypatch.setattr(deep_gemm, "_installed", lambda name: name in ("torch", "triton"))
+    monkeypatch.setattr(deep_gemm, "is_installed", lambda name: name in ("torch", "triton"))
     assert str(KERNEL.unavailable()).startswith("deep_gemm and tvm_ffi missing; pip install 'ramp-moe[deep-gemm]'")
-    monkeypatch.setattr(deep_gemm, "_installed", lambda name: True)
+    monkeypatch.setattr(deep_gemm, "is_installed", lambda name: True)
     monkeypatch.setattr(deep_gemm, "version_of", lambda package: "2.1.0")
     assert "deep_gemm 2.1.0 is not tested (sgl-deep-gemm 0.1.4.post1)" in str(KERNEL.unavailable())
     monkeypatch.setattr(deep_gemm, "version_of", lambda package: "0.1.4.post1")

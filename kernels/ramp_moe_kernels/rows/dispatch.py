@@ -24,7 +24,7 @@ from ramp_moe.errors import KernelError
 from torch import Tensor
 
 from ..triton.launch import dependent_launch
-from ..triton.quantise import _FP8_MAX, _GROUP, _TINY, _to_fp8, interpreted
+from ..triton.quantise import _GROUP, _quantise_groups, interpreted
 from ..triton.schedule import MAX_EXPERTS, MAX_IDS, Schedule, buffer_sizes, max_tiles, schedule
 
 FUSED_IDS = 2048
@@ -120,10 +120,7 @@ def dispatch_kernel(
         inside = column < columns
         v = tl.load(x + token.to(tl.int64) * columns + column, mask=inside, other=0.0)
         if scale is not None:
-            v = v.to(tl.float32)
-            amax = tl.max(v.to(tl.int32, bitcast=True) & 0x7FFFFFFF, 1).to(tl.float32, bitcast=True)
-            s = tl.div_rn(tl.where(amax < _TINY, _TINY, amax), tl.full((GROUPS,), _FP8_MAX, tl.float32))
-            q = _to_fp8(tl.div_rn(v, tl.broadcast_to(s[:, None], (GROUPS, _GROUP))), EMULATE_FP8)
+            q, s = _quantise_groups(v.to(tl.float32), GROUPS, EMULATE_FP8)
         else:
             q = v
         # One row at a time: stores of several would be a byte wide.

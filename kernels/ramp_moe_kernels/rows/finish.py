@@ -12,7 +12,7 @@ from torch import Tensor
 
 from ..triton.gemm import CHUNK, _activate, _gate_row
 from ..triton.launch import dependent_launch
-from ..triton.quantise import _FP8_MAX, _GROUP, _TINY, _to_fp8, interpreted
+from ..triton.quantise import _GROUP, _quantise_groups, interpreted
 from .dispatch import Rows
 
 MAX_GROUPS = 8
@@ -60,10 +60,8 @@ def activate_kernel(
         up += tl.load(of_expert + up_at, mask=inside, other=0.0).to(tl.float32)
     v = _activate(gate, up, ACTIVATION)
     if scale is not None:
-        amax = tl.max(v.to(tl.int32, bitcast=True) & 0x7FFFFFFF, 1).to(tl.float32, bitcast=True)
-        s = tl.div_rn(tl.where(amax < _TINY, _TINY, amax), tl.full((GROUPS,), _FP8_MAX, tl.float32))
+        q, s = _quantise_groups(v, GROUPS, EMULATE_FP8)
         tl.store(scale + group.to(tl.int64) * capacity + row, s, mask=group * _GROUP < columns)
-        q = _to_fp8(tl.div_rn(v, tl.broadcast_to(s[:, None], (GROUPS, _GROUP))), EMULATE_FP8)
         tl.store(act + row * columns + column, q, mask=inside)
     else:
         tl.store(act + row * columns + column, v.to(act.dtype.element_ty), mask=inside)

@@ -49,6 +49,14 @@ def _to_fp8(v, EMULATE_FP8: tl.constexpr):
 
 
 @triton.jit
+def _quantise_groups(values, GROUPS: tl.constexpr, EMULATE_FP8: tl.constexpr):
+    """fp8 [GROUPS, 128] and scale float32 [GROUPS] of float32 values."""
+    amax = tl.max(values.to(tl.int32, bitcast=True) & 0x7FFFFFFF, 1).to(tl.float32, bitcast=True)
+    scale = tl.div_rn(tl.where(amax < _TINY, _TINY, amax), tl.full((GROUPS,), _FP8_MAX, tl.float32))
+    return _to_fp8(tl.div_rn(values, tl.broadcast_to(scale[:, None], (GROUPS, _GROUP))), EMULATE_FP8), scale
+
+
+@triton.jit
 def _quantise_rows(program, x, x_fp8, x_scale, num_groups, GROUPS: tl.constexpr, EMULATE_FP8: tl.constexpr):
     """GROUPS groups of 128 columns, from group program * GROUPS on, of `num_groups`."""
     first = program.to(tl.int64) * GROUPS  # elements can exceed 2^31
@@ -58,11 +66,9 @@ def _quantise_rows(program, x, x_fp8, x_scale, num_groups, GROUPS: tl.constexpr,
     live = group < num_groups - first
     at = group[:, None] * _GROUP + tl.arange(0, _GROUP)
     values = tl.load(x + at, mask=live[:, None], other=0.0).to(tl.float32)
-    amax = tl.max(values.to(tl.int32, bitcast=True) & 0x7FFFFFFF, 1).to(tl.float32, bitcast=True)
-    scale = tl.div_rn(tl.where(amax < _TINY, _TINY, amax), tl.full((GROUPS,), _FP8_MAX, tl.float32))
+    q, scale = _quantise_groups(values, GROUPS, EMULATE_FP8)
     tl.store(x_scale + first + group, scale, mask=live)
-    scaled = tl.div_rn(values, tl.broadcast_to(scale[:, None], (GROUPS, _GROUP)))
-    tl.store(x_fp8 + at, _to_fp8(scaled, EMULATE_FP8), mask=live[:, None])
+    tl.store(x_fp8 + at, q, mask=live[:, None])
 
 
 @triton.jit(do_not_specialize=["num_groups"])

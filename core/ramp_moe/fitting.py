@@ -1,0 +1,143 @@
+"""Fitting the cost model: every part's coefficients from a sweep, by least squares on the relative error, and what they
+leave over."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Sequence
+
+import numpy as np
+
+from .cost_model import (
+    DEFAULT_FORM,
+    Candidate,
+    CostModel,
+    Grids,
+    Part,
+    PartFit,
+    active_of,
+    get_form,
+    parts_of,
+    path_bounds,
+    path_times,
+    provenance,
+)
+from .errors import KernelError, ProfileError
+from .geometry import m_tiles
+from .hardware import Hardware
+from .residual import Residual, fit_residual
+from .routing import FloatArray
+from .sweep import Sweep
+
+
+def fit_sweep(sweep: Sweep, candidates: Sequence[Candidate], hardware: Hardware, form: str = DEFAULT_FORM) -> CostModel:
+    """Fit every part that the candidates need on the sweep's rows.
+
+    Candidates of which a part has fewer rows, measured or bounded, than the form has terms are dropped. Raises
+    ProfileError where none is left.
+    """
+    spec = get_form(form)
+    by_key = {p.key: p for c in candidates for p in parts_of(c, sweep.stages)}
+    parts = list(by_key.values())
+    column = sweep.column_of
+    if absent := by_key.keys() - column.keys():
+        raise KernelError(f"the sweep of {sweep.kernel} has no column {min(absent)!r}")
+    picked = [column[k] for k in by_key]
+    times, bounded = sweep.times_us[:, picked], sweep.only_bounded[:, picked]
+    grids = Grids(parts, hardware.num_sms)
+    ctas = grids.ctas(grids.tiles(sweep.histograms))
+    active = active_of(sweep.histograms)
+    full = np.broadcast_arrays(*grids.terms(spec.terms, ctas, active), times)[:-1]
+    summed = grids.sum(ctas)
+    features = np.stack(full, axis=-1)
+    coefficients, relative = _least_squares(features, np.where(bounded, np.nan, times), spec.non_negative)
+    if bounded.any():
+        # A bound is no time to fit to, unless the fit is below it there, or has too few batches without it.
+        below = (bounded & (np.einsum("rsn,sn->rs", features, coefficients) < times)).any(0)
+        below |= (np.isfinite(times) & ~bounded).sum(0) < len(spec.terms)
+        with_bounds = _least_squares(features[:, below], times[:, below], spec.non_negative)
+        coefficients[below], relative[:, below] = with_bounds
+
+    fits: dict[str, PartFit] = {}
+    for i, part in enumerate(parts):
+        seen = np.isfinite(relative[:, i])
+        if seen.sum() < len(spec.terms):
+            continue
+        error = relative[seen, i]
+        fits[part.key] = PartFit(
+            part=part,
+            coefficients=tuple(coefficients[i].tolist()),
+            rows=int(seen.sum()),
+            rms_error=float(np.sqrt(np.mean(error**2))),
+            max_error=float(np.abs(error).max()),
+            ctas_range=(float(summed[seen, i].min()), float(summed[seen, i].max())),
+            active_range=(int(active[seen].min()), int(active[seen].max())),
+            floor_us=float(times[seen, i].min()) / 2,
+        )
+    kept = [c for c in candidates if all(p.key in fits for p in parts_of(c, sweep.stages))]
+    if not kept:
+        raise ProfileError(
+            f"{len(sweep.labels)} batches of {sweep.kernel} for {sweep.shape.label} on {sweep.device} are too few to "
+            f"fit {len(spec.terms)} terms; measure more routings"
+        )
+    measured = [provenance(sweep)]
+    model = CostModel(sweep.shape, hardware, form, kept, fits, sweep.stages, measured, sweep.histograms)
+    residual = _residual(model, sweep) if spec.smooth else None
+    if residual is None:
+        return model
+    return CostModel(sweep.shape, hardware, form, kept, fits, sweep.stages, measured, sweep.histograms, [residual])
+
+
+def _residual(model: CostModel, sweep: Sweep) -> Residual | None:
+    """Of the whole candidates, on the sweep's rows."""
+    histograms, candidates = sweep.histograms, model.candidates
+    rows = np.flatnonzero(histograms.any(-1))
+    times = np.where(path_bounds(sweep, candidates), np.nan, path_times(sweep, candidates))[rows]
+    blocks = [_token_block(parts_of(c, sweep.stages)) for c in candidates]
+    seen = histograms[rows]
+    tiles = {b: m_tiles(seen, b) for b in dict.fromkeys(blocks)}
+    names = [c.name for c in candidates]
+    active = (seen > 0).sum(-1)
+    return fit_residual(seen.sum(-1), active, tiles, names, blocks, times, model.cost(seen))
+
+
+def _token_block(parts: Sequence[Part]) -> int:
+    """That of the first grid; 1 where there is none, as `Grids` has it."""
+    return next((g.block_tokens for p in parts for g in p.grids), 1)
+
+
+def _least_squares(terms: FloatArray, times: FloatArray, non_negative: bool) -> tuple[FloatArray, FloatArray]:
+    """Minimise sum_r ((terms[r, s] @ c[s] - times[r, s]) / times[r, s])**2 for every part s.
+
+    terms `[rows, stages, n]`, times `[rows, stages]` (NaN rows do not count). Returns c `[stages, n]` and the relative
+    residuals `[rows, stages]`. Collinear terms (the literal paper form) get the minimum-norm solution.
+    """
+    seen = np.isfinite(times)
+    weight = np.where(seen, 1 / np.where(seen, times, 1.0), 0.0)
+    a = np.moveaxis(terms * weight[..., None], 0, 1)
+    # Terms span five orders of magnitude; unit columns keep the pseudo-inverse's cut-off meaningful.
+    scale = np.abs(a).max(axis=1, keepdims=True)
+    a = a / np.where(scale > 0, scale, 1.0)
+    target = seen.T.astype(np.float64)
+    solve = _non_negative if non_negative else _unconstrained
+    c = solve(a, target)
+    residual = np.einsum("srn,sn->rs", a, c) - target.T
+    return c / np.where(scale > 0, scale, 1.0)[:, 0], np.where(seen, residual, np.nan)
+
+
+def _unconstrained(a: FloatArray, target: FloatArray) -> FloatArray:
+    return np.asarray(np.einsum("snr,sr->sn", np.linalg.pinv(a), target))
+
+
+def _non_negative(a: FloatArray, target: FloatArray) -> FloatArray:
+    """Exact non-negative least squares: the optimum is unconstrained on the support where it is positive, and with
+    four terms there are only fifteen supports to try."""
+    stages, _, n = a.shape
+    best, best_loss = np.zeros((stages, n)), (target**2).sum(1)
+    for support in itertools.chain.from_iterable(itertools.combinations(range(n), k) for k in range(1, n + 1)):
+        c = np.zeros((stages, n))
+        c[:, support] = _unconstrained(a[:, :, support], target)
+        loss = ((np.einsum("srn,sn->sr", a, c) - target) ** 2).sum(1)
+        better = (c >= 0).all(1) & (loss < best_loss)
+        best[better], best_loss[better] = c[better], loss[better]
+    return best
