@@ -17,7 +17,7 @@ from ramp_moe.replay import load_replay
 README = (Path(__file__).parents[1] / "README.md").read_text()
 
 
-KERNELS = (("alpha_moe",), ("triton",), ("alpha_moe", "triton"))
+KERNELS = (("alpha_moe",), ("deep_gemm",), ("triton",), ("alpha_moe", "deep_gemm", "triton"))
 
 
 def compared(registry: Registry, shipped: ProfileStore, hardware: Hardware, model: str, *kernels: str) -> Comparison:
@@ -65,7 +65,7 @@ def test_the_range_of_regrets_of_the_smooth_form(registry: Registry, shipped: Pr
 def test_python_examples_run(registry: Registry, h200: Hardware, capsys: pytest.CaptureFixture[str]) -> None:
     dispatch, plugin = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
     exec(compile(dispatch, "README.md", "exec"), {"__name__": "readme"})
-    assert capsys.readouterr().out.startswith(("alpha_moe/bm", "triton/"))
+    assert capsys.readouterr().out.startswith(("alpha_moe/bm", "deep_gemm/bm", "triton/"))
     names: dict[str, Any] = {"__name__": "readme"}
     exec(compile(plugin, "README.md", "exec"), names)
     (kernel,) = names["ramp_moe_kernels"]()

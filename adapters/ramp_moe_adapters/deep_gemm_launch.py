@@ -28,6 +28,8 @@ NEEDED = (
     "get_num_sms",
     "set_mk_alignment_for_contiguous_layout",
     "get_mk_alignment_for_contiguous_layout",
+    "set_pdl",
+    "get_pdl",
 )
 MULTIPLE = "set_block_size_multiple_of"
 MAX_ELEMENTS = 2**31
@@ -123,15 +125,18 @@ def _gemm(
 @contextlib.contextmanager
 def _settings(dg: Any, block_m: int, num_sms: int, multiple: int) -> Iterator[None]:
     with _lock:
-        before = dg.get_mk_alignment_for_contiguous_layout(), dg.get_num_sms()
+        before = dg.get_mk_alignment_for_contiguous_layout(), dg.get_num_sms(), dg.get_pdl()
         try:
             dg.set_mk_alignment_for_contiguous_layout(block_m)
             dg.set_num_sms(num_sms)
+            # Its kernels wait for what they depend on themselves, as ours do: their prologues overlap our ends.
+            dg.set_pdl(True)
             if multiple > 1:
                 getattr(dg, MULTIPLE)((1, multiple))
             yield
         finally:
             dg.set_mk_alignment_for_contiguous_layout(before[0])
             dg.set_num_sms(before[1])
+            dg.set_pdl(before[2])
             if multiple > 1:
                 getattr(dg, MULTIPLE)((1, 1))

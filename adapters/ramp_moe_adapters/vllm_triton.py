@@ -34,22 +34,32 @@ VERSIONS = ((0, 33), (0, 34))
 """From the first on, below the second: those whose source this adapter was written against."""
 INSTALL = "https://docs.vllm.ai/en/latest/getting_started/installation.html"
 
-# The grid that vLLM's own tuning script (benchmarks/kernels/benchmark_moe.py) searches on NVIDIA GPUs.
+# Of the grid that vLLM's own tuning script (benchmarks/kernels/benchmark_moe.py) searches on NVIDIA GPUs, what differs
+# in its CTAs or in their occupancy. Searched as a whole, its 1,248 configurations take hours to compile.
 BLOCK_M = (16, 32, 64, 128, 256)
 BLOCK_N = (32, 64, 128, 256)
-BLOCK_K = (64, 128, 256)
-GROUP_M = (1, 16, 32, 64)
+BLOCK_K = (64, 128)
+GROUP_M = (1, 16)
 NUM_WARPS = (4, 8)
-NUM_STAGES = (2, 3, 4, 5)
+NUM_STAGES = (2, 3, 4)
+ACCUMULATORS = (8, 128)
+"""Of a thread, float32: fewer leave the tensor cores idle, more are spilled."""
 
 MAX_EXPERTS = 992
 """moe_align_block_size takes fewer than 1024 experts, rounded up to whole warps of 32."""
 
 
-def _fits(shape: MoEShape, hardware: Hardware, block_m: int, block_n: int, block_k: int, stages: int) -> bool:
-    """The pipeline's operand tiles fit into one SM's shared memory, less the 1 KiB that the system reserves."""
-    tiles = stages * (block_m + block_n) * block_k * DTYPE_BYTES[shape.dtype]
-    return tiles <= hardware.smem_per_sm_bytes - 1024
+def _fits(shape: MoEShape, hardware: Hardware, launch: Launch) -> bool:
+    """The pipeline's operand tiles fit into one SM's shared memory, less the 1 KiB that the system reserves, and the
+    accumulators into a thread's registers. Under block scales a step is as deep as their block: a deeper one is cut
+    into those, a shallower one reads scales twice."""
+    tiles = launch.stages * (launch.block_m + launch.block_n) * launch.block_k * DTYPE_BYTES[shape.dtype]
+    accumulators = launch.block_m * launch.block_n / (launch.warps * 32)
+    return (
+        tiles <= hardware.smem_per_sm_bytes - 1024
+        and ACCUMULATORS[0] <= accumulators <= ACCUMULATORS[1]
+        and (shape.dtype != "fp8" or launch.block_k == SCALE_BLOCK)
+    )
 
 
 class VllmTriton(LaunchableKernel):
@@ -96,17 +106,11 @@ class VllmTriton(LaunchableKernel):
 
     def configs(self, shape: MoEShape, hardware: Hardware) -> Sequence[KernelConfig]:
         """Those of the tuned files for the shape (the user's and, where vllm is installed, the shipped one), what the
-        heuristic can name, and the grid of vLLM's tuning script. A recorded configuration of a tuned file that is not
+        heuristic can name, and the grid above. A recorded configuration of a tuned file that is not
         there when the recording is read is left out."""
         tuned = (e for table in vllm_static.tuned_tables(shape, hardware) for e in table.entries.values())
-        grid = (
-            Launch(bm, bn, bk, group_m, warps, stages)
-            for bm, bn, bk, group_m, warps, stages in itertools.product(
-                BLOCK_M, BLOCK_N, BLOCK_K, GROUP_M, NUM_WARPS, NUM_STAGES
-            )
-            # Under block scales a deeper step runs as one of SCALE_BLOCK: the same launch twice.
-            if (shape.dtype != "fp8" or bk <= SCALE_BLOCK) and _fits(shape, hardware, bm, bn, bk, stages)
-        )
+        every = itertools.product(BLOCK_M, BLOCK_N, BLOCK_K, GROUP_M, NUM_WARPS, NUM_STAGES)
+        grid = (launch for launch in itertools.starmap(Launch, every) if _fits(shape, hardware, launch))
         launches = dict.fromkeys(itertools.chain(tuned, vllm_static.heuristic_launches(shape, hardware), grid))
         return [self.describe(launch, shape) for launch in launches]
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import importlib.util
+import re
 from abc import ABC, abstractmethod
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -117,10 +118,14 @@ def is_installed(module: str) -> bool:
     return spec is not None and spec.origin is not None
 
 
+_COMMENT_LINE = re.compile(rb"^[ \t]*(#.*)?\n", re.MULTILINE)
+
+
 def digest_of(*folders: Path) -> str:
-    """Eight digits that change with the Python sources in these folders, which decide the times between versions."""
+    """Eight digits that change with the Python sources in these folders, which decide the times between versions; not
+    with lines that hold a comment alone."""
     sources = [f for folder in folders for f in sorted(folder.glob("*.py"))]
-    return hashlib.sha256(b"".join(f.read_bytes() for f in sources)).hexdigest()[:8]
+    return hashlib.sha256(b"".join(_COMMENT_LINE.sub(b"", f.read_bytes()) for f in sources)).hexdigest()[:8]
 
 
 def fp8_unsupported(shape: MoEShape, hardware: Hardware) -> str | None:

@@ -16,9 +16,11 @@ import numpy as np
 from ramp_moe import ProfileError, ProfileStore, get_registry
 from ramp_moe.comparison import Comparison, Ratios, compare_recorded
 from ramp_moe.cost_model import DEFAULT_FORM
+from ramp_moe.device import LaunchableKernel
 from ramp_moe.evaluation import regret, selection_noise, sparse_table, static_table, table_choices
 from ramp_moe.repeatability import RANGES_US
 from ramp_moe.replay import Replay, load_replay, view
+from ramp_moe.routing import IntArray
 from ramp_moe.sweep import Sweep
 
 HERE = Path(__file__).parent
@@ -28,6 +30,7 @@ KERNELS = (
     ("fp8", ("deep_gemm",)),
     ("fp8", ("triton",)),
     ("fp8", ("alpha_moe", "triton")),
+    ("fp8", ("deep_gemm", "triton")),
     ("fp8", ("alpha_moe", "deep_gemm", "triton")),
     ("bf16", ("deep_gemm",)),
     ("bf16", ("triton",)),
@@ -35,6 +38,10 @@ KERNELS = (
 )
 CURVE = (8, 12, 16, 24, 32, 48, 64)
 """Tune batches after which the learning curve is told."""
+JUDGED = ("uniform", "distinct0.5", "dirichlet0.3", "zipf2.0")
+"""Routing of the batches to judge."""
+DECODE = 512
+"""Tokens up to which DeepGEMM alone is compared cell by cell."""
 
 registry = get_registry()
 h200 = registry.device("h200")
@@ -149,10 +156,9 @@ def alpha_moe() -> str:
         by_kind: dict[str, list[float]] = {}
         for model in MODELS:
             both = replay(model, "fp8", ["alpha_moe"], stages)
-            tune, test = both.of("tune"), both.of("test")
+            test, chosen = held_out(both)
+            tune = both.of("tune")
             assert tune is not None
-            assert test is not None
-            chosen = tune.fit().cost(test.histograms).argmin(1)
             entries = static_table(tune.times_us, tune.labels)
             if table_name != "static":
                 entries = sparse_table(entries)
@@ -172,6 +178,62 @@ def alpha_moe() -> str:
     return table(head, rows)
 
 
+def held_out(both: Replay) -> tuple[Replay, IntArray]:
+    """The batches to judge, and what dispatch fitted on the others chooses for them."""
+    tune, test = both.of("tune"), both.of("test")
+    assert tune is not None
+    assert test is not None
+    return test, tune.fit().cost(test.histograms).argmin(1)
+
+
+def layouts() -> str:
+    """fp8 dispatch over what one and two copies of the weights serve: time over that of dispatch over all three."""
+    rows = []
+    sets = (("alpha_moe", "triton"), ("deep_gemm", "triton"), ("alpha_moe", "deep_gemm", "triton"))
+    for model in MODELS:
+        test, chosen = held_out(replay(model, "fp8", sets[-1]))
+        index = np.arange(len(chosen))
+        all_us = test.times_us[index, chosen]
+        kernels = np.array([c.kernel for c in test.candidates])
+        shares = [f"{k} {percent(float((kernels[chosen] == k).mean()))}" for k in sets[-1]]
+        cells = []
+        for names in sets[:-1]:
+            few, picked = held_out(replay(model, "fp8", names))
+            assert few.labels == test.labels
+            r = Ratios.of(few.times_us[index, picked] / all_us)
+            cells.append(f"{r.geomean:.3f} ({r.min:.2f} to {r.max:.2f})")
+        rows.append((model, *cells, ", ".join(shares)))
+    head = ("model", "one copy, interleaved: alpha_moe + triton", "one copy, gate first: deep_gemm + triton",
+            "chosen by dispatch over all three, in two copies")  # fmt: skip
+    return table(head, rows)
+
+
+def deep_gemm() -> str:
+    """DeepGEMM's time with the tiles that it takes itself over that of dispatch over all kernels, and which it chose."""
+    rows: list[tuple[object, ...]] = []
+    for dtype, kernels in (("fp8", ("alpha_moe", "deep_gemm", "triton")), ("bf16", ("deep_gemm", "triton"))):
+        for model in MODELS:
+            both = replay(model, dtype, kernels)
+            test, chosen = held_out(both)
+            index = {c.name: i for i, c in enumerate(test.candidates)}
+            kernel = registry.kernel("deep_gemm")
+            assert isinstance(kernel, LaunchableKernel)
+            cells: dict[int, dict[str, str]] = {}
+            ratios = []
+            for i, (tokens, routing) in enumerate(test.labels):
+                if tokens <= DECODE:
+                    alone = index[f"deep_gemm/{kernel.default_config(both.shape, h200, tokens).name}"]
+                    ratio = test.times_us[i, alone] / test.times_us[i, chosen[i]]
+                    ratios.append(ratio)
+                    cell = f"{ratio:.2f}x {test.candidates[chosen[i]].kernel}"
+                    cells.setdefault(tokens, {})[routing] = cell
+            rows += [(model, dtype, t, *(cells[t].get(r, "") for r in JUDGED)) for t in sorted(cells)]
+            all_of = Ratios.of(np.array(ratios))
+            mean = f"**{all_of.geomean:.2f}x** ({all_of.min:.2f} to {all_of.max:.2f})"
+            rows.append((model, dtype, f"all {len(ratios)} batches", mean, "", "", ""))
+    return table(("model", "dtype", "tokens", *JUDGED), rows)
+
+
 def live() -> str:
     """What `ramp-moe compare --live` measured, from the files beside this."""
     rows = []
@@ -189,10 +251,12 @@ def live() -> str:
 
 
 def curve() -> str:
-    """Mean regret on the test batches by the tune batches that the fit and the static table saw, in the order in which
-    they were measured; and the share of a run's seconds that they took on average."""
+    """Mean regret on the test batches of dispatch over all kernels of a dtype, by the tune batches that the fit and the
+    static table saw, in the order in which they were measured."""
     rows = []
     for dtype, kernels, model in CASES:
+        if len(kernels) != {"fp8": 3, "bf16": 2}[dtype]:
+            continue
         both = replay(model, dtype, kernels)
         tune, test = both.of("tune"), both.of("test")
         assert tune is not None
@@ -244,7 +308,7 @@ def noise_of_choosing() -> str:
     return table(("model", "kernels", "batches", "mean", "p95"), rows)
 
 
-PAGE = (profiles, repeatability, noise_of_choosing, dispatch, alpha_moe, live, curve, exhaustive)
+PAGE = (profiles, repeatability, noise_of_choosing, dispatch, layouts, alpha_moe, deep_gemm, live, curve, exhaustive)
 TABLES = {f.__name__: f for f in PAGE}
 
 

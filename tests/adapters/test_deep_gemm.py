@@ -44,7 +44,13 @@ class Emulation:
     def __init__(self) -> None:
         self.alignment, self.num_sms, self.multiple = 128, 132, (1, 1)
         self.seen: list[tuple[int, int, tuple[int, int], int]] = []
-        self.fails = False
+        self.fails = self.pdl = False
+
+    def get_pdl(self) -> bool:
+        return self.pdl
+
+    def set_pdl(self, value: bool) -> None:
+        self.pdl = value
 
     def get_num_sms(self) -> int:
         return self.num_sms
@@ -80,6 +86,7 @@ class Emulation:
         self, a: Any, b: Any, out: Any, ends: Any, use_psum_layout: bool, expected_m_for_psum_layout: int
     ) -> None:
         assert use_psum_layout
+        assert self.pdl
         self.seen.append((self.alignment, self.num_sms, self.multiple, expected_m_for_psum_layout))
         if self.fails:
             raise RuntimeError("Assertion error (csrc/apis/gemm.hpp:190)")
@@ -164,7 +171,7 @@ def test_settings_are_restored_when_a_gemm_fails() -> None:
     with pytest.raises(RuntimeError, match="Assertion error"):
         run(configs(w)[-1], Prepared(w, emulation), given(5))
     assert emulation.seen[0][0] == dict(configs(w)[-1].params)["block_m"]
-    assert (emulation.alignment, emulation.num_sms) == (128, 132)
+    assert (emulation.alignment, emulation.num_sms, emulation.pdl) == (128, 132, False)
 
 
 def test_two_threads_do_not_see_each_others_settings() -> None:

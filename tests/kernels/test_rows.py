@@ -20,7 +20,7 @@ from test_quantise_combine import same_bits
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 EXPERTS, HIDDEN = 6, 384
-SIZES = [(1, 2), (17, 3)] + ([(700, 8), (4096, 2)] if DEVICE == "cuda" else [])
+SIZES = [(1, 2), (17, 3)] + ([(700, 4), (4096, 2)] if DEVICE == "cuda" else [])
 
 
 def poisoned() -> Workspace:
