@@ -209,7 +209,7 @@ def layouts() -> str:
 
 
 def deep_gemm() -> str:
-    """DeepGEMM's time with the tiles that it takes itself over that of dispatch over all kernels, and which it chose."""
+    """DeepGEMM's time with its own choice of tiles over that of dispatch over all kernels, and which that chose."""
     rows: list[tuple[object, ...]] = []
     for dtype, kernels in (("fp8", ("alpha_moe", "deep_gemm", "triton")), ("bf16", ("deep_gemm", "triton"))):
         for model in MODELS:
