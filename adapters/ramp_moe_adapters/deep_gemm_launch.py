@@ -89,18 +89,18 @@ def launch_steps(
         )
     yield
     gate_up = workspace.get("rows_gate_up", (size, 2 * inter), x.dtype, x.device)
-    _gemm(prepared, p, "up", rows.values, rows.scale, w.gate_up, w.gate_up_scale, gate_up, rows.ends)
+    gemm(prepared, p, "up", rows.values, rows.scale, w.gate_up, w.gate_up_scale, gate_up, rows.ends)
     yield
     act, act_scale = activate(gate_up, w.gate_up_bias, batch.topk_ids, rows, fp8, w.layout, w.activation, workspace)
     yield
     values = workspace.get("rows_out", (size, hidden), x.dtype, x.device)
-    _gemm(prepared, p, "down", act, act_scale, w.down, w.down_scale, values, rows.ends)
+    gemm(prepared, p, "down", act, act_scale, w.down, w.down_scale, values, rows.ends)
     yield
     combine(values, w.down_bias, batch, rows, out)
     yield
 
 
-def _gemm(
+def gemm(
     prepared: Prepared,
     params: dict[str, Any],
     which: str,

@@ -25,7 +25,7 @@ from ramp_moe.kernel import usable_configs
 from ramp_moe_adapters import deep_gemm
 from ramp_moe_adapters.deep_gemm import DeepGEMM
 from ramp_moe_adapters.deep_gemm_choice import Tile, choose, pinned
-from ramp_moe_adapters.deep_gemm_launch import Prepared, _gemm, library
+from ramp_moe_adapters.deep_gemm_launch import Prepared, gemm, library
 
 KERNEL = DeepGEMM()
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -186,7 +186,7 @@ def test_two_threads_do_not_see_each_others_settings() -> None:
     def work(params: dict[str, Any]) -> None:
         for _ in range(50):
             out = a.new_empty(len(a), 2 * INTER)
-            _gemm(prepared, params, "up", a, None, prepared.weights.gate_up.cpu(), None, out, ends)
+            gemm(prepared, params, "up", a, None, prepared.weights.gate_up.cpu(), None, out, ends)
 
     threads = [threading.Thread(target=work, args=(c,)) for c in chosen]
     for t in threads:
