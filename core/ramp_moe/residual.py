@@ -59,7 +59,7 @@ def fit_residual(
     behind = np.where(known, times_us, np.inf) / np.where(known, times_us, np.inf).min(1, keepdims=True) - 1
     weight = np.exp(-behind / NEAR_BEST)
     share = weight / np.maximum(weight.sum(1, keepdims=True), 1e-300)
-    apart = {b: _distances(_Points(ids, active, t)) for b, t in tiles.items()}
+    apart = {b: _distances(Points(ids, active, t)) for b, t in tiles.items()}
     columns = {b: np.flatnonzero(np.asarray(blocks) == b) for b in tiles}
 
     def solved(length: float, noise: float) -> tuple[float, FloatArray]:
@@ -89,7 +89,7 @@ class Correction:
         blocks = list(dict.fromkeys(b for b, _ in of))
         members = {b: [i for i, (other, _) in enumerate(of) if other == b] for b in blocks}
         widest = max(map(len, members.values()))
-        points = [_Points(residual.ids, residual.active, residual.tiles[b]) for b in blocks]
+        points = [Points(residual.ids, residual.active, residual.tiles[b]) for b in blocks]
         self._columns = np.asarray(columns)
         self._tiles = np.array([block_index[b] for b in blocks])
         self._mean = np.stack([p.mean for p in points])
@@ -121,7 +121,7 @@ class Correction:
         us[..., self._columns] *= np.where(near[..., self._columns], factor, 1.0)
 
 
-class _Points:
+class Points:
     """Batches as points, in units of their spread."""
 
     def __init__(self, ids: IntArray, active: IntArray, tiles: IntArray) -> None:
@@ -131,6 +131,6 @@ class _Points:
         self.at = (logs - self.mean) / self.spread
 
 
-def _distances(points: _Points) -> FloatArray:
+def _distances(points: Points) -> FloatArray:
     apart = points.at[:, None] - points.at
     return np.asarray(np.sqrt((apart**2).sum(-1)))
