@@ -65,5 +65,5 @@ def test_some_of_the_candidates(registry: Registry, shipped: ProfileStore, h200:
     us, expected = by_hand(table, histogram), fitted.cost(histogram)[columns]
     chosen = np.isfinite(us)
     assert us[chosen] == pytest.approx(expected[chosen], rel=2e-4)
-    with pytest.raises(KernelError, match="up to 512 candidates, not 520: give fewer"):
+    with pytest.raises(KernelError, match="512 candidates at most, not 520: give fewer"):
         CostTable.of(fitted, [0] * 520)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -12,8 +12,10 @@ from numpy.typing import NDArray
 from ..cost_model import CostModel, Grids, get_form, parts_of
 from ..errors import KernelError
 from ..residual import Points
+from ..routing import FloatArray
 
 if TYPE_CHECKING:
+    import torch
     from torch import Tensor
 
 TERMS = ("one", "waves", "ceil_waves", "ctas", "log_ctas", "active")
@@ -28,9 +30,9 @@ class CostTable:
     that candidates are corrected by. int32 and float32.
 
     A part costs max(floor, sum of coefficients times TERMS), each term summed over the part's grids by work (see
-    `Grids`). A candidate with a set of points is multiplied by exp(sum over r of weights[r] * exp(-|z - points[:, r]|)),
-    z = (log(max(1, (routed ids, active experts, M-tiles of the set's block))) - mean) * unit, if it is near the fastest
-    by its parts alone (see `cost_model.NEAR`); the others are not chosen.
+    `Grids`). A candidate with a set of points is multiplied by exp(sum over r of weights[r] * exp(-|z - points[:, r]|))
+    where z = (log(max(1, (routed ids, active experts, M-tiles of the set's block))) - mean) * unit, if it is near the
+    fastest by its parts alone (see `cost_model.NEAR`); the others are not chosen.
     """
 
     blocks: NDArray[np.int32]
@@ -79,7 +81,7 @@ class CostTable:
         per_part = np.diff([*grids.starts, len(grids.work)])
         shape = int(per_part.max()), len(fits)
 
-        def spread(values: NDArray[np.generic], empty: float, kind: type) -> NDArray[np.generic]:
+        def spread(values: NDArray[Any], empty: float, kind: type) -> NDArray[Any]:
             """`[grids]` -> `[G, P]`."""
             out = np.full(shape, empty, kind)
             for part, (start, count) in enumerate(zip(grids.starts, per_part, strict=True)):
@@ -103,30 +105,30 @@ class CostTable:
             np.array([index[k] for ks in keys for k in ks], np.int32),
             *_corrections(model, [c.name for c in candidates], blocks.tolist()),
         )
+        whats = ("token blocks", "parts", "candidates", "fitted batches")
         sizes = (len(blocks), len(fits), len(candidates), table.weights.shape[1])
-        limits = (MAX_BLOCKS, MAX_PARTS, MAX_CANDIDATES, MAX_ROWS)
-        for what, size, limit in zip(
-            ("token blocks", "parts", "candidates", "fitted batches"), sizes, limits, strict=True
-        ):
+        for what, size, limit in zip(whats, sizes, (MAX_BLOCKS, MAX_PARTS, MAX_CANDIDATES, MAX_ROWS), strict=True):
             if size > limit:
                 raise KernelError(
-                    f"choosing on the device takes up to {limit} {what}, not {size}: give fewer candidates"
+                    f"choosing on the device takes {limit} {what} at most, not {size}: give fewer kernels"
                 )
         return table
 
-    def to(self, device: object) -> dict[str, Tensor]:
+    def to(self, device: torch.device | str) -> dict[str, Tensor]:
         """The arrays on a device, by name."""
         import torch
 
         return {f.name: torch.from_numpy(np.ascontiguousarray(getattr(self, f.name))).to(device) for f in fields(self)}
 
 
-def _corrections(model: CostModel, names: Sequence[str], blocks: Sequence[int]) -> tuple[NDArray[np.generic], ...]:
+def _corrections(model: CostModel, names: Sequence[str], blocks: Sequence[int]) -> tuple[NDArray[Any], ...]:
     """points, mean, unit, set_block, set_of, weights."""
     rows = max((len(r.ids) for r in model.residuals), default=0)
     set_of, weights = np.full(len(names), -1, np.int32), np.zeros((len(names), rows), np.float32)
     sets: dict[tuple[int, int], int] = {}
-    points, mean, unit = [], [], []
+    points: list[FloatArray] = []
+    mean: list[FloatArray] = []
+    unit: list[FloatArray] = []
     for i, residual in enumerate(model.residuals):
         for c, name in enumerate(names):
             if name not in residual.weights:
