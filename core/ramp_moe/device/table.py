@@ -83,7 +83,7 @@ class CostTable:
 
         def spread(values: NDArray[Any], empty: float, kind: type) -> NDArray[Any]:
             """`[grids]` -> `[G, P]`."""
-            out = np.full(shape, empty, kind)
+            out: NDArray[Any] = np.full(shape, empty, kind)
             for part, (start, count) in enumerate(zip(grids.starts, per_part, strict=True)):
                 out[:count, part] = values[start : start + count]
             return out
