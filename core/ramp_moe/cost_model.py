@@ -13,7 +13,7 @@ same at 30 us and at 3 ms).
 from __future__ import annotations
 
 import itertools
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -291,7 +291,13 @@ class CostModel:
 
     def restrict(self, kernels: Sequence[str]) -> CostModel:
         """The same model with the candidates of these kernels only."""
-        kept = [c for c in self.candidates if c.kernel in kernels]
+        return self._with([c for c in self.candidates if c.kernel in kernels])
+
+    def without(self, names: Collection[str]) -> CostModel:
+        """The same model less the candidates of these names. Raises KernelError where none is left."""
+        return self._with([c for c in self.candidates if c.name not in names]) if names else self
+
+    def _with(self, kept: Sequence[Candidate]) -> CostModel:
         return CostModel(
             self.shape,
             self.hardware,

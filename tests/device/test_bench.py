@@ -13,7 +13,7 @@ import torch
 from moe_cases import error, expected
 from ramp_moe import Hardware, HardwareError, KernelConfig, KernelError, MoEShape, RoutingError, UnknownNameError
 from ramp_moe.device import Batch, LaunchableKernel, Workspace
-from ramp_moe.device.bench import Bench, _errors, _reference, random_weights
+from ramp_moe.device.bench import Bench, _errors, reference, random_weights
 from ramp_moe.routing import generate
 from ramp_moe_kernels.triton.kernel import TritonMoE
 
@@ -123,7 +123,7 @@ def test_the_reference_is_that_of_the_kernels(dtype: str) -> None:
     x = torch.randn(5, 256, generator=torch.Generator().manual_seed(2)).half()
     topk_ids = torch.tensor([[0, 1], [3, 3], [-1, 4], [2, -7], [1, 2**30]], dtype=torch.int32)
     given = Batch(x, topk_ids, torch.rand(5, 2))
-    got = _reference(layer, given)
+    got = reference(layer, given)
     assert error(got, expected(layer, given, quantise=False)) < 1e-5
     assert not got[2].any()
 
@@ -328,7 +328,7 @@ def test_gpu_what_is_timed_computes_the_layer(opened: tuple[Bench, str]) -> None
         out.fill_(float("nan"))
         torch.cuda.synchronize()
         measure("triton", config, 2)  # a replay alone
-        assert error(out, _reference(made._weights, made._batch().batch)) < 0.06
+        assert error(out, reference(made._weights, made._batch().batch)) < 0.06
 
 
 @pytest.mark.gpu

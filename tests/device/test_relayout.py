@@ -10,7 +10,7 @@ import torch
 from moe_cases import weights
 from ramp_moe import MoEShape, ShapeError, UnknownNameError
 from ramp_moe.device import Batch, MoEWeights, relayout
-from ramp_moe.device.bench import _reference
+from ramp_moe.device.bench import reference
 from ramp_moe.device.layouts import to_give
 from ramp_moe.kernel import LAYOUTS
 
@@ -116,6 +116,6 @@ def test_the_bench_s_reference_knows_them(dtype: str) -> None:
     shape: MoEShape = plain.shape(2)
     ids = torch.arange(6, dtype=torch.int32).view(3, 2) % shape.num_experts
     given = Batch(torch.randn(3, 128).bfloat16(), ids, torch.rand(3, 2))
-    wanted = _reference(plain, given)
+    wanted = reference(plain, given)
     for key in LAYOUTS:
-        assert torch.equal(_reference(relayout(plain, key), given), wanted)
+        assert torch.equal(reference(relayout(plain, key), given), wanted)

@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn.functional import pad, silu
+from torch.nn.functional import gelu, pad, silu
 
 from ..errors import HardwareError, KernelError, RoutingError, UnknownNameError
 from ..hardware import Hardware
@@ -138,7 +138,7 @@ class Bench:
             opened.out.fill_(float("nan"))
             self._run(kernel, config)
             if opened.expected is None:
-                opened.expected = _reference(self._weights, opened.batch)
+                opened.expected = reference(self._weights, opened.batch)
             wrong = misfit(opened.out, opened.expected, self.shape.dtype)
         if wrong is not None:
             raise KernelError(f"{kernel}/{config}: {wrong}")
@@ -278,8 +278,8 @@ def _mark() -> torch.cuda.Event:
     return event
 
 
-def _reference(weights: MoEWeights, batch: Batch) -> Tensor:
-    """The swiglu layer, float32 `[T, H]`, with nothing rounded on the way; ids out of range are skipped."""
+def reference(weights: MoEWeights, batch: Batch) -> Tensor:
+    """The layer, float32 `[T, H]`, with nothing rounded on the way; ids out of range are skipped."""
     x, ids = batch.hidden_states.float(), batch.topk_ids
     weights = relayout(weights, "gate-first")
     out = torch.zeros_like(x)
@@ -291,12 +291,22 @@ def _reference(weights: MoEWeights, batch: Batch) -> Tensor:
             down = _dequantised(weights.down, weights.down_scale, e)
             for part in (ids == e).nonzero().split(PART):
                 token, slot = part.unbind(1)
-                gate, up = (x[token] @ gate_up.T).chunk(2, 1)
-                y = (silu(gate) * up) @ down.T
+                projected, b = x[token] @ gate_up.T, weights.gate_up_bias
+                y = _activated(*(projected if b is None else projected + b[e]).chunk(2, 1), weights.activation) @ down.T
+                if weights.down_bias is not None:
+                    y += weights.down_bias[e]
                 out.index_add_(0, token, y * batch.topk_weights[token, slot, None])
     finally:
         torch.set_float32_matmul_precision(precision)
     return out
+
+
+def _activated(gate: Tensor, up: Tensor, activation: str) -> Tensor:
+    """As ACTIVATIONS describes them."""
+    if activation == "swiglu_oai":
+        gate, up = gate.clamp(max=7), up.clamp(-7, 7) + 1
+        return gate * torch.sigmoid(1.702 * gate) * up
+    return (silu(gate) if activation == "swiglu" else gelu(gate, approximate="tanh")) * up
 
 
 def _dequantised(w: Tensor, scale: Tensor | None, expert: int) -> Tensor:

@@ -22,7 +22,7 @@ from ..kernel import LAYOUTS, KernelConfig, layouts_of, usable_configs
 from ..plugins import describe
 from ..routing import IntArray, generate
 from ..shapes import MoEShape
-from .bench import _reference, misfit, random_weights
+from .bench import reference, misfit, random_weights
 from .contract import Batch, LaunchableKernel, MoEWeights, Workspace
 from .layouts import relayout, to_give
 
@@ -137,7 +137,7 @@ class Trial:
             for kind, ids in _routings(tokens, self.shape):
                 batch = self._batch(ids, seed=len(found) + 1)
                 name = f"{tokens} token{'s' if tokens > 1 else ''}, {kind}"
-                found.append(Case(name, batch, _reference(self.weights, batch)))
+                found.append(Case(name, batch, reference(self.weights, batch)))
         return found
 
     @cached_property

@@ -1,0 +1,231 @@
+"""Dispatch inside CUDA graphs: the few candidates that win at a batch size become bodies of the graph, and the batch's
+expert histogram chooses one on the device at every replay.
+
+    nodes    the kernel that chooses switches the bodies' kernels on and off (see `graph`)
+    switch   a conditional node runs one body's graph (see `graph`)
+    gated    every body runs, all but the chosen one on a batch whose ids are padding, into an output of its own: where
+             the driver, torch or the GPU has neither of the others
+    single   one body: the best for the batch size
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, Protocol
+
+from ..cost_model import Candidate, CostModel
+from ..errors import KernelError, RampMoEError
+from ..shortlist import Shortlist, shortlist
+from . import graph
+from .bench import misfit, reference
+from .contract import Batch, MoEWeights, Workspace
+from .select import Launch, Selector
+from .table import CostTable
+
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor
+
+    from .recorder import Recorder
+
+MODES = ("nodes", "switch", "gated", "single")
+"""Cheapest first."""
+OVERHEAD_US: Mapping[str, Mapping[int, float]] = {
+    "nodes": {1: 0.0, 2: 4.4, 4: 5.1, 8: 6.1},
+    "switch": {1: 0.0, 2: 10.4, 8: 10.4},
+    "gated": {1: 0.0, 2: 8.0, 8: 40.0},
+}
+"""Of a layer in a graph, by bodies, on an H200, the choice included (examples/device_dispatch)."""
+MOST_BODIES = 8
+CHECKED_TOKENS = 32
+STATES = 1024
+"""Captures of one layer in mode "nodes"."""
+GUARD = 7.0
+
+
+class Launches(Protocol):
+    """What runs a candidate: a layer."""
+
+    workspace: Workspace
+
+    def launch(self, candidate: Candidate, batch: Batch, out: Tensor) -> None: ...
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What a graph for `num_tokens` gets. `mode` and why it is that one; the bodies, of which the first is the best for
+    the batch size alone; what was left out because it misbehaved, with the reason; the shortlist that the bodies are
+    from; kernel nodes of all bodies, in mode "nodes"."""
+
+    num_tokens: int
+    mode: str
+    why: str
+    bodies: tuple[Candidate, ...]
+    shortlist: Shortlist
+    kernels: int = 0
+    selector: Selector | None = field(default=None, repr=False)
+
+
+class GraphDispatch:
+    """Plans, and captures, one layer's dispatch in CUDA graphs.
+
+    mode: one of MODES; the cheapest that this machine and the candidates allow where None. Raises KernelError for a
+    mode that cannot be had.
+    """
+
+    def __init__(
+        self, launches: Launches, weights: MoEWeights, model: CostModel, top_k: int, mode: str | None = None
+    ) -> None:
+        import torch
+
+        if mode is not None and mode not in MODES:
+            raise KernelError(f"there is no mode {mode!r} of dispatch in graphs; take one of {', '.join(MODES)}")
+        self.dropped: dict[str, str] = {}
+        self.plans: dict[int, Plan] = {}
+        self.recorder: Recorder | None = None
+        self._launches, self._weights, self._model, self._top_k, self._mode = launches, weights, model, top_k, mode
+        self._device = weights.gate_up.device
+        self._side = torch.cuda.Stream(self._device)
+        self._states = torch.full((STATES, 1), -1, dtype=torch.int32, device=self._device)
+        self._captures = 0
+
+    def prepare(self, num_tokens: int, dtype: torch.dtype) -> Plan:
+        """Decide what a graph for `num_tokens` gets, and run every body once: it is compiled, its buffers have their
+        size, and its output is right. A candidate that raises, writes outside its output or computes something else is
+        dropped (`dropped` says why) before any capture, and the next best takes its place. Raises KernelError where
+        none is left."""
+        if num_tokens in self.plans:
+            return self.plans[num_tokens]
+        batch = self._batch(num_tokens, dtype)
+        expected = reference(self._weights, _first(batch, CHECKED_TOKENS))
+        costs = OVERHEAD_US[self._mode if self._mode in OVERHEAD_US else "nodes"]
+        checked: set[str] = set()
+        while True:
+            model = self._model.without(self.dropped)
+            short = shortlist(model, num_tokens, 1 if self._mode == "single" else MOST_BODIES, costs)
+            bodies = tuple(model.candidates[c] for c in short.columns)
+            for candidate in bodies:
+                if candidate.name not in checked and (reason := self._misbehaves(candidate, batch, expected)):
+                    self.dropped[candidate.name] = reason
+                checked.add(candidate.name)
+            if not any(c.name in self.dropped for c in bodies):
+                break
+        mode, why, kernels = self._choose_mode(bodies, batch)
+        if mode == "single":
+            bodies = bodies[:1]
+        selector = None
+        if len(bodies) > 1:
+            table = CostTable.of(model, short.columns)
+            selector = Selector(table, self._weights.down.shape[0], self._device)
+        plan = Plan(num_tokens, mode, why, bodies, short, kernels, selector)
+        self.plans[num_tokens] = plan
+        return plan
+
+    def capture(
+        self, plan: Plan, x: Tensor, topk_ids: Tensor, topk_weights: Tensor, out: Tensor, num_valid: Tensor | None
+    ) -> None:
+        """Add the choice and the plan's bodies to the graph that is captured on the current stream. Everything that is
+        given is read, and out written, at every replay; num_valid int32 `[1]`, where given, is how many tokens are
+        none of the padding."""
+        import torch
+
+        selector = plan.selector
+        assert selector is not None
+        ids = self._launches.workspace.get("kernel_ids", tuple(topk_ids.shape), torch.int32, topk_ids.device)
+        state = None
+        if plan.mode == "nodes":
+            if self._captures == STATES:
+                raise KernelError(f"one layer can be captured {STATES} times in mode nodes; give mode='switch' for more")
+            state = self._states[self._captures]
+            self._captures += 1
+
+        def select(handle: int) -> Launch:
+            return selector.launch(topk_ids, num_valid, ids, self.recorder, handle, state)
+
+        batch = Batch(x, ids, topk_weights)
+        bodies = [lambda c=c: self._launches.launch(c, batch, out) for c in plan.bodies]
+        if plan.mode == "nodes":
+            graph.capture_nodes(select, selector.function, bodies)
+        elif plan.mode == "switch":
+            graph.capture_switch(select, bodies, self._side)
+        else:
+            select(0)
+            self._run_all(plan, batch, out, selector.choice)
+
+    def _run_all(self, plan: Plan, batch: Batch, out: Tensor, choice: Tensor) -> None:
+        import torch
+
+        get = self._launches.workspace.get
+        outs = get("gated_out", (len(plan.bodies), *out.shape), out.dtype, out.device)
+        for i, candidate in enumerate(plan.bodies):
+            ids = torch.where(choice == i, batch.topk_ids, -1)
+            self._launches.launch(candidate, Batch(batch.hidden_states, ids, batch.topk_weights), outs[i])
+        torch.index_select(outs, 0, choice, out=out[None])
+
+    def _choose_mode(self, bodies: Sequence[Candidate], batch: Batch) -> tuple[str, str, int]:
+        """The mode, why, and how many kernels the bodies have."""
+        import torch
+
+        if len(bodies) == 1:
+            return "single", "one candidate is best, or switching would cost more than it gains", 0
+        refused = []
+        for mode in MODES[:-1] if self._mode is None else (self._mode,):
+            reason = None if mode == "gated" else graph.unsupported(mode)
+            if reason is None and mode == "nodes":
+                out = torch.empty_like(batch.hidden_states)
+                counts = [
+                    graph.kernel_nodes(lambda c=c: self._launches.launch(c, batch, out), self._side) for c in bodies
+                ]
+                other = [c.name for c, n in zip(bodies, counts, strict=True) if n is None]
+                kernels = sum(n or 0 for n in counts)
+                if other:
+                    reason = f"{other[0]} launches more than kernels"
+                elif kernels > graph.MAX_NODES:
+                    reason = f"the bodies have {kernels} kernels, more than {graph.MAX_NODES}"
+                else:
+                    return mode, "; ".join(refused) or "the cheapest there is", kernels
+            if reason is None:
+                return mode, "; ".join(refused) or "the cheapest there is", 0
+            refused.append(f"{mode}: {reason}")
+        raise KernelError(f"dispatch in graphs cannot be had in mode {refused[0]}; leave the mode out")
+
+    def _misbehaves(self, candidate: Candidate, batch: Batch, expected: Tensor) -> str | None:
+        """Why a candidate must not be captured; None where nothing is wrong with it."""
+        import torch
+
+        x = batch.hidden_states
+        guarded = torch.full((len(x) + 2, x.shape[1]), GUARD, dtype=x.dtype, device=x.device)
+        try:
+            for stream in (torch.cuda.current_stream(self._device), self._side):
+                # A capture runs on the caller's stream, or on ours: buffers are each stream's own.
+                stream.wait_stream(torch.cuda.current_stream(self._device))
+                with torch.cuda.stream(stream):
+                    self._launches.launch(candidate, batch, guarded[1:-1])
+                torch.cuda.current_stream(self._device).wait_stream(stream)
+            torch.cuda.synchronize(self._device)
+        except (RampMoEError, RuntimeError, ValueError, TypeError) as e:
+            return f"raised {type(e).__name__}: {e}"
+        if not (guarded[0] == GUARD).all() or not (guarded[-1] == GUARD).all():
+            return "wrote outside its output"
+        dtype = {torch.float8_e4m3fn: "fp8", torch.float16: "fp16"}.get(self._weights.gate_up.dtype, "bf16")
+        if wrong := misfit(guarded[1 : 1 + len(expected)], expected, dtype):
+            return f"wrong output: {wrong}"
+        return None
+
+    def _batch(self, num_tokens: int, dtype: torch.dtype) -> Batch:
+        """Random, evenly routed."""
+        import torch
+
+        experts, hidden = self._weights.down.shape[:2]
+        generator = torch.Generator(self._device).manual_seed(num_tokens)
+        x = torch.randn(num_tokens, hidden, device=self._device, dtype=dtype, generator=generator)
+        scores = torch.rand(num_tokens, experts, device=self._device, generator=generator)
+        ids = scores.topk(self._top_k, -1).indices.int()
+        weights = torch.rand(num_tokens, self._top_k, device=self._device, generator=generator)
+        return Batch(x, ids, weights / weights.sum(-1, keepdim=True))
+
+
+def _first(batch: Batch, tokens: int) -> Batch:
+    of: Any = (batch.hidden_states, batch.topk_ids, batch.topk_weights)
+    return Batch(*(t[:tokens].contiguous() for t in of))
