@@ -52,12 +52,12 @@ def fit_sweep(sweep: Sweep, candidates: Sequence[Candidate], hardware: Hardware,
     ctas = grids.ctas(counts)
     features = np.stack([grids.by_part(name, counts, ctas) for name in spec.terms], axis=-1)
     summed, active = grids.by_part("ctas", counts, ctas), grids.by_part("active", counts, ctas)[:, 0]
-    coefficients, relative = _least_squares(features, np.where(bounded, np.nan, times), spec.non_negative)
+    coefficients, relative = least_squares(features, np.where(bounded, np.nan, times), spec.non_negative)
     if bounded.any():
         # A bound is no time to fit to, unless the fit is below it there, or has too few batches without it.
         below = (bounded & (np.einsum("rsn,sn->rs", features, coefficients) < times)).any(0)
         below |= (np.isfinite(times) & ~bounded).sum(0) < len(spec.terms)
-        with_bounds = _least_squares(features[:, below], times[:, below], spec.non_negative)
+        with_bounds = least_squares(features[:, below], times[:, below], spec.non_negative)
         coefficients[below], relative[:, below] = with_bounds
 
     fits: dict[str, PartFit] = {}
@@ -111,7 +111,7 @@ def _token_block(parts: Sequence[Part]) -> int:
     return next((g.block_tokens for p in parts for g in p.grids), 1)
 
 
-def _least_squares(terms: FloatArray, times: FloatArray, non_negative: bool) -> tuple[FloatArray, FloatArray]:
+def least_squares(terms: FloatArray, times: FloatArray, non_negative: bool) -> tuple[FloatArray, FloatArray]:
     """Minimise sum_r ((terms[r, s] @ c[s] - times[r, s]) / times[r, s])**2 for every part s.
 
     terms `[rows, stages, n]`, times `[rows, stages]` (NaN rows do not count). Returns c `[stages, n]` and the relative
