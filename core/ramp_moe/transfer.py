@@ -2,9 +2,9 @@
 
 A configuration's coefficients go with what the shape makes of its grid: the time of a CTA, and so of a wave, with the
 weights that one CTA multiplies (its weight rows times its share of the reduction), the time of an active expert with
-its bytes. In these units one set of coefficients is fitted to the batches of all shapes together. It is a first guess:
-regret on shapes that were left out is two to four times that of a profile (`examples/study`), and nothing corrects it.
-Every choice by it says that it extrapolates.
+its bytes. In these units one set of coefficients is fitted to the batches of all shapes together. It is a first guess,
+which nothing corrects: for shapes that were left out it loses 2% to 6.4%, their own profile under 1.7%, one
+configuration for everything 6% to 16% (`examples/study`). Every choice by it says that it extrapolates.
 """
 
 from __future__ import annotations
