@@ -22,6 +22,7 @@ from numpy.typing import NDArray
 
 from .errors import KernelError, ProfileError, UnknownNameError
 from .geometry import GridGeometry
+from .grids import Grids
 from .hardware import Hardware
 from .kernel import PREPARATION, STAGE_KINDS, KernelConfig
 from .residual import Correction, Residual
@@ -34,7 +35,7 @@ BoolArray = NDArray[np.bool_]
 
 @dataclass(frozen=True, slots=True)
 class Form:
-    """Terms of T = sum_i c_i * term_i, by name (see `Grids._term`), "one" first. A non-negative fit cannot predict a
+    """Terms of T = sum_i c_i * term_i, by name (see `grids`), "one" first. A non-negative fit cannot predict a
     negative time."""
 
     terms: tuple[str, ...]
@@ -67,10 +68,7 @@ FORMS: Mapping[str, Form] = {
         smooth=True,
     ),
 }
-DEFAULT_FORM = "active"
-NEAR = 1.2
-"""Candidates whose time by the terms alone is within this factor of the fastest are corrected; the others stay behind
-them, as slow as the slowest at least: what the correction learnt there decides nothing."""
+DEFAULT_FORM = "smooth"
 
 
 def get_form(name: str) -> Form:
@@ -135,72 +133,57 @@ class Prediction:
     extrapolated: BoolArray
 
 
-class Grids:
-    """Many parts' grids as arrays, so that all are evaluated at once for one histogram or a batch of them.
+class _Sums:
+    """Candidates as sums of their parts' terms, `candidates` by their parts' keys."""
 
-    CTA counts are float64 here: `GridGeometry` counts in integers, but the division of doubles is several times
-    faster, and exact for every count below 2**52 / block.
-    """
+    def __init__(
+        self, candidates: Sequence[Sequence[str]], fits: Mapping[str, PartFit], terms: Sequence[str], num_sms: int
+    ) -> None:
+        index = {k: i for i, k in enumerate(dict.fromkeys(itertools.chain.from_iterable(candidates)))}
+        fitted = [fits[k] for k in index]
+        coefficients = np.array([f.coefficients for f in fitted])
+        self.grids = Grids([f.part.grids for f in fitted], num_sms)
+        # The first term is the constant.
+        self._terms, self._constant = terms[1:], coefficients[:, 0].copy()
+        self._matrix = self.grids.matrix(self._terms, coefficients[:, 1:])
+        self._floor = np.array([f.floor_us for f in fitted])
+        self._ctas_range = np.array([f.ctas_range for f in fitted]).T
+        self._active_range = np.array([f.active_range for f in fitted]).T
+        self._parts_of = [[index[k] for k in keys] for keys in candidates]
+        # Candidate c sums parts _flat[_starts[c] : _starts[c + 1]].
+        self._flat = np.array([i for parts in self._parts_of for i in parts], np.intp)
+        self._starts = np.cumsum([0, *(len(parts) for parts in self._parts_of[:-1])])
+        # The commonest case, one measured part a candidate, needs no summing in the hot path.
+        self._one_part_each = np.array_equal(self._flat, np.arange(len(candidates)))
+        self._limits = [
+            (int(launch), *f.ctas_range, *f.active_range)
+            for launch, f in zip(self.grids.launch_of, fitted, strict=True)
+        ]
 
-    def __init__(self, parts: Sequence[Part], num_sms: int) -> None:
-        # A part without a grid counts routed ids: blocks of one token, one tile along the weights, endless slots.
-        grids = [g for p in parts for g in p.grids or (None,)]
-        blocks = np.array([1 if g is None else g.block_tokens for g in grids], np.float64)
-        distinct, self.block_of = np.unique(blocks, return_inverse=True)
-        self.blocks = distinct[:, None]
-        self.ctas_per_m_tile = np.array([1.0 if g is None else g.ctas_per_m_tile for g in grids])
-        self.slots = np.array([np.inf if g is None else g.slots(num_sms) for g in grids])
-        # Part p adds up the grids starts[p] : starts[p + 1], each by the work of one of its CTAs.
-        self.starts = np.cumsum([0, *(max(len(p.grids), 1) for p in parts[:-1])])
-        self.work = np.array([w for p in parts for w in _relative_work(p.grids)])
-        self.one_grid_each = len(grids) == len(parts)
+    def us(self, counts: FloatArray, ctas: FloatArray) -> FloatArray:
+        """Microseconds `[..., candidates]`."""
+        us: FloatArray = self.grids.features(self._terms, counts, ctas).dot(self._matrix)
+        us += self._constant
+        np.maximum(us, self._floor, out=us)
+        if self._one_part_each:
+            return us
+        return np.asarray(np.add.reduceat(us[..., self._flat], self._starts, axis=-1))
 
-    def tiles(self, histograms: IntArray) -> FloatArray:
-        """M-tiles of each distinct token block, `[..., blocks]`."""
-        # To floats before the broadcast, which would convert every element once a block.
-        shares = histograms.astype(np.float64)[..., None, :] / self.blocks
-        return np.asarray(np.add.reduce(np.ceil(shares, out=shares), axis=-1))
+    def outside(self, counts: FloatArray, ctas: FloatArray) -> BoolArray:
+        """Which candidates have a part outside its fitted rows, `[..., candidates]`."""
+        (ctas_low, ctas_high), (active_low, active_high) = self._ctas_range, self._active_range
+        summed, active = self.grids.sum(ctas)[..., self.grids.launch_of], counts[..., -1:]
+        outside = (summed < ctas_low) | (summed > ctas_high) | (active < active_low) | (active > active_high)
+        return np.logical_or.reduceat(outside[..., self._flat], self._starts, axis=-1)
 
-    def ctas(self, tiles: FloatArray) -> FloatArray:
-        """CTAs that do work, `[..., grids]`."""
-        return np.asarray(tiles.take(self.block_of, axis=-1) * self.ctas_per_m_tile)
-
-    def sum(self, per_grid: FloatArray) -> FloatArray:
-        """`[..., grids]` -> `[..., parts]`, weighted by work."""
-        if self.one_grid_each:
-            return per_grid
-        return np.asarray(np.add.reduceat(per_grid * self.work, self.starts, axis=-1))
-
-    def terms(self, names: Sequence[str], ctas: FloatArray, active: FloatArray) -> list[FloatArray | float]:
-        """Each named term, `[..., parts]` or broadcasting to it, of `ctas [..., grids]` and `active [..., 1]`."""
-        return [self._term(name, ctas, active) for name in names]
-
-    def _term(self, name: str, ctas: FloatArray, active: FloatArray) -> FloatArray | float:
-        match name:
-            case "one":
-                return 1.0
-            case "waves":
-                return self.sum(np.asarray(ctas / self.slots))
-            case "ceil_waves":
-                return self.sum(np.asarray(np.ceil(ctas / self.slots)))
-            case "ctas":
-                return self.sum(ctas)
-            case "log_ctas":
-                return np.asarray(np.log1p(self.sum(ctas)))
-            case "active":
-                return active
-        raise KernelError(f"cost model form names an unknown term {name!r}")
-
-
-def _relative_work(grids: Sequence[GridGeometry]) -> list[float]:
-    """Work of one CTA of each grid, in those of the first: its weight rows times its share of the reduction."""
-    work = [g.block_weights * g.reduction / g.split_k for g in grids] or [1.0]
-    return [w / work[0] for w in work]
-
-
-def active_of(histograms: IntArray) -> FloatArray:
-    """Active experts `[..., 1]`, as floats for the terms."""
-    return np.asarray(np.add.reduce(histograms > 0, axis=-1, keepdims=True, dtype=np.float64))
+    def is_outside(self, candidate: int, counts: FloatArray, ctas: FloatArray) -> bool:
+        """The same of one candidate and one batch, faster."""
+        summed, active = self.grids.sum(ctas), counts[-1]
+        for i in self._parts_of[candidate]:
+            launch, low, high, fewest, most = self._limits[i]
+            if not (low <= summed[launch] <= high and fewest <= active <= most):
+                return True
+        return False
 
 
 class CostModel:
@@ -235,59 +218,48 @@ class CostModel:
         if missing:
             raise KernelError(f"candidate {missing[0][0]} needs {missing[0][1]!r}, which is not fitted")
         self.fits = {k: fits[k] for k in dict.fromkeys(itertools.chain.from_iterable(keys))}
-        index = {k: i for i, k in enumerate(self.fits)}
-        fitted = list(self.fits.values())
-        self._terms = get_form(form).terms
-        self._grids = Grids([f.part for f in fitted], hardware.num_sms)
-        self._coefficients = np.array([f.coefficients for f in fitted]).T.copy()
-        self._floor = np.array([f.floor_us for f in fitted])
-        self._ctas_range = np.array([f.ctas_range for f in fitted]).T
-        self._active_range = np.array([f.active_range for f in fitted]).T
-        # Candidate c sums parts _flat[_starts[c] : _starts[c + 1]].
-        self._flat = np.array([index[k] for ks in keys for k in ks], np.intp)
-        self._starts = np.cumsum([0, *(len(ks) for ks in keys[:-1])])
-        self._parts_of = [[index[k] for k in ks] for ks in keys]
-        self._ranges = [(*f.ctas_range, *f.active_range) for f in fitted]
         self.residuals = tuple(residuals)
-        block_index = {int(b): i for i, b in enumerate(self._grids.blocks[:, 0])}
-        self._corrections = []
-        for residual in self.residuals:
-            columns = [i for i, c in enumerate(self.candidates) if c.name in residual.weights]
-            if columns:
-                names = [self.candidates[i].name for i in columns]
-                self._corrections.append(Correction(residual, columns, names, block_index))
-        # The commonest case, one measured part a candidate, needs no summing in the hot path.
-        self._one_part_each = np.array_equal(self._flat, np.arange(len(candidates)))
+        known = {name for r in self.residuals for name in r.weights}
+        corrected = {c.kernel for c in candidates if c.name in known}
+        self.contenders = np.array(
+            [i for i, c in enumerate(candidates) if c.name in known or c.kernel not in corrected], np.intp
+        )
+        """Indices of the candidates that can be chosen: of a kernel with a residual, those that it corrects."""
+        terms = get_form(form).terms
+        self._sums = _Sums(keys, self.fits, terms, hardware.num_sms)
+        self._contending = _Sums([keys[i] for i in self.contenders], self.fits, terms, hardware.num_sms)
+        self._correction = None
+        if corrected:
+            names = [self.candidates[i].name for i in self.contenders]
+            self._correction = Correction(self.residuals, names, self._contending.grids.blocks.tolist())
 
     @property
     def num_experts(self) -> int:
         return self.shape.num_experts
 
     def cost(self, histograms: IntArray) -> FloatArray:
-        """Microseconds `[..., candidates]` for checked histograms int64 `[..., num_experts]`: the hot path."""
-        return self._cost(histograms, self._grids.tiles(histograms), active_of(histograms))
+        """Microseconds `[..., candidates]` for checked histograms int64 `[..., num_experts]`."""
+        counts = self._sums.grids.count(histograms)
+        return self._cost(histograms, self._sums.us(counts, self._sums.grids.ctas(counts)))
 
     def choose(self, histogram: IntArray) -> tuple[int, float, bool]:
         """Index of the fastest candidate for one checked histogram (the first of equal ones), its predicted
-        microseconds, and whether that extrapolates."""
-        tiles, active = self._grids.tiles(histogram), active_of(histogram)
-        us = self._cost(histogram, tiles, active)
+        microseconds, and whether that extrapolates: the hot path, which evaluates what `cost` does only as far as it
+        decides."""
+        contending = self._contending
+        counts = contending.grids.count(histogram)
+        ctas = contending.grids.ctas(counts)
+        us = contending.us(counts, ctas)
+        if self._correction is not None:
+            us *= self._correction.factors(counts if counts[0] else np.ones_like(counts))
         best = int(us.argmin())
-        extrapolated = False
-        summed, a = self._grids.sum(self._grids.ctas(tiles)), active[0]
-        for i in self._parts_of[best]:
-            f = self._ranges[i]
-            extrapolated |= not (f[0] <= summed[i] <= f[1] and f[2] <= a <= f[3])
-        return best, float(us[best]), extrapolated
+        return int(self.contenders[best]), float(us[best]), contending.is_outside(best, counts, ctas)
 
     def predict(self, histograms: IntArray) -> Prediction:
         """As `cost`, and which predictions lie outside the rows that the fit saw."""
-        tiles, active = self._grids.tiles(histograms), active_of(histograms)
-        (ctas_low, ctas_high), (active_low, active_high) = self._ctas_range, self._active_range
-        summed = self._grids.sum(self._grids.ctas(tiles))
-        outside = (summed < ctas_low) | (summed > ctas_high) | (active < active_low) | (active > active_high)
-        extrapolated = np.logical_or.reduceat(outside[..., self._flat], self._starts, axis=-1)
-        return Prediction(self._cost(histograms, tiles, active), extrapolated)
+        counts = self._sums.grids.count(histograms)
+        ctas = self._sums.grids.ctas(counts)
+        return Prediction(self._cost(histograms, self._sums.us(counts, ctas)), self._sums.outside(counts, ctas))
 
     def restrict(self, kernels: Sequence[str]) -> CostModel:
         """The same model with the candidates of these kernels only."""
@@ -310,27 +282,16 @@ class CostModel:
             self.residuals,
         )
 
-    def _cost(self, histograms: IntArray, tiles: FloatArray, active: FloatArray) -> FloatArray:
-        us = self._by_terms(tiles, active)
-        if self._corrections:
-            near = us <= NEAR * us.min(-1, keepdims=True)
-            ids = np.add.reduce(histograms, axis=-1, dtype=np.float64)
-            for correction in self._corrections:
-                correction.apply(us, near, ids, active[..., 0], tiles)
-            np.maximum(us, np.where(near, us, 0.0).max(-1, keepdims=True), out=us, where=~near)
-        return us
-
-    def _by_terms(self, tiles: FloatArray, active: FloatArray) -> FloatArray:
-        terms = self._grids.terms(self._terms, self._grids.ctas(tiles), active)
-        # The first term is the constant; any other gives the sum its full shape.
-        us = np.asarray(self._coefficients[1] * terms[1])
-        us += self._coefficients[0]
-        for coefficient, term in zip(self._coefficients[2:], terms[2:], strict=True):
-            us += coefficient * term
-        np.maximum(us, self._floor, out=us)
-        if self._one_part_each:
+    def _cost(self, histograms: IntArray, us: FloatArray) -> FloatArray:
+        """`us` by the terms alone, corrected; who is no contender stays behind the fastest who is."""
+        if self._correction is None:
             return us
-        return np.asarray(np.add.reduceat(us[..., self._flat], self._starts, axis=-1))
+        counts = self._contending.grids.count(histograms)
+        corrected = self._contending.us(counts, self._contending.grids.ctas(counts))
+        corrected *= self._correction.factors(np.maximum(counts, 1.0))
+        us = np.maximum(us, np.nextafter(corrected.min(-1, keepdims=True), np.inf))
+        us[..., self.contenders] = corrected
+        return us
 
 
 def candidates_of(

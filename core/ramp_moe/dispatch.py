@@ -35,6 +35,9 @@ class Dispatcher:
     def for_model(cls, model: str, device: str, kernels: Sequence[str] = (), dtype: str = "fp8") -> Dispatcher:
         """A dispatcher over what is recorded for a named model and device, of these kernels (of all where empty).
 
+        Where these kernels have no profile of the shape, profiles of other shapes are made to do (see `transfer`): then
+        `model.measured` says so, and every choice is extrapolated.
+
         Raises UnknownNameError for a name nobody registered, ProfileError where nothing is recorded.
         """
         registry = get_registry()

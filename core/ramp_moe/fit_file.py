@@ -1,4 +1,4 @@
-"""Fitted coefficients on disk: format "ramp-moe/fit", version 1, one JSON object:
+"""Fitted coefficients on disk: format "ramp-moe/fit", version 2, one JSON object:
 
     device, kernel, shape         what the fit is for
     form, terms                   the cost model form, and the order of its coefficients
@@ -10,10 +10,12 @@
                                   (relative), the fitted rows, the ranges of CTAs and active experts they cover, and
                                   floor_us, below which no prediction goes
     residual                      what corrects the sums (see `residual`), null for forms without: routed ids, active
-                                  experts and, by token block, M-tiles of the fitted batches; the covariance's length;
-                                  by configuration its token block, and a weight for each batch
+                                  experts and, by token block, M-tiles of the fitted batches; by configuration its token
+                                  block, the spline's constant, and a weight for each batch. A configuration that it
+                                  does not name is never chosen
 
-A fit whose digest is not that of the sweep found beside it is out of date and is not used.
+A fit whose digest is not that of the sweep found beside it is out of date and is not used. Version 1 had another
+residual: what has one has to be fitted again.
 """
 
 from __future__ import annotations
@@ -21,6 +23,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import msgspec
 import numpy as np
@@ -30,13 +33,13 @@ from .errors import ProfileError, RampMoEError
 from .files import read_json, write_json
 from .hardware import Hardware
 from .kernel import KernelConfig
-from .residual import LENGTHS, Residual
+from .residual import Residual
 from .routing import IntArray
 from .shapes import MoEShape
 from .sweep import COLUMN_KINDS, MAX_US, MIN_US, ShapeRecord, Sweep
 
 FORMAT = "ramp-moe/fit"
-VERSION = 1
+VERSION = 2
 
 
 class PartRecord(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
@@ -58,31 +61,28 @@ class ResidualRecord(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     ids: list[int]
     active: list[int]
     tiles: dict[str, list[int]]
-    length: float
-    weights: dict[str, tuple[int, list[float]]]
+    weights: dict[str, tuple[int, float, list[float]]]
 
     @classmethod
     def of(cls, residual: Residual, kernel: str) -> ResidualRecord:
         plain = {str(b): t.tolist() for b, t in residual.tiles.items()}
-        weights = {n.removeprefix(f"{kernel}/"): (b, w.tolist()) for n, (b, w) in residual.weights.items()}
-        return cls(residual.ids.tolist(), residual.active.tolist(), plain, residual.length, weights)
+        weights = {n.removeprefix(f"{kernel}/"): (b, c, w.tolist()) for n, (b, c, w) in residual.weights.items()}
+        return cls(residual.ids.tolist(), residual.active.tolist(), plain, weights)
 
     def residual(self, kernel: str) -> Residual:
         tiles = {int(b): np.array(t) for b, t in self.tiles.items()}
-        weights = {f"{kernel}/{n}": (b, np.array(w)) for n, (b, w) in self.weights.items()}
-        return Residual(np.array(self.ids), np.array(self.active), tiles, self.length, weights)
+        weights = {f"{kernel}/{n}": (b, c, np.array(w)) for n, (b, c, w) in self.weights.items()}
+        return Residual(np.array(self.ids), np.array(self.active), tiles, weights)
 
     def flaw(self) -> str | None:
         """What is wrong with it."""
         rows, columns = len(self.ids), [self.ids, self.active, *self.tiles.values()]
         if rows == 0 or any(len(column) != rows or min(column) < 1 for column in columns):
             return "the batches' numbers are not positive, or not as many as the batches"
-        if not LENGTHS[0] <= self.length <= LENGTHS[-1]:
-            return f"a length of {self.length}"
         if not all(b.isdecimal() for b in self.tiles):
             return "token blocks that are no numbers"
-        for name, (block, weights) in self.weights.items():
-            if str(block) not in self.tiles or len(weights) != rows or not np.isfinite(weights).all():
+        for name, (block, constant, weights) in self.weights.items():
+            if str(block) not in self.tiles or len(weights) != rows or not np.isfinite([constant, *weights]).all():
                 return f"the weights of {name} do not fit the batches"
         return None
 
@@ -139,7 +139,7 @@ def save_fit(path: Path, record: FitRecord) -> None:
 
 def load_fit(path: Path) -> FitRecord:
     """Read and validate a fit file. Raises ProfileError naming the file and the field."""
-    record = read_json(path, FitRecord, FORMAT, VERSION, {})
+    record = read_json(path, FitRecord, FORMAT, VERSION, {1: _from_version_1})
     try:
         record.shape.shape()
     except RampMoEError as e:
@@ -159,6 +159,12 @@ def load_fit(path: Path) -> FitRecord:
     if record.residual and (flaw := record.residual.flaw()):
         raise ProfileError(f"{path}: {flaw} - at `$.residual`; fit again")
     return record
+
+
+def _from_version_1(raw: dict[str, Any]) -> dict[str, Any]:
+    if raw.get("residual"):
+        raise ValueError("residual: it was another then; fit again")
+    return {**raw, "version": 2}
 
 
 def model_from_fit(

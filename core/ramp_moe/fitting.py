@@ -12,10 +12,8 @@ from .cost_model import (
     DEFAULT_FORM,
     Candidate,
     CostModel,
-    Grids,
     Part,
     PartFit,
-    active_of,
     get_form,
     parts_of,
     path_bounds,
@@ -24,10 +22,15 @@ from .cost_model import (
 )
 from .errors import KernelError, ProfileError
 from .geometry import m_tiles
+from .grids import Grids
 from .hardware import Hardware
 from .residual import Residual, fit_residual
 from .routing import FloatArray
 from .sweep import Sweep
+
+CONTEND = 1.15
+"""Candidates that the terms never put within this factor of the fastest, on all batches that were fitted to, are not
+corrected, and not chosen: the terms know them well enough. Without them there is less to store and to evaluate."""
 
 
 def fit_sweep(sweep: Sweep, candidates: Sequence[Candidate], hardware: Hardware, form: str = DEFAULT_FORM) -> CostModel:
@@ -44,18 +47,17 @@ def fit_sweep(sweep: Sweep, candidates: Sequence[Candidate], hardware: Hardware,
         raise KernelError(f"the sweep of {sweep.kernel} has no column {min(absent)!r}")
     picked = [column[k] for k in by_key]
     times, bounded = sweep.times_us[:, picked], sweep.only_bounded[:, picked]
-    grids = Grids(parts, hardware.num_sms)
-    ctas = grids.ctas(grids.tiles(sweep.histograms))
-    active = active_of(sweep.histograms)
-    full = np.broadcast_arrays(*grids.terms(spec.terms, ctas, active), times)[:-1]
-    summed = grids.sum(ctas)
-    features = np.stack(full, axis=-1)
-    coefficients, relative = _least_squares(features, np.where(bounded, np.nan, times), spec.non_negative)
+    grids = Grids([p.grids for p in parts], hardware.num_sms)
+    counts = grids.count(sweep.histograms)
+    ctas = grids.ctas(counts)
+    features = np.stack([grids.by_part(name, counts, ctas) for name in spec.terms], axis=-1)
+    summed, active = grids.by_part("ctas", counts, ctas), grids.by_part("active", counts, ctas)[:, 0]
+    coefficients, relative = least_squares(features, np.where(bounded, np.nan, times), spec.non_negative)
     if bounded.any():
         # A bound is no time to fit to, unless the fit is below it there, or has too few batches without it.
         below = (bounded & (np.einsum("rsn,sn->rs", features, coefficients) < times)).any(0)
         below |= (np.isfinite(times) & ~bounded).sum(0) < len(spec.terms)
-        with_bounds = _least_squares(features[:, below], times[:, below], spec.non_negative)
+        with_bounds = least_squares(features[:, below], times[:, below], spec.non_negative)
         coefficients[below], relative[:, below] = with_bounds
 
     fits: dict[str, PartFit] = {}
@@ -89,16 +91,19 @@ def fit_sweep(sweep: Sweep, candidates: Sequence[Candidate], hardware: Hardware,
 
 
 def _residual(model: CostModel, sweep: Sweep) -> Residual | None:
-    """Of the whole candidates, on the sweep's rows."""
-    histograms, candidates = sweep.histograms, model.candidates
+    """Of the whole candidates that contend: those which the terms put near the fastest on any of the sweep's rows."""
+    histograms = sweep.histograms
     rows = np.flatnonzero(histograms.any(-1))
+    predicted = model.cost(histograms[rows])
+    contend = np.flatnonzero((predicted <= CONTEND * predicted.min(1, keepdims=True)).any(0))
+    candidates = [model.candidates[i] for i in contend]
     times = np.where(path_bounds(sweep, candidates), np.nan, path_times(sweep, candidates))[rows]
     blocks = [_token_block(parts_of(c, sweep.stages)) for c in candidates]
     seen = histograms[rows]
     tiles = {b: m_tiles(seen, b) for b in dict.fromkeys(blocks)}
     names = [c.name for c in candidates]
     active = (seen > 0).sum(-1)
-    return fit_residual(seen.sum(-1), active, tiles, names, blocks, times, model.cost(seen))
+    return fit_residual(seen.sum(-1), active, tiles, names, blocks, times, predicted[:, contend])
 
 
 def _token_block(parts: Sequence[Part]) -> int:
@@ -106,7 +111,7 @@ def _token_block(parts: Sequence[Part]) -> int:
     return next((g.block_tokens for p in parts for g in p.grids), 1)
 
 
-def _least_squares(terms: FloatArray, times: FloatArray, non_negative: bool) -> tuple[FloatArray, FloatArray]:
+def least_squares(terms: FloatArray, times: FloatArray, non_negative: bool) -> tuple[FloatArray, FloatArray]:
     """Minimise sum_r ((terms[r, s] @ c[s] - times[r, s]) / times[r, s])**2 for every part s.
 
     terms `[rows, stages, n]`, times `[rows, stages]` (NaN rows do not count). Returns c `[stages, n]` and the relative

@@ -5,8 +5,9 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -34,6 +35,7 @@ from .routing import FloatArray, IntArray
 from .shapes import MoEShape
 from .store import ProfileStore
 from .sweep import COLUMN_KINDS, PATH, SPOILT, Split, Sweep
+from .transfer import transfer
 
 
 @dataclass(frozen=True)
@@ -242,8 +244,11 @@ def load_model(
     form: str = DEFAULT_FORM,
 ) -> tuple[CostModel, list[str]]:
     """The cost model to dispatch with, and notes on what was left out: each kernel's stored fit where there is one of
-    this form that is not older than its sweep, else a fit of its sweep. Kernels as in `load_replay`."""
+    this form that is not older than its sweep, else a fit of its sweep. Kernels as in `load_replay`.
+
+    Where none of them has a profile of this shape, profiles of other shapes are made to do, see `transfer`."""
     notes: list[str] = []
+    unknown: list[str] = []
     names = list(dict.fromkeys(kernels) or registry.kernels)
     chosen = {name: registry.kernel(name) for name in names}
     store.check(names, shape, hardware)
@@ -252,8 +257,7 @@ def load_model(
         with _left_out(name, bool(kernels), notes):
             recorded, fitted = store.find(name, shape, hardware), store.find_fit(name, shape, hardware)
             if recorded is None and fitted is None:
-                if kernels:
-                    raise ProfileError(store.missing([name], shape, hardware))
+                unknown.append(name)
                 continue
             configs = usable_configs(kernel, shape, hardware)
             if fitted and fitted.form == form and (recorded is None or fitted.sweep == digest(recorded[1])):
@@ -263,11 +267,39 @@ def load_model(
                 models.append(fit_recorded(recorded[1], configs, hardware, form, notes))
             else:
                 raise ProfileError(f"the fit of {name} is of another form than {form}, and its sweep is not here")
+    if len(unknown) == len(names):
+        models = _transferred(registry, store, shape, hardware, names, notes)
+    elif kernels and unknown:
+        raise ProfileError(store.missing(unknown, shape, hardware))
     if not models:
         raise ProfileError("; ".join(notes) or store.missing(names, shape, hardware))
     if not kernels:
         models = _comparable(models, notes)
     return join(models), notes
+
+
+def _transferred(
+    registry: Registry,
+    store: ProfileStore,
+    shape: MoEShape,
+    hardware: Hardware,
+    kernels: Sequence[str],
+    notes: list[str],
+) -> list[CostModel]:
+    """Of each kernel that runs here and has whole paths of other shapes."""
+    models = []
+    for name in kernels:
+        kernel = registry.kernel(name)
+        sweeps = store.of_other_shapes(name, shape, hardware)
+        if sweeps and kernel.unsupported(shape, hardware) is None:
+            with suppress(ProfileError):
+                models.append(transfer(sweeps, partial(usable_configs, kernel, hardware=hardware), shape, hardware))
+    if models:
+        notes.append(
+            f"{shape.label} has no profile on {hardware.name}: what is chosen is guessed from other shapes; measure it "
+            f"with `ramp-moe profile --model {shape.label}`"
+        )
+    return models
 
 
 def fit_recorded(

@@ -1,28 +1,36 @@
 """What the wave model leaves over, as a smooth function of the batch.
 
 The wave model's error is not noise: batches alike are wrong alike. So the logarithm of measured over predicted time is
-taken for a Gaussian process over three numbers of a batch, those that the wave model sees: routed ids, active experts,
-and M-tiles of the candidate's token block, all as logarithms in units of their spread over the fitted batches. The
-covariance of two batches at distance d is exp(-d / length), which bends at measured batches and is 0 far from them:
-there the wave model stands alone.
+smoothed over three numbers of a batch, those that the wave model sees: routed ids, active experts, and M-tiles of the
+candidate's token block. They are points z by their logarithms, in units of their spread over the fitted batches, times
+SCALES. Through the fitted batches z_n goes the spline
 
-All candidates of a kernel share the length and the noise. They are chosen by leaving out each batch in turn, in closed
-form: by the mean square of the errors that decide, which are those of candidates near the batch's best, less what all
-have in common.
+    log correction(z) = constant + sum_n weight_n |z - z_n|,    sum_n weight_n = 0,
+
+which minimises the bending, as a thin rod does in one dimension, plus the squared misses over `noise`; or, the same,
+the expectation of an intrinsic Gaussian process whose increments have variance 2 |z - z'| and whose measurements have
+variance `noise`. It has no length to choose, a cusp at each batch (as time has, where a wave fills), and levels off
+beyond them. A root a batch and token block is all that it costs to evaluate.
+
+All candidates of a kernel share the noise. It is chosen by leaving out each batch in turn, in closed form: by the mean
+square of the errors that decide, which are those of candidates near the batch's best, less what all have in common.
 """
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
+from numpy.typing import NDArray
 
 from .routing import FloatArray, IntArray
 
-LENGTHS, NOISES = (1.0, 2.0, 4.0, 8.0, 16.0), (0.003, 0.01, 0.03, 0.1)
-"""Tried: in units of spread, and as a share of the residuals' variance."""
+SCALES = (0.25, 0.5, 1.0)
+"""Of routed ids, active experts and M-tiles. Chosen by the error of leaving out each batch, over the batches to fit on
+of the profiles that ship: M-tiles say most of how a candidate differs from the others."""
+NOISES = (0.01, 0.03, 0.1, 0.3)
+"""Tried: how far apart two batches are that differ as much as two measurements of one."""
 NEAR_BEST = 0.15
 """An error's weight falls by e for each so much that its candidate is behind the batch's best."""
 FEWEST_ROWS = 8
@@ -31,14 +39,12 @@ FEWEST_ROWS = 8
 @dataclass(frozen=True)
 class Residual:
     """The batches that were fitted to: routed `ids`, `active` experts and, by token block, M-tiles, each int `[rows]`;
-    the covariance's `length`; and by candidate, its token block and weights float64 `[rows]`, so that the logarithm of
-    the correction is the sum over rows of covariance times weight."""
+    and by candidate, its token block, the constant, and the weights float64 `[rows]` of the spline."""
 
     ids: IntArray
     active: IntArray
     tiles: Mapping[int, IntArray]
-    length: float
-    weights: Mapping[str, tuple[int, FloatArray]]
+    weights: Mapping[str, tuple[int, float, FloatArray]]
 
 
 def fit_residual(
@@ -56,81 +62,87 @@ def fit_residual(
         return None
     known = np.isfinite(times_us)
     rest = np.where(known, np.log(np.where(known, times_us, 1.0) / predicted_us), 0.0)
-    behind = np.where(known, times_us, np.inf) / np.where(known, times_us, np.inf).min(1, keepdims=True) - 1
-    weight = np.exp(-behind / NEAR_BEST)
+    fastest = np.where(known, times_us, np.inf).min(1, keepdims=True)
+    weight = np.where(known, np.exp(-(np.where(known, times_us, 1.0) / fastest - 1) / NEAR_BEST), 0.0)
     share = weight / np.maximum(weight.sum(1, keepdims=True), 1e-300)
-    apart = {b: _distances(Points(ids, active, t)) for b, t in tiles.items()}
+    apart = {b: _distances(ids, active, t) for b, t in tiles.items()}
     columns = {b: np.flatnonzero(np.asarray(blocks) == b) for b in tiles}
 
-    def solved(length: float, noise: float) -> tuple[float, FloatArray]:
-        solution, error = np.empty_like(rest), np.empty_like(rest)
-        for b, c in columns.items():
-            inverse = np.linalg.inv(np.exp(-apart[b] / length) + noise * np.eye(len(ids)))
-            solution[:, c] = inverse @ rest[:, c]
-            error[:, c] = solution[:, c] / np.diag(inverse)[:, None]
-        error -= (share * error).sum(1, keepdims=True)
-        return float((weight * error**2).sum()), solution
+    # Adding to all covariances changes no spline whose weights have no sum, and makes the matrix definite.
+    rows, everywhere = len(ids), np.ones(len(ids))
+    most = rows * max(float(d.max()) for d in apart.values())
 
-    tried = ((*solved(length, noise), length) for length, noise in itertools.product(LENGTHS, NOISES))
-    _, solution, length = min(tried, key=lambda found: found[0])
-    weights = {n: (b, solution[:, i].copy()) for i, (n, b) in enumerate(zip(names, blocks, strict=True))}
-    return Residual(ids, active, tiles, length, weights)
+    def solved(noise: float) -> tuple[float, FloatArray, FloatArray]:
+        weights, constants, error = np.empty_like(rest), np.empty(rest.shape[1]), np.empty_like(rest)
+        for b, c in columns.items():
+            inverse = np.linalg.inv(most - apart[b] + noise * np.eye(rows))
+            mean = inverse @ everywhere / inverse.sum()
+            projected = inverse - np.outer(mean, mean) * inverse.sum()
+            weights[:, c], constants[c] = projected @ rest[:, c], mean @ rest[:, c]
+            error[:, c] = weights[:, c] / np.diag(projected)[:, None]
+        error -= (share * error).sum(1, keepdims=True)
+        return float((weight * error**2).sum()), -weights, constants
+
+    _, weights, constants = min(map(solved, NOISES), key=lambda found: found[0])
+    found = zip(names, blocks, constants.tolist(), weights.T.copy(), strict=True)
+    return Residual(ids, active, tiles, {name: (b, constant, w) for name, b, constant, w in found})
 
 
 class Correction:
-    """A residual for the candidates of a cost model, evaluated for all token blocks at once: `columns` are their
-    indices there, `names` theirs in the residual, `block_index` where each token block lies in the tiles that `apply`
-    is given."""
+    """Residuals of one kernel or several for candidates `names` of a cost model; a candidate that none knows stays as
+    it is. `blocks` are those of the model's counts, see `grids`."""
 
-    def __init__(
-        self, residual: Residual, columns: Sequence[int], names: Sequence[str], block_index: Mapping[int, int]
-    ) -> None:
-        of = [residual.weights[name] for name in names]
-        blocks = list(dict.fromkeys(b for b, _ in of))
-        members = {b: [i for i, (other, _) in enumerate(of) if other == b] for b in blocks}
-        widest = max(map(len, members.values()))
-        points = [Points(residual.ids, residual.active, residual.tiles[b]) for b in blocks]
-        self._columns = np.asarray(columns)
-        self._tiles = np.array([block_index[b] for b in blocks])
-        self._mean = np.stack([p.mean for p in points])
-        self._unit = 1 / (residual.length * np.stack([p.spread for p in points]))
-        at = np.stack([p.at for p in points]) / residual.length
-        self._square, self._twice = (at**2).sum(-1), 2 * at.transpose(0, 2, 1)
-        # A block's weights side by side, zeros behind where it has fewer candidates than another.
-        self._weights = np.zeros((len(blocks), len(residual.ids), widest))
-        self._place = np.empty(len(of), np.intp)
-        for row, block in enumerate(blocks):
-            for place, i in enumerate(members[block]):
-                self._weights[row, :, place] = of[i][1]
-                self._place[i] = row * widest + place
+    def __init__(self, residuals: Sequence[Residual], names: Sequence[str], blocks: Sequence[int]) -> None:
+        # Distances are those of a residual and a token block; `sharing` one are the candidates of these indices.
+        sharing: dict[tuple[int, int], list[int]] = {}
+        for i, name in enumerate(names):
+            for j, residual in enumerate(residuals):
+                if name in residual.weights:
+                    sharing.setdefault((j, residual.weights[name][0]), []).append(i)
+        # A row of points for each residual's ids, for each one's active experts, then for the M-tiles of each distance.
+        rows = [(0, 0, r.ids) for r in residuals] + [(len(blocks) - 1, 1, r.active) for r in residuals]
+        rows += [(blocks.index(b), 2, residuals[j].tiles[b]) for j, b in sharing]
+        most, widest = max(len(r.ids) for r in residuals), max(map(len, sharing.values()))
+        self._residuals = len(residuals)
+        self._residual_of = np.array([j for j, _ in sharing])
+        # Single precision: an error of a millionth. Zeros where a residual has fewer batches than another, or a
+        # distance fewer candidates.
+        self._units = np.zeros((len(blocks), len(rows)), np.float32)
+        self._points = np.zeros((len(rows), most), np.float32)
+        for i, (count, number, counts) in enumerate(rows):
+            self._units[count, i], self._points[i, : len(counts)] = _in_units(counts, SCALES[number])
+        self._weights = np.zeros((len(sharing), most, widest + 1), np.float32)
+        self._constant = np.zeros(len(names), np.float32)
+        # Where each candidate is among those of all distances; the last place of one is nobody's.
+        self._place = np.full(len(names), widest)
+        for row, ((j, _), members) in enumerate(sharing.items()):
+            for column, i in enumerate(members):
+                _, self._constant[i], weights = residuals[j].weights[names[i]]
+                self._weights[row, : len(weights), column] = weights
+                self._place[i] = row * (widest + 1) + column
 
-    def apply(self, us: FloatArray, near: FloatArray, ids: FloatArray, active: FloatArray, tiles: FloatArray) -> None:
-        """Correct `us [..., candidates]` where `near`; ids, active `[...]`, tiles `[..., blocks]`. A batch without
-        tokens counts as one of a token."""
-        logs = np.empty((*tiles.shape[:-1], len(self._tiles), 3))
-        logs[..., 0], logs[..., 1], logs[..., 2] = ids[..., None], active[..., None], tiles[..., self._tiles]
-        np.log(np.maximum(logs, 1, out=logs), out=logs)
-        z = (logs - self._mean) * self._unit
-        distance = np.matmul(z[..., None, :], self._twice)[..., 0, :]
-        np.subtract(self._square, distance, out=distance)
-        distance += np.square(z).sum(-1)[..., None]
-        np.sqrt(np.maximum(distance, 0, out=distance), out=distance)
-        covariance = np.exp(np.negative(distance, out=distance), out=distance)
-        logarithm = np.matmul(covariance[..., None, :], self._weights)[..., 0, :]
-        factor = np.exp(logarithm.reshape(*us.shape[:-1], -1)[..., self._place])
-        us[..., self._columns] *= np.where(near[..., self._columns], factor, 1.0)
-
-
-class Points:
-    """Batches as points, in units of their spread."""
-
-    def __init__(self, ids: IntArray, active: IntArray, tiles: IntArray) -> None:
-        logs = np.log(np.stack([ids, active, tiles], axis=1))
-        self.mean = logs.mean(0)
-        self.spread = np.maximum(logs.std(0), 1e-9)
-        self.at = (logs - self.mean) / self.spread
+    def factors(self, counts: FloatArray) -> NDArray[np.float32]:
+        """What to multiply the wave model's times by, `[..., names]`, for `counts [..., blocks]`, none 0."""
+        z = np.log(counts.astype(np.float32)).dot(self._units)
+        square = self._points - z[..., None]
+        square *= square
+        n = self._residuals
+        common, square = square[..., :n, :] + square[..., n : 2 * n, :], square[..., 2 * n :, :]
+        square += common if n == 1 else common.take(self._residual_of, axis=-2)
+        distance = np.sqrt(square, out=square)
+        splines = distance[..., None, :] @ self._weights
+        logarithm = splines.reshape(*counts.shape[:-1], -1).take(self._place, axis=-1)
+        logarithm += self._constant
+        return np.asarray(np.exp(logarithm, out=logarithm))
 
 
-def _distances(points: Points) -> FloatArray:
-    apart = points.at[:, None] - points.at
-    return np.asarray(np.sqrt((apart**2).sum(-1)))
+def _in_units(counts: IntArray, scale: float) -> tuple[float, FloatArray]:
+    """The unit by which logarithms become a coordinate of points, and the points' coordinates."""
+    logs = np.log(counts)
+    unit = scale / max(float(logs.std()), 1e-9)
+    return unit, logs * unit
+
+
+def _distances(ids: IntArray, active: IntArray, tiles: IntArray) -> FloatArray:
+    z = np.stack([_in_units(n, scale)[1] for n, scale in zip((ids, active, tiles), SCALES, strict=True)], axis=1)
+    return np.asarray(np.sqrt(((z[:, None] - z) ** 2).sum(-1)))

@@ -77,12 +77,13 @@ def check_histogram(histogram: Any, num_experts: int | None = None, max_ids: int
         if h.max(initial=0) > MAX_COUNT:
             raise RoutingError(f"expert histogram has a count of {h.max()}, more than any batch can have")
         h = h.astype(np.int64)
-    # As unsigned numbers, negative counts are huge: one pass finds both, which is what the hot path pays for.
-    if np.maximum.reduce(h.view(np.uint64), axis=None, initial=0) > MAX_COUNT:
+    # A negative count makes the union of all bits negative, a huge one makes it huge: the hot path pays for one pass.
+    if not 0 <= int(np.bitwise_or.reduce(h, axis=None)) < MAX_COUNT:
         if h.min() < 0:
             expert = int(np.argmin(h) % h.shape[-1])
             raise RoutingError(f"expert histogram has a negative count ({int(h.min())}) at expert {expert}")
-        raise RoutingError(f"expert histogram has a count of {h.max()}, more than any batch can have")
+        if h.max() > MAX_COUNT:
+            raise RoutingError(f"expert histogram has a count of {h.max()}, more than any batch can have")
     if max_ids is not None and (total := int(h.sum(-1).max(initial=0))) > max_ids:
         raise RoutingError(f"expert histogram counts {total} ids, more than tokens x top_k = {max_ids}")
     return h

@@ -102,6 +102,15 @@ class ProfileStore:
         _check_place(place, (sweep.kernel, sweep.shape, sweep.device), (kernel, shape, hardware.name))
         return place, sweep
 
+    def of_other_shapes(self, kernel: str, shape: MoEShape, hardware: Hardware) -> list[Sweep]:
+        """The sweeps in the folders, the first of each shape, for this kernel, device and dtype."""
+        found = {}
+        for folder in self.folders:
+            for path in sorted((folder / hardware.name / kernel).glob("*.json")):
+                if not path.name.endswith(FIT_SUFFIX) and path.stem != shape.slug and path.stem not in found:
+                    found[path.stem] = load_sweep(path)
+        return [sweep for sweep in found.values() if sweep.shape.dtype == shape.dtype]
+
     def find_fit(self, kernel: str, shape: MoEShape, hardware: Hardware) -> FitRecord | None:
         """The first fit for exactly this kernel, shape and device, as `find`."""
         for _, fit in self._fits:

@@ -136,14 +136,14 @@ def dispatch() -> str:
                 f"{speedup.geomean:.3f}x ({speedup.min:.2f} to {speedup.max:.2f})",
                 f"{best.geomean:.3f}x ({best.max:.2f})",
                 percent(found.baselines["retrofitted"].mean),
-                percent(compared(model, dtype, kernels, "smooth").baselines["retrofitted"].mean),
+                percent(compared(model, dtype, kernels, "active").baselines["retrofitted"].mean),
                 *(percent(found.baselines[k].mean) for k in ("static", "nearest-batch table")),
                 percent(noise.selection.mean) if noise else "",
                 f"{percent(noise.regret['retrofitted'])} / {percent(noise.regret['static'])}" if noise else "",
             )
         )
     head = ("model", "kernels", "batches", "retrofitted over static (min to max)", "best over static (max)",
-            "regret: retrofitted", "with --form smooth", "static", "nearest-batch table", "noise of choosing",
+            "regret: retrofitted", "with --form active", "static", "nearest-batch table", "noise of choosing",
             "against the split-half best: retrofitted / static")  # fmt: skip
     return table(head, rows)
 

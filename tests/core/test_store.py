@@ -102,17 +102,18 @@ def test_a_fit_older_than_its_sweep_is_not_used(
 ) -> None:
     path = user_data_dir() / relative_path("alpha_moe", olmoe, h200, FIT_SUFFIX)
     slow = [msgspec.structs.replace(f, floor_us=1e6) for f in fit_record.fits]
-    save_fit(path, msgspec.structs.replace(fit_record, fits=slow))
+    save_fit(path, msgspec.structs.replace(fit_record, fits=slow, form="active", residual=None))
     histogram = load_sweep(sweep_file).histograms[0]
-    assert load_model(registry, store, olmoe, h200, ["alpha_moe"])[0].cost(histogram).min() == 1e6
+    assert load_model(registry, store, olmoe, h200, ["alpha_moe"], "active")[0].cost(histogram).min() == 1e6
     place(user_data_dir(), sweep_file, olmoe, h200, "measured again")
-    assert load_model(registry, store, olmoe, h200, ["alpha_moe"])[0].cost(histogram).min() < 1e3
+    assert load_model(registry, store, olmoe, h200, ["alpha_moe"], "active")[0].cost(histogram).min() < 1e3
 
 
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"version": 2}, "version 2, this ramp-moe reads up to 1"),
+        ({"version": 3}, "version 3, this ramp-moe reads up to 2"),
+        ({"version": 1}, "from version 1: .* residual: it was another then; fit again"),
         ({"form": "magic"}, r"form 'magic' of terms .* is not known here; fit again"),
         (
             {

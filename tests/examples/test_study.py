@@ -1,0 +1,57 @@
+"""The study's page says what is computed, and the regrets that it tells do not get worse."""
+
+from __future__ import annotations
+
+import importlib.util
+from pathlib import Path
+from types import ModuleType
+
+import numpy as np
+import pytest
+from conftest import RECORDED
+
+FOLDER = Path(__file__).parents[2] / "examples" / "study"
+
+
+@pytest.fixture(scope="module")
+def study() -> ModuleType:
+    spec = importlib.util.spec_from_file_location("study", FOLDER / "study.py")
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def test_the_tables_are_those_of_the_sweeps(study: ModuleType) -> None:
+    page = (FOLDER / "README.md").read_text()
+    assert study.filled(page, ("profiles", "regions", "shapes")) == page
+    for name in study.TABLES:
+        assert page.split(f"<!-- table: {name} -->\n")[1].split("<!-- end")[0].count("\n|") > 4
+
+
+@pytest.mark.parametrize(
+    ("model", "mean", "p95"),
+    list(zip(RECORDED, (0.016, 0.016, 0.022, 0.011), (0.086, 0.075, 0.1, 0.045), strict=True)),
+)
+def test_cross_validated_regret_on_the_first_sweeps(study: ModuleType, model: str, mean: float, p95: float) -> None:
+    lost = study.cross_validated(model, "smooth")
+    assert lost.mean() < mean
+    assert np.quantile(lost, 0.95) < p95
+
+
+def test_held_out_regret_of_what_ships(study: ModuleType) -> None:
+    found = {
+        (model, dtype, kernels): study.held_out(model, dtype, kernels, "smooth")
+        for model, dtype, kernels, _, _ in study.cases()
+    }
+    assert np.mean([lost.mean() for lost, _ in found.values()]) < 0.009
+    for (_, _, kernels), (lost, against) in found.items():
+        assert against < (0.0093 if "alpha_moe" not in kernels else 0.0155)
+        assert lost.max() < 0.14
+
+
+def test_fewer_batches(study: ModuleType) -> None:
+    curve = study.curve()
+    assert curve["as measured"][48] < 0.0115
+    assert curve["uniform first"][24] < 0.0135
