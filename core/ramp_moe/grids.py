@@ -27,7 +27,8 @@ class Grids:
 
     def __init__(self, parts: Sequence[tuple[GridGeometry, ...]], num_sms: int) -> None:
         seen = [_launch(grids, num_sms) for grids in parts]
-        launches = list(dict.fromkeys(seen))
+        self.launches = launches = list(dict.fromkeys(seen))
+        """Of each launch's grids: token block, CTAs an M-tile, slots, relative work of a CTA."""
         self.launch_of = np.array([launches.index(launch) for launch in seen], np.intp)
         grids = [grid for launch in launches for grid in launch]
         blocks, ctas_per_m_tile, slots, work = zip(*grids, strict=True)

@@ -110,7 +110,7 @@ class Correction:
         self._units = np.zeros((len(blocks), len(rows)), np.float32)
         self._points = np.zeros((len(rows), most), np.float32)
         for i, (count, number, counts) in enumerate(rows):
-            self._units[count, i], self._points[i, : len(counts)] = _in_units(counts, SCALES[number])
+            self._units[count, i], self._points[i, : len(counts)] = in_units(counts, SCALES[number])
         self._weights = np.zeros((len(sharing), most, widest + 1), np.float32)
         self._constant = np.zeros(len(names), np.float32)
         # Where each candidate is among those of all distances; the last place of one is nobody's.
@@ -136,7 +136,7 @@ class Correction:
         return np.asarray(np.exp(logarithm, out=logarithm))
 
 
-def _in_units(counts: IntArray, scale: float) -> tuple[float, FloatArray]:
+def in_units(counts: IntArray, scale: float) -> tuple[float, FloatArray]:
     """The unit by which logarithms become a coordinate of points, and the points' coordinates."""
     logs = np.log(counts)
     unit = scale / max(float(logs.std()), 1e-9)
@@ -144,5 +144,5 @@ def _in_units(counts: IntArray, scale: float) -> tuple[float, FloatArray]:
 
 
 def _distances(ids: IntArray, active: IntArray, tiles: IntArray) -> FloatArray:
-    z = np.stack([_in_units(n, scale)[1] for n, scale in zip((ids, active, tiles), SCALES, strict=True)], axis=1)
+    z = np.stack([in_units(n, scale)[1] for n, scale in zip((ids, active, tiles), SCALES, strict=True)], axis=1)
     return np.asarray(np.sqrt(((z[:, None] - z) ** 2).sum(-1)))

@@ -6,9 +6,6 @@ import ctypes
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
-
-from ..cost_model import NEAR
 from ..errors import KernelError
 from . import nvrtc
 from .table import CostTable
@@ -24,12 +21,12 @@ THREADS = 1024
 MAX_EXPERTS, MAX_IDS, MAX_NODES = 1024, 2**20, 128
 _POINTERS = (
     "ids", "num_valid", "choice", "histogram", "kernel_ids", "cost", "last", "ring", "counter",
-    "blocks", "grid_block", "grid_ctas", "grid_slots", "grid_work", "coefficients", "floor", "first", "parts",
-    "points", "mean", "unit", "set_block", "set_of", "weights",
+    "blocks", "grid_block", "grid_ctas", "grid_slots", "grid_work", "launch_of", "coefficients", "floor", "first",
+    "parts", "unit", "points", "set_block", "set_of", "constant", "weights",
 )  # fmt: skip
 _SIZES = (
-    "num_ids", "top_k", "wide", "num_experts", "slots", "num_blocks", "num_parts", "num_grids", "num_candidates",
-    "num_rows", "num_nodes",
+    "num_ids", "top_k", "wide", "num_experts", "slots", "num_blocks", "num_launches", "num_grids", "num_parts",
+    "num_candidates", "num_sets", "num_rows", "num_nodes",
 )  # fmt: skip
 
 
@@ -41,7 +38,6 @@ class Params(ctypes.Structure):
         ("handle", ctypes.c_uint64),
         ("nodes", ctypes.c_uint64 * MAX_NODES),
         *((name, ctypes.c_int) for name in _SIZES),
-        ("near", ctypes.c_float),
         ("body_of", ctypes.c_uint8 * MAX_NODES),
     )
 
@@ -62,9 +58,9 @@ class Launch:
 class Selector:
     """Chooses among a table's candidates.
 
-    After a call, in the order of the stream, `choice` int32 `[1]` is the index of the cheapest of the candidates that
-    are near the fastest, `histogram` int32 `[E]` the batch's, and `cost` float32 `[C]`, where `with_cost`, microseconds
-    by candidate, infinite for those that are not near. Raises KernelError where the kernel cannot be compiled.
+    After a call, in the order of the stream, `choice` int32 `[1]` is the index of the cheapest, of equal ones the first;
+    `histogram` int32 `[E]` the batch's; and `cost` float32 `[C]`, where `with_cost`, microseconds by candidate. Raises
+    KernelError where the kernel cannot be compiled.
     """
 
     def __init__(
@@ -85,14 +81,16 @@ class Selector:
         sizes = {
             "num_experts": num_experts,
             "num_blocks": len(table.blocks),
+            "num_launches": table.grid_block.shape[1],
+            "num_grids": table.grid_block.shape[0],
             "num_parts": len(table.floor),
-            "num_grids": len(table.grid_block),
             "num_candidates": table.num_candidates,
-            "num_rows": table.weights.shape[1],
+            "num_sets": len(table.unit),
+            "num_rows": len(table.weights),
         }
         outputs = {"choice": self.choice, "histogram": self.histogram, "cost": self.cost}
         addresses = {name: t.data_ptr() for name, t in (self._arrays | outputs).items() if t is not None and t.numel()}
-        self._common: dict[str, Any] = {**addresses, **sizes, "near": float(np.float32(NEAR))}
+        self._common: dict[str, Any] = {**addresses, **sizes}
 
     def launch(
         self,

@@ -9,10 +9,10 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
-from ..cost_model import CostModel, Grids, get_form, parts_of
+from ..cost_model import CostModel, get_form, parts_of
 from ..errors import KernelError
-from ..residual import Points
-from ..routing import FloatArray
+from ..grids import Grids
+from ..residual import SCALES, in_units
 
 if TYPE_CHECKING:
     import torch
@@ -20,31 +20,35 @@ if TYPE_CHECKING:
 
 TERMS = ("one", "waves", "ceil_waves", "ctas", "log_ctas", "active")
 """Those that forms are made of; a form that has not one of them has zeros for it."""
-MAX_BLOCKS, MAX_PARTS, MAX_CANDIDATES, MAX_ROWS = 64, 1024, 512, 512
-"""Limits of the kernels, which keep M-tiles, parts and candidates in shared memory."""
+MAX_BLOCKS, MAX_LAUNCHES, MAX_PARTS, MAX_CANDIDATES, MAX_DISTANCES = 64, 256, 1024, 512, 6144
+"""Limits of the kernels, which keep all of these in shared memory."""
+LARGEST_BLOCK = 2**30
+"""Of any expert's tokens, with room to round up in 32 bits."""
 
 
 @dataclass(frozen=True)
 class CostTable:
-    """B distinct token blocks, P parts of up to G grids each, C candidates that are sums of parts, Q sets of R points
-    that candidates are corrected by. int32 and float32.
+    """B distinct token blocks, L launches of up to G grids (see `grids`), P parts, C candidates that are sums of parts,
+    Q sets of R points from which distances are taken (see `residual`). int32 and float32.
 
-    A part costs max(floor, sum of coefficients times TERMS), each term summed over the part's grids by work (see
-    `Grids`). A candidate with a set of points is multiplied by exp(sum over r of weights[r] * exp(-|z - points[:, r]|))
-    where z = (log(max(1, (routed ids, active experts, M-tiles of the set's block))) - mean) * unit, if it is near the
-    fastest by its parts alone (see `cost_model.NEAR`); the others are not chosen.
+    A part costs max(floor, sum of coefficients times its launch's TERMS), a candidate the sum of its parts, times
+    exp(constant + sum over r of weights[r] * |z - points[q, :, r]|), where q is its set of points and z the logarithms
+    of (routed ids, active experts, M-tiles of the set's block), none taken for less than 1, times the set's units. Only
+    candidates that the model would ever choose are in it.
     """
 
     blocks: NDArray[np.int32]
-    """`[B]`"""
+    """`[B]`, ascending: the first counts routed ids, the last active experts"""
     grid_block: NDArray[np.int32]
-    """`[G, P]`: index into blocks"""
+    """`[G, L]`: index into blocks"""
     grid_ctas: NDArray[np.float32]
-    """`[G, P]`: CTAs an M-tile; 0 where a part has fewer grids"""
+    """`[G, L]`: CTAs an M-tile; 0 where a launch has fewer grids"""
     grid_slots: NDArray[np.float32]
-    """`[G, P]`: CTAs a wave; infinite for parts without a grid"""
+    """`[G, L]`: CTAs a wave; infinite for launches without a grid"""
     grid_work: NDArray[np.float32]
-    """`[G, P]`"""
+    """`[G, L]`"""
+    launch_of: NDArray[np.int32]
+    """`[P]`"""
     coefficients: NDArray[np.float32]
     """`[len(TERMS), P]`, microseconds a unit"""
     floor: NDArray[np.float32]
@@ -52,66 +56,62 @@ class CostTable:
     first: NDArray[np.int32]
     """`[C + 1]`: candidate c is the sum of parts[first[c] : first[c + 1]]"""
     parts: NDArray[np.int32]
-    points: NDArray[np.float32]
-    """`[Q, 3, R]`"""
-    mean: NDArray[np.float32]
-    """`[Q, 3]`"""
     unit: NDArray[np.float32]
     """`[Q, 3]`"""
+    points: NDArray[np.float32]
+    """`[Q, 3, R]`"""
     set_block: NDArray[np.int32]
     """`[Q]`: index into blocks"""
     set_of: NDArray[np.int32]
-    """`[C]`: a candidate's set of points, -1 without"""
+    """`[C]`: index of a set of points, any where the weights are 0"""
+    constant: NDArray[np.float32]
+    """`[C]`"""
     weights: NDArray[np.float32]
-    """`[C, R]`"""
+    """`[R, C]`"""
 
     @property
     def num_candidates(self) -> int:
         return len(self.set_of)
 
     @classmethod
-    def of(cls, model: CostModel, columns: Sequence[int] | None = None) -> CostTable:
-        """Of the model's candidates, or those of them. Raises KernelError beyond the limits."""
-        columns = range(len(model.candidates)) if columns is None else columns
+    def of(cls, model: CostModel, columns: Sequence[int]) -> CostTable:
+        """Of these of the model's candidates, each a contender. Raises KernelError beyond the limits."""
+        if outsiders := set(columns) - set(model.contenders.tolist()):
+            raise KernelError(f"{model.candidates[min(outsiders)].name} is no contender: the model never chooses it")
         candidates = [model.candidates[c] for c in columns]
         keys = [[p.key for p in parts_of(c, model.stages)] for c in candidates]
         index = {key: i for i, key in enumerate(dict.fromkeys(k for ks in keys for k in ks))}
         fits = [model.fits[key] for key in index]
-        grids = Grids([f.part for f in fits], model.hardware.num_sms)
-        per_part = np.diff([*grids.starts, len(grids.work)])
-        shape = int(per_part.max()), len(fits)
-
-        def spread(values: NDArray[Any], empty: float, kind: type) -> NDArray[Any]:
-            """`[grids]` -> `[G, P]`."""
-            out: NDArray[Any] = np.full(shape, empty, kind)
-            for part, (start, count) in enumerate(zip(grids.starts, per_part, strict=True)):
-                out[:count, part] = values[start : start + count]
-            return out
-
+        grids = Grids([f.part.grids for f in fits], model.hardware.num_sms)
+        most = max(map(len, grids.launches))
+        blocks = grids.blocks.tolist()
+        # A grid that is none: no CTAs, in endless slots.
+        padded = [(*launch, *[(1, 0, np.inf, 0.0)] * (most - len(launch))) for launch in grids.launches]
+        block, ctas, slots, work = (np.array([[g[i] for g in launch] for launch in padded]).T for i in range(4))
         terms = get_form(model.form).terms
         coefficients = np.zeros((len(TERMS), len(fits)), np.float32)
         for term, values in zip(terms, zip(*(f.coefficients for f in fits), strict=True), strict=True):
             coefficients[TERMS.index(term)] = values
-        blocks = grids.blocks[:, 0].astype(np.int32)
         table = cls(
-            blocks,
-            spread(grids.block_of, 0, np.int32),
-            spread(grids.ctas_per_m_tile, 0, np.float32),
-            spread(grids.slots, np.inf, np.float32),
-            spread(grids.work, 0, np.float32),
+            np.minimum(grids.blocks, LARGEST_BLOCK).astype(np.int32),
+            np.searchsorted(grids.blocks, block).astype(np.int32),
+            ctas.astype(np.float32),
+            slots.astype(np.float32),
+            work.astype(np.float32),
+            grids.launch_of.astype(np.int32),
             coefficients,
             np.array([f.floor_us for f in fits], np.float32),
             np.cumsum([0, *map(len, keys)]).astype(np.int32),
             np.array([index[k] for ks in keys for k in ks], np.int32),
-            *_corrections(model, [c.name for c in candidates], blocks.tolist()),
+            *_corrections(model, [c.name for c in candidates], blocks),
         )
-        whats = ("token blocks", "parts", "candidates", "fitted batches")
-        sizes = (len(blocks), len(fits), len(candidates), table.weights.shape[1])
-        for what, size, limit in zip(whats, sizes, (MAX_BLOCKS, MAX_PARTS, MAX_CANDIDATES, MAX_ROWS), strict=True):
+        whats = ("token blocks", "grids", "parts", "candidates", "distances")
+        distances = table.points.shape[0] * table.points.shape[2]
+        sizes = (len(blocks), len(grids.launches), len(fits), len(candidates), distances)
+        limits = (MAX_BLOCKS, MAX_LAUNCHES, MAX_PARTS, MAX_CANDIDATES, MAX_DISTANCES)
+        for what, size, limit in zip(whats, sizes, limits, strict=True):
             if size > limit:
-                raise KernelError(
-                    f"choosing on the device takes {limit} {what} at most, not {size}: give fewer kernels"
-                )
+                raise KernelError(f"choosing on the device takes {limit} {what} at most, not {size}: give fewer")
         return table
 
     def to(self, device: torch.device | str) -> dict[str, Tensor]:
@@ -122,35 +122,24 @@ class CostTable:
 
 
 def _corrections(model: CostModel, names: Sequence[str], blocks: Sequence[int]) -> tuple[NDArray[Any], ...]:
-    """points, mean, unit, set_block, set_of, weights."""
+    """unit, points, set_block, set_of, constant, weights."""
     rows = max((len(r.ids) for r in model.residuals), default=0)
-    set_of, weights = np.full(len(names), -1, np.int32), np.zeros((len(names), rows), np.float32)
+    set_of, constant = np.zeros(len(names), np.int32), np.zeros(len(names), np.float32)
+    # A residual of fewer batches than another weighs the points that it lacks with 0.
+    weights = np.zeros((rows, len(names)), np.float32)
     sets: dict[tuple[int, int], int] = {}
-    points: list[FloatArray] = []
-    mean: list[FloatArray] = []
-    unit: list[FloatArray] = []
-    for i, residual in enumerate(model.residuals):
-        for c, name in enumerate(names):
-            if name not in residual.weights:
-                continue
-            block, of_candidate = residual.weights[name]
-            weights[c, : len(of_candidate)] = of_candidate
-            if (i, block) not in sets:
-                sets[i, block] = len(points)
-                at = Points(residual.ids, residual.active, residual.tiles[block])
-                # Rows that another residual alone has are as far away as can be, and weigh nothing.
-                padded = np.zeros((3, rows))
-                padded[:, : len(at.at)] = at.at.T / residual.length
-                points.append(padded)
-                mean.append(at.mean)
-                unit.append(1 / (residual.length * at.spread))
-            set_of[c] = sets[i, block]
-    set_block = [blocks.index(block) for _, block in sets]
-    return (
-        np.array(points, np.float32).reshape(len(sets), 3, rows),
-        np.array(mean, np.float32).reshape(len(sets), 3),
-        np.array(unit, np.float32).reshape(len(sets), 3),
-        np.array(set_block, np.int32),
-        set_of,
-        weights,
-    )
+    for c, name in enumerate(names):
+        for i, residual in enumerate(model.residuals):
+            if name in residual.weights:
+                block, constant[c], of_candidate = residual.weights[name]
+                weights[: len(of_candidate), c] = of_candidate
+                set_of[c] = sets.setdefault((i, block), len(sets))
+    unit, points = np.zeros((len(sets), 3), np.float32), np.zeros((len(sets), 3, rows), np.float32)
+    for (i, block), q in sets.items():
+        residual = model.residuals[i]
+        for axis, (counts, scale) in enumerate(
+            zip((residual.ids, residual.active, residual.tiles[block]), SCALES, strict=True)
+        ):
+            unit[q, axis], points[q, axis, : len(counts)] = in_units(counts, scale)
+    set_block = np.array([blocks.index(block) for _, block in sets], np.int32)
+    return unit, points, set_block, set_of, constant, weights
