@@ -83,16 +83,17 @@ def shortlist(
     """
     if most < 1:
         raise KernelError(f"a graph needs at least one body, not {most}")
-    bodies = min(most, len(model.candidates))
+    bodies = min(most, len(model.contenders))
     overheads = _overheads(overhead_us, bodies)
-    us = model.cost(_batches(model, num_tokens, histograms))
+    us = model.cost(_batches(model, num_tokens, histograms))[:, model.contenders]
     order, fastest = _greedy(us, bodies)
     expected = fastest.mean(1)
     price = overheads[: len(order)] + np.where(np.arange(len(order)) > 0, margin * expected[0], 0.0)
     last = int((expected + price).argmin())
     loss = (fastest / us.min(1)).mean(1) - 1
     gain_us = float(expected[0] - expected[last])
-    return Shortlist(tuple(order[: last + 1]), float(loss[last]), float(loss[0]), gain_us, float(overheads[last]))
+    columns = tuple(model.contenders[order[: last + 1]].tolist())
+    return Shortlist(columns, float(loss[last]), float(loss[0]), gain_us, float(overheads[last]))
 
 
 def representative(num_tokens: int, num_experts: int, top_k: int) -> IntArray:

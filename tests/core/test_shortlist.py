@@ -20,13 +20,19 @@ TOKENS = 64
 
 @pytest.fixture
 def model(replay: Replay) -> CostModel:
-    """152 configurations of Alpha-MoE, 64 experts of which a token has 8."""
-    return replay.fit()
+    """152 configurations of Alpha-MoE, 64 experts of which a token has 8, all of which can be chosen."""
+    return replay.fit(form="active")
 
 
 def cut(model: CostModel, most: int, histograms: IntArray | None = None) -> Shortlist:
     """Without any price on bodies."""
     return shortlist(model, TOKENS, FREE, most, 0.0, histograms)
+
+
+def test_only_contenders_are_captured(replay: Replay) -> None:
+    model = replay.fit()
+    assert len(model.contenders) < len(model.candidates)
+    assert set(cut(model, 152).columns) <= set(model.contenders.tolist())
 
 
 def test_the_first_is_the_best_single_one(model: CostModel) -> None:
@@ -91,6 +97,7 @@ def test_a_gain_within_the_margin_is_not_believed(model: CostModel) -> None:
 def test_ties_go_to_the_lowest_index(model: CostModel, monkeypatch: pytest.MonkeyPatch) -> None:
     us = np.array([[3.0, 1.0, 3.0, 1.0], [3.0, 2.0, 1.0, 2.0]])
     monkeypatch.setattr(CostModel, "cost", lambda self, histograms: us)
+    model.contenders = np.arange(us.shape[1])
     assert cut(model, 8).columns == (1, 2)
 
 

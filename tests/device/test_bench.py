@@ -13,7 +13,7 @@ import torch
 from moe_cases import error, expected
 from ramp_moe import Hardware, HardwareError, KernelConfig, KernelError, MoEShape, RoutingError, UnknownNameError
 from ramp_moe.device import Batch, LaunchableKernel, Workspace
-from ramp_moe.device.bench import Bench, _errors, reference, random_weights
+from ramp_moe.device.bench import Bench, _errors, random_weights, reference
 from ramp_moe.routing import generate
 from ramp_moe_kernels.triton.kernel import TritonMoE
 

@@ -291,8 +291,11 @@ def reference(weights: MoEWeights, batch: Batch) -> Tensor:
             down = _dequantised(weights.down, weights.down_scale, e)
             for part in (ids == e).nonzero().split(PART):
                 token, slot = part.unbind(1)
-                projected, b = x[token] @ gate_up.T, weights.gate_up_bias
-                y = _activated(*(projected if b is None else projected + b[e]).chunk(2, 1), weights.activation) @ down.T
+                projected = x[token] @ gate_up.T
+                if weights.gate_up_bias is not None:
+                    projected += weights.gate_up_bias[e]
+                gate, up = projected.chunk(2, 1)
+                y = _activated(gate, up, weights.activation) @ down.T
                 if weights.down_bias is not None:
                     y += weights.down_bias[e]
                 out.index_add_(0, token, y * batch.topk_weights[token, slot, None])

@@ -22,7 +22,7 @@ from ..kernel import LAYOUTS, KernelConfig, layouts_of, usable_configs
 from ..plugins import describe
 from ..routing import IntArray, generate
 from ..shapes import MoEShape
-from .bench import reference, misfit, random_weights
+from .bench import misfit, random_weights, reference
 from .contract import Batch, LaunchableKernel, MoEWeights, Workspace
 from .layouts import relayout, to_give
 

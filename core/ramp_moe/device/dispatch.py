@@ -12,11 +12,12 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import TYPE_CHECKING, Any, Protocol
 
 from ..cost_model import Candidate, CostModel
 from ..errors import KernelError, RampMoEError
-from ..shortlist import Shortlist, shortlist
+from ..shortlist import MOST, Shortlist, shortlist
 from . import graph
 from .bench import misfit, reference
 from .contract import Batch, MoEWeights, Workspace
@@ -37,7 +38,6 @@ OVERHEAD_US: Mapping[str, Mapping[int, float]] = {
     "gated": {1: 0.0, 2: 8.0, 8: 40.0},
 }
 """Of a layer in a graph, by bodies, on an H200, the choice included (examples/device_dispatch)."""
-MOST_BODIES = 8
 CHECKED_TOKENS = 32
 STATES = 1024
 """Captures of one layer in mode "nodes"."""
@@ -86,7 +86,7 @@ class GraphDispatch:
         self.recorder: Recorder | None = None
         self._launches, self._weights, self._model, self._top_k, self._mode = launches, weights, model, top_k, mode
         self._device = weights.gate_up.device
-        self._side = torch.cuda.Stream(self._device)
+        self._side = torch.cuda.Stream(self._device)  # type: ignore[no-untyped-call]
         self._states = torch.full((STATES, 1), -1, dtype=torch.int32, device=self._device)
         self._captures = 0
 
@@ -99,11 +99,11 @@ class GraphDispatch:
             return self.plans[num_tokens]
         batch = self._batch(num_tokens, dtype)
         expected = reference(self._weights, _first(batch, CHECKED_TOKENS))
-        costs = OVERHEAD_US[self._mode if self._mode in OVERHEAD_US else "nodes"]
+        costs = OVERHEAD_US.get(self._mode or "nodes", {1: 0.0})
         checked: set[str] = set()
         while True:
             model = self._model.without(self.dropped)
-            short = shortlist(model, num_tokens, 1 if self._mode == "single" else MOST_BODIES, costs)
+            short = shortlist(model, num_tokens, costs, 1 if self._mode == "single" else MOST)
             bodies = tuple(model.candidates[c] for c in short.columns)
             for candidate in bodies:
                 if candidate.name not in checked and (reason := self._misbehaves(candidate, batch, expected)):
@@ -136,7 +136,9 @@ class GraphDispatch:
         state = None
         if plan.mode == "nodes":
             if self._captures == STATES:
-                raise KernelError(f"one layer can be captured {STATES} times in mode nodes; give mode='switch' for more")
+                raise KernelError(
+                    f"one layer can be captured {STATES} times in mode nodes; give mode='switch' for more"
+                )
             state = self._states[self._captures]
             self._captures += 1
 
@@ -144,7 +146,7 @@ class GraphDispatch:
             return selector.launch(topk_ids, num_valid, ids, self.recorder, handle, state)
 
         batch = Batch(x, ids, topk_weights)
-        bodies = [lambda c=c: self._launches.launch(c, batch, out) for c in plan.bodies]
+        bodies = [partial(self._launches.launch, c, batch, out) for c in plan.bodies]
         if plan.mode == "nodes":
             graph.capture_nodes(select, selector.function, bodies)
         elif plan.mode == "switch":
@@ -169,14 +171,12 @@ class GraphDispatch:
 
         if len(bodies) == 1:
             return "single", "one candidate is best, or switching would cost more than it gains", 0
-        refused = []
+        refused: list[str] = []
         for mode in MODES[:-1] if self._mode is None else (self._mode,):
             reason = None if mode == "gated" else graph.unsupported(mode)
             if reason is None and mode == "nodes":
                 out = torch.empty_like(batch.hidden_states)
-                counts = [
-                    graph.kernel_nodes(lambda c=c: self._launches.launch(c, batch, out), self._side) for c in bodies
-                ]
+                counts = [graph.kernel_nodes(partial(self._launches.launch, c, batch, out), self._side) for c in bodies]
                 other = [c.name for c, n in zip(bodies, counts, strict=True) if n is None]
                 kernels = sum(n or 0 for n in counts)
                 if other:

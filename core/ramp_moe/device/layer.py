@@ -21,6 +21,8 @@ if TYPE_CHECKING:
     import torch
     from torch import Tensor
 
+    from .dispatch import GraphDispatch, Plan
+
 Router = Callable[["Tensor"], "tuple[Tensor, Tensor]"]
 
 
@@ -28,9 +30,10 @@ class MoELayer:
     """Computes one MoE layer, choosing kernel and configuration for every batch.
 
     With a cost model the choice follows the batch's expert histogram, read back from the device: one host
-    synchronisation a call. Where that is not allowed (while a CUDA graph is captured) or there is no model, it follows
-    the batch size alone: the model's choice for an even spread, or the first kernel's static default. Call `warm_up`
-    before a capture.
+    synchronisation a call. Without one it follows the batch size alone: the first kernel's static default.
+
+    In a CUDA graph the choice is made on the device at every replay: `warm_up` finds the candidates that win at a batch
+    size, checks them, and says how they are dispatched to (`dispatch.Plan`).
 
     kernels: launchable kernels by preference; those that cannot take the weights, or that read no layout in which they
     are held, are dropped, and `dropped` says why.
@@ -39,6 +42,7 @@ class MoELayer:
     kernels in their order.
     router: hidden states `[T, H]` -> (topk_ids int32 `[T, k]`, topk_weights float32 `[T, k]`), for `forward_hidden`.
     checked: read the ids back and raise RoutingError for one out of range, instead of skipping it.
+    mode: of dispatch in graphs, one of `dispatch.MODES`; the cheapest that this machine has where None.
 
     A layout that the weights are not given in is a copy of gate_up (`relayout`). While the layer is built, and for as
     long as the caller keeps the weights given, it is there beside theirs: drop them, or give them in that layout.
@@ -54,6 +58,7 @@ class MoELayer:
         router: Router | None = None,
         checked: bool = False,
         copies: int = 1,
+        mode: str | None = None,
     ) -> None:
         self.shape = weights.shape(top_k)
         self.hardware, self.router, self.checked = hardware, router, checked
@@ -72,6 +77,12 @@ class MoELayer:
             reasons = "; ".join(f"{k}: {r}" for k, r in self.dropped.items()) or "none was given"
             raise KernelError(f"no kernel can compute {self.shape.label} on {hardware.name} ({reasons})")
         self._dispatcher = None if model is None else Dispatcher(model.restrict(list(self._kernels)))
+        self.graphs: GraphDispatch | None = None
+        safe = [name for name, (kernel, _) in self._kernels.items() if kernel.graph_safe]
+        if model is not None and safe and self._device.type == "cuda":
+            from .dispatch import GraphDispatch
+
+            self.graphs = GraphDispatch(self, self._weights, model.restrict(safe), top_k, mode)
 
     def _usable(self, kernels: Sequence[LaunchableKernel]) -> list[LaunchableKernel]:
         """Those that say that they can compute the shape here; the others are dropped."""
@@ -112,6 +123,7 @@ class MoELayer:
                 self._kernels = {}
                 return kernel
         self.layouts = chosen.layouts
+        self._weights = next(iter(held.values()))
         self.dropped |= {
             kernel.name: why_not_served(self.shape, usable, kernel, copies, times, weights.layout)
             for kernel in usable
@@ -132,56 +144,68 @@ class MoELayer:
         """The kernel and configuration that `forward` would launch for this batch."""
         if self._dispatcher is None:
             return self._static(batch.num_tokens)
-        if self._capturing(batch):
+        if _capturing(batch.topk_ids):
             return self._blind(batch.num_tokens)
         return self._dispatcher.choose(
             expert_histogram(_in_range(batch, self.shape.num_experts), self.shape.num_experts)
         ).candidate
 
     def _blind(self, num_tokens: int) -> Candidate:
-        """The choice for a batch size alone: the model's for an even spread, or the static default."""
+        """The choice for a batch size alone: the best single one where a graph was planned for it, else the model's for
+        an even spread, or the static default."""
+        if self.graphs is not None and num_tokens in self.graphs.plans:
+            return self.graphs.plans[num_tokens].bodies[0]
         if self._dispatcher is None:
             return self._static(num_tokens)
         each, rest = divmod(num_tokens * self.shape.top_k, self.shape.num_experts)
         return self._dispatcher.choose(each + (np.arange(self.shape.num_experts) < rest)).candidate
 
-    def warm_up(self, num_tokens: int, dtype: torch.dtype) -> None:
+    def warm_up(self, num_tokens: int, dtype: torch.dtype) -> Plan | None:
         """Run, on the current stream, what a capture of `num_tokens` would launch, so that everything is compiled and
-        every buffer has its size before. dtype is that of the hidden states."""
+        every buffer has its size before. dtype is that of the hidden states. Returns how the captured layer will
+        dispatch, None where it has no model to choose by."""
         import torch
 
+        if self.graphs is not None:
+            return self.graphs.prepare(num_tokens, dtype)
         device, shape = self._device, self.shape
         x = torch.zeros(num_tokens, shape.hidden_size, dtype=dtype, device=device)
         ids = torch.arange(num_tokens * shape.top_k, dtype=torch.int32, device=device) % shape.num_experts
         weights = torch.full((num_tokens, shape.top_k), 1 / shape.top_k, device=device)
         batch = Batch(x, ids.view(num_tokens, shape.top_k), weights)
         self.launch(self._blind(num_tokens), batch, torch.empty_like(x))
+        return None
 
     def _static(self, num_tokens: int) -> Candidate:
         kernel, _ = next(iter(self._kernels.values()))
         return Candidate(kernel.name, kernel.default_config(self.shape, self.hardware, num_tokens))
 
-    @staticmethod
-    def _capturing(batch: Batch) -> bool:
-        import torch
-
-        return batch.topk_ids.is_cuda and torch.cuda.is_current_stream_capturing()
-
     def forward(
-        self, hidden_states: Tensor, topk_ids: Tensor, topk_weights: Tensor, out: Tensor | None = None
+        self,
+        hidden_states: Tensor,
+        topk_ids: Tensor,
+        topk_weights: Tensor,
+        out: Tensor | None = None,
+        num_valid: Tensor | None = None,
     ) -> Tensor:
         """The layer's output `[T, H]` in the dtype of hidden_states (bf16 or fp16).
 
-        topk_ids int32 or int64 `[T, k]`, topk_weights float32 `[T, k]`; ids of -1 or E are skipped. Runs in the order
-        of the current stream. Raises ShapeError or RoutingError for tensors that do not fit the layer.
+        topk_ids int32 or int64 `[T, k]`, topk_weights float32 `[T, k]`; ids of -1 or E are skipped. num_valid int32
+        `[1]` on the device: tokens from there on are padding, and their output is 0. Runs in the order of the current
+        stream. Raises ShapeError or RoutingError for tensors that do not fit the layer.
         """
         import torch
 
-        batch = Batch(hidden_states, _int32(topk_ids, self.shape.num_experts), topk_weights)
-        if hidden_states.shape[1] != self.shape.hidden_size or batch.top_k != self.shape.top_k:
+        plan = self._plan(hidden_states, topk_ids)
+        if plan is None:
+            ids = _int32(topk_ids, self.shape.num_experts)
+            if num_valid is not None:
+                ids = ids.where(torch.arange(len(ids), device=ids.device)[:, None] < num_valid, -1)
+            batch = Batch(hidden_states, ids, topk_weights)
+        if hidden_states.shape[1:] != (self.shape.hidden_size,) or topk_ids.shape[1:] != (self.shape.top_k,):
             raise ShapeError(
                 f"the layer takes hidden_states [T, {self.shape.hidden_size}] and {self.shape.top_k} ids a token, "
-                f"not {list(hidden_states.shape)} and {batch.top_k}"
+                f"not {list(hidden_states.shape)} and {topk_ids.shape[-1]}"
             )
         if hidden_states.device != self._device:
             raise ShapeError(
@@ -189,6 +213,8 @@ class MoELayer:
             )
         if self.shape.dtype != "fp8" and hidden_states.dtype != self._dtype:
             raise ShapeError(f"hidden_states must be {self._dtype} as the weights are, not {hidden_states.dtype}")
+        if num_valid is not None and (num_valid.shape != (1,) or num_valid.dtype != torch.int32):
+            raise RoutingError(f"num_valid must be int32 [1], not {num_valid.dtype} {list(num_valid.shape)}")
         if self.checked:
             expert_histogram(topk_ids, self.shape.num_experts)
         if out is None:
@@ -197,9 +223,18 @@ class MoELayer:
             raise ShapeError(f"out must be contiguous {hidden_states.dtype} {list(hidden_states.shape)}")
         elif out.device != self._device:
             raise ShapeError(f"out is on {out.device}, the weights on {self._device}")
-        if batch.num_tokens:
+        if plan is not None and self.graphs is not None:
+            self.graphs.capture(plan, hidden_states, topk_ids, topk_weights, out, num_valid)
+        elif batch.num_tokens:
             self.launch(self.choose(batch), batch, out)
         return out
+
+    def _plan(self, hidden_states: Tensor, topk_ids: Tensor) -> Plan | None:
+        """That of a graph in which the device chooses, if one is being captured."""
+        if self.graphs is None or not _capturing(topk_ids):
+            return None
+        plan = self.graphs.plans.get(len(hidden_states))
+        return None if plan is None or plan.selector is None else plan
 
     __call__ = forward
 
@@ -217,6 +252,12 @@ class MoELayer:
     def configs(self) -> Mapping[str, Sequence[KernelConfig]]:
         """Every configuration of every kernel that the layer can launch."""
         return {k: usable_configs(kernel, self.shape, self.hardware) for k, (kernel, _) in self._kernels.items()}
+
+
+def _capturing(topk_ids: Tensor) -> bool:
+    import torch
+
+    return topk_ids.is_cuda and torch.cuda.is_current_stream_capturing()
 
 
 def _in_range(batch: Batch, num_experts: int) -> Tensor:

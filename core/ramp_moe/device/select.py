@@ -58,14 +58,12 @@ class Launch:
 class Selector:
     """Chooses among a table's candidates.
 
-    After a call, in the order of the stream, `choice` int32 `[1]` is the index of the cheapest, of equal ones the first;
-    `histogram` int32 `[E]` the batch's; and `cost` float32 `[C]`, where `with_cost`, microseconds by candidate. Raises
-    KernelError where the kernel cannot be compiled.
+    After a launch, in the order of the stream, `choice` int32 `[1]` is the index of the cheapest, of equal ones the
+    first; `histogram` int32 `[E]` the batch's; and `cost` float32 `[C]`, where `with_cost`, microseconds by candidate.
+    Raises KernelError where the kernel cannot be compiled.
     """
 
-    def __init__(
-        self, table: CostTable, num_experts: int, device: torch.device, with_cost: bool = False
-    ) -> None:
+    def __init__(self, table: CostTable, num_experts: int, device: torch.device, with_cost: bool = False) -> None:
         import torch
 
         if num_experts > MAX_EXPERTS:
