@@ -1,4 +1,4 @@
-"""CUDA C++ that comes with the library, compiled and linked when it is first needed: by NVRTC and nvJitLink, no nvcc."""
+"""CUDA C++ that comes with the library, compiled and linked when first needed: by NVRTC and nvJitLink, without nvcc."""
 
 from __future__ import annotations
 
@@ -60,7 +60,8 @@ def compile_cubin(source: str, name: str, arch: str) -> bytes:
 
 @functools.cache
 def load(path: Path, function: str, device: int) -> Any:
-    """The function of a file of CUDA C++, loaded on a device; once a process. Raises KernelError."""
+    """The function of a file of CUDA C++, loaded on a device, which may take all of its shared memory; once a process.
+    Raises KernelError."""
     import torch
     from cuda.bindings import driver
 
@@ -69,7 +70,14 @@ def load(path: Path, function: str, device: int) -> Any:
         torch.cuda.current_stream().synchronize()  # makes the context current
         cubin = compile_cubin(path.read_text(encoding="utf-8"), path.name, f"sm_{major}{minor}")
         module = checked(driver.cuModuleLoadData(cubin), f"loading {path.name}")
-        return checked(driver.cuModuleGetFunction(module, function.encode()), f"loading {path.name}")
+        found = checked(driver.cuModuleGetFunction(module, function.encode()), f"loading {path.name}")
+        static = checked(
+            driver.cuFuncGetAttribute(driver.CUfunction_attribute.CU_FUNC_ATTRIBUTE_SHARED_SIZE_BYTES, found), path.name
+        )
+        dynamic = torch.cuda.get_device_properties(device).shared_memory_per_block_optin - static
+        attribute = driver.CUfunction_attribute.CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES
+        checked(driver.cuFuncSetAttribute(found, attribute, dynamic), f"loading {path.name}")
+        return found
 
 
 @functools.cache

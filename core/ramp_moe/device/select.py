@@ -6,6 +6,9 @@ import ctypes
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
+from numpy.typing import NDArray
+
 from ..errors import KernelError
 from . import nvrtc
 from .table import CostTable
@@ -19,15 +22,17 @@ if TYPE_CHECKING:
 SOURCE = Path(__file__).with_name("select.cu")
 THREADS = 1024
 MAX_EXPERTS, MAX_IDS, MAX_NODES = 1024, 2**20, 128
-_POINTERS = (
-    "ids", "num_valid", "choice", "histogram", "kernel_ids", "cost", "last", "ring", "counter",
+_POINTERS = ("ids", "num_valid", "choice", "histogram", "kernel_ids", "cost", "last", "ring", "counter")
+_ARRAYS = (
     "blocks", "grid_block", "grid_ctas", "grid_slots", "grid_work", "launch_of", "coefficients", "floor", "first",
     "parts", "unit", "points", "set_block", "set_of", "constant", "weights",
 )  # fmt: skip
 _SIZES = (
-    "num_ids", "top_k", "wide", "num_experts", "slots", "num_blocks", "num_launches", "num_grids", "num_parts",
-    "num_candidates", "num_sets", "num_rows", "num_nodes",
+    "num_shared", "num_blocks", "num_launches", "num_grids", "num_parts", "num_candidates", "num_sets", "num_rows",
+    "num_ids", "top_k", "wide", "num_experts", "slots", "num_nodes",
 )  # fmt: skip
+STATIC_SHARED_BYTES = 40 * 1024
+"""More than the kernel has beside the table."""
 
 
 class Params(ctypes.Structure):
@@ -37,9 +42,23 @@ class Params(ctypes.Structure):
         *((name, ctypes.c_void_p) for name in _POINTERS),
         ("handle", ctypes.c_uint64),
         ("nodes", ctypes.c_uint64 * MAX_NODES),
+        ("table", ctypes.c_void_p),
+        ("at", ctypes.c_int * len(_ARRAYS)),
         *((name, ctypes.c_int) for name in _SIZES),
         ("body_of", ctypes.c_uint8 * MAX_NODES),
     )
+
+
+def packed(table: CostTable) -> tuple[NDArray[np.int32], list[int]]:
+    """The table's arrays one after the other, each from a multiple of 16 bytes on, as words; and where each begins."""
+    at, words = [], []
+    size = 0
+    for name in _ARRAYS:
+        array = np.ascontiguousarray(getattr(table, name)).ravel().view(np.int32)
+        at.append(size)
+        words += [array, np.zeros(-len(array) % 4, np.int32)]
+        size += len(array) + len(words[-1])
+    return np.concatenate(words), at
 
 
 class Launch:
@@ -75,8 +94,16 @@ class Selector:
         self.choice = torch.zeros(1, dtype=torch.int32, device=self.device)
         self.histogram = torch.zeros(num_experts, dtype=torch.int32, device=self.device)
         self.cost = torch.zeros(table.num_candidates, device=self.device) if with_cost else None
-        self._arrays = table.to(self.device)
+        words, at = packed(table)
+        self._table = torch.from_numpy(words).to(self.device)
+        room = torch.cuda.get_device_properties(index).shared_memory_per_block_optin - STATIC_SHARED_BYTES
+        # What does not fit, the weights of many candidates, is read from where it is.
+        num_shared = len(words) if 4 * len(words) <= room else at[_ARRAYS.index("weights")]
+        if 4 * num_shared > room:
+            raise KernelError(f"a cost model of {4 * num_shared} bytes does not fit into {room}: give fewer candidates")
+        self._shared_bytes = 4 * num_shared
         sizes = {
+            "num_shared": num_shared,
             "num_experts": num_experts,
             "num_blocks": len(table.blocks),
             "num_launches": table.grid_block.shape[1],
@@ -86,9 +113,9 @@ class Selector:
             "num_sets": len(table.unit),
             "num_rows": len(table.weights),
         }
-        outputs = {"choice": self.choice, "histogram": self.histogram, "cost": self.cost}
-        addresses = {name: t.data_ptr() for name, t in (self._arrays | outputs).items() if t is not None and t.numel()}
-        self._common: dict[str, Any] = {**addresses, **sizes}
+        outputs = {"choice": self.choice, "histogram": self.histogram, "table": self._table, "cost": self.cost}
+        addresses = {name: t.data_ptr() for name, t in outputs.items() if t is not None}
+        self._common: dict[str, Any] = {**addresses, **sizes, "at": (ctypes.c_int * len(at))(*at)}
 
     def launch(
         self,
@@ -127,6 +154,8 @@ class Selector:
         )  # fmt: skip
         with torch.cuda.device(self.device):
             stream = torch.cuda.current_stream().cuda_stream
-            done = driver.cuLaunchKernel(self.function, 1, 1, 1, THREADS, 1, 1, 0, stream, launch.address, 0)
+            done = driver.cuLaunchKernel(
+                self.function, 1, 1, 1, THREADS, 1, 1, self._shared_bytes, stream, launch.address, 0
+            )
         nvrtc.checked(done, "launching the choice of a kernel")
         return launch
