@@ -52,13 +52,27 @@ __device__ __forceinline__ int expert_of(const Params& p, int i, int valid) {
   return i < valid && e >= 0 && e < p.num_experts ? (int)e : -1;
 }
 
+__device__ __forceinline__ void load_experts(const Params& p, int first, int valid, int e[BATCH]) {
+#pragma unroll
+  for (int j = 0; j < BATCH; j++) e[j] = expert_of(p, first + j * THREADS, valid);
+}
+
+// Of the lanes' costs, none negative: the least, and the first of the candidates that have it.
+__device__ __forceinline__ void cheapest(unsigned& bits, int& candidate) {
+  const unsigned least = __reduce_min_sync(ALL, bits);
+  candidate = __reduce_min_sync(ALL, bits == least ? candidate : CANDIDATES);
+  bits = least;
+}
+
 __device__ __forceinline__ float cost_of(const Params& p, const int* table, const int* counts, int candidate) {
   auto ints = [&](int at) { return table + at; };
   auto floats = [&](int at) { return (const float*)(table + at); };
   float total = 0;
+#pragma unroll 1
   for (int k = ints(p.at.first)[candidate]; k < ints(p.at.first)[candidate + 1]; k++) {
     const int part = ints(p.at.parts)[k], launch = ints(p.at.launch_of)[part];
     float waves = 0, ceil_waves = 0, ctas = 0;
+#pragma unroll 1
     for (int g = 0; g < p.num_grids; g++) {
       const int i = g * p.num_launches + launch;
       const float n = counts[ints(p.at.grid_block)[i]] * floats(p.at.grid_ctas)[i];
@@ -78,11 +92,13 @@ extern "C" __global__ void __launch_bounds__(THREADS) select_candidate(const __g
   extern __shared__ __align__(16) int table[];
   __shared__ int hist[EXPERTS], counts[BLOCKS];
   __shared__ float us[CANDIDATES], away[DISTANCES], share[THREADS + WARPS];
-  __shared__ unsigned long long best[WARPS];
+  __shared__ unsigned best[WARPS];
+  __shared__ int of_warp[WARPS];
   const int t = threadIdx.x, warp = t / 32, lane = t % 32;
   auto ints = [&](int at) { return (const int*)table + at; };
   auto floats = [&](int at) { return (const float*)table + at; };
 
+#pragma unroll 1
   for (int i = 4 * t; i < p.num_shared; i += 4 * THREADS) {
     const unsigned to = (unsigned)__cvta_generic_to_shared(table + i);
     asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(to), "l"(p.table + i));
@@ -90,74 +106,87 @@ extern "C" __global__ void __launch_bounds__(THREADS) select_candidate(const __g
   const int before = p.last ? *p.last : -1;
   const long long entry = p.ring ? *p.counter : 0;
   const int valid = p.num_valid ? min(max(*p.num_valid, 0) * p.top_k, p.num_ids) : p.num_ids;
-  for (int e = t; e < p.num_experts; e += THREADS) hist[e] = 0;
+  int e[BATCH];
+  load_experts(p, t, valid, e);
+#pragma unroll 1
+  for (int i = t; i < p.num_experts; i += THREADS) hist[i] = 0;
   __syncthreads();
+#pragma unroll 1
   for (int first = t; first < p.num_ids; first += BATCH * THREADS) {
-    int e[BATCH];
-#pragma unroll
-    for (int j = 0; j < BATCH; j++) e[j] = expert_of(p, first + j * THREADS, valid);
 #pragma unroll
     for (int j = 0; j < BATCH; j++) {
       if (e[j] >= 0) atomicAdd(&hist[e[j]], 1);
       if (p.kernel_ids && first + j * THREADS < p.num_ids) p.kernel_ids[first + j * THREADS] = e[j];
     }
+    load_experts(p, first + BATCH * THREADS, valid, e);
   }
   asm volatile("cp.async.wait_all;" ::: "memory");
   __syncthreads();
 
-  for (int e = t; e < p.num_experts; e += THREADS) p.histogram[e] = hist[e];
+#pragma unroll 1
+  for (int i = t; i < p.num_experts; i += THREADS) p.histogram[i] = hist[i];
+#pragma unroll 1
   for (int b = warp; b < p.num_blocks; b += WARPS) {
-    const unsigned block = ints(p.at.blocks)[b];
-    unsigned n = 0;
-    for (int e = lane; e < p.num_experts; e += 32) n += (hist[e] + block - 1) / block;
+    // ceil(count / block) is the floor of (count + block - 1/2) / block, which single precision has right up to 65,536
+    // ids and blocks of 2,048. The last block, of any number of tokens, only asks whether there are some.
+    const float block = ints(p.at.blocks)[b], share_of = __frcp_rn(block);
+    int n = 0;
+#pragma unroll 4
+    for (int i = lane; i < p.num_experts; i += 32)
+      n += b == p.num_blocks - 1 ? hist[i] > 0 : (int)((hist[i] + block - 0.5f) * share_of);
     n = __reduce_add_sync(ALL, n);
     if (lane == 0) counts[b] = n;
   }
   __syncthreads();
 
   if (t < p.num_candidates) us[t] = cost_of(p, table, counts, t);
-  const float log_routed = logf(max(counts[0], 1)), log_active = logf(max(counts[p.num_blocks - 1], 1));
-  for (int i = THREADS - 1 - t; i < p.num_sets * p.num_rows; i += THREADS) {
-    const int q = i / p.num_rows, r = i % p.num_rows;
-    const float *unit = floats(p.at.unit) + 3 * q, *point = floats(p.at.points) + 3 * q * p.num_rows + r;
-    const float x = log_routed * unit[0] - point[0], y = log_active * unit[1] - point[p.num_rows];
-    const float z = logf(max(counts[ints(p.at.set_block)[q]], 1)) * unit[2] - point[2 * p.num_rows];
-    away[i] = sqrtf(x * x + y * y + z * z);
+  const float log_routed = __logf(max(counts[0], 1)), log_active = __logf(max(counts[p.num_blocks - 1], 1));
+#pragma unroll 1
+  for (int q = WARPS - 1 - warp; q < p.num_sets; q += WARPS) {
+    const float *unit = floats(p.at.unit) + 3 * q, *point = floats(p.at.points) + 3 * q * p.num_rows;
+    const float x = log_routed * unit[0], y = log_active * unit[1];
+    const float z = __logf(max(counts[ints(p.at.set_block)[q]], 1)) * unit[2];
+#pragma unroll 1
+    for (int r = lane; r < p.num_rows; r += 32) {
+      const float dx = x - point[r], dy = y - point[p.num_rows + r], dz = z - point[2 * p.num_rows + r];
+      away[q * p.num_rows + r] = __fsqrt_rn(dx * dx + dy * dy + dz * dz);
+    }
   }
   __syncthreads();
 
   // Columns for 32 candidates or more, a power of two, of as many threads each as there are.
-  int columns = 32;
-  while (columns < p.num_candidates) columns *= 2;
-  const int rows = THREADS / columns, column = t % columns;
+  int log_columns = 5;
+  while (1 << log_columns < p.num_candidates) log_columns++;
+  const int log_rows = 10 - log_columns, columns = 1 << log_columns, rows = 1 << log_rows, column = t & columns - 1;
   float sum = 0;
   if (column < p.num_candidates && p.num_sets) {
     const float* weights = p.at.weights < p.num_shared ? floats(p.at.weights) : (const float*)p.table + p.at.weights;
     const float* distance = away + ints(p.at.set_of)[column] * p.num_rows;
-#pragma unroll 8
-    for (int r = t / columns; r < p.num_rows; r += rows) sum += weights[r * p.num_candidates + column] * distance[r];
+#pragma unroll 4
+    for (int r = t >> log_columns; r < p.num_rows; r += rows)
+      sum += weights[r * p.num_candidates + column] * distance[r];
   }
-  share[t / columns * (columns + 1) + column] = sum;  // one more: the next lines read down the columns
+  share[(t >> log_columns) * (columns + 1) + column] = sum;  // one more: the next lines read down the columns
   __syncthreads();
 
-  const int c = t / rows;
-  unsigned long long mine = ~0ull;
-  if (warp * 32 / rows < p.num_candidates) {
-    float logarithm = share[t % rows * (columns + 1) + c];
+  int candidate = t >> log_rows;
+  unsigned bits = ALL;
+  if (32 * warp >> log_rows < p.num_candidates) {
+    float logarithm = share[(t & rows - 1) * (columns + 1) + candidate];
     for (int o = rows / 2; o; o /= 2) logarithm += __shfl_xor_sync(ALL, logarithm, o);
-    if (c < p.num_candidates) {
-      const float v = us[c] * expf(floats(p.at.constant)[c] + logarithm);
-      if (p.cost && t % rows == 0) p.cost[c] = v;
-      mine = (unsigned long long)__float_as_uint(v) << 32 | c;  // of numbers that are not negative, in their order
+    if (candidate < p.num_candidates) {
+      const float v = us[candidate] * __expf(floats(p.at.constant)[candidate] + logarithm);
+      if (p.cost && !(t & rows - 1)) p.cost[candidate] = v;
+      bits = __float_as_uint(v);  // of numbers that are not negative, in their order
     }
-    for (int o = 16; o; o /= 2) mine = min(mine, __shfl_xor_sync(ALL, mine, o));
+    cheapest(bits, candidate);
   }
-  if (lane == 0) best[warp] = mine;
+  if (lane == 0) { best[warp] = bits; of_warp[warp] = candidate; }
   __syncthreads();
-  mine = best[lane];
-  for (int o = 16; o; o /= 2) mine = min(mine, __shfl_xor_sync(ALL, mine, o));
+  bits = best[lane];
+  int choice = of_warp[lane];
+  cheapest(bits, choice);
 
-  const int choice = (int)(mine & ALL);
   if (t == 0) {
     *p.choice = choice;
     if (p.handle) cudaGraphSetConditional(p.handle, choice);
@@ -165,6 +194,7 @@ extern "C" __global__ void __launch_bounds__(THREADS) select_candidate(const __g
     if (p.ring) *p.counter = entry + 1;
   }
   if (before != choice)
+#pragma unroll 1
     for (int i = t; i < p.num_nodes; i += THREADS) {
       const int body = p.body_of[i];
       if (before < 0 || body == before || body == choice)
@@ -173,6 +203,7 @@ extern "C" __global__ void __launch_bounds__(THREADS) select_candidate(const __g
   if (p.ring) {
     int* at = p.ring + entry % p.slots * (2 + p.num_experts);
     if (t == 0) { at[0] = valid / p.top_k; at[1] = choice; }
-    for (int e = t; e < p.num_experts; e += THREADS) at[2 + e] = hist[e];
+#pragma unroll 1
+    for (int i = t; i < p.num_experts; i += THREADS) at[2 + i] = hist[i];
   }
 }
