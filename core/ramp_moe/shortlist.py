@@ -25,8 +25,8 @@ MOST = 8
 
 MARGIN = 0.01
 """What choosing must save beyond its overhead, as a share of the best single candidate's time. The fastest of several
-predictions flatters: on measured times choosing saves about half of what is predicted. Found by cross-validation on
-the batches that shipped profiles were fitted to."""
+predictions flatters: measured savings are well below predicted ones (`examples/device_dispatch` has both). With this
+margin choices gain most, or nearly, by cross-validation on the batches that shipped profiles were fitted to."""
 
 VALID = (1.0, 0.875, 0.75, 0.625)
 """Shares of a graph's tokens that are there, the rest being padding. A batch runs in the smallest graph that holds it,
@@ -96,14 +96,17 @@ def shortlist(
     return Shortlist(columns, float(loss[last]), float(loss[0]), gain_us, float(overheads[last]))
 
 
+@lru_cache(maxsize=128)
 def representative(num_tokens: int, num_experts: int, top_k: int) -> IntArray:
-    """Histograms int64 `[batches, num_experts]` that a graph of so many tokens may meet, always the same: of every kind
-    of routing that profiles are fitted to, full and padded."""
+    """Histograms int64 `[batches, num_experts]`, read-only, that a graph of so many tokens may meet, always the same:
+    of every kind of routing that profiles are fitted to, full and padded."""
     # Tokens are drawn one after the other, so that the first rows of a draw are a draw of fewer: all the sizes between
     # two powers of two share theirs.
     drawn = _drawn(1 << (num_tokens - 1).bit_length(), num_experts, top_k)
     valid = [math.ceil(share * num_tokens) for share in VALID]
-    return np.stack([expert_histogram(ids[:n], num_experts) for ids in drawn for n in valid])
+    histograms = np.stack([expert_histogram(ids[:n], num_experts) for ids in drawn for n in valid])
+    histograms.flags.writeable = False
+    return histograms
 
 
 @lru_cache(maxsize=16)
