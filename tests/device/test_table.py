@@ -6,35 +6,10 @@ import numpy as np
 import pytest
 from conftest import RECORDED
 from ramp_moe import Hardware, ProfileStore, Registry
-from ramp_moe.cost_model import NEAR
-from ramp_moe.device.table import TERMS, CostTable
+from ramp_moe.device.table import CostTable
 from ramp_moe.errors import KernelError
 from ramp_moe.replay import load_replay
-from ramp_moe.routing import FloatArray, IntArray
-
-
-def by_hand(table: CostTable, histogram: IntArray) -> FloatArray:
-    """Microseconds of the table's candidates, as its docstring says; infinite where one is not to be chosen."""
-    ids, active = histogram.sum(), (histogram > 0).sum()
-    tiles = np.ceil(histogram / table.blocks[:, None]).sum(-1)
-    ctas = tiles[table.grid_block] * table.grid_ctas
-    waves = ctas / table.grid_slots
-
-    def summed(per_grid: FloatArray) -> FloatArray:
-        return np.asarray((per_grid * table.grid_work).sum(0))
-
-    one = np.ones(len(table.floor))
-    terms = {"one": one, "waves": summed(waves), "ceil_waves": summed(np.ceil(waves)), "ctas": summed(ctas),
-             "log_ctas": np.log1p(summed(ctas)), "active": one * active}  # fmt: skip
-    part_us = np.maximum(table.floor, sum(c * terms[t] for c, t in zip(table.coefficients, TERMS, strict=True)))
-    us = np.array([part_us[table.parts[a:b]].sum() for a, b in zip(table.first, table.first[1:], strict=False)])
-    near = us <= NEAR * us.min()
-    for c in np.flatnonzero(table.set_of >= 0):
-        q = table.set_of[c]
-        z = (np.log(np.maximum(1, (ids, active, tiles[table.set_block[q]]))) - table.mean[q]) * table.unit[q]
-        away = np.sqrt(((z[:, None] - table.points[q]) ** 2).sum(0))
-        us[c] *= np.exp((table.weights[c] * np.exp(-away)).sum())
-    return np.where(near, us, np.inf)
+from select_cases import by_hand
 
 
 @pytest.mark.parametrize("form", ["paper", "ceil", "active", "smooth"])

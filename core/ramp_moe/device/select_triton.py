@@ -1,8 +1,7 @@
 """Choosing a candidate where the routing is: top-k ids -> histogram -> cost of every candidate -> the cheapest.
 
-One program, since a launch costs more than what is computed here; what a step needs of memory is asked for before the
-step that it waits for. Loops are not unrolled and tiles stay below 8192 elements: once a layer, the code comes from
-memory too.
+One program, since a launch costs more than what is computed here. Code that runs once a layer comes from memory each
+time: it is kept short by many warps, by tiles of at most 4096 elements and by loops that are not unrolled.
 
     count       int32   [BINS]        ids of each expert
     tiles       float32 [BLOCKS]      M-tiles of each token block
@@ -30,7 +29,8 @@ MAX_IDS, MAX_EXPERTS = 65_536, 1024
 
 _NEAR = tl.constexpr(NEAR)
 _CHUNK = tl.constexpr(1024)  # ids that are counted at a time: more take more code
-_WARPS = 8
+_WARPS = 16
+_TILE = 4096
 
 
 @triton.jit
@@ -144,6 +144,9 @@ def select_kernel(
     ONE_PART_EACH: tl.constexpr,  # candidate i is part i
     CORRECTED: tl.constexpr,  # there are sets of points
 ):
+    if ring is not None:
+        recorded = tl.load(counter)  # long before it is written: every thread reads it for itself
+    # What the table says is asked for first, and comes while ids are counted.
     part = tl.arange(0, PARTS)
     of_part = part < num_parts
     at = tl.arange(0, GRIDS)[:, None] * num_parts + part[None, :]
@@ -180,14 +183,17 @@ def select_kernel(
         us = tl.zeros((CANDIDATES,), tl.float32)
         begin = tl.load(first + candidate, mask=candidate < num_candidates, other=0)
         end = tl.load(first + 1 + candidate, mask=candidate < num_candidates, other=0)
-        for i in range(0, parts_each):
+        for i in range(parts_each):
             more = begin + i < end
             us += tl.where(more, tl.gather(part_us, tl.load(parts + begin + i, mask=more, other=0), 0), 0.0)
     us = tl.where(candidate < num_candidates, us, float("inf"))
     near = us <= tl.min(us) * _NEAR
     us = tl.where(near, us, float("inf"))
     if cost_us is not None:
-        tl.store(cost_us + candidate, us, mask=candidate < num_candidates)
+        final = candidate < num_candidates
+        if CORRECTED:
+            final = final & (us == float("inf"))
+        tl.store(cost_us + candidate, us, mask=final)
 
     best_us, best = us, candidate
     if CORRECTED:
@@ -219,7 +225,6 @@ def select_kernel(
     tl.store(choice, chosen)
 
     if ring is not None:
-        recorded = tl.load(counter)
         entry = ring + recorded % num_slots * (2 + num_experts)
         tl.store(entry, tokens)
         tl.store(entry + 1, chosen)
@@ -230,10 +235,10 @@ def select_kernel(
 class TritonSelector:
     """Chooses among a table's candidates by the top-k ids on the device, in one launch that the host does not wait for.
 
-    choice int32 `[1]`: the candidate's index; histogram int32 `[num_experts]`. Both are allocated once and belong to the
-    latest call in the order of the stream; a captured graph fills them again when it is replayed. recorder: keeps what
-    every call routed and chose. Raises KernelError for more experts than 1024, without a GPU, and for a recorder that
-    does not fit.
+    choice int32 `[1]`: the candidate's index; histogram int32 `[num_experts]`. Both are allocated once and belong to
+    the latest call in the order of the stream; a captured graph fills them again when it is replayed. recorder: keeps
+    what every call routed and chose. Raises KernelError for more experts than 1024, without a GPU, and for a recorder
+    that does not fit.
     """
 
     def __init__(
@@ -272,12 +277,12 @@ class TritonSelector:
         self._constants = {
             "BINS": bins,
             "BLOCKS": blocks,
-            "BLOCK_STEP": min(blocks, 8192 // bins),
+            "BLOCK_STEP": min(blocks, _TILE // bins),
             "GRIDS": _at_least(1, len(table.grid_block)),
             "PARTS": _at_least(64, num_parts),
             "CANDIDATES": candidates,
             "ROWS": rows,
-            "STEP": min(32, 4096 // rows, 8192 // candidates),
+            "STEP": min(16, _TILE // 2 // rows, _TILE // candidates),
             "ONE_PART_EACH": np.array_equal(table.parts, np.arange(table.num_candidates)),
             "CORRECTED": bool((table.set_of >= 0).any()),
         }
