@@ -6,6 +6,7 @@ import json
 import os
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -97,15 +98,20 @@ def test_the_first_of_equal_ones(registry: Registry, shipped: ProfileStore, h200
     model = replay.fit(form=form)
     ids = routed("uniform", 64, 64, 8)
     order = np.argsort(model.cost(counted(ids, 64)), kind="stable").tolist()
-    for columns, first in (
-        ([order[0]] * 40, 0),
-        (order[30:0:-1] + [order[0]] * 20, 30),
-        ([*order[1:7], *order] * 3, 6),
-    ):
+    best = order[0]
+    for behind, columns in ((0, [best] * 40), (30, order[30:0:-1] + [best] * 20), (6, [*order[1:7], *order] * 3)):
         table = CostTable.of(model, columns)
         selector = TritonSelector(table, 64, DEVICE)
         check(selector, table, ids)
-        assert selector.choice.item() == first
+        assert selector.choice.item() == behind
+
+
+def test_without_any_cost_the_choice_exists(table: CostTable) -> None:
+    for given in (table, replace(table, set_of=np.full_like(table.set_of, -1))):
+        broken = replace(given, floor=np.full_like(table.floor, np.nan), coefficients=table.coefficients * np.nan)
+        selector = TritonSelector(broken, 64, DEVICE)
+        selector(routed("uniform", 9, 64, 8).to(DEVICE))
+        assert selector.choice.tolist() == [0]
 
 
 @pytest.mark.parametrize("num_experts", [1, 3, 1024])
