@@ -66,7 +66,7 @@ def _tiles(count, blocks, num_blocks, BINS: tl.constexpr, BLOCKS: tl.constexpr, 
         step = first + tl.arange(0, STEP)
         block = tl.load(blocks + step, mask=step < num_blocks, other=1).to(tl.float32)
         # The rounded-up quotient, exactly while count + block < 2^21: the half keeps quotients off whole numbers by
-        # more than the reciprocal is wrong by. A division of integers takes ten times as long.
+        # more than the reciprocal is wrong. A division of integers takes ten times as long.
         up = tl.floor((count.to(tl.float32)[None, :] + (block - 0.5)[:, None]) * (1.0 / block)[:, None])
         own = (at >= first) & (at < first + STEP)
         tiles = tl.where(own, tl.gather(tl.sum(up, 1), at & (STEP - 1), 0), tiles)
@@ -177,22 +177,23 @@ def select_kernel(
     part_us = tl.maximum(part_us, least_us)
 
     candidate = tl.arange(0, CANDIDATES)
+    exists = candidate < num_candidates
     if ONE_PART_EACH:
         us = part_us
     else:
         us = tl.zeros((CANDIDATES,), tl.float32)
-        begin = tl.load(first + candidate, mask=candidate < num_candidates, other=0)
-        end = tl.load(first + 1 + candidate, mask=candidate < num_candidates, other=0)
+        begin = tl.load(first + candidate, mask=exists, other=0)
+        end = tl.load(first + 1 + candidate, mask=exists, other=0)
         for i in range(parts_each):
             more = begin + i < end
             us += tl.where(more, tl.gather(part_us, tl.load(parts + begin + i, mask=more, other=0), 0), 0.0)
-    us = tl.where(candidate < num_candidates, us, float("inf"))
-    near = us <= tl.min(us) * _NEAR
+    us = tl.where(exists, us, float("inf"))
+    near = exists & (us <= tl.min(us) * _NEAR)
     us = tl.where(near, us, float("inf"))
     if cost_us is not None:
-        final = candidate < num_candidates
+        final = exists
         if CORRECTED:
-            final = final & (us == float("inf"))
+            final = exists & (near == 0)  # of the others below: two writes of a word would have no order
         tl.store(cost_us + candidate, us, mask=final)
 
     best_us, best = us, candidate
