@@ -57,7 +57,8 @@ class Pick:
 
 @dataclass(frozen=True, slots=True)
 class Batch:
-    """One batch, or `steps` batches of one kind from a trace (times are then means, picks the commonest).
+    """One batch, or `steps` batches of one kind from a trace (times are then means, picks the commonest, and `tokens`
+    the most that one of them has).
 
     `best` is None where nothing was measured.
     """
@@ -331,13 +332,13 @@ def compare_trace(replay: Replay, trace: Trace, form: str = DEFAULT_FORM) -> Com
     model = tune.fit(form=form)
     table = static_table(tune.times_us, tune.labels)
     batches, outside, total = [], 0, 0
-    for routing, size, histograms in _trace_batches(trace, shape.num_experts):
+    for routing, sizes, histograms in _trace_batches(trace, shape.num_experts):
         prediction = model.predict(histograms)
-        static = table_choice(table, size)
+        static = np.array([table_choice(table, size) for size in sizes])
         chosen = prediction.us.argmin(1)
         outside += int(prediction.extrapolated[np.arange(len(chosen)), chosen].sum())
         total += len(chosen)
-        batches.append(_trace_batch(model, routing, size, histograms, static, chosen, prediction.us))
+        batches.append(_trace_batch(model, routing, max(sizes), histograms, static, chosen, prediction.us))
     notes = [
         *replay.notes,
         "times are predictions of the cost model, so the speed-up is at least 1 by construction; "
@@ -362,8 +363,16 @@ def compare_trace(replay: Replay, trace: Trace, form: str = DEFAULT_FORM) -> Com
     )
 
 
-def _trace_batches(trace: Trace, num_experts: int) -> Iterator[tuple[str, int, IntArray]]:
-    """(kind, tokens, histograms) for the batch sizes that the trace is long enough for."""
+def _trace_batches(trace: Trace, num_experts: int) -> Iterator[tuple[str, list[int], IntArray]]:
+    """(kind, tokens of each, histograms): recorded batches, or those of the sizes that the trace is long enough for."""
+
+    def counted(kind: str, batches: Sequence[IntArray]) -> tuple[str, list[int], IntArray]:
+        histograms = np.stack([expert_histogram(b, num_experts) for b in batches])
+        return f"trace {kind}", [len(b) for b in batches], histograms
+
+    if trace.starts is not None:
+        yield from (counted("recorded", batches) for batches in trace.recorded())
+        return
     sizes: Sequence[tuple[str, int]] = [("decode", n) for n in DECODE_SIZES] + [("prefill", n) for n in PREFILL_SIZES]
     for kind, size in sizes:
         cut = trace.decode if kind == "decode" else trace.prefill
@@ -372,19 +381,22 @@ def _trace_batches(trace: Trace, num_experts: int) -> Iterator[tuple[str, int, I
         except RoutingError:  # longer than the trace
             continue
         if ids:
-            yield f"trace {kind}", size, np.stack([expert_histogram(b, num_experts) for b in ids])
+            yield counted(kind, ids)
 
 
 def _trace_batch(
-    model: CostModel, routing: str, size: int, histograms: IntArray, static: int, chosen: IntArray, us: Any
+    model: CostModel, routing: str, size: int, histograms: IntArray, static: IntArray, chosen: IntArray, us: Any
 ) -> Batch:
-    common, _ = Counter(chosen.tolist()).most_common(1)[0]
+    def pick(choices: IntArray) -> Pick:
+        common, _ = Counter(choices.tolist()).most_common(1)[0]
+        return Pick.of(model.candidates[common], us[np.arange(len(us)), choices].mean())
+
     return Batch(
         tokens=size,
         routing=routing,
         active_experts=float(active_experts(histograms).mean()),
-        static=Pick.of(model.candidates[static], us[:, static].mean()),
-        retrofitted=Pick.of(model.candidates[common], us[np.arange(len(us)), chosen].mean()),
+        static=pick(static),
+        retrofitted=pick(chosen),
         best=None,
         steps=len(us),
         changed=float((chosen != static).mean()),

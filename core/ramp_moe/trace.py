@@ -6,6 +6,9 @@ A trace file is either one JSON object
 
 or JSON lines, one token a line, either a list of ids or `{"topk_ids": [...], "request": ...}`; a first line without
 `topk_ids` may carry the header fields. `request` (optional) names the sequence that a token belongs to.
+
+Or the batches as a layer saw them, which `device.recorder` writes: JSON lines, first a header with top_k, then a batch
+a line, `{"tokens": 17, "histogram": [...]}`. Which token named which experts is not kept.
 """
 
 from __future__ import annotations
@@ -19,7 +22,7 @@ import msgspec
 import numpy as np
 
 from .errors import RoutingError
-from .routing import IntArray, expert_histogram
+from .routing import MAX_CELLS, IntArray, check_histogram, expert_histogram
 from .shapes import MoEShape
 
 MAX_EXPERTS = 65_536
@@ -29,13 +32,16 @@ MAX_EXPERTS = 65_536
 class Trace:
     """Top-k ids int64 `[tokens, top_k]` in the order they were produced; `requests` int64 `[tokens]` or None.
 
-    num_experts is None where the file does not say: ids alone do not tell of experts that were never chosen.
+    num_experts is None where the file does not say: ids alone do not tell of experts that were never chosen. `starts`
+    int64 `[batches + 1]`, of a trace of batches: batch i is the tokens starts[i] : starts[i + 1]. Its histogram is the
+    recorded one, the order of its ids is not.
     """
 
     topk_ids: IntArray
     num_experts: int | None
     requests: IntArray | None = None
     source: str = ""
+    starts: IntArray | None = None
 
     @property
     def num_tokens(self) -> int:
@@ -90,6 +96,16 @@ class Trace:
                 tokens.append(int(token))
             yield self.topk_ids[tokens]
 
+    def recorded(self) -> Iterator[list[IntArray]]:
+        """The batches of a trace of batches, the small ones first: those together whose numbers of tokens have the same
+        next power of two. Of another trace, nothing."""
+        of_size: dict[int, list[IntArray]] = {}
+        if self.starts is not None:
+            for batch in np.split(self.topk_ids, self.starts[1:-1]):
+                of_size.setdefault((len(batch) - 1).bit_length(), []).append(batch)
+        for _, batches in sorted(of_size.items()):
+            yield batches
+
 
 def _check_size(kind: str, size: int, available: int, unit: str) -> None:
     if not 1 <= size <= available:
@@ -105,6 +121,8 @@ def load_trace(path: str | Path) -> Trace:
         raise RoutingError(f"cannot read trace {path}: {e.strerror or e}") from None
     try:
         header, tokens = _parse(data)
+        if any(isinstance(t, dict) and "histogram" in t for t in tokens):
+            return _of_batches(path, header, tokens)
         ids = [t["topk_ids"] if isinstance(t, dict) else t for t in tokens]
         labels = header.get("request") or [t.get("request") if isinstance(t, dict) else None for t in tokens]
         labels = list(labels)
@@ -141,6 +159,29 @@ def load_trace(path: str | Path) -> Trace:
     return Trace(topk_ids, num_experts, requests, str(header.get("source", "")))
 
 
+def _of_batches(path: Path, header: dict[str, Any], batches: list[Any]) -> Trace:
+    top_k = header.get("top_k")
+    if type(top_k) is not int or top_k < 1:
+        raise RoutingError(f"trace {path}: a trace of batches needs a header with top_k, not {top_k!r}")
+    num_experts = header.get("num_experts")
+    ids: list[IntArray] = []
+    for i, batch in enumerate(batches):
+        try:
+            tokens, histogram = batch["tokens"], batch["histogram"]
+            if type(tokens) is not int or not 1 <= tokens <= MAX_CELLS // top_k:
+                raise RoutingError(f"{tokens!r} is not a number of tokens")
+            counts = check_histogram(histogram, num_experts, tokens * top_k)
+            (num_experts,) = counts.shape
+        except (RoutingError, KeyError, TypeError, ValueError) as e:
+            raise RoutingError(f"trace {path}: batch {i} has no tokens and histogram that fit together: {e}") from None
+        # Experts one after the other, dealt to the tokens in turn: none gets an expert twice that need not.
+        dealt = np.full(tokens * top_k, -1, np.int64)
+        dealt[: counts.sum()] = np.repeat(np.arange(len(counts)), counts)
+        ids.append(dealt.reshape(top_k, tokens).T)
+    starts = np.cumsum([0, *map(len, ids)])
+    return Trace(np.concatenate(ids), num_experts, None, str(header.get("source", "")), starts)
+
+
 def _parse(data: bytes) -> tuple[dict[str, Any], list[Any]]:
     try:
         whole = msgspec.json.decode(data)
@@ -154,6 +195,6 @@ def _parse(data: bytes) -> tuple[dict[str, Any], list[Any]]:
             return (whole if isinstance(whole, dict) else {}), tokens
         lines = [whole]  # a file of one line
     first = lines[0]
-    if isinstance(first, dict) and "topk_ids" not in first:
+    if isinstance(first, dict) and "topk_ids" not in first and "histogram" not in first:
         return first, lines[1:]
     return {}, lines

@@ -171,6 +171,16 @@ def test_where_it_is_from(live: Live) -> None:
     assert sorted(p.name for p in live.folder.rglob("*") if p.is_file()) == [live.place().name]
 
 
+def test_recorded_batches_are_measured_too(monkeypatch: pytest.MonkeyPatch) -> None:
+    trace = replace(TRACE, starts=np.array([0, 3, 7, 20, 35, 300]))
+    of_trace = trace_batches(trace, SHAPE)
+    assert [b.num_tokens for b in of_trace] == [3, 13, 265, 4, 15]
+    assert {b.routing for b in of_trace} == {"trace recorded"}
+    assert of_trace[3].topk_ids(SHAPE).tolist() == TRACE.topk_ids[3:7].tolist()
+    monkeypatch.setattr(live_module, "MAX_TOKENS", 14)
+    assert [b.num_tokens for b in trace_batches(trace, SHAPE)] == [3, 13, 4]
+
+
 def test_a_trace_is_measured_too(live: Live) -> None:
     found = live.compare(trace=TRACE)
     of_trace = trace_batches(TRACE, SHAPE)

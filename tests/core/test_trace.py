@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 from ramp_moe import RoutingError, load_trace
+from ramp_moe.routing import expert_histogram
 
 IDS = [[t % 4, (t + 1) % 4] for t in range(10)]
 
@@ -97,3 +98,44 @@ def test_batches_longer_than_the_trace(tmp_path: Path) -> None:
     trace = load_trace(write(tmp_path / "t.json", json.dumps(IDS)))
     with pytest.raises(RoutingError, match="a prefill batch of 11 cannot be cut from a trace of 10 tokens"):
         list(trace.prefill(11))
+
+
+BATCHES = [(5, [5, 4, 1, 0]), (1, [0, 1, 0, 1]), (6, [0, 0, 0, 3]), (8, [8, 0, 8, 0])]
+
+
+def test_recorded_batches(tmp_path: Path) -> None:
+    lines = [{"num_experts": 4, "top_k": 2, "source": "a layer"}, *({"tokens": t, "histogram": h} for t, h in BATCHES)]
+    trace = load_trace(write(tmp_path / "t.jsonl", "\n".join(map(json.dumps, lines))))
+    assert (trace.num_tokens, trace.top_k, trace.num_experts, trace.source) == (20, 2, 4, "a layer")
+    assert trace.starts is not None
+    assert trace.starts.tolist() == [0, 5, 6, 12, 20]
+    found = list(trace.recorded())
+    assert [[len(batch) for batch in batches] for batches in found] == [[1], [5, 6, 8]]
+    for batch, (_, histogram) in zip([*found[1], found[0][0]], [BATCHES[0], *BATCHES[2:], BATCHES[1]], strict=True):
+        assert expert_histogram(batch, 4).tolist() == histogram
+    assert all(a != b for a, b in found[1][0]), "no token names an expert twice"
+    assert list(load_trace(write(tmp_path / "ids.json", json.dumps(IDS))).recorded()) == []
+
+
+@pytest.mark.parametrize(
+    ("lines", "message"),
+    [
+        ([{"tokens": 1, "histogram": [1, 1]}], "needs a header with top_k, not None"),
+        ([{"top_k": 2}, {"tokens": 1, "histogram": [1, 2]}], "batch 0 has no .* counts 3 ids, more than"),
+        (
+            [{"top_k": 2}, {"tokens": 1, "histogram": [1, 1]}, {"tokens": 1, "histogram": [2]}],
+            "batch 1 .* has 1 entries",
+        ),
+        ([{"top_k": 2, "num_experts": 3}, {"tokens": 1, "histogram": [1, 1]}], "has 2 entries, the shape has 3"),
+        ([{"top_k": 2}, {"tokens": 0, "histogram": [0, 0]}], "0 is not a number of tokens"),
+        ([{"top_k": 2}, {"tokens": 2**40, "histogram": [0, 0]}], "1099511627776 is not a number of tokens"),
+        ([{"top_k": 2}, {"tokens": 2, "histogram": [[1], [1]]}], "batch 0 has no tokens and histogram"),
+        ([{"top_k": 2}, {"tokens": 2, "histogram": ["a", 1]}], "batch 0 has no tokens and histogram"),
+        ([{"top_k": 2}, {"tokens": 2, "histogram": 1}], "batch 0 has no tokens and histogram"),
+        ([{"top_k": 2}, {"histogram": [1, 1]}], "batch 0 has no tokens and histogram .* 'tokens'"),
+        ([{"top_k": 2}, {"tokens": 2, "histogram": [1, 1]}, [0, 1]], "batch 1 has no tokens and histogram"),
+    ],
+)
+def test_bad_recorded_batches(tmp_path: Path, lines: list[object], message: str) -> None:
+    with pytest.raises(RoutingError, match=message):
+        load_trace(write(tmp_path / "t.jsonl", "\n".join(map(json.dumps, lines))))

@@ -8,32 +8,10 @@ import numpy as np
 import pytest
 from conftest import RECORDED
 from ramp_moe import Hardware, ProfileStore, Registry
-from ramp_moe.device.table import TERMS, CostTable
+from ramp_moe.device.table import CostTable
 from ramp_moe.errors import KernelError
 from ramp_moe.replay import load_replay
-from ramp_moe.routing import FloatArray, IntArray
-
-
-def by_hand(table: CostTable, histogram: IntArray) -> FloatArray:
-    """Microseconds of the table's candidates, as its docstring says."""
-    counts = np.ceil(histogram / table.blocks[:, None].astype(np.float64)).sum(-1)
-    ctas = counts[table.grid_block] * table.grid_ctas
-    waves = ctas / table.grid_slots
-
-    def summed(per_grid: FloatArray) -> FloatArray:
-        return np.asarray((per_grid * table.grid_work).sum(0)[table.launch_of])
-
-    one = np.ones(len(table.floor))
-    terms = {"one": one, "waves": summed(waves), "ceil_waves": summed(np.ceil(waves)), "ctas": summed(ctas),
-             "log_ctas": np.log1p(summed(ctas)), "active": one * counts[-1]}  # fmt: skip
-    part_us = np.maximum(table.floor, sum(c * terms[t] for c, t in zip(table.coefficients, TERMS, strict=True)))
-    us = np.array([part_us[table.parts[a:b]].sum() for a, b in zip(table.first, table.first[1:], strict=False)])
-    logs = np.log(np.maximum(counts, 1))
-    for c, q in enumerate(table.set_of if len(table.unit) else ()):
-        z = np.array([logs[0], logs[-1], logs[table.set_block[q]]]) * table.unit[q]
-        away = np.sqrt(((z[:, None] - table.points[q]) ** 2).sum(0))
-        us[c] *= np.exp(table.constant[c] + (table.weights[:, c] * away).sum())
-    return us
+from select_cases import by_hand
 
 
 @pytest.mark.parametrize("form", ["paper", "ceil", "active", "smooth"])

@@ -19,7 +19,7 @@ constexpr unsigned ALL = 0xffffffffu;
 // Arrays of the table, by where they begin, in words.
 struct Table {
   int blocks, grid_block, grid_ctas, grid_slots, grid_work, launch_of, coefficients, floor_us, first, parts, unit,
-      points, set_block, set_of, constant, weights;
+      points, set_block, set_of, constant, label, weights;
 };
 
 struct Params {
@@ -32,7 +32,7 @@ struct Params {
   int* kernel_ids;            // [num_ids]: int32, -1 for what is not in range or padding; or null
   float* cost;                // [num_candidates], microseconds; or null
   int* last;                  // [1]: the choice that the nodes are set to, -1 at first; or null
-  int* ring;                  // [slots, 2 + num_experts]: tokens, choice, histogram; or null
+  int* ring;                  // [slots, 2 + num_experts]: tokens, label of the choice, histogram; or null
   long long* counter;         // [1]: entries written to the ring so far
   // the graph
   unsigned long long handle;  // of a conditional node, or 0
@@ -202,7 +202,7 @@ extern "C" __global__ void __launch_bounds__(THREADS) select_candidate(const __g
     }
   if (p.ring) {
     int* at = p.ring + entry % p.slots * (2 + p.num_experts);
-    if (t == 0) { at[0] = valid / p.top_k; at[1] = choice; }
+    if (t == 0) { at[0] = valid / p.top_k; at[1] = ints(p.at.label)[choice]; }
 #pragma unroll 1
     for (int i = t; i < p.num_experts; i += THREADS) at[2 + i] = hist[i];
   }

@@ -68,6 +68,8 @@ class CostTable:
     """`[C]`"""
     weights: NDArray[np.float32]
     """`[R, C]`"""
+    label: NDArray[np.int32]
+    """`[C]`: what is recorded for a candidate that is chosen, its index in the model"""
 
     @property
     def num_candidates(self) -> int:
@@ -104,6 +106,7 @@ class CostTable:
             np.cumsum([0, *map(len, keys)]).astype(np.int32),
             np.array([index[k] for ks in keys for k in ks], np.int32),
             *_corrections(model, [c.name for c in candidates], blocks),
+            np.array(columns, np.int32),
         )
         whats = ("token blocks", "grids", "parts", "candidates", "distances")
         distances = table.points.shape[0] * table.points.shape[2]

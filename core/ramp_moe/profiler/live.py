@@ -50,18 +50,27 @@ class TraceBatch(PlannedBatch):
 
 
 def trace_batches(trace: Trace, shape: MoEShape) -> list[PlannedBatch]:
-    """STEPS batches of each kind and size that the trace is long enough for. Raises RoutingError for a trace of another
-    shape."""
+    """STEPS batches of each kind and size that the trace is long enough for; or of each size that it recorded, up to
+    MAX_TOKENS. Raises RoutingError for a trace of another shape."""
     trace.require(shape)
     found: list[list[PlannedBatch]] = []
+
+    def add(kind: str, steps: Sequence[IntArray]) -> None:
+        spread = np.unique(np.linspace(0, len(steps) - 1, min(STEPS, len(steps))).round().astype(int)).tolist()
+        found.append([TraceBatch(len(steps[i]), f"trace {kind}", i, "test", steps[i]) for i in spread])
+
+    if trace.starts is not None:
+        for recorded in trace.recorded():
+            if fitting := [batch for batch in recorded if len(batch) <= MAX_TOKENS]:
+                add("recorded", fitting)
+        return _in_turns(found)
     for kind, cut, sizes in (("decode", trace.decode, DECODE_SIZES), ("prefill", trace.prefill, PREFILL_SIZES)):
         for size in sizes:
             try:
                 steps = list(cut(size))
             except RoutingError:  # longer than the trace
                 continue
-            spread = np.unique(np.linspace(0, len(steps) - 1, min(STEPS, len(steps))).round().astype(int)).tolist()
-            found.append([TraceBatch(size, f"trace {kind}", i, "test", steps[i]) for i in spread])
+            add(kind, steps)
     return _in_turns(found)
 
 

@@ -1,0 +1,55 @@
+"""Compiles the selection kernel for NVIDIA and AMD without either, and prints what it takes; test_select_triton.py runs
+it in a process of its own, since the others interpret kernels."""
+
+from __future__ import annotations
+
+import json
+import struct
+
+import triton
+from ramp_moe.device.select_triton import _WARPS, select_kernel
+from triton.backends.compiler import GPUTarget
+
+TARGETS = {"sm_90": GPUTarget("cuda", 90, 32), "gfx942": GPUTarget("hip", "gfx942", 64)}
+POINTERS = (
+    dict.fromkeys(("topk_ids", "num_valid", "choice", "histogram", "ring", "blocks", "grid_block"), "*i32")
+    | dict.fromkeys(("first", "parts", "set_block", "set_of", "launch_of", "label"), "*i32")
+    | dict.fromkeys(("cost_us", "grid_ctas", "grid_slots", "grid_work", "coefficients", "floor"), "*fp32")
+    | dict.fromkeys(("points", "unit", "constant", "weights"), "*fp32")
+    | {"counter": "*i64"}
+)
+ALONE = dict.fromkeys(("num_valid", "cost_us", "ring", "counter"))
+# Qwen3's three kernels with the smooth form, and the limits of a table.
+QWEN3 = {"BINS": 128, "BLOCKS": 16, "BLOCK_STEP": 16, "GRIDS": 2, "PARTS": 128, "CANDIDATES": 128, "ROWS": 128,
+         "STEP": 16, "ONE_PART_EACH": True, "CORRECTED": True}  # fmt: skip
+MOST = {"BINS": 1024, "BLOCKS": 64, "BLOCK_STEP": 4, "GRIDS": 4, "PARTS": 1024, "CANDIDATES": 512, "ROWS": 512,
+        "STEP": 4, "ONE_PART_EACH": False, "CORRECTED": True}  # fmt: skip
+CASES = {
+    "alone": QWEN3 | ALONE,
+    "recorded": QWEN3 | {"cost_us": None, "topk_ids": "*i64"},
+    "without sets": QWEN3 | ALONE | {"CORRECTED": False},
+    "most": MOST | {"cost_us": None},
+    "with costs": MOST | {"ring": None, "counter": None},
+}
+
+
+def code_size(elf: bytes) -> int:
+    """Bytes of the sections with code."""
+    (at,) = struct.unpack_from("<Q", elf, 40)
+    size, count, names = struct.unpack_from("<HHH", elf, 58)
+    sections = [struct.unpack_from("<IIQQQQ", elf, at + i * size) for i in range(count)]
+    return sum(s[5] for s in sections if elf[sections[names][4] + s[0] :].startswith(b".text"))
+
+
+if __name__ == "__main__":
+    found = {}
+    names = select_kernel.arg_names
+    for target_name, target in TARGETS.items():
+        for case, known in CASES.items():
+            given = {name: value for name, value in known.items() if not isinstance(value, str)}
+            types = {name: (POINTERS | known).get(name, "i32") for name in names} | dict.fromkeys(given, "constexpr")
+            attrs = {(names.index(n),): [["tt.divisibility", 16]] for n, t in types.items() if t.startswith("*")}
+            source = triton.compiler.ASTSource(select_kernel, types, given, attrs=attrs)
+            binary = triton.compile(source, target=target, options={"num_warps": _WARPS})
+            found[f"{target_name} {case}"] = {"shared": binary.metadata.shared, "code": code_size(binary.kernel)}
+    print(json.dumps(found, indent=1))
