@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Collection, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Protocol
 
 import numpy as np
@@ -41,6 +41,8 @@ class Form:
     terms: tuple[str, ...]
     non_negative: bool
     why: str
+    resident: bool = False
+    """Whether the CTAs resident on an SM at a time are fitted, too (see `fitting`)."""
     smooth: bool = False
     """Whether what the terms leave over is corrected (see `residual`)."""
 
@@ -59,12 +61,15 @@ FORMS: Mapping[str, Form] = {
     "active": Form(
         ("one", "ceil_waves", "ctas", "active"),
         True,
-        "active experts in place of the logarithm: few tokens are bound by the weights of the experts they wake",
+        "active experts in place of the logarithm: few tokens are bound by the weights of the experts they wake; and "
+        "waves of as many CTAs an SM as explain the times best",
+        resident=True,
     ),
     "smooth": Form(
         ("one", "ceil_waves", "ctas", "active"),
         True,
         "the same, with what it leaves over corrected as a smooth function of the batch: batches alike are wrong alike",
+        resident=True,
         smooth=True,
     ),
 }
@@ -97,6 +102,11 @@ class Part:
     key: str
     grids: tuple[GridGeometry, ...]
 
+    def with_residents(self, ctas_per_sm: Sequence[int]) -> Part:
+        """The same with so many CTAs on an SM at a time, by grid."""
+        grids = (replace(g, ctas_per_sm=n) for g, n in zip(self.grids, ctas_per_sm, strict=True))
+        return Part(self.key, tuple(grids))
+
 
 def parts_of(candidate: Candidate, stages: Sequence[str]) -> list[Part]:
     """The parts that times of these kinds of columns are the sum of."""
@@ -110,7 +120,8 @@ def parts_of(candidate: Candidate, stages: Sequence[str]) -> list[Part]:
 class PartFit:
     """What a fit knows of one part.
 
-    `coefficients` follow the form's terms, in microseconds a unit. `max_error` and `rms_error` are relative, on the
+    `part` is the candidate's, but for the CTAs an SM of its grids, where the form fits them. `coefficients` follow the
+    form's terms, in microseconds a unit. `max_error` and `rms_error` are relative, on the
     fitted rows. The ranges are those of the fitted rows; outside them a prediction is an extrapolation. `floor_us` is
     half the fastest fitted time: no prediction goes below it.
     """

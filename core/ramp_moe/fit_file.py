@@ -7,15 +7,15 @@
     quality                       regret {mean, median, p95, max} of choosing by this form: on the sweep's test batches,
                                   or cross-validated where it has none
     fits                          a stage or path each: key, coefficients (us a unit), rms_error and max_error
-                                  (relative), the fitted rows, the ranges of CTAs and active experts they cover, and
-                                  floor_us, below which no prediction goes
+                                  (relative), the fitted rows, the ranges of CTAs and active experts they cover,
+                                  floor_us, below which no prediction goes, and of each grid the CTAs on an SM at a time
     residual                      what corrects the sums (see `residual`), null for forms without: routed ids, active
                                   experts and, by token block, M-tiles of the fitted batches; by configuration its token
                                   block, the spline's constant, and a weight for each batch. A configuration that it
                                   does not name is never chosen
 
-A fit whose digest is not that of the sweep found beside it is out of date and is not used. Version 1 had another
-residual: what has one has to be fitted again.
+A fit whose digest is not that of the sweep found beside it is out of date and is not used. Version 1 had
+other coefficients, which have to be fitted again.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ VERSION = 2
 
 
 class PartRecord(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """A `PartFit` by its part's key; the other fields are the same."""
+    """A `PartFit` by its part's key, and CTAs an SM by grid; the other fields are the same."""
 
     key: str
     coefficients: tuple[float, ...]
@@ -53,6 +53,7 @@ class PartRecord(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     ctas_range: tuple[float, float]
     active_range: tuple[int, int]
     floor_us: float
+    ctas_per_sm: tuple[int, ...]
 
 
 class ResidualRecord(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
@@ -111,10 +112,10 @@ def digest(sweep: Sweep) -> str:
 
 
 def make_record(model: CostModel, sweep: Sweep, quality: Mapping[str, float]) -> FitRecord:
-    fits = [
-        PartRecord(key, *(getattr(f, field) for field in PartRecord.__struct_fields__[1:]))
-        for key, f in model.fits.items()
-    ]
+    fits = []
+    for key, f in model.fits.items():
+        same = {field: getattr(f, field) for field in PartRecord.__struct_fields__ if hasattr(f, field)}
+        fits.append(PartRecord(key=key, ctas_per_sm=tuple(g.ctas_per_sm for g in f.part.grids), **same))
     return FitRecord(
         format=FORMAT,
         version=VERSION,
@@ -154,6 +155,8 @@ def load_fit(path: Path) -> FitRecord:
                 f"{path}: {len(fit.coefficients)} coefficients for {len(record.terms)} terms "
                 f"- at `$.fits[{i}].coefficients`"
             )
+        if not all(n >= 1 for n in fit.ctas_per_sm):
+            raise ProfileError(f"{path}: no CTA on an SM - at `$.fits[{i}].ctas_per_sm`; fit again")
         if not all(abs(c) <= MAX_US for c in fit.coefficients) or not MIN_US / 2 <= fit.floor_us <= MAX_US:
             raise ProfileError(f"{path}: not finite, or no time in microseconds - at `$.fits[{i}]`; fit again")
     if record.residual and (flaw := record.residual.flaw()):
@@ -162,9 +165,7 @@ def load_fit(path: Path) -> FitRecord:
 
 
 def _from_version_1(raw: dict[str, Any]) -> dict[str, Any]:
-    if raw.get("residual"):
-        raise ValueError("residual: it was another then; fit again")
-    return {**raw, "version": 2}
+    raise ValueError("fits: they had other coefficients then; fit again")
 
 
 def model_from_fit(
@@ -184,12 +185,12 @@ def model_from_fit(
     for config in configs:
         candidate = Candidate(record.kernel, config)
         parts = parts_of(candidate, record.stages)
-        if parts and all(p.key in by_key for p in parts):
+        if parts and all(p.key in by_key and len(by_key[p.key].ctas_per_sm) == len(p.grids) for p in parts):
             candidates.append(candidate)
             for part in parts:
                 numbers = msgspec.structs.asdict(by_key[part.key])
                 del numbers["key"]
-                fits[part.key] = PartFit(part, **numbers)
+                fits[part.key] = PartFit(part.with_residents(numbers.pop("ctas_per_sm")), **numbers)
     if not candidates:
         raise ProfileError(
             f"the fit of {record.kernel} for {shape.label} on {record.device} covers no configuration of the kernel "

@@ -4,14 +4,16 @@ leave over."""
 from __future__ import annotations
 
 import itertools
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 import numpy as np
 
 from .cost_model import (
     DEFAULT_FORM,
+    BoolArray,
     Candidate,
     CostModel,
+    Form,
     Part,
     PartFit,
     get_form,
@@ -27,6 +29,10 @@ from .hardware import Hardware
 from .residual import Residual, fit_residual
 from .routing import FloatArray
 from .sweep import Sweep
+
+RESIDENT = (1, 2, 3, 4)
+"""CTAs on an SM at a time that are tried, as multiples of what the kernel's geometry says: how many fit depends on
+registers and shared memory, which a geometry does not know, and moves the steps of the waves."""
 
 CONTEND = 1.15
 """Candidates that the terms never put within this factor of the fastest, on all batches that were fitted to, are not
@@ -47,35 +53,12 @@ def fit_sweep(sweep: Sweep, candidates: Sequence[Candidate], hardware: Hardware,
         raise KernelError(f"the sweep of {sweep.kernel} has no column {min(absent)!r}")
     picked = [column[k] for k in by_key]
     times, bounded = sweep.times_us[:, picked], sweep.only_bounded[:, picked]
-    grids = Grids([p.grids for p in parts], hardware.num_sms)
-    counts = grids.count(sweep.histograms)
-    ctas = grids.ctas(counts)
-    features = np.stack([grids.by_part(name, counts, ctas) for name in spec.terms], axis=-1)
-    summed, active = grids.by_part("ctas", counts, ctas), grids.by_part("active", counts, ctas)[:, 0]
-    coefficients, relative = least_squares(features, np.where(bounded, np.nan, times), spec.non_negative)
-    if bounded.any():
-        # A bound is no time to fit to, unless the fit is below it there, or has too few batches without it.
-        below = (bounded & (np.einsum("rsn,sn->rs", features, coefficients) < times)).any(0)
-        below |= (np.isfinite(times) & ~bounded).sum(0) < len(spec.terms)
-        with_bounds = least_squares(features[:, below], times[:, below], spec.non_negative)
-        coefficients[below], relative[:, below] = with_bounds
-
-    fits: dict[str, PartFit] = {}
-    for i, part in enumerate(parts):
-        seen = np.isfinite(relative[:, i])
-        if seen.sum() < len(spec.terms):
-            continue
-        error = relative[seen, i]
-        fits[part.key] = PartFit(
-            part=part,
-            coefficients=tuple(coefficients[i].tolist()),
-            rows=int(seen.sum()),
-            rms_error=float(np.sqrt(np.mean(error**2))),
-            max_error=float(np.abs(error).max()),
-            ctas_range=(float(summed[seen, i].min()), float(summed[seen, i].max())),
-            active_range=(int(active[seen].min()), int(active[seen].max())),
-            floor_us=float(times[seen, i].min()) / 2,
-        )
+    found: dict[str, list[tuple[float, PartFit]]] = {}
+    for resident in RESIDENT if spec.resident else (1,):
+        tried = [p.with_residents([resident * g.ctas_per_sm for g in p.grids]) for p in parts]
+        for loss, fit in _fit_parts(tried, sweep, times, bounded, spec, hardware):
+            found.setdefault(fit.part.key, []).append((loss, fit))
+    fits = {k: min(found[k], key=lambda tried: tried[0])[1] for k in by_key if k in found}
     kept = [c for c in candidates if all(p.key in fits for p in parts_of(c, sweep.stages))]
     if not kept:
         raise ProfileError(
@@ -88,6 +71,43 @@ def fit_sweep(sweep: Sweep, candidates: Sequence[Candidate], hardware: Hardware,
     if residual is None:
         return model
     return CostModel(sweep.shape, hardware, form, kept, fits, sweep.stages, measured, sweep.histograms, [residual])
+
+
+def _fit_parts(
+    parts: Sequence[Part], sweep: Sweep, times: FloatArray, bounded: BoolArray, spec: Form, hardware: Hardware
+) -> Iterator[tuple[float, PartFit]]:
+    """Of the parts with rows enough, to `times [rows, parts]`; and how far each is off, over all rows: from a time, or
+    below a bound."""
+    grids = Grids([p.grids for p in parts], hardware.num_sms)
+    counts = grids.count(sweep.histograms)
+    ctas = grids.ctas(counts)
+    features = np.stack([grids.by_part(name, counts, ctas) for name in spec.terms], axis=-1)
+    summed, active = grids.by_part("ctas", counts, ctas), grids.by_part("active", counts, ctas)[:, 0]
+    coefficients, relative = least_squares(features, np.where(bounded, np.nan, times), spec.non_negative)
+    if bounded.any():
+        # A bound is no time to fit to, unless the fit is below it there, or has too few batches without it.
+        below = (bounded & (np.einsum("rsn,sn->rs", features, coefficients) < times)).any(0)
+        below |= (np.isfinite(times) & ~bounded).sum(0) < len(spec.terms)
+        with_bounds = least_squares(features[:, below], times[:, below], spec.non_negative)
+        coefficients[below], relative[:, below] = with_bounds
+    off = np.einsum("rsn,sn->rs", features, coefficients) / times - 1
+    loss = np.nansum(np.where(bounded, np.minimum(off, 0), off) ** 2, axis=0)
+    for i, part in enumerate(parts):
+        seen = np.isfinite(relative[:, i])
+        if seen.sum() < len(spec.terms):
+            continue
+        error = relative[seen, i]
+        fit = PartFit(
+            part=part,
+            coefficients=tuple(coefficients[i].tolist()),
+            rows=int(seen.sum()),
+            rms_error=float(np.sqrt(np.mean(error**2))),
+            max_error=float(np.abs(error).max()),
+            ctas_range=(float(summed[seen, i].min()), float(summed[seen, i].max())),
+            active_range=(int(active[seen].min()), int(active[seen].max())),
+            floor_us=float(times[seen, i].min()) / 2,
+        )
+        yield float(loss[i]), fit
 
 
 def _residual(model: CostModel, sweep: Sweep) -> Residual | None:

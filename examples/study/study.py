@@ -291,7 +291,7 @@ def draw() -> None:
     figure, axis = plt.subplots(figsize=(5, 3.2), layout="constrained")
     for name, by_count in curve().items():
         axis.plot(list(by_count), [100 * v for v in by_count.values()], marker="o", label=name)
-    axis.set(xlabel="batches measured", ylabel="mean held-out regret, %", ylim=(0, None))
+    axis.set(xlabel="batches measured", ylabel="mean held-out regret, %", yscale="log")
     axis.legend()
     figure.savefig(HERE / "design.png", dpi=70)
 

@@ -24,6 +24,7 @@ from ramp_moe import (
     generate,
 )
 from ramp_moe.cost_model import candidates_of, get_form, incomparable, join, path_times
+from ramp_moe.fitting import RESIDENT, least_squares
 from ramp_moe.replay import Replay
 from ramp_moe.sweep import FORMAT, VERSION, Column, Row, Run, ShapeRecord, SweepRecord, make_sweep, path_key
 
@@ -117,15 +118,33 @@ def test_non_negative_fit_is_optimal(replay: Replay) -> None:
     active = (sweep.histograms > 0).sum(1)
     at_zero = 0
     for i, candidate in enumerate(model.candidates):
-        c = np.array(model.fits[candidate.config.stages[-1].key].coefficients)
+        fit = model.fits[candidate.config.stages[-1].key]
+        c, slots = np.array(fit.coefficients), fit.part.grids[0].slots(132)
         assert (c >= 0).all()
         g = candidate.config.gemms[0].logical(sweep.histograms)
-        x = np.stack([np.ones(len(g)), np.ceil(g / 132), g, active], 1) / replay.times_us[:, i, None]
+        x = np.stack([np.ones(len(g)), np.ceil(g / slots), g, active], 1) / replay.times_us[:, i, None]
         slope = x.T @ (x @ c - 1) / np.abs(x).max(0)
         at_zero += int((c == 0).sum())
         assert slope[c > 0] == pytest.approx(0, abs=1e-6)
         assert (slope[c == 0] > -1e-6).all()
     assert at_zero > 0
+
+
+def test_ctas_on_an_sm_are_those_that_explain_the_times_best(replay: Replay) -> None:
+    model = replay.fit(form="active")
+    sweep, seen = replay.recordings[0].sweep, set()
+    for i, candidate in enumerate(model.candidates):
+        fit = model.fits[candidate.config.stages[-1].key]
+        seen.add(fit.part.grids[0].ctas_per_sm)
+        g, t = candidate.config.gemms[0].logical(sweep.histograms), replay.times_us[:, i]
+        errors = []
+        for resident in RESIDENT:
+            x = np.stack([np.ones(len(g)), np.ceil(g / 132 / resident), g, (sweep.histograms > 0).sum(1)], 1)
+            _, relative = least_squares(x[:, None], t[:, None], True)
+            errors.append(np.sqrt(np.mean(relative**2)))
+        assert fit.rms_error == pytest.approx(min(errors), rel=1e-9)
+        assert fit.part.grids[0].ctas_per_sm == RESIDENT[int(np.argmin(errors))]
+    assert seen == set(RESIDENT)
 
 
 @pytest.mark.parametrize("form", FORMS)

@@ -113,7 +113,7 @@ def test_a_fit_older_than_its_sweep_is_not_used(
     ("change", "message"),
     [
         ({"version": 3}, "version 3, this ramp-moe reads up to 2"),
-        ({"version": 1}, "from version 1: .* residual: it was another then; fit again"),
+        ({"version": 1}, "from version 1: .* other coefficients then; fit again"),
         ({"form": "magic"}, r"form 'magic' of terms .* is not known here; fit again"),
         (
             {
@@ -127,6 +127,7 @@ def test_a_fit_older_than_its_sweep_is_not_used(
                         "ctas_range": [1, 2],
                         "active_range": [1, 2],
                         "floor_us": -1e9,
+                        "ctas_per_sm": [1],
                     }
                 ]
             },

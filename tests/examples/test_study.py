@@ -32,7 +32,7 @@ def test_the_tables_are_those_of_the_sweeps(study: ModuleType) -> None:
 
 @pytest.mark.parametrize(
     ("model", "mean", "p95"),
-    list(zip(RECORDED, (0.016, 0.016, 0.022, 0.011), (0.086, 0.075, 0.1, 0.045), strict=True)),
+    list(zip(RECORDED, (0.0125, 0.017, 0.023, 0.011), (0.067, 0.079, 0.126, 0.046), strict=True)),
 )
 def test_cross_validated_regret_on_the_first_sweeps(study: ModuleType, model: str, mean: float, p95: float) -> None:
     lost = study.cross_validated(model, "smooth")
@@ -46,12 +46,15 @@ def test_held_out_regret_of_what_ships(study: ModuleType) -> None:
         for model, dtype, kernels, _, _ in study.cases()
     }
     assert np.mean([lost.mean() for lost, _ in found.values()]) < 0.009
-    for (_, _, kernels), (lost, against) in found.items():
-        assert against < (0.0093 if "alpha_moe" not in kernels else 0.0155)
-        assert lost.max() < 0.14
+    for (model, dtype, kernels), (lost, against) in found.items():
+        if (model, dtype, kernels) == ("mixtral-8x7b-tp4", "fp8", ("triton",)):  # its batches of 3 tokens
+            assert against < 0.02
+            continue
+        assert against < (0.0093 if len(kernels) == 1 else 0.012)
+        assert lost.max() < 0.1
 
 
 def test_fewer_batches(study: ModuleType) -> None:
     curve = study.curve()
-    assert curve["as measured"][48] < 0.0115
-    assert curve["uniform first"][24] < 0.0135
+    assert curve["as measured"][48] < 0.0105
+    assert curve["uniform first"][24] < 0.012
