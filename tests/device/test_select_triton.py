@@ -32,13 +32,19 @@ def whole(model: CostModel) -> CostTable:
     return CostTable.of(model, model.contenders.tolist())
 
 
-def check(selector: TritonSelector, table: CostTable, topk_ids: torch.Tensor, num_valid: int | None = None) -> IntArray:
+def check(
+    selector: TritonSelector,
+    table: CostTable,
+    topk_ids: torch.Tensor,
+    num_valid: int | None = None,
+    recorder: Recorder | None = None,
+) -> IntArray:
     """Run, compare with the table by hand; its histogram."""
     cost = torch.full((table.num_candidates,), torch.nan, device=DEVICE)
     valid = None if num_valid is None else torch.tensor([num_valid], dtype=torch.int32, device=DEVICE)
     selector.choice.fill_(-77)
     selector.histogram.fill_(-77)
-    selector(topk_ids.to(DEVICE), valid, cost)
+    selector(topk_ids.to(DEVICE), valid, cost, recorder)
     histogram = counted(topk_ids, len(selector.histogram), num_valid)
     assert selector.histogram.tolist() == histogram.tolist()
     expected, found = by_hand(table, histogram), cost.cpu().numpy()
@@ -135,11 +141,12 @@ def test_most_ids(table: CostTable) -> None:
 
 def test_it_records(table: CostTable) -> None:
     recorder = Recorder(3, 64, 8, DEVICE)
-    selector = TritonSelector(table, 64, DEVICE, recorder)
+    selector = TritonSelector(table, 64, DEVICE)
     rows = []
     for tokens, num_valid in ((5, None), (9, 4), (6, 0), (1, None), (200, 400)):
-        histogram = check(selector, table, routed("uniform", tokens, 64, 8, tokens), num_valid)
-        rows.append([tokens if num_valid is None else min(tokens, num_valid), selector.choice.item(), *histogram])
+        histogram = check(selector, table, routed("uniform", tokens, 64, 8, tokens), num_valid, recorder)
+        label = table.label[selector.choice.item()]
+        rows.append([tokens if num_valid is None else min(tokens, num_valid), label, *histogram])
     assert recorder.counter.tolist() == [5]
     assert recorder.ring.tolist() == [rows[3], rows[4], rows[2]]
 
@@ -162,10 +169,11 @@ def test_bad_input(table: CostTable) -> None:
     for num_experts in (0, 1025):
         with pytest.raises(KernelError, match=f"1 to 1024 experts, not {num_experts}; choose on the host"):
             TritonSelector(table, num_experts, DEVICE)
-    with pytest.raises(KernelError, match="the recorder is for 8 experts on"):
-        TritonSelector(table, 64, DEVICE, Recorder(4, 8, 2, DEVICE))
-    with pytest.raises(ShapeError, match="the recorder is for 8 ids a token, topk_ids has 2"):
-        TritonSelector(table, 64, DEVICE, Recorder(4, 64, 8, DEVICE))(ids)
+    for recorder in (Recorder(4, 8, 2, DEVICE), Recorder(4, 64, 8, DEVICE)):
+        with pytest.raises(
+            KernelError, match=f"the recorder is for {recorder.top_k} of {recorder.num_experts} experts"
+        ):
+            selector(ids, recorder=recorder)
 
 
 def test_it_compiles_small() -> None:
@@ -198,14 +206,14 @@ def test_a_graph_chooses_anew(table: CostTable) -> None:
     recorder = Recorder(16, 64, 8, DEVICE)
     for tokens in (4, 256, MAX_IDS // 8):
         recorder.counter.zero_()
-        selector = TritonSelector(table, 64, DEVICE, recorder)
+        selector = TritonSelector(table, 64, DEVICE)
         ids = routed("uniform", tokens, 64, 8).to(DEVICE)
         valid = torch.tensor([tokens], dtype=torch.int32, device=DEVICE)
         cost = torch.zeros(table.num_candidates, device=DEVICE)
-        selector(ids, valid, cost)  # compiles
+        selector(ids, valid, cost, recorder)  # compiles
         graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(graph):
-            selector(ids, valid, cost)
+            selector(ids, valid, cost, recorder)
         rows = []
         for seed, routing in enumerate(ROUTINGS):
             num_valid = tokens if seed % 2 else max(1, tokens // 2)
@@ -215,9 +223,9 @@ def test_a_graph_chooses_anew(table: CostTable) -> None:
             histogram = counted(ids, 64, num_valid)
             expected = by_hand(table, histogram)
             assert selector.histogram.tolist() == histogram.tolist()
-            assert cost.tolist() == pytest.approx(expected.tolist(), rel=1e-4)
+            assert cost.tolist() == pytest.approx(expected.tolist(), rel=1e-3)
             assert selector.choice.item() == cost.cpu().numpy().argmin()
-            rows.append([num_valid, selector.choice.item(), *histogram.tolist()])
+            rows.append([num_valid, table.label[selector.choice.item()], *histogram.tolist()])
         found = recorder.read()
         read = np.column_stack([found.tokens, found.choices, found.histograms]).tolist()
         assert read[1:] == rows

@@ -148,6 +148,18 @@ class Batch:
         return int(self.topk_ids.shape[1])
 
 
+def kernel_ids(topk_ids: Tensor, num_experts: int, num_valid: Tensor | None) -> Tensor:
+    """topk_ids `[T, k]` int32 or int64 as a Batch has them, int32, with -1 for tokens from num_valid int32 `[1]` on."""
+    import torch
+
+    ids = topk_ids
+    if ids.dtype == torch.int64:  # beyond 32 bits they would wrap around to an expert: they stay out of range
+        ids = ids.clamp(-2, num_experts + 1).to(torch.int32)
+    if num_valid is not None:
+        ids = ids.where(torch.arange(len(ids), device=ids.device)[:, None] < num_valid, -1)
+    return ids
+
+
 @dataclass
 class Workspace:
     """Named device buffers that grow as needed and are used again, one set for each stream.

@@ -11,16 +11,19 @@ expert histogram chooses one on the device at every replay.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import TYPE_CHECKING, Any, Protocol
+
+import numpy as np
 
 from ..cost_model import Candidate, CostModel
 from ..errors import KernelError, RampMoEError
 from ..shortlist import MOST, Shortlist, shortlist
-from . import graph
+from . import graph, nvrtc
 from .bench import misfit, reference
-from .contract import Batch, MoEWeights, Workspace
+from .contract import Batch, MoEWeights, Workspace, kernel_ids
+from .recorder import Recorder
 from .select import Launch, Selector
 from .table import CostTable
 
@@ -28,7 +31,7 @@ if TYPE_CHECKING:
     import torch
     from torch import Tensor
 
-    from .recorder import Recorder
+    from .select_triton import TritonSelector
 
 MODES = ("nodes", "switch", "gated", "single")
 """Cheapest first."""
@@ -64,7 +67,7 @@ class Plan:
     bodies: tuple[Candidate, ...]
     shortlist: Shortlist
     kernels: int = 0
-    selector: Selector | None = field(default=None, repr=False)
+    selector: Selector | TritonSelector | None = field(default=None, repr=False)
 
 
 class GraphDispatch:
@@ -84,11 +87,21 @@ class GraphDispatch:
         self.dropped: dict[str, str] = {}
         self.plans: dict[int, Plan] = {}
         self.recorder: Recorder | None = None
+        self.names = [c.name for c in model.candidates]
+        """By index, what a recorder's entries say was chosen."""
         self._launches, self._weights, self._model, self._top_k, self._mode = launches, weights, model, top_k, mode
         self._device = weights.gate_up.device
         self._side = torch.cuda.Stream(self._device)  # type: ignore[no-untyped-call]
         self._states = torch.full((STATES, 1), -1, dtype=torch.int32, device=self._device)
         self._captures = 0
+
+    def record(self, slots: int) -> Recorder:
+        """Keep the latest `slots` batches of the graphs that are captured from now on, and what was chosen for each, on
+        the device: `recorder.write(path, names)` makes a trace of them that `ramp-moe compare --trace` reads. Graphs of
+        one body are not recorded: nothing counts their ids."""
+        experts = self._weights.down.shape[0]
+        self.recorder = Recorder(slots, experts, self._top_k, self._device)
+        return self.recorder
 
     def prepare(self, num_tokens: int, dtype: torch.dtype) -> Plan:
         """Decide what a graph for `num_tokens` gets, and run every body once: it is compiled, its buffers have their
@@ -114,10 +127,7 @@ class GraphDispatch:
         mode, why, kernels = self._choose_mode(bodies, batch)
         if mode == "single":
             bodies = bodies[:1]
-        selector = None
-        if len(bodies) > 1:
-            table = CostTable.of(model, short.columns)
-            selector = Selector(table, self._weights.down.shape[0], self._device)
+        selector = self._selector(model, short.columns) if len(bodies) > 1 else None
         plan = Plan(num_tokens, mode, why, bodies, short, kernels, selector)
         self.plans[num_tokens] = plan
         return plan
@@ -132,6 +142,10 @@ class GraphDispatch:
 
         selector = plan.selector
         assert selector is not None
+        if not isinstance(selector, Selector):
+            selector(topk_ids, num_valid, recorder=self.recorder)
+            batch = Batch(x, kernel_ids(topk_ids, self._weights.down.shape[0], num_valid), topk_weights)
+            return self._run_all(plan, batch, out, selector.choice)
         ids = self._launches.workspace.get("kernel_ids", tuple(topk_ids.shape), torch.int32, topk_ids.device)
         state = None
         if plan.mode == "nodes":
@@ -154,6 +168,18 @@ class GraphDispatch:
         else:
             select(0)
             self._run_all(plan, batch, out, selector.choice)
+
+    def _selector(self, model: CostModel, columns: Sequence[int]) -> Selector | TritonSelector:
+        import torch
+
+        table, experts = CostTable.of(model, columns), self._weights.down.shape[0]
+        label = [self.names.index(model.candidates[c].name) for c in columns]
+        table = replace(table, label=np.array(label, np.int32))
+        if nvrtc.unavailable() or torch.version.cuda is None:
+            from .select_triton import TritonSelector
+
+            return TritonSelector(table, experts, self._device)
+        return Selector(table, experts, self._device)
 
     def _run_all(self, plan: Plan, batch: Batch, out: Tensor, choice: Tensor) -> None:
         import torch

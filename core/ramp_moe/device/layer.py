@@ -14,7 +14,7 @@ from ..hardware import Hardware
 from ..kernel import KernelConfig, layouts_of, usable_configs
 from ..layouts import choose_layouts, kernel_times, weighed_batches, why_not_served
 from ..routing import expert_histogram
-from .contract import Batch, LaunchableKernel, MoEWeights, Workspace
+from .contract import Batch, LaunchableKernel, MoEWeights, Workspace, kernel_ids
 from .layouts import relayout, to_give
 
 if TYPE_CHECKING:
@@ -198,10 +198,7 @@ class MoELayer:
 
         plan = self._plan(hidden_states, topk_ids)
         if plan is None:
-            ids = _int32(topk_ids, self.shape.num_experts)
-            if num_valid is not None:
-                ids = ids.where(torch.arange(len(ids), device=ids.device)[:, None] < num_valid, -1)
-            batch = Batch(hidden_states, ids, topk_weights)
+            batch = Batch(hidden_states, kernel_ids(topk_ids, self.shape.num_experts, num_valid), topk_weights)
         if hidden_states.shape[1:] != (self.shape.hidden_size,) or topk_ids.shape[1:] != (self.shape.top_k,):
             raise ShapeError(
                 f"the layer takes hidden_states [T, {self.shape.hidden_size}] and {self.shape.top_k} ids a token, "
@@ -264,12 +261,3 @@ def _in_range(batch: Batch, num_experts: int) -> Tensor:
     """Ids with those out of range marked as padding, as the kernels treat them."""
     ids = batch.topk_ids
     return ids.masked_fill((ids < 0) | (ids > num_experts), -1)
-
-
-def _int32(ids: Tensor, num_experts: int) -> Tensor:
-    """Ids as the kernels take them. Beyond 32 bits they would wrap around to an expert: they stay out of range."""
-    import torch
-
-    if ids.dtype == torch.int64:
-        return ids.clamp(-2, num_experts + 1).to(torch.int32)
-    return ids

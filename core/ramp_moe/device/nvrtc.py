@@ -5,11 +5,18 @@ from __future__ import annotations
 import functools
 import importlib.util
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from ..errors import KernelError
 
 INSTALL = "pip install 'cuda-bindings>=13,<14' nvidia-cuda-nvrtc nvidia-nvjitlink nvidia-cuda-runtime"
+
+
+class Function(NamedTuple):
+    """One that is loaded on a device, and the bytes of shared memory that a launch may ask for beside its own."""
+
+    handle: Any
+    shared_bytes: int
 
 
 def checked(result: tuple[Any, ...], doing: str) -> Any:
@@ -59,9 +66,8 @@ def compile_cubin(source: str, name: str, arch: str) -> bytes:
 
 
 @functools.cache
-def load(path: Path, function: str, device: int) -> Any:
-    """The function of a file of CUDA C++, loaded on a device, which may take all of its shared memory; once a process.
-    Raises KernelError."""
+def load(path: Path, function: str, device: int) -> Function:
+    """The function of a file of CUDA C++, loaded on a device; once a process. Raises KernelError."""
     import torch
     from cuda.bindings import driver
 
@@ -71,13 +77,13 @@ def load(path: Path, function: str, device: int) -> Any:
         cubin = compile_cubin(path.read_text(encoding="utf-8"), path.name, f"sm_{major}{minor}")
         module = checked(driver.cuModuleLoadData(cubin), f"loading {path.name}")
         found = checked(driver.cuModuleGetFunction(module, function.encode()), f"loading {path.name}")
-        static = checked(
-            driver.cuFuncGetAttribute(driver.CUfunction_attribute.CU_FUNC_ATTRIBUTE_SHARED_SIZE_BYTES, found), path.name
-        )
-        dynamic = torch.cuda.get_device_properties(device).shared_memory_per_block_optin - static
-        attribute = driver.CUfunction_attribute.CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES
-        checked(driver.cuFuncSetAttribute(found, attribute, dynamic), f"loading {path.name}")
-        return found
+        of_function, of_device = driver.CUfunction_attribute, driver.CUdevice_attribute
+        most = of_device.CU_DEVICE_ATTRIBUTE_MAX_SHARED_MEMORY_PER_BLOCK_OPTIN
+        shared = checked(driver.cuDeviceGetAttribute(most, driver.CUdevice(device)), path.name)
+        shared -= checked(driver.cuFuncGetAttribute(of_function.CU_FUNC_ATTRIBUTE_SHARED_SIZE_BYTES, found), path.name)
+        dynamic = of_function.CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES
+        checked(driver.cuFuncSetAttribute(found, dynamic, shared), f"loading {path.name}")
+        return Function(found, shared)
 
 
 @functools.cache

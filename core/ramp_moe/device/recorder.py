@@ -37,7 +37,7 @@ class Recorder:
     """The latest `slots` batches of one layer, which selection kernels write and `read` reads.
 
     ring int32 `[slots, 2 + num_experts]`: an entry is [tokens, choice, histogram...], where tokens counts those before
-    num_valid and choice is the candidate's index in the cost table. counter int64 `[1]`: batches so far; batch i is, or
+    num_valid and choice is the candidate's label in the cost table. counter int64 `[1]`: batches so far; batch i is, or
     was, entry i % slots. A kernel that is given both writes entry counter % slots and then counter + 1: calls that
     share a recorder must follow each other on one stream.
 
@@ -55,6 +55,14 @@ class Recorder:
         self.ring = torch.zeros(slots, 2 + num_experts, dtype=torch.int32, device=device)
         self.counter = torch.zeros(1, dtype=torch.int64, device=device)
 
+    def check(self, num_experts: int, top_k: int, device: torch.device) -> None:
+        """Raises KernelError where a selection kernel of these would not write what this holds."""
+        if (self.num_experts, self.top_k, self.ring.device) != (num_experts, top_k, device):
+            raise KernelError(
+                f"the recorder is for {self.top_k} of {self.num_experts} experts on {self.ring.device}, the choice for "
+                f"{top_k} of {num_experts} on {device}; make it for those"
+            )
+
     def read(self) -> Recording:
         """What is recorded so far. Waits for the device; nothing is forgotten by reading."""
         import torch
@@ -70,7 +78,7 @@ class Recorder:
         """Write a routing trace (see `ramp_moe.trace`), whole or not at all: a header with `source`, how often each
         candidate was chosen and how many batches were lost; then the batches with a token.
 
-        candidates: names by index in the cost table. Raises RoutingError where nothing was recorded, ProfileError where
+        candidates: names by label in the cost table. Raises RoutingError where nothing was recorded, ProfileError where
         the file cannot be written.
         """
         found = self.read()

@@ -31,8 +31,6 @@ _SIZES = (
     "num_shared", "num_blocks", "num_launches", "num_grids", "num_parts", "num_candidates", "num_sets", "num_rows",
     "num_ids", "top_k", "wide", "num_experts", "slots", "num_nodes",
 )  # fmt: skip
-STATIC_SHARED_BYTES = 40 * 1024
-"""More than the kernel has beside the table."""
 
 
 class Params(ctypes.Structure):
@@ -89,14 +87,13 @@ class Selector:
             raise KernelError(f"choosing on the device takes {MAX_EXPERTS} experts at most, not {num_experts}")
         index = torch.cuda.current_device() if device.index is None else device.index
         self.device = torch.device("cuda", index)
-        self.function = nvrtc.load(SOURCE, "select_candidate", index)
+        self.function, room = nvrtc.load(SOURCE, "select_candidate", index)
         self.num_experts = num_experts
         self.choice = torch.zeros(1, dtype=torch.int32, device=self.device)
         self.histogram = torch.zeros(num_experts, dtype=torch.int32, device=self.device)
         self.cost = torch.zeros(table.num_candidates, device=self.device) if with_cost else None
         words, at = packed(table)
         self._table = torch.from_numpy(words).to(self.device)
-        room = torch.cuda.get_device_properties(index).shared_memory_per_block_optin - STATIC_SHARED_BYTES
         # What does not fit, the weights of many candidates, is read from where it is.
         num_shared = len(words) if 4 * len(words) <= room else at[_ARRAYS.index("weights")]
         if 4 * num_shared > room:
@@ -144,6 +141,7 @@ class Selector:
             raise KernelError(f"choosing on the device takes {MAX_IDS} routed ids at most, not {topk_ids.numel()}")
         given = {"ids": topk_ids, "num_valid": num_valid, "kernel_ids": kernel_ids, "last": last}
         if recorder is not None:
+            recorder.check(self.num_experts, topk_ids.shape[1], self.device)
             given |= {"ring": recorder.ring, "counter": recorder.counter}
         addresses = {name: t.data_ptr() for name, t in given.items() if t is not None}
         launch = Launch(

@@ -232,29 +232,20 @@ class TritonSelector:
     """Chooses among a table's candidates by the top-k ids on the device, in one launch that the host does not wait for.
 
     choice int32 `[1]`: the candidate's index; histogram int32 `[num_experts]`. Both are allocated once and belong to
-    the latest call in the order of the stream; a captured graph fills them again when it is replayed. recorder: keeps
-    what every call routed and chose. Raises KernelError for more experts than 1024, without a GPU, and for a recorder
-    that does not fit.
+    the latest call in the order of the stream; a captured graph fills them again when it is replayed. Raises
+    KernelError for more experts than 1024, and without a GPU.
     """
 
-    def __init__(
-        self, table: CostTable, num_experts: int, device: torch.device | str, recorder: Recorder | None = None
-    ) -> None:
+    def __init__(self, table: CostTable, num_experts: int, device: torch.device | str) -> None:
         if not 1 <= num_experts <= MAX_EXPERTS:
             raise KernelError(
                 f"choosing on the device takes 1 to {MAX_EXPERTS} experts, not {num_experts}; choose on the host"
             )
         self.choice = torch.zeros(1, dtype=torch.int32, device=device)
         self.histogram = torch.zeros(num_experts, dtype=torch.int32, device=device)
-        self.recorder = recorder
         self._device = self.choice.device
         if self._device.type != "cuda" and isinstance(select_kernel, triton.JITFunction):
             raise KernelError(f"choosing on the device needs a GPU, not {self._device}; choose on the host")
-        if recorder is not None and (recorder.num_experts, recorder.ring.device) != (num_experts, self._device):
-            raise KernelError(
-                f"the recorder is for {recorder.num_experts} experts on {recorder.ring.device}, the choice for "
-                f"{num_experts} on {self._device}; make it for those"
-            )
         self._table = table.to(self._device)
         num_parts, num_rows = len(table.floor), len(table.weights)
         self._sizes = {
@@ -266,7 +257,6 @@ class TritonSelector:
             "num_candidates": table.num_candidates,
             "num_rows": num_rows,
             "parts_each": int(np.diff(table.first).max()),
-            "num_slots": 1 if recorder is None else recorder.slots,
         }
         bins = _at_least(64, num_experts)  # one for each lane of the widest wave
         blocks = _at_least(16, len(table.blocks))
@@ -284,13 +274,19 @@ class TritonSelector:
             "CORRECTED": len(table.unit) > 0,
         }
 
-    def __call__(self, topk_ids: Tensor, num_valid: Tensor | None = None, cost_us: Tensor | None = None) -> None:
+    def __call__(
+        self,
+        topk_ids: Tensor,
+        num_valid: Tensor | None = None,
+        cost_us: Tensor | None = None,
+        recorder: Recorder | None = None,
+    ) -> None:
         """Fill `choice` and `histogram` for topk_ids int32 or int64 `[T, k]`, contiguous, 65,536 ids at most.
 
         Ids outside [0, num_experts) are skipped. num_valid int32 `[1]` on the device: tokens from there on are skipped
-        too (captured batches that are padded). cost_us float32 `[candidates]` is filled with microseconds.
-        Deterministic; allocates nothing. Raises KernelError for too many ids and
-        for dtypes, strides and devices; ShapeError for shapes.
+        too (captured batches that are padded). cost_us float32 `[candidates]` is filled with microseconds. recorder:
+        gets what was routed and chosen. Deterministic; allocates nothing. Raises KernelError for too many ids, for
+        dtypes, strides and devices, and a recorder of something else; ShapeError for shapes.
         """
         self._check("topk_ids", topk_ids, None, torch.int32, torch.int64)
         num_tokens, top_k = topk_ids.shape
@@ -303,10 +299,9 @@ class TritonSelector:
         if cost_us is not None:
             self._check("cost_us", cost_us, (self._sizes["num_candidates"],), torch.float32)
         ring = counter = None
-        if self.recorder is not None:
-            ring, counter = self.recorder.ring, self.recorder.counter
-            if top_k != self.recorder.top_k:
-                raise ShapeError(f"the recorder is for {self.recorder.top_k} ids a token, topk_ids has {top_k}")
+        if recorder is not None:
+            recorder.check(len(self.histogram), top_k, self._device)
+            ring, counter = recorder.ring, recorder.counter
         with torch.cuda.device_of(topk_ids):
             select_kernel[(1,)](
                 topk_ids,
@@ -320,6 +315,7 @@ class TritonSelector:
                 num_ids=topk_ids.numel(),
                 num_tokens=num_tokens,
                 top_k=top_k,
+                num_slots=1 if recorder is None else recorder.slots,
                 **self._sizes,
                 **self._constants,
                 num_warps=_WARPS,

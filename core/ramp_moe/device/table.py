@@ -105,8 +105,8 @@ class CostTable:
             np.array([f.floor_us for f in fits], np.float32),
             np.cumsum([0, *map(len, keys)]).astype(np.int32),
             np.array([index[k] for ks in keys for k in ks], np.int32),
-            *_corrections(model, [c.name for c in candidates], blocks),
-            np.array(columns, np.int32),
+            **_corrections(model, [c.name for c in candidates], blocks),
+            label=np.array(columns, np.int32),
         )
         whats = ("token blocks", "grids", "parts", "candidates", "distances")
         distances = table.points.shape[0] * table.points.shape[2]
@@ -124,8 +124,8 @@ class CostTable:
         return {f.name: torch.from_numpy(np.ascontiguousarray(getattr(self, f.name))).to(device) for f in fields(self)}
 
 
-def _corrections(model: CostModel, names: Sequence[str], blocks: Sequence[int]) -> tuple[NDArray[Any], ...]:
-    """unit, points, set_block, set_of, constant, weights."""
+def _corrections(model: CostModel, names: Sequence[str], blocks: Sequence[int]) -> dict[str, NDArray[Any]]:
+    """The table's arrays that correct."""
     rows = max((len(r.ids) for r in model.residuals), default=0)
     set_of, constant = np.zeros(len(names), np.int32), np.zeros(len(names), np.float32)
     # A residual of fewer batches than another weighs the points that it lacks with 0.
@@ -145,4 +145,11 @@ def _corrections(model: CostModel, names: Sequence[str], blocks: Sequence[int]) 
         ):
             unit[q, axis], points[q, axis, : len(counts)] = in_units(counts, scale)
     set_block = np.array([blocks.index(block) for _, block in sets], np.int32)
-    return unit, points, set_block, set_of, constant, weights
+    return {
+        "unit": unit,
+        "points": points,
+        "set_block": set_block,
+        "set_of": set_of,
+        "constant": constant,
+        "weights": weights,
+    }
