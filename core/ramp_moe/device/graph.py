@@ -162,8 +162,9 @@ def _continue_from(nodes: list[Any]) -> None:
 
 
 def _between(last: Sequence[Any], first: Any) -> list[Any]:
-    """The nodes that `last` depend on, themselves included, down to `first`. Programmatic edges, over which a kernel
-    may begin before the one before has ended, become full ones: what is switched off must not begin."""
+    """The nodes that `last` depend on, themselves included, down to `first`. Programmatic edges from `first`, over which
+    a kernel may begin before the one before has ended, become full ones: what is about to be switched off must not have
+    begun."""
     from cuda.bindings import runtime
 
     graph, _ = _capture()
@@ -178,7 +179,7 @@ def _between(last: Sequence[Any], first: Any) -> list[Any]:
         before, edges, _ = checked(runtime.cudaGraphNodeGetDependencies(node, count), "reading a captured body")
         for other, edge in zip(before, edges or [None] * len(before), strict=False):
             programmatic = runtime.cudaGraphDependencyType.cudaGraphDependencyTypeProgrammatic
-            if edge is not None and edge.type == int(programmatic):
+            if edge is not None and edge.type == int(programmatic) and int(other) == int(first):
                 checked(runtime.cudaGraphRemoveDependencies(graph, [other], [node], [edge], 1), "ordering a body")
                 checked(runtime.cudaGraphAddDependencies(graph, [other], [node], None, 1), "ordering a body")
             todo.append(other)
