@@ -45,5 +45,7 @@ def check(ctx: click.Context, model: str, dtype: str, kernels: tuple[str, ...], 
         print_json(found.as_dict())
     else:
         console().print(*tables.drift(found), sep="\n")
+        if found.remedy:  # never wrapped, so that it can be copied
+            click.echo("\n".join(["remedy, measure again:", *(f"  {command}" for command in found.remedy)]))
     if found.verdict == "does not hold":
         ctx.exit(1)

@@ -254,7 +254,6 @@ def drift(found: Drift) -> list[RenderableType]:
     if found.verdict == "shifted":
         verdict += ": all times by one factor, the choices still hold"
     changed = [f"{c.what}: {c.recorded} when recorded, {c.now} now" for c in found.changes]
-    remedy = ["remedy, measure again:", *(f"  {line}" for line in found.remedy)] if found.remedy else []
     failed = dict.fromkeys(f"{c.kernel}/{c.config} fails: {c.failed}" for c in found.cells if c.failed is not None)
     return [
         table,
@@ -262,5 +261,5 @@ def drift(found: Drift) -> list[RenderableType]:
         *(f"[dim]note: {escape(n)}" for n in found.notes),
         figures,
         verdict,
-        *(escape(line) for line in (*found.reasons, *remedy)),
+        *(escape(reason) for reason in found.reasons),
     ]
