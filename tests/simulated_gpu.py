@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 from click.testing import CliRunner, Result
 from ramp_moe import Kernel, Model, Registry
-from ramp_moe.cli import compare, gpu, main, profile
+from ramp_moe.cli import compare, drift, gpu, main, profile
 from ramp_moe.profiler import pool
 from ramp_moe.profiler.gpu import GpuState
 from ramp_moe.store import relative_path
@@ -41,7 +41,7 @@ class Machine:
         self.registry.models["tiny"] = Model(SHAPE, "a test")
         self.registry.kernels |= {"sim": Simulated()}
         self.state, self.log, self.patch = IDLE, log, monkeypatch
-        for command in (compare, profile):
+        for command in (compare, drift, profile):
             monkeypatch.setattr(command, "get_registry", lambda: self.registry)
         monkeypatch.setattr(gpu, "gpu_state", lambda: self.state)
         monkeypatch.setattr(pool, "Worker", Here)

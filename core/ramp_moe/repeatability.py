@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -34,11 +35,13 @@ class Spread:
     offset: float
 
 
-def spread(sweep: Sweep) -> list[Spread]:
+def spread(sweep: Sweep, close: float = math.inf) -> list[Spread]:
     """By range of latency, how far two runs of a sweep's whole paths (of its stages, where it has no paths) differ;
-    every pair of runs counts. The last entry is over all; empty where cells were measured once."""
+    every pair of runs counts, on cells within `close` times their batch's best. The last entry is over all; empty where
+    cells were measured once."""
     seen = view(sweep)
-    times = np.where(seen.bounded, np.nan, seen.runs_us)
+    near = seen.times_us <= close * np.nanmin(seen.times_us, axis=1, keepdims=True)
+    times = np.where(seen.bounded | ~near, np.nan, seen.runs_us)
     pairs = [np.stack([times[a], times[b]], -1) for a, b in itertools.combinations(range(len(times)), 2)]
     both = np.concatenate([p[np.isfinite(p).all(-1)] for p in pairs]) if pairs else np.empty((0, 2))
     if not len(both):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from pathlib import Path
 
 import pytest
@@ -42,6 +43,18 @@ def test_spread_by_latency(two_runs: Path) -> None:
         assert s.median == pytest.approx(size)
         assert s.p95 == pytest.approx(size)
         assert s.offset == pytest.approx(0.01 if s.high <= 100 else -0.03)
+
+
+def test_spread_of_what_is_near_the_best(two_runs: Path) -> None:
+    raw = json.loads(two_runs.read_text())
+    raw["columns"].append({"stage": "path", "key": "path/alpha_moe/far-behind", "params": {}})
+    for row in raw["rows"]:
+        for times in row["runs_us"]:
+            if times is not None:
+                times.append(2 * times[-2])
+    two_runs.write_text(json.dumps(raw))
+    sweep = load_sweep(two_runs)
+    assert [spread(sweep, close)[-1].cells for close in (math.inf, 1.1)] == [154, 77]
 
 
 def test_one_run_has_no_spread(sweep_file: Path) -> None:

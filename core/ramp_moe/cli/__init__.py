@@ -7,7 +7,7 @@ from typing import Any
 import click
 
 from ..errors import RampMoEError
-from . import check, choose, compare, listing, profile
+from . import check, choose, compare, drift, listing, profile
 
 
 class _Failure(click.ClickException):
@@ -34,6 +34,7 @@ for _command in (
     listing.models,
     listing.profiles,
     check.check_kernel,
+    drift.check,
     choose.regions,
     choose.fit,
     choose.explain,

@@ -8,8 +8,7 @@ import click
 
 from ..comparison import Comparison, compare_recorded, compare_trace
 from ..cost_model import get_form
-from ..errors import HardwareError, ProfileError, RampMoEError
-from ..hardware import Hardware
+from ..errors import HardwareError
 from ..html import check_report, write_report
 from ..kernel import STAGE_KINDS
 from ..plugins import Registry, get_registry
@@ -17,11 +16,10 @@ from ..profiler.live import MAX_TOKENS, RUNS, compare_live
 from ..replay import load_replay
 from ..shapes import MoEShape
 from ..store import ProfileStore
-from ..sweep import PATH
 from ..trace import Trace, load_trace
 from ..vllm_table import open_table
 from . import tables
-from .gpu import INTERRUPTED, Display, choose_kernels, find_gpu, set_up
+from .gpu import INTERRUPTED, Display, choose_kernels, find_gpu, recorded_kernels, set_up
 from .options import (
     AtLeast,
     console,
@@ -147,7 +145,7 @@ def _measure(
             f"--device is {device}, this machine's GPU is {hardware.name} ({state.name}); name --device {hardware.name}"
         )
     display = Display(minutes / RUNS)
-    recorded, without_paths = ([], []) if kernels else _recorded(registry, store, shape, hardware)
+    recorded, without_paths = ([], []) if kernels else recorded_kernels(registry, store, shape, hardware)
     chosen, left_out = choose_kernels(registry, kernels, recorded, shape, hardware)
     for note in (*without_paths, *left_out):
         display.note(note)
@@ -167,24 +165,3 @@ def _measure(
             trace,
             form,
         )
-
-
-def _recorded(
-    registry: Registry, store: ProfileStore, shape: MoEShape, hardware: Hardware
-) -> tuple[list[str], list[str]]:
-    """Kernels with recorded times of whole paths, and why others that are recorded are left out. Raises ProfileError
-    where there is none."""
-    names, left_out = [], []
-    for name in registry.kernels:
-        try:
-            found = store.find(name, shape, hardware)
-        except RampMoEError as e:
-            left_out.append(f"{name} left out: {e}")
-            continue
-        if found is not None and PATH in found[1].stages:
-            names.append(name)
-        elif found is not None:
-            left_out.append(f"{name} left out: {found[0]} has no times of whole paths; run `ramp-moe profile`")
-    if not names:
-        raise ProfileError("; ".join(left_out) or store.missing(registry.kernels, shape, hardware))
-    return names, left_out

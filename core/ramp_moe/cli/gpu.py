@@ -13,7 +13,7 @@ from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
 
 from ..device import LaunchableKernel
-from ..errors import HardwareError, KernelError
+from ..errors import HardwareError, KernelError, ProfileError, RampMoEError
 from ..hardware import Hardware, detect, identify
 from ..kernel import WeightLayout
 from ..plugins import Registry, get_registry
@@ -21,6 +21,8 @@ from ..profiler.gpu import GpuState, check_memory, gpu_state, memory_needed
 from ..profiler.settings import Environment, MakeBench, default_warmers
 from ..profiler.worker import BenchLike, make_gpu_bench
 from ..shapes import MoEShape
+from ..store import ProfileStore
+from ..sweep import PATH
 from .listing import describe_kernel, why_unavailable
 
 UUID_START = 12
@@ -45,6 +47,27 @@ def find_gpu(registry: Registry) -> tuple[GpuState, Hardware]:
     state = gpu_state()
     # Without its SM count, which takes a CUDA context: the worker has one, and refuses a MIG slice.
     return state, identify(registry.hardware.values(), state.name)
+
+
+def recorded_kernels(
+    registry: Registry, store: ProfileStore, shape: MoEShape, hardware: Hardware
+) -> tuple[list[str], list[str]]:
+    """Kernels with recorded times of whole paths, and why others that are recorded are left out. Raises ProfileError
+    where there is none."""
+    names, left_out = [], []
+    for name in registry.kernels:
+        try:
+            found = store.find(name, shape, hardware)
+        except RampMoEError as e:
+            left_out.append(f"{name} left out: {e}")
+            continue
+        if found is not None and PATH in found[1].stages:
+            names.append(name)
+        elif found is not None:
+            left_out.append(f"{name} left out: {found[0]} has no times of whole paths; run `ramp-moe profile`")
+    if not names:
+        raise ProfileError("; ".join(left_out) or store.missing(registry.kernels, shape, hardware))
+    return names, left_out
 
 
 def choose_kernels(
@@ -126,11 +149,12 @@ def _software() -> dict[str, str]:
 
 
 class Display:
-    """A run's progress on stderr: a bar on a terminal, else a line for each phase. `minutes` are what it may take."""
+    """A run's progress on stderr: a bar on a terminal, else a line for each phase. `minutes` are what it may take, None
+    where it takes what it takes."""
 
-    def __init__(self, minutes: float) -> None:
+    def __init__(self, minutes: float | None) -> None:
         self._console = Console(stderr=True, highlight=False, soft_wrap=True)
-        self._seconds = minutes * 60
+        self._seconds = None if minutes is None else minutes * 60
         self._bar = Progress(
             TextColumn("{task.description}"),
             BarColumn(bar_width=30),
@@ -155,8 +179,11 @@ class Display:
             self._console.print(f"{name}: {steps} {STEPS[name]}")
 
     def at(self, done: int, doing: str, spent: float) -> None:
-        left = self._seconds - spent
-        clock = "time is up" if left <= 0 else f"{left / 60:.1f} minutes left"
+        if self._seconds is None:
+            clock = ""
+        else:
+            left = self._seconds - spent
+            clock = "time is up" if left <= 0 else f"{left / 60:.1f} minutes left"
         self._bar.update(self._task, completed=done, doing=escape(doing), left=clock)
 
     def note(self, text: str) -> None:

@@ -13,6 +13,7 @@ from rich.table import Table
 from ..comparison import Batch, Comparison, Noise, Pick, percent
 from ..cost_model import CostModel
 from ..hardware import Hardware
+from ..profiler.drift import Drift
 from ..regions import Regions
 from ..routing import IntArray, active_experts
 from ..shapes import MoEShape
@@ -227,3 +228,38 @@ def _held(layouts: Mapping[str, Any]) -> str:
         f"weights in {one['layouts'][0]} (one copy) serve {', '.join(one['kernels'])}; a second copy would gain "
         f"{percent(gain['this_batch'])} on this batch, {percent(gain['weighed'])} over {over}"
     )
+
+
+def drift(found: Drift) -> list[RenderableType]:
+    table = Table(title=f"{found.model} ({found.dtype}) on {found.device}: {', '.join(found.kernels)}")
+    for what in ("tokens", "routing", "configuration", "recorded us", "measured us", "ratio", "dispatch's choice"):
+        left = what in ("routing", "configuration", "dispatch's choice")
+        table.add_column(what, justify="left" if left else "right", overflow="fold")
+    for c in found.cells:
+        times = (
+            ["failed", ""]
+            if c.measured_us is None
+            else [f"{c.measured_us:.1f}", f"{c.measured_us / c.recorded_us:.3f}"]
+        )
+        name = escape(f"{c.kernel}/{c.config}")
+        mark = "yes" if c.chosen else ""
+        table.add_row(str(c.tokens), escape(c.routing), name, f"{c.recorded_us:.1f}", *times, mark)
+    colour = {"holds": "green", "shifted": "yellow", "does not hold": "red"}[found.verdict]
+    figures = (
+        f"median of measured / recorded {found.offset:+.1%}, besides {found.spread:.1%} off; dispatch's choices lose "
+        f"{found.loss:.1%} more than when recorded; by noise alone up to {found.tolerance:.1%}; the fastest recorded "
+        f"still is on {found.still_best} of {found.batches} batches; {found.seconds:.0f} s"
+    )
+    verdict = f"[bold {colour}]{found.verdict}[/]"
+    if found.verdict == "shifted":
+        verdict += ": all times by one factor, the choices still hold"
+    changed = [f"{c.what}: {c.recorded} when recorded, {c.now} now" for c in found.changes]
+    failed = dict.fromkeys(f"{c.kernel}/{c.config} fails: {c.failed}" for c in found.cells if c.failed is not None)
+    return [
+        table,
+        *(f"[dim]{escape(line)}" for line in (*failed, *changed)),
+        *(f"[dim]note: {escape(n)}" for n in found.notes),
+        figures,
+        verdict,
+        *(escape(reason) for reason in found.reasons),
+    ]

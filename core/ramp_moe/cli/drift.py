@@ -1,0 +1,51 @@
+"""`ramp-moe check`: whether the recorded profiles still hold on this machine."""
+
+from __future__ import annotations
+
+import click
+
+from ..plugins import get_registry
+from ..profiler.drift import MAX_TOKENS, check_profiles
+from ..store import ProfileStore
+from . import tables
+from .gpu import INTERRUPTED, Display, choose_kernels, find_gpu, recorded_kernels, set_up
+from .options import console, dtype_option, json_option, kernel_option, model_option, print_json
+
+
+@click.command()
+@model_option
+@dtype_option
+@kernel_option
+@json_option
+@click.pass_context
+def check(ctx: click.Context, model: str, dtype: str, kernels: tuple[str, ...], as_json: bool) -> None:
+    """Measure about a dozen cells of the recorded profiles again, in seconds: do they still hold on this GPU?
+
+    Exit code 0 where they hold, or all times changed by one factor; 1 where they do not, with the remedy.
+    """
+    registry = get_registry()
+    shape, store = registry.shape(model, dtype), ProfileStore(shipped=registry.profile_dirs)
+    state, hardware = find_gpu(registry)
+    recorded, without_paths = ([], []) if kernels else recorded_kernels(registry, store, shape, hardware)
+    chosen, left_out = choose_kernels(registry, kernels, recorded, shape, hardware)
+    display = Display(None)
+    for note in (*without_paths, *left_out):
+        display.note(note)
+    setup = set_up(shape, hardware, state, chosen, MAX_TOKENS, display.note)
+    names = [k.name for k in chosen]
+    try:
+        with display:
+            found = check_profiles(
+                registry, store, shape, hardware, names, setup.environment, setup.make_bench, display
+            )
+    except KeyboardInterrupt:
+        click.echo("interrupted: nothing is kept of a check", err=True)
+        ctx.exit(INTERRUPTED)
+    if as_json:
+        print_json(found.as_dict())
+    else:
+        console().print(*tables.drift(found), sep="\n")
+        if found.remedy:  # never wrapped, so that it can be copied
+            click.echo("\n".join(["remedy, measure again:", *(f"  {command}" for command in found.remedy)]))
+    if found.verdict == "does not hold":
+        ctx.exit(1)

@@ -1,0 +1,210 @@
+"""The regions' advice against measurements: hits and misses, beside the score of always answering the majority.
+
+python table.py             print the page's tables
+python table.py --write     put them into README.md, between its markers
+python table.py --predict   note in predictions.json what is advised today for the models that are held out, as long as
+                            none of them is measured
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+from measure import CELLS, DTYPE, HELD_OUT, MODELS, SEED, STUDIED
+from ramp_moe import ProfileError, expert_histogram, generate, get_registry
+from ramp_moe.files import write_atomically
+from ramp_moe.regions import analyse
+
+HERE = Path(__file__).parent
+DEVICE = "h200"
+
+MARGIN = 0.01
+"""A difference that is no larger decides nothing: twice what the median cell of the shipped profiles repeats to."""
+
+OPTIMISATIONS: dict[str, tuple[str, int]] = {
+    "GROUP_M swizzle": ("group_m", 8),
+    "split-K": ("split_k", 4),
+    "wide weight tile": ("rows", 128),
+    "large token block": ("block", 32),
+}
+"""By optimisation, what varies in the measured paths, and from which value on a path has it. "small token block" is the
+large one's opposite: one question."""
+
+UNMEASURED = "Nothing is measured yet."
+
+Advised = dict[str, bool]
+"""By optimisation, whether it is said to pay."""
+
+
+@dataclass(frozen=True)
+class Case:
+    """One optimisation on one cell. gain: the best time without it over the best with it, less 1."""
+
+    model: str
+    tokens: int
+    routing: str
+    optimisation: str
+    advised: bool
+    gain: float
+
+    @property
+    def decided(self) -> bool:
+        return abs(self.gain) > MARGIN
+
+    @property
+    def hit(self) -> bool:
+        return self.advised == (self.gain > 0)
+
+
+def advise(model: str, tokens: int, routing: str) -> Advised:
+    """What the regions say today."""
+    registry = get_registry()
+    shape = registry.shape(model, DTYPE)
+    ids = generate(routing, tokens, shape.num_experts, shape.top_k, SEED)
+    found = analyse(shape, registry.device(DEVICE), expert_histogram(ids, shape.num_experts))
+    return {a.optimisation: a.pays for a in found.advice if a.optimisation in OPTIMISATIONS}
+
+
+def cases(record: dict[str, Any], advised: Callable[[str, int, str], Advised]) -> Iterator[Case]:
+    """Every question that a model's measurements answer."""
+    for cell in record["cells"]:
+        where = record["model"], cell["tokens"], cell["routing"]
+        answers = advised(*where)
+        for optimisation, (field, least) in OPTIMISATIONS.items():
+            # The rest being equal: what was measured without the optimisation only, or with it only, has no part.
+            by_rest: dict[tuple[Any, ...], dict[bool, float]] = {}
+            for path in cell["paths"]:
+                rest = tuple(v for k, v in path.items() if k not in (field, "us"))
+                sides, has = by_rest.setdefault(rest, {}), path[field] >= least
+                sides[has] = min(path["us"], sides.get(has, math.inf))
+            both = [sides for sides in by_rest.values() if len(sides) == 2]
+            if both:
+                gain = min(sides[False] for sides in both) / min(sides[True] for sides in both) - 1
+                yield Case(*where, optimisation, answers[optimisation], gain)
+
+
+def measured(folder: Path, models: Sequence[str]) -> list[dict[str, Any]]:
+    """The records of those models that were measured."""
+    found = [json.loads(f.read_text()) for m in models if (f := folder / f"{m}.json").exists()]
+    for record in found:
+        if record["device"] != DEVICE:
+            raise ProfileError(f"{record['model']}.json is of {record['device']}, the tables are of {DEVICE}; move it")
+    return found
+
+
+def predictions(folder: Path) -> list[dict[str, Any]]:
+    """What was predicted before it was measured, the earliest first."""
+    file = folder / "predictions.json"
+    found: list[dict[str, Any]] = json.loads(file.read_text()) if file.exists() else []
+    return found
+
+
+def predict(folder: Path) -> None:
+    """Note today's advice for the models held out. Raises ProfileError where one of them is measured already."""
+    if known := measured(folder, HELD_OUT):
+        names = ", ".join(r["model"] for r in known)
+        raise ProfileError(f"{names} measured already: what is said now is no prediction; hold out other models")
+    advice = {m: {f"{t} {routing}": advise(m, t, routing) for t, routing in CELLS} for m in HELD_OUT}
+    head = {"made": datetime.now(UTC).isoformat(timespec="seconds"), "device": DEVICE, "dtype": DTYPE}
+    everything = [*predictions(folder), {**head, "advice": advice}]
+    write_atomically(folder / "predictions.json", f"{json.dumps(everything, indent=1)}\n".encode())
+
+
+def table(head: Sequence[str], rows: Sequence[Sequence[object]]) -> str:
+    lines = [head, ["---"] * len(head), *rows]
+    return "\n".join("| " + " | ".join(map(str, line)) + " |" for line in lines)
+
+
+def groups(folder: Path) -> dict[str, list[Case]]:
+    """The studied models by today's advice, those held out by what was predicted, each time."""
+    found = {"studied": [c for r in measured(folder, STUDIED) for c in cases(r, advise)]}
+    for prediction in predictions(folder):
+
+        def predicted(model: str, tokens: int, routing: str, advice: Any = prediction["advice"]) -> Advised:
+            return dict(advice[model][f"{tokens} {routing}"])
+
+        name = f"held out, predicted {prediction['made'][:16]}"
+        found[name] = [c for r in measured(folder, HELD_OUT) for c in cases(r, predicted)]
+    return {name: of_group for name, of_group in found.items() if of_group}
+
+
+def scores(folder: Path) -> str:
+    """By group and optimisation: hits of the decided cases, and those of answering always what is right more often."""
+    rows = []
+    for name, of_group in groups(folder).items():
+        totals = [0, 0, 0]
+        for optimisation in OPTIMISATIONS:
+            asked = [c for c in of_group if c.optimisation == optimisation]
+            decided = [c for c in asked if c.decided]
+            pays, hits = sum(c.gain > 0 for c in decided), sum(c.hit for c in decided)
+            majority = max(pays, len(decided) - pays)
+            totals = [a + b for a, b in zip(totals, (len(decided), hits, majority), strict=True)]
+            split = f"{pays} / {len(decided) - pays}"
+            rows.append((name, optimisation, split, len(asked) - len(decided), hits, len(decided) - hits, majority))
+        count, hits, majority = totals
+        rows.append((name, "all", "", "", hits, count - hits, majority))
+    head = ("models", "optimisation", "pays / does not", f"within {MARGIN:.0%}", "hits", "misses", "majority's hits")
+    return table(head, rows) if rows else UNMEASURED
+
+
+def misses(folder: Path) -> str:
+    """Every decided case in which the advice was wrong, the dearest first."""
+    found = groups(folder)
+    wrong = {(name, c) for name, of_group in found.items() for c in of_group if c.decided and not c.hit}
+    ordered = sorted(wrong, key=lambda item: (-abs(item[1].gain), item[0], item[1].model))
+    rows = [
+        (name, c.model, c.tokens, c.routing, c.optimisation, "pays" if c.advised else "does not", f"{c.gain:+.1%}")
+        for name, c in ordered
+    ]
+    head = ("models", "model", "tokens", "routing", "optimisation", "advised", "time without over with, less 1")
+    return table(head, rows) if rows else "None." if found else UNMEASURED
+
+
+def predicted(folder: Path) -> str:
+    """How often each optimisation is predicted to pay for the models held out, and when that was said."""
+    rows = [
+        (p["made"][:16], model, *(f"{sum(a[o] for a in of_model.values())} of {len(of_model)}" for o in OPTIMISATIONS))
+        for p in predictions(folder)
+        for model, of_model in p["advice"].items()
+    ]
+    return table(("predicted", "model", *OPTIMISATIONS), rows)
+
+
+def sources(folder: Path) -> str:
+    """When and where each model was measured."""
+    rows = [
+        (r["model"], r["measured"][:16], f"{r['device_name']} {r['gpu']}", r["kernel"], len(r["cells"]))
+        for r in measured(folder, MODELS)
+    ]
+    return table(("model", "measured", "GPU", "kernel", "cells"), rows) if rows else UNMEASURED
+
+
+TABLES = {f.__name__: f for f in (scores, misses, predicted, sources)}
+
+
+def filled(page: str, folder: Path = HERE) -> str:
+    """The page with every table between its markers computed anew."""
+    for name, make in TABLES.items():
+        start, end = f"<!-- table: {name} -->\n", f"\n<!-- end: {name} -->"
+        before, rest = page.split(start)
+        page = before + start + make(folder) + end + rest.split(end, 1)[1]
+    return page
+
+
+if __name__ == "__main__":
+    if sys.argv[1:] == ["--predict"]:
+        predict(HERE)
+    elif sys.argv[1:] == ["--write"]:
+        readme = HERE / "README.md"
+        readme.write_text(filled(readme.read_text()))
+    elif sys.argv[1:]:
+        sys.exit(__doc__)
+    else:
+        print("\n\n".join(f"{name}\n\n{make(HERE)}" for name, make in TABLES.items()))

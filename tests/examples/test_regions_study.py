@@ -1,0 +1,192 @@
+"""The study of the regions: what it measures, over a bench that makes up its times, and how it counts hits."""
+
+from __future__ import annotations
+
+import importlib.util
+import itertools
+import json
+import sys
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import pytest
+from ramp_moe import Hardware, ProfileError, Registry
+from ramp_moe.kernel import usable_configs
+
+FOLDER = Path(__file__).parents[2] / "examples" / "regions"
+
+
+def load(name: str, monkeypatch: pytest.MonkeyPatch) -> ModuleType:
+    monkeypatch.syspath_prepend(str(FOLDER))
+    spec = importlib.util.spec_from_file_location(name, FOLDER / f"{name}.py")
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    monkeypatch.setitem(sys.modules, name, module)  # dataclasses look their module up
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.fixture
+def measure(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
+    return load("measure", monkeypatch)
+
+
+@pytest.fixture
+def table(measure: ModuleType, monkeypatch: pytest.MonkeyPatch) -> ModuleType:
+    return load("table", monkeypatch)
+
+
+class MadeUp:
+    """A path takes 100 us, less what it gains by each thing that its name says; long ones are launched twice only."""
+
+    def __init__(self, base: float = 100.0, **gains: float) -> None:
+        self.base, self.gains, self.tokens, self.calls = base, gains, 0, 0
+
+    def open(self, topk_ids: Any) -> None:
+        self.tokens = len(topk_ids)
+
+    def time(self, kernel: str, config: str, launches: int) -> list[float]:
+        assert kernel == "triton"
+        self.calls += 1
+        up = config.split("-down")[0]
+        us = self.base - sum(gain for what, gain in self.gains.items() if what in up)
+        return [us] * (launches if us < 1000 else 2)
+
+
+def record(measure: ModuleType, registry: Registry, h200: Hardware, model: str, **gains: float) -> dict[str, Any]:
+    shape = registry.shape(model, measure.DTYPE)
+    cells = [measure.measure(MadeUp(**gains), shape, h200, *cell) for cell in measure.CELLS]
+    about = {"device": "h200", "device_name": "NVIDIA H200", "gpu": "GPU-0", "kernel": "triton 1"}
+    return {"model": model, "dtype": "fp8", **about, "measured": "2026-11-22T00:00:00+00:00", "cells": cells}
+
+
+def test_every_model_can_be_measured(measure: ModuleType, registry: Registry, h200: Hardware) -> None:
+    assert len({registry.shape(m, measure.DTYPE) for m in measure.MODELS}) >= 11
+    for model in measure.MODELS:
+        shape = registry.shape(model, measure.DTYPE)
+        names = {c.name for c in usable_configs(measure.StudiedTriton(), shape, h200)}
+        found = measure.paths(shape, h200)
+        assert {p.name for p in found} == names
+        assert {p.up.block for p in found} == {16, 32, 64, 128}
+        assert {p.up.split_k for p in found} == {1, 4}
+
+
+def test_a_cell(measure: ModuleType, registry: Registry, h200: Hardware) -> None:
+    shape = registry.shape("olmoe-1b-7b", "fp8")
+    few = measure.measure(MadeUp(gm8=3.0), shape, h200, 8, "uniform")
+    many = measure.measure(MadeUp(gm8=3.0), shape, h200, 512, "uniform")
+    assert (few["tokens"], few["routing"]) == (8, "uniform")
+    assert {p["split_k"] for p in few["paths"]} == {1, 4}
+    assert {(p["split_k"], p["direct"], p["atomic"]) for p in many["paths"]} == {(1, False, False)}
+    assert all(p["us"] == (97.0 if p["group_m"] == 8 else 100.0) for p in many["paths"])
+
+
+def test_at_least_20_launches(measure: ModuleType, registry: Registry, h200: Hardware) -> None:
+    shape = registry.shape("olmoe-1b-7b", "fp8")
+    for base, calls in ((100.0, 4), (2000.0, 10)):
+        bench = MadeUp(base)
+        found = measure.measure(bench, shape, h200, 512, "uniform")
+        assert bench.calls == calls * len(found["paths"])
+
+
+def test_what_is_measured_is_kept(
+    measure: ModuleType, registry: Registry, h200: Hardware, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A model whose file is there is not measured again."""
+    compiled: list[str] = []
+    made: list[str] = []
+
+    def make_bench(model: str, hardware: str) -> MadeUp:
+        made.append(model)
+        return MadeUp()
+
+    for name, value in {
+        "HERE": tmp_path,
+        "detect": lambda: h200,
+        "about": lambda hardware: {"device": hardware.name},
+        "compile_all": lambda model, hardware: compiled.append(model),
+        "make_bench": make_bench,
+    }.items():
+        monkeypatch.setattr(measure, name, value)
+    measure.main(["olmoe-1b-7b"])
+    measure.main(["olmoe-1b-7b", "mixtral-8x7b"])
+    assert (compiled, made) == (["olmoe-1b-7b", "mixtral-8x7b"],) * 2
+    found = json.loads((tmp_path / "olmoe-1b-7b.json").read_text())
+    assert [(c["tokens"], c["routing"]) for c in found["cells"]] == list(measure.CELLS)
+    measure.main(["olmoe-1b-7b"])
+    assert len(made) == 2
+
+
+def test_hits_and_misses(table: ModuleType, measure: ModuleType, registry: Registry, h200: Hardware) -> None:
+    """Where only GROUP_M pays, on every cell: the advice is right where it says so, and of the others where it does
+    not."""
+    found = list(table.cases(record(measure, registry, h200, "mixtral-8x7b", gm8=10.0), table.advise))
+    swizzle = [c for c in found if c.optimisation == "GROUP_M swizzle"]
+    assert len(swizzle) == len(measure.CELLS)
+    assert all(c.decided and c.gain == pytest.approx(100 / 90 - 1) for c in swizzle)
+    assert [c.hit for c in swizzle] == [c.advised for c in swizzle]
+    assert {c.advised for c in swizzle} == {False, True}
+    # nothing else makes a difference, the rest being equal: split-K is not compared with paths that have GROUP_M
+    assert not any(c.decided for c in found if c not in swizzle)
+    assert {c.tokens for c in found if c.optimisation == "split-K"} == {1, 8, 64}
+
+
+def test_what_costs_is_decided_too(table: ModuleType, measure: ModuleType, registry: Registry, h200: Hardware) -> None:
+    found = table.cases(record(measure, registry, h200, "olmoe-1b-7b", bm16=20.0), table.advise)
+    blocks = [c for c in found if c.optimisation == "large token block"]
+    assert all(c.gain == pytest.approx(-0.2) and c.decided and c.hit == (not c.advised) for c in blocks)
+
+
+def test_the_tables(table: ModuleType, measure: ModuleType, registry: Registry, h200: Hardware, tmp_path: Path) -> None:
+    table.predict(tmp_path)
+    assert table.scores(tmp_path) == table.misses(tmp_path) == table.sources(tmp_path) == "Nothing is measured yet."
+    for model in ("mixtral-8x7b", measure.HELD_OUT[0]):
+        (tmp_path / f"{model}.json").write_text(json.dumps(record(measure, registry, h200, model, gm8=10.0)))
+    (first,) = table.predictions(tmp_path)
+    scores = table.scores(tmp_path).splitlines()
+    count = len(measure.CELLS)
+    held_out = f"held out, predicted {first['made'][:16]}"
+    for name, model in (("studied", "mixtral-8x7b"), (held_out, measure.HELD_OUT[0])):
+        hits = sum(table.advise(model, *cell)["GROUP_M swizzle"] for cell in measure.CELLS)
+        assert 0 < hits < count
+        assert f"| {name} | GROUP_M swizzle | {count} / 0 | 0 | {hits} | {count - hits} | {count} |" in scores
+        assert f"| {name} | all |  |  | {hits} | {count - hits} | {count} |" in scores
+    assert "| studied | mixtral-8x7b | 1 | uniform | GROUP_M swizzle | does not | +11.1% |" in table.misses(tmp_path)
+    assert "| mixtral-8x7b | 2026-11-22T00:00 | NVIDIA H200 GPU-0 | triton 1 | 9 |" in table.sources(tmp_path)
+
+
+def test_a_prediction_comes_first(
+    table: ModuleType, measure: ModuleType, registry: Registry, h200: Hardware, tmp_path: Path
+) -> None:
+    """Once more after a correction, never after a measurement."""
+    table.predict(tmp_path)
+    table.predict(tmp_path)
+    assert len(table.predictions(tmp_path)) == 2
+    held_out = measure.HELD_OUT[0]
+    path = tmp_path / f"{held_out}.json"
+    path.write_text(json.dumps(record(measure, registry, h200, held_out, gm8=10.0)))
+    with pytest.raises(ProfileError, match=f"{held_out} measured already: what is said now is no prediction"):
+        table.predict(tmp_path)
+    path.write_text(path.read_text().replace('"h200"', '"h100-sxm"'))
+    with pytest.raises(ProfileError, match=r"is of h100-sxm, the tables are of h200; move it"):
+        table.scores(tmp_path)
+
+
+def test_the_page_is_filled(table: ModuleType) -> None:
+    page = (FOLDER / "README.md").read_text()
+    assert table.filled(page) == page
+
+
+def test_the_predictions_ask_of_both_outcomes(table: ModuleType, measure: ModuleType) -> None:
+    """On the whole set, and on the three that are held out, every optimisation is said to pay somewhere, and somewhere
+    not."""
+    everywhere = [table.advise(m, *cell) for m, cell in itertools.product(measure.MODELS, measure.CELLS)]
+    first = table.predictions(FOLDER)[0]["advice"]
+    assert set(first) == set(measure.HELD_OUT)
+    held_out = [answers for of_model in first.values() for answers in of_model.values()]
+    for optimisation in table.OPTIMISATIONS:
+        for answers in (everywhere, held_out):
+            said = [a[optimisation] for a in answers]
+            assert 0 < sum(said) < len(said)
