@@ -113,14 +113,16 @@ def cross_validated(model: str, form: str, deals: int = DEALS) -> np.ndarray:
 
 
 def held_out(model: str, dtype: str, kernels: tuple[str, ...], form: str) -> tuple[np.ndarray, float]:
-    """Regret `[batches]` on the batches to judge, and its mean against the best of one run judged on the other."""
+    """Regret `[batches]` on the batches to judge, and its mean against the best of one run judged on the other, NaN where
+    there is one run."""
     found = shipped(model, dtype, kernels)
     assert found is not None
     test = found[1]
     choices = fitted(model, dtype, kernels, form).cost(test.histograms).argmin(1)
     rows, runs = test.repeated()
     against = split_half_regret(runs, choices[rows])
-    return regret(test.times_us, choices), float(against[np.isfinite(against)].mean())
+    known = against[np.isfinite(against)]
+    return regret(test.times_us, choices), float(known.mean()) if len(known) else np.nan
 
 
 def transferred(model: str, dtype: str, kernel: str) -> tuple[np.ndarray, int]:
@@ -157,7 +159,8 @@ def profiles() -> str:
         cells = [model, f"{' + '.join(kernels)} {dtype}"]
         for form in ("paper", "active", "smooth"):
             lost, against = held_out(model, dtype, kernels, form)
-            cells += [f"{percent(lost.mean())} / {percent(against)} / {lost.max():.1%}"]
+            twice = "-" if np.isnan(against) else percent(against)
+            cells += [f"{percent(lost.mean())} / {twice} / {lost.max():.1%}"]
         rows.append(cells)
     return table(("model", "kernels", *(f"{f}: mean / split-half / max" for f in ("paper", "active", "smooth"))), rows)
 

@@ -145,7 +145,8 @@ class GraphDispatch:
         if not isinstance(selector, Selector):
             selector(topk_ids, num_valid, recorder=self.recorder)
             batch = Batch(x, kernel_ids(topk_ids, self._weights.down.shape[0], num_valid), topk_weights)
-            return self._run_all(plan, batch, out, selector.choice)
+            self._run_all(plan, batch, out, selector.choice)
+            return
         ids = self._launches.workspace.get("kernel_ids", tuple(topk_ids.shape), torch.int32, topk_ids.device)
         state = None
         if plan.mode == "nodes":
