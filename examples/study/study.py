@@ -113,8 +113,8 @@ def cross_validated(model: str, form: str, deals: int = DEALS) -> np.ndarray:
 
 
 def held_out(model: str, dtype: str, kernels: tuple[str, ...], form: str) -> tuple[np.ndarray, float]:
-    """Regret `[batches]` on the batches to judge, and its mean against the best of one run judged on the other, NaN where
-    there is one run."""
+    """Regret `[batches]` on the batches to judge, and its mean against the best of one run judged on the other: NaN
+    where there is one run."""
     found = shipped(model, dtype, kernels)
     assert found is not None
     test = found[1]

@@ -21,15 +21,18 @@ if TYPE_CHECKING:
 
 SOURCE = Path(__file__).with_name("select.cu")
 THREADS = 1024
-MAX_EXPERTS, MAX_IDS, MAX_NODES = 1024, 2**20, 128
-_POINTERS = ("ids", "num_valid", "choice", "histogram", "kernel_ids", "cost", "last", "ring", "counter")
+MAX_EXPERTS, MAX_IDS, MAX_SCHEDULED_IDS, MAX_NODES, MAX_BODIES = 1024, 65_536, 4096, 128, 16
+_POINTERS = (
+    "ids", "num_valid", "choice", "histogram", "kernel_ids", "cost", "last", "slots", "expert_of_tile", "num_slots",
+    "ring", "counter",
+)  # fmt: skip
 _ARRAYS = (
     "blocks", "grid_block", "grid_ctas", "grid_slots", "grid_work", "launch_of", "coefficients", "floor", "first",
     "parts", "unit", "points", "set_block", "set_of", "constant", "label", "weights",
 )  # fmt: skip
 _SIZES = (
     "num_shared", "num_blocks", "num_launches", "num_grids", "num_parts", "num_candidates", "num_sets", "num_rows",
-    "num_ids", "top_k", "wide", "num_experts", "slots", "num_nodes",
+    "num_ids", "top_k", "wide", "num_experts", "ring_slots", "num_nodes",
 )  # fmt: skip
 
 
@@ -43,6 +46,8 @@ class Params(ctypes.Structure):
         ("table", ctypes.c_void_p),
         ("at", ctypes.c_int * len(_ARRAYS)),
         *((name, ctypes.c_int) for name in _SIZES),
+        ("block_of", ctypes.c_int * MAX_BODIES),
+        ("tiles_of", ctypes.c_int * MAX_BODIES),
         ("body_of", ctypes.c_uint8 * MAX_NODES),
     )
 
@@ -147,7 +152,7 @@ class Selector:
         launch = Launch(
             Params(
                 **self._common, **addresses, handle=handle, num_ids=topk_ids.numel(), top_k=topk_ids.shape[1],
-                wide=int(topk_ids.dtype == torch.int64), slots=0 if recorder is None else len(recorder.ring),
+                wide=int(topk_ids.dtype == torch.int64), ring_slots=0 if recorder is None else recorder.slots,
             )
         )  # fmt: skip
         with torch.cuda.device(self.device):
