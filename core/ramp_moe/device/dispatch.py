@@ -89,6 +89,7 @@ class GraphDispatch:
         self._side = torch.cuda.Stream(self._device)  # type: ignore[no-untyped-call]
         self._states = torch.full((STATES, 1), -1, dtype=torch.int32, device=self._device)
         self._captures = 0
+        self._ready: set[tuple[int, int]] = set()
 
     def prepare(self, num_tokens: int, dtype: torch.dtype) -> Plan:
         """Decide what a graph for `num_tokens` gets, and run every body once: it is compiled, its buffers have their
@@ -122,17 +123,34 @@ class GraphDispatch:
         self.plans[num_tokens] = plan
         return plan
 
+    def ready(self, num_tokens: int, dtype: torch.dtype) -> None:
+        """Run every body that there is for `num_tokens` once on the current stream, so that its buffers have their size
+        before a capture on it; not again, and not in a capture. For captures that must keep nothing that they
+        allocate."""
+        import torch
+
+        plan, stream = self.plans.get(num_tokens), torch.cuda.current_stream(self._device)
+        key = num_tokens, stream.cuda_stream
+        if plan is None or key in self._ready or torch.cuda.is_current_stream_capturing():
+            return
+        batch = self._batch(num_tokens, dtype)
+        out = torch.empty_like(batch.hidden_states)
+        for candidate in plan.bodies:
+            self._launches.launch(candidate, batch, out)
+        if plan.mode == "gated":
+            self._outs(plan, out)
+        self._kernel_ids(batch.topk_ids)
+        self._ready.add(key)
+
     def capture(
         self, plan: Plan, x: Tensor, topk_ids: Tensor, topk_weights: Tensor, out: Tensor, num_valid: Tensor | None
     ) -> None:
         """Add the choice and the plan's bodies to the graph that is captured on the current stream. Everything that is
         given is read, and out written, at every replay; num_valid int32 `[1]`, where given, is how many tokens are
         none of the padding."""
-        import torch
-
         selector = plan.selector
         assert selector is not None
-        ids = self._launches.workspace.get("kernel_ids", tuple(topk_ids.shape), torch.int32, topk_ids.device)
+        ids = self._kernel_ids(topk_ids)
         state = None
         if plan.mode == "nodes":
             if self._captures == STATES:
@@ -155,15 +173,23 @@ class GraphDispatch:
             select(0)
             self._run_all(plan, batch, out, selector.choice)
 
+    def _kernel_ids(self, topk_ids: Tensor) -> Tensor:
+        import torch
+
+        return self._launches.workspace.get("kernel_ids", tuple(topk_ids.shape), torch.int32, topk_ids.device)
+
     def _run_all(self, plan: Plan, batch: Batch, out: Tensor, choice: Tensor) -> None:
         import torch
 
-        get = self._launches.workspace.get
-        outs = get("gated_out", (len(plan.bodies), *out.shape), out.dtype, out.device)
+        outs = self._outs(plan, out)
         for i, candidate in enumerate(plan.bodies):
             ids = torch.where(choice == i, batch.topk_ids, -1)
             self._launches.launch(candidate, Batch(batch.hidden_states, ids, batch.topk_weights), outs[i])
         torch.index_select(outs, 0, choice, out=out[None])
+
+    def _outs(self, plan: Plan, out: Tensor) -> Tensor:
+        """Every gated body's own."""
+        return self._launches.workspace.get("gated_out", (len(plan.bodies), *out.shape), out.dtype, out.device)
 
     def _choose_mode(self, bodies: Sequence[Candidate], batch: Batch) -> tuple[str, str, int]:
         """The mode, why, and how many kernels the bodies have."""
