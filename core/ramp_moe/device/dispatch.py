@@ -81,6 +81,9 @@ class GraphDispatch:
 
         if mode is not None and mode not in MODES:
             raise KernelError(f"there is no mode {mode!r} of dispatch in graphs; take one of {', '.join(MODES)}")
+        self._refused = {m: reason for m in ("nodes", "switch") if (reason := graph.unsupported(m))}
+        if mode in self._refused:
+            raise KernelError(_cannot(f"{mode}: {self._refused[mode]}"))
         self.dropped: dict[str, str] = {}
         self.plans: dict[int, Plan] = {}
         self.recorder: Recorder | None = None
@@ -100,7 +103,7 @@ class GraphDispatch:
             return self.plans[num_tokens]
         batch = self._batch(num_tokens, dtype)
         expected = reference(self._weights, _first(batch, CHECKED_TOKENS))
-        costs = OVERHEAD_US.get(self._mode or "nodes", {1: 0.0})
+        costs = OVERHEAD_US.get(self._mode or next(m for m in MODES if m not in self._refused), {1: 0.0})
         checked: set[str] = set()
         while True:
             model = self._model.without(self.dropped)
@@ -199,7 +202,7 @@ class GraphDispatch:
             return "single", "one candidate is best, or switching would cost more than it gains", 0
         refused: list[str] = []
         for mode in MODES[:-1] if self._mode is None else (self._mode,):
-            reason = None if mode == "gated" else graph.unsupported(mode)
+            reason = self._refused.get(mode)
             if reason is None and mode == "nodes":
                 out = torch.empty_like(batch.hidden_states)
                 counts = [graph.kernel_nodes(partial(self._launches.launch, c, batch, out), self._side) for c in bodies]
@@ -214,7 +217,7 @@ class GraphDispatch:
             if reason is None:
                 return mode, "; ".join(refused) or "the cheapest there is", 0
             refused.append(f"{mode}: {reason}")
-        raise KernelError(f"dispatch in graphs cannot be had in mode {refused[0]}; leave the mode out")
+        raise KernelError(_cannot(refused[0]))
 
     def _misbehaves(self, candidate: Candidate, batch: Batch, expected: Tensor) -> str | None:
         """Why a candidate must not be captured; None where nothing is wrong with it."""
@@ -250,6 +253,10 @@ class GraphDispatch:
         ids = scores.topk(self._top_k, -1).indices.int()
         weights = torch.rand(num_tokens, self._top_k, device=self._device, generator=generator)
         return Batch(x, ids, weights / weights.sum(-1, keepdim=True))
+
+
+def _cannot(mode_and_reason: str) -> str:
+    return f"dispatch in graphs cannot be had in mode {mode_and_reason}; leave the mode out"
 
 
 def _first(batch: Batch, tokens: int) -> Batch:
