@@ -107,7 +107,7 @@ def test_the_operator_keeps_torchs_rules(tokens: int, wide: bool, h200: Hardware
     valid = torch.tensor([tokens // 2], dtype=torch.int32)
     for num_valid in (None, valid):
         arguments = (x, ids.long() if wide else ids, scores, moe._number, num_valid)
-        torch.library.opcheck(op.moe, arguments)  # type: ignore[no-untyped-call]
+        torch.library.opcheck(op.moe, arguments)
 
 
 def test_a_layer_that_is_gone(h200: Hardware) -> None:
@@ -131,3 +131,30 @@ def test_a_copy_is_another_layer(h200: Hardware) -> None:
     assert kernel.launched == []
     compiled(Model(moe))(*inputs(3))
     assert kernel.launched == [("bm8", 3)]
+
+
+@pytest.mark.gpu
+def test_gpu_graphs_of_torch_compile_choose_at_every_replay() -> None:
+    from graph_cases import SHAPE, priced, triton_of
+    from moe_cases import H200
+    from moe_cases import weights as random_weights
+    from ramp_moe_kernels.triton.kernel import TritonMoE
+
+    experts, hidden, top_k, tokens = SHAPE.num_experts, SHAPE.hidden_size, SHAPE.top_k, 256
+    given = random_weights(experts, hidden, SHAPE.intermediate_size, "bf16", "cuda")
+    layers = [MoELayer(given, top_k, H200, [TritonMoE()], model=priced(H200, triton_of())) for _ in range(2)]
+    plans = [moe.warm_up(tokens, torch.bfloat16) for moe in layers]
+    run, model = compiled(Model(*layers), "inductor", mode="reduce-overhead"), Model(*layers)
+    x, scores = torch.randn(tokens, hidden, device="cuda").bfloat16(), torch.rand(tokens, top_k, device="cuda")
+    even = torch.arange(tokens * top_k, device="cuda", dtype=torch.int32).view(tokens, top_k) % experts
+    chosen = []
+    with torch.no_grad():
+        for ids in (even, even % 4, even, even % 4, even % 8, even):
+            torch.compiler.cudagraph_mark_step_begin()
+            found = run(x, ids, scores).clone()
+            torch.testing.assert_close(found, model(x, ids, scores), rtol=2e-2, atol=2e-2)
+            chosen.append([int(plan.selector.choice) for plan in plans])
+    # The first two runs warm up and record; every later one is a replay.
+    assert all(moe.graphs._captures > 0 or plan.mode != "nodes" for moe, plan in zip(layers, plans, strict=True))
+    assert chosen[2] != chosen[3]
+    assert chosen[2] == chosen[5]
