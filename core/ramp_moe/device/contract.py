@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from abc import abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -182,7 +183,7 @@ class Workspace:
         if buffer is None or buffer.numel() < size or buffer.device != device:
             if buffer is not None:
                 self._outgrown.append(buffer)
-            buffer = torch.empty(1 << max(size - 1, 255).bit_length(), dtype=torch.uint8, device=device)
+            buffer = _allocate(1 << max(size - 1, 255).bit_length(), device)
             self._buffers[name, stream] = buffer
         return buffer[:size].view(dtype).view(tuple(shape))
 
@@ -217,6 +218,23 @@ class Scheduled:
     tiles: int
     before: Mapping[str, Callable[[], object]]
     launch: Callable[[Schedule], None]
+
+
+def _allocate(size: int, device: torch.device) -> Tensor:
+    """Bytes, in none of the memory pools that this thread may be told to allocate from: torch.compile's graphs use the
+    memory in theirs again, and whatever outlives a call must not be there. In a capture they are the graph's own."""
+    import torch
+
+    if device.type != "cuda" or torch.cuda.is_current_stream_capturing():
+        return torch.empty(size, dtype=torch.uint8, device=device)
+    stream = torch.cuda.current_stream(device)
+
+    def elsewhere() -> Tensor:
+        with torch.cuda.stream(stream):
+            return torch.empty(size, dtype=torch.uint8, device=device)
+
+    with ThreadPoolExecutor(1) as thread:
+        return thread.submit(elsewhere).result()
 
 
 class LaunchableKernel(Kernel):

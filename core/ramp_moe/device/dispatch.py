@@ -10,7 +10,8 @@ expert histogram chooses one on the device at every replay.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import contextlib
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import TYPE_CHECKING, Any, Protocol
@@ -22,9 +23,9 @@ from ..errors import KernelError, RampMoEError
 from ..shortlist import MOST, Shortlist, shortlist
 from . import graph, nvrtc
 from .bench import misfit, reference
-from .contract import Batch, MoEWeights, Workspace, kernel_ids
+from .contract import Batch, MoEWeights, Schedule, Scheduled, Workspace, kernel_ids
 from .recorder import Recorder
-from .select import Launch, Selector
+from .select import MAX_SCHEDULED_IDS, Launch, Selector, Wanted
 from .table import CostTable
 
 if TYPE_CHECKING:
@@ -53,6 +54,8 @@ class Launches(Protocol):
     workspace: Workspace
 
     def launch(self, candidate: Candidate, batch: Batch, out: Tensor) -> None: ...
+
+    def scheduled(self, candidate: Candidate, batch: Batch, out: Tensor) -> Scheduled | None: ...
 
 
 @dataclass(frozen=True)
@@ -84,6 +87,9 @@ class GraphDispatch:
 
         if mode is not None and mode not in MODES:
             raise KernelError(f"there is no mode {mode!r} of dispatch in graphs; take one of {', '.join(MODES)}")
+        self._refused = {m: reason for m in ("nodes", "switch") if (reason := graph.unsupported(m))}
+        if mode in self._refused:
+            raise KernelError(_cannot(f"{mode}: {self._refused[mode]}"))
         self.dropped: dict[str, str] = {}
         self.plans: dict[int, Plan] = {}
         self.recorder: Recorder | None = None
@@ -92,8 +98,10 @@ class GraphDispatch:
         self._launches, self._weights, self._model, self._top_k, self._mode = launches, weights, model, top_k, mode
         self._device = weights.gate_up.device
         self._side = torch.cuda.Stream(self._device)  # type: ignore[no-untyped-call]
+        self._beside = torch.cuda.Stream(self._device)  # type: ignore[no-untyped-call]
         self._states = torch.full((STATES, 1), -1, dtype=torch.int32, device=self._device)
         self._captures = 0
+        self._ready: set[tuple[int, int]] = set()
 
     def record(self, slots: int) -> Recorder:
         """Keep the latest `slots` batches of the graphs that are captured from now on, and what was chosen for each, on
@@ -112,7 +120,7 @@ class GraphDispatch:
             return self.plans[num_tokens]
         batch = self._batch(num_tokens, dtype)
         expected = reference(self._weights, _first(batch, CHECKED_TOKENS))
-        costs = OVERHEAD_US.get(self._mode or "nodes", {1: 0.0})
+        costs = OVERHEAD_US.get(self._mode or next(m for m in MODES if m not in self._refused), {1: 0.0})
         checked: set[str] = set()
         while True:
             model = self._model.without(self.dropped)
@@ -132,14 +140,32 @@ class GraphDispatch:
         self.plans[num_tokens] = plan
         return plan
 
+    def ready(self, num_tokens: int, dtype: torch.dtype) -> None:
+        """Run every body that there is for `num_tokens` once on the current stream, so that its buffers have their size
+        before a capture on it; not again, and not in a capture. For captures that must keep nothing that they
+        allocate."""
+        import torch
+
+        plan, stream = self.plans.get(num_tokens), torch.cuda.current_stream(self._device)
+        key = num_tokens, stream.cuda_stream
+        if plan is None or key in self._ready or torch.cuda.is_current_stream_capturing():
+            return
+        batch = self._batch(num_tokens, dtype)
+        out = torch.empty_like(batch.hidden_states)
+        for candidate in plan.bodies:
+            self._launches.launch(candidate, batch, out)
+        if plan.mode == "gated":
+            self._outs(plan, out)
+        self._kernel_ids(batch.topk_ids)
+        self._bodies(plan, batch, out)
+        self._ready.add(key)
+
     def capture(
         self, plan: Plan, x: Tensor, topk_ids: Tensor, topk_weights: Tensor, out: Tensor, num_valid: Tensor | None
     ) -> None:
         """Add the choice and the plan's bodies to the graph that is captured on the current stream. Everything that is
         given is read, and out written, at every replay; num_valid int32 `[1]`, where given, is how many tokens are
         none of the padding."""
-        import torch
-
         selector = plan.selector
         assert selector is not None
         if not isinstance(selector, Selector):
@@ -147,7 +173,7 @@ class GraphDispatch:
             batch = Batch(x, kernel_ids(topk_ids, self._weights.down.shape[0], num_valid), topk_weights)
             self._run_all(plan, batch, out, selector.choice)
             return
-        ids = self._launches.workspace.get("kernel_ids", tuple(topk_ids.shape), torch.int32, topk_ids.device)
+        ids = self._kernel_ids(topk_ids)
         state = None
         if plan.mode == "nodes":
             if self._captures == STATES:
@@ -157,18 +183,64 @@ class GraphDispatch:
             state = self._states[self._captures]
             self._captures += 1
 
-        def select(handle: int) -> Launch:
-            return selector.launch(topk_ids, num_valid, ids, self.recorder, handle, state)
-
         batch = Batch(x, ids, topk_weights)
-        bodies = [partial(self._launches.launch, c, batch, out) for c in plan.bodies]
-        if plan.mode == "nodes":
-            graph.capture_nodes(select, selector.function, bodies)
-        elif plan.mode == "switch":
-            graph.capture_switch(select, bodies, self._side)
-        else:
-            select(0)
+        if plan.mode == "gated":
+            selector.launch(topk_ids, num_valid, ids, self.recorder)
             self._run_all(plan, batch, out, selector.choice)
+            return
+        bodies, before, wanted = self._bodies(plan, batch, out)
+
+        def select(handle: int) -> Launch:
+            return selector.launch(topk_ids, num_valid, ids, self.recorder, handle, state, wanted)
+
+        with self._aside(before) as join:
+            if plan.mode == "nodes":
+                graph.capture_nodes(select, selector.function, join, bodies)
+            else:
+                graph.capture_switch(select, join, bodies, self._side)
+
+    def _bodies(
+        self, plan: Plan, batch: Batch, out: Tensor
+    ) -> tuple[list[graph.Body], list[Callable[[], object]], Wanted | None]:
+        """The plan's bodies; what they need before, whichever is chosen; and the schedule that the choice is to make
+        for those that leave it to the choice, if any does."""
+        import torch
+
+        whole: list[graph.Body] = [partial(self._launches.launch, c, batch, out) for c in plan.bodies]
+        if batch.topk_ids.numel() > MAX_SCHEDULED_IDS:
+            return whole, [], None
+        parts = [self._launches.scheduled(c, batch, out) for c in plan.bodies]
+        given = [p for p in parts if p is not None]
+        if not given:
+            return whole, [], None
+
+        def buffer(name: str, size: int) -> Tensor:
+            return self._launches.workspace.get(f"chosen_{name}", (size,), torch.int32, self._device)
+
+        slots, num_slots = buffer("slots", max(p.tiles * p.block for p in given)), buffer("num_slots", 1)
+        tiles = buffer("expert_of_tile", max(p.tiles for p in given))
+        bodies = [
+            w if p is None else partial(p.launch, Schedule(slots[: p.tiles * p.block], tiles[: p.tiles], num_slots))
+            for w, p in zip(whole, parts, strict=True)
+        ]
+        before = {key: launch for p in given for key, launch in p.before.items()}
+        sizes = [(0, 0) if p is None else (p.block, p.tiles) for p in parts]
+        return bodies, list(before.values()), Wanted(Schedule(slots, tiles, num_slots), sizes)
+
+    @contextlib.contextmanager
+    def _aside(self, launches: Sequence[Callable[[], object]]) -> Iterator[Callable[[], None]]:
+        """Run launches beside what follows on the current stream, up to a call of what this gives."""
+        import torch
+
+        stream = torch.cuda.current_stream(self._device)
+        if not launches:
+            yield lambda: None
+            return
+        self._beside.wait_stream(stream)
+        with torch.cuda.stream(self._beside):
+            for launch in launches:
+                launch()
+        yield lambda: stream.wait_stream(self._beside)
 
     def _selector(self, model: CostModel, columns: Sequence[int]) -> Selector | TritonSelector:
         import torch
@@ -182,15 +254,23 @@ class GraphDispatch:
             return TritonSelector(table, experts, self._device)
         return Selector(table, experts, self._device)
 
+    def _kernel_ids(self, topk_ids: Tensor) -> Tensor:
+        import torch
+
+        return self._launches.workspace.get("kernel_ids", tuple(topk_ids.shape), torch.int32, topk_ids.device)
+
     def _run_all(self, plan: Plan, batch: Batch, out: Tensor, choice: Tensor) -> None:
         import torch
 
-        get = self._launches.workspace.get
-        outs = get("gated_out", (len(plan.bodies), *out.shape), out.dtype, out.device)
+        outs = self._outs(plan, out)
         for i, candidate in enumerate(plan.bodies):
             ids = torch.where(choice == i, batch.topk_ids, -1)
             self._launches.launch(candidate, Batch(batch.hidden_states, ids, batch.topk_weights), outs[i])
         torch.index_select(outs, 0, choice, out=out[None])
+
+    def _outs(self, plan: Plan, out: Tensor) -> Tensor:
+        """Every gated body's own."""
+        return self._launches.workspace.get("gated_out", (len(plan.bodies), *out.shape), out.dtype, out.device)
 
     def _choose_mode(self, bodies: Sequence[Candidate], batch: Batch) -> tuple[str, str, int]:
         """The mode, why, and how many kernels the bodies have."""
@@ -200,7 +280,7 @@ class GraphDispatch:
             return "single", "one candidate is best, or switching would cost more than it gains", 0
         refused: list[str] = []
         for mode in MODES[:-1] if self._mode is None else (self._mode,):
-            reason = None if mode == "gated" else graph.unsupported(mode)
+            reason = self._refused.get(mode)
             if reason is None and mode == "nodes":
                 out = torch.empty_like(batch.hidden_states)
                 counts = [graph.kernel_nodes(partial(self._launches.launch, c, batch, out), self._side) for c in bodies]
@@ -215,7 +295,7 @@ class GraphDispatch:
             if reason is None:
                 return mode, "; ".join(refused) or "the cheapest there is", 0
             refused.append(f"{mode}: {reason}")
-        raise KernelError(f"dispatch in graphs cannot be had in mode {refused[0]}; leave the mode out")
+        raise KernelError(_cannot(refused[0]))
 
     def _misbehaves(self, candidate: Candidate, batch: Batch, expected: Tensor) -> str | None:
         """Why a candidate must not be captured; None where nothing is wrong with it."""
@@ -251,6 +331,10 @@ class GraphDispatch:
         ids = scores.topk(self._top_k, -1).indices.int()
         weights = torch.rand(num_tokens, self._top_k, device=self._device, generator=generator)
         return Batch(x, ids, weights / weights.sum(-1, keepdim=True))
+
+
+def _cannot(mode_and_reason: str) -> str:
+    return f"dispatch in graphs cannot be had in mode {mode_and_reason}; leave the mode out"
 
 
 def _first(batch: Batch, tokens: int) -> Batch:

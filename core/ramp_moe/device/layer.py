@@ -14,7 +14,7 @@ from ..hardware import Hardware
 from ..kernel import KernelConfig, layouts_of, usable_configs
 from ..layouts import choose_layouts, kernel_times, weighed_batches, why_not_served
 from ..routing import expert_histogram
-from .contract import Batch, LaunchableKernel, MoEWeights, Workspace, kernel_ids
+from .contract import Batch, LaunchableKernel, MoEWeights, Scheduled, Workspace, kernel_ids
 from .layouts import relayout, to_give
 
 if TYPE_CHECKING:
@@ -60,6 +60,8 @@ class MoELayer:
         copies: int = 1,
         mode: str | None = None,
     ) -> None:
+        from .op import register  # torch: whoever has weights has it
+
         self.shape = weights.shape(top_k)
         self.hardware, self.router, self.checked = hardware, router, checked
         self._device, self._dtype = weights.gate_up.device, weights.gate_up.dtype
@@ -77,6 +79,7 @@ class MoELayer:
             reasons = "; ".join(f"{k}: {r}" for k, r in self.dropped.items()) or "none was given"
             raise KernelError(f"no kernel can compute {self.shape.label} on {hardware.name} ({reasons})")
         self._dispatcher = None if model is None else Dispatcher(model.restrict(list(self._kernels)))
+        self._number = register(self)
         self.graphs: GraphDispatch | None = None
         safe = [name for name, (kernel, _) in self._kernels.items() if kernel.graph_safe]
         if model is not None and safe and self._device.type == "cuda":
@@ -233,18 +236,45 @@ class MoELayer:
         plan = self.graphs.plans.get(len(hidden_states))
         return None if plan is None or plan.selector is None else plan
 
-    __call__ = forward
+    def __call__(
+        self,
+        hidden_states: Tensor,
+        topk_ids: Tensor,
+        topk_weights: Tensor,
+        out: Tensor | None = None,
+        num_valid: Tensor | None = None,
+    ) -> Tensor:
+        """`forward`; what torch.compile traces is one opaque operator (see `op`)."""
+        import torch
+
+        if not torch.compiler.is_compiling():
+            return self.forward(hidden_states, topk_ids, topk_weights, out, num_valid)
+        from .op import moe
+
+        found = moe(hidden_states, topk_ids, topk_weights, self._number, num_valid)
+        return found if out is None else out.copy_(found)
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """A copy is another layer, with a number of its own."""
+        from .op import register
+
+        self.__dict__.update(state, _number=register(self))
 
     def forward_hidden(self, hidden_states: Tensor) -> Tensor:
         """The whole layer, routing included. Raises RoutingError where the layer has no router."""
         if self.router is None:
             raise RoutingError("the layer was built without a router; call forward with top-k ids and weights")
-        return self.forward(hidden_states, *self.router(hidden_states))
+        return self(hidden_states, *self.router(hidden_states))
 
     def launch(self, candidate: Candidate, batch: Batch, out: Tensor) -> None:
         """Run one candidate, whatever the dispatcher would have chosen."""
         kernel, prepared = self._kernels[candidate.kernel]
         kernel.launch(candidate.config, prepared, batch, out, self.workspace)
+
+    def scheduled(self, candidate: Candidate, batch: Batch, out: Tensor) -> Scheduled | None:
+        """`launch` in parts, where the candidate's kernel has it so."""
+        kernel, prepared = self._kernels[candidate.kernel]
+        return kernel.scheduled(candidate.config, prepared, batch, out, self.workspace)
 
     def configs(self) -> Mapping[str, Sequence[KernelConfig]]:
         """Every configuration of every kernel that the layer can launch."""

@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import ctypes
+from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
 from ..errors import KernelError
 from . import nvrtc
+from .contract import Schedule
 from .table import CostTable
 
 if TYPE_CHECKING:
@@ -62,6 +64,14 @@ def packed(table: CostTable) -> tuple[NDArray[np.int32], list[int]]:
         words += [array, np.zeros(-len(array) % 4, np.int32)]
         size += len(array) + len(words[-1])
     return np.concatenate(words), at
+
+
+class Wanted(NamedTuple):
+    """A schedule that is to be made: where, and of each candidate its token block and tiles, 0 for one that needs
+    none."""
+
+    schedule: Schedule
+    sizes: Sequence[tuple[int, int]]
 
 
 class Launch:
@@ -127,13 +137,15 @@ class Selector:
         recorder: Recorder | None = None,
         handle: int = 0,
         last: Tensor | None = None,
+        wanted: Wanted | None = None,
     ) -> Launch:
         """Choose for topk_ids int32 or int64 `[T, k]`, contiguous, on the current stream.
 
         num_valid int32 `[1]`: tokens from there on are padding. kernel_ids int32 `[T, k]`, where given, becomes the ids
         as kernels take them: -1 for padding and what is out of range. handle: of a conditional node that is set to the
-        choice. last int32 `[1]`: for nodes that are given to the launch later. Raises KernelError for ids that it does
-        not take.
+        choice. last int32 `[1]`: for nodes that are given to the launch later. wanted: the schedule for the chosen
+        candidate, of up to MAX_SCHEDULED_IDS ids; an expert's are in any order. Raises KernelError for ids that it
+        does not take.
         """
         import torch
         from cuda.bindings import driver
@@ -148,11 +160,21 @@ class Selector:
         if recorder is not None:
             recorder.check(self.num_experts, topk_ids.shape[1], self.device)
             given |= {"ring": recorder.ring, "counter": recorder.counter}
+        blocks = tiles = ()
+        if wanted is not None:
+            if topk_ids.numel() > MAX_SCHEDULED_IDS or len(wanted.sizes) > MAX_BODIES:
+                raise KernelError(
+                    f"the choice schedules {MAX_SCHEDULED_IDS} ids and {MAX_BODIES} candidates at most, not "
+                    f"{topk_ids.numel()} and {len(wanted.sizes)}; leave the schedule to the kernels"
+                )
+            given |= {name: getattr(wanted.schedule, name) for name in ("slots", "expert_of_tile", "num_slots")}
+            blocks, tiles = zip(*wanted.sizes, strict=True)
         addresses = {name: t.data_ptr() for name, t in given.items() if t is not None}
         launch = Launch(
             Params(
                 **self._common, **addresses, handle=handle, num_ids=topk_ids.numel(), top_k=topk_ids.shape[1],
                 wide=int(topk_ids.dtype == torch.int64), ring_slots=0 if recorder is None else recorder.slots,
+                block_of=(ctypes.c_int * MAX_BODIES)(*blocks), tiles_of=(ctypes.c_int * MAX_BODIES)(*tiles),
             )
         )  # fmt: skip
         with torch.cuda.device(self.device):

@@ -1,0 +1,55 @@
+"""A MoE layer as one opaque operator, so that `torch.compile` keeps it whole in a model's graph.
+
+The operator takes the layer's number, as operators take tensors and numbers alone. Numbers keep no layer alive. Where
+one compiled block is to serve the layers of several modules, torch takes the number for a part of the program unless
+`torch._dynamo.config.allow_unspec_int_on_nn_module` is set, and compiles the block once for each.
+
+With `mode="reduce-overhead"` call `MoELayer.warm_up` for the batch sizes first: torch captures what the operator
+launches, and the device then chooses at every replay. Without it such a graph holds the choice for an even spread.
+"""
+
+from __future__ import annotations
+
+import itertools
+from typing import TYPE_CHECKING
+from weakref import WeakValueDictionary
+
+import torch
+from torch import Tensor
+
+from ..errors import KernelError
+
+if TYPE_CHECKING:
+    from .layer import MoELayer
+
+_layers: WeakValueDictionary[int, MoELayer] = WeakValueDictionary()
+_numbers = itertools.count()
+
+
+def register(layer: MoELayer) -> int:
+    """The layer's number, never used again."""
+    number = next(_numbers)
+    _layers[number] = layer
+    return number
+
+
+# The schema is spelt out, since some versions of torch cannot read one from annotations that are strings. The layer's
+# number may be symbolic: one compiled block then serves all the layers of a model.
+@torch.library.custom_op(
+    "ramp_moe::moe",
+    mutates_args=(),
+    schema="(Tensor hidden_states, Tensor topk_ids, Tensor topk_weights, SymInt layer, Tensor? num_valid) -> Tensor",
+)
+def moe(hidden_states: Tensor, topk_ids: Tensor, topk_weights: Tensor, layer: int, num_valid: Tensor | None) -> Tensor:
+    """`MoELayer.forward` of the layer of this number. Raises what that does, and KernelError for one that is gone."""
+    found = _layers.get(layer)
+    if found is None:
+        raise KernelError(f"MoE layer {layer} is gone; keep it for as long as what was compiled with it runs")
+    if found.graphs is not None:
+        found.graphs.ready(len(hidden_states), hidden_states.dtype)
+    return found.forward(hidden_states, topk_ids, topk_weights, num_valid=num_valid)
+
+
+@moe.register_fake
+def _(hidden_states: Tensor, topk_ids: Tensor, topk_weights: Tensor, layer: int, num_valid: Tensor | None) -> Tensor:
+    return torch.empty_like(hidden_states)

@@ -1,0 +1,77 @@
+"""The tables of the README beside this, from what benchmark.py wrote.
+
+python tables.py            print them
+python tables.py --write    put them into README.md, between its markers
+"""
+
+from __future__ import annotations
+
+import json
+import statistics
+import sys
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from ramp_moe.comparison import Ratios
+
+HERE = Path(__file__).parent
+Found = Sequence[dict[str, Any]]
+"""A file each."""
+
+
+def table(head: Sequence[str], rows: Iterable[Sequence[object]]) -> str:
+    lines = [" | ".join(map(str, line)) for line in (head, ["---"] * len(head), *rows)]
+    return "\n".join(f"| {line} |" for line in lines) if len(lines) > 2 else "Not measured yet."
+
+
+def _select(found: Found) -> str:
+    rows = [(f["model"], r["tokens"], r["candidates"], f"{r['select_us']:.2f}", f"{r['schedule_us']:.2f}")
+            for f in found for r in f["selection"]]  # fmt: skip
+    return table(("model", "tokens", "candidates", "choosing, us", "Triton schedule, us"), rows)
+
+
+def _bodies(found: Found) -> str:
+    rows = [(f["model"], r["tokens"], r["mode"], r["bodies"], f"{r['overhead_us']:.2f}",
+             "" if r["changing_us"] is None else f"{r['changing_us']:.2f}", f"{r['layer_kib']:.0f}",
+             f"{r['buffers_mib']:.0f}") for f in found for r in f["bodies"]]  # fmt: skip
+    head = ("model", "tokens", "mode", "bodies", "overhead, us a layer", "routing changes, us a layer",
+            "driver, KiB a layer", "buffers, MiB")  # fmt: skip
+    return table(head, rows)
+
+
+def _end_to_end(found: Found) -> str:
+    rows = []
+    for f in found:
+        for r in f["end_to_end"]:
+            kinds = [Ratios.of(np.array(r["static_us"]) / r[us]) for us in ("planned_us", "choosing_us")]
+            cells = [f"{k.geomean:.3f}x ({k.min:.2f} to {k.max:.2f})" for k in kinds]
+            mode, bodies = r["choosing"]
+            rows.append((f["model"], r["tokens"], f"{r['mode']}, {len(r['bodies'])}", cells[0], f"{mode}, {bodies}",
+                         cells[1], f"{statistics.geometric_mean(r['static_us']):.1f}"))  # fmt: skip
+    head = ("model", "tokens", "planned: mode, bodies", "planned over static", "up to 4 bodies: mode, bodies",
+            "over static", "static, us a layer")  # fmt: skip
+    return table(head, rows)
+
+
+TABLES = {"selection": _select, "bodies": _bodies, "end_to_end": _end_to_end}
+
+
+def filled(page: str, folder: Path = HERE) -> str:
+    """The page with every table between its markers computed from the files of the folder."""
+    found = [json.loads(file.read_text()) for file in sorted(folder.glob("*.json"))]
+    for name, make in TABLES.items():
+        start, end = f"<!-- table: {name} -->\n", f"\n<!-- end: {name} -->"
+        before, rest = page.split(start)
+        page = before + start + make(found) + end + rest.split(end, 1)[1]
+    return page
+
+
+if __name__ == "__main__":
+    readme = HERE / "README.md"
+    page = filled(readme.read_text())
+    if sys.argv[1:] == ["--write"]:
+        readme.write_text(page)
+    else:
+        print(page)

@@ -1,0 +1,240 @@
+"""What a graph gets is decided before any is captured. Here on the CPU: streams do nothing, and the choice that a GPU's
+kernel would make is the model's."""
+
+from __future__ import annotations
+
+import itertools
+import re
+from collections.abc import Callable
+from contextlib import nullcontext
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from graph_cases import priced
+from layer_cases import BLOCKS, SHAPE, FakeKernel, K, inputs, weights
+from ramp_moe import Candidate, Hardware, KernelConfig, KernelError
+from ramp_moe.device import Batch, MoELayer, Workspace, dispatch, graph
+from ramp_moe.device.dispatch import GraphDispatch, Plan
+
+TOKENS = 64
+DEAR = {8: 100.0, 32: 150.0, 128: 250.0}
+"""Microseconds a tile, by token block."""
+
+
+class Marking(FakeKernel):
+    """Its output is as far off, by token block, as is allowed, so that outputs tell what ran. `faults` are of a token
+    block each: "raises", "writes outside" or "wrong"."""
+
+    def __init__(self, name: str = "fake") -> None:
+        super().__init__(name)
+        self.faults: dict[int, str] = {}
+
+    def launch(
+        self, config: KernelConfig, prepared: Any, batch: Batch, out: torch.Tensor, workspace: Workspace
+    ) -> None:
+        super().launch(config, prepared, batch, out, workspace)
+        block = dict(config.params)["block"]
+        out *= {8: 1.0, 32: 1.004, 128: 1.008}[block]
+        fault = self.faults.get(block)
+        if fault == "raises":
+            raise RuntimeError("no such luck")
+        if fault == "wrong":
+            out[3] += 1
+        if fault == "writes outside":
+            out.as_strided((1, out.shape[1]), out.stride(), out.storage_offset() - out.shape[1]).zero_()
+
+
+class Choosing:
+    """Stands in for `Selector`: it chooses what it is told."""
+
+    function = None
+
+    def __init__(self, table: Any, num_experts: int, device: torch.device) -> None:
+        self.choice = torch.zeros(1, dtype=torch.int32)
+        self.told = 0
+
+    def launch(self, topk_ids: torch.Tensor, num_valid: Any, kernel_ids: torch.Tensor, *rest: Any) -> None:
+        kernel_ids.copy_(topk_ids)
+        self.choice.fill_(self.told)
+
+
+@pytest.fixture
+def dispatcher(monkeypatch: pytest.MonkeyPatch, h200: Hardware) -> Callable[..., tuple[GraphDispatch, Marking]]:
+    """Makes one over a kernel whose three configurations win for different routings, on a machine that refuses modes
+    as asked."""
+    stream = SimpleNamespace(wait_stream=lambda other: None, cuda_stream=0)
+    monkeypatch.setattr(torch.cuda, "Stream", lambda device: stream)
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda device=None: stream)
+    monkeypatch.setattr(torch.cuda, "stream", lambda stream: nullcontext())
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda device=None: None)
+    monkeypatch.setattr(dispatch, "Selector", Choosing)
+    monkeypatch.setattr(graph, "kernel_nodes", lambda body, side: 5)
+
+    def make(
+        mode: str | None = None, refused: dict[str, str] | None = None, prices: dict[int, float] = DEAR
+    ) -> tuple[GraphDispatch, Marking]:
+        monkeypatch.setattr(graph, "unsupported", (refused or {}).get)
+        kernel = Marking()
+        model = priced(h200, {Candidate("fake", kernel.config(b)): us for b, us in prices.items()}, SHAPE)
+        layer = MoELayer(weights(), K, h200, [kernel], model=model)
+        layer.graphs = GraphDispatch(layer, weights(), model, K, mode)
+        return layer.graphs, kernel
+
+    return make
+
+
+def prepared(graphs: GraphDispatch) -> Plan:
+    return graphs.prepare(TOKENS, torch.bfloat16)
+
+
+def names(plan: Plan) -> set[str]:
+    return {c.config.name for c in plan.bodies}
+
+
+Make = Callable[..., tuple[GraphDispatch, Marking]]
+OLD = "needs CUDA 12.8; the driver has 12.2"
+
+
+@pytest.mark.parametrize(
+    ("mode", "refused", "found", "why"),
+    [
+        (None, {}, "nodes", "the cheapest there is"),
+        (None, {"nodes": OLD}, "switch", f"nodes: {OLD}"),
+        (None, {"nodes": OLD, "switch": OLD}, "gated", f"nodes: {OLD}; switch: {OLD}"),
+        ("switch", {"nodes": OLD}, "switch", "the cheapest there is"),
+        ("gated", {"nodes": OLD, "switch": OLD}, "gated", "the cheapest there is"),
+        ("single", {}, "single", "one candidate is best, or switching would cost more than it gains"),
+    ],
+)
+def test_the_cheapest_mode_that_there_is(
+    dispatcher: Make, mode: str | None, refused: dict[str, str], found: str, why: str
+) -> None:
+    graphs, _ = dispatcher(mode, refused)
+    plan = prepared(graphs)
+    assert (plan.mode, plan.why, plan.num_tokens) == (found, why, TOKENS)
+    assert (len(plan.bodies) > 1) is (plan.selector is not None) is (found != "single")
+    assert plan.kernels == (5 * len(plan.bodies) if found == "nodes" else 0)
+    assert plan.bodies == tuple(graphs._model.candidates[c] for c in plan.shortlist.columns)
+    assert prepared(graphs) is plan, "it is decided once"
+
+
+@pytest.mark.parametrize(
+    ("nodes", "why"),
+    [
+        ([5, None, 5], "nodes: fake/bm.* launches more than kernels"),
+        ([43, 43, 43], "nodes: the bodies have 129 kernels, more than 128"),
+    ],
+)
+def test_bodies_that_cannot_be_switched_node_by_node(
+    dispatcher: Make, monkeypatch: pytest.MonkeyPatch, nodes: list[int | None], why: str
+) -> None:
+    counts = itertools.cycle(nodes)
+    monkeypatch.setattr(graph, "kernel_nodes", lambda body, side: next(counts))
+    for refused, found in (({}, "switch"), ({"switch": OLD}, "gated")):
+        plan = prepared(dispatcher(refused=refused)[0])
+        assert (plan.mode, len(plan.bodies)) == (found, 3)
+        assert re.match(why, plan.why)
+    with pytest.raises(KernelError, match=f"cannot be had in mode {why}; leave the mode out"):
+        prepared(dispatcher("nodes")[0])
+
+
+def test_a_mode_that_cannot_be_had(dispatcher: Make) -> None:
+    for mode in ("nodes", "switch"):
+        with pytest.raises(KernelError, match=f"cannot be had in mode {mode}: {OLD}; leave the mode out"):
+            dispatcher(mode, {mode: OLD})
+    with pytest.raises(KernelError, match=r"there is no mode 'best' .* take one of nodes, switch, gated, single"):
+        dispatcher("best")
+
+
+def test_one_body_where_switching_would_cost_more_than_it_gains(
+    dispatcher: Make, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert prepared(dispatcher()[0]).mode == "nodes"
+    monkeypatch.setitem(dispatch.OVERHEAD_US, "nodes", {1: 0.0, 8: 1e6})
+    plan = prepared(dispatcher()[0])
+    assert (plan.mode, len(plan.bodies), plan.selector) == ("single", 1, None)
+    # The price is that of the mode that will be used.
+    assert prepared(dispatcher(refused={"nodes": OLD})[0]).mode == "switch"
+    assert prepared(dispatcher("gated")[0]).mode == "gated"
+    cheap = {block: price / 1e4 for block, price in DEAR.items()}
+    assert prepared(dispatcher("gated", prices=cheap)[0]).mode == "single"
+
+
+@pytest.mark.parametrize(
+    ("fault", "reason"),
+    [
+        ("raises", "raised RuntimeError: no such luck"),
+        ("writes outside", "wrote outside its output"),
+        ("wrong", r"wrong output: relative error .* of output, allowed are 0.01"),
+    ],
+)
+def test_what_misbehaves_is_dropped_and_the_next_takes_its_place(dispatcher: Make, fault: str, reason: str) -> None:
+    graphs, _ = dispatcher()
+    assert names(prepared(graphs)) == {"bm8", "bm32", "bm128"}
+    first = prepared(graphs).bodies[0]
+    graphs, kernel = dispatcher()
+    kernel.faults[dict(first.config.params)["block"]] = fault
+    plan = prepared(graphs)
+    assert list(graphs.dropped) == [first.name]
+    assert re.match(reason, graphs.dropped[first.name])
+    assert names(plan) == {"bm8", "bm32", "bm128"} - {first.config.name}
+    # At another size it is not tried again.
+    kernel.launched.clear()
+    graphs.prepare(2 * TOKENS, torch.bfloat16)
+    assert (first.config.name, 2 * TOKENS) not in kernel.launched
+
+
+def test_none_is_left(dispatcher: Make) -> None:
+    graphs, kernel = dispatcher()
+    kernel.faults.update(dict.fromkeys(BLOCKS, "raises"))
+    with pytest.raises(KernelError, match="no candidate"):
+        prepared(graphs)
+
+
+def test_buffers_have_their_size_on_every_stream(dispatcher: Make, monkeypatch: pytest.MonkeyPatch) -> None:
+    graphs, kernel = dispatcher("gated")
+    plan = prepared(graphs)
+    workspace = graphs._launches.workspace
+    other = SimpleNamespace(cuda_stream=7, wait_stream=lambda stream: None)
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda device=None: other)
+    kernel.launched.clear()
+    graphs.ready(TOKENS + 1, torch.bfloat16)
+    assert kernel.launched == [], "nothing was planned for that many"
+    for capturing in (True, False, False):
+        monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda capturing=capturing: capturing)
+        graphs.ready(TOKENS, torch.bfloat16)
+    assert kernel.launched == [(c.config.name, TOKENS) for c in plan.bodies], "once, and not in a capture"
+    size = workspace.bytes
+    graphs.ready(TOKENS, torch.bfloat16)
+    assert workspace.bytes == size
+
+
+@pytest.mark.parametrize("routing", ["uniform", "active0.25", "one-hot"])
+def test_gated_all_run_and_the_chosen_output_is_the_layers(dispatcher: Make, routing: str) -> None:
+    graphs, kernel = dispatcher("gated")
+    plan = prepared(graphs)
+    x, ids, scores = inputs(TOKENS, routing)
+    outs = []
+    for i, body in enumerate(plan.bodies):
+        plan.selector.told = i
+        kernel.launched.clear()
+        out, alone = torch.full((2, *x.shape), float("nan"), dtype=x.dtype)
+        graphs.capture(plan, x, ids, scores, out, None)
+        assert kernel.launched == [(c.config.name, TOKENS) for c in plan.bodies]
+        graphs._launches.launch(body, Batch(x, ids, scores), alone)
+        assert torch.equal(out, alone)
+        outs.append(out)
+    assert not any(torch.equal(a, b) for a, b in itertools.combinations(outs, 2))
+
+
+def test_in_a_capture_the_best_single_one_is_launched_where_none_chooses(
+    dispatcher: Make, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    graphs, kernel = dispatcher("single")
+    plan = prepared(graphs)
+    monkeypatch.setattr("ramp_moe.device.layer._capturing", lambda topk_ids: True)
+    kernel.launched.clear()
+    graphs._launches(*inputs(TOKENS, "one-hot"))
+    assert kernel.launched == [(plan.bodies[0].config.name, TOKENS)]
