@@ -13,7 +13,7 @@ from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
 from ramp_moe import GridGeometry, Hardware, KernelConfig, MoEShape, Stage, WeightLayout
-from ramp_moe.device import Batch, LaunchableKernel, MoEWeights, Scheduled, Workspace
+from ramp_moe.device import Batch, LaunchableKernel, MoEWeights, Workspace
 from ramp_moe.kernel import is_installed, version_of
 
 if TYPE_CHECKING:
@@ -115,14 +115,6 @@ class AlphaMoE(LaunchableKernel):
         from .alpha_moe_launch import launch
 
         launch(config, prepared, batch, out, workspace)
-
-    def scheduled(
-        self, config: KernelConfig, prepared: Any, batch: Batch, out: Tensor, workspace: Workspace
-    ) -> Scheduled | None:
-        """One launch, after quantisation and zeroing. None where `out` shares memory with the hidden states."""
-        from .alpha_moe_launch import scheduled
-
-        return scheduled(config, prepared, batch, out, workspace)
 
     def steps(
         self, config: KernelConfig, prepared: Any, batch: Batch, out: Tensor, workspace: Workspace

@@ -9,14 +9,13 @@ from __future__ import annotations
 import importlib
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from functools import partial
 from typing import Any
 
 import torch
 from ramp_moe import KernelConfig
-from ramp_moe.device import Batch, MoEWeights, Scheduled, Workspace, relayout
-from ramp_moe.device.contract import Schedule as GivenSchedule
+from ramp_moe.device import Batch, MoEWeights, Workspace, relayout
 from ramp_moe.errors import KernelError
+from ramp_moe.shapes import SCALE_BLOCK
 from torch import Tensor
 
 from .alpha_moe import CTA_HIDDEN, LAYOUT
@@ -81,7 +80,6 @@ def launch_steps(
     config: KernelConfig, prepared: Prepared, batch: Batch, out: Tensor, workspace: Workspace
 ) -> Iterator[None]:
     """`launch`, stopping after the preparation and after the operator."""
-    from ramp_moe_kernels.triton.forward import quantised
     from ramp_moe_kernels.triton.schedule import Schedule, buffer_sizes, schedule
 
     p: dict[str, Any] = dict(config.params)
@@ -90,54 +88,16 @@ def launch_steps(
     sizes = buffer_sizes(batch.topk_ids.numel(), experts, block)
     _check_batch(batch, out, prepared, sizes["expert_of_tile"], block)
 
+    # Exact sizes: the length of slots sets the operator's grid, and -1 fills expert_of_tile to its end.
     plan = Schedule(**{name: workspace.get(name, (size,), torch.int32, device) for name, size in sizes.items()})
-    x_fp8, x_scale = quantised(batch, hidden, workspace)
+    x_fp8 = workspace.get("x", (batch.num_tokens, hidden), torch.float8_e4m3fn, device)
+    x_scale = workspace.get("x_scale", (batch.num_tokens, hidden // SCALE_BLOCK), torch.float32, device)
     apart = not _overlap(x, out)  # in place, x must be read before out is zeroed
     schedule(batch.topk_ids, experts, block, plan, quantise=(x, x_fp8, x_scale), zero=out if apart else None)
     if not apart:
         out.zero_()
     yield
-    _operate(p, prepared, batch, x_fp8, x_scale, plan.slots, plan.expert_of_tile, plan.num_slots, out)
-    yield
-
-
-def scheduled(
-    config: KernelConfig, prepared: Prepared, batch: Batch, out: Tensor, workspace: Workspace
-) -> Scheduled | None:
-    """`launch` over a schedule that is given."""
-    from ramp_moe_kernels.triton.forward import QUANTISE, quantised
-    from ramp_moe_kernels.triton.quantise import quantise
-    from ramp_moe_kernels.triton.schedule import buffer_sizes
-
-    p: dict[str, Any] = dict(config.params)
-    x, block = batch.hidden_states, p["block_m"]
-    experts, _, hidden = prepared.w.shape
-    tiles = buffer_sizes(batch.topk_ids.numel(), experts, block)["expert_of_tile"]
-    _check_batch(batch, out, prepared, tiles, block)
-    if _overlap(x, out):  # which is zeroed before x is read
-        return None
-    x_fp8, x_scale = quantised(batch, hidden, workspace)
-
-    def launch(given: GivenSchedule) -> None:
-        slots = given.slots, given.expert_of_tile, given.num_slots
-        _operate(p, prepared, batch, x_fp8, x_scale, *slots, out)
-
-    return Scheduled(block, tiles, {QUANTISE: partial(quantise, x, x_fp8, x_scale), "zero/out": out.zero_}, launch)
-
-
-def _operate(
-    params: dict[str, Any],
-    prepared: Prepared,
-    batch: Batch,
-    x_fp8: Tensor,
-    x_scale: Tensor,
-    slots: Tensor,
-    expert_of_tile: Tensor,
-    num_slots: Tensor,
-    out: Tensor,
-) -> None:
-    """Exact sizes: the length of slots sets the operator's grid, and -1 fills expert_of_tile to its end."""
-    with torch.cuda.device(out.get_device()):  # the operator takes the current device's stream
+    with torch.cuda.device(x.get_device()):  # the operator takes the current device's stream, whichever device x is on
         prepared.operator(
             x_fp8,
             x_scale,
@@ -145,18 +105,19 @@ def _operate(
             prepared.w_scale,
             prepared.w2,
             prepared.w2_scale,
-            slots,
-            expert_of_tile,
-            num_slots,
+            plan.slots,
+            plan.expert_of_tile,
+            plan.num_slots,
             batch.topk_weights,
             out,
             batch.top_k,
-            params["block_m"],
-            params["block_n"],
-            params["warp_n"],
-            params["stages"],
+            block,
+            p["block_n"],
+            p["warp_n"],
+            p["stages"],
             1.0,  # scaling_factor of all routing weights
         )
+    yield
 
 
 def _check_batch(batch: Batch, out: Tensor, prepared: Prepared, tiles: int, block: int) -> None:

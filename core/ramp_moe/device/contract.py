@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from abc import abstractmethod
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
@@ -192,34 +192,6 @@ class Workspace:
         return sum(b.numel() for b in (*self._buffers.values(), *self._outgrown))
 
 
-@dataclass(frozen=True)
-class Schedule:
-    """Routed ids sorted by expert, each expert's padded to whole tiles of `block` slots. int32, on the device.
-
-    slots `[tiles * block]`: routed ids, padding = their number; nothing is written behind the last tile.
-    expert_of_tile `[tiles]`: -1 behind the last tile. num_slots `[1]`: those of all tiles in use.
-    """
-
-    slots: Tensor
-    expert_of_tile: Tensor
-    num_slots: Tensor
-
-
-@dataclass(frozen=True)
-class Scheduled:
-    """A launch that leaves its schedule to whoever chooses it, which has counted the ids already.
-
-    block, tiles: the schedule's token block, and the length of its expert_of_tile. before: launches that must come
-    before, which need neither the schedule nor the choice, by key: of those with one key, of any kernel of a layer, one
-    serves all. launch: the rest, given the schedule.
-    """
-
-    block: int
-    tiles: int
-    before: Mapping[str, Callable[[], object]]
-    launch: Callable[[Schedule], None]
-
-
 def _allocate(size: int, device: torch.device) -> Tensor:
     """Bytes, in none of the memory pools that this thread may be told to allocate from: torch.compile's graphs use the
     memory in theirs again, and whatever outlives a call must not be there. In a capture they are the graph's own."""
@@ -264,12 +236,6 @@ class LaunchableKernel(Kernel):
     def launch(self, config: KernelConfig, prepared: Any, batch: Batch, out: Tensor, workspace: Workspace) -> None:
         """Write out `[T, H]` for a batch with at least one token, in the order of the current stream, without
         synchronising with the host."""
-
-    def scheduled(
-        self, config: KernelConfig, prepared: Any, batch: Batch, out: Tensor, workspace: Workspace
-    ) -> Scheduled | None:
-        """`launch` in parts, for graphs in which the device chooses; None where it cannot be had so."""
-        return None
 
     def steps(
         self, config: KernelConfig, prepared: Any, batch: Batch, out: Tensor, workspace: Workspace

@@ -10,8 +10,7 @@ expert histogram chooses one on the device at every replay.
 
 from __future__ import annotations
 
-import contextlib
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import TYPE_CHECKING, Any, Protocol
@@ -23,9 +22,9 @@ from ..errors import KernelError, RampMoEError
 from ..shortlist import MOST, Shortlist, shortlist
 from . import graph, nvrtc
 from .bench import misfit, reference
-from .contract import Batch, MoEWeights, Schedule, Scheduled, Workspace, kernel_ids
+from .contract import Batch, MoEWeights, Workspace, kernel_ids
 from .recorder import Recorder
-from .select import MAX_SCHEDULED_IDS, Launch, Selector, Wanted
+from .select import Launch, Selector
 from .table import CostTable
 
 if TYPE_CHECKING:
@@ -54,8 +53,6 @@ class Launches(Protocol):
     workspace: Workspace
 
     def launch(self, candidate: Candidate, batch: Batch, out: Tensor) -> None: ...
-
-    def scheduled(self, candidate: Candidate, batch: Batch, out: Tensor) -> Scheduled | None: ...
 
 
 @dataclass(frozen=True)
@@ -98,7 +95,6 @@ class GraphDispatch:
         self._launches, self._weights, self._model, self._top_k, self._mode = launches, weights, model, top_k, mode
         self._device = weights.gate_up.device
         self._side = torch.cuda.Stream(self._device)  # type: ignore[no-untyped-call]
-        self._beside = torch.cuda.Stream(self._device)  # type: ignore[no-untyped-call]
         self._states = torch.full((STATES, 1), -1, dtype=torch.int32, device=self._device)
         self._captures = 0
         self._ready: set[tuple[int, int]] = set()
@@ -157,7 +153,6 @@ class GraphDispatch:
         if plan.mode == "gated":
             self._outs(plan, out)
         self._kernel_ids(batch.topk_ids)
-        self._bodies(plan, batch, out)
         self._ready.add(key)
 
     def capture(
@@ -188,59 +183,15 @@ class GraphDispatch:
             selector.launch(topk_ids, num_valid, ids, self.recorder)
             self._run_all(plan, batch, out, selector.choice)
             return
-        bodies, before, wanted = self._bodies(plan, batch, out)
+        bodies = [partial(self._launches.launch, c, batch, out) for c in plan.bodies]
 
         def select(handle: int) -> Launch:
-            return selector.launch(topk_ids, num_valid, ids, self.recorder, handle, state, wanted)
+            return selector.launch(topk_ids, num_valid, ids, self.recorder, handle, state)
 
-        with self._aside(before) as join:
-            if plan.mode == "nodes":
-                graph.capture_nodes(select, selector.function, join, bodies)
-            else:
-                graph.capture_switch(select, join, bodies, self._side)
-
-    def _bodies(
-        self, plan: Plan, batch: Batch, out: Tensor
-    ) -> tuple[list[graph.Body], list[Callable[[], object]], Wanted | None]:
-        """The plan's bodies; what they need before, whichever is chosen; and the schedule that the choice is to make
-        for those that leave it to the choice, if any does."""
-        import torch
-
-        whole: list[graph.Body] = [partial(self._launches.launch, c, batch, out) for c in plan.bodies]
-        if batch.topk_ids.numel() > MAX_SCHEDULED_IDS:
-            return whole, [], None
-        parts = [self._launches.scheduled(c, batch, out) for c in plan.bodies]
-        given = [p for p in parts if p is not None]
-        if not given:
-            return whole, [], None
-
-        def buffer(name: str, size: int) -> Tensor:
-            return self._launches.workspace.get(f"chosen_{name}", (size,), torch.int32, self._device)
-
-        slots, num_slots = buffer("slots", max(p.tiles * p.block for p in given)), buffer("num_slots", 1)
-        tiles = buffer("expert_of_tile", max(p.tiles for p in given))
-        bodies = [
-            w if p is None else partial(p.launch, Schedule(slots[: p.tiles * p.block], tiles[: p.tiles], num_slots))
-            for w, p in zip(whole, parts, strict=True)
-        ]
-        before = {key: launch for p in given for key, launch in p.before.items()}
-        sizes = [(0, 0) if p is None else (p.block, p.tiles) for p in parts]
-        return bodies, list(before.values()), Wanted(Schedule(slots, tiles, num_slots), sizes)
-
-    @contextlib.contextmanager
-    def _aside(self, launches: Sequence[Callable[[], object]]) -> Iterator[Callable[[], None]]:
-        """Run launches beside what follows on the current stream, up to a call of what this gives."""
-        import torch
-
-        stream = torch.cuda.current_stream(self._device)
-        if not launches:
-            yield lambda: None
-            return
-        self._beside.wait_stream(stream)
-        with torch.cuda.stream(self._beside):
-            for launch in launches:
-                launch()
-        yield lambda: stream.wait_stream(self._beside)
+        if plan.mode == "nodes":
+            graph.capture_nodes(select, selector.function, bodies)
+        else:
+            graph.capture_switch(select, bodies, self._side)
 
     def _selector(self, model: CostModel, columns: Sequence[int]) -> Selector | TritonSelector:
         import torch

@@ -89,23 +89,20 @@ def _captured(body: Body, side: torch.cuda.Stream, into: Any) -> Any:
     return checked(ended, "capturing a body")
 
 
-def capture_nodes(select: Select, function: Any, join: Body, bodies: Sequence[Body]) -> int:
+def capture_nodes(select: Select, function: Any, bodies: Sequence[Body]) -> int:
     """Add the choice and the bodies, each of kernels alone, to the capture on the current stream, in mode "nodes".
-    Returns the number of kernel nodes. `select` must leave room for the nodes in its launch (`last`). `join` lets the
-    stream wait for what the bodies need beside the choice."""
+    Returns the number of kernel nodes. `select` must leave room for the nodes in its launch (`last`)."""
     from cuda.bindings import driver
 
     launch = select(0)
     (choice,) = _capture()[1]
-    join()
-    starts = _capture()[1]
     owned: list[tuple[int, int]] = []
     ends: list[Any] = []
     for index, body in enumerate(bodies):
-        _continue_from(starts)
+        _continue_from([choice])
         body()
         last = _capture()[1]
-        owned += [(index, _device_updatable(node)) for node in _between(last, starts)]
+        owned += [(index, _device_updatable(node)) for node in _between(last, choice)]
         ends += last
     _continue_from(ends)
     if len(owned) > MAX_NODES:
@@ -121,7 +118,7 @@ def capture_nodes(select: Select, function: Any, join: Body, bodies: Sequence[Bo
     return len(owned)
 
 
-def capture_switch(select: Select, join: Body, bodies: Sequence[Body], side: torch.cuda.Stream) -> None:
+def capture_switch(select: Select, bodies: Sequence[Body], side: torch.cuda.Stream) -> None:
     """Add the choice and the bodies to the capture on the current stream, in mode "switch". `side` is a stream that
     does nothing else; a choice beyond the bodies would run none of them, so the last is that of any other."""
     from cuda.bindings import runtime
@@ -129,7 +126,6 @@ def capture_switch(select: Select, join: Body, bodies: Sequence[Body], side: tor
     graph, _ = _capture()
     handle = checked(runtime.cudaGraphConditionalHandleCreate(graph, 0, 0), "making a conditional node")
     select(int(handle))
-    join()
     params = runtime.cudaGraphNodeParams()
     params.type = runtime.cudaGraphNodeType.cudaGraphNodeTypeConditional
     params.conditional.handle = handle
@@ -165,26 +161,25 @@ def _continue_from(nodes: list[Any]) -> None:
     checked(done, "continuing the capture")
 
 
-def _between(last: Sequence[Any], starts: Sequence[Any]) -> list[Any]:
-    """The nodes that `last` depend on, themselves included, down to `starts`. Programmatic edges from those, over
-    which a kernel may begin before the one before has ended, become full ones: what is about to be switched off must
-    not have begun."""
+def _between(last: Sequence[Any], first: Any) -> list[Any]:
+    """The nodes that `last` depend on, themselves included, down to `first`. Programmatic edges from `first`, over which
+    a kernel may begin before the one before has ended, become full ones: what is about to be switched off must not have
+    begun."""
     from cuda.bindings import runtime
 
     graph, _ = _capture()
-    first = {int(node) for node in starts}
     found: dict[int, Any] = {}
     todo = list(last)
     while todo:
         node = todo.pop()
-        if int(node) in first or int(node) in found:
+        if int(node) == int(first) or int(node) in found:
             continue
         found[int(node)] = node
         count = checked(runtime.cudaGraphNodeGetDependencies(node, 0), "reading a captured body")[2]
         before, edges, _ = checked(runtime.cudaGraphNodeGetDependencies(node, count), "reading a captured body")
         for other, edge in zip(before, edges or [None] * len(before), strict=False):
             programmatic = runtime.cudaGraphDependencyType.cudaGraphDependencyTypeProgrammatic
-            if edge is not None and edge.type == int(programmatic) and int(other) in first:
+            if edge is not None and edge.type == int(programmatic) and int(other) == int(first):
                 checked(runtime.cudaGraphRemoveDependencies(graph, [other], [node], [edge], 1), "ordering a body")
                 checked(runtime.cudaGraphAddDependencies(graph, [other], [node], None, 1), "ordering a body")
             todo.append(other)

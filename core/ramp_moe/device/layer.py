@@ -14,7 +14,7 @@ from ..hardware import Hardware
 from ..kernel import KernelConfig, layouts_of, usable_configs
 from ..layouts import choose_layouts, kernel_times, weighed_batches, why_not_served
 from ..routing import expert_histogram
-from .contract import Batch, LaunchableKernel, MoEWeights, Scheduled, Workspace, kernel_ids
+from .contract import Batch, LaunchableKernel, MoEWeights, Workspace, kernel_ids
 from .layouts import relayout, to_give
 
 if TYPE_CHECKING:
@@ -270,11 +270,6 @@ class MoELayer:
         """Run one candidate, whatever the dispatcher would have chosen."""
         kernel, prepared = self._kernels[candidate.kernel]
         kernel.launch(candidate.config, prepared, batch, out, self.workspace)
-
-    def scheduled(self, candidate: Candidate, batch: Batch, out: Tensor) -> Scheduled | None:
-        """`launch` in parts, where the candidate's kernel has it so."""
-        kernel, prepared = self._kernels[candidate.kernel]
-        return kernel.scheduled(candidate.config, prepared, batch, out, self.workspace)
 
     def configs(self) -> Mapping[str, Sequence[KernelConfig]]:
         """Every configuration of every kernel that the layer can launch."""

@@ -11,10 +11,9 @@
 //   a column of threads   a candidate  -> share[]: of the sum of weights times distances
 //   a warp     candidates              -> the cheapest of them
 //   a thread   a node of the graph     -> on if its body is chosen, else off
-//   a thread   an expert, then an id   -> the schedule for the chosen body's token block, for kernels that leave it to us
 
 constexpr int THREADS = 1024, WARPS = THREADS / 32, EXPERTS = 1024, BLOCKS = 64, CANDIDATES = 512, DISTANCES = 6144;
-constexpr int NODES = 128, BODIES = 16, BATCH = 4;
+constexpr int NODES = 128, BATCH = 4;
 constexpr unsigned ALL = 0xffffffffu;
 
 // Arrays of the table, by where they begin, in words.
@@ -33,10 +32,7 @@ struct Params {
   int* kernel_ids;            // [num_ids]: int32, -1 for what is not in range or padding; or null
   float* cost;                // [num_candidates], microseconds; or null
   int* last;                  // [1]: the choice that the nodes are set to, -1 at first; or null
-  int* slots;                 // the schedule (see contract.Schedule), for up to BATCH * THREADS ids; or null
-  int* expert_of_tile;
-  int* num_slots;             // [1]
-  int* ring;                  // [ring_slots, 2 + num_experts]: tokens, label of the choice, histogram; or null
+  int* ring;                  // [slots, 2 + num_experts]: tokens, label of the choice, histogram; or null
   long long* counter;         // [1]: entries written to the ring so far
   // the graph
   unsigned long long handle;  // of a conditional node, or 0
@@ -46,8 +42,7 @@ struct Params {
   Table at;
   int num_shared;             // words of the table that go to shared memory: all, or all but the weights
   int num_blocks, num_launches, num_grids, num_parts, num_candidates, num_sets, num_rows;
-  int num_ids, top_k, wide, num_experts, ring_slots, num_nodes;
-  int block_of[BODIES], tiles_of[BODIES];  // of each candidate's schedule, 0 where it makes its own; tiles it has room for
+  int num_ids, top_k, wide, num_experts, slots, num_nodes;
   unsigned char body_of[NODES];
 };
 
@@ -93,44 +88,9 @@ __device__ __forceinline__ float cost_of(const Params& p, const int* table, cons
   return total;
 }
 
-// Every expert's ids in tiles of `block` slots, experts in increasing order; an expert's ids in the order in which they
-// were counted, which is any. first and sums are working memory, [EXPERTS] and [WARPS].
-__device__ __forceinline__ void schedule(const Params& p, int block, int tiles_of, const int* hist, int* first,
-                                         int* sums, const int* own, const int* rank) {
-  const int t = threadIdx.x, warp = t / 32, lane = t % 32;
-  const int tiles = t < p.num_experts ? (hist[t] + block - 1) / block : 0;
-  int before = tiles;
-  for (int o = 1; o < 32; o *= 2) {
-    const int lower = __shfl_up_sync(ALL, before, o);
-    if (lane >= o) before += lower;
-  }
-  __syncthreads();  // both arrays were in use
-  if (lane == 31) sums[warp] = before;
-  __syncthreads();
-  const int of_lane = sums[lane];
-  before += __reduce_add_sync(ALL, lane < warp ? of_lane : 0) - tiles;
-  const int total = __reduce_add_sync(ALL, of_lane);
-  if (t < p.num_experts) first[t] = before;
-  __syncthreads();
-#pragma unroll
-  for (int j = 0; j < BATCH; j++)
-    if (own[j] >= 0) p.slots[first[own[j]] * block + rank[j]] = t + j * THREADS;
-#pragma unroll 1
-  for (int e = warp; e < p.num_experts; e += WARPS) {
-    const int n = hist[e], end = (n + block - 1) / block;
-#pragma unroll 1
-    for (int i = n + lane; i < end * block; i += 32) p.slots[first[e] * block + i] = p.num_ids;
-#pragma unroll 1
-    for (int i = lane; i < end; i += 32) p.expert_of_tile[first[e] + i] = e;
-  }
-#pragma unroll 1
-  for (int i = total + t; i < tiles_of; i += THREADS) p.expert_of_tile[i] = -1;
-  if (t == 0) *p.num_slots = total * block;
-}
-
 extern "C" __global__ void __launch_bounds__(THREADS) select_candidate(const __grid_constant__ Params p) {
   extern __shared__ __align__(16) int table[];
-  __shared__ int hist[EXPERTS], counts[BLOCKS];  // BLOCKS are WARPS or more
+  __shared__ int hist[EXPERTS], counts[BLOCKS];
   __shared__ float us[CANDIDATES], away[DISTANCES], share[THREADS + WARPS];
   __shared__ unsigned best[WARPS];
   __shared__ int of_warp[WARPS];
@@ -146,10 +106,8 @@ extern "C" __global__ void __launch_bounds__(THREADS) select_candidate(const __g
   const int before = p.last ? *p.last : -1;
   const long long entry = p.ring ? *p.counter : 0;
   const int valid = p.num_valid ? min(max(*p.num_valid, 0) * p.top_k, p.num_ids) : p.num_ids;
-  int e[BATCH], own[BATCH], rank[BATCH];  // the first of the ids, which may be scheduled, and their ranks
+  int e[BATCH];
   load_experts(p, t, valid, e);
-#pragma unroll
-  for (int j = 0; j < BATCH; j++) own[j] = e[j];
 #pragma unroll 1
   for (int i = t; i < p.num_experts; i += THREADS) hist[i] = 0;
   __syncthreads();
@@ -157,7 +115,7 @@ extern "C" __global__ void __launch_bounds__(THREADS) select_candidate(const __g
   for (int first = t; first < p.num_ids; first += BATCH * THREADS) {
 #pragma unroll
     for (int j = 0; j < BATCH; j++) {
-      if (e[j] >= 0) rank[j] = atomicAdd(&hist[e[j]], 1);
+      if (e[j] >= 0) atomicAdd(&hist[e[j]], 1);
       if (p.kernel_ids && first + j * THREADS < p.num_ids) p.kernel_ids[first + j * THREADS] = e[j];
     }
     load_experts(p, first + BATCH * THREADS, valid, e);
@@ -242,10 +200,8 @@ extern "C" __global__ void __launch_bounds__(THREADS) select_candidate(const __g
       if (before < 0 || body == before || body == choice)
         cudaGraphKernelNodeSetEnabled((cudaGraphDeviceNode_t)p.nodes[i], body == choice);
     }
-  if (p.slots && p.block_of[choice])
-    schedule(p, p.block_of[choice], p.tiles_of[choice], hist, (int*)share, counts, own, rank);
   if (p.ring) {
-    int* at = p.ring + entry % p.ring_slots * (2 + p.num_experts);
+    int* at = p.ring + entry % p.slots * (2 + p.num_experts);
     if (t == 0) { at[0] = valid / p.top_k; at[1] = ints(p.at.label)[choice]; }
 #pragma unroll 1
     for (int i = t; i < p.num_experts; i += THREADS) at[2 + i] = hist[i];

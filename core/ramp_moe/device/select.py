@@ -3,16 +3,14 @@
 from __future__ import annotations
 
 import ctypes
-from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from ..errors import KernelError
 from . import nvrtc
-from .contract import Schedule
 from .table import CostTable
 
 if TYPE_CHECKING:
@@ -23,18 +21,15 @@ if TYPE_CHECKING:
 
 SOURCE = Path(__file__).with_name("select.cu")
 THREADS = 1024
-MAX_EXPERTS, MAX_IDS, MAX_SCHEDULED_IDS, MAX_NODES, MAX_BODIES = 1024, 65_536, 4096, 128, 16
-_POINTERS = (
-    "ids", "num_valid", "choice", "histogram", "kernel_ids", "cost", "last", "slots", "expert_of_tile", "num_slots",
-    "ring", "counter",
-)  # fmt: skip
+MAX_EXPERTS, MAX_IDS, MAX_NODES = 1024, 2**20, 128
+_POINTERS = ("ids", "num_valid", "choice", "histogram", "kernel_ids", "cost", "last", "ring", "counter")
 _ARRAYS = (
     "blocks", "grid_block", "grid_ctas", "grid_slots", "grid_work", "launch_of", "coefficients", "floor", "first",
     "parts", "unit", "points", "set_block", "set_of", "constant", "label", "weights",
 )  # fmt: skip
 _SIZES = (
     "num_shared", "num_blocks", "num_launches", "num_grids", "num_parts", "num_candidates", "num_sets", "num_rows",
-    "num_ids", "top_k", "wide", "num_experts", "ring_slots", "num_nodes",
+    "num_ids", "top_k", "wide", "num_experts", "slots", "num_nodes",
 )  # fmt: skip
 
 
@@ -48,8 +43,6 @@ class Params(ctypes.Structure):
         ("table", ctypes.c_void_p),
         ("at", ctypes.c_int * len(_ARRAYS)),
         *((name, ctypes.c_int) for name in _SIZES),
-        ("block_of", ctypes.c_int * MAX_BODIES),
-        ("tiles_of", ctypes.c_int * MAX_BODIES),
         ("body_of", ctypes.c_uint8 * MAX_NODES),
     )
 
@@ -64,14 +57,6 @@ def packed(table: CostTable) -> tuple[NDArray[np.int32], list[int]]:
         words += [array, np.zeros(-len(array) % 4, np.int32)]
         size += len(array) + len(words[-1])
     return np.concatenate(words), at
-
-
-class Wanted(NamedTuple):
-    """A schedule that is to be made: where, and of each candidate its token block and tiles, 0 for one that needs
-    none."""
-
-    schedule: Schedule
-    sizes: Sequence[tuple[int, int]]
 
 
 class Launch:
@@ -137,15 +122,13 @@ class Selector:
         recorder: Recorder | None = None,
         handle: int = 0,
         last: Tensor | None = None,
-        wanted: Wanted | None = None,
     ) -> Launch:
         """Choose for topk_ids int32 or int64 `[T, k]`, contiguous, on the current stream.
 
         num_valid int32 `[1]`: tokens from there on are padding. kernel_ids int32 `[T, k]`, where given, becomes the ids
         as kernels take them: -1 for padding and what is out of range. handle: of a conditional node that is set to the
-        choice. last int32 `[1]`: for nodes that are given to the launch later. wanted: the schedule for the chosen
-        candidate, of up to MAX_SCHEDULED_IDS ids; an expert's are in any order. Raises KernelError for ids that it
-        does not take.
+        choice. last int32 `[1]`: for nodes that are given to the launch later. Raises KernelError for ids that it does
+        not take.
         """
         import torch
         from cuda.bindings import driver
@@ -160,21 +143,11 @@ class Selector:
         if recorder is not None:
             recorder.check(self.num_experts, topk_ids.shape[1], self.device)
             given |= {"ring": recorder.ring, "counter": recorder.counter}
-        blocks = tiles = ()
-        if wanted is not None:
-            if topk_ids.numel() > MAX_SCHEDULED_IDS or len(wanted.sizes) > MAX_BODIES:
-                raise KernelError(
-                    f"the choice schedules {MAX_SCHEDULED_IDS} ids and {MAX_BODIES} candidates at most, not "
-                    f"{topk_ids.numel()} and {len(wanted.sizes)}; leave the schedule to the kernels"
-                )
-            given |= {name: getattr(wanted.schedule, name) for name in ("slots", "expert_of_tile", "num_slots")}
-            blocks, tiles = zip(*wanted.sizes, strict=True)
         addresses = {name: t.data_ptr() for name, t in given.items() if t is not None}
         launch = Launch(
             Params(
                 **self._common, **addresses, handle=handle, num_ids=topk_ids.numel(), top_k=topk_ids.shape[1],
-                wide=int(topk_ids.dtype == torch.int64), ring_slots=0 if recorder is None else recorder.slots,
-                block_of=(ctypes.c_int * MAX_BODIES)(*blocks), tiles_of=(ctypes.c_int * MAX_BODIES)(*tiles),
+                wide=int(topk_ids.dtype == torch.int64), slots=0 if recorder is None else len(recorder.ring),
             )
         )  # fmt: skip
         with torch.cuda.device(self.device):

@@ -14,7 +14,7 @@ from dataclasses import asdict, replace
 from typing import TYPE_CHECKING, Any
 
 from ramp_moe import Hardware, KernelConfig, MoEShape, Stage, WeightLayout
-from ramp_moe.device import Batch, LaunchableKernel, MoEWeights, Scheduled, Workspace
+from ramp_moe.device import Batch, LaunchableKernel, MoEWeights, Workspace
 from ramp_moe.errors import KernelError
 from ramp_moe.kernel import LAYOUTS, digest_of, fp8_unsupported
 from ramp_moe.shapes import SCALE_BLOCK
@@ -138,13 +138,6 @@ class TritonMoE(LaunchableKernel):
         from .forward import forward  # torch and Triton: not needed to describe the kernel
 
         forward(_path(config), prepared, batch, out, workspace)
-
-    def scheduled(
-        self, config: KernelConfig, prepared: Any, batch: Batch, out: Tensor, workspace: Workspace
-    ) -> Scheduled | None:
-        from .forward import scheduled
-
-        return scheduled(_path(config), prepared, batch, out, workspace)
 
     def steps(
         self, config: KernelConfig, prepared: Any, batch: Batch, out: Tensor, workspace: Workspace
