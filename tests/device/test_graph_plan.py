@@ -14,7 +14,7 @@ import pytest
 import torch
 from graph_cases import priced
 from layer_cases import BLOCKS, SHAPE, FakeKernel, K, inputs, weights
-from ramp_moe import Candidate, Hardware, KernelConfig, KernelError
+from ramp_moe import Candidate, Hardware, KernelConfig, KernelError, expert_histogram
 from ramp_moe.device import Batch, MoELayer, Workspace, dispatch, graph
 from ramp_moe.device.dispatch import GraphDispatch, Plan
 
@@ -70,6 +70,7 @@ def dispatcher(monkeypatch: pytest.MonkeyPatch, h200: Hardware) -> Callable[...,
     monkeypatch.setattr(torch.cuda, "stream", lambda stream: nullcontext())
     monkeypatch.setattr(torch.cuda, "synchronize", lambda device=None: None)
     monkeypatch.setattr(dispatch, "Selector", Choosing)
+    monkeypatch.setattr(dispatch.nvrtc, "unavailable", lambda: None)
     monkeypatch.setattr(graph, "kernel_nodes", lambda body, side: 5)
 
     def make(
@@ -209,6 +210,28 @@ def test_buffers_have_their_size_on_every_stream(dispatcher: Make, monkeypatch: 
     size = workspace.bytes
     graphs.ready(TOKENS, torch.bfloat16)
     assert workspace.bytes == size
+
+
+def test_without_nvrtc_the_choice_is_made_in_triton(dispatcher: Make, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Interpreted."""
+    monkeypatch.setattr(dispatch.nvrtc, "unavailable", lambda: "no cuda.bindings")
+    graphs, _ = dispatcher("gated")
+    plan, recorder = prepared(graphs), graphs.record(4)
+    x, ids, scores = inputs(TOKENS, "one-hot")
+    ids[0, 0] = 2**20  # skipped
+    for num_valid in (TOKENS, TOKENS // 2):
+        out, alone = torch.full((2, *x.shape), float("nan"), dtype=x.dtype)
+        valid = torch.tensor([num_valid], dtype=torch.int32)
+        graphs.capture(plan, x, ids.long(), scores, out, valid)
+        seen = ids.masked_fill(ids == 2**20, -1).where(torch.arange(TOKENS)[:, None] < valid, -1)
+        chosen = plan.bodies[int(plan.selector.choice)]
+        us = graphs._model.cost(expert_histogram(seen, SHAPE.num_experts))
+        assert us[graphs.names.index(chosen.name)] == pytest.approx(us.min(), rel=1e-3)
+        graphs._launches.launch(chosen, Batch(x, seen, scores), alone)
+        assert torch.equal(out, alone)
+        found = recorder.read()
+        assert graphs.names[found.choices[-1]] == chosen.name
+        assert found.tokens[-1] == num_valid
 
 
 @pytest.mark.parametrize("routing", ["uniform", "active0.25", "one-hot"])

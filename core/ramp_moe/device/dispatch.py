@@ -194,12 +194,10 @@ class GraphDispatch:
             graph.capture_switch(select, bodies, self._side)
 
     def _selector(self, model: CostModel, columns: Sequence[int]) -> Selector | TritonSelector:
-        import torch
-
         table, experts = CostTable.of(model, columns), self._weights.down.shape[0]
         label = [self.names.index(model.candidates[c].name) for c in columns]
         table = replace(table, label=np.array(label, np.int32))
-        if nvrtc.unavailable() or torch.version.cuda is None:
+        if nvrtc.unavailable():
             from .select_triton import TritonSelector
 
             return TritonSelector(table, experts, self._device)

@@ -162,9 +162,9 @@ def _continue_from(nodes: list[Any]) -> None:
 
 
 def _between(last: Sequence[Any], first: Any) -> list[Any]:
-    """The nodes that `last` depend on, themselves included, down to `first`. Programmatic edges from `first`, over which
-    a kernel may begin before the one before has ended, become full ones: what is about to be switched off must not have
-    begun."""
+    """The nodes that `last` depend on, themselves included, down to `first`. Programmatic edges from `first`, over
+    which a kernel may begin before the one before has ended, become full ones: what is about to be switched off must
+    not have begun."""
     from cuda.bindings import runtime
 
     graph, _ = _capture()
