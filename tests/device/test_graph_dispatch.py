@@ -105,7 +105,9 @@ class Captured:
         """What the device chose, having checked it against the model."""
         assert self.plan.selector is not None
         index = int(self.plan.selector.choice)
-        us = model_us(self)[list(self.plan.shortlist.columns)]
+        graphs = self.layer.graphs
+        assert graphs is not None
+        us = model_us(self)[[graphs.names.index(c.name) for c in self.plan.bodies]]
         assert us[index] <= us.min() * (1 + NEAR)
         return self.plan.bodies[index]
 

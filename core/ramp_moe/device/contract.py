@@ -214,6 +214,8 @@ class LaunchableKernel(Kernel):
 
     graph_safe = True
     """Whether `launch` may be captured in a CUDA graph, once it has run on the same stream with the same sizes."""
+    switchable = True
+    """Whether its kernels are as fast as nodes of a graph that other kernels can switch on and off."""
 
     def unavailable(self) -> str | None:
         """Why this kernel cannot run here although its description is fine: a package that is missing or too old, with

@@ -10,7 +10,7 @@ expert histogram chooses one on the device at every replay.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import TYPE_CHECKING, Any, Protocol
@@ -36,11 +36,11 @@ if TYPE_CHECKING:
 MODES = ("nodes", "switch", "gated", "single")
 """Cheapest first."""
 OVERHEAD_US: Mapping[str, Mapping[int, float]] = {
-    "nodes": {1: 0.0, 2: 4.4, 4: 5.1, 8: 6.1},
-    "switch": {1: 0.0, 2: 10.4, 8: 10.4},
-    "gated": {1: 0.0, 2: 8.0, 8: 40.0},
+    "nodes": {1: 0.0, 2: 7.0, 4: 9.0, 8: 14.0},
+    "switch": {1: 0.0, 2: 14.0, 8: 14.5},
+    "gated": {1: 0.0, 2: 30.0, 4: 65.0, 8: 120.0},
 }
-"""Of a layer in a graph, by bodies, on an H200, the choice included (examples/device_dispatch)."""
+"""Of a layer in a graph, by bodies, on an H200, the choice included (examples/graph_dispatch)."""
 CHECKED_TOKENS = 32
 STATES = 1024
 """Captures of one layer in mode "nodes"."""
@@ -73,12 +73,19 @@ class Plan:
 class GraphDispatch:
     """Plans, and captures, one layer's dispatch in CUDA graphs.
 
-    mode: one of MODES; the cheapest that this machine and the candidates allow where None. Raises KernelError for a
-    mode that cannot be had.
+    mode: one of MODES; where None, by batch size the one with the least expected time that this machine has. fixed:
+    kernels that mode "nodes" leaves out (see `LaunchableKernel.switchable`). Raises KernelError for a mode that cannot
+    be had.
     """
 
     def __init__(
-        self, launches: Launches, weights: MoEWeights, model: CostModel, top_k: int, mode: str | None = None
+        self,
+        launches: Launches,
+        weights: MoEWeights,
+        model: CostModel,
+        top_k: int,
+        mode: str | None = None,
+        fixed: Collection[str] = (),
     ) -> None:
         import torch
 
@@ -87,12 +94,14 @@ class GraphDispatch:
         self._refused = {m: reason for m in ("nodes", "switch") if (reason := graph.unsupported(m))}
         if mode in self._refused:
             raise KernelError(_cannot(f"{mode}: {self._refused[mode]}"))
+        self._modes = MODES[:-1] if mode is None else (mode,)
+        self._fixed = set(fixed)
         self.dropped: dict[str, str] = {}
         self.plans: dict[int, Plan] = {}
         self.recorder: Recorder | None = None
         self.names = [c.name for c in model.candidates]
         """By index, what a recorder's entries say was chosen."""
-        self._launches, self._weights, self._model, self._top_k, self._mode = launches, weights, model, top_k, mode
+        self._launches, self._weights, self._model, self._top_k = launches, weights, model, top_k
         self._device = weights.gate_up.device
         self._side = torch.cuda.Stream(self._device)  # type: ignore[no-untyped-call]
         self._states = torch.full((STATES, 1), -1, dtype=torch.int32, device=self._device)
@@ -116,21 +125,30 @@ class GraphDispatch:
             return self.plans[num_tokens]
         batch = self._batch(num_tokens, dtype)
         expected = reference(self._weights, _first(batch, CHECKED_TOKENS))
-        costs = OVERHEAD_US.get(self._mode or next(m for m in MODES if m not in self._refused), {1: 0.0})
-        checked: set[str] = set()
+        refused, checked = dict(self._refused), set[str]()
         while True:
-            model = self._model.without(self.dropped)
-            short = shortlist(model, num_tokens, costs, 1 if self._mode == "single" else MOST)
+            kernels = 0
+            offers = {m: self._offer(m, num_tokens) for m in self._modes if m not in refused}
+            if not offers:
+                raise KernelError(_cannot(f"{self._modes[0]}: {refused[self._modes[0]]}"))
+            mode = min(offers, key=lambda m: offers[m][1].expected_us)  # of equal ones the first
+            model, short = offers[mode]
             bodies = tuple(model.candidates[c] for c in short.columns)
             for candidate in bodies:
                 if candidate.name not in checked and (reason := self._misbehaves(candidate, batch, expected)):
                     self.dropped[candidate.name] = reason
                 checked.add(candidate.name)
-            if not any(c.name in self.dropped for c in bodies):
-                break
-        mode, why, kernels = self._choose_mode(bodies, batch)
-        if mode == "single":
-            bodies = bodies[:1]
+            if any(c.name in self.dropped for c in bodies):
+                continue
+            if mode == "nodes" and len(bodies) > 1:
+                kernels, problem = self._kernels(bodies, batch)
+                if problem:
+                    refused[mode] = problem
+                    continue
+            break
+        why = "; ".join(["least expected time", *(f"{m}: {refused[m]}" for m in self._modes if m in refused)])
+        if len(bodies) == 1:
+            mode, why = "single", "one candidate is best, or switching would cost more than it gains"
         selector = self._selector(model, short.columns) if len(bodies) > 1 else None
         plan = Plan(num_tokens, mode, why, bodies, short, kernels, selector)
         self.plans[num_tokens] = plan
@@ -221,30 +239,25 @@ class GraphDispatch:
         """Every gated body's own."""
         return self._launches.workspace.get("gated_out", (len(plan.bodies), *out.shape), out.dtype, out.device)
 
-    def _choose_mode(self, bodies: Sequence[Candidate], batch: Batch) -> tuple[str, str, int]:
-        """The mode, why, and how many kernels the bodies have."""
+    def _offer(self, mode: str, num_tokens: int) -> tuple[CostModel, Shortlist]:
+        """The bodies that a mode would have, and the model that they are of."""
+        model = self._model.without(self.dropped)
+        if mode == "nodes" and (switchable := {c.kernel for c in model.candidates} - self._fixed):
+            model = model.restrict(sorted(switchable))
+        return model, shortlist(model, num_tokens, OVERHEAD_US.get(mode, {1: 0.0}), 1 if mode == "single" else MOST)
+
+    def _kernels(self, bodies: Sequence[Candidate], batch: Batch) -> tuple[int, str | None]:
+        """How many kernels the bodies have, and why they cannot be nodes that are switched."""
         import torch
 
-        if len(bodies) == 1:
-            return "single", "one candidate is best, or switching would cost more than it gains", 0
-        refused: list[str] = []
-        for mode in MODES[:-1] if self._mode is None else (self._mode,):
-            reason = self._refused.get(mode)
-            if reason is None and mode == "nodes":
-                out = torch.empty_like(batch.hidden_states)
-                counts = [graph.kernel_nodes(partial(self._launches.launch, c, batch, out), self._side) for c in bodies]
-                other = [c.name for c, n in zip(bodies, counts, strict=True) if n is None]
-                kernels = sum(n or 0 for n in counts)
-                if other:
-                    reason = f"{other[0]} launches more than kernels"
-                elif kernels > graph.MAX_NODES:
-                    reason = f"the bodies have {kernels} kernels, more than {graph.MAX_NODES}"
-                else:
-                    return mode, "; ".join(refused) or "the cheapest there is", kernels
-            if reason is None:
-                return mode, "; ".join(refused) or "the cheapest there is", 0
-            refused.append(f"{mode}: {reason}")
-        raise KernelError(_cannot(refused[0]))
+        out = torch.empty_like(batch.hidden_states)
+        counts = [graph.kernel_nodes(partial(self._launches.launch, c, batch, out), self._side) for c in bodies]
+        kernels = sum(n or 0 for n in counts)
+        if other := [c.name for c, n in zip(bodies, counts, strict=True) if n is None]:
+            return kernels, f"{other[0]} launches more than kernels"
+        if kernels > graph.MAX_NODES:
+            return kernels, f"the bodies have {kernels} kernels, more than {graph.MAX_NODES}"
+        return kernels, None
 
     def _misbehaves(self, candidate: Candidate, batch: Batch, expected: Tensor) -> str | None:
         """Why a candidate must not be captured; None where nothing is wrong with it."""

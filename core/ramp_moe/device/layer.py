@@ -85,7 +85,8 @@ class MoELayer:
         if model is not None and safe and self._device.type == "cuda":
             from .dispatch import GraphDispatch
 
-            self.graphs = GraphDispatch(self, self._weights, model.restrict(safe), top_k, mode)
+            fixed = {name for name in safe if not self._kernels[name][0].switchable}
+            self.graphs = GraphDispatch(self, self._weights, model.restrict(safe), top_k, mode, fixed)
 
     def _usable(self, kernels: Sequence[LaunchableKernel]) -> list[LaunchableKernel]:
         """Those that say that they can compute the shape here; the others are dropped."""
