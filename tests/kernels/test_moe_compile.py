@@ -29,7 +29,8 @@ MARGIN = 4096
 class Case:
     """One compilation. quantise: of the up projection, what it stores is fp8; of the down projection, it quantises
     what it loads. direct: without a schedule, where the up projection of fp8 weights quantises what it loads. even:
-    whether the tiles divide the sizes, which are multiples of 16 in any case. low: the predicate counts too few bytes.
+    whether the tiles divide the sizes, which are multiples of 16 in any case. others: further configurations that the
+    launch may be. low: the predicate counts too few bytes.
     """
 
     target: tuple[str, int | str, int]
@@ -43,6 +44,11 @@ class Case:
     even: bool = True
     activation: str = "swiglu"
     layout: str = "gate-first"
+    others: tuple[GemmConfig, ...] = ()
+
+    @property
+    def configs(self) -> list[GemmConfig]:
+        return [c for c in (self.config, *self.others) if c is not None]
 
     @property
     def id(self) -> str:
@@ -50,7 +56,7 @@ class Case:
             [] if self.even else ["uneven"]
         )
         flags += [] if self.layout == "gate-first" else [self.layout]
-        name = self.config.name if self.config else ""
+        name = "|".join(c.name for c in self.configs)
         return "-".join(filter(None, [str(self.target[1]), self.kernel, self.dtype, name, self.activation, *flags]))
 
     @property
@@ -99,6 +105,7 @@ def compiled(case: Case) -> dict[str, int]:
     """Compile one case as its launch would; sizes of what came out."""
     import triton
     from ramp_moe_kernels.triton import gemm
+    from ramp_moe_kernels.triton.ops import variants
     from triton.backends.compiler import GPUTarget
 
     kernel = getattr(gemm, f"{case.kernel}_kernel")
@@ -113,13 +120,15 @@ def compiled(case: Case) -> dict[str, int]:
     given: dict[str, Any] = {
         "bias_ptr": "*fp32" if case.bias else None, "ws_ptr": "*fp32" if fp8 else None, "w_ptr": weight,
         "FP8": fp8, "ACTIVATION": case.activation, "QUANTISE": case.quantise, "ATOMIC": case.atomic, "EMULATE": False,
-        "EVEN_K": case.even, "EVEN_N": case.even, "weight_ptr": "*fp32", "part_ptr": "*fp32", "BLOCK": 1024,
+        "weight_ptr": "*fp32", "part_ptr": "*fp32", "BLOCK": 1024,
         "SPLIT_K": 4, "PDL": dependent, "DIRECT": case.direct, "QUANTISE_X": fp8 and case.direct, "out_ptr": half,
         "LAYOUT": case.layout,
     }  # fmt: skip
     options: dict[str, Any] = {"num_warps": 4, **({"launch_pdl": True} if dependent else {})}
     if c is not None:
-        given |= {"BM": c.block, "BN": c.rows, "BK": c.step, "GROUP_M": c.group_m, "SPLIT_K": c.split_k, "SWAP": c.swap}
+        sizes = [n if case.even else n - 16 for n in ((INTER, HIDDEN) if up else (HIDDEN, INTER))]
+        given |= {"VARIANTS": variants(case.configs, *sizes), "SPLIT_K": c.split_k}
+        given |= {"choice_ptr": "*i32", "tiles": None} if case.others else {"choice_ptr": None}
         options |= {"num_warps": c.warps, "num_stages": c.stages}
         scaled = fp8 and not (case.direct if up else case.quantise)
         loaded = weight if scaled else half

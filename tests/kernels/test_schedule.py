@@ -223,6 +223,7 @@ COMPILE = """
 
     def compile(kernel, warps, **changed):
         known = pointers | changed
+        known = {"choice": None, "BLOCKS": None} | known
         known |= {"BINS": 256, "GROUPS": 16, "ZERO": 4096, "EMULATE_FP8": False}
         types = {name: known.get(name, "i32") for name in kernel.arg_names}
         signature = {name: t if isinstance(t, str) else "constexpr" for name, t in types.items()}
@@ -235,6 +236,7 @@ COMPILE = """
         compile(schedule_kernel, 8, topk_ids="*i64", partial=None, CHUNK=4096, **beside)
         compile(histogram_kernel, 8, topk_ids="*i32", partial="*i32", CHUNK=4096, **beside)
     compile(schedule_kernel, 8, topk_ids="*i32", partial="*i32", CHUNK=4096, **alone)
+    compile(schedule_kernel, 4, topk_ids="*i32", partial=None, CHUNK=512, choice="*i32", BLOCKS=(16, 64), **alone)
     # What is 1 becomes a constant.
     ones = {n: 1 for n in ("num_ids", "num_tokens", "top_k", "num_experts", "block", "capacity", "chunks", "parts")}
     ones |= {"experts_each": 1, "num_groups": 1, "x_programs": 1, "zero_size": 1, "num_valid": None}

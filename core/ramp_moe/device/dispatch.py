@@ -1,6 +1,7 @@
 """Dispatch inside CUDA graphs: the few candidates that win at a batch size become bodies of the graph, and the batch's
 expert histogram chooses one on the device at every replay.
 
+    inline   the bodies are one: kernels that read the choice and are any of several configurations, of one kernel
     nodes    the kernel that chooses switches the bodies' kernels on and off (see `graph`)
     switch   a conditional node runs one body's graph (see `graph`)
     gated    every body runs, all but the chosen one on a batch whose ids are padding, into an output of its own: where
@@ -10,14 +11,14 @@ expert histogram chooses one on the device at every replay.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from typing import TYPE_CHECKING, Any, Protocol
 
 from ..cost_model import Candidate, CostModel
 from ..errors import KernelError, RampMoEError
-from ..shortlist import MOST, Shortlist, shortlist
+from ..shortlist import Shortlist, shortlist
 from . import graph
 from .bench import misfit, reference
 from .contract import Batch, MoEWeights, Workspace
@@ -30,14 +31,17 @@ if TYPE_CHECKING:
 
     from .recorder import Recorder
 
-MODES = ("nodes", "switch", "gated", "single")
+MODES = ("inline", "nodes", "switch", "gated", "single")
 """Cheapest first."""
 OVERHEAD_US: Mapping[str, Mapping[int, float]] = {
+    "inline": {1: 0.0, 2: 4.0, 4: 4.0},
     "nodes": {1: 0.0, 2: 4.4, 4: 5.1, 8: 6.1},
     "switch": {1: 0.0, 2: 10.4, 8: 10.4},
     "gated": {1: 0.0, 2: 8.0, 8: 40.0},
+    "single": {1: 0.0},
 }
-"""Of a layer in a graph, by bodies, on an H200, the choice included (examples/device_dispatch)."""
+"""Of a layer in a graph, by bodies up to the most that there may be, on an H200, the choice included
+(examples/device_dispatch)."""
 CHECKED_TOKENS = 32
 STATES = 1024
 """Captures of one layer in mode "nodes"."""
@@ -50,6 +54,10 @@ class Launches(Protocol):
     workspace: Workspace
 
     def launch(self, candidate: Candidate, batch: Batch, out: Tensor) -> None: ...
+
+    def inline_key(self, candidate: Candidate) -> Hashable | None: ...
+
+    def launch_inline(self, candidates: Sequence[Candidate], choice: Tensor, batch: Batch, out: Tensor) -> None: ...
 
 
 @dataclass(frozen=True)
@@ -99,19 +107,21 @@ class GraphDispatch:
             return self.plans[num_tokens]
         batch = self._batch(num_tokens, dtype)
         expected = reference(self._weights, _first(batch, CHECKED_TOKENS))
-        costs = OVERHEAD_US.get(self._mode or "nodes", {1: 0.0})
+        costs = OVERHEAD_US[self._mode or "nodes"]
         checked: set[str] = set()
         while True:
             model = self._model.without(self.dropped)
-            short = shortlist(model, num_tokens, costs, 1 if self._mode == "single" else MOST)
+            groups = [self._launches.inline_key(c) for c in model.candidates] if self._mode == "inline" else None
+            short = shortlist(model, num_tokens, costs, max(costs), groups=groups)
             bodies = tuple(model.candidates[c] for c in short.columns)
             for candidate in bodies:
-                if candidate.name not in checked and (reason := self._misbehaves(candidate, batch, expected)):
+                launch = partial(self._launches.launch, candidate)
+                if candidate.name not in checked and (reason := self._misbehaves(launch, batch, expected)):
                     self.dropped[candidate.name] = reason
                 checked.add(candidate.name)
             if not any(c.name in self.dropped for c in bodies):
                 break
-        mode, why, kernels = self._choose_mode(bodies, batch)
+        mode, why, kernels = self._choose_mode(bodies, batch, expected)
         if mode == "single":
             bodies = bodies[:1]
         selector = None
@@ -147,7 +157,10 @@ class GraphDispatch:
 
         batch = Batch(x, ids, topk_weights)
         bodies = [partial(self._launches.launch, c, batch, out) for c in plan.bodies]
-        if plan.mode == "nodes":
+        if plan.mode == "inline":
+            select(0)
+            self._launches.launch_inline(plan.bodies, selector.choice, batch, out)
+        elif plan.mode == "nodes":
             graph.capture_nodes(select, selector.function, bodies)
         elif plan.mode == "switch":
             graph.capture_switch(select, bodies, self._side)
@@ -165,7 +178,7 @@ class GraphDispatch:
             self._launches.launch(candidate, Batch(batch.hidden_states, ids, batch.topk_weights), outs[i])
         torch.index_select(outs, 0, choice, out=out[None])
 
-    def _choose_mode(self, bodies: Sequence[Candidate], batch: Batch) -> tuple[str, str, int]:
+    def _choose_mode(self, bodies: Sequence[Candidate], batch: Batch, expected: Tensor) -> tuple[str, str, int]:
         """The mode, why, and how many kernels the bodies have."""
         import torch
 
@@ -173,7 +186,9 @@ class GraphDispatch:
             return "single", "one candidate is best, or switching would cost more than it gains", 0
         refused: list[str] = []
         for mode in MODES[:-1] if self._mode is None else (self._mode,):
-            reason = None if mode == "gated" else graph.unsupported(mode)
+            reason = graph.unsupported(mode) if mode in ("nodes", "switch") else None
+            if mode == "inline":
+                reason = self._not_inline(bodies, batch, expected)
             if reason is None and mode == "nodes":
                 out = torch.empty_like(batch.hidden_states)
                 counts = [graph.kernel_nodes(partial(self._launches.launch, c, batch, out), self._side) for c in bodies]
@@ -190,8 +205,23 @@ class GraphDispatch:
             refused.append(f"{mode}: {reason}")
         raise KernelError(f"dispatch in graphs cannot be had in mode {refused[0]}; leave the mode out")
 
-    def _misbehaves(self, candidate: Candidate, batch: Batch, expected: Tensor) -> str | None:
-        """Why a candidate must not be captured; None where nothing is wrong with it."""
+    def _not_inline(self, bodies: Sequence[Candidate], batch: Batch, expected: Tensor) -> str | None:
+        """Why the bodies cannot be one; None where they can, in which case that has run as each of them."""
+        import torch
+
+        keys = {self._launches.inline_key(c) for c in bodies}
+        if len(keys) > 1 or None in keys:
+            return "no kernel is all of the bodies in one launch"
+        if len(bodies) > max(OVERHEAD_US["inline"]):
+            return f"one launch would be {len(bodies)} bodies, more than {max(OVERHEAD_US['inline'])}"
+        for i, body in enumerate(bodies):
+            choice = torch.full((1,), i, dtype=torch.int32, device=self._device)
+            if reason := self._misbehaves(partial(self._launches.launch_inline, bodies, choice), batch, expected):
+                return f"as {body.name}: {reason}"
+        return None
+
+    def _misbehaves(self, launch: Callable[[Batch, Tensor], None], batch: Batch, expected: Tensor) -> str | None:
+        """Why what this launches must not be captured; None where nothing is wrong with it."""
         import torch
 
         x = batch.hidden_states
@@ -201,7 +231,7 @@ class GraphDispatch:
                 # A capture runs on the caller's stream, or on ours: buffers are each stream's own.
                 stream.wait_stream(torch.cuda.current_stream(self._device))
                 with torch.cuda.stream(stream):
-                    self._launches.launch(candidate, batch, guarded[1:-1])
+                    launch(batch, guarded[1:-1])
                 torch.cuda.current_stream(self._device).wait_stream(stream)
             torch.cuda.synchronize(self._device)
         except (RampMoEError, RuntimeError, ValueError, TypeError) as e:

@@ -1,4 +1,4 @@
-"""CUDA C++ that comes with the library, compiled and linked when it is first needed: by NVRTC and nvJitLink, no nvcc."""
+"""CUDA C++ that comes with the library, compiled and linked when first needed: by NVRTC and nvJitLink, no nvcc."""
 
 from __future__ import annotations
 
