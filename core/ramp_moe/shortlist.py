@@ -79,7 +79,7 @@ def shortlist(
     histograms: recorded batches that the graph would hold, integers `[batches, num_experts]`, to weigh the candidates
     on instead of `representative` ones.
     groups: of each of the model's candidates, where not all can be in a graph together: those of equal groups can, one
-    of None with no other.
+    of None with no other. The first column is then the best of its group.
 
     Raises KernelError for a number of bodies or an overhead that cannot be, RoutingError for a number of tokens below
     one, or histograms that do not fit it or the shape.
