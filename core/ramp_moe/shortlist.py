@@ -8,7 +8,7 @@ spread of its tokens, and a single one where choosing would gain less than the s
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any
@@ -68,6 +68,7 @@ def shortlist(
     most: int = MOST,
     margin: float = MARGIN,
     histograms: Any = None,
+    groups: Sequence[Hashable | None] | None = None,
 ) -> Shortlist:
     """At most `most` of the model's candidates for a graph of `num_tokens`: as many as have the least expected time,
     overhead and margin included. Of equals the fewest, and those of the lowest index.
@@ -78,6 +79,8 @@ def shortlist(
     margin: see MARGIN.
     histograms: recorded batches that the graph would hold, integers `[batches, num_experts]`, to weigh the candidates
     on instead of `representative` ones.
+    groups: of each of the model's candidates, where not all can be in a graph together: those of equal groups can, one
+    of None with no other. The first column is then the best of its group.
 
     Raises KernelError for a number of bodies or an overhead that cannot be, RoutingError for a number of tokens below
     one, or histograms that do not fit it or the shape.
@@ -87,15 +90,19 @@ def shortlist(
     bodies = min(most, len(model.contenders))
     overheads = _overheads(overhead_us, bodies)
     us = model.cost(_batches(model, num_tokens, histograms))[:, model.contenders]
-    order, fastest = _greedy(us, bodies)
-    expected = fastest.mean(1)
-    price = overheads[: len(order)] + np.where(np.arange(len(order)) > 0, margin * expected[0], 0.0)
-    last = int((expected + price).argmin())
-    loss = (fastest / us.min(1)).mean(1) - 1
-    gain_us = float(expected[0] - expected[last])
-    columns = tuple(model.contenders[order[: last + 1]].tolist())
-    expected_us = float(expected[last] + overheads[last])
-    return Shortlist(columns, float(loss[last]), float(loss[0]), gain_us, float(overheads[last]), expected_us)
+    found: dict[float, Shortlist] = {}
+    for together in _together(model, groups):
+        order, fastest = _greedy(us[:, together], min(bodies, len(together)))
+        expected = fastest.mean(1)
+        price = overheads[: len(order)] + np.where(np.arange(len(order)) > 0, margin * expected[0], 0.0)
+        last = int((expected + price).argmin())
+        loss = (fastest / us.min(1)).mean(1) - 1
+        gain_us = float(expected[0] - expected[last])
+        columns = tuple(model.contenders[together[order[: last + 1]]].tolist())
+        expected_us = float(expected[last] + overheads[last])
+        short = Shortlist(columns, float(loss[last]), float(loss[0]), gain_us, float(overheads[last]), expected_us)
+        found.setdefault(float((expected + price)[last]), short)
+    return found[min(found)]
 
 
 @lru_cache(maxsize=128)
@@ -116,6 +123,17 @@ def _drawn(num_tokens: int, num_experts: int, top_k: int) -> list[IntArray]:
     """Top-k ids `[num_tokens, top_k]` of each draw."""
     seeds = max(1, min(SEEDS, CELLS // (len(TUNE_KINDS) * num_tokens * num_experts)))
     return [generate(kind, num_tokens, num_experts, top_k, seed) for kind in TUNE_KINDS for seed in range(seeds)]
+
+
+def _together(model: CostModel, groups: Sequence[Hashable | None] | None) -> list[IntArray]:
+    """Indices into the contenders of those that can be in a graph together."""
+    if groups is None:
+        return [np.arange(len(model.contenders))]
+    of_group: dict[Hashable, list[int]] = {}
+    for i, contender in enumerate(model.contenders.tolist()):
+        alone = groups[contender] is None
+        of_group.setdefault((alone, contender if alone else groups[contender]), []).append(i)
+    return [np.array(together) for together in of_group.values()]
 
 
 def _batches(model: CostModel, num_tokens: int, histograms: Any) -> IntArray:

@@ -98,11 +98,11 @@ class Stages:
             self.x = torch.empty(batch.num_tokens, hidden, dtype=torch.float8_e4m3fn, device=DEVICE)
             self.x_scale = torch.empty(batch.num_tokens, hidden // 128, device=DEVICE)
             quantise = (batch.hidden_states, self.x, self.x_scale)
-        self.tiling = ops.Tiling(None, batch.topk_ids, n)
+        self.tiling = ops.Tiling(None, batch.topk_ids, (n,))
         if not direct:
             plan = allocate(n, experts, block, DEVICE)
             schedule(batch.topk_ids, experts, block, plan, quantise=quantise)
-            self.tiling = ops.Tiling(plan.slots, plan.expert_of_tile, plan.expert_of_tile.numel())
+            self.tiling = ops.Tiling(plan.slots, plan.expert_of_tile, (plan.expert_of_tile.numel(),))
         self.act = torch.randn(n, inter, device=DEVICE).to(batch.hidden_states.dtype)
         self.act_fp8 = self.act.to(torch.float8_e4m3fn) if self.fp8 else None
         self.act_scale = torch.rand(n, inter // 128, device=DEVICE) if self.fp8 else None
@@ -116,16 +116,16 @@ class Stages:
             self.fp8 and quantises_itself(c),
         )
         if c.split_k > 1:
-            ops.up(c, *x, self.partial, None)
+            ops.up([c], *x, self.partial, None)
             ops.activate(self.partial, self.weights, self.batch.topk_ids, self.act)
         else:
-            ops.up(c, *x, self.act_fp8 if given else self.act, self.act_scale if given else None)
+            ops.up([c], *x, self.act_fp8 if given else self.act, self.act_scale if given else None)
 
     def down(self, c: GemmConfig, quantised: bool) -> None:
         act, scale = (self.act_fp8, self.act_scale) if quantised else (self.act, None)
         atomic = c.split_k > 1
         out = self.total if atomic else self.rows
-        ops.down(c, act, scale, self.weights, self.tiling, self.batch.topk_weights, out, atomic=atomic)
+        ops.down([c], act, scale, self.weights, self.tiling, self.batch.topk_weights, out, atomic=atomic)
 
 
 def blocks(tokens: int, shape: MoEShape) -> tuple[int, ...]:

@@ -107,6 +107,25 @@ def test_ties_go_to_the_lowest_index(model: CostModel, monkeypatch: pytest.Monke
     assert cut(model, 8).columns == (1, 2)
 
 
+def test_candidates_that_cannot_be_together_are_not(model: CostModel) -> None:
+    us = model.cost(representative(TOKENS, 64, 8))
+    free = cut(model, 4)
+    # Those that would be chosen, each in another group; the rest are of a group of their own, or of none.
+    groups: list[object] = ["rest" if i % 2 else None for i in range(len(model.candidates))]
+    for i, column in enumerate(free.columns):
+        groups[column] = i % 2
+    found = shortlist(model, TOKENS, FREE, 4, 0.0, groups=groups)
+    assert len({groups[c] for c in found.columns}) == 1
+    assert None not in {groups[c] for c in found.columns} or len(found.columns) == 1
+    expected = us[:, found.columns].min(1).mean()
+    for group in (0, 1, "rest"):
+        columns = [c for c in range(len(groups)) if groups[c] == group]
+        assert expected <= us[:, columns].mean(0).min()
+    assert found.loss == pytest.approx((us[:, found.columns].min(1) / us.min(1)).mean() - 1)
+    assert shortlist(model, TOKENS, FREE, 4, 0.0, groups=["same"] * len(groups)) == free
+    assert shortlist(model, TOKENS, FREE, 4, 0.0, groups=[None] * len(groups)).columns == free.columns[:1]
+
+
 def test_recorded_batches_decide_in_place_of_drawn_ones(model: CostModel) -> None:
     crowded = np.zeros((3, 64), np.int64)
     crowded[:, :8] = TOKENS

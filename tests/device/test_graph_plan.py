@@ -55,7 +55,7 @@ class Choosing:
         self.choice = torch.zeros(1, dtype=torch.int32)
         self.told = 0
 
-    def launch(self, topk_ids: torch.Tensor, num_valid: Any, kernel_ids: torch.Tensor, *rest: Any) -> None:
+    def launch(self, topk_ids: torch.Tensor, num_valid: Any, kernel_ids: torch.Tensor, *rest: Any, **more: Any) -> None:
         kernel_ids.copy_(topk_ids)
         self.choice.fill_(self.told)
 
@@ -146,7 +146,7 @@ def test_a_mode_that_cannot_be_had(dispatcher: Make) -> None:
     for mode in ("nodes", "switch"):
         with pytest.raises(KernelError, match=f"cannot be had in mode {mode}: {OLD}; leave the mode out"):
             dispatcher(mode, {mode: OLD})
-    with pytest.raises(KernelError, match=r"there is no mode 'best' .* take one of nodes, switch, gated, single"):
+    with pytest.raises(KernelError, match=r"there is no mode 'best' .* take one of inline, nodes, switch, gated, single"):
         dispatcher("best")
 
 

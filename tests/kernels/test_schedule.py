@@ -12,7 +12,7 @@ import torch
 from ramp_moe import GridGeometry
 from ramp_moe.errors import KernelError, ShapeError
 from ramp_moe_kernels import reference
-from ramp_moe_kernels.triton.schedule import MAX_CHUNK, MAX_IDS, Schedule, allocate, max_tiles, schedule
+from ramp_moe_kernels.triton.schedule import MAX_CHUNK, MAX_IDS, Schedule, allocate, buffer_sizes, max_tiles, schedule
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 POISON = -77
@@ -120,6 +120,19 @@ def test_int64_ids_do_not_wrap_into_range() -> None:
     run(ids, 3, 4)
 
 
+@pytest.mark.parametrize("tokens", [75, MAX_CHUNK // 4 + 7])  # the second takes two launches
+def test_the_block_can_be_chosen_on_the_device(tokens: int) -> None:
+    blocks, experts = (16, 1, 64), 8
+    ids = routed("padded", tokens, 4, experts)
+    sizes = [buffer_sizes(ids.numel(), experts, block) for block in blocks]
+    largest = {name: max(size[name] for size in sizes) for name in sizes[0]}
+    for i, block in enumerate(blocks):
+        buffers = {name: torch.full((n,), POISON, dtype=torch.int32, device=DEVICE) for name, n in largest.items()}
+        out = Schedule(**buffers)
+        schedule(ids, experts, blocks, out, choice=torch.tensor([i], dtype=torch.int32, device=DEVICE))
+        check(out, ids, experts, block)
+
+
 def test_two_launches() -> None:
     for kind in ("random", "garbage"):
         run(routed(kind, MAX_CHUNK // 2 + 77, 2, 3), 3, 64, MAX_CHUNK // 2 + 70)
@@ -189,6 +202,10 @@ def test_bad_input() -> None:
         ({"num_experts": 1025}, "1 to 1024 experts"),
         ({"block": 0}, "blocks of 1 to 256"),
         ({"block": 257}, "blocks of 1 to 256"),
+        ({"block": (16, 16)}, r"a choice among them belong together; blocks are \[16, 16\]"),
+        ({"choice": torch.tensor([0], device=DEVICE).int()}, "a choice among them belong together"),
+        ({"block": (16, 16), "choice": torch.tensor([0], device=DEVICE)}, "the choice must be int32"),
+        ({"block": (16, 257)}, "blocks of 1 to 256"),
         ({"num_experts": 5}, "slots holds 64 of the 80"),
         ({"topk_ids": ids.float()}, "topk_ids must be int32 or int64, not float32"),
         ({"topk_ids": ids.T}, "contiguous"),
@@ -223,6 +240,7 @@ COMPILE = """
 
     def compile(kernel, warps, **changed):
         known = pointers | changed
+        known = {"choice": None, "BLOCKS": None} | known
         known |= {"BINS": 256, "GROUPS": 16, "ZERO": 4096, "EMULATE_FP8": False}
         types = {name: known.get(name, "i32") for name in kernel.arg_names}
         signature = {name: t if isinstance(t, str) else "constexpr" for name, t in types.items()}
@@ -235,6 +253,7 @@ COMPILE = """
         compile(schedule_kernel, 8, topk_ids="*i64", partial=None, CHUNK=4096, **beside)
         compile(histogram_kernel, 8, topk_ids="*i32", partial="*i32", CHUNK=4096, **beside)
     compile(schedule_kernel, 8, topk_ids="*i32", partial="*i32", CHUNK=4096, **alone)
+    compile(schedule_kernel, 4, topk_ids="*i32", partial=None, CHUNK=512, choice="*i32", BLOCKS=(16, 64), **alone)
     # What is 1 becomes a constant.
     ones = {n: 1 for n in ("num_ids", "num_tokens", "top_k", "num_experts", "block", "capacity", "chunks", "parts")}
     ones |= {"experts_each": 1, "num_groups": 1, "x_programs": 1, "zero_size": 1, "num_valid": None}

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import math
 from abc import abstractmethod
-from collections.abc import Iterator, Sequence
+from collections.abc import Hashable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
-from ..errors import RoutingError, ShapeError, UnknownNameError
+from ..errors import KernelError, RoutingError, ShapeError, UnknownNameError
 from ..hardware import Hardware
 from ..kernel import LAYOUTS, Kernel, KernelConfig
 from ..shapes import SCALE_BLOCK, MoEShape
@@ -238,6 +238,25 @@ class LaunchableKernel(Kernel):
     def launch(self, config: KernelConfig, prepared: Any, batch: Batch, out: Tensor, workspace: Workspace) -> None:
         """Write out `[T, H]` for a batch with at least one token, in the order of the current stream, without
         synchronising with the host."""
+
+    def inline_key(self, config: KernelConfig, shape: MoEShape) -> Hashable | None:
+        """What configurations must share for `launch_inline` to take them together. None for one that it never takes,
+        which by default all are."""
+        return None
+
+    def launch_inline(
+        self,
+        configs: Sequence[KernelConfig],
+        choice: Tensor,
+        prepared: Any,
+        batch: Batch,
+        out: Tensor,
+        workspace: Workspace,
+    ) -> None:
+        """`launch` of configs[choice], whichever that is when the launches run: choice int32 `[1]` is on the device,
+        and in a CUDA graph may differ at every replay. configs are two to four of one `inline_key`. Raises KernelError
+        where the kernel has no such launch."""
+        raise KernelError(f"{self.name} cannot be several configurations in one launch")
 
     def steps(
         self, config: KernelConfig, prepared: Any, batch: Batch, out: Tensor, workspace: Workspace

@@ -1,6 +1,7 @@
 """Dispatch inside CUDA graphs: the few candidates that win at a batch size become bodies of the graph, and the batch's
 expert histogram chooses one on the device at every replay.
 
+    inline   the bodies are one: kernels that read the choice and are any of several configurations, of one kernel
     nodes    the kernel that chooses switches the bodies' kernels on and off (see `graph`)
     switch   a conditional node runs one body's graph (see `graph`)
     gated    every body runs, all but the chosen one on a batch whose ids are padding, into an output of its own: where
@@ -10,7 +11,7 @@ expert histogram chooses one on the device at every replay.
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Hashable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import TYPE_CHECKING, Any, Protocol
@@ -19,12 +20,12 @@ import numpy as np
 
 from ..cost_model import Candidate, CostModel
 from ..errors import KernelError, RampMoEError
-from ..shortlist import MOST, Shortlist, shortlist
+from ..shortlist import Shortlist, shortlist
 from . import graph, nvrtc
 from .bench import misfit, reference
 from .contract import Batch, MoEWeights, Workspace, kernel_ids
 from .recorder import Recorder
-from .select import Launch, Selector
+from .select import Selector
 from .table import CostTable
 
 if TYPE_CHECKING:
@@ -33,14 +34,17 @@ if TYPE_CHECKING:
 
     from .select_triton import TritonSelector
 
-MODES = ("nodes", "switch", "gated", "single")
+MODES = ("inline", "nodes", "switch", "gated", "single")
 """Cheapest first."""
 OVERHEAD_US: Mapping[str, Mapping[int, float]] = {
+    "inline": {1: 0.0, 2: 4.0, 4: 4.0},
     "nodes": {1: 0.0, 2: 7.0, 4: 9.0, 8: 14.0},
     "switch": {1: 0.0, 2: 14.0, 8: 14.5},
     "gated": {1: 0.0, 2: 30.0, 4: 65.0, 8: 120.0},
+    "single": {1: 0.0},
 }
-"""Of a layer in a graph, by bodies, on an H200, the choice included (examples/graph_dispatch)."""
+"""Of a layer in a graph, by bodies up to the most that there may be, on an H200, the choice included
+(examples/graph_dispatch)."""
 CHECKED_TOKENS = 32
 STATES = 1024
 """Captures of one layer in mode "nodes"."""
@@ -53,6 +57,10 @@ class Launches(Protocol):
     workspace: Workspace
 
     def launch(self, candidate: Candidate, batch: Batch, out: Tensor) -> None: ...
+
+    def inline_key(self, candidate: Candidate) -> Hashable | None: ...
+
+    def launch_inline(self, candidates: Sequence[Candidate], choice: Tensor, batch: Batch, out: Tensor) -> None: ...
 
 
 @dataclass(frozen=True)
@@ -135,17 +143,20 @@ class GraphDispatch:
             model, short = offers[mode]
             bodies = tuple(model.candidates[c] for c in short.columns)
             for candidate in bodies:
-                if candidate.name not in checked and (reason := self._misbehaves(candidate, batch, expected)):
+                launch = partial(self._launches.launch, candidate)
+                if candidate.name not in checked and (reason := self._misbehaves(launch, batch, expected)):
                     self.dropped[candidate.name] = reason
                 checked.add(candidate.name)
             if any(c.name in self.dropped for c in bodies):
                 continue
+            problem = None
             if mode == "nodes" and len(bodies) > 1:
                 kernels, problem = self._kernels(bodies, batch)
-                if problem:
-                    refused[mode] = problem
-                    continue
-            break
+            elif mode == "inline" and len(bodies) > 1:
+                problem = self._not_inline(bodies, batch, expected)
+            if problem is None:
+                break
+            refused[mode] = problem
         why = "; ".join(["least expected time", *(f"{m}: {refused[m]}" for m in self._modes if m in refused)])
         if len(bodies) == 1:
             mode, why = "single", "one candidate is best, or switching would cost more than it gains"
@@ -181,11 +192,6 @@ class GraphDispatch:
         none of the padding."""
         selector = plan.selector
         assert selector is not None
-        if not isinstance(selector, Selector):
-            selector(topk_ids, num_valid, recorder=self.recorder)
-            batch = Batch(x, kernel_ids(topk_ids, self._weights.down.shape[0], num_valid), topk_weights)
-            self._run_all(plan, batch, out, selector.choice)
-            return
         ids = self._kernel_ids(topk_ids)
         state = None
         if plan.mode == "nodes":
@@ -197,19 +203,23 @@ class GraphDispatch:
             self._captures += 1
 
         batch = Batch(x, ids, topk_weights)
-        if plan.mode == "gated":
-            selector.launch(topk_ids, num_valid, ids, self.recorder)
-            self._run_all(plan, batch, out, selector.choice)
-            return
         bodies = [partial(self._launches.launch, c, batch, out) for c in plan.bodies]
-
-        def select(handle: int) -> Launch:
-            return selector.launch(topk_ids, num_valid, ids, self.recorder, handle, state)
-
-        if plan.mode == "nodes":
-            graph.capture_nodes(select, selector.function, bodies)
+        if isinstance(selector, Selector):
+            select = partial(selector.launch, topk_ids, num_valid, ids, self.recorder, last=state)
+            if plan.mode == "nodes":
+                graph.capture_nodes(select, selector.function, bodies)
+                return
+            if plan.mode == "switch":
+                graph.capture_switch(select, bodies, self._side)
+                return
+            select(0)
         else:
-            graph.capture_switch(select, bodies, self._side)
+            ids.copy_(kernel_ids(topk_ids, self._weights.down.shape[0], num_valid))
+            selector(topk_ids, num_valid, recorder=self.recorder)
+        if plan.mode == "inline":
+            self._launches.launch_inline(plan.bodies, selector.choice, batch, out)
+        else:
+            self._run_all(plan, batch, out, selector.choice)
 
     def _selector(self, model: CostModel, columns: Sequence[int]) -> Selector | TritonSelector:
         table, experts = CostTable.of(model, columns), self._weights.down.shape[0]
@@ -241,10 +251,11 @@ class GraphDispatch:
 
     def _offer(self, mode: str, num_tokens: int) -> tuple[CostModel, Shortlist]:
         """The bodies that a mode would have, and the model that they are of."""
-        model = self._model.without(self.dropped)
+        model, costs = self._model.without(self.dropped), OVERHEAD_US[mode]
         if mode == "nodes" and (switchable := {c.kernel for c in model.candidates} - self._fixed):
             model = model.restrict(sorted(switchable))
-        return model, shortlist(model, num_tokens, OVERHEAD_US.get(mode, {1: 0.0}), 1 if mode == "single" else MOST)
+        groups = [self._launches.inline_key(c) for c in model.candidates] if mode == "inline" else None
+        return model, shortlist(model, num_tokens, costs, max(costs), groups=groups)
 
     def _kernels(self, bodies: Sequence[Candidate], batch: Batch) -> tuple[int, str | None]:
         """How many kernels the bodies have, and why they cannot be nodes that are switched."""
@@ -259,8 +270,23 @@ class GraphDispatch:
             return kernels, f"the bodies have {kernels} kernels, more than {graph.MAX_NODES}"
         return kernels, None
 
-    def _misbehaves(self, candidate: Candidate, batch: Batch, expected: Tensor) -> str | None:
-        """Why a candidate must not be captured; None where nothing is wrong with it."""
+    def _not_inline(self, bodies: Sequence[Candidate], batch: Batch, expected: Tensor) -> str | None:
+        """Why the bodies cannot be one; None where they can, in which case that has run as each of them."""
+        import torch
+
+        keys = {self._launches.inline_key(c) for c in bodies}
+        if len(keys) > 1 or None in keys:
+            return "no kernel is all of the bodies in one launch"
+        if len(bodies) > max(OVERHEAD_US["inline"]):
+            return f"one launch would be {len(bodies)} bodies, more than {max(OVERHEAD_US['inline'])}"
+        for i, body in enumerate(bodies):
+            choice = torch.full((1,), i, dtype=torch.int32, device=self._device)
+            if reason := self._misbehaves(partial(self._launches.launch_inline, bodies, choice), batch, expected):
+                return f"as {body.name}: {reason}"
+        return None
+
+    def _misbehaves(self, launch: Callable[[Batch, Tensor], None], batch: Batch, expected: Tensor) -> str | None:
+        """Why what this launches must not be captured; None where nothing is wrong with it."""
         import torch
 
         x = batch.hidden_states
@@ -270,7 +296,7 @@ class GraphDispatch:
                 # A capture runs on the caller's stream, or on ours: buffers are each stream's own.
                 stream.wait_stream(torch.cuda.current_stream(self._device))
                 with torch.cuda.stream(stream):
-                    self._launches.launch(candidate, batch, guarded[1:-1])
+                    launch(batch, guarded[1:-1])
                 torch.cuda.current_stream(self._device).wait_stream(stream)
             torch.cuda.synchronize(self._device)
         except (RampMoEError, RuntimeError, ValueError, TypeError) as e:

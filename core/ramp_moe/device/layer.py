@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -271,6 +271,17 @@ class MoELayer:
         """Run one candidate, whatever the dispatcher would have chosen."""
         kernel, prepared = self._kernels[candidate.kernel]
         kernel.launch(candidate.config, prepared, batch, out, self.workspace)
+
+    def inline_key(self, candidate: Candidate) -> Hashable | None:
+        """What candidates must share for `launch_inline` to take them together; None for one that it never takes."""
+        kernel, _ = self._kernels[candidate.kernel]
+        key = kernel.inline_key(candidate.config, self.shape)
+        return None if key is None else (candidate.kernel, key)
+
+    def launch_inline(self, candidates: Sequence[Candidate], choice: Tensor, batch: Batch, out: Tensor) -> None:
+        """Run candidates[choice], two to four of one `inline_key`, as the device reads choice int32 `[1]`."""
+        kernel, prepared = self._kernels[candidates[0].kernel]
+        kernel.launch_inline([c.config for c in candidates], choice, prepared, batch, out, self.workspace)
 
     def configs(self) -> Mapping[str, Sequence[KernelConfig]]:
         """Every configuration of every kernel that the layer can launch."""

@@ -6,6 +6,9 @@ Both launch one CTA for each (M-tile, row tile, split of the reduction). An M-ti
     slots           routed id (token * top_k + slot) of each row, num_ids for padding
     expert_of_tile  the tile's expert, -1 past the last tile
 
+A launch may be any of several configurations (VARIANTS), whichever an integer on the device says. Each is a branch of
+the kernel, whose registers and shared memory are those of the branch that takes most.
+
 For tiny batches there is a direct path without a schedule: each routed id is an M-tile of its own, with one live row.
 
 Layout of one step along the reduction, for the plain and the swapped operands:
@@ -42,6 +45,19 @@ def _tile(tiles, rows, BN: tl.constexpr, GROUP_M: tl.constexpr):
     size = min(tiles - first, GROUP_M)
     inside = pid % (GROUP_M * row_tiles)
     return first + inside % size, inside // size
+
+
+@triton.jit
+def _most_tiles(num_ids, num_experts, BM: tl.constexpr):
+    """What `max_tiles` says on the host."""
+    return tl.minimum(num_ids, num_experts + tl.maximum(num_ids - num_experts, 0) // BM)
+
+
+@triton.jit
+def _is_chosen(choice, rows, num_ids, num_experts, VARIANTS: tl.constexpr, V: tl.constexpr):
+    """Whether this CTA is to run VARIANTS[V], whose own grid may end before that of another."""
+    tiles = _most_tiles(num_ids, num_experts, VARIANTS[V][0])
+    return (choice == V) & (tl.program_id(0) < tiles * tl.cdiv(rows, VARIANTS[V][1]))
 
 
 @triton.jit
@@ -148,9 +164,127 @@ def _gate_row(r, rows, CHUNK: tl.constexpr, LAYOUT: tl.constexpr):
     return gate, up
 
 
+@triton.jit
+def _up(
+    x_ptr,
+    xs_ptr,
+    w_ptr,
+    ws_ptr,
+    bias_ptr,
+    slots_ptr,
+    expert_ptr,
+    out_ptr,
+    outs_ptr,
+    tiles,
+    num_ids,
+    num_experts,
+    top_k,
+    H,
+    I,  # noqa: E741
+    VARIANTS: tl.constexpr,
+    V: tl.constexpr,
+    SPLIT_K: tl.constexpr,
+    DIRECT: tl.constexpr,
+    FP8: tl.constexpr,
+    QUANTISE_X: tl.constexpr,
+    QUANTISE: tl.constexpr,
+    LAYOUT: tl.constexpr,
+    ACTIVATION: tl.constexpr,
+    EMULATE: tl.constexpr,
+):
+    """`up_kernel`, as the configuration VARIANTS[V]."""
+    BM: tl.constexpr = VARIANTS[V][0]
+    BN: tl.constexpr = VARIANTS[V][1]
+    BK: tl.constexpr = VARIANTS[V][2]
+    GROUP_M: tl.constexpr = VARIANTS[V][3]
+    SWAP: tl.constexpr = VARIANTS[V][4]
+    EVEN_K: tl.constexpr = VARIANTS[V][5]
+    EVEN_N: tl.constexpr = VARIANTS[V][6]
+    STAGES: tl.constexpr = VARIANTS[V][7] if VARIANTS[V][7] > 0 else None
+    if tiles is None:
+        tiles = _most_tiles(num_ids, num_experts, BM)
+    m, n = _tile(tiles, I, BN, GROUP_M)
+    expert, ids = _slots(m, slots_ptr, expert_ptr, num_ids, num_experts, BM, DIRECT)
+    if expert >= 0:
+        split = tl.program_id(1)
+        live = ids < num_ids
+        token = (ids // top_k).to(tl.int64)
+        row = n * BN + tl.arange(0, BN)
+        k = split * BK + tl.arange(0, BK)
+        x_ptrs = x_ptr + token[:, None] * H + k
+        # A row past the last reads the last one instead of a mask on every load; its result is not stored.
+        safe = row if EVEN_N else tl.minimum(row, I - 1)
+        gate_row, to_up = _gate_row(safe, I, CHUNK, LAYOUT)
+        gate_ptrs = w_ptr + expert * 2 * I * H + gate_row[:, None].to(tl.int64) * H + k
+        up_ptrs = gate_ptrs + to_up * H.to(tl.int64)
+        if FP8:
+            if not QUANTISE_X:
+                xs_ptrs = xs_ptr + token * (H // GROUP) + split
+            gate_block, to_up_block = _gate_row(n * BN // GROUP, I // GROUP, 1, LAYOUT)
+            gs_ptr = ws_ptr + (expert * 2 * I // GROUP + gate_block) * (H // GROUP) + split
+            us_ptr = gs_ptr + to_up_block * (H // GROUP)
+        if SWAP:
+            gate = tl.zeros((BN, BM), tl.float32)
+            up = tl.zeros((BN, BM), tl.float32)
+        else:
+            gate = tl.zeros((BM, BN), tl.float32)
+            up = tl.zeros((BM, BN), tl.float32)
+        for step in tl.range(split * BK, H, BK * SPLIT_K, num_stages=STAGES):
+            if EVEN_K:
+                x = tl.load(x_ptrs, mask=live[:, None], other=0.0)
+                wg = tl.load(gate_ptrs)
+                wu = tl.load(up_ptrs)
+            else:
+                inside = tl.arange(0, BK) < H - step
+                x = tl.load(x_ptrs, mask=live[:, None] & inside, other=0.0)
+                wg = tl.load(gate_ptrs, mask=inside[None, :], other=0.0)
+                wu = tl.load(up_ptrs, mask=inside[None, :], other=0.0)
+            if FP8:
+                if QUANTISE_X:
+                    x, xs = _quantise(x.to(tl.float32), EMULATE)
+                else:
+                    xs = tl.load(xs_ptrs, mask=live, other=0.0)
+                    xs_ptrs += SPLIT_K
+                gate += _scaled(_product(x, wg, SWAP, EMULATE), xs, tl.load(gs_ptr), SWAP)
+                up += _scaled(_product(x, wu, SWAP, EMULATE), xs, tl.load(us_ptr), SWAP)
+                gs_ptr += SPLIT_K
+                us_ptr += SPLIT_K
+            else:
+                gate += _product(x, wg, SWAP, EMULATE)
+                up += _product(x, wu, SWAP, EMULATE)
+            x_ptrs += BK * SPLIT_K
+            gate_ptrs += BK * SPLIT_K
+            up_ptrs += BK * SPLIT_K
+        if SWAP:
+            gate = gate.T
+            up = up.T
+        store = live[:, None]
+        if not EVEN_N:
+            store = store & (row < I)[None, :]
+        out_row = ids.to(tl.int64)[:, None]
+        if SPLIT_K > 1:
+            out_ptrs = out_ptr + (split.to(tl.int64) * num_ids + out_row) * 2 * I + row
+            tl.store(out_ptrs, gate, mask=store)
+            tl.store(out_ptrs + I, up, mask=store)
+        else:
+            if bias_ptr is not None:
+                bias_ptrs = bias_ptr + expert * 2 * I + gate_row
+                gate += tl.load(bias_ptrs).to(tl.float32)[None, :]
+                up += tl.load(bias_ptrs + to_up).to(tl.float32)[None, :]
+            act = _activate(gate, up, ACTIVATION)
+            if QUANTISE:
+                tl.static_assert(BN == GROUP)
+                q, scale = _quantise(act, EMULATE)
+                tl.store(out_ptr + out_row * I + row, q, mask=store)
+                tl.store(outs_ptr + ids.to(tl.int64) * (I // GROUP) + n, scale, mask=live)
+            else:
+                tl.store(out_ptr + out_row * I + row, act.to(out_ptr.dtype.element_ty), mask=store)
+
+
 # Counts that change with every batch must not each compile a kernel of their own.
 @triton.jit(do_not_specialize=["tiles", "num_ids", "num_experts", "top_k"])
 def up_kernel(
+    choice_ptr,  # int32 [1]: index into VARIANTS; None: there is one
     x_ptr,  # [T, H]: bf16, fp16, or fp8 with xs
     xs_ptr,  # float32 [T, H / 128], fp8 x only
     w_ptr,  # [E, 2 I, H], rows in the order of LAYOUT
@@ -160,112 +294,152 @@ def up_kernel(
     expert_ptr,
     out_ptr,  # [num_ids, I], or float32 [SPLIT_K, num_ids, 2 I], gate first, before the activation
     outs_ptr,  # float32 [num_ids, I / 128], QUANTISE only
-    tiles,
+    tiles,  # in all; None: as many as the choice has
     num_ids,
     num_experts,
     top_k,
     H,
     I,  # noqa: E741
-    BM: tl.constexpr,
-    BN: tl.constexpr,
-    BK: tl.constexpr,
-    GROUP_M: tl.constexpr,
+    VARIANTS: tl.constexpr,  # BM, BN, BK, GROUP_M, SWAP, EVEN_K, EVEN_N, STAGES: see `ops`
     SPLIT_K: tl.constexpr,
-    SWAP: tl.constexpr,
     DIRECT: tl.constexpr,
     FP8: tl.constexpr,
     QUANTISE_X: tl.constexpr,  # fp8 weights, x not yet quantised: done here, a step at a time
     QUANTISE: tl.constexpr,
     LAYOUT: tl.constexpr,
     ACTIVATION: tl.constexpr,
-    EVEN_K: tl.constexpr,
-    EVEN_N: tl.constexpr,
     PDL: tl.constexpr,
     EMULATE: tl.constexpr,
 ):
     """act[id] = activation(x[token] @ gate.T, x[token] @ up.T) for BN intermediates of one M-tile."""
     _after_previous(PDL)
-    m, n = _tile(tiles, I, BN, GROUP_M)
+    choice = 0 if choice_ptr is None else tl.load(choice_ptr)
+    for v in tl.static_range(len(VARIANTS)):
+        if choice_ptr is None or _is_chosen(choice, I, num_ids, num_experts, VARIANTS, v):
+            _up(
+                x_ptr,
+                xs_ptr,
+                w_ptr,
+                ws_ptr,
+                bias_ptr,
+                slots_ptr,
+                expert_ptr,
+                out_ptr,
+                outs_ptr,
+                tiles,
+                num_ids,
+                num_experts,
+                top_k,
+                H,
+                I,
+                VARIANTS,
+                v,
+                SPLIT_K,
+                DIRECT,
+                FP8,
+                QUANTISE_X,
+                QUANTISE,
+                LAYOUT,
+                ACTIVATION,
+                EMULATE,
+            )
+
+
+@triton.jit
+def _down(
+    a_ptr,
+    as_ptr,
+    w_ptr,
+    ws_ptr,
+    bias_ptr,
+    slots_ptr,
+    expert_ptr,
+    weight_ptr,
+    out_ptr,
+    tiles,
+    num_ids,
+    num_experts,
+    top_k,
+    H,
+    I,  # noqa: E741
+    VARIANTS: tl.constexpr,
+    V: tl.constexpr,
+    SPLIT_K: tl.constexpr,
+    DIRECT: tl.constexpr,
+    FP8: tl.constexpr,
+    QUANTISE: tl.constexpr,
+    ATOMIC: tl.constexpr,
+    EMULATE: tl.constexpr,
+):
+    """`down_kernel`, as the configuration VARIANTS[V]."""
+    BM: tl.constexpr = VARIANTS[V][0]
+    BN: tl.constexpr = VARIANTS[V][1]
+    BK: tl.constexpr = VARIANTS[V][2]
+    GROUP_M: tl.constexpr = VARIANTS[V][3]
+    SWAP: tl.constexpr = VARIANTS[V][4]
+    EVEN_K: tl.constexpr = VARIANTS[V][5]
+    EVEN_N: tl.constexpr = VARIANTS[V][6]
+    STAGES: tl.constexpr = VARIANTS[V][7] if VARIANTS[V][7] > 0 else None
+    if tiles is None:
+        tiles = _most_tiles(num_ids, num_experts, BM)
+    m, n = _tile(tiles, H, BN, GROUP_M)
     expert, ids = _slots(m, slots_ptr, expert_ptr, num_ids, num_experts, BM, DIRECT)
-    if expert < 0:
-        return
-    split = tl.program_id(1)
-    live = ids < num_ids
-    token = (ids // top_k).to(tl.int64)
-    row = n * BN + tl.arange(0, BN)
-    k = split * BK + tl.arange(0, BK)
-    x_ptrs = x_ptr + token[:, None] * H + k
-    # A row past the last reads the last one instead of a mask on every load; its result is not stored.
-    safe = row if EVEN_N else tl.minimum(row, I - 1)
-    gate_row, to_up = _gate_row(safe, I, CHUNK, LAYOUT)
-    gate_ptrs = w_ptr + expert * 2 * I * H + gate_row[:, None].to(tl.int64) * H + k
-    up_ptrs = gate_ptrs + to_up * H.to(tl.int64)
-    if FP8:
-        if not QUANTISE_X:
-            xs_ptrs = xs_ptr + token * (H // GROUP) + split
-        gate_block, to_up_block = _gate_row(n * BN // GROUP, I // GROUP, 1, LAYOUT)
-        gs_ptr = ws_ptr + (expert * 2 * I // GROUP + gate_block) * (H // GROUP) + split
-        us_ptr = gs_ptr + to_up_block * (H // GROUP)
-    if SWAP:
-        gate = tl.zeros((BN, BM), tl.float32)
-        up = tl.zeros((BN, BM), tl.float32)
-    else:
-        gate = tl.zeros((BM, BN), tl.float32)
-        up = tl.zeros((BM, BN), tl.float32)
-    for step in range(split * BK, H, BK * SPLIT_K):
-        if EVEN_K:
-            x = tl.load(x_ptrs, mask=live[:, None], other=0.0)
-            wg = tl.load(gate_ptrs)
-            wu = tl.load(up_ptrs)
-        else:
-            inside = tl.arange(0, BK) < H - step
-            x = tl.load(x_ptrs, mask=live[:, None] & inside, other=0.0)
-            wg = tl.load(gate_ptrs, mask=inside[None, :], other=0.0)
-            wu = tl.load(up_ptrs, mask=inside[None, :], other=0.0)
+    if expert >= 0:
+        split = tl.program_id(1)
+        live = ids < num_ids
+        wide = ids.to(tl.int64)
+        row = n * BN + tl.arange(0, BN)
+        k = split * BK + tl.arange(0, BK)
+        a_ptrs = a_ptr + wide[:, None] * I + k
+        safe = row if EVEN_N else tl.minimum(row, H - 1)
+        w_ptrs = w_ptr + expert * H * I + safe[:, None].to(tl.int64) * I + k
         if FP8:
-            if QUANTISE_X:
-                x, xs = _quantise(x.to(tl.float32), EMULATE)
+            if not QUANTISE:
+                as_ptrs = as_ptr + wide * (I // GROUP) + split
+            s_ptr = ws_ptr + (expert * H // GROUP + n * BN // GROUP) * (I // GROUP) + split
+        if SWAP:
+            acc = tl.zeros((BN, BM), tl.float32)
+        else:
+            acc = tl.zeros((BM, BN), tl.float32)
+        for step in tl.range(split * BK, I, BK * SPLIT_K, num_stages=STAGES):
+            if EVEN_K:
+                a = tl.load(a_ptrs, mask=live[:, None], other=0.0)
+                w = tl.load(w_ptrs)
             else:
-                xs = tl.load(xs_ptrs, mask=live, other=0.0)
-                xs_ptrs += SPLIT_K
-            gate += _scaled(_product(x, wg, SWAP, EMULATE), xs, tl.load(gs_ptr), SWAP)
-            up += _scaled(_product(x, wu, SWAP, EMULATE), xs, tl.load(us_ptr), SWAP)
-            gs_ptr += SPLIT_K
-            us_ptr += SPLIT_K
+                inside = tl.arange(0, BK) < I - step
+                a = tl.load(a_ptrs, mask=live[:, None] & inside, other=0.0)
+                w = tl.load(w_ptrs, mask=inside[None, :], other=0.0)
+            if FP8:
+                if QUANTISE:
+                    a, scale = _quantise(a.to(tl.float32), EMULATE)
+                else:
+                    scale = tl.load(as_ptrs, mask=live, other=0.0)
+                    as_ptrs += SPLIT_K
+                acc += _scaled(_product(a, w, SWAP, EMULATE), scale, tl.load(s_ptr), SWAP)
+                s_ptr += SPLIT_K
+            else:
+                acc += _product(a, w, SWAP, EMULATE)
+            a_ptrs += BK * SPLIT_K
+            w_ptrs += BK * SPLIT_K
+        if SWAP:
+            acc = acc.T
+        if bias_ptr is not None and split == 0:
+            acc += tl.load(bias_ptr + expert * H + safe).to(tl.float32)[None, :]
+        acc *= tl.load(weight_ptr + ids, mask=live, other=0.0)[:, None]
+        store = live[:, None]
+        if not EVEN_N:
+            store = store & (row < H)[None, :]
+        if ATOMIC:
+            token = (ids // top_k).to(tl.int64)
+            tl.atomic_add(out_ptr + token[:, None] * H + row, acc, mask=store, sem="relaxed")
         else:
-            gate += _product(x, wg, SWAP, EMULATE)
-            up += _product(x, wu, SWAP, EMULATE)
-        x_ptrs += BK * SPLIT_K
-        gate_ptrs += BK * SPLIT_K
-        up_ptrs += BK * SPLIT_K
-    if SWAP:
-        gate = gate.T
-        up = up.T
-    store = live[:, None]
-    if not EVEN_N:
-        store = store & (row < I)[None, :]
-    out_row = ids.to(tl.int64)[:, None]
-    if SPLIT_K > 1:
-        out_ptrs = out_ptr + (split.to(tl.int64) * num_ids + out_row) * 2 * I + row
-        tl.store(out_ptrs, gate, mask=store)
-        tl.store(out_ptrs + I, up, mask=store)
-    else:
-        if bias_ptr is not None:
-            bias_ptrs = bias_ptr + expert * 2 * I + gate_row
-            gate += tl.load(bias_ptrs).to(tl.float32)[None, :]
-            up += tl.load(bias_ptrs + to_up).to(tl.float32)[None, :]
-        act = _activate(gate, up, ACTIVATION)
-        if QUANTISE:
-            tl.static_assert(BN == GROUP)
-            q, scale = _quantise(act, EMULATE)
-            tl.store(out_ptr + out_row * I + row, q, mask=store)
-            tl.store(outs_ptr + ids.to(tl.int64) * (I // GROUP) + n, scale, mask=live)
-        else:
-            tl.store(out_ptr + out_row * I + row, act.to(out_ptr.dtype.element_ty), mask=store)
+            out_ptrs = out_ptr + (split.to(tl.int64) * num_ids + wide[:, None]) * H + row
+            tl.store(out_ptrs, acc.to(out_ptr.dtype.element_ty), mask=store)
 
 
 @triton.jit(do_not_specialize=["tiles", "num_ids", "num_experts", "top_k"])
 def down_kernel(
+    choice_ptr,  # int32 [1]: index into VARIANTS; None: there is one
     a_ptr,  # [num_ids, I]: bf16, fp16, or fp8 with as
     as_ptr,  # float32 [num_ids, I / 128], fp8 activations only
     w_ptr,  # [E, H, I]
@@ -275,83 +449,51 @@ def down_kernel(
     expert_ptr,
     weight_ptr,  # float32 [num_ids], the routing weights
     out_ptr,  # ATOMIC: float32 [T, H], zeroed; else [SPLIT_K, num_ids, H]
-    tiles,
+    tiles,  # in all; None: as many as the choice has
     num_ids,
     num_experts,
     top_k,
     H,
     I,  # noqa: E741
-    BM: tl.constexpr,
-    BN: tl.constexpr,
-    BK: tl.constexpr,
-    GROUP_M: tl.constexpr,
+    VARIANTS: tl.constexpr,  # BM, BN, BK, GROUP_M, SWAP, EVEN_K, EVEN_N, STAGES: see `ops`
     SPLIT_K: tl.constexpr,
-    SWAP: tl.constexpr,
     DIRECT: tl.constexpr,
     FP8: tl.constexpr,
     QUANTISE: tl.constexpr,  # fp8 weights, activations not yet quantised: done here, a step at a time
     ATOMIC: tl.constexpr,
-    EVEN_K: tl.constexpr,
-    EVEN_N: tl.constexpr,
     PDL: tl.constexpr,
     EMULATE: tl.constexpr,
 ):
     """out[id] (or += out[token]) = routing weight * (act[id] @ down.T) for BN rows of one M-tile."""
     _after_previous(PDL)
-    m, n = _tile(tiles, H, BN, GROUP_M)
-    expert, ids = _slots(m, slots_ptr, expert_ptr, num_ids, num_experts, BM, DIRECT)
-    if expert < 0:
-        return
-    split = tl.program_id(1)
-    live = ids < num_ids
-    wide = ids.to(tl.int64)
-    row = n * BN + tl.arange(0, BN)
-    k = split * BK + tl.arange(0, BK)
-    a_ptrs = a_ptr + wide[:, None] * I + k
-    safe = row if EVEN_N else tl.minimum(row, H - 1)
-    w_ptrs = w_ptr + expert * H * I + safe[:, None].to(tl.int64) * I + k
-    if FP8:
-        if not QUANTISE:
-            as_ptrs = as_ptr + wide * (I // GROUP) + split
-        s_ptr = ws_ptr + (expert * H // GROUP + n * BN // GROUP) * (I // GROUP) + split
-    if SWAP:
-        acc = tl.zeros((BN, BM), tl.float32)
-    else:
-        acc = tl.zeros((BM, BN), tl.float32)
-    for step in range(split * BK, I, BK * SPLIT_K):
-        if EVEN_K:
-            a = tl.load(a_ptrs, mask=live[:, None], other=0.0)
-            w = tl.load(w_ptrs)
-        else:
-            inside = tl.arange(0, BK) < I - step
-            a = tl.load(a_ptrs, mask=live[:, None] & inside, other=0.0)
-            w = tl.load(w_ptrs, mask=inside[None, :], other=0.0)
-        if FP8:
-            if QUANTISE:
-                a, scale = _quantise(a.to(tl.float32), EMULATE)
-            else:
-                scale = tl.load(as_ptrs, mask=live, other=0.0)
-                as_ptrs += SPLIT_K
-            acc += _scaled(_product(a, w, SWAP, EMULATE), scale, tl.load(s_ptr), SWAP)
-            s_ptr += SPLIT_K
-        else:
-            acc += _product(a, w, SWAP, EMULATE)
-        a_ptrs += BK * SPLIT_K
-        w_ptrs += BK * SPLIT_K
-    if SWAP:
-        acc = acc.T
-    if bias_ptr is not None and split == 0:
-        acc += tl.load(bias_ptr + expert * H + safe).to(tl.float32)[None, :]
-    acc *= tl.load(weight_ptr + ids, mask=live, other=0.0)[:, None]
-    store = live[:, None]
-    if not EVEN_N:
-        store = store & (row < H)[None, :]
-    if ATOMIC:
-        token = (ids // top_k).to(tl.int64)
-        tl.atomic_add(out_ptr + token[:, None] * H + row, acc, mask=store, sem="relaxed")
-    else:
-        out_ptrs = out_ptr + (split.to(tl.int64) * num_ids + wide[:, None]) * H + row
-        tl.store(out_ptrs, acc.to(out_ptr.dtype.element_ty), mask=store)
+    choice = 0 if choice_ptr is None else tl.load(choice_ptr)
+    for v in tl.static_range(len(VARIANTS)):
+        if choice_ptr is None or _is_chosen(choice, H, num_ids, num_experts, VARIANTS, v):
+            _down(
+                a_ptr,
+                as_ptr,
+                w_ptr,
+                ws_ptr,
+                bias_ptr,
+                slots_ptr,
+                expert_ptr,
+                weight_ptr,
+                out_ptr,
+                tiles,
+                num_ids,
+                num_experts,
+                top_k,
+                H,
+                I,
+                VARIANTS,
+                v,
+                SPLIT_K,
+                DIRECT,
+                FP8,
+                QUANTISE,
+                ATOMIC,
+                EMULATE,
+            )
 
 
 @triton.jit(do_not_specialize=["num_ids", "num_experts"])

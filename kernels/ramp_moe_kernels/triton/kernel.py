@@ -9,7 +9,7 @@ from __future__ import annotations
 import importlib.util
 import itertools
 import pathlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Hashable, Iterator, Sequence
 from dataclasses import asdict, replace
 from typing import TYPE_CHECKING, Any
 
@@ -19,7 +19,7 @@ from ramp_moe.errors import KernelError
 from ramp_moe.kernel import LAYOUTS, digest_of, fp8_unsupported
 from ramp_moe.shapes import SCALE_BLOCK
 
-from .config import GemmConfig, Path, geometry, invalid_path
+from .config import GemmConfig, Path, geometry, invalid_path, quantises_itself
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -137,14 +137,36 @@ class TritonMoE(LaunchableKernel):
     def launch(self, config: KernelConfig, prepared: Any, batch: Batch, out: Tensor, workspace: Workspace) -> None:
         from .forward import forward  # torch and Triton: not needed to describe the kernel
 
-        forward(_path(config), prepared, batch, out, workspace)
+        forward([_path(config)], prepared, batch, out, workspace)
+
+    def inline_key(self, config: KernelConfig, shape: MoEShape) -> Hashable | None:
+        """Threads, and what decides which launches there are and what one leaves to the next: the rest may differ. The
+        direct path is for so few tokens that there is nothing to choose."""
+        path = _path(config)
+        if path.direct:
+            return None
+        quantised = shape.dtype == "fp8" and quantises_itself(path.up)
+        return path.up.warps, path.down.warps, path.up.split_k, path.down.split_k, path.atomic, quantised
+
+    def launch_inline(
+        self,
+        configs: Sequence[KernelConfig],
+        choice: Tensor,
+        prepared: Any,
+        batch: Batch,
+        out: Tensor,
+        workspace: Workspace,
+    ) -> None:
+        from .forward import forward
+
+        forward([_path(config) for config in configs], prepared, batch, out, workspace, choice)
 
     def steps(
         self, config: KernelConfig, prepared: Any, batch: Batch, out: Tensor, workspace: Workspace
     ) -> Iterator[str]:
         from .forward import forward_steps
 
-        steps = forward_steps(_path(config), prepared, batch, out, workspace)
+        steps = forward_steps([_path(config)], prepared, batch, out, workspace)
         for stage, _ in zip(config.stages, steps, strict=True):
             yield stage.key
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -16,16 +17,18 @@ from .quantise import interpreted
 
 @dataclass(frozen=True, slots=True)
 class Tiling:
-    """The M-tiles of a launch: at most `tiles` of them, `slots` routed ids each and the expert of each, as `schedule`
-    lays them out. Without slots (the direct path) each routed id is a tile, and `experts` are the top-k ids."""
+    """The M-tiles of a launch: `slots` routed ids each and the expert of each, as `schedule` lays them out, at most
+    `tiles[i]` of them for the configuration i. Which of several configurations it is, choice int32 `[1]` says. Without
+    slots (the direct path) each routed id is a tile, and `experts` are the top-k ids."""
 
     slots: Tensor | None
     experts: Tensor
-    tiles: int
+    tiles: tuple[int, ...]
+    choice: Tensor | None = None
 
 
 def up(
-    config: GemmConfig,
+    configs: Sequence[GemmConfig],
     x: Tensor,
     x_scale: Tensor | None,
     weights: MoEWeights,
@@ -39,43 +42,40 @@ def up(
 
     x is quantised on its way where fp8 weights come without x_scale. With `split_k` > 1 act is the float32 partial sums
     `[split_k, num_ids, 2 I]` instead, for `activate`. With act_scale, act is fp8, quantised by groups of 128.
+
+    configs: one, or several of the same warps and split_k where the tiling has a choice.
     """
     hidden, inter = weights.gate_up.shape[2], weights.gate_up.shape[1] // 2
-    grid = (tiling.tiles * -(-inter // config.rows), config.split_k)
-    up_kernel[grid](
+    common = configs[0]
+    up_kernel[_grid(configs, tiling, inter)](
+        tiling.choice,
         x,
         x_scale,
         weights.gate_up,
         weights.gate_up_scale,
-        weights.gate_up_bias if config.split_k == 1 else None,
+        weights.gate_up_bias if common.split_k == 1 else None,
         tiling.slots,
         tiling.experts,
         act,
         act_scale,
-        tiling.tiles,
+        tiling.tiles[0] if tiling.choice is None else None,
         num_ids,
         weights.gate_up.shape[0],
         top_k,
         hidden,
         inter,
-        BM=config.block,
-        BN=config.rows,
-        BK=config.step,
-        GROUP_M=config.group_m,
-        SPLIT_K=config.split_k,
-        SWAP=config.swap,
+        VARIANTS=variants(configs, inter, hidden),
+        SPLIT_K=common.split_k,
         DIRECT=tiling.slots is None,
         FP8=weights.gate_up_scale is not None,
         QUANTISE_X=weights.gate_up_scale is not None and x_scale is None,
         QUANTISE=act_scale is not None,
         LAYOUT=weights.layout,
         ACTIVATION=weights.activation,
-        EVEN_K=hidden % (config.step * config.split_k) == 0,
-        EVEN_N=inter % config.rows == 0,
         EMULATE=interpreted(up_kernel),
         **dependent_launch(x.device),
-        num_warps=config.warps,
-        num_stages=config.stages,
+        num_warps=common.warps,
+        num_stages=common.stages,
     )
 
 
@@ -101,7 +101,7 @@ def activate(partial: Tensor, weights: MoEWeights, topk_ids: Tensor, act: Tensor
 
 
 def down(
-    config: GemmConfig,
+    configs: Sequence[GemmConfig],
     act: Tensor,
     act_scale: Tensor | None,
     weights: MoEWeights,
@@ -111,11 +111,12 @@ def down(
     atomic: bool,
 ) -> None:
     """Routing weight * down projection of every routed id: added to out float32 `[T, H]` if atomic (zeroed before),
-    else stored as partial sums `[split_k, num_ids, H]`."""
+    else stored as partial sums `[split_k, num_ids, H]`. configs as `up` takes them."""
     hidden, inter = weights.down.shape[1], weights.down.shape[2]
     fp8 = weights.down_scale is not None
-    grid = (tiling.tiles * -(-hidden // config.rows), config.split_k)
-    down_kernel[grid](
+    common = configs[0]
+    down_kernel[_grid(configs, tiling, hidden)](
+        tiling.choice,
         act,
         act_scale,
         weights.down,
@@ -125,29 +126,47 @@ def down(
         tiling.experts,
         topk_weights,
         out,
-        tiling.tiles,
+        tiling.tiles[0] if tiling.choice is None else None,
         topk_weights.numel(),
         weights.down.shape[0],
         topk_weights.shape[1],
         hidden,
         inter,
-        BM=config.block,
-        BN=config.rows,
-        BK=config.step,
-        GROUP_M=config.group_m,
-        SPLIT_K=config.split_k,
-        SWAP=config.swap,
+        VARIANTS=variants(configs, hidden, inter),
+        SPLIT_K=common.split_k,
         DIRECT=tiling.slots is None,
         FP8=fp8,
         QUANTISE=fp8 and act_scale is None,
         ATOMIC=atomic,
-        EVEN_K=inter % (config.step * config.split_k) == 0,
-        EVEN_N=hidden % config.rows == 0,
         EMULATE=interpreted(up_kernel),
         **dependent_launch(act.device),
-        num_warps=config.warps,
-        num_stages=config.stages,
+        num_warps=common.warps,
+        num_stages=common.stages,
     )
+
+
+def variants(configs: Sequence[GemmConfig], rows: int, depth: int) -> tuple[tuple[int, ...], ...]:
+    """VARIANTS of the kernels, for a GEMM of so many weight rows, and columns to reduce: BM, BN, BK, GROUP_M, SWAP,
+    whether splits are of whole steps, whether row tiles are full, and stages of the loop, 0 for those of the launch."""
+    return tuple(
+        (
+            c.block,
+            c.rows,
+            c.step,
+            c.group_m,
+            c.swap,
+            depth % (c.step * c.split_k) == 0,
+            rows % c.rows == 0,
+            0 if c.stages == configs[0].stages else c.stages,
+        )
+        for c in configs
+    )
+
+
+def _grid(configs: Sequence[GemmConfig], tiling: Tiling, rows: int) -> tuple[int, int]:
+    """For any of the configurations: where it is not the largest, CTAs without a tile exit at once."""
+    ctas = (tiles * -(-rows // c.rows) for tiles, c in zip(tiling.tiles, configs, strict=True))
+    return max(ctas), configs[0].split_k
 
 
 def is_fp8(weights: MoEWeights) -> bool:

@@ -17,6 +17,7 @@ not depend on the order of programs. Further programs of the first launch quanti
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -250,6 +251,7 @@ def histogram_kernel(
 def schedule_kernel(
     topk_ids,  # int32 or int64 [num_tokens, top_k]
     num_valid,  # int32 [1], or None
+    choice,  # int32 [1]: index into BLOCKS; or None
     partial,  # int32 [chunks, BINS], or None: this launch counts for itself, there is one chunk
     slots,
     expert_of_tile,
@@ -273,12 +275,17 @@ def schedule_kernel(
     zero_size,
     CHUNK: tl.constexpr,  # a power of two, 4096 if there are several
     BINS: tl.constexpr,  # a power of two, experts or more
+    BLOCKS: tl.constexpr,  # to be taken in place of `block`; or None
     GROUPS: tl.constexpr,
     ZERO: tl.constexpr,
     EMULATE_FP8: tl.constexpr,
 ):
     """Program 0 summarises, the next chunks * parts sort, those after them work beside."""
     program = tl.program_id(0)
+    if choice is not None:
+        chosen = tl.load(choice)
+        for i in tl.static_range(len(BLOCKS)):
+            block = tl.where(chosen == i, BLOCKS[i], block)
     if program <= chunks * parts:
         worker = tl.maximum(program, 1) - 1
         chunk = worker // parts
@@ -305,9 +312,10 @@ def schedule_kernel(
 def schedule(
     topk_ids: Tensor,
     num_experts: int,
-    block: int,
+    block: int | Sequence[int],
     out: Schedule,
     *,
+    choice: Tensor | None = None,
     num_valid: Tensor | None = None,
     quantise: tuple[Tensor, Tensor, Tensor] | None = None,
     zero: Tensor | None = None,
@@ -316,7 +324,8 @@ def schedule(
 
     Ids outside [0, num_experts) are skipped: they get no slot. num_valid int32 `[1]` on the device: ids of tokens from
     there on are skipped too (captured batches that are padded). quantise = (x, x_fp8, x_scale), as `quantise` takes
-    them, and zero, a contiguous tensor that is set to zero, ride in the first launch.
+    them, and zero, a contiguous tensor that is set to zero, ride in the first launch. Of several blocks the device
+    takes that whose index is in choice int32 `[1]`; `out` has room for any of them.
 
     Sizes alone decide the launch: no allocation, no synchronisation, fit for CUDA graphs. Stable and deterministic.
     Takes up to 2^20 ids, 1024 experts and blocks of 1 to 256. Raises KernelError beyond that, for buffers that are too
@@ -327,7 +336,13 @@ def schedule(
     tokens, top_k = topk_ids.shape
     num_ids = tokens * top_k
     check_tensor("topk_ids", topk_ids, (tokens, top_k), (torch.int32, torch.int64), topk_ids.device)
-    _check_out(out, num_ids, num_experts, block, topk_ids.device)
+    blocks = (block,) if isinstance(block, int) else tuple(block)
+    for size in blocks:
+        _check_out(out, num_ids, num_experts, size, topk_ids.device)
+    if (choice is None) != (len(blocks) == 1):
+        raise KernelError(f"several blocks and a choice among them belong together; blocks are {list(blocks)}")
+    if choice is not None:
+        check_tensor("the choice", choice, (1,), (torch.int32,), topk_ids.device)
     if num_valid is not None:
         check_tensor("num_valid", num_valid, (1,), (torch.int32,), topk_ids.device)
     x, x_fp8, x_scale = quantise or (None, None, None)
@@ -366,6 +381,7 @@ def schedule(
         schedule_kernel[(1 + chunks * parts + beside_programs,)](
             topk_ids,
             num_valid,
+            choice,
             out.partial if chunks > 1 else None,
             out.slots,
             out.expert_of_tile,
@@ -375,12 +391,13 @@ def schedule(
             tokens,
             top_k,
             num_experts,
-            block,
+            blocks[0],
             out.expert_of_tile.numel(),
             chunks,
             experts_each,
             parts,
             *beside,
+            BLOCKS=None if choice is None else blocks,
             **constants,
         )
 
