@@ -146,7 +146,9 @@ def test_a_mode_that_cannot_be_had(dispatcher: Make) -> None:
     for mode in ("nodes", "switch"):
         with pytest.raises(KernelError, match=f"cannot be had in mode {mode}: {OLD}; leave the mode out"):
             dispatcher(mode, {mode: OLD})
-    with pytest.raises(KernelError, match=r"there is no mode 'best' .* take one of inline, nodes, switch, gated, single"):
+    with pytest.raises(
+        KernelError, match=r"there is no mode 'best' .* take one of inline, nodes, switch, gated, single"
+    ):
         dispatcher("best")
 
 

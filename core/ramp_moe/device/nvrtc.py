@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 
 from ..errors import KernelError
 
-INSTALL = "pip install 'cuda-bindings>=13,<14' nvidia-cuda-nvrtc nvidia-nvjitlink nvidia-cuda-runtime"
+INSTALL = "pip install 'ramp-moe[graphs]'"
 
 
 class Function(NamedTuple):

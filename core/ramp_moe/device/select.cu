@@ -105,7 +105,8 @@ extern "C" __global__ void __launch_bounds__(THREADS) select_candidate(const __g
   }
   const int before = p.last ? *p.last : -1;
   const long long entry = p.ring ? *p.counter : 0;
-  const int valid = p.num_valid ? min(max(*p.num_valid, 0) * p.top_k, p.num_ids) : p.num_ids;
+  const int all = p.num_ids / p.top_k, tokens = p.num_valid ? min(max(*p.num_valid, 0), all) : all;
+  const int valid = tokens * p.top_k;
   int e[BATCH];
   load_experts(p, t, valid, e);
 #pragma unroll 1
@@ -202,7 +203,7 @@ extern "C" __global__ void __launch_bounds__(THREADS) select_candidate(const __g
     }
   if (p.ring) {
     int* at = p.ring + entry % p.slots * (2 + p.num_experts);
-    if (t == 0) { at[0] = valid / p.top_k; at[1] = ints(p.at.label)[choice]; }
+    if (t == 0) { at[0] = tokens; at[1] = ints(p.at.label)[choice]; }
 #pragma unroll 1
     for (int i = t; i < p.num_experts; i += THREADS) at[2 + i] = hist[i];
   }

@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
 SOURCE = Path(__file__).with_name("select.cu")
 THREADS = 1024
-MAX_EXPERTS, MAX_IDS, MAX_NODES = 1024, 2**20, 128
+MAX_EXPERTS, MAX_IDS, MAX_NODES = 1024, 65_536, 128
 _POINTERS = ("ids", "num_valid", "choice", "histogram", "kernel_ids", "cost", "last", "ring", "counter")
 _ARRAYS = (
     "blocks", "grid_block", "grid_ctas", "grid_slots", "grid_work", "launch_of", "coefficients", "floor", "first",
