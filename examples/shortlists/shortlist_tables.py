@@ -18,6 +18,7 @@ from ramp_moe import CostModel
 from ramp_moe.comparison import Ratios
 from ramp_moe.replay import Replay
 from ramp_moe.routing import FloatArray, IntArray
+from ramp_moe.device.dispatch import OVERHEAD_US
 from ramp_moe.shortlist import MARGIN, MOST, Shortlist, shortlist
 
 HERE = Path(__file__).parent
@@ -28,8 +29,8 @@ from tables import CASES, MODELS, filled, replay, table  # noqa: E402 - of the p
 FORMS = ("active", "smooth")
 FEWER = (8, 4, 2, 1)
 FREE = {1: 0.0, MOST: 0.0}
-ASSUMED_US = {1: 0.0, 2: 4.4, 4: 5.1, 8: 6.1}
-"""What so many bodies are assumed to add to a launch."""
+ADDED_US = OVERHEAD_US["nodes"]
+"""What so many bodies add to a launch."""
 CAPTURED = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512)
 """Sizes of graphs to tell the number of bodies of."""
 
@@ -103,7 +104,7 @@ def bodies() -> str:
     rows: list[Sequence[object]] = []
     every = list(zip(*(cases(form) for form in FORMS), strict=True))
     for pair in every:
-        counts = [[len(shortlist(c.model, n, ASSUMED_US).columns) for n in CAPTURED] for c in pair]
+        counts = [[len(shortlist(c.model, n, ADDED_US).columns) for n in CAPTURED] for c in pair]
         if max(map(max, counts)) > 1:
             rows.append((*pair[0].name, *(" / ".join(map(str, cell)) for cell in zip(*counts, strict=True))))
     rows.append(("", f"the {len(every) - len(rows)} others", *["1 / 1"] * len(CAPTURED)))
@@ -124,7 +125,7 @@ class Switched:
 
 
 def switched(case: Case, margin: float) -> Switched:
-    lists = case.lists(ASSUMED_US, margin)
+    lists = case.lists(ADDED_US, margin)
     return Switched(
         np.array(case.tokens),
         np.array([len(s.columns) for s in lists]),
