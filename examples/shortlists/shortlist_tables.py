@@ -16,9 +16,9 @@ import numpy as np
 from numpy.typing import NDArray
 from ramp_moe import CostModel
 from ramp_moe.comparison import Ratios
+from ramp_moe.device.dispatch import OVERHEAD_US
 from ramp_moe.replay import Replay
 from ramp_moe.routing import FloatArray, IntArray
-from ramp_moe.device.dispatch import OVERHEAD_US
 from ramp_moe.shortlist import MARGIN, MOST, Shortlist, shortlist
 
 HERE = Path(__file__).parent
