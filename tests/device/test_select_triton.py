@@ -183,10 +183,10 @@ def test_it_compiles_small() -> None:
     done = subprocess.run([sys.executable, script], env=env, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr
     found = json.loads(done.stdout)
-    assert len(found) == 10
+    assert len(found) == 3
     for case, of_case in found.items():
         assert of_case["shared"] <= 16384
-        assert 0 < of_case["code"] <= (30 if case.split()[1] in ("alone", "recorded", "without") else 34) * 1024, case
+        assert 0 < of_case["code"] <= 30 * 1024, case
 
 
 @pytest.mark.gpu
