@@ -66,8 +66,7 @@ class Launches(Protocol):
 @dataclass(frozen=True)
 class Plan:
     """What a graph for `num_tokens` gets. `mode` and why it is that one; the bodies, of which the first is the best for
-    the batch size alone; what was left out because it misbehaved, with the reason; the shortlist that the bodies are
-    from; kernel nodes of all bodies, in mode "nodes"."""
+    the batch size alone; the shortlist that they are; in mode "nodes", how many kernels they have."""
 
     num_tokens: int
     mode: str
