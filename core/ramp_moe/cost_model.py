@@ -278,9 +278,11 @@ class CostModel:
 
     def without(self, names: Collection[str]) -> CostModel:
         """The same model less the candidates of these names. Raises KernelError where none is left."""
-        return self._with([c for c in self.candidates if c.name not in names]) if names else self
+        return self._with([c for c in self.candidates if c.name not in names])
 
     def _with(self, kept: Sequence[Candidate]) -> CostModel:
+        if len(kept) == len(self.candidates):
+            return self
         return CostModel(
             self.shape,
             self.hardware,

@@ -70,7 +70,6 @@ def dispatcher(monkeypatch: pytest.MonkeyPatch, h200: Hardware) -> Callable[...,
     monkeypatch.setattr(torch.cuda, "stream", lambda stream: nullcontext())
     monkeypatch.setattr(torch.cuda, "synchronize", lambda device=None: None)
     monkeypatch.setattr(dispatch, "Selector", Choosing)
-    monkeypatch.setattr(dispatch.nvrtc, "unavailable", lambda: None)
     monkeypatch.setattr(graph, "kernel_nodes", lambda body, side: 5)
 
     def make(
@@ -215,18 +214,67 @@ def test_buffers_have_their_size_on_every_stream(dispatcher: Make, monkeypatch: 
     assert workspace.bytes == size
 
 
-def test_kernels_that_are_slow_as_switched_nodes_are_left_to_the_other_modes(dispatcher: Make) -> None:
+def test_more_ids_than_can_be_counted_leave_one_body(dispatcher: Make, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(dispatch, "MAX_IDS", TOKENS)
+    plan = prepared(dispatcher()[0])
+    assert (plan.mode, len(plan.bodies), plan.selector) == ("single", 1, None)
+    with pytest.raises(KernelError, match=f"mode nodes: {TOKENS * K} routed ids are more than {TOKENS}; leave"):
+        prepared(dispatcher("nodes")[0])
+
+
+def test_a_body_that_cannot_be_captured(dispatcher: Make, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fails(body: object, side: object) -> int:
+        raise KernelError("it synchronises")
+
+    monkeypatch.setattr(graph, "kernel_nodes", fails)
+    plan = prepared(dispatcher()[0])
+    assert plan.mode == "switch"
+    assert "cannot be captured: it synchronises" in plan.why
+
+
+def test_layers_of_one_model_share_their_shortlists(dispatcher: Make, monkeypatch: pytest.MonkeyPatch) -> None:
     graphs, _ = dispatcher()
-    for fixed, found in (({"fake"}, "nodes"), ({"another"}, "nodes")):
-        graphs._fixed = fixed
-        model, _ = graphs._offer("nodes", TOKENS)
-        assert found in graphs._modes
-        assert {c.kernel for c in model.candidates} == {"fake"}, "where all are, there is nothing to leave out"
+    plan = prepared(graphs)
+    another, _ = dispatcher()
+    another._model = graphs._model
+    monkeypatch.setattr(dispatch, "shortlist", None)
+    assert prepared(another).shortlist is plan.shortlist
+
+
+def test_recorders_outlive_those_that_replace_them(dispatcher: Make) -> None:
+    graphs, _ = dispatcher()
+    first, second = graphs.record(2), graphs.record(3)
+    assert graphs.recorder is second
+    assert graphs._recorders == [first, second], "graphs that were captured before write to it"
+
+
+def test_kernels_that_are_slow_as_switched_nodes_are_left_to_the_other_modes(dispatcher: Make, h200: Hardware) -> None:
+    graphs, _ = dispatcher()
+    fakes = [(c.config, DEAR[dict(c.config.params)["block"]]) for c in graphs._model.candidates]
+    both = {Candidate(kernel, config): price for kernel in ("fake", "slow") for config, price in fakes}
+    graphs._model, graphs._fixed = priced(h200, both, SHAPE), frozenset({"slow"})
+    kernels = {mode: {c.kernel for c in graphs._offer(mode, TOKENS)[0].candidates} for mode in ("nodes", "switch")}
+    assert kernels == {"nodes": {"fake"}, "switch": {"fake", "slow"}}
+
+
+def test_no_node_is_switched_where_all_kernels_are_slow_so_unless_asked(dispatcher: Make) -> None:
+    for mode, found in ((None, "switch"), ("nodes", "nodes")):
+        graphs, _ = dispatcher(mode)
+        graphs._fixed = frozenset({"fake"})
+        plan = prepared(graphs)
+        assert plan.mode == found
+        assert ("no kernel here is as fast where nodes are switched" in plan.why) is (mode is None)
 
 
 def test_without_nvrtc_the_choice_is_made_in_triton(dispatcher: Make, monkeypatch: pytest.MonkeyPatch) -> None:
     """Interpreted."""
-    monkeypatch.setattr(dispatch.nvrtc, "unavailable", lambda: "no cuda.bindings")
+
+    def fails(*arguments: Any) -> None:
+        raise KernelError("no cuda.bindings")
+
+    monkeypatch.setattr(dispatch, "Selector", type("Selector", (), {"__init__": fails}))
+    with pytest.raises(KernelError, match=r"cannot be had in mode nodes: no cuda\.bindings; leave the mode out"):
+        prepared(dispatcher("nodes")[0])
     graphs, _ = dispatcher("gated")
     plan, recorder = prepared(graphs), graphs.record(4)
     x, ids, scores = inputs(TOKENS, "one-hot")

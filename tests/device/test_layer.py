@@ -326,3 +326,24 @@ def test_the_workspace_is_kept_between_calls(h200: Hardware) -> None:
     assert moe.workspace.bytes == size
     moe(*inputs(9))
     assert moe.workspace.bytes > size
+
+
+@pytest.mark.parametrize(
+    ("num_valid", "message"),
+    [
+        (torch.tensor([1]), "num_valid must be int32 [1], not torch.int64 [1]"),
+        (torch.tensor(1, dtype=torch.int32), "num_valid must be int32 [1], not torch.int32 []"),
+        (torch.zeros(1, dtype=torch.int32, device="meta"), "num_valid is on meta, topk_ids on cpu; move it there"),
+    ],
+)
+def test_a_number_of_valid_tokens_that_does_not_fit(h200: Hardware, num_valid: torch.Tensor, message: str) -> None:
+    with pytest.raises(RoutingError, match="^" + re.escape(message)):
+        layer(h200, FakeKernel())(X, IDS, SCORES, num_valid=num_valid)
+
+
+def test_tokens_past_the_valid_ones_are_zero(h200: Hardware) -> None:
+    moe = layer(h200, FakeKernel())
+    out = moe(X, IDS, SCORES, num_valid=torch.tensor([2], dtype=torch.int32))
+    assert torch.equal(out[:2], moe(X, IDS, SCORES)[:2])
+    assert out[:2].any()
+    assert not out[2:].any()

@@ -15,17 +15,18 @@ from collections.abc import Callable, Collection, Hashable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import TYPE_CHECKING, Any, Protocol
+from weakref import WeakKeyDictionary
 
 import numpy as np
 
 from ..cost_model import Candidate, CostModel
 from ..errors import KernelError, RampMoEError
 from ..shortlist import Shortlist, shortlist
-from . import graph, nvrtc
+from . import graph
 from .bench import misfit, reference
 from .contract import Batch, MoEWeights, Workspace, kernel_ids
 from .recorder import Recorder
-from .select import Selector
+from .select import MAX_IDS, Selector
 from .table import CostTable
 
 if TYPE_CHECKING:
@@ -49,6 +50,9 @@ CHECKED_TOKENS = 32
 STATES = 1024
 """Captures of one layer in mode "nodes"."""
 GUARD = 7.0
+_shortlists: WeakKeyDictionary[CostModel, dict[Hashable, tuple[CostModel | None, Shortlist]]] = WeakKeyDictionary()
+"""Of a model, by what they depend on, each with the part of the model that it is of, None for the whole: the layers of
+a network share theirs, at dozens of batch sizes each."""
 
 
 class Launches(Protocol):
@@ -101,11 +105,12 @@ class GraphDispatch:
         self._refused = {m: reason for m in ("nodes", "switch") if (reason := graph.unsupported(m))}
         if mode in self._refused:
             raise KernelError(_cannot(f"{mode}: {self._refused[mode]}"))
-        self._modes = MODES[:-1] if mode is None else (mode,)
-        self._fixed = set(fixed)
+        self._modes = MODES if mode is None else (mode,)
+        self._fixed = frozenset(fixed)
         self.dropped: dict[str, str] = {}
         self.plans: dict[int, Plan] = {}
         self.recorder: Recorder | None = None
+        self._recorders: list[Recorder] = []  # graphs write to them for as long as they live
         self.names = [c.name for c in model.candidates]
         """By index, what a recorder's entries say was chosen."""
         self._launches, self._weights, self._model, self._top_k = launches, weights, model, top_k
@@ -121,6 +126,7 @@ class GraphDispatch:
         one body are not recorded: nothing counts their ids."""
         experts = self._weights.down.shape[0]
         self.recorder = Recorder(slots, experts, self._top_k, self._device)
+        self._recorders.append(self.recorder)
         return self.recorder
 
     def prepare(self, num_tokens: int, dtype: torch.dtype) -> Plan:
@@ -133,8 +139,12 @@ class GraphDispatch:
         batch = self._batch(num_tokens, dtype)
         expected = reference(self._weights, _first(batch, CHECKED_TOKENS))
         refused, checked = dict(self._refused), set[str]()
+        if num_tokens * self._top_k > MAX_IDS:
+            refused |= dict.fromkeys(MODES[:-1], f"{num_tokens * self._top_k} routed ids are more than {MAX_IDS}")
         while True:
-            kernels = 0
+            kernels, selector = 0, None
+            if self._modes == MODES and {c.kernel for c in self._model.without(self.dropped).candidates} <= self._fixed:
+                refused["nodes"] = "no kernel here is as fast where nodes are switched"
             offers = {m: self._offer(m, num_tokens) for m in self._modes if m not in refused}
             if not offers:
                 raise KernelError(_cannot(f"{self._modes[0]}: {refused[self._modes[0]]}"))
@@ -148,18 +158,23 @@ class GraphDispatch:
                 checked.add(candidate.name)
             if any(c.name in self.dropped for c in bodies):
                 continue
+            if len(bodies) == 1:
+                break
             problem = None
-            if mode == "nodes" and len(bodies) > 1:
+            if mode == "nodes":
                 kernels, problem = self._kernels(bodies, batch)
-            elif mode == "inline" and len(bodies) > 1:
+            elif mode == "inline":
                 problem = self._not_inline(bodies, batch, expected)
             if problem is None:
-                break
+                try:
+                    selector = self._selector(mode, model, short.columns)
+                    break
+                except KernelError as e:
+                    problem = str(e)
             refused[mode] = problem
         why = "; ".join(["least expected time", *(f"{m}: {refused[m]}" for m in self._modes if m in refused)])
         if len(bodies) == 1:
             mode, why = "single", "one candidate is best, or switching would cost more than it gains"
-        selector = self._selector(model, short.columns) if len(bodies) > 1 else None
         plan = Plan(num_tokens, mode, why, bodies, short, kernels, selector)
         self.plans[num_tokens] = plan
         return plan
@@ -220,15 +235,21 @@ class GraphDispatch:
         else:
             self._run_all(plan, batch, out, selector.choice)
 
-    def _selector(self, model: CostModel, columns: Sequence[int]) -> Selector | TritonSelector:
+    def _selector(self, mode: str, model: CostModel, columns: Sequence[int]) -> Selector | TritonSelector:
+        """Raises KernelError where there is none for the mode."""
         table, experts = CostTable.of(model, columns), self._weights.down.shape[0]
         label = [self.names.index(model.candidates[c].name) for c in columns]
         table = replace(table, label=np.array(label, np.int32))
-        if nvrtc.unavailable():
+        try:
+            return Selector(table, experts, self._device)
+        except KernelError:
+            if mode in ("nodes", "switch"):  # which it alone can act on
+                raise
+        try:
             from .select_triton import TritonSelector
-
-            return TritonSelector(table, experts, self._device)
-        return Selector(table, experts, self._device)
+        except ImportError as e:
+            raise KernelError(f"the choice needs NVRTC or Triton ({e})") from e
+        return TritonSelector(table, experts, self._device)
 
     def _kernel_ids(self, topk_ids: Tensor) -> Tensor:
         import torch
@@ -251,17 +272,27 @@ class GraphDispatch:
     def _offer(self, mode: str, num_tokens: int) -> tuple[CostModel, Shortlist]:
         """The bodies that a mode would have, and the model that they are of."""
         model, costs = self._model.without(self.dropped), OVERHEAD_US[mode]
-        if mode == "nodes" and (switchable := {c.kernel for c in model.candidates} - self._fixed):
-            model = model.restrict(sorted(switchable))
-        groups = [self._launches.inline_key(c) for c in model.candidates] if mode == "inline" else None
-        return model, shortlist(model, num_tokens, costs, max(costs), groups=groups)
+        known = _shortlists.setdefault(model, {})
+        key = mode, num_tokens, self._fixed, tuple(costs.items())
+        if key not in known:
+            few = model
+            if mode == "nodes" and (switchable := {c.kernel for c in model.candidates} - self._fixed):
+                few = model.restrict(sorted(switchable))
+            groups = [self._launches.inline_key(c) for c in few.candidates] if mode == "inline" else None
+            known[key] = None if few is model else few, shortlist(few, num_tokens, costs, max(costs), groups=groups)
+        part, short = known[key]
+        return part or model, short
 
     def _kernels(self, bodies: Sequence[Candidate], batch: Batch) -> tuple[int, str | None]:
         """How many kernels the bodies have, and why they cannot be nodes that are switched."""
         import torch
 
-        out = torch.empty_like(batch.hidden_states)
-        counts = [graph.kernel_nodes(partial(self._launches.launch, c, batch, out), self._side) for c in bodies]
+        out, counts = torch.empty_like(batch.hidden_states), []
+        for body in bodies:
+            try:
+                counts.append(graph.kernel_nodes(partial(self._launches.launch, body, batch, out), self._side))
+            except (RampMoEError, RuntimeError) as e:
+                return 0, f"{body.name} cannot be captured: {e}"
         kernels = sum(n or 0 for n in counts)
         if other := [c.name for c, n in zip(bodies, counts, strict=True) if n is None]:
             return kernels, f"{other[0]} launches more than kernels"

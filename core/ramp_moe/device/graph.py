@@ -120,7 +120,7 @@ def capture_nodes(select: Select, function: Any, bodies: Sequence[Body]) -> int:
 
 def capture_switch(select: Select, bodies: Sequence[Body], side: torch.cuda.Stream) -> None:
     """Add the choice and the bodies to the capture on the current stream, in mode "switch". `side` is a stream that
-    does nothing else; a choice beyond the bodies would run none of them, so the last is that of any other."""
+    does nothing else. The choice is one of the bodies whatever the costs are: beyond them, none would run."""
     from cuda.bindings import runtime
 
     graph, _ = _capture()

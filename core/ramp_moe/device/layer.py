@@ -200,6 +200,11 @@ class MoELayer:
         """
         import torch
 
+        # First of all: kernels read it by its address.
+        if num_valid is not None and (num_valid.shape != (1,) or num_valid.dtype != torch.int32):
+            raise RoutingError(f"num_valid must be int32 [1], not {num_valid.dtype} {list(num_valid.shape)}")
+        if num_valid is not None and num_valid.device != topk_ids.device:
+            raise RoutingError(f"num_valid is on {num_valid.device}, topk_ids on {topk_ids.device}; move it there")
         plan = self._plan(hidden_states, topk_ids)
         if plan is None:
             batch = Batch(hidden_states, kernel_ids(topk_ids, self.shape.num_experts, num_valid), topk_weights)
@@ -214,8 +219,6 @@ class MoELayer:
             )
         if self.shape.dtype != "fp8" and hidden_states.dtype != self._dtype:
             raise ShapeError(f"hidden_states must be {self._dtype} as the weights are, not {hidden_states.dtype}")
-        if num_valid is not None and (num_valid.shape != (1,) or num_valid.dtype != torch.int32):
-            raise RoutingError(f"num_valid must be int32 [1], not {num_valid.dtype} {list(num_valid.shape)}")
         if self.checked:
             expert_histogram(topk_ids, self.shape.num_experts)
         if out is None:
