@@ -24,9 +24,10 @@ import json
 import statistics
 import sys
 import time
-from collections.abc import Callable, Iterable
-from contextlib import AbstractContextManager
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import ExitStack, contextmanager
 from datetime import date
+from functools import partial
 from pathlib import Path
 from typing import Any
 from unittest.mock import patch
@@ -109,13 +110,15 @@ class Measurement:
         return [statistics.median(a.elapsed_time(b) * 1e3 / LAYERS for a, b in spans[2:]) for spans in times]
 
 
-def forced(bodies: int | None) -> AbstractContextManager[Any]:
+@contextmanager
+def forced(bodies: int | None) -> Iterator[None]:
     """Plans with that many bodies, if so many win anywhere, at no price; as they are, where None."""
-    real = dispatch.shortlist
-    if bodies is None:
-        return patch.object(dispatch, "shortlist", real)
-    free = {1: 0.0, bodies: 0.0}
-    return patch.object(dispatch, "shortlist", lambda model, tokens, costs, most: real(model, tokens, free, bodies, 0))
+    with ExitStack() as patches:
+        if bodies is not None:
+            free = {mode: {1: 0.0, bodies: 0.0} for mode in dispatch.OVERHEAD_US}
+            patches.enter_context(patch.dict(dispatch.OVERHEAD_US, free))
+            patches.enter_context(patch.object(dispatch, "shortlist", partial(dispatch.shortlist, margin=0.0)))
+        yield
 
 
 def selection(m: Measurement) -> Iterable[dict[str, Any]]:
