@@ -8,9 +8,13 @@ steps through the reduction by tile_k:
     rho    = N K / (ttn tile_k)     weight tiles of one expert (lambda * kappa but for rounding)
     omega  = CTAs / SMs             waves of work
 
-Every threshold is derived from hardware constants, in the functions below, and printed with its derivation. What data
-sheets do not give is named here: LOADED_LATENCY_S and NOOP_LAUNCH_S (orders of magnitude on Hopper, used for every
-GPU), L2_OVER_HBM and ACHIEVED_PEAK (chosen on the shipped Alpha-MoE sweeps).
+A fifth, `busy`, is the omega at which memory is: fewer CTAs than that have too few bytes in flight to draw HBM's
+bandwidth (Little's law). Split-K is for launches below it, the wide tile for those above.
+
+Every threshold is derived in the functions below, and printed with its derivation. What data sheets do not give is
+named here: PIPELINE_STAGES (as in the Triton path), LOADED_LATENCY_S and NOOP_LAUNCH_S (orders of magnitude on Hopper,
+used for every GPU), L2_OVER_HBM and ACHIEVED_PEAK (chosen on the shipped Alpha-MoE sweeps). `examples/regions` holds
+the advice against measurements, and says what a fifth more or less of each constant would change.
 """
 
 from __future__ import annotations
@@ -23,14 +27,14 @@ import numpy as np
 from .errors import RoutingError
 from .geometry import GridGeometry, m_tiles
 from .hardware import Hardware
-from .routing import IntArray, active_experts
+from .routing import FloatArray, IntArray, active_experts
 from .shapes import DTYPE_BYTES, MoEShape
 
 MIB = 1024**2
 
 L2_SHARE_FOR_WEIGHTS = 0.9
 """Of L2, the part that weights can keep beside activations and outputs. With it, 50 MiB and 32 KiB tiles give 1440,
-the threshold that RaMP states for lambda * kappa on Hopper."""
+RaMP's threshold of lambda * kappa on Hopper. It tells apart why a swizzle pays, not whether."""
 
 LOADED_LATENCY_S = 0.8e-6
 """From a weight load's issue to its arrival when HBM is busy, order of magnitude on Hopper."""
@@ -38,13 +42,18 @@ LOADED_LATENCY_S = 0.8e-6
 NOOP_LAUNCH_S = 2.0e-6
 """A dependent kernel launch that does nothing, inside a CUDA graph, order of magnitude on Hopper."""
 
-PIPELINE_STAGES = 4
-TILE_ROWS, TILE_K_BYTES = 256, 128
-"""The tile against which the regions are stated: 256 weight rows (a wide tile has twice as many), and a step along
-the reduction of one 128-byte swizzled row, which is 128 fp8 or 64 bf16 elements."""
+PIPELINE_STAGES = 3
+"""Buffers of a CTA's pipeline, as many as the Triton path has unless told otherwise: while it computes on one, loads
+are under way to the others."""
 
-L2_OVER_HBM = 1.5
-"""Rate at which an expert's second M-tile reads its weights again from L2, over that of the first from HBM."""
+TILE_ROWS, TILE_K_BYTES = 256, 128
+"""The tile against which the regions are stated: 256 weight rows (the widest tile of the Triton path in fp8; a narrow
+one has half), and a step along the reduction of one 128-byte swizzled row, which is 128 fp8 or 64 bf16 elements."""
+
+L2_OVER_HBM = 1.3
+"""Bytes that L2 hands to the SMs, HBM's among them, while HBM delivers one. Of the rates from 1 to 3 that with which
+the blocks advised lose least on the shipped Alpha-MoE sweeps: 4.8% over the best block on average, up to 5.4% for
+rates to 1.6, and from 7% on outside."""
 
 ACHIEVED_PEAK = 0.2
 """Share of peak arithmetic that block-scaled MoE tiles reach. Alpha-MoE's best reaches 0.22 on an H200 (olmoe-1b-7b,
@@ -52,11 +61,13 @@ ACHIEVED_PEAK = 0.2
 
 TOKEN_BLOCKS = np.arange(8, 129, 8)
 SMALL_BLOCK, LARGE_BLOCK = 16, 32
+"""A block is small up to the first, large from the second on."""
 
 
 @dataclass(frozen=True, slots=True)
 class Advice:
-    """Whether one optimisation should pay: the number looked at, its threshold with where it comes from, and why."""
+    """Whether one optimisation should pay: the number looked at, the threshold from which on it does and where that
+    comes from, and why."""
 
     optimisation: str
     pays: bool
@@ -88,8 +99,8 @@ def analyse(shape: MoEShape, hardware: Hardware, histogram: IntArray) -> Regions
     if active == 0:
         raise RoutingError("the batch has no tokens: no region applies")
     mean, hottest = float(histogram.sum()) / active, int(histogram.max())
-    balance = _balance(shape, hardware)
-    token_block = _token_block(histogram, balance)
+    times = _block_times(shape, hardware, histogram)
+    token_block = int(TOKEN_BLOCKS[times.argmin()])
     tile_k = TILE_K_BYTES // DTYPE_BYTES[shape.dtype]
     grid = GridGeometry(
         block_tokens=token_block,
@@ -109,75 +120,125 @@ def analyse(shape: MoEShape, hardware: Hardware, histogram: IntArray) -> Regions
         "hottest_expert_tokens": float(hottest),
     }
     advice = (
-        _group_m(hardware, metrics, grid, hottest),
+        _group_m(hardware, metrics, token_block),
         _split_k(hardware, metrics),
-        _wide_tile(metrics),
-        _small_block(metrics, token_block, balance),
-        _large_block(metrics, token_block, balance),
+        _wide_tile(hardware, metrics),
+        *_blocks(hardware, shape, metrics, times),
     )
     return Regions(metrics, token_block, advice)
 
 
-def _group_m(hardware: Hardware, m: Mapping[str, float], grid: GridGeometry, hottest: int) -> Advice:
-    value = m["lambda"] * m["kappa"]
+def _group_m(hardware: Hardware, m: Mapping[str, float], token_block: int) -> Advice:
+    """Walking several M-tiles side by side before the next weight rows, against one M-tile after the other.
+
+    One after the other, CTAs that start together share activations and read different weights; those that share a
+    weight tile start lambda CTAs apart. An expert's first M-tile waits for HBM while L2 could hand out more, its second
+    reads L2 while HBM idles, or HBM again where the expert is larger than L2. Side by side, those that share a weight
+    tile start together: one load from HBM serves them all, their reads are close enough for Hopper to merge before L2
+    (the L2 request coalescer of Nsight Compute's documentation), and HBM and L2 work at the same time. The weight tile
+    is the operand to share, being the larger: 256 rows against at most 128 tokens.
+
+    The CTAs are the same in either order, so it costs nothing, and it pays as soon as any weight is read twice. How
+    much is another matter: most where an expert does not fit L2, little where so few CTAs lie between M-tiles (lambda
+    far below the number of SMs) that they run together in any order.
+    """
+    tiles = -(-int(m["hottest_expert_tokens"]) // token_block)
     tile_bytes = TILE_ROWS * TILE_K_BYTES
-    threshold = L2_SHARE_FOR_WEIGHTS * hardware.l2_bytes / tile_bytes
-    tiles = -(-hottest // grid.block_tokens)
-    size = f"{value * tile_bytes / MIB:.0f} MiB"
+    weight_tiles, fit = m["lambda"] * m["kappa"], L2_SHARE_FOR_WEIGHTS * hardware.l2_bytes / tile_bytes
+    size = f"{weight_tiles * tile_bytes / MIB:.0f} MiB"
     if tiles < 2:
-        reason = f"no expert has a second M-tile at a token block of {grid.block_tokens}: no weight is read twice"
-    elif value <= threshold:
-        reason = f"one expert's up-projection ({size}) stays in L2 from one M-tile to the next in any order"
+        reason = f"no expert has a second M-tile at a token block of {token_block}: no weight is read twice"
+    elif weight_tiles <= fit:
+        reason = (
+            f"one expert's up-projection ({size}) stays in L2, but its M-tiles read it one after the other unless they "
+            "run side by side: then one load from HBM serves them all, and HBM and L2 work at the same time"
+        )
     else:
         reason = f"one expert's up-projection ({size}) falls out of L2 before its next M-tile reads it again"
     return Advice(
         "GROUP_M swizzle",
-        tiles >= 2 and value > threshold,
-        "lambda*kappa",
-        value,
-        threshold,
-        f"{L2_SHARE_FOR_WEIGHTS:g} x L2 ({hardware.l2_bytes / MIB:g} MiB) / tile of {tile_bytes // 1024} KiB",
+        tiles >= 2,
+        "M-tiles of an expert",
+        float(tiles),
+        2.0,
+        "the second reads the same weights again, and the order costs nothing; of an expert's lambda*kappa = "
+        f"{weight_tiles:.0f} weight tiles L2 keeps {fit:.0f} = {L2_SHARE_FOR_WEIGHTS:g} x L2 "
+        f"({hardware.l2_bytes / MIB:g} MiB) / tile of {tile_bytes // 1024} KiB",
         reason,
     )
+
+
+def _loads(hardware: Hardware) -> int:
+    """Steps that a CTA has under way while it computes on another one: the pipeline's other buffers, as far as shared
+    memory has room."""
+    return max(1, min(PIPELINE_STAGES, hardware.smem_per_sm_bytes // (TILE_ROWS * TILE_K_BYTES)) - 1)
+
+
+def _busy(hardware: Hardware) -> float:
+    """Waves of CTAs that keep HBM busy, by Little's law: CTAs * bytes in flight = bandwidth * latency."""
+    in_flight = _loads(hardware) * TILE_ROWS * TILE_K_BYTES
+    return hardware.hbm_bytes_per_s * LOADED_LATENCY_S / (hardware.num_sms * in_flight)
+
+
+def _busy_derivation(hardware: Hardware) -> str:
+    in_flight = _loads(hardware) * TILE_ROWS * TILE_K_BYTES
+    return f"HBM x {LOADED_LATENCY_S * 1e6:g} us / (SMs x {in_flight // 1024} KiB in flight)"
 
 
 def _split_k(hardware: Hardware, m: Mapping[str, float]) -> Advice:
-    stages = max(1, min(PIPELINE_STAGES, hardware.smem_per_sm_bytes // (TILE_ROWS * TILE_K_BYTES)))
-    in_flight = stages * TILE_ROWS * TILE_K_BYTES
-    # Little's law: HBM stays busy while CTAs * bytes in flight >= bandwidth * latency.
-    busy = hardware.hbm_bytes_per_s * LOADED_LATENCY_S / (hardware.num_sms * in_flight)
-    # A CTA alone streams a tile every latency / stages. Splitting in two halves that time and costs one more launch
-    # and a round trip of the partial sums.
-    step = LOADED_LATENCY_S / stages
-    depth = 2 * (NOOP_LAUNCH_S + 2 * LOADED_LATENCY_S) / step
-    deep, idle = m["kappa"] >= depth, m["omega"] < busy
-    if not idle:
-        reason = f"{m['omega']:.2f} waves of CTAs already keep memory busy"
-    elif not deep:
-        reason = f"SMs idle, but {m['kappa']:.0f} steps are too few to pay for adding up the parts (from {depth:.0f})"
+    """Several CTAs for one output tile, each with a part of the reduction, against one.
+
+    A CTA that waits for latency, not for bandwidth, makes a step each latency / loads under way. Parts shorten that
+    until memory is busy: of kappa steps a share omega / busy remains, however many parts. What is saved must exceed one
+    more launch and a round trip of the partial sums.
+    """
+    busy, step = _busy(hardware), LOADED_LATENCY_S / _loads(hardware)
+    saved = m["kappa"] * max(0.0, 1 - m["omega"] / busy)
+    cost = (NOOP_LAUNCH_S + 2 * LOADED_LATENCY_S) / step
+    pays = saved >= cost
+    if m["omega"] >= busy:
+        reason = f"{m['omega']:.3g} waves of CTAs already keep memory busy"
+    elif not pays:
+        reason = f"SMs idle, but the {saved:.1f} steps that they can take do not pay for adding up the parts"
     else:
-        reason = f"only {m['omega']:.2f} waves: idle SMs can share {m['kappa']:.0f} steps of the reduction"
+        reason = f"only {m['omega']:.3g} waves: idle SMs can take {saved:.0f} of {m['kappa']:.0f} steps"
     return Advice(
         "split-K",
-        deep and idle,
-        "omega",
-        m["omega"],
-        busy,
-        f"HBM x {LOADED_LATENCY_S * 1e6:g} us / (SMs x {in_flight // 1024} KiB in flight); and kappa >= {depth:.0f} = "
-        f"2 x (launch + 2 latencies) / step of {step * 1e6:.2g} us",
+        pays,
+        "steps saved",
+        saved,
+        cost,
+        f"(launch + 2 latencies) / step of {step * 1e6:.2g} us; saved are kappa x (1 - omega / busy), "
+        f"busy {busy:.2f} = {_busy_derivation(hardware)}",
         reason,
     )
 
 
-def _wide_tile(m: Mapping[str, float]) -> Advice:
-    pays = m["omega"] >= 2
+def _wide_tile(hardware: Hardware, m: Mapping[str, float]) -> Advice:
+    """CTAs of 256 weight rows against twice as many of 128.
+
+    Each wide CTA has twice the bytes in flight, so that half as many keep memory as busy: SMs without a CTA are no loss
+    while it is busy. Then what counts is that activations are read, and tiles set up, half as often. With fewer CTAs a
+    step takes one latency and then what its SM needs to take the tile in and multiply: for half of each tile the idle
+    SMs would need half of that. Bytes in flight, and so the advice, are the same for 512 rows against 256, as far as
+    shared memory holds as many stages.
+    """
+    busy = _busy(hardware)
+    pays = m["omega"] >= busy
     reason = (
-        "two waves or more: half the CTAs still fill the SMs, and each reads its activations for twice the rows"
+        f"{m['omega']:.3g} waves keep memory busy with half the CTAs: each reads its activations for twice the rows"
         if pays
-        else "less than two waves: half as many CTAs would leave SMs idle"
+        else f"{m['omega']:.3g} waves leave memory waiting: idle SMs would take half of each tile"
     )
-    derivation = "half the CTAs still make one full wave (RaMP states omega > 1, without the histogram)"
-    return Advice("wide weight tile", pays, "omega", m["omega"], 2.0, derivation, reason)
+    return Advice(
+        "wide weight tile",
+        pays,
+        "omega",
+        m["omega"],
+        busy,
+        f"half as many CTAs, twice the bytes each: {_busy_derivation(hardware)}",
+        reason,
+    )
 
 
 def _balance(shape: MoEShape, hardware: Hardware) -> float:
@@ -187,45 +248,37 @@ def _balance(shape: MoEShape, hardware: Hardware) -> float:
     return peak / hardware.hbm_bytes_per_s * DTYPE_BYTES[shape.dtype] / 2
 
 
-def _token_block(histogram: IntArray, balance: float) -> int:
-    """The block with the lowest roofline: every active expert's weights once from HBM and again from L2 for each
-    further M-tile, or the arithmetic of all M-tiles with their padding, whichever takes longer.
+def _block_times(shape: MoEShape, hardware: Hardware, histogram: IntArray) -> FloatArray:
+    """The roofline of each of TOKEN_BLOCKS, in units of one expert's weights from HBM: whichever takes longest of every
+    active expert's weights once from HBM, all M-tiles' weights from L2, and the arithmetic of all M-tiles with their
+    padding.
 
-    Times are in units of one expert's weights from HBM. A tie goes to the smaller block, which pads less.
+    HBM and L2 work at the same time: M-tiles of one expert run side by side, or beside other experts' that still wait
+    for HBM. So a few re-reads cost nothing. A tie goes to the smaller block (`argmin`), which pads less.
     """
     tiles, active = m_tiles(histogram, TOKEN_BLOCKS), active_experts(histogram)
-    load = active + (tiles - active) / L2_OVER_HBM
-    arithmetic = tiles * TOKEN_BLOCKS / balance
-    return int(TOKEN_BLOCKS[np.maximum(load, arithmetic).argmin()])
+    arithmetic = tiles * TOKEN_BLOCKS / _balance(shape, hardware)
+    times: FloatArray = np.maximum(np.maximum(active, tiles / L2_OVER_HBM), arithmetic)
+    return times
 
 
-_BLOCK_DERIVATION = (
-    f"lowest of max(weights' load, arithmetic) over blocks of 8 to 128; re-reads at {L2_OVER_HBM:g} x HBM, "
-    f"{ACHIEVED_PEAK:g} x peak: a block of {{balance:.0f}} tokens computes as long as its weights load"
-)
-
-
-def _small_block(m: Mapping[str, float], token_block: int, balance: float) -> Advice:
+def _blocks(hardware: Hardware, shape: MoEShape, m: Mapping[str, float], times: FloatArray) -> tuple[Advice, Advice]:
+    """Small and large token blocks, one question: the best of either against the best of the other, whatever lies
+    between. A tie is the small one's, which pads less."""
     mean = m["mean_tokens_per_active_expert"]
+    small, large = float(times[TOKEN_BLOCKS <= SMALL_BLOCK].min()), float(times[TOKEN_BLOCKS >= LARGE_BLOCK].min())
+    pays = large < small
     reason = (
-        f"an active expert has {mean:.1f} tokens on average: blocks over {SMALL_BLOCK} mostly compute padding"
-        if token_block <= SMALL_BLOCK
-        else f"an active expert has {mean:.1f} tokens on average: small blocks would read its weights again and again"
+        f"with {mean:.1f} tokens an active expert, blocks up to {SMALL_BLOCK} would read its weights too often"
+        if pays
+        else f"with {mean:.1f} tokens an active expert, blocks over {SMALL_BLOCK} save no time and compute padding"
     )
-    derivation = _BLOCK_DERIVATION.format(balance=balance)
-    return Advice(
-        "small token block", token_block <= SMALL_BLOCK, "block advised", token_block, SMALL_BLOCK, derivation, reason
+    derivation = (
+        "lowest of max(weights from HBM, all reads from L2, arithmetic) over blocks of 8 to 128; L2 at "
+        f"{L2_OVER_HBM:g} x HBM, {ACHIEVED_PEAK:g} x peak: a block of {_balance(shape, hardware):.0f} tokens computes "
+        "as long as its weights load"
     )
-
-
-def _large_block(m: Mapping[str, float], token_block: int, balance: float) -> Advice:
-    mean = m["mean_tokens_per_active_expert"]
-    reason = (
-        f"with {mean:.0f} tokens an active expert, smaller blocks would read its weights several times"
-        if token_block >= LARGE_BLOCK
-        else f"with {mean:.1f} tokens an active expert, a large block would mostly compute padding"
-    )
-    derivation = _BLOCK_DERIVATION.format(balance=balance)
-    return Advice(
-        "large token block", token_block >= LARGE_BLOCK, "block advised", token_block, LARGE_BLOCK, derivation, reason
+    return (
+        Advice("small token block", not pays, "time large / small", large / small, 1.0, derivation, reason),
+        Advice("large token block", pays, "time small / large", small / large, 1.0, derivation, reason),
     )

@@ -40,8 +40,8 @@ STUDIED = (
     "mixtral-8x22b",
 )
 HELD_OUT = ("llama-4-scout", "kimi-k2-tp8", "phi-3.5-moe")
-"""Predicted first (`predictions.json`), measured after. The first should want GROUP_M, the second split-K; the third
-lies just below the threshold of GROUP_M."""
+"""Predicted first (`predictions.json`), measured after. The first has experts far larger than L2, the second a deep
+reduction for few CTAs, and an expert of the third just fits L2."""
 MODELS = (*STUDIED, *HELD_OUT)
 DTYPE = "fp8"
 

@@ -151,10 +151,37 @@ def test_the_tables(table: ModuleType, measure: ModuleType, registry: Registry, 
     for name, model in (("studied", "mixtral-8x7b"), (held_out, measure.HELD_OUT[0])):
         hits = sum(table.advise(model, *cell)["GROUP_M swizzle"] for cell in measure.CELLS)
         assert 0 < hits < count
-        assert f"| {name} | GROUP_M swizzle | {count} / 0 | 0 | {hits} | {count - hits} | {count} |" in scores
+        assert f"| {name} | GROUP_M swizzle | {count} / 0 | 0 (0) | {hits} | {count - hits} | {count} |" in scores
         assert f"| {name} | all |  |  | {hits} | {count - hits} | {count} |" in scores
     assert "| studied | mixtral-8x7b | 1 | uniform | GROUP_M swizzle | does not | +11.1% |" in table.misses(tmp_path)
     assert "| mixtral-8x7b | 2026-11-22T00:00 | NVIDIA H200 GPU-0 | triton 1 | 9 |" in table.sources(tmp_path)
+
+
+def test_what_is_said_where_nothing_is_decided(
+    table: ModuleType, measure: ModuleType, registry: Registry, h200: Hardware, tmp_path: Path
+) -> None:
+    """All paths take as long: no hit and no miss, but it counts how often an optimisation is said to pay."""
+    (tmp_path / "mixtral-8x7b.json").write_text(json.dumps(record(measure, registry, h200, "mixtral-8x7b")))
+    said = sum(table.advise("mixtral-8x7b", *cell)["GROUP_M swizzle"] for cell in measure.CELLS)
+    assert 0 < said < len(measure.CELLS)
+    row = f"| studied | GROUP_M swizzle | 0 / 0 | {len(measure.CELLS)} ({said}) | 0 | 0 | 0 |"
+    assert row in table.scores(tmp_path).splitlines()
+
+
+def test_sensitivity(
+    table: ModuleType, measure: ModuleType, registry: Registry, h200: Hardware, tmp_path: Path
+) -> None:
+    """Constants are moved for the count only, and each count is that of the advice with it."""
+    made_up = record(measure, registry, h200, "mixtral-8x7b", bm16=20.0)
+    (tmp_path / "mixtral-8x7b.json").write_text(json.dumps(made_up))
+    before = {name: getattr(table.regions, name) for name in table.CONSTANTS}
+    rows = {line.split(" | ")[0].removeprefix("| "): line for line in table.sensitivity(tmp_path).splitlines()[2:]}
+    assert set(rows) == set(table.CONSTANTS)
+    assert {name: getattr(table.regions, name) for name in table.CONSTANTS} == before
+    # block 16 is made to win: the more cells are said to be small, the more hits
+    small = sum(not table.advise("mixtral-8x7b", *cell)["large token block"] for cell in measure.CELLS)
+    less, today, more = map(int, rows["L2_OVER_HBM"].removesuffix(" |").split(" | ")[2:])
+    assert less <= today == small < more
 
 
 def test_a_prediction_comes_first(
@@ -183,10 +210,10 @@ def test_the_predictions_ask_of_both_outcomes(table: ModuleType, measure: Module
     """On the whole set, and on the three that are held out, every optimisation is said to pay somewhere, and somewhere
     not."""
     everywhere = [table.advise(m, *cell) for m, cell in itertools.product(measure.MODELS, measure.CELLS)]
-    first = table.predictions(FOLDER)[0]["advice"]
-    assert set(first) == set(measure.HELD_OUT)
-    held_out = [answers for of_model in first.values() for answers in of_model.values()]
+    predicted = [p["advice"] for p in table.predictions(FOLDER)]
+    assert all(set(p) == set(measure.HELD_OUT) for p in predicted)
+    held_out = [[answers for of_model in p.values() for answers in of_model.values()] for p in predicted]
     for optimisation in table.OPTIMISATIONS:
-        for answers in (everywhere, held_out):
+        for answers in (everywhere, *held_out):
             said = [a[optimisation] for a in answers]
             assert 0 < sum(said) < len(said)
