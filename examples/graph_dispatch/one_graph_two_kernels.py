@@ -16,6 +16,8 @@ from ramp_moe import expert_histogram, generate
 from ramp_moe.device import Batch
 from recorded_layer import arguments, need_gpu, recorded_layer
 
+UNORDERED = 0.01
+"""Two runs of a kernel that adds to a bf16 output in no fixed order differ by less than this, relatively."""
 KINDS = ("uniform", "zipf1.2", "zipf2.0", "active0.125", "dirichlet0.3", "balancedness0.5")
 
 
@@ -69,10 +71,10 @@ def main(argv: list[str]) -> int:
         candidate = plan.bodies[int(plan.selector.choice)]
         plain = torch.empty_like(out)
         layer.launch(candidate, Batch(x, ids, scores), plain)
-        same = "the same as" if torch.equal(out, plain) else "as good as" if torch.allclose(out, plain) else "NOT"
-        print(f"{kind}: the graph ran {candidate.name}; its output is {same} that of a plain launch")
+        apart = float((out.float() - plain.float()).norm() / plain.float().norm())
+        print(f"{kind}: the graph ran {candidate.name}; its output differs from a plain launch's by {apart:.1e} of it")
         chosen.add(candidate.name)
-        if same == "NOT":
+        if not apart < UNORDERED:
             return 1
     print(f"one graph, {len(chosen)} configurations")
     return 0
