@@ -382,7 +382,7 @@ def compile_one(cfg, options=""):
 
 
 
-def compile_config(config, function, object_path):
+def compile_config(config: object, function: str, object_path: object) -> None:
     """Compile for the architecture that CUTE_DSL_ARCH names, without a GPU, and write an object file that exports the
     tvm-ffi function `function`."""
     cfg = MoeConfig(config.block, config.sub_tile, config.warps, config.stages, config.occupancy, 2, config.blocks)
