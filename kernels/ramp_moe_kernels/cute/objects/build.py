@@ -16,8 +16,6 @@ from .cache import Cache, Configuration, Damaged
 from .compiler import CUTE, Compiler
 from .pool import Outcome, Pool
 
-SOURCES = Path(__file__).parents[1]
-"""What the kernel is compiled from."""
 COMPILE_SECONDS = 120.0
 """For one configuration; it takes two to six."""
 
@@ -42,7 +40,7 @@ def build(
     Nothing is needed, or written, if the cache holds everything.
     """
     start, cpu = time.perf_counter(), _cpu_seconds()
-    cache = cache or Cache.current(SOURCES)
+    cache = cache or Cache.current()
     every = list({config.name: config for config in configs}.values())
     done: list[Outcome] = []
     missing: list[tuple[Configuration, str | None]] = []

@@ -33,6 +33,8 @@ from .cubin import Usage
 from .toolkit import runtime_abi, toolchain
 
 VARIABLE = "RAMP_MOE_CACHE"
+SOURCES = Path(__file__).parents[1]
+"""What the kernel is compiled from: the Python files of this folder."""
 ARCHITECTURE = "sm_90a"
 FORMAT = "ramp-moe/object"
 VERSION = 1
@@ -87,7 +89,7 @@ class Cache:
     folder: Path
 
     @classmethod
-    def current(cls, sources: Path) -> Cache:
+    def current(cls, sources: Path = SOURCES) -> Cache:
         """That of the kernel whose sources are in a folder, on this machine. Raises KernelError without tvm-ffi."""
         of_sources, abi, chain = _of_sources(sources), runtime_abi(), toolchain()
         if chain is not None:
@@ -165,7 +167,7 @@ class Cache:
         return self.folder / f"{config.name}.json"
 
 
-def prune(sources: Path) -> int:
+def prune(sources: Path = SOURCES) -> int:
     """Delete the objects of every other version of the kernel and its compiler, and what interrupted writes left;
     returns the bytes freed. Raises KernelError where they cannot be deleted."""
     current = Cache.current(sources).folder

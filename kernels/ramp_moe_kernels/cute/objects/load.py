@@ -13,7 +13,7 @@ from typing import Any
 
 from ramp_moe.errors import KernelError
 
-from .build import SOURCES, build
+from .build import build
 from .cache import Cache, Configuration, Damaged
 from .toolkit import INSTALL, dsl_folder
 
@@ -28,7 +28,7 @@ def load(config: Configuration) -> Callable[..., None]:
     warning. Raises KernelError where there is no object and none can be made, where the configuration was dropped, and
     where apache-tvm-ffi or a CUDA runtime is missing.
     """
-    cache = Cache.current(SOURCES)
+    cache = Cache.current()
     try:
         entry = cache.look_up(config)
     except Damaged as e:

@@ -30,7 +30,7 @@ START_SECONDS = 120.0
 """For the compiler to be imported."""
 MAX_REASON = 300
 """Characters of a reason; the compiler's errors go on for pages."""
-_ALARM_SLACK_S = 10
+_ALARM_SLACK_S = 2
 _COLOUR = re.compile(r"\x1b\[[0-9;]*m")
 
 Maker = Callable[[Configuration, Path], Usage]
