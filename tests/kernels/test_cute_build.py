@@ -246,7 +246,7 @@ def sources(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """Of a kernel; compiled by version 1.0, loaded by version 0.1."""
     monkeypatch.setenv(VARIABLE, str(tmp_path / "root"))
     monkeypatch.setattr(cache_module, "toolchain", lambda: "dsl1.0-cu13")
-    monkeypatch.setattr(cache_module, "runtime_abi", lambda: "ffi0.1-x86_64")
+    monkeypatch.setattr(cache_module, "runtime_abis", lambda: ["ffi0.1-x86_64-v3", "ffi0.1-x86_64-v2"])
     folder = tmp_path / "sources"
     folder.mkdir()
     (folder / "moe.py").write_text("x = 1\n")
@@ -301,7 +301,9 @@ def test_without_the_compiler_any_folder_of_the_sources_will_do(
     run(built, machine)
     monkeypatch.setattr(cache_module, "toolchain", lambda: None)
     assert Cache.current(sources) == built
-    monkeypatch.setattr(cache_module, "runtime_abi", lambda: "ffi0.2-x86_64")
+    monkeypatch.setattr(cache_module, "runtime_abis", lambda: ["ffi0.1-x86_64-v4", "ffi0.1-x86_64-v3"])
+    assert Cache.current(sources) == built
+    monkeypatch.setattr(cache_module, "runtime_abis", lambda: ["ffi0.1-x86_64-v2"])
     assert Cache.current(sources) != built
 
 

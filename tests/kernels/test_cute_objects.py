@@ -76,7 +76,7 @@ def dsl(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 def test_the_toolchain_is_what_the_driver_supports(dsl: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert toolkit.toolchain() == "dsl4.8.1-cu13"
-    assert toolkit.runtime_abi().startswith("ffi0.1-")
+    assert all(abi.startswith("ffi0.1-") for abi in toolkit.runtime_abis())
     monkeypatch.setattr(toolkit, "_driver_major", lambda: 12)
     assert toolkit.toolchain() == "dsl4.8.1-cu12"
     monkeypatch.setattr(toolkit, "_driver_major", lambda: 11)
@@ -88,6 +88,23 @@ def test_the_toolchain_is_what_the_driver_supports(dsl: Path, monkeypatch: pytes
         toolkit.toolchain()
     monkeypatch.setattr(toolkit, "dsl_folder", lambda: None)
     assert toolkit.toolchain() is None
+
+
+@pytest.mark.parametrize(
+    ("flags", "levels"),
+    [
+        ("", "1"),
+        ("cx16 popcnt sse4_1 sse4_2 ssse3 avx2", "21"),
+        (" ".join(f for level in toolkit._X86_LEVELS for f in level), "4321"),
+    ],
+)
+def test_levels_of_a_processor(flags: str, levels: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    text = f"processor\t: 0\nflags\t\t: fpu {flags}\nbugs\t\t: none\n\nprocessor\t: 1\nflags\t\t: fpu\n"
+    monkeypatch.setattr(toolkit.platform, "machine", lambda: "x86_64")
+    monkeypatch.setattr(Path, "read_text", lambda self: text)
+    assert toolkit._processors() == [f"x86_64-v{v}" for v in levels]
+    monkeypatch.setattr(toolkit.platform, "machine", lambda: "aarch64")
+    assert toolkit._processors() == ["aarch64"]
 
 
 def test_without_a_linker(dsl: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -158,7 +175,7 @@ def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Cache:
     """Where `load` looks, with "a" in it and "b" dropped, and no DSL."""
     monkeypatch.setenv(cache_module.VARIABLE, str(tmp_path / "root"))
     monkeypatch.setattr(cache_module, "toolchain", lambda: "dsl1.0-cu13")
-    monkeypatch.setattr(cache_module, "runtime_abi", lambda: "ffi0.1-x86_64")
+    monkeypatch.setattr(cache_module, "runtime_abis", lambda: ["ffi0.1-x86_64-v3"])
     monkeypatch.setattr(load_module, "dsl_folder", lambda: None)
     found = Cache.current()
     machine = Machine(tmp_path / "machine", {"b": "spills"})

@@ -1,12 +1,14 @@
 """Where compiled objects lie: RAMP_MOE_CACHE, or else the user's cache folder.
 
-    cute/v1-sm_90a-SOURCES/dsl4.8.1-cu13-ffi0.1-x86_64/NAME.so     the library of a configuration
-                                                      /NAME.json   its manifest, written last: without it there is none
-                                                      /NAME.lock   held by who compiles it; the kernel of the operating
-                                                                   system releases it with the process, however it ends
+    cute/v1-sm_90a-SOURCES/dsl4.8.1-cu13-ffi0.1-x86_64-v3/NAME.so     the library of a configuration
+                                                         /NAME.json   its manifest, written last: what has none is
+                                                                      not there
+                                                         /NAME.lock   held by who compiles it; the operating system
+                                                                      releases it with the process, however it ends
 
 SOURCES is a digest of what the kernel is compiled from, so another version of it, of the DSL or of tvm-ffi has another
-folder. Where the DSL is not installed, nothing can be compiled, and any folder of these sources will do.
+folder. Where the DSL is not installed, nothing can be compiled, and any folder of these sources that this machine's
+processor can run will do.
 """
 
 from __future__ import annotations
@@ -30,7 +32,7 @@ from ramp_moe.files import read_json, write_atomically, write_json
 from ramp_moe.kernel import digest_of
 
 from .cubin import Usage
-from .toolkit import runtime_abi, toolchain
+from .toolkit import runtime_abis, toolchain
 
 VARIABLE = "RAMP_MOE_CACHE"
 SOURCES = Path(__file__).parents[1]
@@ -91,14 +93,15 @@ class Cache:
     @classmethod
     def current(cls, sources: Path = SOURCES) -> Cache:
         """That of the kernel whose sources are in a folder, on this machine. Raises KernelError without tvm-ffi."""
-        of_sources, abi, chain = _of_sources(sources), runtime_abi(), toolchain()
-        if chain is not None:
-            return cls(of_sources / f"{chain}-{abi}")
+        of_sources, abis, chain = _of_sources(sources), runtime_abis(), toolchain()
         try:
-            found = sorted(of_sources.glob(f"*-{abi}"), key=lambda f: (f.stat().st_mtime, f.name))
+            for abi in abis:
+                found = sorted(of_sources.glob(f"{chain or '*'}-{abi}"), key=lambda f: (f.stat().st_mtime, f.name))
+                if found:
+                    return cls(found[-1])
         except OSError as e:
             raise KernelError(f"cannot read the cache folder {of_sources}: {e.strerror}") from None
-        return cls(found[-1] if found else of_sources / f"any-{abi}")
+        return cls(of_sources / f"{chain or 'any'}-{abis[0]}")
 
     def library(self, config: Configuration) -> Path:
         return self.folder / f"{config.name}.so"
@@ -172,7 +175,7 @@ def prune(sources: Path = SOURCES) -> int:
     returns the bytes freed. Raises KernelError where they cannot be deleted."""
     current = Cache.current(sources).folder
     others = [f for f in current.parent.parent.glob(f"v*-{ARCHITECTURE}-*") if f != current.parent]
-    others += [f for f in current.parent.glob(f"*-{runtime_abi()}") if f != current]
+    others += [f for f in current.parent.glob(f"*-{runtime_abis()[0]}") if f != current]
     freed = 0
     try:
         others += [f for f in current.glob(".*.tmp") if time.time() - f.stat().st_mtime > ABANDONED_SECONDS]

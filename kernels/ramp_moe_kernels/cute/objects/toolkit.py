@@ -29,6 +29,12 @@ void CuteDSLRT_TVMFFISetRaisedCudaError(SetError set_error, int32_t code) {
   set_error("RuntimeError", parts, 4);
 }
 """
+# What levels 2, 3 and 4 of x86-64 add, in the operating system's names.
+_X86_LEVELS = (
+    {"cx16", "popcnt", "sse4_1", "sse4_2", "ssse3"},
+    {"abm", "avx2", "bmi1", "bmi2", "f16c", "fma", "movbe"},
+    {"avx512bw", "avx512cd", "avx512dq", "avx512f", "avx512vl"},
+)
 # All that a library shows, so that two have nothing in common that the loader could mix up.
 _EXPORTS = "{ global: __tvm_ffi_*; local: *; };"
 
@@ -49,14 +55,32 @@ def toolchain() -> str | None:
     return f"dsl{metadata.version('nvidia-cutlass-dsl')}-cu{_toolkit(folder)}"
 
 
-def runtime_abi() -> str:
-    """What a library asks of the machine that loads it, as part of a path: its processor and the interface of tvm-ffi,
-    which stays the same within a minor version. Raises KernelError where tvm-ffi is not installed."""
+def runtime_abis() -> list[str]:
+    """What libraries may ask of the machine that loads them, as parts of a path: those compiled here, then others that
+    run here, too. It is the interface of tvm-ffi, which stays the same within a minor version, and the processor's
+    instructions, all of which the DSL uses. Raises KernelError where tvm-ffi is not installed."""
     try:
         major, minor = metadata.version("apache-tvm-ffi").split(".")[:2]
     except metadata.PackageNotFoundError:
         raise KernelError(f"the package apache-tvm-ffi is missing: {INSTALL}") from None
-    return f"ffi{major}.{minor}-{platform.machine()}"
+    return [f"ffi{major}.{minor}-{processor}" for processor in _processors()]
+
+
+def _processors() -> list[str]:
+    """This machine's kind of processor, then those whose instructions it has, too."""
+    machine = platform.machine()
+    if machine != "x86_64":
+        return [machine]
+    try:
+        flags = set(Path("/proc/cpuinfo").read_text().partition("\nflags")[2].partition("\n")[0].split())
+    except OSError:
+        flags = set()
+    level = 1
+    for needed in _X86_LEVELS:
+        if not needed <= flags:
+            break
+        level += 1
+    return [f"{machine}-v{v}" for v in range(level, 0, -1)]
 
 
 class Linker:
