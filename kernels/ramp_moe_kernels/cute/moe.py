@@ -378,7 +378,7 @@ def fake_args():
 
 def compile_one(cfg, options=""):
     st = cute.runtime.make_fake_stream(use_tvm_ffi_env_stream=True) if "tvm-ffi" in options else cuda.CUstream(0)
-    return cute.compile(FusedMoe(cfg), *fake_args(), st, options=options)
+    return cute.compile(FusedMoe(cfg), *fake_args(), st, options=options, no_jit_engine=True)
 
 
 
