@@ -127,7 +127,7 @@ class BuildableKernel(Kernel):
 
     @abstractmethod
     def build(self, shape: MoEShape, hardware: Hardware, report: Progress, jobs: int | None = None) -> Built:
-        """Compile what the cache lacks for a supported shape, in `jobs` processes (None: as many as there are cores).
+        """Compile what the cache lacks for a supported shape, in `jobs` processes (None: the kernel decides).
         Raises KernelError where something needed is missing, or where the cache cannot be written."""
 
     @abstractmethod

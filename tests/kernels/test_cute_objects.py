@@ -216,6 +216,9 @@ def test_what_is_missing_is_compiled_where_that_is_possible(
     machine = Machine(tmp_path / "machine", {"d": "raises"})
     monkeypatch.setattr(load_module, "dsl_folder", lambda: tmp_path)
     monkeypatch.setattr(load_module, "build", lambda c, cache: build(c, cache=cache, compiler=machine.compiler))
+    lost = Machine(tmp_path / "lost", {"e": "dies"})
+    assert list(build([Fake("e")], cache=cache, compiler=lost.compiler).dropped) == ["e"]
+    assert load_module.load(Fake("e"))()[1] == "e"
     assert load_module.load(Fake("c"))()[1] == "c"
     with pytest.raises(KernelError, match=r"^d is not to be had: TypeError: no such tile"):
         load_module.load(Fake("d"))

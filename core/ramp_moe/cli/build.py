@@ -36,7 +36,7 @@ from .options import (
 @device_option
 @dtype_option
 @kernel_option
-@click.option("--jobs", type=click.IntRange(min=1), help="Processes that compile (default: one a core).")
+@click.option("--jobs", type=click.IntRange(min=1), help="Processes that compile (default: about one a core).")
 @click.option("--prune", is_flag=True, help="Then delete what other versions of the kernel have left in the cache.")
 @json_option
 @click.pass_context

@@ -18,6 +18,8 @@ from .pool import Outcome, Pool
 
 COMPILE_SECONDS = 120.0
 """For one configuration; it takes two to six."""
+MAX_JOBS = 16
+"""Unless more are asked for: each takes 300 MB of memory."""
 
 
 def build(
@@ -29,7 +31,7 @@ def build(
     cache: Cache | None = None,
     compiler: Compiler = CUTE,
 ) -> Built:
-    """Compile what the cache lacks, in `jobs` processes (by default one for each core that this one may use).
+    """Compile what the cache lacks, in `jobs` processes (by default one for each core that this one may use, up to 16).
 
     A configuration that spills registers, fails to compile, or is not compiled within `timeout` seconds is dropped; the
     cache remembers why. Damaged entries are made again, which is noted. Other processes may build the same at the same
@@ -59,7 +61,9 @@ def build(
         with tempfile.TemporaryDirectory(prefix="ramp-moe-build-") as folder:
             compiler.check(Path(folder))
             pool = Pool(cache, compiler, Path(folder), timeout)
-            with contextlib.closing(pool.outcomes(missing, jobs or len(os.sched_getaffinity(0)))) as outcomes:
+            with contextlib.closing(
+                pool.outcomes(missing, jobs or min(len(os.sched_getaffinity(0)), MAX_JOBS))
+            ) as outcomes:
                 for outcome in outcomes:
                     done.append(outcome)
                     report(len(done), len(every), outcome.name)
