@@ -55,7 +55,9 @@ def run(cache: Cache, machine: Machine, configs: list[Fake] | None = None, timeo
 def other_build(cache: Cache, folder: Path, timeout: float, *names: str) -> subprocess.Popen[str]:
     path = os.pathsep.join(p or os.getcwd() for p in sys.path)
     command = [sys.executable, "-c", OTHER_BUILD, str(cache.folder), str(folder), str(timeout), *names]
-    return subprocess.Popen(command, env=os.environ | {"PYTHONPATH": path}, stdout=subprocess.PIPE, text=True)
+    folder.mkdir(exist_ok=True)
+    variables = {"PYTHONPATH": path, "TMPDIR": str(folder)}  # one that is killed leaves a folder there
+    return subprocess.Popen(command, env=os.environ | variables, stdout=subprocess.PIPE, text=True)
 
 
 def wait(condition: Callable[[], bool], seconds: float = 30) -> None:
