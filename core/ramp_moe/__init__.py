@@ -18,7 +18,7 @@ from .fitting import fit_sweep
 from .geometry import GridGeometry
 from .hardware import Hardware, detect
 from .hookspecs import hookimpl
-from .kernel import Kernel, KernelConfig, Stage, WeightLayout
+from .kernel import BuildableKernel, Built, Kernel, KernelConfig, Stage, WeightLayout
 from .plugins import Registry, get_registry
 from .routing import expert_histogram, generate
 from .shapes import Model, MoEShape
@@ -28,6 +28,8 @@ from .trace import Trace, load_trace
 
 __all__ = [
     "FORMS",
+    "BuildableKernel",
+    "Built",
     "Candidate",
     "Choice",
     "CostModel",

@@ -6,7 +6,7 @@ import hashlib
 import importlib.util
 import re
 from abc import ABC, abstractmethod
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
@@ -101,6 +101,38 @@ class Kernel(ABC):
         """Version of the code that runs, for profiles: one of another version is not extended. By default that of the
         distribution which the class is from."""
         return version_of(type(self).__module__.partition(".")[0])
+
+
+@dataclass(frozen=True, slots=True)
+class Built:
+    """What a build left in `folder`, by names of configurations: those compiled now and those that were there, `bytes`
+    in all, and the `dropped` ones, which cannot be used, each with its reason. `notes` are for a person to read."""
+
+    folder: Path
+    compiled: tuple[str, ...]
+    reused: tuple[str, ...]
+    dropped: dict[str, str]
+    notes: tuple[str, ...]
+    bytes: int
+    seconds: float
+    cpu_seconds: float
+
+
+Progress = Callable[[int, int, str], None]
+"""Told how many configurations of a build are settled, of how many, and which was the last ("" at first)."""
+
+
+class BuildableKernel(Kernel):
+    """A kernel compiled ahead of time, without a GPU, into a cache on disk; `ramp-moe kernels build` does it."""
+
+    @abstractmethod
+    def build(self, shape: MoEShape, hardware: Hardware, report: Progress, jobs: int | None = None) -> Built:
+        """Compile what the cache lacks for a supported shape, in `jobs` processes (None: the kernel decides).
+        Raises KernelError where something needed is missing, or where the cache cannot be written."""
+
+    @abstractmethod
+    def prune(self) -> int:
+        """Delete what other versions of the kernel have left in the cache; returns the bytes freed."""
 
 
 def version_of(package: str) -> str:

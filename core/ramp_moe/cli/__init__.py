@@ -7,7 +7,7 @@ from typing import Any
 import click
 
 from ..errors import RampMoEError
-from . import check, choose, compare, drift, listing, profile
+from . import build, check, choose, compare, drift, listing, profile
 
 
 class _Failure(click.ClickException):
@@ -28,6 +28,7 @@ def main() -> None:
     """Pick the fastest MoE kernel for every batch from its expert histogram."""
 
 
+listing.kernels.add_command(build.build_command)
 for _command in (
     listing.plugins,
     listing.kernels,

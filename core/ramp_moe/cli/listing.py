@@ -36,6 +36,8 @@ from .options import (
     resolve_device,
 )
 
+GIVEN = click.core.ParameterSource.COMMANDLINE
+
 
 @click.command()
 @json_option
@@ -52,13 +54,21 @@ def plugins(as_json: bool) -> None:
     console().print(table)
 
 
-@click.command()
+@click.group(invoke_without_command=True)
 @click.option("--model", default="olmoe-1b-7b", show_default=True, help="The shape to ask the kernels about.")
 @device_option
 @dtype_option
 @json_option
-def kernels(model: str, device: str, dtype: str, as_json: bool) -> None:
-    """List kernels: configurations for a model and device, or the reason why there are none; whether they run here."""
+@click.pass_context
+def kernels(ctx: click.Context, model: str, device: str, dtype: str, as_json: bool) -> None:
+    """List kernels: configurations for a model and device, or the reason why there are none; whether they run here.
+    With a command, do that instead."""
+    if ctx.invoked_subcommand is not None:
+        given = [f"--{name.replace('as_', '')}" for name in ctx.params if ctx.get_parameter_source(name) is GIVEN]
+        if given:
+            command = f"{ctx.command_path} {ctx.invoked_subcommand}"
+            raise click.UsageError(f"{', '.join(given)} must come after `{command}`.")
+        return
     registry = get_registry()
     shape, hardware = registry.shape(model, dtype), resolve_device(registry, device)
     recorded = ProfileStore(shipped=registry.profile_dirs).recorded()

@@ -1,0 +1,1 @@
+"""The fused MoE kernel in CuTe DSL: compiled ahead of time, loaded without the DSL."""

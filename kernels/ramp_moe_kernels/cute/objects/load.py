@@ -1,0 +1,88 @@
+"""Loading what was compiled, without the compiler."""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+import importlib.util
+import os
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from ramp_moe.errors import KernelError
+
+from .build import build
+from .cache import Cache, Configuration, Damaged
+from .toolkit import INSTALL, dsl_folder
+
+_CUDART = "libcudart.so"
+_MAJORS = (13, 12)
+
+
+def load(config: Configuration) -> Callable[..., None]:
+    """The compiled function, which launches on tvm-ffi's current stream of the tensors' device.
+
+    What is not in the cache is compiled first, if the DSL is installed; a damaged object is compiled again, with a
+    warning. Raises KernelError where there is no object and none can be made, where the configuration was dropped, and
+    where apache-tvm-ffi or a CUDA runtime is missing.
+    """
+    cache = Cache.current()
+    try:
+        entry = cache.look_up(config)
+    except Damaged as e:
+        warnings.warn(f"{e}; it is compiled again", stacklevel=2)
+        entry = None
+    if entry is None or not entry.settled:
+        if dsl_folder() is None:
+            raise KernelError(
+                f"{config.name} is not compiled: {cache.folder} lacks it. Run `ramp-moe kernels build`, which needs "
+                f"nvidia-cutlass-dsl ({INSTALL}); or copy the cache folder of a machine that has"
+            )
+        reason = build([config], cache=cache).dropped.get(config.name)
+    else:
+        reason = entry.reason
+    if reason is not None:
+        raise KernelError(f"{config.name} is not to be had: {reason}")
+    return _function(cache.library(config), config.name)
+
+
+@functools.cache
+def _function(library: Path, name: str) -> Callable[..., None]:
+    try:
+        import tvm_ffi
+    except ImportError:
+        raise KernelError(f"the package apache-tvm-ffi is missing: {INSTALL}") from None
+    _load_cuda_runtime()
+    try:
+        function: Callable[..., None] = tvm_ffi.load_module(library).get_function(name)
+    except Exception as e:
+        raise KernelError(f"cannot load {library}: {type(e).__name__}: {e}") from None
+    return function
+
+
+@functools.cache
+def _load_cuda_runtime() -> None:
+    """Make the symbols of CUDA's runtime known to the libraries: torch's, where it is loaded already, so that there is
+    one, or an installed one. Raises KernelError where there is none."""
+    modes: list[int] = [os.RTLD_GLOBAL | os.RTLD_NOLOAD | os.RTLD_LAZY, os.RTLD_GLOBAL | os.RTLD_LAZY]
+    for mode in modes:
+        for path in _cuda_runtimes():
+            try:
+                ctypes.CDLL(path, mode=mode)
+                return
+            except OSError:
+                continue
+    raise KernelError(f"no CUDA runtime ({_CUDART}) is found: pip install nvidia-cuda-runtime, or a torch for CUDA")
+
+
+def _cuda_runtimes() -> list[str]:
+    """By name, as the loader finds them or has them already, then those of NVIDIA's packages."""
+    spec = importlib.util.find_spec("nvidia")
+    folders: list[Any] = list(spec.submodule_search_locations or ()) if spec else []
+    found = [f"{_CUDART}.{major}" for major in _MAJORS]
+    for folder, major in ((f, m) for f in folders for m in _MAJORS):
+        places = (Path(folder, f"cu{major}", "lib"), Path(folder, "cuda_runtime", "lib"))
+        found += [str(p / f"{_CUDART}.{major}") for p in places]
+    return found

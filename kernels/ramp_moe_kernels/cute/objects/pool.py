@@ -1,0 +1,137 @@
+"""Several workers that compile, each configuration at most once among all builds on a machine."""
+
+from __future__ import annotations
+
+import queue
+import threading
+import time
+from collections import deque
+from collections.abc import Generator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from .cache import Cache, Configuration, Damaged, Entry
+from .compiler import Compiler
+from .worker import Lost, Rejected, Worker
+
+_POLL_S = 0.1
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """A configuration's entry, `compiled` here or by another build; `note` is for a person to read."""
+
+    name: str
+    entry: Entry
+    compiled: bool
+    note: str | None = None
+
+
+class Pool:
+    """Compiles into a cache; what is not yet whole is in `folder`. `timeout` are the seconds for one configuration."""
+
+    def __init__(self, cache: Cache, compiler: Compiler, folder: Path, timeout: float) -> None:
+        self._cache, self._compiler, self._folder, self._timeout = cache, compiler, folder, timeout
+        self._todo: deque[tuple[Configuration, str | None]] = deque()
+        self._done: queue.SimpleQueue[Outcome | BaseException | None] = queue.SimpleQueue()
+        self._workers: set[Worker] = set()
+        self._lock = threading.Lock()  # of the two below
+        self._stopped = False
+
+    def outcomes(self, configs: Sequence[tuple[Configuration, str | None]], jobs: int) -> Generator[Outcome]:
+        """Each configuration, with its note, as it is settled. However this ends, so do the workers. Raises KernelError
+        where no worker can be started, or where the cache cannot be written."""
+        self._todo.extend(configs)
+        threads = [threading.Thread(target=self._work) for _ in range(min(jobs, len(configs)))]
+        for thread in threads:
+            thread.start()
+        running = len(threads)
+        try:
+            while running:
+                outcome = self._done.get()
+                if outcome is None:
+                    running -= 1
+                elif isinstance(outcome, Outcome):
+                    yield outcome
+                else:
+                    raise outcome
+        finally:
+            with self._lock:
+                self._stopped = True
+                for worker in self._workers:
+                    worker.kill()
+            for thread in threads:
+                thread.join()
+
+    def _work(self) -> None:
+        """A thread: with one worker after another, if they are lost."""
+        worker: Worker | None = None
+        try:
+            while not self._stopped and self._todo:
+                try:
+                    config, note = self._todo.popleft()
+                except IndexError:
+                    break
+                with self._cache.lock(config) as mine:
+                    if not mine:  # another build is at it: see later what became of it
+                        self._todo.append((config, note))
+                        time.sleep(_POLL_S)
+                        continue
+                    entry, lost = self._known(config)
+                    if entry is None:
+                        worker = worker or self._start()
+                        entry, alive = self._compile(config, worker, lost)
+                        if not alive:
+                            self._end(worker)
+                            worker = None
+                        if self._stopped:
+                            break
+                        self._done.put(Outcome(config.name, entry, True, note))
+                    else:
+                        self._done.put(Outcome(config.name, entry, False, note))
+        except BaseException as e:
+            self._done.put(e)
+        finally:
+            if worker is not None:
+                self._end(worker)
+            self._done.put(None)
+
+    def _known(self, config: Configuration) -> tuple[Entry | None, int]:
+        """What another build has settled meanwhile, or how many compilers are lost to it."""
+        try:
+            entry = self._cache.look_up(config)
+        except Damaged:
+            entry = None
+        if entry is None:
+            return None, 0
+        return (entry if entry.settled else None), entry.lost
+
+    def _compile(self, config: Configuration, worker: Worker, lost: int) -> tuple[Entry, bool]:
+        """Compile a configuration and store what became of it; also whether the worker lives."""
+        entry, library, alive = Entry(config=repr(config)), self._folder / f"{config.name}.so", True
+        try:
+            entry.usage = worker.make(config, library, self._timeout)
+            if entry.usage.local_bytes:
+                registers, spilt = entry.usage.registers, entry.usage.local_bytes
+                entry.reason = f"spills: {spilt} bytes of local memory a thread, at {registers} registers"
+        except Rejected as e:
+            entry.reason = str(e)
+        except Lost as e:
+            entry.reason, entry.lost, alive = str(e), lost + 1, False
+        if not self._stopped:  # or else it was this build that killed the worker
+            self._cache.store(config, entry, library.read_bytes() if entry.reason is None else None)
+        return entry, alive
+
+    def _start(self) -> Worker:
+        with self._lock:
+            worker = Worker(self._compiler.make, self._compiler.variables | {"TMPDIR": str(self._folder)})
+            self._workers.add(worker)
+            if self._stopped:
+                worker.kill()
+        worker.wait()
+        return worker
+
+    def _end(self, worker: Worker) -> None:
+        with self._lock:
+            self._workers.discard(worker)
+        worker.close()
