@@ -368,4 +368,4 @@ def test_a_mode_that_cannot_be_had(monkeypatch: pytest.MonkeyPatch) -> None:
     plan = built().warm_up(TOKENS, torch.bfloat16)
     assert plan is not None
     assert plan.mode in ("inline", "gated")  # whichever is cheaper for the bodies that win
-    assert plan.why.startswith("nodes: needs CUDA 12.8")
+    assert "nodes: needs CUDA 12.8" in plan.why
