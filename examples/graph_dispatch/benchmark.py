@@ -8,8 +8,9 @@ Every time is that of a graph of 48 layers over 48, median of 20 replays between
 captured 48 times, with random fp8 weights: nothing flushes L2, each call reads the weights that the batch asks for,
 which are several times L2 unless only few experts are asked for; those stay there, for both sides of a comparison.
 
-selection    the kernel that chooses, alone, beside the Triton path's schedule, alone. Beyond as many candidates as the
-             model has, they come again: what a candidate costs alone is then counted, what its parts cost is not.
+selection    the kernel that chooses, alone, without and with a recorder, and the Triton path's schedule, alone. Beyond
+             as many candidates as the model has, they come again: what a candidate costs alone is then counted, what
+             its parts cost is not.
 bodies       a layer that chooses among so many bodies, whether or not that pays, less the chosen body captured alone:
              with one routing all the time, and with one that changes at every replay, so that nodes are switched.
              Memory is the driver's for a layer in the graph. Buffers are torch's: those of one layer on the two
@@ -37,6 +38,7 @@ import triton
 from ramp_moe import Candidate, KernelError, detect, expert_histogram, generate
 from ramp_moe.device import Batch, Workspace, dispatch, graph
 from ramp_moe.device.dispatch import GraphDispatch, Plan
+from ramp_moe.device.recorder import Recorder
 from ramp_moe.device.select import Selector
 from ramp_moe.device.table import CostTable
 from ramp_moe.files import write_atomically
@@ -132,9 +134,13 @@ def selection(m: Measurement) -> Iterable[dict[str, Any]]:
         for count in CANDIDATES:
             columns = (contenders * (count // len(contenders) + 1))[:count]
             selector = Selector(CostTable.of(m.model, columns), m.shape.num_experts, m.x.device)
-            selector.launch(m.ids)
-            (select_us,) = m.us(lambda selector=selector: selector.launch(m.ids), m.routing("zipf1.2", 0))
-            yield {"tokens": tokens, "candidates": count, "select_us": select_us, "schedule_us": schedule_us}
+            recorder = Recorder(LAYERS, m.shape.num_experts, m.shape.top_k, m.x.device)
+            found = {}
+            for name, ring in (("select_us", None), ("recorded_us", recorder)):
+                choose = partial(selector.launch, m.ids, recorder=ring)
+                choose()
+                (found[name],) = m.us(choose, m.routing("zipf1.2", 0))
+            yield {"tokens": tokens, "candidates": count, **found, "schedule_us": schedule_us}
 
 
 def of_bodies(m: Measurement) -> Iterable[dict[str, Any]]:

@@ -27,9 +27,10 @@ def table(head: Sequence[str], rows: Iterable[Sequence[object]]) -> str:
 
 
 def _select(found: Found) -> str:
-    rows = [(f["model"], r["tokens"], r["candidates"], f"{r['select_us']:.2f}", f"{r['schedule_us']:.2f}")
+    columns = {"choosing, us": "select_us", "recorded, too": "recorded_us", "Triton schedule, us": "schedule_us"}
+    rows = [(f["model"], r["tokens"], r["candidates"], *(f"{r[us]:.2f}" for us in columns.values()))
             for f in found for r in f["selection"]]  # fmt: skip
-    return table(("model", "tokens", "candidates", "choosing, us", "Triton schedule, us"), rows)
+    return table(("model", "tokens", "candidates", *columns), rows)
 
 
 def _bodies(found: Found) -> str:

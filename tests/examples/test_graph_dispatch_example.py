@@ -15,7 +15,7 @@ import torch
 FOLDER = Path(__file__).parents[2] / "examples" / "graph_dispatch"
 MADE_UP = {
     "model": "made-up-1b",
-    "selection": [{"tokens": 64, "candidates": 8, "select_us": 2.5, "schedule_us": 3.25}],
+    "selection": [{"tokens": 64, "candidates": 8, "select_us": 2.5, "recorded_us": 3.0, "schedule_us": 3.25}],
     "bodies": [
         {"tokens": 32, "mode": "nodes", "bodies": 2, "overhead_us": 4.4, "changing_us": 6.0, "layer_kib": 40.4,
          "buffers_mib": 2.0},
@@ -48,7 +48,7 @@ def test_tables_of_a_file(tmp_path: Path) -> None:
     (tmp_path / "h200_made-up-1b.json").write_text(json.dumps(MADE_UP))
     page = load("tables").filled((FOLDER / "README.md").read_text(), tmp_path)
     for row in (
-        "made-up-1b | 64 | 8 | 2.50 | 3.25",
+        "made-up-1b | 64 | 8 | 2.50 | 3.00 | 3.25",
         "made-up-1b | 32 | nodes | 2 | 4.40 | 6.00 | 40 | 2",
         "made-up-1b | 32 | gated | 2 | 8.00 |  | 9 | 3",
         "made-up-1b | 32 | single, 1 | 1.414x (1.00 to 2.00) | nodes, 4 | 1.414x (1.00 to 2.00) | 40.0",
