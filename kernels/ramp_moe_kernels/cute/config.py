@@ -7,11 +7,12 @@ What only the compiler knows, spilled registers, is read from what it made (see 
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Literal
 
 from ramp_moe import GridGeometry, MoEShape
+from ramp_moe.errors import KernelError
 from ramp_moe.shapes import SCALE_BLOCK
 
 Combine = Literal["bf16", "f32", "rows"]
@@ -52,6 +53,7 @@ class Config:
     group_m: M-tiles whose CTAs run side by side, to find an expert's weights in L2; 1: weight rows first.
     combine: how the token's parts are added: into a bf16 output, into float32, or in order from a row each.
     dtype: of weights and activations.
+    smaller: blocks below `block`, ascending, any of which a launch can have instead, chosen on the device.
     """
 
     block: int
@@ -65,11 +67,21 @@ class Config:
     group_m: int = 1
     combine: Combine = "bf16"
     dtype: str = "fp8"
+    smaller: tuple[int, ...] = ()
+
+    @property
+    def blocks(self) -> tuple[int, ...]:
+        """That a launch can have, ascending."""
+        return *self.smaller, self.block
+
+    def of(self, block: int) -> Config:
+        """The configuration of one of them alone."""
+        return replace(self, block=block, smaller=())
 
     @property
     def name(self) -> str:
         """Of files and functions, too."""
-        parts = [f"bm{self.block}", f"t{self.tile}", f"w{self.warps}", f"st{self.stages}"]
+        parts = [f"bm{'.'.join(map(str, self.blocks))}", f"t{self.tile}", f"w{self.warps}", f"st{self.stages}"]
         parts += [f"cta{self.ctas}"] * (self.ctas > 1) + [f"wide{self.wide}"] * (self.wide > 1)
         parts += [f"sk{self.split_k}"] * (self.split_k > 1) + ["pair"] * self.pair
         parts += [f"gm{self.group_m}"] * (self.group_m > 1) + [self.combine] * (self.combine != "bf16")
@@ -103,7 +115,7 @@ class Config:
     def registers(self) -> tuple[int, int]:
         """A producer's and a consumer's, by `setmaxnreg`: 64 Ki an SM, over threads x CTAs."""
         if self.ctas == 1:
-            return 40, 232
+            return (56, 224) if self.block > 96 else (40, 232)
         return (24, 104) if self.warps == 8 else (40, 216)
 
     @property
@@ -169,6 +181,11 @@ def smem_map(c: Config) -> SmemMap:
     return _laid_out(regions | {"tokens": (max(tokens, staged), 1024)}, 1)
 
 
+def smem_bytes(c: Config) -> int:
+    """Shared memory of a CTA, for any of its blocks."""
+    return max(smem_map(c.of(block)).bytes for block in c.blocks)
+
+
 def _laid_out(regions: Mapping[str, tuple[int, int]], buffers: int) -> SmemMap:
     at, offsets = 0, {}
     for name, (size, alignment) in regions.items():
@@ -187,8 +204,8 @@ def invalid(c: Config, shape: MoEShape) -> str | None:
         return "a CTA's 256 rows are 8 warps' 32 or 4 warps' 64"
     if shape.intermediate_size % (c.wide * INTERMEDIATES):
         return f"intermediate_size {shape.intermediate_size} is no multiple of {c.wide} x {INTERMEDIATES}"
-    if c.split_k > 1 and (c.block > MAX_SPLIT_BLOCK or c.wide > 1 or c.pair or c.ctas > 1):
-        return f"a reduction is split for up to {MAX_SPLIT_BLOCK} tokens, one wide, alone on its SM"
+    if c.split_k > 1 and (c.block > MAX_SPLIT_BLOCK or c.wide > 1 or c.pair):
+        return f"a reduction is split for up to {MAX_SPLIT_BLOCK} tokens, one wide, without a pair"
     if c.split_k * c.step > shape.hidden_size:
         return f"hidden_size {shape.hidden_size} has fewer steps of {c.step} than {c.split_k} splits"
     if c.pair and c.group_m > 1:
@@ -207,13 +224,14 @@ def space() -> Iterator[Config]:
         yield Config(block, 32, 8, stages, wide=wide)
     for block, split_k in itertools.product((8, 16), (2, 4, 8)):
         yield Config(block, 32, 8, 4, split_k=split_k)
+        yield Config(block, 32, 8, 2, ctas=2, split_k=split_k)
     for block, wide in itertools.product((8, 16, 24, 32), (1, 2)):
         yield Config(block, 32, 8, 5, wide=wide)
     for block, stages in itertools.product((8, 16, 24), (2, 3)):
         yield Config(block, 32, 8, stages, ctas=2)
     for block, stages, wide in itertools.product(blocks, (2, 3), (1, 2)):  # two CTAs an SM: one works, one waits
         yield Config(block, 64, 4, stages, ctas=2, wide=wide)
-    for block, wide in itertools.product(blocks, (1, 2, 4)):
+    for block, wide in itertools.product(blocks, (1, 2, 3, 4)):
         if block >= 32:
             yield Config(block, 64, 4, 2, ctas=2, wide=wide, pair=True)
             yield Config(block, 32, 8, 3, wide=wide, pair=True)
@@ -222,6 +240,29 @@ def space() -> Iterator[Config]:
     combines: tuple[Combine, ...] = ("f32", "rows")
     for block, combine in itertools.product((8, 16, 32, 64), combines):
         yield Config(block, 32, 8, 3, wide=2 if block >= 32 else 1, combine=combine)
+
+
+POLYMORPHIC = (
+    Config(64, 32, 8, 3, smaller=(8, 16, 32)),
+    Config(64, 32, 8, 3, wide=2, smaller=(8, 16, 32)),
+    Config(64, 64, 4, 2, ctas=2, wide=2, smaller=(8, 16, 32)),
+)
+"""Launches that are any of four token blocks."""
+
+
+def polymorphic(shape: MoEShape) -> list[Config]:
+    """Those that are valid for every one of their blocks."""
+    given = (replace(c, dtype=shape.dtype) for c in POLYMORPHIC)
+    return [c for c in given if all(invalid(c.of(block), shape) is None for block in c.blocks)]
+
+
+def one_of(configs: Sequence[Config]) -> Config:
+    """The polymorphic configuration that all of them are. Raises KernelError where there is none."""
+    for c in POLYMORPHIC:
+        whole = replace(c, dtype=configs[0].dtype)
+        if all(config in [whole.of(block) for block in whole.blocks] for config in configs):
+            return whole
+    raise KernelError(f"no launch of cute is any of {', '.join(c.name for c in configs)}")
 
 
 def configurations(shape: MoEShape) -> list[Config]:

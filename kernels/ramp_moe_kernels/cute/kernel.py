@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Hashable, Iterator, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -12,7 +12,7 @@ from ramp_moe.device import Batch, LaunchableKernel, MoEWeights, Workspace
 from ramp_moe.errors import KernelError
 from ramp_moe.kernel import LAYOUTS, Progress, digest_of, is_installed
 
-from .config import ELEMENT, UP_ROWS, Config, configurations, geometry, unaligned
+from .config import ELEMENT, UP_ROWS, Config, configurations, geometry, polymorphic, unaligned
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -65,7 +65,7 @@ class CuteMoE(LaunchableKernel, BuildableKernel):
     def build(self, shape: MoEShape, hardware: Hardware, report: Progress, jobs: int | None = None) -> Built:
         from .objects import build
 
-        return build(configurations(shape), report=report, jobs=jobs)
+        return build([*configurations(shape), *polymorphic(shape)], report=report, jobs=jobs)
 
     def prune(self) -> int:
         from .objects import prune
@@ -108,7 +108,25 @@ class CuteMoE(LaunchableKernel, BuildableKernel):
         where the configuration is not compiled."""
         from .launch import launch_steps
 
-        for _ in launch_steps(_config(config), prepared, batch, out, workspace):
+        for _ in launch_steps([_config(config)], prepared, batch, out, workspace):
+            pass
+
+    def inline_key(self, config: KernelConfig, shape: MoEShape) -> Hashable | None:
+        """The name of the polymorphic launch that can be this configuration."""
+        return next((c.name for c in polymorphic(shape) if _config(config) in map(c.of, c.blocks)), None)
+
+    def launch_inline(
+        self,
+        configs: Sequence[KernelConfig],
+        choice: Tensor,
+        prepared: Any,
+        batch: Batch,
+        out: Tensor,
+        workspace: Workspace,
+    ) -> None:
+        from .launch import launch_steps
+
+        for _ in launch_steps([_config(c) for c in configs], prepared, batch, out, workspace, choice):
             pass
 
     def steps(
@@ -116,7 +134,7 @@ class CuteMoE(LaunchableKernel, BuildableKernel):
     ) -> Iterator[str]:
         from .launch import launch_steps
 
-        steps = launch_steps(_config(config), prepared, batch, out, workspace)
+        steps = launch_steps([_config(config)], prepared, batch, out, workspace)
         for stage, _ in zip(config.stages, steps, strict=True):
             yield stage.key
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -13,11 +13,13 @@ from torch import Tensor
 
 from ..triton.combine import combine
 from ..triton.schedule import Schedule, buffer_sizes, schedule
-from .config import INTERMEDIATES, UP_ROWS, Config
+from .config import INTERMEDIATES, UP_ROWS, Config, one_of
 from .objects import load
 
 ROW_CHUNK = 8
 """Rows of gate, then of up, that the kernel's tensor map reads in turn."""
+BITS = 4
+"""Of a choice's block in what the kernel is told."""
 MAX_TILES = 65_535
 """CTAs along a grid's y axis."""
 ALIGNMENT = 16
@@ -72,15 +74,26 @@ def prepare(weights: MoEWeights) -> Prepared:
 
 
 def launch_steps(
-    config: Config, prepared: Prepared, batch: Batch, out: Tensor, workspace: Workspace
+    configs: Sequence[Config],
+    prepared: Prepared,
+    batch: Batch,
+    out: Tensor,
+    workspace: Workspace,
+    choice: Tensor | None = None,
 ) -> Iterator[None]:
-    """Stopping after the preparation, the kernel, and what adds up its output where it does not itself."""
-    x, device = batch.hidden_states, out.device
+    """One configuration, or those of a polymorphic one, of which choice int32 `[1]` holds the index. Stops after the
+    preparation, the kernel, and what adds up its output where it does not itself."""
+    x, device, config = batch.hidden_states, out.device, configs[0]
     tokens, hidden = x.shape
     n, experts = batch.topk_ids.numel(), prepared.down.shape[2]
-    sizes = buffer_sizes(n, experts, config.block)
+    each = [buffer_sizes(n, experts, c.block) for c in configs]
+    sizes = {name: max(size[name] for size in each) for name in each[0]}
     _check_batch(config, prepared, batch, out, sizes["expert_of_tile"])
-    function = load(config)
+    compiled, codes = config, 0
+    if choice is not None:
+        compiled = one_of(configs)
+        codes = sum(compiled.blocks.index(c.block) << BITS * i for i, c in enumerate(configs))
+    function = load(compiled)
 
     plan = Schedule(**{name: workspace.get(name, (size,), torch.int32, device) for name, size in sizes.items()})
     x_scale, quantise = prepared.gate_up_scale[0, 0], None
@@ -98,7 +111,8 @@ def launch_steps(
     if in_place:  # x is read while out is added to
         summed = workspace.get("summed", (tokens, hidden), torch.bfloat16, device)
     zero = None if config.combine == "rows" else summed
-    schedule(batch.topk_ids, experts, config.block, plan, quantise=quantise, zero=zero)
+    blocks = [c.block for c in configs] if choice is not None else config.block
+    schedule(batch.topk_ids, experts, blocks, plan, choice=choice, quantise=quantise, zero=zero)
     yield
     if n:
         function(
@@ -116,6 +130,8 @@ def launch_steps(
             batch.top_k,
             sizes["expert_of_tile"],
             prepared.up_first,
+            plan.num_slots if choice is None else choice,
+            codes,
         )
     if in_place:
         out.copy_(summed)

@@ -42,6 +42,9 @@ split_k      The CTAs of a cluster multiply a part of hidden_size each and send 
 pair         Two CTAs of a cluster whose M-tiles belong to one expert load half of every stage each, for both (TMA
              multicast), and so read weights from L2 once for two M-tiles. M-tiles of two experts load for themselves.
 
+blocks       One launch that is any of several token blocks, all else equal: the one chosen on the device, of which the
+             schedule is, too. Every CTA reads the choice first; registers and shared memory are the largest's.
+
 What hangs or corrupts, learnt the hard way: TMA under a branch of one thread (it elects one itself); the token of an
 accumulator taken from a warpgroup's slice instead of the lane; a plain store to shared memory before cp.async's arrival
 on a barrier, which does not release it (scales are copied by cp.async, too); a CTA of a cluster that ends before
@@ -71,6 +74,7 @@ from .config import (
     ROW_BYTES,
     UP_ROWS,
     Config,
+    smem_bytes,
     smem_map,
 )
 
@@ -131,6 +135,8 @@ class FusedMoE:
         top_k: Int32,
         tiles: Int32,  # M-tiles to launch: as many as there can be
         up_first: Int32,  # 1: index 0 of gate_up's second dimension is up
+        choice: cute.Tensor,  # int32 [1], read where there are several blocks
+        blocks: Int32,  # by choice, four bits each: index of the block
         stream: cuda.CUstream,
     ):
         c = self.c
@@ -150,7 +156,7 @@ class FusedMoE:
         tiles_m = (tiles + 1) // 2 * 2 if c.pair else tiles
         self.kernel(
             x, x_scale, tma_w1, gW1, gate_up_scale, tma_w2, gW2, down_scale, out, slots, expert_of_tile, num_slots,
-            routing, top_k, up_first, tiles_n, w_layout, box_layout,
+            routing, top_k, up_first, tiles_n, choice, blocks, w_layout, box_layout,
         ).launch(
             grid=(tiles_n * c.split_k, tiles_m, 1),
             block=(c.threads, 1, 1),
@@ -162,6 +168,47 @@ class FusedMoE:
     @cute.kernel
     def kernel(
         self,
+        x: cute.Tensor,
+        x_scale: cute.Tensor,
+        tma_w1: cute.CopyAtom,
+        gW1: cute.Tensor,
+        w1_scale: cute.Tensor,
+        tma_w2: cute.CopyAtom,
+        gW2: cute.Tensor,
+        w2_scale: cute.Tensor,
+        out: cute.Tensor,
+        slots: cute.Tensor,
+        expert_of_tile: cute.Tensor,
+        num_slots: cute.Tensor,
+        routing: cute.Tensor,
+        top_k: Int32,
+        up_first: Int32,
+        tiles_n: Int32,
+        choice: cute.Tensor,
+        blocks: Int32,
+        w_layout: cute.ComposedLayout,
+        box_layout: cute.ComposedLayout,
+    ):
+        base = cutlass.utils.SmemAllocator().allocate(smem_bytes(self.c), 1024)
+        if const_expr(len(self.c.blocks) == 1):
+            self.body(
+                base, x, x_scale, tma_w1, gW1, w1_scale, tma_w2, gW2, w2_scale, out, slots, expert_of_tile, num_slots,
+                routing, top_k, up_first, tiles_n, w_layout, box_layout,
+            )  # fmt: skip
+        else:
+            cute.arch.griddepcontrol_wait()
+            chosen = (blocks >> (4 * choice[0])) & 15
+            for i in cutlass.range_constexpr(len(self.c.blocks)):
+                if chosen == i:
+                    FusedMoE(self.c.of(self.c.blocks[i])).body(
+                        base, x, x_scale, tma_w1, gW1, w1_scale, tma_w2, gW2, w2_scale, out, slots, expert_of_tile,
+                        num_slots, routing, top_k, up_first, tiles_n, w_layout, box_layout,
+                    )  # fmt: skip
+
+    @cute.jit
+    def body(
+        self,
+        base: cute.Pointer,
         x: cute.Tensor,
         x_scale: cute.Tensor,
         tma_w1: cute.CopyAtom,
@@ -193,7 +240,6 @@ class FusedMoE:
             cpasync.prefetch_descriptor(tma_w2)
 
         # Shared memory
-        base = cutlass.utils.SmemAllocator().allocate(self.map.bytes, 1024)
         x_layout = self.tile_layout(block, stages)
         h_layout = self.tile_layout(block, c.wide * self.parts_of_h)
         sW = self.swizzled(base + self.map.weights, w_layout)
@@ -209,8 +255,6 @@ class FusedMoE:
         gathered = full_w + 4 * stages
 
         # Which tile: weight rows first, or group_m M-tiles first
-        cute.arch.griddepcontrol_wait()
-        m_tiles = num_slots[0] // block
         n_i, m_i = bx // c.split_k, by
         if const_expr(c.group_m > 1):
             _, grid_m, _ = cute.arch.grid_dim()
@@ -220,20 +264,20 @@ class FusedMoE:
             within = linear % (c.group_m * tiles_n)
             n_i, m_i = within // band_rows, band * c.group_m + within % band_rows
         rank = bx % c.split_k if c.split_k > 1 else by % 2
+
+        # What the schedule wrote; a pair's barriers depend on it
+        if const_expr(not c.pair):
+            self.init_barriers(full_w, thread, 1)
+        cute.arch.griddepcontrol_wait()
+        expert = expert_of_tile[cutlass.min(m_i, expert_of_tile.shape[0] - 1)]
+        m_tiles = num_slots[0] // block
         paired = Int32(0)
         if const_expr(c.pair):
             other = m_i ^ 1
             if (other < m_tiles) & (m_i < m_tiles):
-                if expert_of_tile[other] == expert_of_tile[m_i]:
+                if expert_of_tile[other] == expert:
                     paired = Int32(1)
-
-        if thread == 0:
-            for i in cutlass.range_constexpr(stages):
-                cute.arch.mbarrier_init(full_w + i, 1)
-                cute.arch.mbarrier_init(empty_w + i, c.warps * (1 + paired))
-                cute.arch.mbarrier_init(full_x + i, GATHER_THREADS)
-                cute.arch.mbarrier_init(empty_x + i, c.warps)
-            cute.arch.mbarrier_init(gathered, 1)
+            self.init_barriers(full_w, thread, 1 + paired)
         cute.arch.mbarrier_init_fence()
         if const_expr(c.pair or c.split_k > 1):
             cute.arch.cluster_arrive_relaxed()
@@ -242,7 +286,6 @@ class FusedMoE:
             cute.arch.sync_threads()
 
         if m_i < m_tiles:
-            expert = expert_of_tile[m_i]
             steps = x.shape[1] // c.step
             first, last = Int32(0), steps
             out_tiles = out.shape[1] // UP_ROWS
@@ -515,6 +558,18 @@ class FusedMoE:
             cute.arch.cluster_arrive()
             cute.arch.cluster_wait()
 
+    @cute.jit
+    def init_barriers(self, full_w: cute.Pointer, thread: Int32, ctas: Int32):
+        """ctas: how many of a cluster read what is loaded into this one's stages."""
+        c = self.c
+        if thread == 0:
+            for i in cutlass.range_constexpr(c.stages):
+                cute.arch.mbarrier_init(full_w + i, 1)
+                cute.arch.mbarrier_init(full_w + (c.stages + i), c.warps * ctas)
+                cute.arch.mbarrier_init(full_w + (2 * c.stages + i), GATHER_THREADS)
+                cute.arch.mbarrier_init(full_w + (3 * c.stages + i), c.warps)
+            cute.arch.mbarrier_init(full_w + 4 * c.stages, 1)
+
     def swizzled(self, at, layout):
         return cute.make_tensor(cute.recast_ptr(at, layout.inner, dtype=self.element), layout.outer)
 
@@ -659,6 +714,8 @@ def arguments(config: Config):
         fake(Float32, (free(),), (1,), 4),
         Int32(1),
         Int32(1),
+        Int32(0),
+        fake(Int32, (1,), (1,), 4),
         Int32(0),
         cute.runtime.make_fake_stream(use_tvm_ffi_env_stream=True),
     )
