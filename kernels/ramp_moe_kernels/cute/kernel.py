@@ -12,7 +12,8 @@ from ramp_moe.device import Batch, LaunchableKernel, MoEWeights, Workspace
 from ramp_moe.errors import KernelError
 from ramp_moe.kernel import LAYOUTS, Progress, digest_of, is_installed
 
-from .config import ELEMENT, UP_ROWS, Config, configurations, geometry, polymorphic, unaligned
+from .config import ELEMENT, UP_ROWS, Config
+from .space import configurations, geometry, polymorphic, unaligned
 
 if TYPE_CHECKING:
     from torch import Tensor

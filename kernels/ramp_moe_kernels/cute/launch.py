@@ -13,8 +13,9 @@ from torch import Tensor
 
 from ..triton.combine import combine
 from ..triton.schedule import Schedule, buffer_sizes, schedule
-from .config import INTERMEDIATES, UP_ROWS, Config, one_of
+from .config import INTERMEDIATES, UP_ROWS, Config
 from .objects import load
+from .space import one_of
 
 ROW_CHUNK = 8
 """Rows of gate, then of up, that the kernel's tensor map reads in turn."""
