@@ -20,6 +20,8 @@ if TYPE_CHECKING:
 
     from .launch import Prepared
 
+RUNS = ("config.py", "moe.py", "launch.py")
+"""Of this package's files, those that decide the times."""
 FEW = 16.0
 """Mean tokens of an active expert up to which the weights' way from memory decides, and arithmetic does not."""
 MANY = 48.0
@@ -33,8 +35,9 @@ class CuteMoE(LaunchableKernel, BuildableKernel):
     name = "cute"
 
     def version(self) -> str:
-        """The library's version and a digest of this package's sources."""
-        return f"{super().version()}+{digest_of(Path(__file__).parent)}"
+        """The library's version and a digest of the sources that run."""
+        here = Path(__file__).parent
+        return f"{super().version()}+{digest_of(*(here / name for name in RUNS))}"
 
     def unsupported(self, shape: MoEShape, hardware: Hardware) -> str | None:
         if hardware.arch != "sm_90":
