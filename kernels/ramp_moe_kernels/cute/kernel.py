@@ -64,7 +64,8 @@ class CuteMoE(LaunchableKernel, BuildableKernel):
             stages.append(Stage("combine", f"{self.name}/cast"))
         if config.combine == "rows":
             stages.append(Stage("combine", f"{self.name}/combine/wide{config.wide}"))
-        return KernelConfig(config.name, tuple(stages), tuple(asdict(config).items()))
+        params = tuple((k, v) for k, v in asdict(config).items() if k != "smaller")  # of a configuration by itself
+        return KernelConfig(config.name, tuple(stages), params)
 
     def build(self, shape: MoEShape, hardware: Hardware, report: Progress, jobs: int | None = None) -> Built:
         from .objects import build
