@@ -153,10 +153,10 @@ def is_installed(module: str) -> bool:
 _COMMENT_LINE = re.compile(rb"^[ \t]*(#.*)?\n", re.MULTILINE)
 
 
-def digest_of(*folders: Path) -> str:
-    """Eight digits that change with the Python sources in these folders, which decide the times between versions; not
-    with lines that hold a comment alone."""
-    sources = [f for folder in folders for f in sorted(folder.glob("*.py"))]
+def digest_of(*paths: Path) -> str:
+    """Eight digits that change with these Python sources, or those in these folders, which decide the times between
+    versions; not with lines that hold a comment alone."""
+    sources = [f for path in paths for f in (sorted(path.glob("*.py")) if path.is_dir() else [path])]
     return hashlib.sha256(b"".join(_COMMENT_LINE.sub(b"", f.read_bytes()) for f in sources)).hexdigest()[:8]
 
 

@@ -6,9 +6,11 @@ from collections.abc import Iterable
 
 from ramp_moe import Kernel, hookimpl
 
+from .cute.kernel import CuteMoE
 from .triton.kernel import TritonMoE
 
 
 @hookimpl
 def ramp_moe_kernels() -> Iterable[Kernel]:
     yield TritonMoE()
+    yield CuteMoE()

@@ -1,30 +1,184 @@
-"""What the fused kernel is compiled for: one configuration is one object file."""
+"""A configuration of the fused CuTe kernel, and its map of shared memory, from which the kernel takes its offsets.
+
+This file and `moe.py` are what objects are compiled from: a change here compiles all of them again.
+"""
 
 from __future__ import annotations
 
-import itertools
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from typing import Literal
+
+Combine = Literal["bf16", "f32", "rows"]
+
+ROW_BYTES = 128
+"""Bytes of a row of every tile in shared memory, the widest swizzle: 128 fp8 or 64 bf16 elements of the reduction."""
+UP_ROWS = 256
+"""Rows of gate and up that a CTA multiplies at a time, which make INTERMEDIATES; output columns likewise."""
+INTERMEDIATES = 128
+OUT_COLUMNS = 128
+"""Output columns that a consumer warpgroup hands over at a time."""
+OUT_PAD = 8
+"""Elements between staged rows of output, against bank conflicts."""
+PRODUCER_THREADS = 128
+GATHER_THREADS = 96
+"""Of the producer's, those that copy tokens; its first warp loads weights."""
+ELEMENT = {"fp8": 1, "bf16": 2}
+SM_SMEM_BYTES = 228 * 1024
+"""Shared memory of a Hopper SM, of which the system keeps 1 KiB for each CTA."""
 
 
 @dataclass(frozen=True, slots=True)
 class Config:
-    """`block` tokens and `sub_tile` weight rows a tile, consumer `warps`, `stages` of shared memory, `occupancy` CTAs
-    a multiprocessor, `blocks` of 128 intermediates a CTA."""
+    """One compiled kernel: `block` tokens of one expert by `wide` times 256 rows of gate and up, and their part of the
+    down projection.
+
+    block: tokens of a CTA, the N of WGMMA: 8 to 128 by 8.
+    tile, warps: weight rows of a warp's share, and consumer warps: (32, 8) or (64, 4).
+    stages: weight tiles of 32 KiB in flight.
+    ctas: CTAs that share an SM, which halves their shared memory and registers.
+    wide: times 256 rows, one after the other; the sums over them leave the CTA once.
+    split_k: CTAs of a cluster that share the reduction over hidden_size, and then the output columns.
+    pair: two M-tiles of one expert in a cluster load every weight tile together, each one half of it for both.
+    group_m: M-tiles whose CTAs run side by side, to find an expert's weights in L2; 1: weight rows first.
+    combine: how the token's parts are added: into a bf16 output, into float32, or in order from a row each.
+    dtype: of weights and activations.
+    smaller: blocks below `block`, ascending, any of which a launch can have instead, chosen on the device.
+    """
 
     block: int
-    sub_tile: int
+    tile: int
     warps: int
     stages: int
-    occupancy: int = 1
-    blocks: int = 1
+    ctas: int = 1
+    wide: int = 1
+    split_k: int = 1
+    pair: bool = False
+    group_m: int = 1
+    combine: Combine = "bf16"
+    dtype: str = "fp8"
+    smaller: tuple[int, ...] = ()
+
+    @property
+    def blocks(self) -> tuple[int, ...]:
+        """That a launch can have, ascending."""
+        return *self.smaller, self.block
+
+    def of(self, block: int) -> Config:
+        """The configuration of one of them alone."""
+        return replace(self, block=block, smaller=())
 
     @property
     def name(self) -> str:
-        """Unique; safe as the name of a file and of a function."""
-        return f"fp8_m{self.block}_n{self.sub_tile}_w{self.warps}_s{self.stages}_o{self.occupancy}_i{self.blocks}"
+        """Of files and functions, too."""
+        parts = [f"bm{'.'.join(map(str, self.blocks))}", f"t{self.tile}", f"w{self.warps}", f"st{self.stages}"]
+        parts += [f"cta{self.ctas}"] * (self.ctas > 1) + [f"wide{self.wide}"] * (self.wide > 1)
+        parts += [f"sk{self.split_k}"] * (self.split_k > 1) + ["pair"] * self.pair
+        parts += [f"gm{self.group_m}"] * (self.group_m > 1) + [self.combine] * (self.combine != "bf16")
+        return "-".join([*parts, *([self.dtype] if self.dtype != "fp8" else [])])
+
+    @property
+    def step(self) -> int:
+        """Elements along the reduction of one tile in shared memory."""
+        return ROW_BYTES // ELEMENT[self.dtype]
+
+    @property
+    def warpgroups(self) -> int:
+        """Of consumers."""
+        return self.warps // 4
+
+    @property
+    def tiles(self) -> int:
+        """WGMMA tiles of 64 rows of a warpgroup."""
+        return UP_ROWS // 64 // self.warpgroups
+
+    @property
+    def in_flight(self) -> int:
+        """Accumulators that a warpgroup has in WGMMA while it scales another: as many as registers allow."""
+        return 2 if self.block <= (88 if self.ctas == 1 else 48) else 1
+
+    @property
+    def threads(self) -> int:
+        return PRODUCER_THREADS + 32 * self.warps
+
+    @property
+    def registers(self) -> tuple[int, int]:
+        """A producer's and a consumer's, by `setmaxnreg`: 64 Ki an SM, over threads x CTAs."""
+        if self.ctas == 1:
+            return (56, 224) if self.block > 96 else (40, 232)
+        return (24, 104) if self.warps == 8 else (40, 216)
+
+    @property
+    def accumulators(self) -> int:
+        """Registers of a consumer that hold sums."""
+        scaled = self.block // 2 * self.in_flight if self.dtype == "fp8" else 0
+        return self.block // 2 * self.tiles + scaled
+
+    @property
+    def smem_limit(self) -> int:
+        """Bytes of shared memory that a CTA may have."""
+        return SM_SMEM_BYTES // self.ctas - 1024
+
+    @property
+    def staged_bytes(self) -> int:
+        """One buffer of output on its way out: a chunk of every warpgroup."""
+        return self.warpgroups * self.block * (OUT_COLUMNS + OUT_PAD) * (4 if self.combine == "f32" else 2)
 
 
-def configurations() -> list[Config]:
-    """Every configuration."""
-    tiles = itertools.product(range(8, 105, 8), ((32, 8), (64, 4)), (2, 3, 4), (1, 2))
-    return [Config(block, n, w, stages, 1, blocks) for block, (n, w), stages, blocks in tiles]
+@dataclass(frozen=True, slots=True)
+class SmemMap:
+    """Byte offsets in a CTA's shared memory, and how much that is.
+
+    weights    stages x 256 rows x 128 bytes, swizzled
+    tokens     stages x block rows x 128 bytes, swizzled; then staged output, in `buffers` buffers
+    hidden     wide x block rows x 128 intermediates, swizzled: the down projection's tokens
+    parts      split_k x 256 x block float32: every CTA's sums of a split reduction
+    x_scale    stages x block float32            routing    block float32: routing weights
+    h_scale    wide x block float32              maxima     block x 4 warpgroups' warps float32
+    barriers   4 x stages + 1 mbarriers
+    """
+
+    weights: int
+    tokens: int
+    hidden: int
+    parts: int
+    x_scale: int
+    routing: int
+    h_scale: int
+    maxima: int
+    barriers: int
+    bytes: int
+    buffers: int
+
+
+def smem_map(c: Config) -> SmemMap:
+    """The map, with two buffers of output where they fit."""
+    tokens, staged = c.stages * c.block * ROW_BYTES, c.staged_bytes
+    regions = {  # bytes and alignment
+        "weights": (c.stages * UP_ROWS * ROW_BYTES, 1024),
+        "tokens": (max(tokens, 2 * staged), 1024),
+        "hidden": (c.wide * c.block * INTERMEDIATES * ELEMENT[c.dtype], 1024),
+        "parts": (c.split_k * c.block * UP_ROWS * 4 if c.split_k > 1 else 0, 16),
+        "x_scale": (c.stages * c.block * 4, 16),
+        "routing": (c.block * 4, 16),
+        "h_scale": (c.wide * c.block * 4, 16),
+        "maxima": (c.block * c.warps * 4, 16),
+        "barriers": ((4 * c.stages + 1) * 8, 16),
+    }
+    two = _laid_out(regions, 2)
+    if two.bytes <= c.smem_limit:
+        return two
+    return _laid_out(regions | {"tokens": (max(tokens, staged), 1024)}, 1)
+
+
+def smem_bytes(c: Config) -> int:
+    """Shared memory of a CTA, for any of its blocks."""
+    return max(smem_map(c.of(block)).bytes for block in c.blocks)
+
+
+def _laid_out(regions: Mapping[str, tuple[int, int]], buffers: int) -> SmemMap:
+    at, offsets = 0, {}
+    for name, (size, alignment) in regions.items():
+        offsets[name] = -(-at // alignment) * alignment
+        at = offsets[name] + size
+    return SmemMap(**offsets, bytes=at, buffers=buffers)

@@ -1,389 +1,727 @@
-# ruff: noqa
-# mypy: ignore-errors
-"""Fused FP8 W8A8 block-scaled MoE for Hopper (sm_90a): gate/up GEMM + SwiGLU + requant + down GEMM + top-k sum.
+"""The fused MoE kernel for Hopper, in CuTe DSL: up projection, SwiGLU, requantisation, down projection, weighted sum.
 
-One CTA = one m-block (bm sorted token slots of one expert) x 256 interleaved gate/up rows (= 128 intermediates).
-GEMMs are swap-AB: weights are the wgmma A operand (64 rows per tile), tokens are the N dimension (bm).
+    out[t] += sum over t's routed ids p of routing[p] * (silu(x[t] Wg_e) * (x[t] Wu_e)) Wd_e          e: p's expert
 
-Warp roles   warps 0-3   producer: warp 0 also issues the weight TMA, all 128 threads gather x rows with cp.async
-             warps 4..   consumers: wgs warpgroups of 4 warps; warpgroup w owns weight rows [w*256/wgs, ...)
-Barriers     full[s]     128 producer arrivals (cp.async noinc, or plain in the down phase) + 1 expect_tx arrival
-             empty[s]    one arrival per consumer thread (32*wn); the producer starts on phase 1 (passes at once)
-             named 1     all consumers (SwiGLU amax exchange, H ready);  named 2+w: consumer warpgroup w (down epilogue)
-Layouts      W1 rows are interleaved 8 gate / 8 up => accumulator rows r and r+8 of a thread are a gate/up pair
-             accumulator register i of a lane: j=i%2, half=i//2%2, m=i//4;  row = 16*warp + 8*half + lane//4,
-             token column = 8*m + 2*(lane%4) + j        (the lane part must NOT be taken from a warpgroup slice)
-Epilogue     down output goes out in chunks of 128 columns per warpgroup: bf16 -> stmatrix -> smem staging (1 or 2 buffers,
-             sharing memory with the x stages) -> cp.reduce.async.bulk add; one thread per token row issues its 256 bytes
-Scales       token scale x routing weight is kept in sTs[token, ib]; W scales are read from global (L1 hits)
-Requires     hidden % 256 == 0, intermediate % (128*ni) == 0, hidden/128 >= stages, out zeroed by the caller,
-             tw = topk_weights.view(-1) indexed by ids[p] = token*top_k + j (pad slots: ids[p] >= M*top_k),
-             eids has one entry per launched m-block (grid.y)
-Checked      H200, 4.8.1: rel. error 0.022-0.025 to an unquantised-h float32 reference (requantisation alone: 0.022-0.023)
+One launch, after a schedule that sorts ids by expert into blocks. Weights are fp8 e4m3 with a float32 scale for each
+[128, 128] block, tokens fp8 with a scale for each 128 columns; or all is bf16, and scales are ignored.
+
+A CTA takes one M-tile (`block` slots of the schedule, of one expert) and `wide` times 256 rows of gate and up, which
+are 128 intermediates. Both GEMMs swap operands: weights are WGMMA's A (64 rows a tile), tokens its B (N = block), so
+that a block may be as small as 8 tokens. The intermediates never leave shared memory.
+
+Roles        warp 0        loads weights by TMA, 256 rows x 128 bytes a stage, first of gate and up, then of down
+             warps 1-3     copy tokens' 128 bytes (and scales) by cp.async, from where they lie unsorted
+             warps 4-      consumers: warpgroup g multiplies rows [g * 256 / warpgroups, ...) of every stage
+
+Timeline     warp 0        W1 W1 W1 ... W1 | W2 W2 ... W2           runs ahead by `stages`, also over the phases
+             warps 1-3     x  x  x  ... x
+             consumers     mma + scale ... | SwiGLU, quantise | mma + scale, out | mma + scale, out ...
+
+Barriers     full_w[s]     1 arrival that expects 32 KiB            empty_w[s]   1 a consumer warp (pair: both CTAs')
+             full_x[s]     96, as each thread's copies land         empty_x[s]   1 a consumer warp
+             gathered      1 that expects the others' sums (split_k)
+             named 1       all consumers: maxima and intermediates; named 2 + g: warpgroup g, around staged output
+
+Registers    `setmaxnreg` gives the producers' to the consumers (Config.registers). A consumer holds the sums, block / 2
+             a tile of 64 rows, and in fp8 as many again for each of `in_flight` accumulators: a step of 128 columns is
+             multiplied into an accumulator and then added to the sums with its scales, since WGMMA knows no scales.
+
+Layouts      Gate and up alternate by 8 rows, whatever the order in memory: a 5-dimensional tensor map reads 8 rows of
+             gate, the same 8 of up, and so on. So the accumulator's rows r and r + 8, which one thread holds, are the
+             gate and the up of one intermediate. Register i of a lane: j = i % 2, half = i // 2 % 2, m = i // 4; row
+             16 * warp + 8 * half + lane // 4, token 8 * m + 2 * (lane % 4) + j (`layout.py`, tested by arithmetic).
+             Example, block 8: lane 5 of warp 2 holds in register 3 row 16 * 2 + 8 + 1 = 41 of token 2 * 1 + 1 = 3: up
+             of intermediate 8 * 2 + 1 = 17, whose gate is in its register 1.
+
+Out          128 columns of a warpgroup at a time: bf16, transposed by stmatrix, staged, and a thread a token adds its
+             256 bytes to the output by cp.reduce.async.bulk, while the next columns are multiplied. `f32` adds 512
+             bytes to a float32 output; `rows` stores them to a row of every id and part, summed in order afterwards.
+
+split_k      The CTAs of a cluster multiply a part of hidden_size each and send their sums to all others, who add
+             them up in the same order: all have the same intermediates. Each computes its part of the output columns.
+pair         Two CTAs of a cluster whose M-tiles belong to one expert load half of every stage each, for both (TMA
+             multicast), and so read weights from L2 once for two M-tiles. M-tiles of two experts load for themselves.
+
+blocks       One launch that is any of several token blocks, all else equal: the one chosen on the device, of which the
+             schedule is, too. Every CTA reads the choice first; registers and shared memory are the largest's.
+
+What hangs or corrupts, learnt the hard way: TMA under a branch of one thread (it elects one itself); the token of an
+accumulator taken from a warpgroup's slice instead of the lane; a plain store to shared memory before cp.async's arrival
+on a barrier, which does not release it (scales are copied by cp.async, too); a CTA of a cluster that ends before
+another has arrived on its barriers.
 """
-import time, sys, math
-from dataclasses import dataclass
-import cutlass, cutlass.cute as cute, cutlass.pipeline as pipeline
-import cutlass.utils.hopper_helpers as sm90
+# The DSL traces Python: annotations must be types at run time, and its functions are untyped.
+# mypy: disable-error-code="import-not-found, import-untyped, untyped-decorator, no-untyped-def, no-untyped-call, misc"
+
+from pathlib import Path
+from typing import Any
+
 import cuda.bindings.driver as cuda
-from cutlass import Int32, Float32, BFloat16, Float8E4M3FN, const_expr
-from cutlass.cute.nvgpu import warpgroup, cpasync, warp, OperandMajorMode
+import cutlass
+import cutlass.cute as cute
+import cutlass.pipeline as pipeline
+import cutlass.utils.hopper_helpers as sm90
+from cutlass import BFloat16, Float8E4M3FN, Float32, Int16, Int32, Int64, const_expr
+from cutlass.cute.nvgpu import OperandMajorMode, cpasync, warp, warpgroup
 from cutlass.experimental import primitives as prims
 
-@dataclass(frozen=True)
-class MoeConfig:
-    bm: int; bn: int; wn: int; stages: int
-    occ: int = 1       # CTAs per SM the registers are budgeted for
-    nacc: int = 2      # accumulator tiles in flight in the up phase (<= tiles per warpgroup)
-    ni: int = 1        # 128-intermediate blocks per CTA: fewer CTAs, 1/ni of the output reductions
+from .config import (
+    GATHER_THREADS,
+    INTERMEDIATES,
+    OUT_COLUMNS,
+    OUT_PAD,
+    PRODUCER_THREADS,
+    ROW_BYTES,
+    UP_ROWS,
+    Config,
+    smem_bytes,
+    smem_map,
+)
 
-BK = 128
-PRODUCER_THREADS = 128
-SMEM_MAX = 227 * 1024
+STAGE_BYTES = UP_ROWS * ROW_BYTES
+CHUNK = 16
+"""Bytes that a thread copies at once."""
+FP8_MAX = 448.0
+LOG2_E = 1.4426950408889634
+TINY = 1e-10
+"""Least maximum that a scale is made of."""
 
-def acc_tile(t, n, mma, bm):
-    """n-th 64 x bm accumulator tile of a flat register tensor."""
-    return cute.make_tensor(t.iterator + n * (bm // 2), cute.make_layout(mma.partition_shape_C((64, bm))))
 
-class FusedMoe:
-    def __init__(self, cfg: MoeConfig):
-        self.cfg = cfg
-        self.wgs = cfg.wn // 4
-        self.rows_w = 256                      # gate+up rows per CTA, also down output columns per stage
-        self.bk2 = 128                         # K of the down GEMM per CTA
-        self.bn2 = 256
-        self.tn = 4 // self.wgs                # 64-row tiles per warpgroup
-        self.nacc = min(cfg.nacc, self.tn)
-        self.ostride = 128 + 8                 # output is staged and reduced in chunks of 128 columns per warpgroup
-        self.threads = PRODUCER_THREADS + 32 * cfg.wn
-        obuf = self.wgs * cfg.bm * self.ostride * 2
-        xbytes = cfg.bm * BK * cfg.stages
-        rest = cfg.stages * (self.rows_w * BK) + cfg.bm * BK * cfg.ni + cfg.bm * cfg.stages * 4 + cfg.bm * 4 * (4 * self.wgs + 1 + cfg.ni) + 16 * cfg.stages + 3072
-        self.obuf = 2 if rest + max(xbytes, 2 * obuf) <= (SMEM_MAX - 1024 * (cfg.occ - 1)) // cfg.occ else 1
-        self.xo_bytes = max(xbytes, self.obuf * obuf)      # x stages and the output staging share one region
-        if cfg.occ == 1:
-            self.regs_p, self.regs_c = (40, 232) if self.wgs <= 2 else (24, 152)
-        else:                                  # 2 CTAs/SM
-            self.regs_p, self.regs_c = (24, 104) if self.wgs == 2 else (32, 224)
+class FusedMoE:
+    """The kernel of one configuration."""
+
+    def __init__(self, config: Config) -> None:
+        self.c = config
+        self.fp8 = config.dtype == "fp8"
+        self.element = Float8E4M3FN if self.fp8 else BFloat16
+        self.map = smem_map(config)
+        self.parts_of_h = INTERMEDIATES // config.step  # tiles of 128 bytes that hold 128 intermediates
+
+    def mma(self):
+        k = OperandMajorMode.K
+        return sm90.make_trivial_tiled_mma(
+            self.element, self.element, k, k, Float32, (1, 1, 1), tiler_mn=(64, self.c.block)
+        )
+
+    def tile_layout(self, rows, stages):
+        """Rows of 128 bytes, swizzled so that WGMMA reads eight of them without conflicts."""
+        order = sm90.get_smem_layout_atom(cutlass.utils.LayoutEnum.ROW_MAJOR, self.element, self.c.step)
+        atom = warpgroup.make_smem_layout_atom(order, self.element)
+        return cute.tile_to_shape(atom, (rows, self.c.step, stages), order=(0, 1, 2))
+
+    def launch_options(self):
+        c = self.c
+        options: dict[str, Any] = {"use_pdl": True}
+        if c.ctas > 1:
+            options["preferred_smem_carveout"] = 100
+        if c.pair or c.split_k > 1:
+            options["cluster"] = (1, 2, 1) if c.pair else (c.split_k, 1, 1)
+        return options
 
     @cute.jit
-    def __call__(self, x: cute.Tensor, xs: cute.Tensor, w1: cute.Tensor, w1s: cute.Tensor,
-                 w2: cute.Tensor, w2s: cute.Tensor, out: cute.Tensor, ids: cute.Tensor,
-                 eids: cute.Tensor, ntpp: cute.Tensor, tw: cute.Tensor, top_k: Int32, max_mblocks: Int32,
-                 stream: cuda.CUstream):
-        cfg = self.cfg
-        K = OperandMajorMode.K
-        bm, S = cfg.bm, cfg.stages
-        # one-warpgroup MMA; the weight tile is picked by index, so every warpgroup owns contiguous rows
-        mma = sm90.make_trivial_tiled_mma(Float8E4M3FN, Float8E4M3FN, K, K, Float32, (1, 1, 1), tiler_mn=(64, bm))
-        def smem_layout(rows, k, stages):
-            atom = warpgroup.make_smem_layout_atom(
-                sm90.get_smem_layout_atom(cutlass.utils.LayoutEnum.ROW_MAJOR, Float8E4M3FN, k), Float8E4M3FN)
-            return cute.tile_to_shape(atom, (rows, k, stages), order=(0, 1, 2))
-        sW_l = smem_layout(256, BK, S)           # W1 and W2 stages have the same shape (256 x 128)
-        sX_l = smem_layout(bm, BK, S)
-        sH_l = smem_layout(bm, self.bk2, cfg.ni)
-        g2s = cpasync.CopyBulkTensorTileG2SOp()
-        tma_w1, gW1 = cpasync.make_tiled_tma_atom(g2s, w1, cute.slice_(sW_l, (None, None, 0)), (256, BK))
-        tma_w2, gW2 = cpasync.make_tiled_tma_atom(g2s, w2, cute.slice_(sW_l, (None, None, 0)), (256, BK))
-        n_cta = cute.ceil_div(w1.shape[0], self.rows_w * cfg.ni)
-
-        @cute.struct
-        class Storage:
-            bar: cute.struct.MemRange[cutlass.Int64, 2 * S]
-            xs: cute.struct.MemRange[Float32, bm * S]
-            tw: cute.struct.MemRange[Float32, bm]
-            ts: cute.struct.MemRange[Float32, bm * cfg.ni]
-            red: cute.struct.MemRange[Float32, bm * 4 * self.wgs]
-            w: cute.struct.Align[cute.struct.MemRange[Float8E4M3FN, cute.cosize(sW_l)], 1024]
-            xo: cute.struct.Align[cute.struct.MemRange[Float8E4M3FN, self.xo_bytes], 1024]
-            h: cute.struct.Align[cute.struct.MemRange[Float8E4M3FN, cute.cosize(sH_l)], 1024]
-        self.Storage = Storage
-        self.kernel(x, xs, tma_w1, gW1, w1s, tma_w2, gW2, w2s, out, ids, eids, ntpp, tw, top_k, mma,
-                    sW_l, sX_l, sH_l).launch(
-            grid=(n_cta, max_mblocks, 1), block=(self.threads, 1, 1), min_blocks_per_mp=cfg.occ, stream=stream,
-            **({} if cfg.occ == 1 else {'preferred_smem_carveout': 100}))   # given explicitly: the default asks the driver at compile time
+    def __call__(
+        self,
+        x: cute.Tensor,  # [T, H]
+        x_scale: cute.Tensor,  # float32 [T, H / 128]
+        gate_up: cute.Tensor,  # [8, 2, I / 8, H, E]: row in eight, gate or up, eight
+        gate_up_scale: cute.Tensor,  # float32 [2, I / 128, H / 128, E]
+        down: cute.Tensor,  # [H, I, E]
+        down_scale: cute.Tensor,  # float32 [H / 128, I / 128, E]
+        out: cute.Tensor,  # [T, H]; with combine "rows" [I / 128 / wide * T * k, H]
+        slots: cute.Tensor,  # int32 [capacity]: routed ids by expert; T * k or more where there is none
+        expert_of_tile: cute.Tensor,  # int32 [tiles]
+        num_slots: cute.Tensor,  # int32 [1]: slots in use, whole blocks
+        routing: cute.Tensor,  # float32 [T * k]
+        top_k: Int32,
+        tiles: Int32,  # M-tiles to launch: as many as there can be
+        up_first: Int32,  # 1: index 0 of gate_up's second dimension is up
+        choice: cute.Tensor,  # int32 [1], read where there are several blocks
+        blocks: Int32,  # by choice, four bits each: index of the block
+        stream: cuda.CUstream,
+    ):
+        c = self.c
+        w_layout = self.tile_layout(UP_ROWS, c.stages)
+        box_rows = UP_ROWS // 2 if c.pair else UP_ROWS
+        box_layout = self.tile_layout(box_rows, c.stages * (UP_ROWS // box_rows))
+        box = cute.slice_(box_layout, (None, None, 0))
+        op = cpasync.CopyBulkTensorTileG2SMulticastOp() if c.pair else cpasync.CopyBulkTensorTileG2SOp()
+        rows = cute.make_layout(
+            (gate_up.shape[:3], gate_up.shape[3], gate_up.shape[4]),
+            stride=(gate_up.stride[:3], gate_up.stride[3], gate_up.stride[4]),
+        )
+        mW1 = cute.make_tensor(gate_up.iterator, rows)
+        tma_w1, gW1 = cpasync.make_tiled_tma_atom(op, mW1, box, (box_rows, c.step))
+        tma_w2, gW2 = cpasync.make_tiled_tma_atom(op, down, box, (box_rows, c.step))
+        tiles_n = gate_up.shape[2] * 16 // (UP_ROWS * c.wide)
+        tiles_m = (tiles + 1) // 2 * 2 if c.pair else tiles
+        self.kernel(
+            x, x_scale, tma_w1, gW1, gate_up_scale, tma_w2, gW2, down_scale, out, slots, expert_of_tile, num_slots,
+            routing, top_k, up_first, tiles_n, choice, blocks, w_layout, box_layout,
+        ).launch(
+            grid=(tiles_n * c.split_k, tiles_m, 1),
+            block=(c.threads, 1, 1),
+            min_blocks_per_mp=c.ctas,
+            stream=stream,
+            **self.launch_options(),
+        )  # fmt: skip
 
     @cute.kernel
-    def kernel(self, x: cute.Tensor, xs: cute.Tensor, tma_w1: cute.CopyAtom, gW1: cute.Tensor, w1s: cute.Tensor,
-               tma_w2: cute.CopyAtom, gW2: cute.Tensor, w2s: cute.Tensor, out: cute.Tensor, ids: cute.Tensor,
-               eids: cute.Tensor, ntpp: cute.Tensor, tw: cute.Tensor, top_k: Int32, mma: cute.TiledMma,
-               sW_l: cute.ComposedLayout, sX_l: cute.ComposedLayout, sH_l: cute.ComposedLayout):
-        # ---------------------------------------------------------------- setup
-        cfg = self.cfg
-        bm, S = cfg.bm, cfg.stages
-        tidx, _, _ = cute.arch.thread_idx()
-        bn_i, bm_i, _ = cute.arch.block_idx()
-        warp_idx = cute.arch.make_warp_uniform(cute.arch.warp_idx())
-        M = x.shape[0]
-        e = eids[bm_i]                               # loaded together with ntpp (eids has one entry per launched m-block)
-        if warp_idx == 0:
+    def kernel(
+        self,
+        x: cute.Tensor,
+        x_scale: cute.Tensor,
+        tma_w1: cute.CopyAtom,
+        gW1: cute.Tensor,
+        w1_scale: cute.Tensor,
+        tma_w2: cute.CopyAtom,
+        gW2: cute.Tensor,
+        w2_scale: cute.Tensor,
+        out: cute.Tensor,
+        slots: cute.Tensor,
+        expert_of_tile: cute.Tensor,
+        num_slots: cute.Tensor,
+        routing: cute.Tensor,
+        top_k: Int32,
+        up_first: Int32,
+        tiles_n: Int32,
+        choice: cute.Tensor,
+        blocks: Int32,
+        w_layout: cute.ComposedLayout,
+        box_layout: cute.ComposedLayout,
+    ):
+        base = cutlass.utils.SmemAllocator().allocate(smem_bytes(self.c), 1024)
+        if const_expr(len(self.c.blocks) == 1):
+            self.body(
+                base, x, x_scale, tma_w1, gW1, w1_scale, tma_w2, gW2, w2_scale, out, slots, expert_of_tile, num_slots,
+                routing, top_k, up_first, tiles_n, w_layout, box_layout,
+            )  # fmt: skip
+        else:
+            cute.arch.griddepcontrol_wait()
+            chosen = (blocks >> (4 * choice[0])) & 15
+            for i in cutlass.range_constexpr(len(self.c.blocks)):
+                if chosen == i:
+                    FusedMoE(self.c.of(self.c.blocks[i])).body(
+                        base, x, x_scale, tma_w1, gW1, w1_scale, tma_w2, gW2, w2_scale, out, slots, expert_of_tile,
+                        num_slots, routing, top_k, up_first, tiles_n, w_layout, box_layout,
+                    )  # fmt: skip
+
+    @cute.jit
+    def body(
+        self,
+        base: cute.Pointer,
+        x: cute.Tensor,
+        x_scale: cute.Tensor,
+        tma_w1: cute.CopyAtom,
+        gW1: cute.Tensor,
+        w1_scale: cute.Tensor,
+        tma_w2: cute.CopyAtom,
+        gW2: cute.Tensor,
+        w2_scale: cute.Tensor,
+        out: cute.Tensor,
+        slots: cute.Tensor,
+        expert_of_tile: cute.Tensor,
+        num_slots: cute.Tensor,
+        routing: cute.Tensor,
+        top_k: Int32,
+        up_first: Int32,
+        tiles_n: Int32,
+        w_layout: cute.ComposedLayout,
+        box_layout: cute.ComposedLayout,
+    ):
+        c = self.c
+        block, stages, tiles, in_flight = c.block, c.stages, c.tiles, c.in_flight
+        octets = block // 8
+        thread, _, _ = cute.arch.thread_idx()
+        bx, by, _ = cute.arch.block_idx()
+        warp_index = cute.arch.make_warp_uniform(cute.arch.warp_idx())
+        tokens = x.shape[0]
+        if warp_index == 0:
             cpasync.prefetch_descriptor(tma_w1)
             cpasync.prefetch_descriptor(tma_w2)
-        if bm_i * bm < ntpp[0]:                      # unused m-blocks leave at once
-            smem = cutlass.utils.SmemAllocator()
-            st = smem.allocate(self.Storage)
-            sW = st.w.get_tensor(sW_l.outer, swizzle=sW_l.inner)
-            sX = st.xo.get_tensor(sX_l.outer, swizzle=sX_l.inner)
-            sH = st.h.get_tensor(sH_l.outer, swizzle=sH_l.inner)
-            sXs = st.xs.get_tensor(cute.make_layout((bm, S)))
-            sTw = st.tw.get_tensor(cute.make_layout(bm))
-            sTs = st.ts.get_tensor(cute.make_layout((bm, cfg.ni)))
-            red = st.red.get_tensor(cute.make_layout((bm, 4 * self.wgs), stride=(4 * self.wgs, 1)))
-            full = st.bar.data_ptr()
-            empty = full + S
-            if tidx == 0:
-                for i in cutlass.range_constexpr(S):
-                    cute.arch.mbarrier_init(full + i, PRODUCER_THREADS + 1)
-                    cute.arch.mbarrier_init(empty + i, 32 * cfg.wn)
-            cute.arch.mbarrier_init_fence()
+
+        # Shared memory
+        x_layout = self.tile_layout(block, stages)
+        h_layout = self.tile_layout(block, c.wide * self.parts_of_h)
+        sW = self.swizzled(base + self.map.weights, w_layout)
+        sBox = self.swizzled(base + self.map.weights, box_layout)
+        sX = self.swizzled(base + self.map.tokens, x_layout)
+        sH = self.swizzled(base + self.map.hidden, h_layout)
+        sXs = self.floats(base + self.map.x_scale, cute.make_layout((block, stages)))
+        sRouting = self.floats(base + self.map.routing, cute.make_layout(block))
+        sHs = self.floats(base + self.map.h_scale, cute.make_layout((block, c.wide)))
+        sMax = self.floats(base + self.map.maxima, cute.make_layout((block, c.warps), stride=(c.warps, 1)))
+        full_w = cute.recast_ptr(base + self.map.barriers, dtype=Int64)
+        empty_w, full_x, empty_x = full_w + stages, full_w + 2 * stages, full_w + 3 * stages
+        gathered = full_w + 4 * stages
+
+        # Which tile: weight rows first, or group_m M-tiles first
+        n_i, m_i = bx // c.split_k, by
+        if const_expr(c.group_m > 1):
+            _, grid_m, _ = cute.arch.grid_dim()
+            linear = by * tiles_n + n_i
+            band = linear // (c.group_m * tiles_n)
+            band_rows = cutlass.min(grid_m - band * c.group_m, c.group_m)
+            within = linear % (c.group_m * tiles_n)
+            n_i, m_i = within // band_rows, band * c.group_m + within % band_rows
+        rank = bx % c.split_k if c.split_k > 1 else by % 2
+
+        # What the schedule wrote; a pair's barriers depend on it
+        if const_expr(not c.pair):
+            self.init_barriers(full_w, thread, 1)
+        cute.arch.griddepcontrol_wait()
+        expert = expert_of_tile[cutlass.min(m_i, expert_of_tile.shape[0] - 1)]
+        m_tiles = num_slots[0] // block
+        paired = Int32(0)
+        if const_expr(c.pair):
+            other = m_i ^ 1
+            if (other < m_tiles) & (m_i < m_tiles):
+                if expert_of_tile[other] == expert:
+                    paired = Int32(1)
+            self.init_barriers(full_w, thread, 1 + paired)
+        cute.arch.mbarrier_init_fence()
+        if const_expr(c.pair or c.split_k > 1):
+            cute.arch.cluster_arrive_relaxed()
+            cute.arch.cluster_wait()
+        else:
             cute.arch.sync_threads()
-            k_tiles = cute.ceil_div(x.shape[1], BK)
-            n2_tiles = cute.ceil_div(out.shape[1], self.bn2)
-            # TMA views: W1 (N, K, E), W2 (K_model, N/2, E)
-            tW1 = cute.local_tile(gW1, (256, BK), (None, None, None))
-            sw, gw = cpasync.tma_partition(tma_w1, 0, cute.make_layout(1), cute.group_modes(sW, 0, 2), cute.group_modes(tW1, 0, 2))
-            tW2 = cute.local_tile(gW2, (256, BK), (None, None, None))
-            sw2, gw2 = cpasync.tma_partition(tma_w2, 0, cute.make_layout(1), cute.group_modes(sW, 0, 2), cute.group_modes(tW2, 0, 2))
-            if warp_idx < 4:
-                # ------------------------------------------------------------ producer
-                cute.arch.setmaxregister_decrease(self.regs_p)
-                if warp_idx == 0:                # first S weight tiles: the stages are empty, so no need to wait for the token ids
-                    for i in cutlass.range_constexpr(S):
+
+        if m_i < m_tiles:
+            steps = x.shape[1] // c.step
+            first, last = Int32(0), steps
+            out_tiles = out.shape[1] // UP_ROWS
+            out_first, out_step = Int32(0), 1
+            if const_expr(c.split_k > 1):
+                first, last = steps * rank // c.split_k, steps * (rank + 1) // c.split_k
+                out_first, out_step = rank, c.split_k
+            if warp_index == 0:
+                # ---------------------------------------------------------------- weights
+                cute.arch.setmaxregister_decrease(c.registers[0])
+                box_rows = UP_ROWS // 2 if c.pair else UP_ROWS
+                whole = (box_rows, c.step)
+                tW1 = cute.local_tile(gW1, whole, (None, None, None))
+                tW2 = cute.local_tile(gW2, whole, (None, None, None))
+                one, flat = cute.make_layout(1), cute.group_modes(sBox, 0, 2)
+                to_w1, from_w1 = cpasync.tma_partition(tma_w1, 0, one, flat, cute.group_modes(tW1, 0, 2))
+                to_w2, from_w2 = cpasync.tma_partition(tma_w2, 0, one, flat, cute.group_modes(tW2, 0, 2))
+                stage, phase = Int32(0), Int32(1)
+                for w in cutlass.range(c.wide, unroll=1):
+                    for k in cutlass.range(first, last, 1, unroll=1):
+                        cute.arch.mbarrier_wait(empty_w + stage, phase)
                         with cute.arch.elect_one():
-                            cute.arch.mbarrier_arrive_and_expect_tx(full + i, 256 * BK)
-                        cute.copy(tma_w1, gw[(None, bn_i * cfg.ni, i, e)], sw[(None, i)], tma_bar_ptr=full + i)
-                cpa = cute.make_copy_atom(cpasync.CopyG2SOp(cache_mode=cpasync.LoadCacheMode.GLOBAL), Float8E4M3FN, num_bits_per_copy=128)
-                cps = cute.make_copy_atom(cpasync.CopyG2SOp(cache_mode=cpasync.LoadCacheMode.ALWAYS), Float32, num_bits_per_copy=32)
-                ROWS_PER_IT = PRODUCER_THREADS // 8
-                its = (bm + ROWS_PER_IT - 1) // ROWS_PER_IT
-                rows = cute.make_rmem_tensor((its,), Int32)
-                for r in cutlass.range_constexpr(its):
-                    lr = r * ROWS_PER_IT + tidx // 8
-                    rows[r] = M
-                    if lr < bm:
-                        rows[r] = ids[bm_i * bm + lr] // top_k
-                stage = Int32(0); phase = Int32(1)
-                for ib in cutlass.range(cfg.ni, unroll=1):
-                    for kt in cutlass.range(k_tiles, unroll=1):
-                        cute.arch.mbarrier_wait(empty + stage, phase)
-                        if (warp_idx == 0) & (ib * k_tiles + kt >= S):       # (K / 128 >= stages)
-                            with cute.arch.elect_one():
-                                cute.arch.mbarrier_arrive_and_expect_tx(full + stage, 256 * BK)
-                            cute.copy(tma_w1, gw[(None, bn_i * cfg.ni + ib, kt, e)], sw[(None, stage)], tma_bar_ptr=full + stage)
-                        for r in cutlass.range_constexpr(its):
-                            row = rows[r]
-                            lr = r * ROWS_PER_IT + tidx // 8
-                            if row < M:
-                                c = (tidx % 8) * 16
-                                src = cute.make_tensor((x.iterator + (cutlass.Int64(row) * x.shape[1] + kt * BK + c)).align(16), cute.make_layout(16))
-                                dst = cute.local_tile(sX[(lr, None, stage)], (16,), (tidx % 8,))     # swizzled
-                                cute.copy(cpa, src, cute.make_tensor(dst.iterator.align(16), cute.make_layout(16)))
-                                if tidx % 8 == 0:    # token scale, also by cp.async: no register round trip, tracked by the same barrier
-                                    ssrc = cute.make_tensor(xs.iterator + (cutlass.Int64(row) * xs.shape[1] + kt), cute.make_layout(1))
-                                    sdst = cute.make_tensor(sXs.iterator + (stage * bm + lr), cute.make_layout(1))
-                                    cute.copy(cps, ssrc, sdst)
-                        cute.arch.cp_async_mbarrier_arrive_noinc(full + stage)
+                            cute.arch.mbarrier_arrive_and_expect_tx(full_w + stage, STAGE_BYTES)
+                        self.load(tma_w1, from_w1, to_w1, n_i * c.wide + w, k, expert, stage, full_w, rank, paired)
                         stage += 1
-                        if stage == S:
-                            stage = Int32(0); phase ^= 1
-                for nt in cutlass.range(n2_tiles, unroll=1):
-                    for ib in cutlass.range(cfg.ni, unroll=1):
-                        cute.arch.mbarrier_wait(empty + stage, phase)
-                        if warp_idx == 0:
-                            with cute.arch.elect_one():
-                                cute.arch.mbarrier_arrive_and_expect_tx(full + stage, 256 * BK)
-                            cute.copy(tma_w2, gw2[(None, nt, bn_i * cfg.ni + ib, e)], sw2[(None, stage)], tma_bar_ptr=full + stage)
-                        cute.arch.mbarrier_arrive(full + stage)
+                        if stage == stages:
+                            stage, phase = Int32(0), phase ^ 1
+                for n in cutlass.range(out_first, out_tiles, out_step, unroll=1):
+                    for k in cutlass.range(c.wide * self.parts_of_h, unroll=1):
+                        cute.arch.mbarrier_wait(empty_w + stage, phase)
+                        with cute.arch.elect_one():
+                            cute.arch.mbarrier_arrive_and_expect_tx(full_w + stage, STAGE_BYTES)
+                        column = n_i * (c.wide * self.parts_of_h) + k
+                        self.load(tma_w2, from_w2, to_w2, n, column, expert, stage, full_w, rank, paired)
                         stage += 1
-                        if stage == S:
-                            stage = Int32(0); phase ^= 1
+                        if stage == stages:
+                            stage, phase = Int32(0), phase ^ 1
+            elif warp_index < 4:
+                # ---------------------------------------------------------------- tokens
+                cute.arch.setmaxregister_decrease(c.registers[0])
+                own = thread - (PRODUCER_THREADS - GATHER_THREADS)
+                chunk = own % (ROW_BYTES // CHUNK)
+                at_once = GATHER_THREADS // (ROW_BYTES // CHUNK)
+                rounds = (block + at_once - 1) // at_once
+                past_l1 = cpasync.CopyG2SOp(cache_mode=cpasync.LoadCacheMode.GLOBAL)
+                by_l1 = cpasync.CopyG2SOp(cache_mode=cpasync.LoadCacheMode.ALWAYS)
+                wide_copy = cute.make_copy_atom(past_l1, self.element, num_bits_per_copy=8 * CHUNK)
+                scale_copy = cute.make_copy_atom(by_l1, Float32, num_bits_per_copy=32)
+                width = CHUNK * 8 // self.element.width
+                own_tokens = cute.make_rmem_tensor((rounds,), Int32)
+                for r in cutlass.range_constexpr(rounds):
+                    row = r * at_once + own // (ROW_BYTES // CHUNK)
+                    own_tokens[r] = tokens
+                    if row < block:
+                        own_tokens[r] = slots[m_i * block + row] // top_k
+                stage, phase = Int32(0), Int32(1)
+                for _ in cutlass.range(c.wide, unroll=1):
+                    for k in cutlass.range(first, last, 1, unroll=1):
+                        cute.arch.mbarrier_wait(empty_x + stage, phase)
+                        for r in cutlass.range_constexpr(rounds):
+                            row = r * at_once + own // (ROW_BYTES // CHUNK)
+                            if own_tokens[r] < tokens:
+                                at = Int64(own_tokens[r]) * x.shape[1] + k * c.step + chunk * width
+                                source = cute.make_tensor((x.iterator + at).align(CHUNK), cute.make_layout(width))
+                                target = cute.local_tile(sX[(row, None, stage)], (width,), (chunk,))
+                                target = cute.make_tensor(target.iterator.align(CHUNK), cute.make_layout(width))
+                                cute.copy(wide_copy, source, target)
+                                if const_expr(self.fp8):
+                                    if chunk == 0:
+                                        scale_at = Int64(own_tokens[r]) * x_scale.shape[1] + k
+                                        scale_from = cute.make_tensor(x_scale.iterator + scale_at, cute.make_layout(1))
+                                        scale_to = cute.make_tensor(
+                                            sXs.iterator + (stage * block + row), cute.make_layout(1)
+                                        )
+                                        cute.copy(scale_copy, scale_from, scale_to)
+                        cute.arch.cp_async_mbarrier_arrive_noinc(full_x + stage)
+                        stage += 1
+                        if stage == stages:
+                            stage, phase = Int32(0), phase ^ 1
             else:
-                # ------------------------------------------------------------ consumers: gate/up GEMM
-                cute.arch.setmaxregister_increase(self.regs_c)
-                ct = tidx - PRODUCER_THREADS
-                cwarp = warp_idx - 4
-                wg = cute.arch.make_warp_uniform(cwarp // 4)
+                # ---------------------------------------------------------------- consumers
+                cute.arch.setmaxregister_increase(c.registers[1])
+                own = thread - PRODUCER_THREADS
+                own_warp = warp_index - 4
+                group = cute.arch.make_warp_uniform(own_warp // 4)
                 lane = cute.arch.lane_idx()
-                tn, TM, nacc = self.tn, bm // 8, self.nacc
-                cbar = pipeline.NamedBarrier(barrier_id=1, num_threads=32 * cfg.wn)
-                if ct < bm:                              # routing weight of each sorted slot
-                    slot = ids[bm_i * bm + ct]
-                    wt = Float32(0.0)
-                    if slot < M * top_k:
-                        wt = tw[slot]
-                    sTw[ct] = wt
-                thr = mma.get_slice(0)
-                tA = mma.make_fragment_A(thr.partition_A(cute.local_tile(sW, (64, BK), (None, 0, None))))   # (V,1,kb,tile,stage)
-                tB = mma.make_fragment_B(thr.partition_B(sX))                                                # (V,1,kb,stage)
-                tH = mma.make_fragment_B(thr.partition_B(sH))
-                NK = cute.size(tA, mode=[2])
-                acc = cute.make_rmem_tensor((4 * TM * nacc,), Float32)
-                main = cute.make_rmem_tensor((4 * TM, tn), Float32)
-                stage = Int32(0); phase = Int32(0)
-                for ib in cutlass.range(cfg.ni, unroll=1):
-                    nb = bn_i * cfg.ni + ib
-                    main.fill(0.0)
-                    for kt in cutlass.range(k_tiles, unroll=1):
-                        s0 = w1s[nb * 2, kt, e]            # gate / up scale of this k block (issued before the wait)
-                        s1 = w1s[nb * 2 + 1, kt, e]
-                        cute.arch.mbarrier_wait(full + stage, phase)
-                        cute.arch.fence_proxy("async.shared", space="cta")
+                all_consumers = pipeline.NamedBarrier(barrier_id=1, num_threads=32 * c.warps)
+                own_group = pipeline.NamedBarrier(barrier_id=2 + group, num_threads=128)
+                slice_ = self.mma().get_slice(0)
+                fragment_a, fragment_b = self.mma().make_fragment_A, self.mma().make_fragment_B
+                tA = fragment_a(slice_.partition_A(cute.local_tile(sW, (64, c.step), (None, 0, None))))
+                first_tile = group * tiles
+                tX = fragment_b(slice_.partition_B(sX))
+                tH = fragment_b(slice_.partition_B(sH))
+                accumulator = cute.make_rmem_tensor((block // 2 * in_flight if self.fp8 else 1,), Float32)
+                sums = cute.make_rmem_tensor((4 * octets, tiles), Float32)
+                if own < block:
+                    slot = slots[m_i * block + own]
+                    weight = Float32(0.0)
+                    if slot < tokens * top_k:
+                        weight = routing[slot]
+                    sRouting[own] = weight
+                row_of_out = Int32(-1)  # of this thread's token in its warpgroup's staged rows
+                if own % 128 < block:
+                    slot = slots[m_i * block + own % 128]
+                    if slot < tokens * top_k:
+                        row_of_out = slot // top_k
+                        if const_expr(c.combine == "rows"):
+                            row_of_out = n_i * (tokens * top_k) + slot
+                stage, phase, x_stage, x_phase = Int32(0), Int32(0), Int32(0), Int32(0)
+
+                for w in cutlass.range(c.wide, unroll=1):
+                    # ---- gate and up
+                    n = n_i * c.wide + w
+                    sums.fill(0.0)
+                    for k in cutlass.range(first, last, 1, unroll=1):
+                        gate_scale, up_scale = Float32(1.0), Float32(1.0)
+                        if const_expr(self.fp8):  # asked for before the wait
+                            gate_scale, up_scale = w1_scale[0, n, k, expert], w1_scale[1, n, k, expert]
+                        cute.arch.mbarrier_wait(full_x + x_stage, x_phase)
+                        cute.arch.mbarrier_wait(full_w + stage, phase)
+                        cute.arch.fence_proxy("async.shared", space="cta")  # cp.async wrote for WGMMA to read
+                        b = tX[(None, None, None, x_stage)]
                         warpgroup.fence()
-                        for n in cutlass.range_constexpr(nacc):
-                            for kb in cutlass.range_constexpr(NK):
-                                mma.set(warpgroup.Field.ACCUMULATE, kb != 0)
-                                cute.gemm(mma, acc_tile(acc, n, mma, bm), tA[(None, None, kb, wg * tn + n, stage)], tB[(None, None, kb, stage)], acc_tile(acc, n, mma, bm))
-                            warpgroup.commit_group()
-                        for n in cutlass.range_constexpr(tn):
-                            warpgroup.wait_group(min(n + nacc, tn) - (n + 1))
-                            for m in cutlass.range_constexpr(TM):
-                                for j in cutlass.range_constexpr(2):
-                                    xsc = sXs[m * 8 + (lane % 4) * 2 + j, stage]
-                                    main[4 * m + j, n] = main[4 * m + j, n] + acc[4 * m + j + 4 * TM * (n % nacc)] * (s0 * xsc)
-                                    main[4 * m + 2 + j, n] = main[4 * m + 2 + j, n] + acc[4 * m + 2 + j + 4 * TM * (n % nacc)] * (s1 * xsc)
-                            if const_expr(n + nacc < tn):
-                                warpgroup.fence()
-                                for kb in cutlass.range_constexpr(NK):
-                                    mma.set(warpgroup.Field.ACCUMULATE, kb != 0)
-                                    cute.gemm(mma, acc_tile(acc, n % nacc, mma, bm), tA[(None, None, kb, wg * tn + n + nacc, stage)], tB[(None, None, kb, stage)], acc_tile(acc, n % nacc, mma, bm))
-                                warpgroup.commit_group()
-                        cute.arch.mbarrier_arrive(empty + stage)
-                        stage += 1
-                        if stage == S:
-                            stage = Int32(0); phase ^= 1
-                    # ------------------------------------------------------------ SwiGLU + per-token requant to FP8
-                    h = cute.make_rmem_tensor((tn, TM, 2), Float32)
-                    for n in cutlass.range_constexpr(tn):
-                        for m in cutlass.range_constexpr(TM):
-                            for j in cutlass.range_constexpr(2):
-                                g = main[4 * m + j, n]
-                                u = main[4 * m + 2 + j, n]
-                                h[n, m, j] = g * cute.arch.rcp_approx(1.0 + cute.math.exp2(g * -1.4426950408889634, fastmath=True)) * u
-                    for m in cutlass.range_constexpr(TM):
-                        for j in cutlass.range_constexpr(2):
-                            a = Float32(1e-10)
-                            for n in cutlass.range_constexpr(tn):
-                                a = cute.arch.fmax(a, cute.arch.fmax(h[n, m, j], -h[n, m, j]))
-                            a = cute.arch.fmax(a, cute.arch.shuffle_sync_bfly(a, 4))
-                            a = cute.arch.fmax(a, cute.arch.shuffle_sync_bfly(a, 8))
-                            a = cute.arch.fmax(a, cute.arch.shuffle_sync_bfly(a, 16))
-                            if lane < 4:
-                                red[m * 8 + lane * 2 + j, cwarp] = a
-                    cbar.arrive_and_wait()
-                    for m in cutlass.range_constexpr(TM):
-                        for j in cutlass.range_constexpr(2):
-                            tok = m * 8 + (lane % 4) * 2 + j
-                            a = Float32(1e-10)
-                            for ww in cutlass.range_constexpr(4 * self.wgs):
-                                a = cute.arch.fmax(a, red[tok, ww])
-                            inv = 448.0 * cute.arch.rcp_approx(a)
-                            if (cwarp == 0) & (lane < 4):                   # token scale x routing weight of this block
-                                sTs[tok, ib] = a * (1.0 / 448.0) * sTw[tok]
-                            hq = cute.make_rmem_tensor((4,), Float32)
-                            q8 = cute.make_rmem_tensor((4,), Float8E4M3FN)
-                            for n in cutlass.range_constexpr(4):
-                                hq[n] = h[n % tn, m, j] * inv
-                            q8.store(hq.load().to(Float8E4M3FN))
-                            for n in cutlass.range_constexpr(tn):
-                                col = (wg * tn + n) * 32 + (cwarp % 4) * 8 + lane // 4
-                                sH[tok, col, ib] = q8[n]
-                    cute.arch.fence_proxy("async.shared", space="cta")
-                    cbar.arrive_and_wait()
-                # ------------------------------------------------------------ down GEMM; each warpgroup owns wcols output columns
-                wbar = pipeline.NamedBarrier(barrier_id=2 + wg, num_threads=128)
-                wt_i = ct % 128
-                token = M
-                if wt_i < bm:
-                    token = ids[bm_i * bm + wt_i] // top_k
-                OS = self.ostride
-                sO = cute.recast_ptr(st.xo.data_ptr(), dtype=BFloat16).align(16) + wg * (bm * OS)
-                acc2 = cute.make_rmem_tensor((4 * TM * 2,), Float32)
-                sum2 = cute.make_rmem_tensor((4 * TM * 2, tn // 2), Float32)     # only used for ni > 1
-                st_atom = cute.make_copy_atom(warp.StMatrix8x8x16bOp(transpose=True, num_matrices=4), BFloat16)
-                frag = cute.make_rmem_tensor((8,), BFloat16)
-                f32 = cute.make_rmem_tensor((8,), Float32)
-                ob = Int32(0)
-                for nt in cutlass.range(n2_tiles, unroll=1):
-                    for ib in cutlass.range_constexpr(cfg.ni):
-                        nb = bn_i * cfg.ni + ib
-                        s2 = cute.make_rmem_tensor((tn // 2,), Float32)
-                        for c in cutlass.range_constexpr(tn // 2):            # chunk c of this warpgroup = 128 columns = one W2 scale block
-                            s2[c] = w2s[nt * 2 + wg * (tn // 2) + c, nb, e]
-                        cute.arch.mbarrier_wait(full + stage, phase)
-                        for c in cutlass.range_constexpr(tn // 2):
-                            warpgroup.fence()
-                            for n in cutlass.range_constexpr(2):
-                                for kb in cutlass.range_constexpr(NK):
-                                    mma.set(warpgroup.Field.ACCUMULATE, kb != 0)
-                                    cute.gemm(mma, acc_tile(acc2, n, mma, bm), tA[(None, None, kb, wg * tn + c * 2 + n, stage)], tH[(None, None, kb, ib)], acc_tile(acc2, n, mma, bm))
-                            warpgroup.commit_group()
-                            if const_expr(self.obuf == 1 and ib == cfg.ni - 1):   # staging buffer free again (its last bulk reduce has been read)
-                                cute.arch.cp_async_bulk_wait_group(0, read=True)
-                                wbar.arrive_and_wait()
+                        if const_expr(self.fp8):
+                            for t in cutlass.range_constexpr(in_flight):
+                                self.multiply(accumulator, t * (block // 2), tA, first_tile + t, stage, b, False)
+                            for t in cutlass.range_constexpr(tiles):
+                                warpgroup.wait_group(min(t + in_flight, tiles) - (t + 1))
+                                at = t % in_flight * (block // 2)
+                                for m in cutlass.range_constexpr(octets):
+                                    for j in cutlass.range_constexpr(2):
+                                        scale = sXs[8 * m + lane % 4 * 2 + j, x_stage]
+                                        i = 4 * m + j
+                                        sums[i, t] = sums[i, t] + accumulator[at + i] * (gate_scale * scale)
+                                        sums[i + 2, t] = sums[i + 2, t] + accumulator[at + i + 2] * (up_scale * scale)
+                                if const_expr(t + in_flight < tiles):
+                                    warpgroup.fence()
+                                    self.multiply(accumulator, at, tA, first_tile + t + in_flight, stage, b, False)
+                        else:
+                            for t in cutlass.range_constexpr(tiles):
+                                self.multiply(sums, t * (block // 2), tA, first_tile + t, stage, b, True)
                             warpgroup.wait_group(0)
-                            if const_expr(c == tn // 2 - 1):
-                                cute.arch.mbarrier_arrive(empty + stage)
-                            for m in cutlass.range_constexpr(TM):
-                                for q in cutlass.range_constexpr(8):
-                                    i = 4 * (m + TM * (q // 4)) + q % 4
-                                    v = acc2[i] * (s2[c] * sTs[m * 8 + (lane % 4) * 2 + q % 2, ib])
-                                    if const_expr(ib > 0):
-                                        v = v + sum2[i, c]
-                                    if const_expr(ib < cfg.ni - 1):
-                                        sum2[i, c] = v
-                                    else:
-                                        f32[q] = v
-                                if const_expr(ib == cfg.ni - 1):
-                                    frag.store(f32.load().to(BFloat16))
-                                    ocol = lane // 16 * 64 + (cwarp % 4) * 16 + (lane // 8 % 2) * 8
-                                    p = sO + (ob * (self.wgs * bm * OS) + (m * 8 + lane % 8) * OS + ocol)
-                                    cute.copy(st_atom, frag, cute.make_tensor(p.align(16), cute.make_layout(8)))
-                            if const_expr(ib == cfg.ni - 1):
-                                cute.arch.fence_proxy("async.shared", space="cta")
-                                if const_expr(self.obuf == 2):       # the other buffer's reduce (previous chunk) must be read before this barrier
-                                    cute.arch.cp_async_bulk_wait_group(0, read=True)
-                                wbar.arrive_and_wait()
-                                if token < M:
-                                    gp = out.iterator + (cutlass.Int64(token) * out.shape[1] + nt * self.bn2 + (wg * (tn // 2) + c) * 128)
-                                    sp = sO + (ob * (self.wgs * bm * OS) + wt_i * OS)
-                                    prims.cp_reduce_async_bulk_global_shared_cta(gp.to_llvm_ptr(), sp.to_llvm_ptr(), 256,
-                                        op=prims.CpReduceOp.ADD, type=prims.CpReduceType.BF16, noftz=True)
-                                cute.arch.cp_async_bulk_commit_group()
-                                if const_expr(self.obuf == 2):
-                                    ob ^= 1
+                        cute.arch.sync_warp()
+                        if lane == 0:
+                            cute.arch.mbarrier_arrive(empty_w + stage)
+                            cute.arch.mbarrier_arrive(empty_x + x_stage)
+                        if const_expr(c.pair):
+                            if (lane == 1) & (paired == 1):
+                                cute.arch.mbarrier_arrive(empty_w + stage, rank ^ 1)
                         stage += 1
-                        if stage == S:
-                            stage = Int32(0); phase ^= 1
+                        if stage == stages:
+                            stage, phase = Int32(0), phase ^ 1
+                        x_stage += 1
+                        if x_stage == stages:
+                            x_stage, x_phase = Int32(0), x_phase ^ 1
+                    if const_expr(c.split_k > 1):
+                        self.share(sums, base, gathered, rank, own, all_consumers)
+
+                    # ---- SwiGLU, into registers 4m and 4m + 1
+                    for t in cutlass.range_constexpr(tiles):
+                        for m in cutlass.range_constexpr(octets):
+                            for j in cutlass.range_constexpr(2):
+                                gate, up = sums[4 * m + j, t], sums[4 * m + 2 + j, t]
+                                if up_first == 1:
+                                    gate, up = up, gate
+                                e = cute.math.exp2(gate * -LOG2_E, fastmath=True)
+                                sums[4 * m + j, t] = gate * cute.arch.rcp_approx(1.0 + e) * up
+                    if const_expr(self.fp8):
+                        # ---- a token's largest: of a thread's, of the 8 lanes that share it, of all warps'
+                        for m in cutlass.range_constexpr(octets):
+                            for j in cutlass.range_constexpr(2):
+                                most = Float32(TINY)
+                                for t in cutlass.range_constexpr(tiles):
+                                    most = cute.arch.fmax(most, cute.arch.fmax(sums[4 * m + j, t], -sums[4 * m + j, t]))
+                                for distance in cutlass.range_constexpr(2, 5):
+                                    most = cute.arch.fmax(most, cute.arch.shuffle_sync_bfly(most, 1 << distance))
+                                if lane < 4:
+                                    sMax[8 * m + lane * 2 + j, own_warp] = most
+                        all_consumers.arrive_and_wait()
+                        for m in cutlass.range_constexpr(octets):
+                            for j in cutlass.range_constexpr(2):
+                                token = 8 * m + lane % 4 * 2 + j
+                                most = Float32(TINY)
+                                for other_warp in cutlass.range_constexpr(c.warps):
+                                    most = cute.arch.fmax(most, sMax[token, other_warp])
+                                if (own_warp == 0) & (lane < 4):
+                                    sHs[token, w] = most * (1.0 / FP8_MAX) * sRouting[token]
+                                inverse = FP8_MAX * cute.arch.rcp_approx(most)
+                                scaled = cute.make_rmem_tensor((4,), Float32)  # conversions come in fours
+                                rounded = cute.make_rmem_tensor((4,), Float8E4M3FN)
+                                for t in cutlass.range_constexpr(4):
+                                    scaled[t] = sums[4 * m + j, t % tiles] * inverse
+                                rounded.store(scaled.load().to(Float8E4M3FN))
+                                for t in cutlass.range_constexpr(tiles):
+                                    column = (group * tiles + t) * 32 + own_warp % 4 * 8 + lane // 4
+                                    sH[token, column, w] = rounded[t]
+                    else:
+                        for m in cutlass.range_constexpr(octets):
+                            for j in cutlass.range_constexpr(2):
+                                for t in cutlass.range_constexpr(tiles):
+                                    column = (group * tiles + t) * 32 + own_warp % 4 * 8 + lane // 4
+                                    part = w * self.parts_of_h + column // c.step
+                                    sH[8 * m + lane % 4 * 2 + j, column % c.step, part] = BFloat16(sums[4 * m + j, t])
+                    cute.arch.fence_proxy("async.shared", space="cta")  # written for WGMMA to read
+                    all_consumers.arrive_and_wait()
+
+                # ---- down, 256 columns at a time
+                staged, buffer = base + self.map.tokens, Int32(0)
+                for n in cutlass.range(out_first, out_tiles, out_step, unroll=1):
+                    sums.fill(0.0)
+                    for k in cutlass.range(c.wide * self.parts_of_h, unroll=1):
+                        b = tH[(None, None, None, k)]
+                        if const_expr(self.fp8):
+                            scales = cute.make_rmem_tensor((tiles // 2,), Float32)  # 128 columns share one
+                            for half in cutlass.range_constexpr(tiles // 2):
+                                scales[half] = w2_scale[2 * n + group * (tiles // 2) + half, n_i * c.wide + k, expert]
+                            cute.arch.mbarrier_wait(full_w + stage, phase)
+                            warpgroup.fence()
+                            for t in cutlass.range_constexpr(in_flight):
+                                self.multiply(accumulator, t * (block // 2), tA, first_tile + t, stage, b, False)
+                            for t in cutlass.range_constexpr(tiles):
+                                warpgroup.wait_group(min(t + in_flight, tiles) - (t + 1))
+                                at = t % in_flight * (block // 2)
+                                for m in cutlass.range_constexpr(octets):
+                                    for i in cutlass.range_constexpr(4):
+                                        scale = scales[t // 2] * sHs[8 * m + lane % 4 * 2 + i % 2, k]
+                                        sums[4 * m + i, t] = sums[4 * m + i, t] + accumulator[at + 4 * m + i] * scale
+                                if const_expr(t + in_flight < tiles):
+                                    warpgroup.fence()
+                                    self.multiply(accumulator, at, tA, first_tile + t + in_flight, stage, b, False)
+                        else:
+                            cute.arch.mbarrier_wait(full_w + stage, phase)
+                            warpgroup.fence()
+                            for t in cutlass.range_constexpr(tiles):
+                                self.multiply(sums, t * (block // 2), tA, first_tile + t, stage, b, True)
+                            warpgroup.wait_group(0)
+                        cute.arch.sync_warp()
+                        if lane == 0:
+                            cute.arch.mbarrier_arrive(empty_w + stage)
+                        if const_expr(c.pair):
+                            if (lane == 1) & (paired == 1):
+                                cute.arch.mbarrier_arrive(empty_w + stage, rank ^ 1)
+                        stage += 1
+                        if stage == stages:
+                            stage, phase = Int32(0), phase ^ 1
+                    if const_expr(not self.fp8):
+                        for m in cutlass.range_constexpr(octets):
+                            for i in cutlass.range_constexpr(4):
+                                for t in cutlass.range_constexpr(tiles):
+                                    sums[4 * m + i, t] = sums[4 * m + i, t] * sRouting[8 * m + lane % 4 * 2 + i % 2]
+                    # ---- out, 128 columns of a warpgroup at a time
+                    for half in cutlass.range_constexpr(tiles // 2):
+                        if const_expr(self.map.buffers == 1):  # the last columns have left
+                            cute.arch.cp_async_bulk_wait_group(0, read=True)
+                            own_group.arrive_and_wait()
+                        self.stage(sums, half, staged, buffer, group, own_warp, lane)
+                        cute.arch.fence_proxy("async.shared", space="cta")
+                        if const_expr(self.map.buffers == 2):  # those before have: the other buffer is free from here
+                            cute.arch.cp_async_bulk_wait_group(0, read=True)
+                        own_group.arrive_and_wait()
+                        if row_of_out >= 0:
+                            column = n * UP_ROWS + (group * (tiles // 2) + half) * OUT_COLUMNS
+                            self.send(out, row_of_out, column, staged, buffer, group, own % 128)
+                        cute.arch.cp_async_bulk_commit_group()
+                        if const_expr(self.map.buffers == 2):
+                            buffer ^= 1
                 cute.arch.cp_async_bulk_wait_group(0)
+        if const_expr(c.pair or c.split_k > 1):  # others may still arrive here
+            cute.arch.cluster_arrive()
+            cute.arch.cluster_wait()
 
-def fake_args():
-    mk = cute.runtime.make_fake_compact_tensor
-    f8 = Float8E4M3FN
-    M, Mo, E, P, B = [cute.sym_int() for _ in range(5)]
-    K = cute.sym_int(divisibility=128); N = cute.sym_int(divisibility=128); N2 = cute.sym_int(divisibility=64)
-    ks, ns, k2, kb = [cute.sym_int() for _ in range(4)]
-    return (mk(f8, (M, K), stride_order=(1, 0), assumed_align=16),
-            mk(Float32, (M, ks), stride_order=(1, 0), assumed_align=4),
-            mk(f8, (N, K, E), stride_order=(1, 0, 2), assumed_align=16),
-            mk(Float32, (ns, ks, E), stride_order=(1, 0, 2), assumed_align=4),
-            mk(f8, (K, N2, E), stride_order=(1, 0, 2), assumed_align=16),
-            mk(Float32, (ks, k2, E), stride_order=(1, 0, 2), assumed_align=4),
-            mk(BFloat16, (M, K), stride_order=(1, 0), assumed_align=16),
-            mk(Int32, (P,), stride_order=(0,), assumed_align=4),
-            mk(Int32, (B,), stride_order=(0,), assumed_align=4),
-            mk(Int32, (1,), stride_order=(0,), assumed_align=4),
-            mk(Float32, (cute.sym_int(),), stride_order=(0,), assumed_align=4),
-            Int32(8), Int32(100))
+    @cute.jit
+    def init_barriers(self, full_w: cute.Pointer, thread: Int32, ctas: Int32):
+        """ctas: how many of a cluster read what is loaded into this one's stages."""
+        c = self.c
+        if thread == 0:
+            for i in cutlass.range_constexpr(c.stages):
+                cute.arch.mbarrier_init(full_w + i, 1)
+                cute.arch.mbarrier_init(full_w + (c.stages + i), c.warps * ctas)
+                cute.arch.mbarrier_init(full_w + (2 * c.stages + i), GATHER_THREADS)
+                cute.arch.mbarrier_init(full_w + (3 * c.stages + i), c.warps)
+            cute.arch.mbarrier_init(full_w + 4 * c.stages, 1)
 
-def compile_one(cfg, options=""):
-    st = cute.runtime.make_fake_stream(use_tvm_ffi_env_stream=True) if "tvm-ffi" in options else cuda.CUstream(0)
-    return cute.compile(FusedMoe(cfg), *fake_args(), st, options=options, no_jit_engine=True)
+    def swizzled(self, at, layout):
+        return cute.make_tensor(cute.recast_ptr(at, layout.inner, dtype=self.element), layout.outer)
+
+    def floats(self, at, layout):
+        return cute.make_tensor(cute.recast_ptr(at, dtype=Float32), layout)
+
+    @cute.jit
+    def load(self, tma: cute.CopyAtom, source: cute.Tensor, target: cute.Tensor, n: Int32, k: Int32, expert: Int32,
+             stage: Int32, full: cute.Pointer, rank: Int32, paired: Int32):  # fmt: skip
+        """A stage of weights: rows [256 n, 256 n + 256), step k."""
+        if const_expr(self.c.pair):
+            if paired == 1:
+                cute.copy(tma, source[(None, 2 * n + rank, k, expert)], target[(None, 2 * stage + rank)],
+                          tma_bar_ptr=full + stage, mcast_mask=Int16(3))  # fmt: skip
+            else:
+                for half in cutlass.range_constexpr(2):
+                    cute.copy(tma, source[(None, 2 * n + half, k, expert)], target[(None, 2 * stage + half)],
+                              tma_bar_ptr=full + stage, mcast_mask=Int16(1 << rank))  # fmt: skip
+        else:
+            cute.copy(tma, source[(None, n, k, expert)], target[(None, stage)], tma_bar_ptr=full + stage)
+
+    def multiply(self, to, at, weights, tile_index, stage, b, add):
+        """A 64 x block tile in registers, from `at` on: (to +) a b, over the columns of a step. Commits a group."""
+        a = weights[(None, None, None, tile_index, stage)]
+        mma = self.mma()
+        tile = cute.make_tensor(to.iterator + at, cute.make_layout(mma.partition_shape_C((64, self.c.block))))
+        for k in range(cute.size(a, mode=[2])):
+            mma.set(warpgroup.Field.ACCUMULATE, add or k != 0)
+            cute.gemm(mma, tile, a[(None, None, k)], b[(None, None, k)], tile)
+        warpgroup.commit_group()
+
+    @cute.jit
+    def share(self, sums: cute.Tensor, base: cute.Pointer, gathered: cute.Pointer, rank: Int32, own: Int32,
+              all_consumers: cutlass.Constexpr):  # fmt: skip
+        """sums <- the sum over the cluster, added up in the order of its CTAs."""
+        c = self.c
+        octets, threads, nbytes = c.block // 8, 32 * c.warps, c.block * UP_ROWS * 4
+        parts = cute.recast_ptr(base + self.map.parts, dtype=Float32)
+        for t in cutlass.range_constexpr(c.tiles):
+            for m in cutlass.range_constexpr(octets):
+                at = ((rank * c.tiles + t) * octets + m) * threads + own
+                quad = cute.make_tensor((parts + at * 4).align(16), cute.make_layout(4))
+                for i in cutlass.range_constexpr(4):
+                    quad[i] = sums[4 * m + i, t]
+        cute.arch.fence_proxy("async.shared", space="cta")
+        all_consumers.arrive_and_wait()
+        if own == 0:
+            cute.arch.mbarrier_arrive_and_expect_tx(gathered, (c.split_k - 1) * nbytes)
+        if (own < c.split_k) & (own != rank):
+            mine = (parts + rank * (c.block * UP_ROWS)).to_llvm_ptr()
+            prims.cp_async_bulk_shared_cluster_shared_cta(
+                prims.mapa(mine, own), mine, prims.mapa(gathered.to_llvm_ptr(), own), nbytes
+            )
+        cute.arch.mbarrier_wait(gathered, 0)
+        sums.fill(0.0)
+        for r in cutlass.range_constexpr(c.split_k):
+            for t in cutlass.range_constexpr(c.tiles):
+                for m in cutlass.range_constexpr(octets):
+                    at = ((r * c.tiles + t) * octets + m) * threads + own
+                    quad = cute.make_tensor((parts + at * 4).align(16), cute.make_layout(4))
+                    for i in cutlass.range_constexpr(4):
+                        sums[4 * m + i, t] = sums[4 * m + i, t] + quad[i]
+
+    @cute.jit
+    def stage(self, sums: cute.Tensor, half: cutlass.Constexpr, staged: cute.Pointer, buffer: Int32, group: Int32,
+              own_warp: Int32, lane: Int32):  # fmt: skip
+        """Two tiles of sums, 128 output columns, to shared memory: a row a token."""
+        c = self.c
+        pitch = OUT_COLUMNS + OUT_PAD
+        first = (buffer * c.warpgroups + group) * (c.block * pitch)
+        if const_expr(c.combine == "f32"):
+            rows = cute.recast_ptr(staged, dtype=Float32)
+            for m in cutlass.range_constexpr(c.block // 8):
+                for i in cutlass.range_constexpr(8):
+                    token = 8 * m + lane % 4 * 2 + i % 2
+                    column = i // 4 * 64 + own_warp % 4 * 16 + i // 2 % 2 * 8 + lane // 4
+                    at = cute.make_tensor(rows + (first + token * pitch + column), cute.make_layout(1))
+                    at[0] = sums[4 * m + i % 4, 2 * half + i // 4]
+        else:
+            rows = cute.recast_ptr(staged, dtype=BFloat16)
+            transpose = cute.make_copy_atom(warp.StMatrix8x8x16bOp(transpose=True, num_matrices=4), BFloat16)
+            exact, rounded = cute.make_rmem_tensor((8,), Float32), cute.make_rmem_tensor((8,), BFloat16)
+            for m in cutlass.range_constexpr(c.block // 8):
+                for i in cutlass.range_constexpr(8):
+                    exact[i] = sums[4 * m + i % 4, 2 * half + i // 4]
+                rounded.store(exact.load().to(BFloat16))
+                column = lane // 16 * 64 + own_warp % 4 * 16 + lane // 8 % 2 * 8
+                at = rows + (first + (8 * m + lane % 8) * pitch + column)
+                cute.copy(transpose, rounded, cute.make_tensor(at.align(16), cute.make_layout(8)))
+
+    @cute.jit
+    def send(self, out: cute.Tensor, row: Int32, column: Int32, staged: cute.Pointer, buffer: Int32, group: Int32,
+             own: Int32):  # fmt: skip
+        """A staged row on its way: added to the output, or stored."""
+        c = self.c
+        pitch = OUT_COLUMNS + OUT_PAD
+        dtype = Float32 if c.combine == "f32" else BFloat16
+        at = ((buffer * c.warpgroups + group) * c.block + own) * pitch
+        source = (cute.recast_ptr(staged, dtype=dtype) + at).to_llvm_ptr()
+        target = (out.iterator + (Int64(row) * out.shape[1] + column)).to_llvm_ptr()
+        nbytes = OUT_COLUMNS * dtype.width // 8
+        if const_expr(c.combine == "rows"):
+            prims.cp_async_bulk_global_shared_cta(target, source, nbytes)
+        elif const_expr(c.combine == "f32"):
+            prims.cp_reduce_async_bulk_global_shared_cta(
+                target, source, nbytes, op=prims.CpReduceOp.ADD, type=prims.CpReduceType.F32
+            )
+        else:
+            prims.cp_reduce_async_bulk_global_shared_cta(
+                target, source, nbytes, op=prims.CpReduceOp.ADD, type=prims.CpReduceType.BF16, noftz=True
+            )
 
 
+def arguments(config: Config):
+    """Tensors of any size, as `FusedMoE.__call__` takes them."""
+    element = Float8E4M3FN if config.dtype == "fp8" else BFloat16
+    width = CHUNK * 8 // element.width  # elements in 16 bytes, to which tensor maps align
+    result = Float32 if config.combine == "f32" else BFloat16
 
-def compile_config(config: object, function: str, object_path: object) -> None:
-    """Compile for the architecture that CUTE_DSL_ARCH names, without a GPU, and write an object file that exports the
-    tvm-ffi function `function`."""
-    cfg = MoeConfig(config.block, config.sub_tile, config.warps, config.stages, config.occupancy, 2, config.blocks)
-    compile_one(cfg, "--enable-tvm-ffi").export_to_c(str(object_path), function_name=function)
+    def free(divisibility: int = 1):
+        return cute.sym_int(divisibility=divisibility)
+
+    def stride(divisibility: int = 1):
+        return cute.sym_int64(divisibility=divisibility)
+
+    def fake(dtype, shape, strides, align):
+        return cute.runtime.make_fake_tensor(dtype, shape, strides, assumed_align=align)
+
+    tokens, hidden, experts = free(), free(UP_ROWS), free()
+    scales_h, scales_i, eights = free(), free(), free(16)
+    return (
+        fake(element, (tokens, hidden), (stride(width), 1), CHUNK),
+        fake(Float32, (tokens, scales_h), (stride(), 1), 4),
+        fake(element, (8, 2, eights, hidden, experts), (*(stride(width) for _ in range(3)), 1, stride(width)), CHUNK),
+        fake(Float32, (2, scales_i, scales_h, experts), (stride(), stride(), 1, stride()), 4),
+        fake(element, (hidden, free(INTERMEDIATES), experts), (stride(width), 1, stride(width)), CHUNK),
+        fake(Float32, (free(), free(), experts), (stride(), 1, stride()), 4),
+        fake(result, (free(), hidden), (stride(width), 1), CHUNK),
+        fake(Int32, (free(),), (1,), 4),
+        fake(Int32, (free(),), (1,), 4),
+        fake(Int32, (1,), (1,), 4),
+        fake(Float32, (free(),), (1,), 4),
+        Int32(1),
+        Int32(1),
+        Int32(0),
+        fake(Int32, (1,), (1,), 4),
+        Int32(0),
+        cute.runtime.make_fake_stream(use_tvm_ffi_env_stream=True),
+    )
+
+
+def compile_config(config: Config, function: str, object_path: Path) -> None:
+    """Compile for sm_90a, with or without a GPU, and write an object file that exports `function`."""
+    compiled = cute.compile(FusedMoE(config), *arguments(config), options="--enable-tvm-ffi", no_jit_engine=True)
+    compiled.export_to_c(str(object_path), function_name=function)

@@ -36,7 +36,9 @@ from .toolkit import runtime_abis, toolchain
 
 VARIABLE = "RAMP_MOE_CACHE"
 SOURCES = Path(__file__).parents[1]
-"""What the kernel is compiled from: the Python files of this folder."""
+"""Where the kernel's Python files are."""
+COMPILED = ("config.py", "moe.py")
+"""Those of them that decide what an object is."""
 ARCHITECTURE = "sm_90a"
 FORMAT = "ramp-moe/object"
 VERSION = 1
@@ -189,4 +191,4 @@ def prune(sources: Path = SOURCES) -> int:
 
 
 def _of_sources(sources: Path) -> Path:
-    return cache_folder() / "cute" / f"v{VERSION}-{ARCHITECTURE}-{digest_of(sources)}"
+    return cache_folder() / "cute" / f"v{VERSION}-{ARCHITECTURE}-{digest_of(*(sources / name for name in COMPILED))}"

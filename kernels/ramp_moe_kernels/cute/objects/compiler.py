@@ -7,7 +7,9 @@ import tempfile
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import cast
 
+from ..config import Config
 from .cache import ARCHITECTURE, Configuration
 from .cubin import Usage, usage
 from .toolkit import Linker
@@ -35,7 +37,7 @@ def make() -> Maker:
 
     def compile_and_link(config: Configuration, library: Path) -> Usage:
         compiled = library.with_suffix(".o")
-        moe.compile_config(config, config.name, compiled)
+        moe.compile_config(cast(Config, config), config.name, compiled)
         found = usage(compiled.read_bytes())
         linker.link(compiled, library)
         return found

@@ -1,0 +1,153 @@
+"""The fused CuTe kernel as a kernel of the library: what it can compute, its configurations and their grids."""
+
+from __future__ import annotations
+
+from collections.abc import Hashable, Iterator, Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from ramp_moe import BuildableKernel, Built, Hardware, KernelConfig, MoEShape, Stage, WeightLayout
+from ramp_moe.device import Batch, LaunchableKernel, MoEWeights, Workspace
+from ramp_moe.errors import KernelError
+from ramp_moe.kernel import LAYOUTS, Progress, digest_of, is_installed
+
+from .config import ELEMENT, UP_ROWS, Config
+from .space import configurations, geometry, polymorphic, unaligned
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from .launch import Prepared
+
+RUNS = ("config.py", "moe.py", "launch.py")
+"""Of this package's files, those that decide the times."""
+FEW = 16.0
+"""Mean tokens of an active expert up to which the weights' way from memory decides, and arithmetic does not."""
+MANY = 48.0
+"""From where on the weights' way from L2 does."""
+
+
+class CuteMoE(LaunchableKernel, BuildableKernel):
+    """fp8 (e4m3 W8A8, [128, 128] weight scales) and bf16 weights without biases, activation swiglu, on Hopper. Takes
+    bf16 hidden states. Compiled ahead of time: `ramp-moe kernels build --kernel cute`."""
+
+    name = "cute"
+
+    def version(self) -> str:
+        """The library's version and a digest of the sources that run."""
+        here = Path(__file__).parent
+        return f"{super().version()}+{digest_of(*(here / name for name in RUNS))}"
+
+    def unsupported(self, shape: MoEShape, hardware: Hardware) -> str | None:
+        if hardware.arch != "sm_90":
+            return f"written for Hopper (sm_90), {hardware.name} is {hardware.arch}"
+        if shape.dtype not in ELEMENT:
+            return f"computes {' and '.join(ELEMENT)}, not {shape.dtype}"
+        return unaligned(shape)
+
+    def unavailable(self) -> str | None:
+        missing = [name for name in ("torch", "triton", "tvm_ffi") if not is_installed(name)]
+        return f"the package {missing[0]} is missing: pip install 'ramp-moe[triton,cute]'" if missing else None
+
+    def configs(self, shape: MoEShape, hardware: Hardware) -> Sequence[KernelConfig]:
+        return [self.describe(c, shape) for c in configurations(shape)]
+
+    def describe(self, config: Config, shape: MoEShape) -> KernelConfig:
+        """A configuration as the library sees it."""
+        beside = ("-quantise" if config.dtype == "fp8" else "") + ("" if config.combine == "rows" else "-zero")
+        stages = [
+            Stage("schedule", f"{self.name}/prepare/bm{config.block}{beside}"),
+            Stage("gemm", f"{self.name}/{config.name}", geometry(config, shape)),
+        ]
+        if config.combine == "f32":
+            stages.append(Stage("combine", f"{self.name}/cast"))
+        if config.combine == "rows":
+            stages.append(Stage("combine", f"{self.name}/combine/wide{config.wide}"))
+        params = tuple((k, v) for k, v in asdict(config).items() if k != "smaller")  # of a configuration by itself
+        return KernelConfig(config.name, tuple(stages), params)
+
+    def build(self, shape: MoEShape, hardware: Hardware, report: Progress, jobs: int | None = None) -> Built:
+        from .objects import build
+
+        return build([*configurations(shape), *polymorphic(shape)], report=report, jobs=jobs)
+
+    def prune(self) -> int:
+        from .objects import prune
+
+        return prune()
+
+    def weight_layout(self, shape: MoEShape) -> WeightLayout:
+        return WeightLayout("gate-up-interleaved-8", shape.num_experts * shape.expert_bytes)
+
+    def readable_layouts(self, shape: MoEShape) -> tuple[str, ...]:
+        """All of them: the tensor map finds gate and up by the layout."""
+        return (self.weight_layout(shape).key, *(key for key in LAYOUTS if key != self.weight_layout(shape).key))
+
+    def prepare(self, weights: MoEWeights) -> Prepared:
+        """Views of the weights as they are. Raises KernelError for weights or a device that it cannot work with."""
+        from .launch import prepare  # torch: not needed to describe the kernel
+
+        return prepare(weights)
+
+    def default_config(self, shape: MoEShape, hardware: Hardware, num_tokens: int) -> KernelConfig:
+        """By the mean tokens of an expert that has some."""
+        ids = num_tokens * shape.top_k
+        mean = ids / min(ids, shape.num_experts)
+        ctas = min(ids, shape.num_experts) * shape.gate_up_rows // UP_ROWS
+        found = Config(min(128, max(8, 8 * round(mean * 1.25 / 8))), 32, 8, 4, dtype=shape.dtype)
+        if ctas <= hardware.num_sms // 4 and mean <= FEW:
+            found = Config(8, 32, 8, 4, split_k=4, dtype=shape.dtype)
+        elif mean > MANY:
+            found = Config(64, 32, 8, 3, wide=2 - shape.intermediate_size // 128 % 2, dtype=shape.dtype)
+        elif mean > FEW:
+            found = Config(32, 32, 8, 4, wide=2 - shape.intermediate_size // 128 % 2, dtype=shape.dtype)
+        valid = configurations(shape)
+        if found not in valid:
+            found = min(valid, key=lambda c: (abs(c.block - found.block), c.wide, c.ctas, c.split_k, -c.stages))
+        return self.describe(found, shape)
+
+    def launch(self, config: KernelConfig, prepared: Any, batch: Batch, out: Tensor, workspace: Workspace) -> None:
+        """Two launches up to 4096 routed ids, three above, one more for a combine in float32 or in order. Raises
+        KernelError for hidden states that are not bf16, for batches beyond the schedule's or the grid's limits, and
+        where the configuration is not compiled."""
+        from .launch import launch_steps
+
+        for _ in launch_steps([_config(config)], prepared, batch, out, workspace):
+            pass
+
+    def inline_key(self, config: KernelConfig, shape: MoEShape) -> Hashable | None:
+        """The name of the polymorphic launch that can be this configuration."""
+        return next((c.name for c in polymorphic(shape) if _config(config) in map(c.of, c.blocks)), None)
+
+    def launch_inline(
+        self,
+        configs: Sequence[KernelConfig],
+        choice: Tensor,
+        prepared: Any,
+        batch: Batch,
+        out: Tensor,
+        workspace: Workspace,
+    ) -> None:
+        from .launch import launch_steps
+
+        for _ in launch_steps([_config(c) for c in configs], prepared, batch, out, workspace, choice):
+            pass
+
+    def steps(
+        self, config: KernelConfig, prepared: Any, batch: Batch, out: Tensor, workspace: Workspace
+    ) -> Iterator[str]:
+        from .launch import launch_steps
+
+        steps = launch_steps([_config(config)], prepared, batch, out, workspace)
+        for stage, _ in zip(config.stages, steps, strict=True):
+            yield stage.key
+
+
+def _config(config: KernelConfig) -> Config:
+    """What `describe` put into the parameters."""
+    params: dict[str, Any] = dict(config.params)
+    try:
+        return Config(**params)
+    except TypeError as e:
+        raise KernelError(f"{config.name} is no configuration of cute: {e}") from None

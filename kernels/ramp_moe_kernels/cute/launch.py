@@ -1,0 +1,187 @@
+"""Weights and batches as the fused CuTe kernel takes them, and its launches."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+
+import torch
+from ramp_moe import MoEShape
+from ramp_moe.device import Batch, MoEWeights, Workspace
+from ramp_moe.errors import KernelError
+from ramp_moe.shapes import SCALE_BLOCK
+from torch import Tensor
+
+from ..triton.combine import combine
+from ..triton.schedule import Schedule, buffer_sizes, schedule
+from .config import INTERMEDIATES, UP_ROWS, Config
+from .objects import load
+from .space import invalid, one_of
+
+ROW_CHUNK = 8
+"""Rows of gate, then of up, that the kernel's tensor map reads in turn."""
+BITS = 4
+"""Of a choice's block in what the kernel is told."""
+MAX_TILES = 65_535
+"""CTAs along a grid's y axis."""
+ALIGNMENT = 16
+"""Bytes, for tensor maps, 16-byte copies of x and bulk additions to out."""
+
+
+@dataclass(frozen=True, slots=True)
+class Prepared:
+    """Views of a layer's weights: gate_up `[8, 2, I / 8, H, E]` (row in eight, gate or up, eight), its scale `[2, I /
+    128, H / 128, E]`, down `[H, I, E]` and its scale `[H / 128, I / 128, E]`; up_first: 1 where index 0 of gate_up's
+    second dimension is up. The scales of bf16 weights are a few floats of these dimensions, which are not read."""
+
+    gate_up: Tensor
+    gate_up_scale: Tensor
+    down: Tensor
+    down_scale: Tensor
+    up_first: int
+    dtype: str
+
+
+def prepare(weights: MoEWeights) -> Prepared:
+    device = weights.gate_up.device
+    _check_device(device)
+    if weights.activation != "swiglu":
+        raise KernelError(f"cute computes swiglu only, not {weights.activation}")
+    if weights.gate_up_bias is not None or weights.down_bias is not None:
+        raise KernelError("cute adds no biases; the weights have some")
+    experts, hidden, inter = weights.down.shape
+    if hidden % UP_ROWS or inter % INTERMEDIATES:
+        raise KernelError(
+            f"cute: hidden_size {hidden} and intermediate_size {inter} must be multiples of {UP_ROWS} and "
+            f"{INTERMEDIATES}"
+        )
+    for name, tensor in (("gate_up", weights.gate_up), ("down", weights.down)):
+        _check_aligned(name, tensor)
+    eights, blocks = inter // ROW_CHUNK, inter // SCALE_BLOCK
+    scale = weights.gate_up_scale
+    if weights.layout == "gate-up-interleaved-8":
+        rows = weights.gate_up.view(experts, eights, 2, ROW_CHUNK, hidden).permute(3, 2, 1, 4, 0)
+        scale = None if scale is None else scale.view(experts, blocks, 2, -1).permute(2, 1, 3, 0)
+    else:
+        rows = weights.gate_up.view(experts, 2, eights, ROW_CHUNK, hidden).permute(3, 1, 2, 4, 0)
+        scale = None if scale is None else scale.view(experts, 2, blocks, -1).permute(1, 2, 3, 0)
+    up_first, down = int(weights.layout == "up-first"), weights.down.permute(1, 2, 0)
+    if scale is not None and weights.down_scale is not None:
+        return Prepared(rows, scale, down, weights.down_scale.permute(1, 2, 0), up_first, "fp8")
+    if weights.gate_up.dtype != torch.bfloat16:
+        raise KernelError(f"cute computes with fp8 and bf16 weights, not {weights.gate_up.dtype}")
+    unread = torch.ones(2, 1, 1, 1, device=device).expand(2, 1, 1, experts)
+    return Prepared(rows, unread, down, unread[0], up_first, "bf16")
+
+
+def launch_steps(
+    configs: Sequence[Config],
+    prepared: Prepared,
+    batch: Batch,
+    out: Tensor,
+    workspace: Workspace,
+    choice: Tensor | None = None,
+) -> Iterator[None]:
+    """One configuration, or those of a polymorphic one, of which choice int32 `[1]` holds the index. Stops after the
+    preparation, the kernel, and what adds up its output where it does not itself."""
+    x, device, config = batch.hidden_states, out.device, configs[0]
+    tokens, hidden = x.shape
+    n, experts = batch.topk_ids.numel(), prepared.down.shape[2]
+    each = [buffer_sizes(n, experts, c.block) for c in configs]
+    sizes = {name: max(size[name] for size in each) for name in each[0]}
+    _check_batch(config, prepared, batch, out, sizes["expert_of_tile"] + sizes["expert_of_tile"] % (1 + config.pair))
+    whole, codes = config, 0
+    if choice is not None:
+        whole = one_of(configs)
+        codes = sum(whole.blocks.index(c.block) << BITS * i for i, c in enumerate(configs))
+    function = compiled(whole, MoEShape(experts, batch.top_k, hidden, prepared.down.shape[1], prepared.dtype))
+
+    plan = Schedule(**{name: workspace.get(name, (size,), torch.int32, device) for name, size in sizes.items()})
+    x_scale, quantise = prepared.gate_up_scale[0, :1, :, 0].expand(tokens, -1), None
+    if prepared.dtype == "fp8":
+        x_fp8 = workspace.get("x", (tokens, hidden), torch.float8_e4m3fn, device)
+        x_scale = workspace.get("x_scale", (tokens, hidden // SCALE_BLOCK), torch.float32, device)
+        quantise = (x, x_fp8, x_scale)
+    summed, parts = out, prepared.down.shape[1] // (INTERMEDIATES * config.wide)
+    if config.combine == "f32":
+        summed = workspace.get("total", (tokens, hidden), torch.float32, device)
+    if config.combine == "rows":
+        summed = workspace.get("rows", (parts * n, hidden), torch.bfloat16, device)
+    in_place = summed is out and _overlap(x, out)
+    if in_place:  # x is read while out is added to
+        summed = workspace.get("summed", (tokens, hidden), torch.bfloat16, device)
+    zero = None if config.combine == "rows" else summed
+    blocks = [c.block for c in configs] if choice is not None else config.block
+    schedule(batch.topk_ids, experts, blocks, plan, choice=choice, quantise=quantise, zero=zero)
+    yield
+    if n:
+        function(
+            x if quantise is None else quantise[1],
+            x_scale,
+            prepared.gate_up,
+            prepared.gate_up_scale,
+            prepared.down,
+            prepared.down_scale,
+            summed,
+            plan.slots,
+            plan.expert_of_tile,
+            plan.num_slots,
+            batch.topk_weights.view(-1),
+            batch.top_k,
+            sizes["expert_of_tile"],
+            prepared.up_first,
+            plan.num_slots if choice is None else choice,
+            codes,
+        )
+    if in_place:
+        out.copy_(summed)
+    yield
+    if config.combine == "f32":
+        out.copy_(summed)
+    if config.combine == "rows":
+        combine(summed.view(parts, n, hidden), batch.topk_ids, out, num_experts=experts)
+    if config.combine != "bf16":
+        yield
+
+
+@functools.cache
+def compiled(config: Config, shape: MoEShape) -> Callable[..., None]:
+    """The function of a configuration that is valid for a shape, loaded once: reading it costs more than launching."""
+    for block in config.blocks:
+        if reason := invalid(config.of(block), shape):
+            raise KernelError(f"cute: {config.name} cannot run: {reason}")
+    return load(config)
+
+
+def _check_device(device: torch.device) -> None:
+    if device.type != "cuda" or torch.cuda.get_device_capability(device) != (9, 0):
+        raise KernelError(f"cute runs on Hopper (sm_90) only; the weights are on {device}, which is something else")
+
+
+def _check_batch(config: Config, prepared: Prepared, batch: Batch, out: Tensor, tiles: int) -> None:
+    x, hidden = batch.hidden_states, prepared.down.shape[0]
+    if config.dtype != prepared.dtype:
+        raise KernelError(f"{config.name} computes {config.dtype}; the weights are {prepared.dtype}")
+    if x.dtype != torch.bfloat16 or out.dtype != torch.bfloat16:
+        raise KernelError(f"cute takes and writes bf16 only: hidden_states are {x.dtype}, out is {out.dtype}")
+    if x.shape[1] != hidden or out.shape != x.shape:
+        raise KernelError(f"cute: hidden_states {list(x.shape)} and out {list(out.shape)} must be [T, {hidden}]")
+    if not x.device == out.device == prepared.down.device:
+        raise KernelError(
+            f"cute: hidden_states are on {x.device}, out on {out.device}, weights on {prepared.down.device}"
+        )
+    if tiles > MAX_TILES:
+        raise KernelError(f"cute: {tiles} tiles of {config.block} slots exceed {MAX_TILES}; take a larger block")
+    _check_aligned("hidden_states", x)
+    _check_aligned("out", out)
+
+
+def _check_aligned(name: str, t: Tensor) -> None:
+    if not t.is_contiguous() or t.data_ptr() % ALIGNMENT:
+        raise KernelError(f"cute: {name} must be contiguous and start at a multiple of {ALIGNMENT} bytes")
+
+
+def _overlap(a: Tensor, b: Tensor) -> bool:
+    """Whether two contiguous tensors share memory."""
+    return a.data_ptr() < b.data_ptr() + b.nbytes and b.data_ptr() < a.data_ptr() + a.nbytes

@@ -1,0 +1,121 @@
+"""The configuration space of the fused CuTe kernel: the one predicate of what is valid, what is worth compiling, grids.
+
+The predicate serves enumeration, pruning and launch alike. What only the compiler knows, spilled registers, is read
+from what it made (see `objects`).
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
+
+from ramp_moe import GridGeometry, MoEShape
+from ramp_moe.errors import KernelError
+from ramp_moe.shapes import SCALE_BLOCK
+
+from .config import INTERMEDIATES, UP_ROWS, Combine, Config, smem_map
+
+MAX_SPLIT_BLOCK = 16
+"""Largest token block of a split reduction: every CTA of a cluster holds all the others' sums."""
+ADDRESSING = 36
+"""Registers that a consumer needs beside its sums, about."""
+
+
+def invalid(c: Config, shape: MoEShape) -> str | None:
+    """Why a configuration cannot run, or never pays; None where it is valid."""
+    if c.dtype != shape.dtype:
+        return f"compiled for {c.dtype}, the weights are {shape.dtype}"
+    if c.block % 8 or not 8 <= c.block <= 128:
+        return "a token block is 8 to 128 by 8, the N of WGMMA"
+    if (c.tile, c.warps) not in ((32, 8), (64, 4)):
+        return "a CTA's 256 rows are 8 warps' 32 or 4 warps' 64"
+    if shape.intermediate_size % (c.wide * INTERMEDIATES):
+        return f"intermediate_size {shape.intermediate_size} is no multiple of {c.wide} x {INTERMEDIATES}"
+    if c.split_k > 1 and (c.block > MAX_SPLIT_BLOCK or c.wide > 1 or c.pair):
+        return f"a reduction is split for up to {MAX_SPLIT_BLOCK} tokens, one wide, without a pair"
+    if c.split_k * c.step > shape.hidden_size:
+        return f"hidden_size {shape.hidden_size} has fewer steps of {c.step} than {c.split_k} splits"
+    if c.pair and c.group_m > 1:
+        return "paired M-tiles share weights already"
+    if (needed := smem_map(c).bytes) > c.smem_limit:
+        return f"{needed} bytes exceed the {c.smem_limit} of shared memory"
+    if c.accumulators > c.registers[1] - ADDRESSING:
+        return f"{c.accumulators} registers of sums leave less than {ADDRESSING} of {c.registers[1]}"
+    return None
+
+
+def space() -> Iterator[Config]:
+    """What is worth compiling, valid or not: all of it for any shape of the class, see `configurations`."""
+    blocks = range(8, 129, 8)
+    for block, stages, wide in itertools.product(blocks, (3, 4), (1, 2)):  # one CTA an SM: deep rings
+        yield Config(block, 32, 8, stages, wide=wide)
+    for block, split_k in itertools.product((8, 16), (2, 4, 8)):
+        yield Config(block, 32, 8, 4, split_k=split_k)
+        yield Config(block, 32, 8, 2, ctas=2, split_k=split_k)
+    for block, wide in itertools.product((8, 16, 24, 32), (1, 2)):
+        yield Config(block, 32, 8, 5, wide=wide)
+    for block, stages in itertools.product((8, 16, 24), (2, 3)):
+        yield Config(block, 32, 8, stages, ctas=2)
+    for block, stages, wide in itertools.product(blocks, (2, 3), (1, 2)):  # two CTAs an SM: one works, one waits
+        yield Config(block, 64, 4, stages, ctas=2, wide=wide)
+    for block, wide in itertools.product(blocks, (1, 2, 3, 4)):
+        if block >= 32:
+            yield Config(block, 64, 4, 2, ctas=2, wide=wide, pair=True)
+            yield Config(block, 32, 8, 3, wide=wide, pair=True)
+    for block in (64, 96, 128):
+        yield Config(block, 32, 8, 3, wide=2, group_m=8)
+    combines: tuple[Combine, ...] = ("f32", "rows")
+    for block, combine in itertools.product((8, 16, 32, 64), combines):
+        yield Config(block, 32, 8, 3, wide=2 if block >= 32 else 1, combine=combine)
+
+
+POLYMORPHIC = (
+    Config(64, 32, 8, 3, smaller=(8, 16, 32)),
+    Config(64, 32, 8, 3, wide=2, smaller=(8, 16, 32)),
+    Config(64, 64, 4, 2, ctas=2, wide=2, smaller=(8, 16, 32)),
+)
+"""Launches that are any of four token blocks."""
+
+
+def polymorphic(shape: MoEShape) -> list[Config]:
+    """Those that are valid for every one of their blocks."""
+    given = (replace(c, dtype=shape.dtype) for c in POLYMORPHIC)
+    return [c for c in given if all(invalid(c.of(block), shape) is None for block in c.blocks)]
+
+
+def one_of(configs: Sequence[Config]) -> Config:
+    """The polymorphic configuration that all of them are. Raises KernelError where there is none."""
+    for c in POLYMORPHIC:
+        whole = replace(c, dtype=configs[0].dtype)
+        if all(config in [whole.of(block) for block in whole.blocks] for config in configs):
+            return whole
+    raise KernelError(f"no launch of cute is any of {', '.join(c.name for c in configs)}")
+
+
+def configurations(shape: MoEShape) -> list[Config]:
+    """Every valid one."""
+    return [c for c in (replace(c, dtype=shape.dtype) for c in space()) if invalid(c, shape) is None]
+
+
+def geometry(c: Config, shape: MoEShape) -> GridGeometry:
+    """The grid of a launch."""
+    return GridGeometry(
+        block_tokens=c.block,
+        block_weights=c.wide * UP_ROWS,
+        block_k=c.step,
+        weight_rows=shape.gate_up_rows,
+        reduction=shape.hidden_size,
+        expert_bytes=shape.expert_bytes,
+        split_k=c.split_k,
+        ctas_per_sm=c.ctas,
+    )
+
+
+def unaligned(shape: MoEShape) -> str | None:
+    """Why no configuration can compute a shape; None where some can."""
+    if shape.hidden_size % UP_ROWS:
+        return f"hidden_size {shape.hidden_size} is not a multiple of {UP_ROWS}, the output columns of a tile"
+    if shape.intermediate_size % SCALE_BLOCK:
+        return f"intermediate_size {shape.intermediate_size} is not a multiple of {SCALE_BLOCK}"
+    return None
