@@ -43,8 +43,7 @@ class Prepared:
 
 def prepare(weights: MoEWeights) -> Prepared:
     device = weights.gate_up.device
-    if device.type != "cuda" or torch.cuda.get_device_capability(device) != (9, 0):
-        raise KernelError(f"cute runs on Hopper (sm_90) only; the weights are on {device}, which is something else")
+    _check_device(device)
     if weights.activation != "swiglu":
         raise KernelError(f"cute computes swiglu only, not {weights.activation}")
     if weights.gate_up_bias is not None or weights.down_bias is not None:
@@ -143,6 +142,11 @@ def launch_steps(
         combine(summed.view(-1, n, hidden), batch.topk_ids, out, num_experts=experts)
     if config.combine != "bf16":
         yield
+
+
+def _check_device(device: torch.device) -> None:
+    if device.type != "cuda" or torch.cuda.get_device_capability(device) != (9, 0):
+        raise KernelError(f"cute runs on Hopper (sm_90) only; the weights are on {device}, which is something else")
 
 
 def _check_batch(config: Config, prepared: Prepared, batch: Batch, out: Tensor, tiles: int) -> None:
