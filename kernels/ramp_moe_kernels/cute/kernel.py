@@ -96,7 +96,7 @@ class CuteMoE(LaunchableKernel, BuildableKernel):
         mean = ids / min(ids, shape.num_experts)
         ctas = min(ids, shape.num_experts) * shape.gate_up_rows // UP_ROWS
         found = Config(min(128, max(8, 8 * round(mean * 1.25 / 8))), 32, 8, 4, dtype=shape.dtype)
-        if ctas <= hardware.num_sms // 4:
+        if ctas <= hardware.num_sms // 4 and mean <= FEW:
             found = Config(8, 32, 8, 4, split_k=4, dtype=shape.dtype)
         elif mean > MANY:
             found = Config(64, 32, 8, 3, wide=2 - shape.intermediate_size // 128 % 2, dtype=shape.dtype)

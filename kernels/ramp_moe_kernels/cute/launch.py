@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+import functools
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
+from ramp_moe import MoEShape
 from ramp_moe.device import Batch, MoEWeights, Workspace
 from ramp_moe.errors import KernelError
 from ramp_moe.shapes import SCALE_BLOCK
@@ -15,7 +17,7 @@ from ..triton.combine import combine
 from ..triton.schedule import Schedule, buffer_sizes, schedule
 from .config import INTERMEDIATES, UP_ROWS, Config
 from .objects import load
-from .space import one_of
+from .space import invalid, one_of
 
 ROW_CHUNK = 8
 """Rows of gate, then of up, that the kernel's tensor map reads in turn."""
@@ -31,7 +33,7 @@ ALIGNMENT = 16
 class Prepared:
     """Views of a layer's weights: gate_up `[8, 2, I / 8, H, E]` (row in eight, gate or up, eight), its scale `[2, I /
     128, H / 128, E]`, down `[H, I, E]` and its scale `[H / 128, I / 128, E]`; up_first: 1 where index 0 of gate_up's
-    second dimension is up. The scales of bf16 weights are one float, which the kernel does not read."""
+    second dimension is up. The scales of bf16 weights are a few floats of these dimensions, which are not read."""
 
     gate_up: Tensor
     gate_up_scale: Tensor
@@ -69,7 +71,7 @@ def prepare(weights: MoEWeights) -> Prepared:
         return Prepared(rows, scale, down, weights.down_scale.permute(1, 2, 0), up_first, "fp8")
     if weights.gate_up.dtype != torch.bfloat16:
         raise KernelError(f"cute computes with fp8 and bf16 weights, not {weights.gate_up.dtype}")
-    unread = torch.ones(2, 1, 1, 1, device=device)
+    unread = torch.ones(2, 1, 1, 1, device=device).expand(2, 1, 1, experts)
     return Prepared(rows, unread, down, unread[0], up_first, "bf16")
 
 
@@ -88,24 +90,23 @@ def launch_steps(
     n, experts = batch.topk_ids.numel(), prepared.down.shape[2]
     each = [buffer_sizes(n, experts, c.block) for c in configs]
     sizes = {name: max(size[name] for size in each) for name in each[0]}
-    _check_batch(config, prepared, batch, out, sizes["expert_of_tile"])
-    compiled, codes = config, 0
+    _check_batch(config, prepared, batch, out, sizes["expert_of_tile"] + sizes["expert_of_tile"] % (1 + config.pair))
+    whole, codes = config, 0
     if choice is not None:
-        compiled = one_of(configs)
-        codes = sum(compiled.blocks.index(c.block) << BITS * i for i, c in enumerate(configs))
-    function = load(compiled)
+        whole = one_of(configs)
+        codes = sum(whole.blocks.index(c.block) << BITS * i for i, c in enumerate(configs))
+    function = compiled(whole, MoEShape(experts, batch.top_k, hidden, prepared.down.shape[1], prepared.dtype))
 
     plan = Schedule(**{name: workspace.get(name, (size,), torch.int32, device) for name, size in sizes.items()})
-    x_scale, quantise = prepared.gate_up_scale[0, 0], None
+    x_scale, quantise = prepared.gate_up_scale[0, :1, :, 0].expand(tokens, -1), None
     if prepared.dtype == "fp8":
         x_fp8 = workspace.get("x", (tokens, hidden), torch.float8_e4m3fn, device)
         x_scale = workspace.get("x_scale", (tokens, hidden // SCALE_BLOCK), torch.float32, device)
         quantise = (x, x_fp8, x_scale)
-    summed = out
+    summed, parts = out, prepared.down.shape[1] // (INTERMEDIATES * config.wide)
     if config.combine == "f32":
         summed = workspace.get("total", (tokens, hidden), torch.float32, device)
     if config.combine == "rows":
-        parts = prepared.down.shape[1] // (INTERMEDIATES * config.wide)
         summed = workspace.get("rows", (parts * n, hidden), torch.bfloat16, device)
     in_place = summed is out and _overlap(x, out)
     if in_place:  # x is read while out is added to
@@ -139,9 +140,18 @@ def launch_steps(
     if config.combine == "f32":
         out.copy_(summed)
     if config.combine == "rows":
-        combine(summed.view(-1, n, hidden), batch.topk_ids, out, num_experts=experts)
+        combine(summed.view(parts, n, hidden), batch.topk_ids, out, num_experts=experts)
     if config.combine != "bf16":
         yield
+
+
+@functools.cache
+def compiled(config: Config, shape: MoEShape) -> Callable[..., None]:
+    """The function of a configuration that is valid for a shape, loaded once: reading it costs more than launching."""
+    for block in config.blocks:
+        if reason := invalid(config.of(block), shape):
+            raise KernelError(f"cute: {config.name} cannot run: {reason}")
+    return load(config)
 
 
 def _check_device(device: torch.device) -> None:
