@@ -176,3 +176,11 @@ def test_defaults_grow(model: str, registry: Registry, h200: Hardware) -> None:
     assert blocks == sorted(blocks)
     assert blocks[0] == 8
     assert blocks[-1] >= 64
+
+
+def test_a_reduction_is_split_for_few_tokens_alone(h200: Hardware) -> None:
+    """Few weight tiles are few CTAs only as long as there are few tokens."""
+    shape = MoEShape(8, 2, 2048, 512, "fp8")
+    few, many = (_config(KERNEL.default_config(shape, h200, tokens)) for tokens in (4, 16_384))
+    assert (few.block, few.split_k) == (8, 4)
+    assert (many.block >= 64, many.split_k) == (True, 1)

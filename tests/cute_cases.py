@@ -1,0 +1,111 @@
+"""What the fused kernel's compiled functions are called with, and one in torch operations in their place."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from ramp_moe_kernels import reference
+from ramp_moe_kernels.cute.config import Config
+from torch import Tensor
+
+SIGNATURE = {
+    "x": "n0 n1",
+    "x_scale": "n0 n2",
+    "gate_up": "8 2 n3 n1 n4",
+    "gate_up_scale": "2 n5 n2 n4",
+    "down": "n1 n6 n4",
+    "down_scale": "n7 n8 n4",
+    "out": "n9 n1",
+    "slots": "n10",
+    "expert_of_tile": "n11",
+    "num_slots": "1",
+    "routing": "n12",
+    "top_k": "",
+    "tiles": "",
+    "up_first": "",
+    "choice": "1",
+    "blocks": "",
+}
+"""Arguments and their dimensions, as compiled functions print them: a name has one value, wherever it is."""
+CONTIGUOUS = {"gate_up": 3, "gate_up_scale": 2, "down": 1, "down_scale": 1}
+"""The dimension along which elements are neighbours, where it is not the last."""
+INT32 = ("slots", "expert_of_tile", "num_slots", "choice")
+
+
+def check_arguments(config: Config, arguments: dict[str, object]) -> None:
+    """As tvm-ffi checks them, and the alignment that the kernel was compiled for."""
+    sizes: dict[str, int] = {}
+    element = torch.float8_e4m3fn if config.dtype == "fp8" else torch.bfloat16
+    dtypes = dict.fromkeys(("x", "gate_up", "down"), element) | dict.fromkeys(INT32, torch.int32)
+    dtypes["out"] = torch.float32 if config.combine == "f32" else torch.bfloat16
+    for name, dims in SIGNATURE.items():
+        value = arguments[name]
+        if not dims:
+            assert isinstance(value, int), name
+            continue
+        assert isinstance(value, Tensor), name
+        assert value.dtype == dtypes.get(name, torch.float32), name
+        assert value.ndim == len(dims.split()), name
+        for dim, size in zip(dims.split(), value.shape, strict=True):
+            assert sizes.setdefault(dim, int(dim) if dim.isdigit() else size) == size, f"{name}: {dim}"
+        along = CONTIGUOUS.get(name, value.ndim - 1)
+        assert value.stride(along) == 1, name
+        if name in ("x", "gate_up", "down", "out"):
+            others = [s for i, s in enumerate(value.stride()) if i != along]
+            assert not any(n * value.itemsize % 16 for n in (*others, value.data_ptr())), name
+
+
+def emulated(config: Config) -> Callable[..., None]:
+    """The compiled function of a configuration on tensors of any device, with its roundings."""
+
+    def function(*given: object) -> None:
+        named = dict(zip(SIGNATURE, given, strict=True))
+        check_arguments(config, named)
+        chosen = config
+        if config.smaller:
+            at = int(named["blocks"]) >> 4 * int(named["choice"]) & 15
+            chosen = config.of(config.blocks[at])
+        _compute(chosen, **{name: value for name, value in named.items() if name not in ("choice", "blocks")})
+
+    return function
+
+
+def _compute(
+    c: Config, x: Tensor, x_scale: Tensor, gate_up: Tensor, gate_up_scale: Tensor, down: Tensor, down_scale: Tensor,
+    out: Tensor, slots: Tensor, expert_of_tile: Tensor, num_slots: Tensor, routing: Tensor, top_k: int, tiles: int,
+    up_first: int,
+) -> None:  # fmt: skip
+    hidden, inter, _ = down.shape
+    fp8, ids = c.dtype == "fp8", len(x) * top_k
+    assert not inter % (128 * c.wide)
+    x = x.float() * (x_scale.repeat_interleave(128, 1) if fp8 else 1)
+    used = int(num_slots) // c.block
+    assert used <= min(tiles, len(expert_of_tile), len(slots) // c.block)
+    for tile in range(used):
+        e = int(expert_of_tile[tile])
+        own = slots[tile * c.block : (tile + 1) * c.block].long()
+        own = own[own < ids]
+        token, rows = own // top_k, gate_up[..., e].float().permute(1, 2, 0, 3).reshape(2, inter, hidden)
+        w2 = down[..., e].float()
+        if fp8:
+            rows = rows * _blocks(gate_up_scale[..., e])
+            w2 = w2 * _blocks(down_scale[..., e])
+        gate, up = (x[token] @ rows[i].T for i in (up_first, 1 - up_first))
+        h = torch.nn.functional.silu(gate) * up
+        if fp8:
+            values, scale = reference.quantise_activations(h)
+            h = values.float() * scale.repeat_interleave(128, 1)
+        else:
+            h = h.bfloat16().float()
+        for part in range(inter // (128 * c.wide)):
+            own_columns = slice(part * 128 * c.wide, (part + 1) * 128 * c.wide)
+            y = h[:, own_columns] @ w2[:, own_columns].T * routing[own, None]
+            if c.combine == "rows":
+                out[part * ids + own] = y.bfloat16()
+            else:
+                out.index_put_((token,), y.to(out.dtype), accumulate=True)
+
+
+def _blocks(scale: Tensor) -> Tensor:
+    return scale.repeat_interleave(128, -2).repeat_interleave(128, -1)
