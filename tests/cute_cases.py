@@ -1,33 +1,15 @@
-"""What the fused kernel's compiled functions are called with, and one in torch operations in their place."""
+"""A function in torch operations in the place of one of the fused kernel's that are compiled."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
 
 import torch
+from cute_signature import SIGNATURE
 from ramp_moe_kernels import reference
 from ramp_moe_kernels.cute.config import Config
 from torch import Tensor
 
-SIGNATURE = {
-    "x": "n0 n1",
-    "x_scale": "n0 n2",
-    "gate_up": "8 2 n3 n1 n4",
-    "gate_up_scale": "2 n5 n2 n4",
-    "down": "n1 n6 n4",
-    "down_scale": "n7 n8 n4",
-    "out": "n9 n1",
-    "slots": "n10",
-    "expert_of_tile": "n11",
-    "num_slots": "1",
-    "routing": "n12",
-    "top_k": "",
-    "tiles": "",
-    "up_first": "",
-    "choice": "1",
-    "blocks": "",
-}
-"""Arguments and their dimensions, as compiled functions print them: a name has one value, wherever it is."""
 CONTIGUOUS = {"gate_up": 3, "gate_up_scale": 2, "down": 1, "down_scale": 1}
 """The dimension along which elements are neighbours, where it is not the last."""
 INT32 = ("slots", "expert_of_tile", "num_slots", "choice")

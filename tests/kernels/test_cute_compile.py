@@ -11,6 +11,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from cute_signature import SIGNATURE
 from ramp_moe import Built
 from ramp_moe_kernels.cute.config import Config
 from ramp_moe_kernels.cute.objects import Cache, build
@@ -20,8 +21,14 @@ pytestmark = pytest.mark.skipif(
     importlib.util.find_spec("nvidia_cutlass_dsl") is None or shutil.which("cc") is None,
     reason="needs nvidia-cutlass-dsl and a C compiler",
 )
-WHOLE = [Config(8, 32, 8, 3), Config(16, 64, 4, 2), Config(48, 64, 4, 2, occupancy=2, blocks=2)]
-SPILLS = Config(104, 32, 8, 2, blocks=2)
+WHOLE = [
+    Config(8, 32, 8, 3),
+    Config(16, 32, 8, 4, split_k=4, combine="f32"),
+    Config(48, 64, 4, 2, ctas=2, pair=True),
+    Config(24, 64, 4, 2, ctas=2, wide=2, combine="rows", dtype="bf16"),
+    Config(32, 64, 4, 2, ctas=2, smaller=(8, 16)),
+]
+SPILLS = Config(128, 64, 4, 2)
 LOAD = """
 import sys, time
 import tvm_ffi
@@ -56,14 +63,16 @@ def built(root: Path) -> Built:
 def test_what_was_compiled(built: Built) -> None:
     assert sorted(built.compiled) == sorted(c.name for c in WHOLE)
     assert list(built.dropped) == [SPILLS.name]
-    assert re.fullmatch(r"spills: \d+ bytes of local memory a thread, at 168 registers", built.dropped[SPILLS.name])
+    assert re.fullmatch(r"spills: \d+ bytes of local memory a thread, at \d+ registers", built.dropped[SPILLS.name])
     assert 0 < built.bytes < len(WHOLE) * 150_000
     cache = Cache(built.folder)
     found = {c.block: entry.usage for c in WHOLE if (entry := cache.look_up(c))}
     assert {block: (u.registers, u.local_bytes) for block, u in found.items() if u} == {
         8: (168, 0),
-        16: (232, 0),
+        16: (168, 0),
         48: (128, 0),
+        24: (128, 0),
+        32: (128, 0),
     }
 
 
@@ -73,7 +82,9 @@ def test_it_loads_without_the_compiler_within_50_ms(built: Built, root: Path) ->
     command = [sys.executable, "-c", LOAD.format(configs=WHOLE)]
     printed = subprocess.run(command, env=environment, capture_output=True, text=True, check=True).stdout.splitlines()
     assert len(printed) == 2 * len(WHOLE)
-    assert all("parameters when calling: `__call__(x: Tensor" in line for line in printed[1::2])
+    for line in printed[1::2]:
+        told = re.findall(r"(\w+): (?:Tensor\(\[([^]]*)\]|int32)", line)
+        assert {name: dims.replace(",", "") for name, dims in told} == SIGNATURE
     assert min(float(line.split()[0]) for line in printed[::2]) < 0.05
 
 
