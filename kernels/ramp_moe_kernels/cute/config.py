@@ -105,7 +105,7 @@ class Config:
     def registers(self) -> tuple[int, int]:
         """A producer's and a consumer's, by `setmaxnreg`: 64 Ki an SM, over threads x CTAs."""
         if self.ctas == 1:
-            return 48, 232
+            return (56, 224) if self.block > 96 else (40, 232)
         return (24, 104) if self.warps == 8 else (40, 216)
 
     @property
