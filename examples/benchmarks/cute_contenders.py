@@ -1,0 +1,142 @@
+"""Configurations to be measured: their launches, whole or of the kernel alone, and the times of these."""
+
+from __future__ import annotations
+
+import functools
+import multiprocessing
+import os
+import statistics
+import sys
+from collections.abc import Callable, Iterable, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import dataclass, replace
+from functools import partial
+from typing import Any
+from unittest.mock import patch
+
+import numpy as np
+import torch
+from ramp_moe import CostModel, Dispatcher, KernelConfig, KernelError, MoEShape, get_registry
+from ramp_moe.device import Batch, Workspace
+from ramp_moe.device.bench import FLUSH_BYTES, random_weights
+from ramp_moe_kernels.cute import launch as cute_launch
+from ramp_moe_kernels.cute.config import Config
+from ramp_moe_kernels.cute.objects import Cache, load
+from ramp_moe_kernels.triton.kernel import TritonMoE
+from torch import Tensor
+
+DEVICE = "cuda"
+PREDICTED = 8
+"""Triton configurations for a batch."""
+PROCESSES = 14
+"""That compile, at most."""
+
+
+class Inner:
+    """A kernel's function that keeps what it was launched with, so that it can be launched again alone."""
+
+    def __init__(self, function: Callable[..., Any]) -> None:
+        self.function, self.arguments = function, ()
+
+    def __call__(self, *arguments: Any) -> Any:
+        self.arguments = arguments
+        return self.function(*arguments)
+
+    def alone(self) -> Callable[[], Any]:
+        return partial(self.function, *self.arguments)
+
+
+@dataclass(frozen=True)
+class Contender:
+    """A configuration. launch: its whole path; inner: the kernel in it, None where there are several."""
+
+    name: str
+    launch: Callable[[Batch, Tensor, Workspace], object]
+    inner: Inner | None = None
+
+
+def cute(config: Config, prepared: Any, chosen: int | None = None) -> Contender:
+    """A configuration, or one of a polymorphic one's blocks. Raises KernelError where it is not compiled."""
+    if Cache.current().look_up(config) is None:
+        raise KernelError("not compiled")
+    inner = Inner(load(config))
+    configs, choice = [config], None
+    if chosen is not None:
+        configs = [config.of(block) for block in config.blocks]
+        choice = torch.tensor([chosen], dtype=torch.int32, device=DEVICE)
+
+    def launch(batch: Batch, out: Tensor, workspace: Workspace) -> None:
+        with patch.object(cute_launch, "load", lambda _: inner):
+            for _ in cute_launch.launch_steps(configs, prepared, batch, out, workspace, choice):
+                pass
+
+    return Contender(config.name if chosen is None else f"{config.name} as {config.blocks[chosen]}", launch, inner)
+
+
+def medians(launches: Sequence[Callable[[], Any]], repeats: int) -> list[float]:
+    """Microseconds of each; they take turns."""
+    flush = torch.empty(FLUSH_BYTES, dtype=torch.int8, device=DEVICE)
+    spans: list[list[tuple[torch.cuda.Event, torch.cuda.Event]]] = [[] for _ in launches]
+    for _ in range(repeats):
+        for launch, of in zip(launches, spans, strict=True):
+            span = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+            flush.zero_()
+            span[0].record()
+            launch()
+            span[1].record()
+            of.append(span)
+    torch.cuda.synchronize()
+    return [round(statistics.median(a.elapsed_time(b) * 1e3 for a, b in of), 2) for of in spans]
+
+
+def captured(launch: Callable[[], object]) -> Callable[[], None]:
+    """The launch as a graph; not on the default stream."""
+    launch()
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    graph.capture_begin()
+    try:
+        launch()
+    finally:
+        graph.capture_end()
+
+    def replay(keeps_buffers: object = launch) -> None:
+        graph.replay()
+
+    return replay
+
+
+@functools.cache
+def _costs(model: str) -> CostModel:
+    return Dispatcher.for_model(model, "h200", ["triton"], "bf16").model
+
+
+def predicted(model: str, histogram: Any) -> list[KernelConfig]:
+    """The Triton path's configurations that the shipped profile says are best, in bf16."""
+    costs = _costs(model)
+    return [costs.candidates[i].config for i in np.argsort(costs.cost(histogram))[:PREDICTED]]
+
+
+def compile_share(work: Sequence[tuple[MoEShape, KernelConfig]]) -> None:
+    """Launch Triton paths over a few experts: Triton's cache on disk is shared by processes."""
+    for shape, config in work:
+        weights = random_weights(shape, DEVICE, 0)
+        ids = torch.arange(shape.num_experts, device=DEVICE).int().repeat(16, 1)
+        batch = Batch(torch.ones(16, shape.hidden_size, device=DEVICE).bfloat16(), ids, torch.ones_like(ids).float())
+        try:
+            TritonMoE().launch(config, weights, batch, torch.empty_like(batch.hidden_states), Workspace())
+        except Exception as e:  # it will be left out where it is measured
+            print(config.name, e, file=sys.stderr)
+
+
+def compile_triton(histograms: Iterable[tuple[str, Any]]) -> None:
+    """All Triton paths that models' batches will be measured with."""
+    wanted: dict[tuple[MoEShape, str], KernelConfig] = {}
+    for model, histogram in histograms:
+        shape = get_registry().shape(model, "bf16")
+        few = replace(shape, num_experts=shape.top_k)
+        wanted |= {(few, c.name): c for c in predicted(model, histogram)}
+    work = [(shape, config) for (shape, _), config in wanted.items()]
+    processes = max(1, min(PROCESSES, (os.cpu_count() or 2) - 2))
+    with ProcessPoolExecutor(processes, mp_context=multiprocessing.get_context("spawn")) as pool:
+        list(pool.map(compile_share, [work[i::processes] for i in range(processes)]))

@@ -1,0 +1,284 @@
+"""Measure the fused CuTe kernel on this machine's H200: one file a model and dtype, which cute_tables.py reads.
+
+    python cute_kernel.py [--models NAME ...] [--dtype fp8|bf16] [--minutes N] [--folder FOLDER]
+
+All times are medians of launches between two CUDA events, with 256 MiB written before each to flush L2; what is
+compared takes turns. fp8: of the kernel alone, after the schedule and the quantisation, which are the same for both;
+every configuration that could win (Alpha-MoE: each of its 152) is screened by 3 launches (1 where it takes over 1 ms),
+each side's best 6 are judged by 20. bf16: of whole paths, from top-k ids to the combined output, in a CUDA graph; our
+best 6 by the screened kernel, and the 8 Triton configurations that are predicted to be best. Outputs are compared with
+the float32 layer: error is ||out - layer|| / ||layer||. Weights and hidden states are random and normal, weights e4m3
+with [128, 128] scales or bf16.
+
+Then what a combine in float32 or in order costs and gains (whole paths), what a polymorphic launch takes over the
+configuration that it is (kernel alone), and how long the first launch takes in a fresh process. Nothing is compiled for
+cute: `ramp-moe kernels build` and RAMP_MOE_CACHE come first. What is not compiled, or wrong, is named in the file. Each
+file is written whenever there is more; nothing is begun after --minutes.
+"""
+
+from __future__ import annotations
+
+import argparse
+import itertools
+import json
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from datetime import date
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+import triton
+from cute_contenders import DEVICE, PREDICTED, Contender, Inner, captured, compile_triton, cute, medians, predicted
+from ramp_moe import KernelError, MoEShape, expert_histogram, generate, get_registry
+from ramp_moe.device import Batch, LaunchableKernel, Workspace, relayout
+from ramp_moe.device.bench import misfit, random_weights, reference
+from ramp_moe.device.layouts import to_give
+from ramp_moe.files import write_atomically
+from ramp_moe.kernel import layouts_of, version_of
+from ramp_moe.routing import IntArray
+from ramp_moe_adapters.alpha_moe import AlphaMoE
+from ramp_moe_kernels.cute.config import Config
+from ramp_moe_kernels.cute.kernel import CuteMoE
+from ramp_moe_kernels.cute.space import configurations, polymorphic
+from ramp_moe_kernels.triton.kernel import TritonMoE
+from torch import Tensor
+
+HERE = Path(__file__).parent
+MODELS = ("olmoe-1b-7b", "qwen3-30b-a3b", "deepseek-v3-tp8", "mixtral-8x7b-tp4")
+TOKENS, ROUTINGS = (1, 8, 16, 64, 256, 512, 2048, 8192), ("uniform", "zipf1.2")
+COMBINE_TOKENS, POLYMORPHIC_TOKENS = (8, 512), (8, 64, 512)
+RIVALS: dict[str, LaunchableKernel] = {"fp8": AlphaMoE(), "bf16": TritonMoE()}
+SCREENING, JUDGING = 3, 20
+"""Launches."""
+LONG_US = 1000.0
+"""What takes longer is screened by one launch."""
+FINALISTS = {"cute": 6, "alpha_moe": 6, "triton": PREDICTED}
+MANY = 4
+"""Token blocks above 16 and so many times an active expert's mean load are mostly padding: they are not tried."""
+SPLIT_TOKENS = 64
+"""Up to which a split of the reduction is tried: beyond, there are CTAs enough."""
+BYTES_PER_US = 4.3e6
+"""Of HBM, as far as a kernel gets."""
+NO_GPU = 2
+"""Exit code."""
+
+Rows = list[dict[str, Any]]
+
+
+def routed(shape: MoEShape, tokens: int, routing: str) -> IntArray:
+    return generate(routing, tokens, shape.num_experts, shape.top_k, 7)
+
+
+class Measurement:
+    """One model's weights, the configurations over them, and those that were left out, with the reason."""
+
+    def __init__(self, model: str, dtype: str) -> None:
+        self.model, self.shape = model, get_registry().shape(model, dtype)
+        self.rival, self.whole = RIVALS[dtype], dtype == "bf16"
+        self.weights, self.workspace = random_weights(self.shape, DEVICE, 0), Workspace()
+        self.skipped: dict[str, str] = {}
+        self.prepared = {kernel.name: self._prepared(kernel) for kernel in (CuteMoE(), self.rival)}
+        self.cute = {c: found for c in configurations(self.shape) if (found := self._loaded(c))}
+
+    def _prepared(self, kernel: LaunchableKernel) -> Any:
+        return kernel.prepare(relayout(self.weights, to_give(layouts_of(kernel, self.shape))))
+
+    def _loaded(self, config: Config, chosen: int | None = None) -> Contender | None:
+        try:
+            return cute(config, self.prepared["cute"], chosen)
+        except KernelError as e:
+            self.skipped[config.name] = str(e)[:200]
+            return None
+
+    def batch(self, tokens: int, routing: str) -> tuple[Batch, Tensor, Tensor]:
+        """With room for its output, and what that should be."""
+        ids = torch.from_numpy(routed(self.shape, tokens, routing)).int()
+        generator = torch.Generator(DEVICE).manual_seed(1)
+        x = torch.randn(tokens, self.shape.hidden_size, device=DEVICE, generator=generator).bfloat16()
+        scores = torch.randn(ids.shape, device=DEVICE, generator=generator)
+        batch = Batch(x, ids.to(DEVICE), scores.softmax(-1))
+        return batch, torch.empty_like(x), reference(self.weights, batch)
+
+    def rivals(self, histogram: IntArray) -> list[Contender]:
+        """The other kernel's configurations for a batch."""
+        prepared, launch = self.prepared[self.rival.name], self.rival.launch
+        if self.whole:
+            return [Contender(c.name, partial(launch, c, prepared)) for c in predicted(self.model, histogram)]
+        found = []
+        for config in self.rival.configs(self.shape, get_registry().device("h200")):
+            inner = Inner(prepared.operator)
+            found.append(Contender(config.name, partial(launch, config, replace(prepared, operator=inner)), inner))
+        return found
+
+    def screened(self, contender: Contender, batch: Batch, out: Tensor, expected: Tensor) -> tuple[float, float] | None:
+        """Microseconds and error; None, and left out from now on, where the output is wrong."""
+        if contender.name in self.skipped:
+            return None
+        out.fill_(float("nan"))
+        try:
+            contender.launch(batch, out, self.workspace)
+            if wrong := misfit(out, expected, self.shape.dtype):
+                raise KernelError(wrong)
+            error = float((out.float() - expected).norm() / expected.norm())
+            span = contender.inner.alone() if contender.inner else self.span(contender, batch, out, True)
+            (us,) = medians([span], 1)
+            return (us if us > LONG_US else medians([span], SCREENING)[0]), round(error, 5)
+        except Exception as e:  # whatever it is: the others go on, as long as the device answers
+            torch.cuda.synchronize()
+            self.skipped[contender.name] = f"{batch.num_tokens} tokens: {type(e).__name__}: {e}"[:200]
+            return None
+
+    def span(self, contender: Contender, batch: Batch, out: Tensor, whole: bool) -> Callable[[], Any]:
+        """What is timed, with buffers of its own."""
+        launch = partial(contender.launch, batch, out, Workspace())
+        if whole:
+            return captured(launch)
+        launch()
+        assert contender.inner is not None
+        return contender.inner.alone()
+
+    def cells(self, tokens: int, routing: str) -> Rows:
+        """Our best configuration against the other kernel's."""
+        given = batch, out, _ = self.batch(tokens, routing)
+        histogram = expert_histogram(batch.topk_ids, self.shape.num_experts)
+        active = int((histogram > 0).sum())
+        most = max(16, MANY * tokens * self.shape.top_k / active)
+        ours = [
+            contender
+            for c, contender in self.cute.items()
+            if c.combine == "bf16" and c.block <= most and (c.split_k == 1 or tokens <= SPLIT_TOKENS)
+        ]
+        results: dict[str, dict[str, tuple[float, float]]] = {}
+        finalists: list[tuple[str, Contender]] = []
+        for kernel, contenders in (("cute", ours), (self.rival.name, self.rivals(histogram))):
+            found = {c: result for c in contenders if (result := self.screened(c, *given))}
+            if not found:
+                raise KernelError(f"no configuration of {kernel} ran")
+            results[kernel] = {c.name: result for c, result in found.items()}
+            finalists += [(kernel, c) for c in sorted(found, key=lambda c: found[c])[: FINALISTS[kernel]]]
+        times = medians([self.span(c, batch, out, self.whole) for _, c in finalists], JUDGING)
+        row: dict[str, Any] = {"tokens": tokens, "routing": routing, "active": active}
+        row["floor_us"] = round(active * self.shape.expert_bytes / BYTES_PER_US, 2)
+        for kernel in results:
+            us, best = min((us, c.name) for us, (of, c) in zip(times, finalists, strict=True) if of == kernel)
+            row[kernel] = {"config": best, "us": us, "error": results[kernel][best][1]}
+        return [row | {"screened": results}]
+
+    def combine(self, tokens: int) -> Rows:
+        """Configurations that are there with each combine."""
+        given = batch, out, _ = self.batch(tokens, "uniform")
+        rows, spans = [], []
+        for base in [c for c in self.cute if c.combine == "bf16"]:
+            each = [self.cute.get(replace(base, combine=how)) for how in ("bf16", "f32", "rows")]
+            found = [self.screened(c, *given) if c else None for c in each]
+            for how, contender, result in zip(("bf16", "f32", "rows"), each, found, strict=True):
+                if contender and result and all(found):
+                    rows.append({"tokens": tokens, "config": base.name, "combine": how, "error": result[1]})
+                    spans.append(self.span(contender, batch, out, True))
+        return [row | {"us": us} for row, us in zip(rows, medians(spans, JUDGING), strict=True)]
+
+    def polymorphic(self, tokens: int) -> Rows:
+        """Each block of each polymorphic launch, and the configuration compiled for it alone."""
+        given = batch, out, _ = self.batch(tokens, "uniform")
+        rows = []
+        for config in polymorphic(self.shape):
+            for chosen, block in enumerate(config.blocks):
+                pair = [self._loaded(config, chosen), self.cute.get(config.of(block))]
+                contenders = [c for c in pair if c and self.screened(c, *given)]
+                if len(contenders) == 2:
+                    us, alone = medians([self.span(c, batch, out, False) for c in contenders], JUDGING)
+                    row = {"tokens": tokens, "config": config.name, "block": block, "us": us, "alone_us": alone}
+                    rows.append(row)
+        return rows
+
+    def first_launch(self) -> Rows:
+        """Of two configurations, one after the other, in a process of its own."""
+        script, names = HERE / "cute_first_launch.py", [c.name for c in self.cute.values()][:2]
+        command = [sys.executable, str(script), self.model, self.shape.dtype, *names]
+        done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=120)
+        if done.returncode:
+            raise KernelError(done.stderr.strip()[-200:])
+        found: Rows = json.loads(done.stdout.splitlines()[-1])
+        return found
+
+    def work(self) -> Iterator[tuple[str, tuple[Any, ...]]]:
+        """Methods and what they are asked for."""
+        yield "first_launch", ()
+        yield from (("cells", cell) for cell in itertools.product(TOKENS, ROUTINGS))
+        yield from (("combine", (tokens,)) for tokens in COMBINE_TOKENS)
+        yield from (("polymorphic", (tokens,)) for tokens in POLYMORPHIC_TOKENS)
+
+
+def measure(model: str, dtype: str, folder: Path, deadline: float) -> None:
+    m = Measurement(model, dtype)
+    record: dict[str, Any] = {
+        "device": torch.cuda.get_device_name() if torch.cuda.is_available() else DEVICE,
+        "measured": date.today().isoformat(),
+        "software": {"torch": str(torch.__version__), "triton": triton.__version__, "tvm_ffi": version_of("tvm_ffi")},
+        "kernels": {kernel.name: kernel.version() for kernel in (CuteMoE(), m.rival)},
+        "model": model,
+        "dtype": dtype,
+        "method": " ".join((__doc__ or "").split("\n\n")[2].split()),
+        "configurations": len(configurations(m.shape)),
+        "skipped": m.skipped,
+    }
+    record |= {section: [] for section, _ in m.work()}
+    for section, asked in m.work():
+        if time.monotonic() > deadline:
+            print(f"{model} {dtype}: out of time before {section} {asked}", file=sys.stderr)
+            break
+        try:
+            rows = getattr(m, section)(*asked)
+        except Exception as e:  # likewise
+            torch.cuda.synchronize()
+            rows, m.skipped[" ".join(map(str, (section, *asked)))] = [], f"{type(e).__name__}: {e}"[:200]
+        record[section] += rows
+        for row in rows:
+            print(model, dtype, section, json.dumps({k: v for k, v in row.items() if k != "screened"}), flush=True)
+        write_atomically(folder / f"cute_h200_{model}_{dtype}.json", laid_out(record))
+
+
+def laid_out(record: dict[str, Any]) -> bytes:
+    """A line for each field, and for each row."""
+    fields = []
+    for key, value in record.items():
+        body = json.dumps(value, separators=(",", ":"))
+        if isinstance(value, list) and value:
+            body = "[\n  " + ",\n  ".join(json.dumps(row, separators=(",", ":")) for row in value) + "\n ]"
+        fields.append(f" {json.dumps(key)}: {body}")
+    return ("{\n" + ",\n".join(fields) + "\n}\n").encode()
+
+
+def main(argv: list[str]) -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--models", nargs="+", choices=MODELS, default=MODELS)
+    parser.add_argument("--dtype", choices=RIVALS, default="fp8")
+    parser.add_argument("--minutes", type=float, default=10)
+    parser.add_argument("--folder", type=Path, default=HERE)
+    options = parser.parse_args(argv)
+    if not torch.cuda.is_available():
+        print("this needs a CUDA device, and torch sees none: nothing was measured", file=sys.stderr)
+        sys.exit(NO_GPU)
+    for kernel in (CuteMoE(), RIVALS[options.dtype]):
+        if reason := kernel.unavailable():
+            sys.exit(f"{kernel.name}: {reason}")
+    deadline = time.monotonic() + 60 * options.minutes
+    if options.dtype == "bf16":
+        shapes = {model: get_registry().shape(model, "bf16") for model in options.models}
+        compile_triton(
+            (model, expert_histogram(routed(shape, *cell), shape.num_experts))
+            for model, shape in shapes.items()
+            for cell in itertools.product(TOKENS, ROUTINGS)
+        )
+    with torch.cuda.stream(torch.cuda.Stream()):
+        for model in options.models:
+            measure(model, options.dtype, options.folder, deadline)
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])
