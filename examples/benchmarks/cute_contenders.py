@@ -66,7 +66,7 @@ def cute(config: Config, prepared: Any, chosen: int | None = None) -> Contender:
         choice = torch.tensor([chosen], dtype=torch.int32, device=DEVICE)
 
     def launch(batch: Batch, out: Tensor, workspace: Workspace) -> None:
-        with patch.object(cute_launch, "load", lambda _: inner):
+        with patch.object(cute_launch, "compiled", lambda *_: inner):
             for _ in cute_launch.launch_steps(configs, prepared, batch, out, workspace, choice):
                 pass
 

@@ -202,7 +202,7 @@ MODEL, TOKENS = "mixtral-8x7b-tp4", 64
 
 
 def made_up(registry: Registry) -> dict[str, Any]:
-    """Two kinds of one histogram, and two configurations: dispatch's choice, and one that is the better on "uniform"."""
+    """Two kinds of one histogram, and two configurations: dispatch's choice, and the better one on "uniform"."""
     shape = registry.shape(MODEL, "fp8")
     histogram = expert_histogram(generate("uniform", TOKENS, shape.num_experts, shape.top_k, 5), shape.num_experts)
     dispatcher = Dispatcher.for_model(MODEL, "h200", ["triton"])

@@ -43,6 +43,15 @@ def test_the_space(model: str, dtype: str, registry: Registry, h200: Hardware) -
     assert [_config(k) for k in KERNEL.configs(shape, h200)] == found
 
 
+def test_registers() -> None:
+    """More than a CTA was launched with would be waited for forever."""
+    assert [Config(8, 32, 8, 3).register_pool, Config(8, 64, 4, 2, ctas=2).register_pool] == [64512, 32768]
+    for c in (*space(), *POLYMORPHIC):
+        producer, consumer = c.registers
+        assert 128 * producer + 32 * c.warps * consumer <= c.register_pool, c.name
+        assert producer % 8 == consumer % 8 == 0
+
+
 def test_names() -> None:
     every = [replace(c, dtype=dtype) for c in (*space(), *POLYMORPHIC) for dtype in ELEMENT]
     assert len({c.name for c in every}) == len(set(every)) == len(every)

@@ -24,6 +24,7 @@ PRODUCER_THREADS = 128
 GATHER_THREADS = 96
 """Of the producer's, those that copy tokens; its first warp loads weights."""
 ELEMENT = {"fp8": 1, "bf16": 2}
+SM_REGISTERS = 64 * 1024
 SM_SMEM_BYTES = 228 * 1024
 """Shared memory of a Hopper SM, of which the system keeps 1 KiB for each CTA."""
 
@@ -102,8 +103,14 @@ class Config:
         return PRODUCER_THREADS + 32 * self.warps
 
     @property
+    def register_pool(self) -> int:
+        """Registers that a CTA is launched with, by eights a thread. `setmaxnreg` only moves them between roles: a
+        consumer that asks for more than the producers have given waits forever."""
+        return SM_REGISTERS // self.ctas // self.threads // 8 * 8 * self.threads
+
+    @property
     def registers(self) -> tuple[int, int]:
-        """A producer's and a consumer's, by `setmaxnreg`: 64 Ki an SM, over threads x CTAs."""
+        """A producer's and a consumer's, within `register_pool`."""
         if self.ctas == 1:
             return (56, 224) if self.block > 96 else (40, 232)
         return (24, 104) if self.warps == 8 else (40, 216)

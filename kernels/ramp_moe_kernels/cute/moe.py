@@ -48,7 +48,8 @@ blocks       One launch that is any of several token blocks, all else equal: the
 What hangs or corrupts, learnt the hard way: TMA under a branch of one thread (it elects one itself); the token of an
 accumulator taken from a warpgroup's slice instead of the lane; a plain store to shared memory before cp.async's arrival
 on a barrier, which does not release it (scales are copied by cp.async, too); a CTA of a cluster that ends before
-another has arrived on its barriers.
+another has arrived on its barriers; consumers that ask for more registers than the CTA was launched with, less the
+producers'.
 """
 # The DSL traces Python: annotations must be types at run time, and its functions are untyped.
 # mypy: disable-error-code="import-not-found, import-untyped, untyped-decorator, no-untyped-def, no-untyped-call, misc"
