@@ -112,8 +112,8 @@ class Config:
     def registers(self) -> tuple[int, int]:
         """A producer's and a consumer's, within `register_pool`."""
         if self.ctas == 1:
-            return (56, 224) if self.block > 96 else (40, 232)
-        return (24, 104) if self.warps == 8 else (40, 216)
+            return 24, 240
+        return (24, 104) if self.warps == 8 else (24, 232)
 
     @property
     def accumulators(self) -> int:
@@ -140,7 +140,8 @@ class SmemMap:
     tokens     stages x block rows x 128 bytes, swizzled; then staged output, in `buffers` buffers
     hidden     wide x block rows x 128 intermediates, swizzled: the down projection's tokens
     parts      split_k x 256 x block float32: every CTA's sums of a split reduction
-    x_scale    stages x block float32            routing    block float32: routing weights
+    x_scale    stages x block float32            token      block int32: rows of x
+    routing    block float32: routing weights
     h_scale    wide x block float32              maxima     block x 4 warpgroups' warps float32
     barriers   4 x stages + 1 mbarriers
     """
@@ -150,6 +151,7 @@ class SmemMap:
     hidden: int
     parts: int
     x_scale: int
+    token: int
     routing: int
     h_scale: int
     maxima: int
@@ -167,6 +169,7 @@ def smem_map(c: Config) -> SmemMap:
         "hidden": (c.wide * c.block * INTERMEDIATES * ELEMENT[c.dtype], 1024),
         "parts": (c.split_k * c.block * UP_ROWS * 4 if c.split_k > 1 else 0, 16),
         "x_scale": (c.stages * c.block * 4, 16),
+        "token": (c.block * 4, 16),
         "routing": (c.block * 4, 16),
         "h_scale": (c.wide * c.block * 4, 16),
         "maxima": (c.block * c.warps * 4, 16),

@@ -20,7 +20,8 @@ Timeline     warp 0        W1 W1 W1 ... W1 | W2 W2 ... W2           runs ahead b
 Barriers     full_w[s]     1 arrival that expects 32 KiB            empty_w[s]   1 a consumer warp (pair: both CTAs')
              full_x[s]     96, as each thread's copies land         empty_x[s]   1 a consumer warp
              gathered      1 that expects the others' sums (split_k)
-             named 1       all consumers: maxima and intermediates; named 2 + g: warpgroup g, around staged output
+             named 1       all consumers: maxima and intermediates; named 2 + g: warpgroup g, around staged output;
+                           named 4: warps 1-3, once they know their tokens
 
 Registers    `setmaxnreg` gives the producers' to the consumers (Config.registers). A consumer holds the sums, block / 2
              a tile of 64 rows, and in fp8 as many again for each of `in_flight` accumulators: a step of 128 columns is
@@ -80,6 +81,7 @@ from .config import (
 )
 
 STAGE_BYTES = UP_ROWS * ROW_BYTES
+GATHER_BARRIER = 4
 CHUNK = 16
 """Bytes that a thread copies at once."""
 FP8_MAX = 448.0
@@ -248,6 +250,7 @@ class FusedMoE:
         sX = self.swizzled(base + self.map.tokens, x_layout)
         sH = self.swizzled(base + self.map.hidden, h_layout)
         sXs = self.floats(base + self.map.x_scale, cute.make_layout((block, stages)))
+        sToken = cute.make_tensor(cute.recast_ptr(base + self.map.token, dtype=Int32), cute.make_layout(block))
         sRouting = self.floats(base + self.map.routing, cute.make_layout(block))
         sHs = self.floats(base + self.map.h_scale, cute.make_layout((block, c.wide)))
         sMax = self.floats(base + self.map.maxima, cute.make_layout((block, c.warps), stride=(c.warps, 1)))
@@ -336,27 +339,29 @@ class FusedMoE:
                 wide_copy = cute.make_copy_atom(past_l1, self.element, num_bits_per_copy=8 * CHUNK)
                 scale_copy = cute.make_copy_atom(by_l1, Float32, num_bits_per_copy=32)
                 width = CHUNK * 8 // self.element.width
-                own_tokens = cute.make_rmem_tensor((rounds,), Int32)
-                for r in cutlass.range_constexpr(rounds):
-                    row = r * at_once + own // (ROW_BYTES // CHUNK)
-                    own_tokens[r] = tokens
+                for r in cutlass.range_constexpr((block + GATHER_THREADS - 1) // GATHER_THREADS):
+                    row = r * GATHER_THREADS + own
                     if row < block:
-                        own_tokens[r] = slots[m_i * block + row] // top_k
+                        sToken[row] = slots[m_i * block + row] // top_k
+                pipeline.NamedBarrier(barrier_id=GATHER_BARRIER, num_threads=GATHER_THREADS).arrive_and_wait()
                 stage, phase = Int32(0), Int32(1)
                 for _ in cutlass.range(c.wide, unroll=1):
                     for k in cutlass.range(first, last, 1, unroll=1):
                         cute.arch.mbarrier_wait(empty_x + stage, phase)
                         for r in cutlass.range_constexpr(rounds):
                             row = r * at_once + own // (ROW_BYTES // CHUNK)
-                            if own_tokens[r] < tokens:
-                                at = Int64(own_tokens[r]) * x.shape[1] + k * c.step + chunk * width
+                            token = tokens
+                            if row < block:
+                                token = sToken[row]
+                            if token < tokens:
+                                at = Int64(token) * x.shape[1] + k * c.step + chunk * width
                                 source = cute.make_tensor((x.iterator + at).align(CHUNK), cute.make_layout(width))
                                 target = cute.local_tile(sX[(row, None, stage)], (width,), (chunk,))
                                 target = cute.make_tensor(target.iterator.align(CHUNK), cute.make_layout(width))
                                 cute.copy(wide_copy, source, target)
                                 if const_expr(self.fp8):
                                     if chunk == 0:
-                                        scale_at = Int64(own_tokens[r]) * x_scale.shape[1] + k
+                                        scale_at = Int64(token) * x_scale.shape[1] + k
                                         scale_from = cute.make_tensor(x_scale.iterator + scale_at, cute.make_layout(1))
                                         scale_to = cute.make_tensor(
                                             sXs.iterator + (stage * block + row), cute.make_layout(1)
