@@ -83,7 +83,7 @@ def test_a_configuration_survives(c: Config) -> None:
         (replace(VALID, pair=True, group_m=8), SHAPE, "paired M-tiles share weights already"),
         (replace(VALID, stages=7), SHAPE, r"\d+ bytes exceed the 232448 of shared memory"),
         (replace(VALID, stages=4, ctas=2), SHAPE, r"\d+ bytes exceed the 115712 of shared memory"),
-        (Config(96, 64, 4, 2, ctas=2), SHAPE, r"240 registers of sums leave less than \d+ of 216"),
+        (Config(96, 64, 4, 2, ctas=2), SHAPE, r"240 registers of sums leave less than \d+ of 232"),
     ],
 )
 def test_what_is_invalid(c: Config, shape: MoEShape, reason: str) -> None:
