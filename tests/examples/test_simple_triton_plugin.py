@@ -31,7 +31,7 @@ def ramp_moe(tmp_path_factory: pytest.TempPathFactory):
     subprocess.run([*pip, str(site), str(PLUGIN)], check=True)
 
     def run(*args: str) -> Any:
-        env = os.environ | {"PYTHONPATH": str(site)}
+        env = os.environ | {"PYTHONPATH": os.pathsep.join([str(site), *filter(None, [os.environ.get("PYTHONPATH")])])}
         command = [sys.executable, "-m", "ramp_moe.cli", *args, "--json"]
         return json.loads(subprocess.run(command, env=env, capture_output=True, text=True, check=True).stdout)
 
@@ -53,7 +53,7 @@ def test_it_is_listed(ramp_moe) -> None:
 
 def test_it_takes_part_in_compare(ramp_moe) -> None:
     both = ramp_moe("compare", "--model", "olmoe-1b-7b", "--device", "h200")
-    assert set(both["kernels"]) == {"alpha_moe", "deep_gemm", "triton", "simple_triton"}
+    assert set(both["kernels"]) == {"alpha_moe", "cute", "deep_gemm", "triton", "simple_triton"}
     assert len(both["batches"]) >= 7
     assert {s["kernel"] for s in both["sources"]} == set(both["kernels"])
     alone = ramp_moe("compare", "--model", "olmoe-1b-7b", "--kernel", "simple_triton")
