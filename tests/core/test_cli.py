@@ -46,7 +46,7 @@ def test_the_main_job_takes_under_five_seconds() -> None:
     assert "Replay of recorded measurements" in result.stdout
     for kernel in ("alpha_moe", "triton"):
         assert re.search(rf"{kernel} \S+ on NVIDIA H200, 20\d\d-\d\d-\d\d", result.stdout)
-    assert re.search(r"geometric mean 1\.[01]\d\dx", result.stdout)
+    assert re.search(r"geometric mean 1\.0\d\dx", result.stdout)
 
 
 def test_compare_trace(tmp_path: Path) -> None:
@@ -119,25 +119,22 @@ def test_explain() -> None:
     us = [c["predicted_us"] for c in found["candidates"]]
     assert us == sorted(us)
     assert found["figures"] == "predicted"
-    # Whoever measured leaves out what the compiler dropped.
-    assert not [
-        n for n in found["notes"] if not re.match(r"cute: \d of \d+ configurations left out, the sweep has no", n)
-    ]
+    assert found["notes"] == []
     assert sum(found["histogram"]) == 512
     shown = run("explain", "--model", "olmoe-1b-7b", "--tokens", 64, "--top", 3).output
     assert "PREDICTED" in shown
-    serve = r"weights in gate-first \(one copy\) serve cute, deep_gemm, triton; a second copy would gain "
-    assert re.search(serve + r"\d\.\d% on this batch, \d\.\d% over the profiled ones", " ".join(shown.split()))
-    assert len(re.findall(r"(?:alpha_moe|cute|deep_gemm|triton)/\w+", shown)) == 3
+    serve = r"weights in gate-first \(one copy\) serve deep_gemm, triton; a second copy would gain "
+    assert re.search(serve + r"\d\.\d% on this batch, [1-9]\.\d% over the profiled ones", " ".join(shown.split()))
+    assert len(re.findall(r"(?:alpha_moe|deep_gemm|triton)/\w+", shown)) == 3
 
 
 def test_explain_what_a_second_copy_of_the_weights_would_gain(olmoe: MoEShape) -> None:
-    """Alpha-MoE and DeepGEMM read no order of fp8 rows in common; cute and Triton read both's."""
+    """Alpha-MoE and DeepGEMM read no order of fp8 rows in common; Triton reads both's."""
     layouts = run_json("explain", "--model", "olmoe-1b-7b", "--tokens", 64)["layouts"]
     assert layouts["weighed"]["profiled"]
     one, two, gain = layouts["one_copy"], layouts["two_copies"], layouts["gain_of_second"]
-    assert len(one["kernels"]) == 3
-    assert sorted(two["kernels"]) == ["alpha_moe", "cute", "deep_gemm", "triton"]
+    assert len(one["kernels"]) == 2
+    assert sorted(two["kernels"]) == ["alpha_moe", "deep_gemm", "triton"]
     assert two["loss"] == 0
     assert gain["weighed"] == pytest.approx(one["loss"])
     assert 0 < gain["weighed"] < 1

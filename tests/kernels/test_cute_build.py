@@ -251,7 +251,8 @@ def sources(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.setattr(cache_module, "runtime_abis", lambda: ["ffi0.1-x86_64-v3", "ffi0.1-x86_64-v2"])
     folder = tmp_path / "sources"
     folder.mkdir()
-    (folder / "moe.py").write_text("x = 1\n")
+    for name in cache_module.COMPILED:
+        (folder / name).write_text("x = 1\n")
     return folder
 
 
@@ -262,6 +263,7 @@ def test_another_version_has_another_folder(
     assert first.folder.is_relative_to(tmp_path / "root")
     assert run(first, machine).compiled == ("a", "b", "c")
     (sources / "moe.py").write_text("# why\nx = 1\n")
+    (sources / "launch.py").write_text("y = 1\n")  # which no object is compiled from
     assert Cache.current(sources) == first
     with monkeypatch.context() as patch:
         patch.setattr(cache_module, "toolchain", lambda: "dsl1.1-cu13")

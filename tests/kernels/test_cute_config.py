@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import importlib
 import pickle
 import re
 from dataclasses import replace
+from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -27,6 +30,7 @@ from ramp_moe_kernels.cute.space import (
 )
 
 KERNEL = CuteMoE()
+load = importlib.import_module("ramp_moe_kernels.cute.objects.load")  # the package names the function so
 MODELS = ("olmoe-1b-7b", "qwen3-30b-a3b", "deepseek-v3-tp8", "mixtral-8x7b-tp4")
 SHAPE = MoEShape(8, 2, 1024, 768, "fp8")
 VALID = Config(16, 32, 8, 3)
@@ -147,12 +151,24 @@ def test_what_it_cannot_compute(registry: Registry, h200: Hardware) -> None:
     assert reason(intermediate_size=192) == "intermediate_size 192 is not a multiple of 128"
 
 
-@pytest.mark.parametrize("missing", [None, "torch", "triton", "tvm_ffi"])
-def test_where_it_cannot_run(missing: str | None, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("missing", ["torch", "triton", "tvm_ffi"])
+def test_where_it_cannot_run(missing: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(kernel_module, "is_installed", lambda name: name != missing)
-    assert KERNEL.unavailable() == (
-        missing and f"the package {missing} is missing: pip install 'ramp-moe[triton,cute]'"
-    )
+    assert KERNEL.unavailable() == f"the package {missing} is missing: pip install 'ramp-moe[triton,cute]'"
+
+
+def test_without_objects_or_a_compiler(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr(kernel_module, "is_installed", lambda name: True)
+    for folder, dsl, reason in (
+        (tmp_path / "absent", None, f"nothing is compiled in {tmp_path / 'absent'}, and nvidia-cutlass-dsl is not"),
+        (tmp_path / "absent", tmp_path, None),
+        (tmp_path, None, None),
+    ):
+        cache = SimpleNamespace(folder=folder)
+        monkeypatch.setattr(load, "Cache", SimpleNamespace(current=lambda cache=cache: cache))
+        monkeypatch.setattr(load, "dsl_folder", lambda dsl=dsl: dsl)
+        found = KERNEL.unavailable()
+        assert found is None if reason is None else str(found).startswith(reason)
 
 
 def test_layouts_that_it_reads() -> None:

@@ -42,7 +42,7 @@ def on_the_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
     launch.compiled.cache_clear()
     monkeypatch.setattr(launch, "load", emulated)
     monkeypatch.setattr(launch, "_check_device", lambda device: None)
-    monkeypatch.setattr(kernel_module, "is_installed", lambda name: True)
+    monkeypatch.setattr(kernel_module.CuteMoE, "unavailable", lambda self: None)
 
 
 def given(tokens: int, routing: str = "uniform") -> Batch:
@@ -67,7 +67,7 @@ def run(config: Config, of: MoEWeights, b: Batch, workspace: Workspace | None = 
 class TestEmulated(KernelConformance):
     kernel = KERNEL
     launch_shape = MoEShape(6, 2, 256, 256, "fp8")
-    configs = 6
+    configs = 2
     test_asynchronous = None  # the emulation does read from the device
 
 

@@ -111,13 +111,13 @@ def test_stmatrix_puts_every_register_at_its_token_and_column(octet: int) -> Non
 
 
 def test_staged_rows_do_not_conflict() -> None:
-    """bf16: eight rows of 16 bytes at a time. float32: a word a lane, two of a bank."""
+    """bf16: eight rows of 16 bytes at a time. float32: a word a lane."""
     for warp, matrix in product(WARPS, range(4)):
         rows = (layout.staged(*layout.matrix_row(warp, 8 * matrix + row, 0)) * 2 for row in range(8))
         assert layout.ways(rows, 16) == 1
     for warp, register in product(WARPS, range(4)):
         held = (layout.accumulator(warp, lane, register) for lane in LANES)
-        assert layout.ways((layout.staged(token, row) * 4 for row, token in held), 4) <= 2
+        assert layout.ways((layout.staged(token, row, 4) * 4 for row, token in held), 4) == 1
 
 
 @pytest.mark.parametrize(("tiles", "groups"), [(2, 2), (4, 1)])
@@ -199,7 +199,7 @@ def test_views_of_weights_read_what_the_layout_says(order: str, dtype: str) -> N
 
 def regions(c: Config) -> dict[str, tuple[int, int]]:
     """Bytes and alignment of what the kernel keeps there."""
-    pitch = layout.staged(1, 0) * (4 if c.combine == "f32" else 2)
+    pitch = layout.staged(1, 0, c.out_element) * c.out_element
     element = ELEMENT[c.dtype]
     return {
         "weights": (c.stages * UP_ROWS * ROW_BYTES, 1024),
@@ -207,6 +207,7 @@ def regions(c: Config) -> dict[str, tuple[int, int]]:
         "hidden": (c.wide * c.block * INTERMEDIATES * element, 1024),
         "parts": (c.split_k * c.block * UP_ROWS * 4 if c.split_k > 1 else 0, 16),
         "x_scale": (c.stages * c.block * 4, 4),
+        "token": (c.block * 4, 4),
         "routing": (c.block * 4, 4),
         "h_scale": (c.wide * c.block * 4, 4),
         "maxima": (c.block * c.warps * 4, 4),

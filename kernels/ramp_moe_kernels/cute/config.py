@@ -18,8 +18,8 @@ UP_ROWS = 256
 INTERMEDIATES = 128
 OUT_COLUMNS = 128
 """Output columns that a consumer warpgroup hands over at a time."""
-OUT_PAD = 8
-"""Elements between staged rows of output, against bank conflicts."""
+OUT_PAD_BYTES = 16
+"""Between staged rows of output, against bank conflicts."""
 PRODUCER_THREADS = 128
 GATHER_THREADS = 96
 """Of the producer's, those that copy tokens; its first warp loads weights."""
@@ -127,9 +127,19 @@ class Config:
         return SM_SMEM_BYTES // self.ctas - 1024
 
     @property
+    def out_element(self) -> int:
+        """Bytes of an element of output on its way out."""
+        return 4 if self.combine == "f32" else 2
+
+    @property
+    def out_pitch(self) -> int:
+        """Elements from one staged row to the next."""
+        return OUT_COLUMNS + OUT_PAD_BYTES // self.out_element
+
+    @property
     def staged_bytes(self) -> int:
         """One buffer of output on its way out: a chunk of every warpgroup."""
-        return self.warpgroups * self.block * (OUT_COLUMNS + OUT_PAD) * (4 if self.combine == "f32" else 2)
+        return self.warpgroups * self.block * self.out_pitch * self.out_element
 
 
 @dataclass(frozen=True, slots=True)

@@ -48,7 +48,11 @@ class CuteMoE(LaunchableKernel, BuildableKernel):
 
     def unavailable(self) -> str | None:
         missing = [name for name in ("torch", "triton", "tvm_ffi") if not is_installed(name)]
-        return f"the package {missing[0]} is missing: pip install 'ramp-moe[triton,cute]'" if missing else None
+        if missing:
+            return f"the package {missing[0]} is missing: pip install 'ramp-moe[triton,cute]'"
+        from .objects import compilable
+
+        return compilable()
 
     def configs(self, shape: MoEShape, hardware: Hardware) -> Sequence[KernelConfig]:
         return [self.describe(c, shape) for c in configurations(shape)]
@@ -93,7 +97,7 @@ class CuteMoE(LaunchableKernel, BuildableKernel):
     def default_config(self, shape: MoEShape, hardware: Hardware, num_tokens: int) -> KernelConfig:
         """By the mean tokens of an expert that has some."""
         ids = num_tokens * shape.top_k
-        mean = ids / min(ids, shape.num_experts)
+        mean = ids / max(1, min(ids, shape.num_experts))
         ctas = min(ids, shape.num_experts) * shape.gate_up_rows // UP_ROWS
         found = Config(min(128, max(8, 8 * round(mean * 1.25 / 8))), 32, 8, 4, dtype=shape.dtype)
         if ctas <= hardware.num_sms // 4 and mean <= FEW:

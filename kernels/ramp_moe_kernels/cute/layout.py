@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
-from .config import GATHER_THREADS, OUT_COLUMNS, OUT_PAD, ROW_BYTES, UP_ROWS
+from .config import GATHER_THREADS, OUT_COLUMNS, OUT_PAD_BYTES, ROW_BYTES, UP_ROWS
 
 EIGHT = 8
 """Rows of one half that lie together."""
@@ -99,9 +99,9 @@ def stored(lane: int, value: int) -> tuple[int, int, int]:
     return value // 2, 2 * (lane % 4) + value % 2, lane // 4
 
 
-def staged(token: int, column: int) -> int:
-    """Element of a warpgroup's buffer of staged output."""
-    return token * (OUT_COLUMNS + OUT_PAD) + column
+def staged(token: int, column: int, element: int = 2) -> int:
+    """Element, of so many bytes, of a warpgroup's buffer of staged output."""
+    return token * (OUT_COLUMNS + OUT_PAD_BYTES // element) + column
 
 
 def out_column(n: int, group: int, half: int, column: int, *, tiles: int) -> int:

@@ -71,7 +71,6 @@ from .config import (
     GATHER_THREADS,
     INTERMEDIATES,
     OUT_COLUMNS,
-    OUT_PAD,
     PRODUCER_THREADS,
     ROW_BYTES,
     UP_ROWS,
@@ -297,80 +296,81 @@ class FusedMoE:
             if const_expr(c.split_k > 1):
                 first, last = steps * rank // c.split_k, steps * (rank + 1) // c.split_k
                 out_first, out_step = rank, c.split_k
-            if warp_index == 0:
-                # ---------------------------------------------------------------- weights
-                cute.arch.setmaxregister_decrease(c.registers[0])
-                box_rows = UP_ROWS // 2 if c.pair else UP_ROWS
-                whole = (box_rows, c.step)
-                tW1 = cute.local_tile(gW1, whole, (None, None, None))
-                tW2 = cute.local_tile(gW2, whole, (None, None, None))
-                one, flat = cute.make_layout(1), cute.group_modes(sBox, 0, 2)
-                to_w1, from_w1 = cpasync.tma_partition(tma_w1, 0, one, flat, cute.group_modes(tW1, 0, 2))
-                to_w2, from_w2 = cpasync.tma_partition(tma_w2, 0, one, flat, cute.group_modes(tW2, 0, 2))
-                stage, phase = Int32(0), Int32(1)
-                for w in cutlass.range(c.wide, unroll=1):
-                    for k in cutlass.range(first, last, 1, unroll=1):
-                        cute.arch.mbarrier_wait(empty_w + stage, phase)
-                        with cute.arch.elect_one():
-                            cute.arch.mbarrier_arrive_and_expect_tx(full_w + stage, STAGE_BYTES)
-                        self.load(tma_w1, from_w1, to_w1, n_i * c.wide + w, k, expert, stage, full_w, rank, paired)
-                        stage += 1
-                        if stage == stages:
-                            stage, phase = Int32(0), phase ^ 1
-                for n in cutlass.range(out_first, out_tiles, out_step, unroll=1):
-                    for k in cutlass.range(c.wide * self.parts_of_h, unroll=1):
-                        cute.arch.mbarrier_wait(empty_w + stage, phase)
-                        with cute.arch.elect_one():
-                            cute.arch.mbarrier_arrive_and_expect_tx(full_w + stage, STAGE_BYTES)
-                        column = n_i * (c.wide * self.parts_of_h) + k
-                        self.load(tma_w2, from_w2, to_w2, n, column, expert, stage, full_w, rank, paired)
-                        stage += 1
-                        if stage == stages:
-                            stage, phase = Int32(0), phase ^ 1
-            elif warp_index < 4:
-                # ---------------------------------------------------------------- tokens
-                cute.arch.setmaxregister_decrease(c.registers[0])
-                own = thread - (PRODUCER_THREADS - GATHER_THREADS)
-                chunk = own % (ROW_BYTES // CHUNK)
-                at_once = GATHER_THREADS // (ROW_BYTES // CHUNK)
-                rounds = (block + at_once - 1) // at_once
-                past_l1 = cpasync.CopyG2SOp(cache_mode=cpasync.LoadCacheMode.GLOBAL)
-                by_l1 = cpasync.CopyG2SOp(cache_mode=cpasync.LoadCacheMode.ALWAYS)
-                wide_copy = cute.make_copy_atom(past_l1, self.element, num_bits_per_copy=8 * CHUNK)
-                scale_copy = cute.make_copy_atom(by_l1, Float32, num_bits_per_copy=32)
-                width = CHUNK * 8 // self.element.width
-                for r in cutlass.range_constexpr((block + GATHER_THREADS - 1) // GATHER_THREADS):
-                    row = r * GATHER_THREADS + own
-                    if row < block:
-                        sToken[row] = slots[m_i * block + row] // top_k
-                pipeline.NamedBarrier(barrier_id=GATHER_BARRIER, num_threads=GATHER_THREADS).arrive_and_wait()
-                stage, phase = Int32(0), Int32(1)
-                for _ in cutlass.range(c.wide, unroll=1):
-                    for k in cutlass.range(first, last, 1, unroll=1):
-                        cute.arch.mbarrier_wait(empty_x + stage, phase)
-                        for r in cutlass.range_constexpr(rounds):
-                            row = r * at_once + own // (ROW_BYTES // CHUNK)
-                            token = tokens
-                            if row < block:
-                                token = sToken[row]
-                            if token < tokens:
-                                at = Int64(token) * x.shape[1] + k * c.step + chunk * width
-                                source = cute.make_tensor((x.iterator + at).align(CHUNK), cute.make_layout(width))
-                                target = cute.local_tile(sX[(row, None, stage)], (width,), (chunk,))
-                                target = cute.make_tensor(target.iterator.align(CHUNK), cute.make_layout(width))
-                                cute.copy(wide_copy, source, target)
-                                if const_expr(self.fp8):
-                                    if chunk == 0:
-                                        scale_at = Int64(token) * x_scale.shape[1] + k
-                                        scale_from = cute.make_tensor(x_scale.iterator + scale_at, cute.make_layout(1))
-                                        scale_to = cute.make_tensor(
-                                            sXs.iterator + (stage * block + row), cute.make_layout(1)
-                                        )
-                                        cute.copy(scale_copy, scale_from, scale_to)
-                        cute.arch.cp_async_mbarrier_arrive_noinc(full_x + stage)
-                        stage += 1
-                        if stage == stages:
-                            stage, phase = Int32(0), phase ^ 1
+            if warp_index < 4:
+                cute.arch.setmaxregister_decrease(c.registers[0])  # a whole warpgroup, or it is undefined
+                if warp_index == 0:
+                    # ---------------------------------------------------------------- weights
+                    box_rows = UP_ROWS // 2 if c.pair else UP_ROWS
+                    whole = (box_rows, c.step)
+                    tW1 = cute.local_tile(gW1, whole, (None, None, None))
+                    tW2 = cute.local_tile(gW2, whole, (None, None, None))
+                    one, flat = cute.make_layout(1), cute.group_modes(sBox, 0, 2)
+                    to_w1, from_w1 = cpasync.tma_partition(tma_w1, 0, one, flat, cute.group_modes(tW1, 0, 2))
+                    to_w2, from_w2 = cpasync.tma_partition(tma_w2, 0, one, flat, cute.group_modes(tW2, 0, 2))
+                    stage, phase = Int32(0), Int32(1)
+                    for w in cutlass.range(c.wide, unroll=1):
+                        for k in cutlass.range(first, last, 1, unroll=1):
+                            cute.arch.mbarrier_wait(empty_w + stage, phase)
+                            with cute.arch.elect_one():
+                                cute.arch.mbarrier_arrive_and_expect_tx(full_w + stage, STAGE_BYTES)
+                            self.load(tma_w1, from_w1, to_w1, n_i * c.wide + w, k, expert, stage, full_w, rank, paired)
+                            stage += 1
+                            if stage == stages:
+                                stage, phase = Int32(0), phase ^ 1
+                    for n in cutlass.range(out_first, out_tiles, out_step, unroll=1):
+                        for k in cutlass.range(c.wide * self.parts_of_h, unroll=1):
+                            cute.arch.mbarrier_wait(empty_w + stage, phase)
+                            with cute.arch.elect_one():
+                                cute.arch.mbarrier_arrive_and_expect_tx(full_w + stage, STAGE_BYTES)
+                            column = n_i * (c.wide * self.parts_of_h) + k
+                            self.load(tma_w2, from_w2, to_w2, n, column, expert, stage, full_w, rank, paired)
+                            stage += 1
+                            if stage == stages:
+                                stage, phase = Int32(0), phase ^ 1
+                else:
+                    # ---------------------------------------------------------------- tokens
+                    own = thread - (PRODUCER_THREADS - GATHER_THREADS)
+                    chunk = own % (ROW_BYTES // CHUNK)
+                    at_once = GATHER_THREADS // (ROW_BYTES // CHUNK)
+                    rounds = (block + at_once - 1) // at_once
+                    past_l1 = cpasync.CopyG2SOp(cache_mode=cpasync.LoadCacheMode.GLOBAL)
+                    by_l1 = cpasync.CopyG2SOp(cache_mode=cpasync.LoadCacheMode.ALWAYS)
+                    wide_copy = cute.make_copy_atom(past_l1, self.element, num_bits_per_copy=8 * CHUNK)
+                    scale_copy = cute.make_copy_atom(by_l1, Float32, num_bits_per_copy=32)
+                    width = CHUNK * 8 // self.element.width
+                    for r in cutlass.range_constexpr((block + GATHER_THREADS - 1) // GATHER_THREADS):
+                        row = r * GATHER_THREADS + own
+                        if row < block:
+                            sToken[row] = slots[m_i * block + row] // top_k
+                    pipeline.NamedBarrier(barrier_id=GATHER_BARRIER, num_threads=GATHER_THREADS).arrive_and_wait()
+                    stage, phase = Int32(0), Int32(1)
+                    for _ in cutlass.range(c.wide, unroll=1):
+                        for k in cutlass.range(first, last, 1, unroll=1):
+                            cute.arch.mbarrier_wait(empty_x + stage, phase)
+                            for r in cutlass.range_constexpr(rounds):
+                                row = r * at_once + own // (ROW_BYTES // CHUNK)
+                                token = tokens
+                                if row < block:
+                                    token = sToken[row]
+                                if token < tokens:
+                                    at = Int64(token) * x.shape[1] + k * c.step + chunk * width
+                                    source = cute.make_tensor((x.iterator + at).align(CHUNK), cute.make_layout(width))
+                                    target = cute.local_tile(sX[(row, None, stage)], (width,), (chunk,))
+                                    target = cute.make_tensor(target.iterator.align(CHUNK), cute.make_layout(width))
+                                    cute.copy(wide_copy, source, target)
+                                    if const_expr(self.fp8):
+                                        if chunk == 0:
+                                            scale_from = x_scale.iterator + (Int64(token) * x_scale.shape[1] + k)
+                                            scale_to = sXs.iterator + (stage * block + row)
+                                            cute.copy(
+                                                scale_copy,
+                                                cute.make_tensor(scale_from, cute.make_layout(1)),
+                                                cute.make_tensor(scale_to, cute.make_layout(1)),
+                                            )
+                            cute.arch.cp_async_mbarrier_arrive_noinc(full_x + stage)
+                            stage += 1
+                            if stage == stages:
+                                stage, phase = Int32(0), phase ^ 1
             else:
                 # ---------------------------------------------------------------- consumers
                 cute.arch.setmaxregister_increase(c.registers[1])
@@ -644,7 +644,7 @@ class FusedMoE:
               own_warp: Int32, lane: Int32):  # fmt: skip
         """Two tiles of sums, 128 output columns, to shared memory: a row a token."""
         c = self.c
-        pitch = OUT_COLUMNS + OUT_PAD
+        pitch = c.out_pitch
         first = (buffer * c.warpgroups + group) * (c.block * pitch)
         if const_expr(c.combine == "f32"):
             rows = cute.recast_ptr(staged, dtype=Float32)
@@ -671,7 +671,7 @@ class FusedMoE:
              own: Int32):  # fmt: skip
         """A staged row on its way: added to the output, or stored."""
         c = self.c
-        pitch = OUT_COLUMNS + OUT_PAD
+        pitch = c.out_pitch
         dtype = Float32 if c.combine == "f32" else BFloat16
         at = ((buffer * c.warpgroups + group) * c.block + own) * pitch
         source = (cute.recast_ptr(staged, dtype=dtype) + at).to_llvm_ptr()

@@ -9,6 +9,7 @@ from __future__ import annotations
 import itertools
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
+from typing import get_args
 
 from ramp_moe import GridGeometry, MoEShape
 from ramp_moe.errors import KernelError
@@ -30,6 +31,10 @@ def invalid(c: Config, shape: MoEShape) -> str | None:
         return "a token block is 8 to 128 by 8, the N of WGMMA"
     if (c.tile, c.warps) not in ((32, 8), (64, 4)):
         return "a CTA's 256 rows are 8 warps' 32 or 4 warps' 64"
+    if c.ctas not in (1, 2) or c.split_k not in (1, 2, 4, 8) or c.combine not in get_args(Combine):
+        return f"{c.ctas} CTAs an SM, split_k {c.split_k} and combine {c.combine} are not all among those there are"
+    if min(c.stages, c.wide, c.group_m) < 1:
+        return "stages, wide and group_m must be at least 1"
     if shape.intermediate_size % (c.wide * INTERMEDIATES):
         return f"intermediate_size {shape.intermediate_size} is no multiple of {c.wide} x {INTERMEDIATES}"
     if c.split_k > 1 and (c.block > MAX_SPLIT_BLOCK or c.wide > 1 or c.pair):

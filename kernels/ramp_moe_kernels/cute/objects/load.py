@@ -48,6 +48,20 @@ def load(config: Configuration) -> Callable[..., None]:
     return _function(cache.library(config), config.name)
 
 
+def compilable() -> str | None:
+    """Why there is nothing to load here, nor will be: no folder of objects, and no DSL to make any. None otherwise."""
+    try:
+        cache = Cache.current()
+    except KernelError as e:
+        return str(e)
+    if cache.folder.is_dir() or dsl_folder() is not None:
+        return None
+    return (
+        f"nothing is compiled in {cache.folder}, and nvidia-cutlass-dsl is not installed ({INSTALL}): run `ramp-moe "
+        "kernels build --kernel cute`, or copy the cache folder of a machine that has"
+    )
+
+
 @functools.cache
 def _function(library: Path, name: str) -> Callable[..., None]:
     try:
