@@ -46,7 +46,7 @@ class Dispatcher:
         return cls(found)
 
     def choose(self, histogram: Any, num_tokens: int | None = None) -> Choice:
-        """The fastest candidate for one batch, under 50 us for 152 configurations and 64 experts.
+        """The fastest candidate for one batch, about 50 us for 152 configurations and 64 experts.
 
         histogram: tokens per expert, integers `[num_experts]`, on the host. num_tokens, where given, bounds the sum by
         tokens x top_k. Raises RoutingError for a histogram that does not fit the shape.
