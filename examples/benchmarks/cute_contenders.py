@@ -73,14 +73,15 @@ def cute(config: Config, prepared: Any, chosen: int | None = None) -> Contender:
     return Contender(config.name if chosen is None else f"{config.name} as {config.blocks[chosen]}", launch, inner)
 
 
-def medians(launches: Sequence[Callable[[], Any]], repeats: int) -> list[float]:
-    """Microseconds of each; they take turns."""
-    flush = torch.empty(FLUSH_BYTES, dtype=torch.int8, device=DEVICE)
+def medians(launches: Sequence[Callable[[], Any]], repeats: int, clean: bool = False) -> list[float]:
+    """Microseconds of each; they take turns. clean: L2 is flushed by reading, so that nothing in it waits to be written
+    when the launch begins."""
+    flush = torch.zeros(FLUSH_BYTES // 4, dtype=torch.float32, device=DEVICE)
     spans: list[list[tuple[torch.cuda.Event, torch.cuda.Event]]] = [[] for _ in launches]
     for _ in range(repeats):
         for launch, of in zip(launches, spans, strict=True):
             span = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
-            flush.zero_()
+            flush.sum() if clean else flush.zero_()
             span[0].record()
             launch()
             span[1].record()

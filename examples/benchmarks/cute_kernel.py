@@ -5,10 +5,11 @@
 All times are medians of launches between two CUDA events, with 256 MiB written before each to flush L2; what is
 compared takes turns. fp8: of the kernel alone, after the schedule and the quantisation, which are the same for both;
 every configuration that could win (Alpha-MoE: each of its 152) is screened by 3 launches (1 where it takes over 1 ms),
-each side's best 6 are judged by 20. bf16: of whole paths, from top-k ids to the combined output, in a CUDA graph; our
-best 6 by the screened kernel, and the 8 Triton configurations that are predicted to be best. Outputs are compared with
-the float32 layer: error is ||out - layer|| / ||layer||. Weights and hidden states are random and normal, weights e4m3
-with [128, 128] scales or bf16.
+each side's best 6 are judged by 20, and up to 16 tokens the best of these once more, with L2 flushed by reading
+(clean_us). bf16: of whole paths, from top-k ids to the combined output, in a CUDA graph; our best 6 by the screened
+kernel, and the 8 Triton configurations that are predicted to be best. Outputs are compared with the float32 layer:
+error is ||out - layer|| / ||layer||. Weights and hidden states are random and normal, weights e4m3 with [128, 128]
+scales or bf16.
 
 Then what a combine in float32 or in order costs and gains (whole paths), what a polymorphic launch takes over the
 configuration that it is (kernel alone), and how long the first launch takes in a fresh process. Nothing is compiled for
@@ -62,6 +63,8 @@ MANY = 4
 """Token blocks above 16 and so many times an active expert's mean load are mostly padding: they are not tried."""
 SPLIT_TOKENS = 64
 """Up to which a split of the reduction is tried: beyond, there are CTAs enough."""
+CLEAN_TOKENS = 16
+"""Up to which the best are also timed from an L2 without anything to write back, as the way out of it shows there."""
 BYTES_PER_US = 4.3e6
 """Of HBM, as far as a kernel gets."""
 NO_GPU = 2
@@ -167,6 +170,11 @@ class Measurement:
         for kernel in results:
             us, best = min((us, c.name) for us, (of, c) in zip(times, finalists, strict=True) if of == kernel)
             row[kernel] = {"config": best, "us": us, "error": results[kernel][best][1]}
+        if tokens <= CLEAN_TOKENS:
+            bests = [c for of, c in finalists if c.name == row[of]["config"]]
+            clean = medians([self.span(c, batch, out, self.whole) for c in bests], JUDGING, clean=True)
+            for kernel, us in zip(results, clean, strict=True):
+                row[kernel]["clean_us"] = us
         return [row | {"screened": results}]
 
     def combine(self, tokens: int) -> Rows:

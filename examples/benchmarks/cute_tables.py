@@ -45,11 +45,11 @@ def geomean(values: Iterable[float]) -> str:
     return f"{statistics.geometric_mean(given):.3f}" if (given := list(values)) else "-"
 
 
-def near(cell: Cell) -> bool | None:
+def near(cell: Cell, time: str = "us") -> bool | None:
     """Whether the aim for few tokens is met; None where there is none."""
     if cell["tokens"] > FLOOR_TOKENS:
         return None
-    return bool(cell["cute"]["us"] <= FLOOR_FACTOR * cell["floor_us"] + FLOOR_US)
+    return bool(cell["cute"][time] <= FLOOR_FACTOR * cell["floor_us"] + FLOOR_US)
 
 
 def summary(name: str, cells: Sequence[Cell], rival: str) -> list[str]:
@@ -80,9 +80,10 @@ HEAD = ("model", "1 to 2,048 tokens", "from 2,048", "worst cell", "faster in")
 def models(found: Sequence[Record]) -> str:
     rows = []
     for row, cells in summaries(found, "fp8", "alpha_moe"):
-        aims = [met for c in cells if (met := near(c)) is not None]
-        rows.append([*row, f"{sum(aims)} of {len(aims)}"])
-    return table((*HEAD, "near the floor"), rows)
+        few = [c for c in cells if near(c) is not None]
+        met = [sum(bool(near(c, time)) for c in few) for time in ("us", "clean_us")]
+        rows.append([*row, *(f"{count} of {len(few)}" for count in met)])
+    return table((*HEAD, "near the floor", "with a clean L2"), rows)
 
 
 def contests(found: Sequence[Record], dtype: str, rival: str, name: str) -> str:

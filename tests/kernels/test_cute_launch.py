@@ -172,6 +172,8 @@ def test_batches_it_refuses(monkeypatch: pytest.MonkeyPatch) -> None:
     refused("8 tiles of 8 slots exceed 7; take a larger block", more, more.hidden_states, paired)
     monkeypatch.setattr(launch, "MAX_TILES", 6)
     refused("7 tiles of 8 slots exceed 6; take a larger block", more, more.hidden_states)
+    monkeypatch.setattr(launch, "MAX_ELEMENTS", 4 * 256)
+    refused("have 1024 or more elements: split the batch, at most 3 tokens at a time")
 
 
 @pytest.mark.parametrize(

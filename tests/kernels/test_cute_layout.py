@@ -91,6 +91,8 @@ def test_tokens_are_copied_once(block: int) -> None:
     copied = [layout.gathered(thread, turn) for thread, turn in product(range(GATHER_THREADS), range(turns))]
     assert len(copied) == len(set(copied))
     assert {c for c in copied if c[0] < block} == set(product(range(block), range(0, ROW_BYTES, 16)))
+    for thread, turn in product(range(GATHER_THREADS), range(turns)):
+        assert layout.gathered_to(thread, turn) == layout.swizzled(*layout.gathered(thread, turn))
     for eight in range(0, GATHER_THREADS, 8):  # eight threads copy one row, a chunk each
         assert layout.ways((layout.swizzled(*layout.gathered(t, 0)) for t in range(eight, eight + 8)), 16) == 1
 
@@ -207,7 +209,6 @@ def regions(c: Config) -> dict[str, tuple[int, int]]:
         "hidden": (c.wide * c.block * INTERMEDIATES * element, 1024),
         "parts": (c.split_k * c.block * UP_ROWS * 4 if c.split_k > 1 else 0, 16),
         "x_scale": (c.stages * c.block * 4, 4),
-        "token": (c.block * 4, 4),
         "routing": (c.block * 4, 4),
         "h_scale": (c.wide * c.block * 4, 4),
         "maxima": (c.block * c.warps * 4, 4),

@@ -5,6 +5,7 @@ Tests named `sanitize` are few tiny launches of every kind, for compute-sanitize
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Sequence
 from dataclasses import replace
 from functools import lru_cache
@@ -222,6 +223,12 @@ def test_weights_in_any_layout_and_without_a_copy(dtype: str) -> None:
             assert torch.cuda.memory_allocated() - before < 4096
             assert prepared.down.data_ptr() == relaid.down.data_ptr()
             assert torch.equal(run(config, relaid, b), wanted), order
+
+
+def test_prepared_weights_have_what_loads_objects() -> None:
+    """A first launch does not wait for an import, which takes a tenth of a second."""
+    KERNEL.prepare(layer("fp8"))
+    assert "tvm_ffi" in sys.modules
 
 
 # --- how exactly -----------------------------------------------------------------------------------------------------

@@ -24,6 +24,8 @@ PRODUCER_THREADS = 128
 GATHER_THREADS = 96
 """Of the producer's, those that copy tokens; its first warp loads weights."""
 ELEMENT = {"fp8": 1, "bf16": 2}
+ADDRESSING = 36
+"""Registers that a consumer needs beside its sums, about."""
 SM_REGISTERS = 64 * 1024
 SM_SMEM_BYTES = 228 * 1024
 """Shared memory of a Hopper SM, of which the system keeps 1 KiB for each CTA."""
@@ -110,10 +112,12 @@ class Config:
 
     @property
     def registers(self) -> tuple[int, int]:
-        """A producer's and a consumer's, within `register_pool`."""
-        if self.ctas == 1:
-            return 24, 240
-        return (24, 104) if self.warps == 8 else (24, 232)
+        """A producer's, which knows up to 11 rows that it copies, and a consumer's, within `register_pool`: where sums
+        leave some, producers have more."""
+        if self.warps == 8 and self.ctas == 2:
+            return 32, 104
+        few, many = (224, 232) if self.ctas == 1 else (200, 216)
+        return (56, few) if self.accumulators + ADDRESSING <= few else (40, many)
 
     @property
     def accumulators(self) -> int:
@@ -150,8 +154,7 @@ class SmemMap:
     tokens     stages x block rows x 128 bytes, swizzled; then staged output, in `buffers` buffers
     hidden     wide x block rows x 128 intermediates, swizzled: the down projection's tokens
     parts      split_k x 256 x block float32: every CTA's sums of a split reduction
-    x_scale    stages x block float32            token      block int32: rows of x
-    routing    block float32: routing weights
+    x_scale    stages x block float32            routing    block float32: routing weights
     h_scale    wide x block float32              maxima     block x 4 warpgroups' warps float32
     barriers   4 x stages + 1 mbarriers
     """
@@ -161,7 +164,6 @@ class SmemMap:
     hidden: int
     parts: int
     x_scale: int
-    token: int
     routing: int
     h_scale: int
     maxima: int
@@ -179,7 +181,6 @@ def smem_map(c: Config) -> SmemMap:
         "hidden": (c.wide * c.block * INTERMEDIATES * ELEMENT[c.dtype], 1024),
         "parts": (c.split_k * c.block * UP_ROWS * 4 if c.split_k > 1 else 0, 16),
         "x_scale": (c.stages * c.block * 4, 16),
-        "token": (c.block * 4, 16),
         "routing": (c.block * 4, 16),
         "h_scale": (c.wide * c.block * 4, 16),
         "maxima": (c.block * c.warps * 4, 16),

@@ -91,7 +91,10 @@ class CuteMoE(LaunchableKernel, BuildableKernel):
     def prepare(self, weights: MoEWeights) -> Prepared:
         """Views of the weights as they are. Raises KernelError for weights or a device that it cannot work with."""
         from .launch import prepare  # torch: not needed to describe the kernel
+        from .objects import runtime
 
+        if weights.gate_up.is_cuda:
+            runtime()  # a tenth of a second, which the first launch would take otherwise
         return prepare(weights)
 
     def default_config(self, shape: MoEShape, hardware: Hardware, num_tokens: int) -> KernelConfig:

@@ -25,6 +25,8 @@ BITS = 4
 """Of a choice's block in what the kernel is told."""
 MAX_TILES = 65_535
 """CTAs along a grid's y axis."""
+MAX_ELEMENTS = 2**31
+"""Of hidden_states: the kernel counts them in 32 bits."""
 ALIGNMENT = 16
 """Bytes, for tensor maps, 16-byte copies of x and bulk additions to out."""
 
@@ -173,6 +175,11 @@ def _check_batch(config: Config, prepared: Prepared, batch: Batch, out: Tensor, 
         )
     if tiles > MAX_TILES:
         raise KernelError(f"cute: {tiles} tiles of {config.block} slots exceed {MAX_TILES}; take a larger block")
+    if x.numel() >= MAX_ELEMENTS:
+        raise KernelError(
+            f"cute: hidden_states {list(x.shape)} have {MAX_ELEMENTS} or more elements: split the batch, at most "
+            f"{(MAX_ELEMENTS - 1) // hidden} tokens at a time"
+        )
     _check_aligned("hidden_states", x)
     _check_aligned("out", out)
 

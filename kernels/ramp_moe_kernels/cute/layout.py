@@ -64,6 +64,13 @@ def gathered(thread: int, turn: int) -> tuple[int, int]:
     return turn * (GATHER_THREADS // chunks) + thread // chunks, thread % chunks * CHUNK
 
 
+def gathered_to(thread: int, turn: int) -> int:
+    """The byte of the tile that it goes to: a turn is 12 rows, so that a row's place in eight is 4 away in every other
+    turn."""
+    row, byte = gathered(thread, 0)
+    return turn * (GATHER_THREADS // (ROW_BYTES // CHUNK)) * ROW_BYTES + (swizzled(row, byte) ^ turn % 2 * 4 * CHUNK)
+
+
 # --- sums in registers -----------------------------------------------------------------------------------------------
 
 

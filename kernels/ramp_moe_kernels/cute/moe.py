@@ -17,11 +17,12 @@ Timeline     warp 0        W1 W1 W1 ... W1 | W2 W2 ... W2           runs ahead b
              warps 1-3     x  x  x  ... x
              consumers     mma + scale ... | SwiGLU, quantise | mma + scale, out | mma + scale, out ...
 
+             warps 1-3     know their tokens' rows from the start, in registers; a padded slot's are zeros
+
 Barriers     full_w[s]     1 arrival that expects 32 KiB            empty_w[s]   1 a consumer warp (pair: both CTAs')
              full_x[s]     96, as each thread's copies land         empty_x[s]   1 a consumer warp
              gathered      1 that expects the others' sums (split_k)
-             named 1       all consumers: maxima and intermediates; named 2 + g: warpgroup g, around staged output;
-                           named 4: warps 1-3, once they know their tokens
+             named 1       all consumers: maxima and intermediates; named 2 + g: warpgroup g, around staged output
 
 Registers    `setmaxnreg` gives the producers' to the consumers (Config.registers). A consumer holds the sums, block / 2
              a tile of 64 rows, and in fp8 as many again for each of `in_flight` accumulators: a step of 128 columns is
@@ -50,7 +51,12 @@ What hangs or corrupts, learnt the hard way: TMA under a branch of one thread (i
 accumulator taken from a warpgroup's slice instead of the lane; a plain store to shared memory before cp.async's arrival
 on a barrier, which does not release it (scales are copied by cp.async, too); a CTA of a cluster that ends before
 another has arrived on its barriers; consumers that ask for more registers than the CTA was launched with, less the
-producers'.
+producers'. And what slows: WGMMA in flight at a branch or at a loop's end, which the assembler then serialises; copies
+of tokens that branch (a third of the time of bf16 at 8,192 tokens).
+
+compute-sanitizer's racecheck names hazards between cp.async's writes of scales and the reads of the round before. It
+follows an mbarrier from a thread that arrives, and here one lane arrives for its warp, after __syncwarp: the same loop
+of twenty lines shows the same hazards, and none where every lane arrives.
 """
 # The DSL traces Python: annotations must be types at run time, and its functions are untyped.
 # mypy: disable-error-code="import-not-found, import-untyped, untyped-decorator, no-untyped-def, no-untyped-call, misc"
@@ -80,7 +86,6 @@ from .config import (
 )
 
 STAGE_BYTES = UP_ROWS * ROW_BYTES
-GATHER_BARRIER = 4
 CHUNK = 16
 """Bytes that a thread copies at once."""
 FP8_MAX = 448.0
@@ -249,7 +254,6 @@ class FusedMoE:
         sX = self.swizzled(base + self.map.tokens, x_layout)
         sH = self.swizzled(base + self.map.hidden, h_layout)
         sXs = self.floats(base + self.map.x_scale, cute.make_layout((block, stages)))
-        sToken = cute.make_tensor(cute.recast_ptr(base + self.map.token, dtype=Int32), cute.make_layout(block))
         sRouting = self.floats(base + self.map.routing, cute.make_layout(block))
         sHs = self.floats(base + self.map.h_scale, cute.make_layout((block, c.wide)))
         sMax = self.floats(base + self.map.maxima, cute.make_layout((block, c.warps), stride=(c.warps, 1)))
@@ -330,43 +334,35 @@ class FusedMoE:
                 else:
                     # ---------------------------------------------------------------- tokens
                     own = thread - (PRODUCER_THREADS - GATHER_THREADS)
-                    chunk = own % (ROW_BYTES // CHUNK)
+                    place, chunk = own // (ROW_BYTES // CHUNK), own % (ROW_BYTES // CHUNK)
                     at_once = GATHER_THREADS // (ROW_BYTES // CHUNK)
-                    rounds = (block + at_once - 1) // at_once
-                    past_l1 = cpasync.CopyG2SOp(cache_mode=cpasync.LoadCacheMode.GLOBAL)
-                    by_l1 = cpasync.CopyG2SOp(cache_mode=cpasync.LoadCacheMode.ALWAYS)
-                    wide_copy = cute.make_copy_atom(past_l1, self.element, num_bits_per_copy=8 * CHUNK)
-                    scale_copy = cute.make_copy_atom(by_l1, Float32, num_bits_per_copy=32)
+                    turns, scale_turns = -(-block // at_once), -(-block // GATHER_THREADS)
                     width = CHUNK * 8 // self.element.width
-                    for r in cutlass.range_constexpr((block + GATHER_THREADS - 1) // GATHER_THREADS):
-                        row = r * GATHER_THREADS + own
-                        if row < block:
-                            sToken[row] = slots[m_i * block + row] // top_k
-                    pipeline.NamedBarrier(barrier_id=GATHER_BARRIER, num_threads=GATHER_THREADS).arrive_and_wait()
+                    # Where rows start stays in registers; negative where there is nothing to copy
+                    rows, scale_rows = (cute.make_rmem_tensor((count,), Int32) for count in (turns, scale_turns))
+                    for r in cutlass.range_constexpr(turns):
+                        rows[r] = self.start(x, slots, m_i * block, r * at_once + place, top_k)
+                    for r in cutlass.range_constexpr(scale_turns if self.fp8 else 0):
+                        scale_rows[r] = self.start(x_scale, slots, m_i * block, r * GATHER_THREADS + own, top_k)
+                    # Where a row's chunk goes; at_once rows further, its place among eight is 4 more, or less
+                    first_to = place * ROW_BYTES + (chunk ^ (place % 8)) * CHUNK
                     stage, phase = Int32(0), Int32(1)
                     for _ in cutlass.range(c.wide, unroll=1):
                         for k in cutlass.range(first, last, 1, unroll=1):
                             cute.arch.mbarrier_wait(empty_x + stage, phase)
-                            for r in cutlass.range_constexpr(rounds):
-                                row = r * at_once + own // (ROW_BYTES // CHUNK)
-                                token = tokens
-                                if row < block:
-                                    token = sToken[row]
-                                if token < tokens:
-                                    at = Int64(token) * x.shape[1] + k * c.step + chunk * width
-                                    source = cute.make_tensor((x.iterator + at).align(CHUNK), cute.make_layout(width))
-                                    target = cute.local_tile(sX[(row, None, stage)], (width,), (chunk,))
-                                    target = cute.make_tensor(target.iterator.align(CHUNK), cute.make_layout(width))
-                                    cute.copy(wide_copy, source, target)
-                                    if const_expr(self.fp8):
-                                        if chunk == 0:
-                                            scale_from = x_scale.iterator + (Int64(token) * x_scale.shape[1] + k)
-                                            scale_to = sXs.iterator + (stage * block + row)
-                                            cute.copy(
-                                                scale_copy,
-                                                cute.make_tensor(scale_from, cute.make_layout(1)),
-                                                cute.make_tensor(scale_to, cute.make_layout(1)),
-                                            )
+                            column = k * c.step + chunk * width
+                            even_to = self.map.tokens + stage * (block * ROW_BYTES) + first_to
+                            odd_to = self.map.tokens + stage * (block * ROW_BYTES) + (first_to ^ 4 * CHUNK)
+                            for r in cutlass.range_constexpr(turns):
+                                row_to = (even_to, odd_to)[r % 2] + r * at_once * ROW_BYTES
+                                if const_expr((r + 1) * at_once <= block):  # noqa: SIM114 (the other is asked on the GPU)
+                                    self.copy_row(x, rows[r], column, base, row_to, CHUNK)
+                                elif r * at_once + place < block:
+                                    self.copy_row(x, rows[r], column, base, row_to, CHUNK)
+                            for r in cutlass.range_constexpr(scale_turns if self.fp8 else 0):
+                                if r * GATHER_THREADS + own < block:
+                                    scale_to = self.map.x_scale + (stage * block + r * GATHER_THREADS + own) * 4
+                                    self.copy_row(x_scale, scale_rows[r], k, base, scale_to, 4)
                             cute.arch.cp_async_mbarrier_arrive_noinc(full_x + stage)
                             stage += 1
                             if stage == stages:
@@ -596,6 +592,30 @@ class FusedMoE:
                               tma_bar_ptr=full + stage, mcast_mask=Int16(1 << rank))  # fmt: skip
         else:
             cute.copy(tma, source[(None, n, k, expert)], target[(None, stage)], tma_bar_ptr=full + stage)
+
+    @cute.jit
+    def start(self, source: cute.Tensor, slots: cute.Tensor, first: Int32, at: Int32, top_k: Int32):
+        """Elements of `source` before the row of a block's slot, -1 where it has none."""
+        start = Int32(-1)
+        if at < self.c.block:
+            row = slots[first + at] // top_k
+            if row < source.shape[0]:
+                start = row * source.shape[1]
+        return start
+
+    def copy_row(self, source, start, column, base, to, nbytes):
+        """nbytes of a row of `source`, or zeros where there is none, to offset `to` of shared memory, by cp.async. It
+        does not branch: all of a thread's copies are under way at once. 16 bytes go past L1, where nobody reads them
+        again."""
+        cache = cpasync.LoadCacheMode.GLOBAL if nbytes == CHUNK else cpasync.LoadCacheMode.ALWAYS
+        dtype, count = source.element_type, nbytes * 8 // source.element_type.width
+        atom = cute.make_copy_atom(cpasync.CopyG2SOp(cache_mode=cache), dtype, num_bits_per_copy=8 * nbytes)
+        at = cute.assume(start + column, divby=count)
+        target = cute.recast_ptr(base + cute.assume(to, divby=nbytes), dtype=dtype)
+        exists = cute.make_rmem_tensor(cute.make_layout((count, 1), stride=(0, 0)), cutlass.Boolean)
+        exists[0] = start >= 0
+        chunk = cute.make_layout((count, 1))
+        cute.copy(atom, cute.make_tensor(source.iterator + at, chunk), cute.make_tensor(target, chunk), pred=exists)
 
     def multiply(self, to, at, weights, tile_index, stage, b, add):
         """A 64 x block tile in registers, from `at` on: (to +) a b, over the columns of a step. Commits a group."""

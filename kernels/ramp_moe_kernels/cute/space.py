@@ -15,12 +15,13 @@ from ramp_moe import GridGeometry, MoEShape
 from ramp_moe.errors import KernelError
 from ramp_moe.shapes import SCALE_BLOCK
 
-from .config import INTERMEDIATES, UP_ROWS, Combine, Config, smem_map
+from .config import ADDRESSING, INTERMEDIATES, UP_ROWS, Combine, Config, smem_map
 
 MAX_SPLIT_BLOCK = 16
 """Largest token block of a split reduction: every CTA of a cluster holds all the others' sums."""
-ADDRESSING = 36
-"""Registers that a consumer needs beside its sums, about."""
+MAX_ADDITIONS = 48
+"""Of parts to a bf16 output, which make a relative error of 0.009: fp8 has 0.044 from rounding its operands, and more
+additions show in bf16 alone."""
 
 
 def invalid(c: Config, shape: MoEShape) -> str | None:
@@ -37,6 +38,9 @@ def invalid(c: Config, shape: MoEShape) -> str | None:
         return "stages, wide and group_m must be at least 1"
     if shape.intermediate_size % (c.wide * INTERMEDIATES):
         return f"intermediate_size {shape.intermediate_size} is no multiple of {c.wide} x {INTERMEDIATES}"
+    additions = shape.top_k * shape.intermediate_size // (c.wide * INTERMEDIATES)
+    if c.dtype == c.combine == "bf16" and additions > MAX_ADDITIONS:
+        return f"{additions} parts added up in bf16 are more than the {MAX_ADDITIONS} that it is exact enough for"
     if c.split_k > 1 and (c.block > MAX_SPLIT_BLOCK or c.wide > 1 or c.pair):
         return f"a reduction is split for up to {MAX_SPLIT_BLOCK} tokens, one wide, without a pair"
     if c.split_k * c.step > shape.hidden_size:

@@ -6,6 +6,6 @@ here knows what a kernel computes: a configuration has a `name`, and `ramp_moe_k
 
 from .build import build
 from .cache import Cache, Configuration, prune
-from .load import compilable, load
+from .load import compilable, load, runtime
 
-__all__ = ["Cache", "Configuration", "build", "compilable", "load", "prune"]
+__all__ = ["Cache", "Configuration", "build", "compilable", "load", "prune", "runtime"]

@@ -62,15 +62,21 @@ def compilable() -> str | None:
     )
 
 
-@functools.cache
-def _function(library: Path, name: str) -> Callable[..., None]:
+def runtime() -> Any:
+    """The module tvm_ffi, with what compiled functions need of CUDA. Raises KernelError where either is missing."""
     try:
         import tvm_ffi
     except ImportError:
         raise KernelError(f"the package apache-tvm-ffi is missing: {INSTALL}") from None
     _load_cuda_runtime()
+    return tvm_ffi
+
+
+@functools.cache
+def _function(library: Path, name: str) -> Callable[..., None]:
+    ffi = runtime()
     try:
-        function: Callable[..., None] = tvm_ffi.load_module(library).get_function(name)
+        function: Callable[..., None] = ffi.load_module(library).get_function(name)
     except Exception as e:
         raise KernelError(f"cannot load {library}: {type(e).__name__}: {e}") from None
     return function
