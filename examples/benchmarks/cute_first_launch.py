@@ -2,8 +2,8 @@
 
     python cute_first_launch.py MODEL DTYPE CONFIGURATION ...
 
-Torch, its CUDA context and the batch are there already, so is the schedule; the objects are compiled. The first
-configuration also pays for importing tvm-ffi. Prints one JSON array.
+Torch, its CUDA context, prepared weights and the batch are there already, so is the schedule; the objects are compiled.
+Prints one JSON array.
 """
 
 from __future__ import annotations
@@ -21,6 +21,7 @@ from ramp_moe import get_registry
 from ramp_moe.device import Batch, Workspace
 from ramp_moe.device.bench import random_weights
 from ramp_moe_kernels.cute import launch
+from ramp_moe_kernels.cute.kernel import CuteMoE
 from ramp_moe_kernels.cute.objects import load
 from ramp_moe_kernels.cute.space import configurations
 
@@ -30,7 +31,7 @@ TOKENS = 8
 def first_launches(model: str, dtype: str, names: list[str]) -> list[dict[str, Any]]:
     shape = get_registry().shape(model, dtype)
     by_name = {config.name: config for config in configurations(shape)}
-    prepared = launch.prepare(random_weights(replace(shape, num_experts=shape.top_k), DEVICE, 0))
+    prepared = CuteMoE().prepare(random_weights(replace(shape, num_experts=shape.top_k), DEVICE, 0))
     ids = torch.arange(shape.top_k, device=DEVICE).int().repeat(TOKENS, 1)
     x = torch.ones(TOKENS, shape.hidden_size, device=DEVICE).bfloat16()
     batch, out = Batch(x, ids, torch.ones(ids.shape, device=DEVICE)), torch.empty_like(x)

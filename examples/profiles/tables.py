@@ -27,14 +27,18 @@ HERE = Path(__file__).parent
 MODELS = ("olmoe-1b-7b", "qwen3-30b-a3b", "deepseek-v3-tp8", "mixtral-8x7b-tp4")
 KERNELS = (
     ("fp8", ("alpha_moe",)),
+    ("fp8", ("cute",)),
     ("fp8", ("deep_gemm",)),
     ("fp8", ("triton",)),
     ("fp8", ("alpha_moe", "triton")),
     ("fp8", ("deep_gemm", "triton")),
     ("fp8", ("alpha_moe", "deep_gemm", "triton")),
+    ("fp8", ("alpha_moe", "cute", "deep_gemm", "triton")),
+    ("bf16", ("cute",)),
     ("bf16", ("deep_gemm",)),
     ("bf16", ("triton",)),
     ("bf16", ("deep_gemm", "triton")),
+    ("bf16", ("cute", "deep_gemm", "triton")),
 )
 CURVE = (8, 12, 16, 24, 32, 48, 64)
 """Tune batches after which the learning curve is told."""

@@ -35,10 +35,12 @@ HERE = Path(__file__).parent
 MODELS = ("olmoe-1b-7b", "qwen3-30b-a3b", "deepseek-v3-tp8", "mixtral-8x7b-tp4")
 KERNELS = (
     ("fp8", ("alpha_moe",)),
+    ("fp8", ("cute",)),
     ("fp8", ("deep_gemm",)),
     ("fp8", ("triton",)),
     ("fp8", ("alpha_moe", "triton")),
     ("fp8", ("alpha_moe", "deep_gemm", "triton")),
+    ("fp8", ("alpha_moe", "cute", "deep_gemm", "triton")),
     ("bf16", ("triton",)),
 )
 FIRST_SWEEPS = Path(ramp_moe_profiles.__file__).parent / "superseded" / "h200" / "alpha_moe"

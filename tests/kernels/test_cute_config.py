@@ -89,6 +89,11 @@ def test_a_configuration_survives(c: Config) -> None:
         (replace(VALID, stages=4, ctas=2), SHAPE, r"\d+ bytes exceed the 115712 of shared memory"),
         (Config(96, 64, 4, 2, ctas=2), SHAPE, r"240 registers of sums leave less than \d+ of 216"),
         (
+            Config(80, 64, 4, 2, ctas=2, dtype="bf16"),
+            replace(SHAPE, dtype="bf16"),
+            r"160 registers of sums leave less than \d+ of 200",
+        ),
+        (
             replace(VALID, dtype="bf16"),
             replace(SHAPE, dtype="bf16", top_k=8, intermediate_size=896),
             "56 parts added up in bf16 are more than the 48",

@@ -19,6 +19,8 @@ from .config import ADDRESSING, INTERMEDIATES, UP_ROWS, Combine, Config, smem_ma
 
 MAX_SPLIT_BLOCK = 16
 """Largest token block of a split reduction: every CTA of a cluster holds all the others' sums."""
+BF16_ADDRESSING = 56
+"""Registers that a consumer needs beside its sums in bf16, about: what fewer leave is spilled."""
 MAX_ADDITIONS = 48
 """Of parts to a bf16 output, which make a relative error of 0.009: fp8 has 0.044 from rounding its operands, and more
 additions show in bf16 alone."""
@@ -49,8 +51,9 @@ def invalid(c: Config, shape: MoEShape) -> str | None:
         return "paired M-tiles share weights already"
     if (needed := smem_map(c).bytes) > c.smem_limit:
         return f"{needed} bytes exceed the {c.smem_limit} of shared memory"
-    if c.accumulators > c.registers[1] - ADDRESSING:
-        return f"{c.accumulators} registers of sums leave less than {ADDRESSING} of {c.registers[1]}"
+    addressing = ADDRESSING if c.dtype == "fp8" else BF16_ADDRESSING
+    if c.accumulators > c.registers[1] - addressing:
+        return f"{c.accumulators} registers of sums leave less than {addressing} of {c.registers[1]}"
     return None
 
 
