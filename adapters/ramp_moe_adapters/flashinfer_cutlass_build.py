@@ -11,7 +11,6 @@ import contextlib
 import importlib.util
 import json
 import os
-import resource
 import shutil
 import signal
 import subprocess
@@ -63,6 +62,19 @@ def problem() -> str | None:
     if shutil.which("ninja") is None:
         return "flashinfer compiles its module with ninja, and finds none: pip install ninja"
     return None
+
+
+def fp8_problem() -> str | None:
+    """Why the fp8 block-scaled GEMMs cannot be compiled, each tile of which FlashInfer compiles with nvcc when it first
+    takes it, into a cache of its own; None where they can, or need not be."""
+    if os.environ.get("TRTLLM_DG_ENABLED", "1") == "0":
+        return None
+    home = os.environ.get("CUDA_HOME")
+    compiler = os.environ.get("TRTLLM_DG_NVCC_COMPILER") or (f"{home}/bin/nvcc" if home else "nvcc")
+    if shutil.which(compiler) is None:
+        return f"flashinfer compiles its fp8 GEMMs with nvcc, and does not find {compiler}; set CUDA_HOME"
+    folder = Path(os.environ.get("TRTLLM_DG_CACHE_DIR", Path.home() / ".tensorrt_llm"))
+    return None if _writable(folder) else f"flashinfer cannot write its cache {folder}; set TRTLLM_DG_CACHE_DIR"
 
 
 def ready() -> bool:
@@ -191,5 +203,5 @@ def _stamp(path: Path) -> int | None:
 
 def _cpu_seconds() -> float:
     """Of all processes that this one has started, and whose end it has seen."""
-    used = resource.getrusage(resource.RUSAGE_CHILDREN)
-    return used.ru_utime + used.ru_stime
+    used = os.times()
+    return used.children_user + used.children_system

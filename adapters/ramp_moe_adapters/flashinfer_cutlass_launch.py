@@ -89,6 +89,8 @@ def prepare(weights: MoEWeights) -> Prepared:
         "use_deepseek_fp8_block_scale": fp8,
         "device": weights.gate_up.device,
     }
+    if fp8 and (reason := module.fp8_problem()):
+        raise KernelError(reason)
     core = library()
     if not fp8:
         check_tactics(core)

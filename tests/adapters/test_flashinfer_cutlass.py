@@ -3,8 +3,10 @@ the real one on a Hopper GPU that has it."""
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -36,6 +38,8 @@ ROUNDED = 5e-3
 @pytest.fixture
 def fake(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> FakeFlashInfer:
     monkeypatch.setattr(flashinfer_cutlass_launch, "check_device", lambda device: None)
+    fake_flashinfer.tools(tmp_path, monkeypatch)
+    monkeypatch.setenv("TRTLLM_DG_CACHE_DIR", str(tmp_path / "cubins"))
     return fake_flashinfer.install(monkeypatch, tmp_path)
 
 
@@ -297,6 +301,20 @@ def test_weights_that_it_cannot_take() -> None:
 
 
 @pytest.mark.usefixtures("fake")
+def test_fp8_compiles_its_tiles_when_it_runs(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    monkeypatch.setenv("TRTLLM_DG_CACHE_DIR", str(tmp_path / "file"))
+    with pytest.raises(KernelError, match=r"cannot write its cache .*; set TRTLLM_DG_CACHE_DIR"):
+        KERNEL.prepare(layer("fp8"))
+    monkeypatch.setenv("TRTLLM_DG_NVCC_COMPILER", "/nowhere/nvcc")
+    with pytest.raises(KernelError, match="its fp8 GEMMs with nvcc, and does not find /nowhere/nvcc"):
+        KERNEL.prepare(layer("fp8"))
+    KERNEL.prepare(layer())
+    monkeypatch.setenv("TRTLLM_DG_ENABLED", "0")
+    KERNEL.prepare(layer("fp8"))
+
+
+@pytest.mark.usefixtures("fake")
 def test_batches_that_it_cannot_take() -> None:
     of = layer()
     prepared, b = KERNEL.prepare(of), given(4)
@@ -433,6 +451,67 @@ def test_prune_deletes_what_other_versions_compiled(source: Path) -> None:
     ]
 
 
-def test_describing_needs_neither_torch_nor_flashinfer() -> None:
-    code = "import sys, ramp_moe_adapters; sys.exit(bool({'torch', 'triton', 'flashinfer'} & set(sys.modules)))"
-    assert subprocess.run([sys.executable, "-c", code], env=dict(os.environ)).returncode == 0
+# --- the real one ----------------------------------------------------------------------------------------------------
+
+real = pytest.mark.skipif(KERNEL.unavailable() is not None, reason=str(KERNEL.unavailable()))
+
+
+def real_layer(dtype: str) -> MoEWeights:
+    return weights(16, 512, 256, dtype, DEVICE)
+
+
+@real
+@pytest.mark.gpu
+def test_every_pair_of_tactics_computes_the_layer(h200: Hardware) -> None:
+    """Of those that are measured, over the batch sizes where the routing changes."""
+    of = real_layer("bf16")
+    shape, prepared, workspace = of.shape(4), KERNEL.prepare(of), Workspace()
+    for tokens in (3, 200, 300):
+        b = batch(tokens, 4, 16, 512, "skewed", DEVICE, torch.bfloat16)
+        wanted = expected(of, b, quantise=False)
+        for config in usable_configs(KERNEL, shape, h200):
+            out = torch.full_like(b.hidden_states, float("nan"))
+            KERNEL.launch(config, prepared, b, out, workspace)
+            assert error(out, wanted) < 0.01, config.name
+
+
+@real
+@pytest.mark.gpu
+def test_tactics_are_what_their_numbers_say(h200: Hardware) -> None:
+    """By the kernels that they launch: the MMA's N, and who finalises."""
+    of = real_layer("bf16")
+    shape, prepared, workspace = of.shape(4), KERNEL.prepare(of), Workspace()
+    b = batch(100, 4, 16, 512, "uniform", DEVICE, torch.bfloat16)
+    out = torch.empty_like(b.hidden_states)
+    ups, downs = tactics(1)[:36], tactics(2)[:72]
+    for up, down in zip(itertools.cycle(ups), downs, strict=False):
+        config = KERNEL.describe(up, down, shape, h200)
+        KERNEL.launch(config, prepared, b, out, workspace)
+        with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
+            KERNEL.launch(config, prepared, b, out, workspace)
+            torch.cuda.synchronize()
+        names = [e.name for e in sorted(profile.events(), key=lambda e: e.time_range.start)]
+        found = [int(mma[1]) for name in names if (mma := re.search(r"MMA_64x(\d+)x16_F32BF16BF16", name))]
+        assert found == [t.tokens if t.swapped else t.weights for t in (up, down)], config.name
+        assert any("finalizeMoeRouting" in name for name in names) != down.finalised, config.name
+
+
+@real
+@pytest.mark.gpu
+@pytest.mark.parametrize("tokens", [1, 20, 40, 100, 300])
+def test_fp8_computes_the_layer(tokens: int) -> None:
+    """One batch for each of its tiles."""
+    of, b = real_layer("fp8"), batch(tokens, 4, 16, 512, "uniform", DEVICE, torch.bfloat16)
+    assert error(run(of, b), expected(of, b, quantise=False)) < 0.06
+
+
+@real
+@pytest.mark.gpu
+def test_biases() -> None:
+    of = weights(16, 512, 256, "bf16", DEVICE, bias=True)
+    b = batch(50, 4, 16, 512, "uniform", DEVICE, torch.bfloat16)
+    prepared, workspace, wanted = KERNEL.prepare(of), Workspace(), expected(of, b, quantise=False)
+    for config in usable_configs(KERNEL, of.shape(4), H200)[::7]:
+        out = torch.full_like(b.hidden_states, float("nan"))
+        KERNEL.launch(config, prepared, b, out, workspace)
+        assert error(out, wanted) < 0.01, config.name
