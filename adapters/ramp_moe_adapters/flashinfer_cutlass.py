@@ -44,11 +44,11 @@ SMEM_OF_CTA = 1024
 """Bytes that the system reserves."""
 MAX_RESIDENT = 2
 """CTAs of Ampere's kernels on an SM, at most."""
-TESTED = ("0.7.2.post1",)
+KNOWN = ("0.7.2.post1",)
 """Versions whose order of tactics is known."""
 INSTALL = "pip install 'ramp-moe[flashinfer]'"
-TOKENS_BLOCKS = (16, 32, 64, 128)
-"""Of the defaults."""
+DEFAULT_TOKENS = (16, 32, 64, 128)
+"""In a tile of the defaults."""
 
 
 class FlashInferCutlass(LaunchableKernel, BuildableKernel):
@@ -139,8 +139,8 @@ class FlashInferCutlass(LaunchableKernel, BuildableKernel):
         missing = [name for name in ("torch", "triton", "flashinfer", "tvm_ffi") if not is_installed(name)]
         if missing:
             return f"{' and '.join(missing)} missing; {INSTALL}"
-        if (found := version_of("flashinfer")) not in TESTED:
-            return f"the tactics of flashinfer {found} are not known, those of {', '.join(TESTED)} are; {INSTALL}"
+        if (found := version_of("flashinfer")) not in KNOWN:
+            return f"the tactics of flashinfer {found} are not known, those of {', '.join(KNOWN)} are; {INSTALL}"
         return build.problem()
 
     def build(self, shape: MoEShape, hardware: Hardware, report: Progress, jobs: int | None = None) -> Built:
@@ -167,7 +167,7 @@ class FlashInferCutlass(LaunchableKernel, BuildableKernel):
             return self._fp8_config(shape, hardware)
         ids = num_tokens * shape.top_k
         load = ids / min(ids, shape.num_experts)
-        block = next((b for b in TOKENS_BLOCKS if load <= b), TOKENS_BLOCKS[-1])
+        block = next((b for b in DEFAULT_TOKENS if load <= b), DEFAULT_TOKENS[-1])
 
         def of(gemm: int) -> Tactic:
             sides = block, 128, (1, 1), gemm == 2, 0
@@ -176,7 +176,8 @@ class FlashInferCutlass(LaunchableKernel, BuildableKernel):
         return self.describe(of(1), of(2), shape, hardware)
 
     def launch(self, config: KernelConfig, prepared: Any, batch: Batch, out: Tensor, workspace: Workspace) -> None:
-        """Of few tokens six to eight kernels. Raises KernelError for a batch that does not fit the weights."""
+        """FlashInfer's launches, and before them one of ours for batches that it would route wrongly if a token named
+        an expert twice. Raises KernelError for hidden states or an output that are not bf16, aligned, of one shape."""
         from .flashinfer_cutlass_launch import launch
 
         launch(config, prepared, batch, out, workspace)

@@ -165,11 +165,12 @@ def _compiler(jobs: int | None, errors: IO[bytes]) -> Iterator[subprocess.Popen[
 def _first_line(process: subprocess.Popen[bytes]) -> dict[str, Any]:
     """What the process says about the module; {} where it ends before."""
     assert process.stdout is not None
-    line = process.stdout.readline()
-    found: dict[str, Any] = json.loads(line) if line else {}
-    if not found:
-        process.wait()
-    return found
+    for line in process.stdout:
+        if line.startswith(b'{"library"'):  # and nothing else that an import may print
+            found: dict[str, Any] = json.loads(line)
+            return found
+    process.wait()
+    return {}
 
 
 def _prebuilt() -> bool:
