@@ -8,6 +8,7 @@ from ramp_moe import Kernel, hookimpl
 
 from .alpha_moe import AlphaMoE
 from .deep_gemm import DeepGEMM
+from .flashinfer_cutlass import FlashInferCutlass
 from .vllm_triton import VllmTriton
 
 
@@ -15,4 +16,5 @@ from .vllm_triton import VllmTriton
 def ramp_moe_kernels() -> Iterable[Kernel]:
     yield AlphaMoE()
     yield DeepGEMM()
+    yield FlashInferCutlass()
     yield VllmTriton()

@@ -119,7 +119,8 @@ class Built:
 
 
 Progress = Callable[[int, int, str], None]
-"""Told how many configurations of a build are settled, of how many, and which was the last ("" at first)."""
+"""Told how many parts of a build are settled, of how many, and which was the last ("" where that says nothing): the
+configurations, where each is compiled by itself."""
 
 
 class BuildableKernel(Kernel):

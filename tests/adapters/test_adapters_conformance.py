@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import pytest
+from ramp_moe import MoEShape
 from ramp_moe.testing import KernelConformance
 from ramp_moe_adapters.alpha_moe import AlphaMoE
 from ramp_moe_adapters.deep_gemm import DeepGEMM
+from ramp_moe_adapters.flashinfer_cutlass import FlashInferCutlass
 from ramp_moe_adapters.vllm_triton import VllmTriton
 
 
@@ -23,6 +25,16 @@ class TestAlphaMoEOnGpu(KernelConformance):
 
 class TestDeepGEMM(KernelConformance):
     kernel = DeepGEMM()
+
+
+class TestFlashInferCutlass(KernelConformance):
+    kernel = FlashInferCutlass()
+    shapes = (MoEShape(64, 8, 2048, 1024, "bf16"), MoEShape(64, 8, 2048, 1024, "fp8"))
+
+
+@pytest.mark.gpu
+class TestFlashInferCutlassOnGpu(TestFlashInferCutlass):
+    configs = 0
 
 
 class TestVllmTriton(KernelConformance):
