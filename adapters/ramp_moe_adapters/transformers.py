@@ -1,8 +1,8 @@
-"""Importing this registers `ramp_moe` with Transformers 5: then `from_pretrained(..., experts_implementation="ramp_moe")`
-and `model.set_experts_implementation("ramp_moe")` know it. (`ramp_moe.wrap(model)` does so by itself.)
+"""Importing this registers `ramp_moe` with Transformers 5, for `experts_implementation="ramp_moe"` in `from_pretrained`
+and for `model.set_experts_implementation("ramp_moe")`. (`ramp_moe.wrap(model)` does so by itself.)
 
-A model that is loaded so is wrapped layer by layer when it first runs, with what `ramp_moe.wrap` does by default; errors
-are raised then. Raises KernelError where Transformers has no experts interface.
+A model that is loaded so is wrapped layer by layer when it first runs, with what `ramp_moe.wrap` does by default;
+errors are raised then. Raises KernelError where Transformers has no experts interface.
 """
 
 from __future__ import annotations
@@ -27,11 +27,8 @@ if TYPE_CHECKING:
     from torch import Tensor
     from torch.nn import Module
 
-DEFAULT = "grouped_mm"
-"""What Transformers takes where nobody names an implementation."""
-
 _builder = Builder()
-"""Of layers that are wrapped when they first run: they share profiles and workspaces for as long as the process lives."""
+"""Of layers that are wrapped when they first run: they share profiles and workspaces while the process lives."""
 
 
 def experts_forward(module: Module, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
@@ -41,7 +38,7 @@ def experts_forward(module: Module, hidden_states: Tensor, top_k_index: Tensor, 
     return experts(hidden_states, top_k_index, top_k_weights)
 
 
-@torch.compiler.disable
+@torch.compiler.disable  # type: ignore[untyped-decorator]
 def _attached(module: Module, top_k: int) -> RoutedExperts:
     return attach(module, TransformersExperts(), top_k, _builder)
 

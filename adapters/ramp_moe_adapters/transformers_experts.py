@@ -1,13 +1,12 @@
 """The experts of Hugging Face Transformers 5: every class that its experts interface serves (about 50 families).
 
-Such a class holds `gate_up_proj [E, 2 I, H]` and `down_proj [E, H, I]`, gate rows first; gpt-oss and its kin transposed,
+Such a class holds `gate_up_proj [E, 2 I, H]` and `down_proj [E, H, I]`, gate rows first; gpt-oss holds them transposed,
 with biases, gate and up columns in turn. Which activation it has is found by running it. What needs Transformers itself
 is in `transformers.py` beside this.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from importlib import metadata
 from typing import TYPE_CHECKING, Any
 
@@ -18,12 +17,13 @@ from ramp_moe.errors import KernelError
 from ramp_moe.shapes import SCALE_BLOCK
 
 if TYPE_CHECKING:
-    from ramp_moe.experts import Call
     from torch import Tensor
     from torch.nn import Module
 
 NAME = "ramp_moe"
 """Of the implementation, as `experts_implementation=` takes it."""
+DEFAULT = "grouped_mm"
+"""What Transformers takes where nobody names an implementation."""
 MARKS = ("has_gate", "has_bias", "is_transposed", "_apply_gate")
 """What `transformers.integrations.moe.use_experts_implementation` puts on the classes that it decorates."""
 TOP_K = ("num_experts_per_tok", "top_k_experts")
@@ -40,7 +40,7 @@ class TransformersExperts(ExpertsAdapter):
     name = "transformers"
     gate_up, down = "gate_up_proj", "down_proj"
 
-    def finds(self, module: Module) -> bool:
+    def finds(self, module: Any) -> bool:
         return all(hasattr(module, mark) for mark in MARKS) and hasattr(module, "config")
 
     def hint(self, model: Module) -> str | None:
@@ -54,13 +54,13 @@ class TransformersExperts(ExpertsAdapter):
             return f"it is quantised by {getattr(method, 'value', method)}; ramp_moe takes bf16, fp16 and fp8 experts"
         return "it has no module of the experts interface; it may be a dense model"
 
-    def top_k_of(self, module: Module) -> int:
+    def top_k_of(self, module: Any) -> int:
         found = [top_k for name in TOP_K if isinstance(top_k := getattr(module.config, name, None), int)]
         if not found:
             raise KernelError(f"{type(module.config).__name__} has no {' or '.join(TOP_K)}")
         return found[0]
 
-    def weights(self, module: Module) -> MoEWeights:
+    def weights(self, module: Any) -> MoEWeights:
         if not module.has_gate:
             raise KernelError("its experts have no gate; ramp_moe computes activation(gate) * up")
         if module.config._experts_implementation == LOCKED:
@@ -70,32 +70,34 @@ class TransformersExperts(ExpertsAdapter):
         activation, alternating = _activation(module, rows, gate_up.device)
         if module.is_transposed:
             gate_up, down = gate_up.transpose(1, 2), down.transpose(1, 2)
-        biases = [self._parameter(module, f"{n}_bias") if module.has_bias else None for n in (self.gate_up, self.down)]
+        up_bias, down_bias = (
+            self._parameter(module, f"{name}_bias") if module.has_bias else None for name in (self.gate_up, self.down)
+        )
         if alternating:
-            gate_up, biases[0] = _gate_first(gate_up), None if biases[0] is None else _gate_first(biases[0])
-        scales = _scales(module, gate_up)
-        return MoEWeights(gate_up.contiguous(), down.contiguous(), *scales, *biases, activation)
+            gate_up, up_bias = _gate_first(gate_up), None if up_bias is None else _gate_first(up_bias)
+        up_scale, down_scale = _scales(module, gate_up)
+        weights = gate_up.contiguous(), down.contiguous()
+        return MoEWeights(*weights, up_scale, down_scale, up_bias, down_bias, activation)
 
-    def restored(self, module: Module, weights: MoEWeights) -> tuple[Tensor, Tensor]:
+    def restored(self, module: Any, weights: MoEWeights) -> tuple[Tensor, Tensor]:
         gate_up, down = weights.gate_up, weights.down
         if _activation(module, gate_up.shape[1], gate_up.device)[1]:
             gate_up = _alternating(gate_up)
         return (gate_up.transpose(1, 2), down.transpose(1, 2)) if module.is_transposed else (gate_up, down)
 
-    def install(self, module: Module, experts: Call) -> Callable[[], None]:
+    def install(self, module: Any) -> str | None:
         """Through the configuration that the module's forward asks for the implementation: all modules that share it
         take it together, and one of them that is not wrapped is wrapped when it is called."""
-        from . import transformers
+        from . import transformers as registers  # noqa: F401
 
-        config, before = module.config, module.config._experts_implementation
-        config._experts_implementation = NAME
+        before: str | None = module.config._experts_implementation
+        module.config._experts_implementation = NAME
+        return before
 
-        def undo() -> None:
-            config._experts_implementation = transformers.DEFAULT if before == NAME else before
+    def uninstall(self, module: Any, before: str | None) -> None:
+        module.config._experts_implementation = DEFAULT if before == NAME else before
 
-        return undo
-
-    def _parameter(self, module: Module, name: str) -> Tensor:
+    def _parameter(self, module: Any, name: str) -> Tensor:
         found: Tensor = getattr(module, name).detach()
         if found.is_meta:
             raise KernelError(f"{name} is not loaded (it is on the device meta)")
@@ -104,7 +106,7 @@ class TransformersExperts(ExpertsAdapter):
         return found
 
 
-def _scales(module: Module, gate_up: Tensor) -> tuple[Tensor | None, Tensor | None]:
+def _scales(module: Any, gate_up: Tensor) -> tuple[Tensor | None, Tensor | None]:
     """Of fp8 experts, float32. Raises KernelError for another scheme than ours."""
     if gate_up.element_size() > 1 or not hasattr(module, "block_size"):
         return None, None
@@ -115,8 +117,8 @@ def _scales(module: Module, gate_up: Tensor) -> tuple[Tensor | None, Tensor | No
     return module.gate_up_proj_scale_inv.detach().float(), module.down_proj_scale_inv.detach().float()
 
 
-def _activation(module: Module, rows: int, device: Any) -> tuple[str, bool]:
-    """Which of ACTIVATIONS the module has, and whether gate and up come in turn. Raises KernelError for none of them."""
+def _activation(module: Any, rows: int, device: Any) -> tuple[str, bool]:
+    """Which of ACTIVATIONS the module has, and whether gate and up come in turn. Raises KernelError for another."""
     import torch
 
     generator = torch.Generator().manual_seed(0)
@@ -140,9 +142,9 @@ def _activated(gate: Tensor, up: Tensor, activation: str) -> Tensor:
 
 def _gate_first(t: Tensor) -> Tensor:
     """`[E, 2 R, ...]` of rows that come in turn: a copy with the gate's first."""
-    return t.unflatten(1, (-1, 2)).transpose(1, 2).flatten(1, 2)
+    return t.view(len(t), -1, 2, *t.shape[2:]).transpose(1, 2).flatten(1, 2)
 
 
 def _alternating(t: Tensor) -> Tensor:
     """The inverse of `_gate_first`."""
-    return t.unflatten(1, (2, -1)).transpose(1, 2).flatten(1, 2)
+    return t.view(len(t), 2, -1, *t.shape[2:]).transpose(1, 2).flatten(1, 2)

@@ -5,7 +5,8 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from types import MethodType
+from typing import TYPE_CHECKING, Any, cast
 
 from .errors import KernelError
 
@@ -14,9 +15,7 @@ if TYPE_CHECKING:
     from torch.nn import Module
 
     from .device import MoEWeights
-
-    Call = Callable[[Tensor, Tensor, Tensor], Tensor]
-    """Hidden states `[T, H]`, top-k ids `[T, k]` and weights `[T, k]` to the weighted sum of the experts `[T, H]`."""
+    from .device.routed import RoutedExperts
 
 
 class ExpertsAdapter(ABC):
@@ -51,8 +50,12 @@ class ExpertsAdapter(ABC):
         """gate_up and down as the module had them, of what `weights` gave; both are gate-first."""
 
     @abstractmethod
-    def install(self, module: Module, experts: Call) -> Callable[[], None]:
-        """Have the module call this from now on. Returns what undoes it."""
+    def install(self, module: Module) -> Any:
+        """Have the module's forward call `experts_of(module)` from now on. Returns what `uninstall` needs."""
+
+    @abstractmethod
+    def uninstall(self, module: Module, before: Any) -> None:
+        """Undo `install`, which returned `before`."""
 
 
 @dataclass(frozen=True)
@@ -91,36 +94,58 @@ class Experts(ExpertsAdapter):
     def weights(self, module: Module) -> MoEWeights:
         from .device import MoEWeights
 
-        names = (self.gate_up, self.down, self.gate_up_scale, self.down_scale, self.gate_up_bias, self.down_bias)
-        found = [None if name is None else self._attribute(module, name).detach() for name in names]
-        return MoEWeights(*found, self.activation, self.layout)
+        def of(name: str | None) -> Any:
+            return None if name is None else self._attribute(module, name).detach()
+
+        return MoEWeights(
+            of(self.gate_up),
+            of(self.down),
+            of(self.gate_up_scale),
+            of(self.down_scale),
+            of(self.gate_up_bias),
+            of(self.down_bias),
+            self.activation,
+            self.layout,
+        )
 
     def restored(self, module: Module, weights: MoEWeights) -> tuple[Tensor, Tensor]:
         from .device import relayout
 
         return relayout(weights, self.layout).gate_up, weights.down
 
-    def install(self, module: Module, experts: Call) -> Callable[[], None]:
+    def install(self, module: Module) -> Any:
         before = module.__dict__.get("forward")
+        # A method of the module, so that a deep copy of that calls its own experts.
+        module.__dict__["forward"] = MethodType(_as_routed if self.route is None else _routing, module)
+        return before
 
-        def with_routing(hidden_states: Tensor) -> Tensor:
-            assert self.route is not None
-            flat = hidden_states.reshape(-1, hidden_states.shape[-1])
-            return experts(flat, *self.route(module, flat)).view_as(hidden_states)
-
-        def as_routed(hidden_states: Tensor, topk_ids: Tensor, topk_weights: Tensor) -> Tensor:
-            return experts(hidden_states, topk_ids, topk_weights)
-
-        def undo() -> None:
-            del module.__dict__["forward"]
-            if before is not None:
-                module.__dict__["forward"] = before
-
-        module.__dict__["forward"] = as_routed if self.route is None else with_routing
-        return undo
+    def uninstall(self, module: Module, before: Any) -> None:
+        del module.__dict__["forward"]
+        if before is not None:
+            module.__dict__["forward"] = before
 
     def _attribute(self, module: Module, name: str) -> Any:
         found = getattr(module, name, None)
         if found is None:
             raise KernelError(f"{self.name} has no {name}; name its attributes in ramp_moe.Experts")
         return found
+
+
+def _as_routed(module: Module, hidden_states: Tensor, topk_ids: Tensor, topk_weights: Tensor) -> Tensor:
+    return _routed(module)(hidden_states, topk_ids, topk_weights)
+
+
+def _routing(module: Module, hidden_states: Tensor) -> Tensor:
+    experts = _routed(module)
+    flat = hidden_states.reshape(-1, hidden_states.shape[-1])
+    route = cast(Experts, experts.adapter).route
+    assert route is not None
+    return experts(flat, *route(module, flat)).view_as(hidden_states)
+
+
+def _routed(module: Module) -> RoutedExperts:
+    from .device.routed import experts_of
+
+    found = experts_of(module)
+    assert found is not None
+    return found

@@ -119,7 +119,8 @@ def resolve_shape(models: Mapping[str, Model], name: str, dtype: str | None = No
         wanted, shards = match[1], int(match[2])
         model = by_name.get(wanted)
     if model is None and (match := _SLUG.fullmatch(wanted)):
-        return MoEShape(*map(int, match.groups()[:4]), match[5]).shard(shards)
+        experts, top_k, hidden, intermediate = map(int, match.groups()[:4])
+        return MoEShape(experts, top_k, hidden, intermediate, match[5]).shard(shards)
     if model is None:
         raise UnknownNameError("model", wanted, models, "`ramp-moe models` lists them, -tpN shards one")
     shape = model.shape if dtype is None else dataclasses.replace(model.shape, dtype=dtype)

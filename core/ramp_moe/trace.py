@@ -163,7 +163,8 @@ def load_trace(path: str | Path) -> Trace:
 def write_batches(
     path: str | Path, num_experts: int, top_k: int, batches: Iterable[tuple[int, list[int]]], source: str = ""
 ) -> None:
-    """Write a trace of batches, each its tokens and its histogram `[num_experts]`, whole or not at all. Raises ProfileError where the file cannot be written."""
+    """Write a trace of batches, each its tokens and its histogram `[num_experts]`, whole or not at all. Raises
+    ProfileError where the file cannot be written."""
     header = {"num_experts": num_experts, "top_k": top_k, "source": source}
     lines = [{"tokens": tokens, "histogram": histogram} for tokens, histogram in batches]
     write_atomically(Path(path), msgspec.json.Encoder().encode_lines([header, *lines]))

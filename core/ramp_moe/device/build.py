@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     import torch
 
 UNMEASURED = "triton"
-"""Of kernels that nothing is known of, the one to run: it takes any shape and layout, and nothing else need be installed."""
+"""Of kernels that nothing is known of, the one to run: it takes any layout, and needs nothing but Triton."""
 INTERPRET = "TRITON_INTERPRET"
 
 
@@ -87,13 +87,13 @@ class Builder:
         store = ProfileStore(shipped=registry.profile_dirs)
         try:
             model, notes = load_model(registry, store, named(shape), hardware)
-        except ProfileError as e:
+        except ProfileError:
             if any(store.find(k.name, shape, hardware) for k in usable):
                 raise  # there is a profile, and something is wrong with it
             static = sorted(usable, key=lambda k: k.name != UNMEASURED)
             self.notes.append(
-                f"no kernel is measured on {hardware.name}: the batch size alone decides; measure them with "
-                f"`ramp-moe profile --model {named(shape).label} --dtype {shape.dtype}` ({e})"
+                f"nothing was measured in {shape.dtype} on {hardware.name}: the batch size alone decides; measure with "
+                f"`ramp-moe profile --model {named(shape).label} --dtype {shape.dtype}`"
             )
             return Plan(hardware, static[:1], None)
         self.notes += notes

@@ -88,7 +88,7 @@ class MoELayer:
             from .dispatch import GraphDispatch
 
             fixed = {name for name in safe if not self._kernels[name][0].switchable}
-            self.graphs = GraphDispatch(self, self.held[0], model.restrict(safe), top_k, mode, fixed)
+            self.graphs = GraphDispatch(self, next(iter(self.held)), model.restrict(safe), top_k, mode, fixed)
 
     def _usable(self, kernels: Sequence[LaunchableKernel]) -> list[LaunchableKernel]:
         """Those that say that they can compute the shape here; the others are dropped."""

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 from ..experts import ExpertsAdapter
@@ -25,20 +24,16 @@ class RoutedExperts:
     """
 
     def __init__(self, module: Module, adapter: ExpertsAdapter, layer: MoELayer) -> None:
-        self.layer = layer
+        self.layer, self.adapter = layer, adapter
         self.recorded: list[tuple[int, Tensor]] | None = None
         """Tokens and expert histogram int64 `[num_experts]` of each batch, on the device, while something records."""
-        self._adapter = adapter
-        self._released = [name for name in (adapter.gate_up, adapter.down) if not _is_held(getattr(module, name), layer)]
+        self._before = adapter.install(module)
+        module.__dict__[KEY] = self
+        names = (adapter.gate_up, adapter.down)
+        self._released = [name for name in names if not _is_held(getattr(module, name), layer)]
         for name in self._released:
             _replace(module, name, getattr(module, name).to("meta"))
-        self._parameters = [getattr(module, name) for name in (adapter.gate_up, adapter.down)]
-        try:
-            self._undo = adapter.install(module, self)
-        except BaseException:
-            self._restore(module)
-            raise
-        module.__dict__[KEY] = self
+        self._parameters = [getattr(module, name) for name in names]
 
     def __call__(self, hidden_states: Tensor, topk_ids: Tensor, topk_weights: Tensor) -> Tensor:
         """The weighted sum of the experts `[T, H]`: hidden_states `[T, H]` bf16 or fp16, topk_ids `[T, k]` int32 or
@@ -55,14 +50,11 @@ class RoutedExperts:
 
     def remove(self, module: Module) -> None:
         """Leave the module as it was."""
-        self._undo()
-        self._restore(module)
+        self.adapter.uninstall(module, self._before)
         del module.__dict__[KEY]
-
-    def _restore(self, module: Module) -> None:
         if self._released:
-            given = self._adapter.restored(module, relayout(self.layer.held[0], "gate-first"))
-            for name, tensor in zip((self._adapter.gate_up, self._adapter.down), given, strict=True):
+            given = self.adapter.restored(module, relayout(self.layer.held[0], "gate-first"))
+            for name, tensor in zip((self.adapter.gate_up, self.adapter.down), given, strict=True):
                 if name in self._released:
                     _replace(module, name, tensor.contiguous())
 

@@ -97,7 +97,7 @@ def wrap(model: Module, *adapters: ExpertsAdapter, device: str = "auto", copies:
     """
     found = _find(model, [*adapters, *get_registry().experts.values()])
     builder, done = Builder(device, copies), dict[str, RoutedExperts]()
-    devices = {str(getattr(module, adapter.gate_up).device) for _, module, adapter in found}
+    devices = {str(parameter.device) for _, module, _ in found for parameter in module.parameters()}
     if len(devices) > 1:
         raise KernelError(f"the experts' weights lie on {', '.join(sorted(devices))}; wrap a model on one device")
     try:
@@ -105,25 +105,30 @@ def wrap(model: Module, *adapters: ExpertsAdapter, device: str = "auto", copies:
             with _named(name, adapter):
                 done[name] = attach(module, adapter, adapter.top_k_of(module), builder)
     except BaseException:
-        for name, module, _ in found:
-            if name in done:
-                done[name].remove(module)
+        _remove([module for name, module, _ in found if name in done])
         raise
     return Wrapped(done, tuple(dict.fromkeys(builder.notes)))
 
 
 def unwrap(model: Module) -> None:
     """Leave the model as it was before `wrap`. Raises KernelError for one that is not wrapped."""
-    wrapped = [(module, experts) for module in model.modules() if (experts := experts_of(module))]
+    wrapped = [module for module in model.modules() if experts_of(module)]
     if not wrapped:
         raise KernelError(f"{type(model).__name__} is not wrapped")
-    for module, experts in wrapped:
-        experts.remove(module)
+    _remove(wrapped)
 
 
 def attach(module: Module, adapter: ExpertsAdapter, top_k: int, builder: Builder) -> RoutedExperts:
     """Wrap one module. Raises RampMoEError where its experts cannot be had."""
     return RoutedExperts(module, adapter, builder.layer(adapter.weights(module), top_k))
+
+
+def _remove(modules: list[Module]) -> None:
+    """The last one first: modules may share what `install` changed."""
+    for module in reversed(modules):
+        experts = experts_of(module)
+        assert experts is not None
+        experts.remove(module)
 
 
 def _find(model: Module, adapters: list[ExpertsAdapter]) -> list[tuple[str, Module, ExpertsAdapter]]:
