@@ -88,10 +88,8 @@ def fp8_experts(experts: int = 4, top_k: int = K, hidden: int = 256, inter: int 
     class Experts(FP8Experts):
         pass
 
-    config = AutoConfig.for_model(
-        "olmoe", **(TINY | {"hidden_size": hidden, "intermediate_size": inter, "num_experts": experts}),
-        num_experts_per_tok=top_k,
-    )  # fmt: skip
+    sizes = {"hidden_size": hidden, "intermediate_size": inter, "moe_intermediate_size": inter}
+    config = AutoConfig.for_model("olmoe", **(TINY | sizes), num_experts=experts, num_experts_per_tok=top_k)
     config._experts_implementation = "eager"
     decorated = use_experts_implementation(experts_class=Experts, experts_interface=ALL_FP8_EXPERTS_FUNCTIONS)
     module = decorated(config, **({"block_size": (128, 128)} | options))
