@@ -1,12 +1,13 @@
 """Importing this registers `ramp_moe` with Transformers 5, for `experts_implementation="ramp_moe"` in `from_pretrained`
 and for `model.set_experts_implementation("ramp_moe")`. (`ramp_moe.wrap(model)` does so by itself.)
 
-A model that is loaded so is wrapped layer by layer when it first runs, with what `ramp_moe.wrap` does by default;
-errors are raised then. Raises KernelError where Transformers has no experts interface.
+A model that is loaded so is wrapped layer by layer when it first runs, as `ramp_moe.wrap` does by default; errors are
+raised then, and what `wrap` would report is logged. Raises KernelError where Transformers has no experts interface.
 """
 
 from __future__ import annotations
 
+import logging
 from typing import TYPE_CHECKING
 
 import torch
@@ -27,6 +28,7 @@ if TYPE_CHECKING:
     from torch import Tensor
     from torch.nn import Module
 
+_logger = logging.getLogger("ramp_moe")
 _builder = Builder()
 """Of layers that are wrapped when they first run: they share profiles and workspaces while the process lives."""
 
@@ -40,7 +42,11 @@ def experts_forward(module: Module, hidden_states: Tensor, top_k_index: Tensor, 
 
 @torch.compiler.disable  # type: ignore[untyped-decorator]
 def _attached(module: Module, top_k: int) -> RoutedExperts:
-    return attach(module, TransformersExperts(), top_k, _builder)
+    said = len(_builder.notes)
+    found = attach(module, TransformersExperts(), top_k, _builder)
+    for note in _builder.notes[said:]:
+        _logger.warning("%s", note)
+    return found
 
 
 for interface in (ExpertsInterface, FP8ExpertsInterface):  # a name that the second lacks fails only when it is called

@@ -136,7 +136,9 @@ def test_compiled_whole(olmoe_model: Any) -> None:
     assert error(found, expected) < 1e-3
 
 
-def test_loaded_by_name(tmp_path: Path, olmoe_model: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_loaded_by_name(
+    tmp_path: Path, olmoe_model: Any, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
     import ramp_moe_adapters.transformers as registered
 
     olmoe_model.save_pretrained(tmp_path)
@@ -147,6 +149,8 @@ def test_loaded_by_name(tmp_path: Path, olmoe_model: Any, monkeypatch: pytest.Mo
             logits(model)
         monkeypatch.setattr(registered, "_builder", Builder("h200"))
     assert 0 < error(logits(model), logits(stock)) < TOLERANCE
+    (said,) = [record.message for record in caplog.records if record.name == "ramp_moe"]
+    assert "measure with `ramp-moe profile --model" in said or "measure it with `ramp-moe profile --model" in said
     layers = [experts_of(layer.mlp.experts) for layer in model.model.layers]
     assert all(layers)
     assert layers[0].layer.workspace is layers[1].layer.workspace
@@ -320,6 +324,14 @@ def test_weights_that_are_not_there(olmoe_model: Any) -> None:
     model.model.layers[1].mlp.experts.to("meta")
     with pytest.raises(KernelError, match=rf"weights lie on {DEVICE}.*, meta; wrap a model on one device"):
         wrap(model)
+
+
+def test_on_another_gpu_than_the_current_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
+    with pytest.raises(
+        HardwareError, match=r"on cuda:1, the current device is cuda:0, .* torch\.cuda\.set_device\(1\)"
+    ):
+        Builder()._hardware(torch.device("cuda:1"))
 
 
 def test_on_the_cpu_it_must_be_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -64,7 +64,14 @@ class Builder:
         return found
 
     def _hardware(self, device: torch.device) -> Hardware:
+        import torch
+
         if device.type == "cuda":
+            if (device.index or 0) != torch.cuda.current_device():
+                raise HardwareError(
+                    f"the experts' weights are on {device}, the current device is cuda:{torch.cuda.current_device()}, "
+                    f"where kernels would run; torch.cuda.set_device({device.index}) first"
+                )
             return detect(index=device.index or 0) if self.device == "auto" else get_registry().device(self.device)
         if device.type != "cpu":
             raise HardwareError(f"the experts' weights are on {device}; load the model, and move it to a GPU")
@@ -98,6 +105,8 @@ class Builder:
             return Plan(hardware, static[:1], None)
         self.notes += notes
         known = {c.kernel for c in model.candidates}
+        unmeasured = [k.name for k in usable if k.name not in known and not any(n.startswith(k.name) for n in notes)]
+        self.notes += [f"{name} left out: nothing was measured of it in this shape" for name in unmeasured]
         return Plan(hardware, [k for k in usable if k.name in known], model)
 
     def _settled(self, plan: Plan, first: MoELayer) -> Plan:

@@ -46,7 +46,8 @@ class RoutedExperts:
             trains = torch.is_grad_enabled() and any(p.requires_grad for p in self._parameters)
             if trains and not hidden_states.requires_grad:
                 hidden_states = hidden_states.detach().requires_grad_()  # their gradients, too, are refused
-        return self.layer(hidden_states.contiguous(), topk_ids.contiguous(), topk_weights.float().contiguous())
+        # The layer itself would need two launches for int64, since it allows for ids that 32 bits do not hold.
+        return self.layer(hidden_states.contiguous(), topk_ids.int().contiguous(), topk_weights.float().contiguous())
 
     def remove(self, module: Module) -> None:
         """Leave the module as it was."""
