@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 import transformers
+from moe_cases import error
 from ramp_moe.device import MoEWeights
 from ramp_moe_kernels import reference
 from transformers import AutoConfig, AutoModelForCausalLM
@@ -70,6 +71,27 @@ def model_of(family: str, dtype: torch.dtype = HALF, **changes: Any) -> Any:
 def logits(model: Any, prompt: torch.Tensor = PROMPT) -> torch.Tensor:
     with torch.no_grad():
         return model(prompt.to(DEVICE)).logits.float()
+
+
+def expert_calls(model: Any, prompt: torch.Tensor = PROMPT) -> list[tuple[Any, Any, torch.Tensor]]:
+    """(module, arguments, output) of every module of experts in one pass. Layers are compared on the same routing: in a
+    whole model the roundings of one layer may turn a near tie of the next one's router."""
+    found: list[tuple[Any, Any, torch.Tensor]] = []
+
+    def keep(module: Any, given: Any, out: torch.Tensor) -> None:
+        found.append((module, given, out))
+
+    hooks = [m.register_forward_hook(keep) for m in model.modules() if hasattr(m, "_apply_gate")]
+    logits(model, prompt)
+    for hook in hooks:
+        hook.remove()
+    return found
+
+
+def worst(calls: list[tuple[Any, Any, torch.Tensor]]) -> float:
+    """Relative error of the same calls, now."""
+    with torch.no_grad():
+        return max(error(module(*given), out.float()) for module, given, out in calls)
 
 
 def state(model: Any) -> dict[str, torch.Tensor]:
