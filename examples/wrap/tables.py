@@ -59,17 +59,8 @@ def _memory(found: Found) -> str:
         shares = [f"{m[key] / m['weights_bytes']:.2%}" for key in ("wrapped_bytes", "workspace_bytes")]
         rows.append((f["device"], f"{m['weights_bytes'] / 2**30:.2f}", *shares, f"{m['wrap_seconds']:.1f}",
                      *(f"{f['logits_apart'][name]:.1e}" for name in (OURS, "batched_mm"))))  # fmt: skip
-    return table(
-        (
-            "GPU",
-            "weights, GiB",
-            "added by wrapping",
-            "buffers after all runs",
-            "wrapping, s",
-            "logits apart",
-            "of batched_mm",
-        )  # fmt: skip, rows
-    )
+    head = ("GPU", "weights, GiB", "added by wrapping", "buffers after all runs", "wrapping, s", "logits apart")
+    return table((*head, "of batched_mm"), rows)
 
 
 TABLES = {"memory": _memory, "layer": _layer, "decode": _decode, "prefill": _prefill}
