@@ -4,6 +4,7 @@
 """
 
 from .cost_model import FORMS, Candidate, CostModel, Prediction
+from .device.wrap import Wrapped, unwrap, wrap
 from .dispatch import Choice, Dispatcher
 from .errors import (
     HardwareError,
@@ -14,6 +15,7 @@ from .errors import (
     ShapeError,
     UnknownNameError,
 )
+from .experts import Experts, ExpertsAdapter
 from .fitting import fit_sweep
 from .geometry import GridGeometry
 from .hardware import Hardware, detect
@@ -34,6 +36,8 @@ __all__ = [
     "Choice",
     "CostModel",
     "Dispatcher",
+    "Experts",
+    "ExpertsAdapter",
     "GridGeometry",
     "Hardware",
     "HardwareError",
@@ -54,6 +58,7 @@ __all__ = [
     "Trace",
     "UnknownNameError",
     "WeightLayout",
+    "Wrapped",
     "detect",
     "expert_histogram",
     "fit_sweep",
@@ -62,4 +67,6 @@ __all__ = [
     "hookimpl",
     "load_sweep",
     "load_trace",
+    "unwrap",
+    "wrap",
 ]

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pluggy
 
+from .experts import ExpertsAdapter
 from .hardware import Hardware
 from .kernel import Kernel
 from .shapes import Model
@@ -35,3 +36,8 @@ def ramp_moe_hardware() -> Iterable[Hardware]:  # type: ignore[empty-body]
 @hookspec
 def ramp_moe_profiles() -> Iterable[Path]:  # type: ignore[empty-body]
     """Folders of recorded sweeps, laid out as DEVICE/KERNEL/SHAPE.json, that the plugin ships."""
+
+
+@hookspec
+def ramp_moe_experts() -> Iterable[ExpertsAdapter]:  # type: ignore[empty-body]
+    """How modules of a framework hold their experts, for `ramp_moe.wrap`. Building them must not import it."""

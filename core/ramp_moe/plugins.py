@@ -20,6 +20,7 @@ import pluggy
 
 from . import builtin, hookspecs
 from .errors import UnknownNameError
+from .experts import ExpertsAdapter
 from .hardware import Hardware
 from .hookspecs import GROUP
 from .kernel import Kernel
@@ -29,7 +30,7 @@ DISTRIBUTION = "ramp-moe"
 ALLOW_LIST = "RAMP_MOE_PLUGINS"
 SLOW_SECONDS = 1.0
 
-T = TypeVar("T", Kernel, Model, Hardware)
+T = TypeVar("T", Kernel, Model, Hardware, ExpertsAdapter)
 NAME = re.compile(r"(?!auto$)[A-Za-z0-9][A-Za-z0-9._-]*")
 """Names go into paths and commands; `--device auto` has a meaning of its own."""
 
@@ -71,7 +72,8 @@ def describe(thing: object) -> str:
 
 
 class Registry:
-    """Kernels, models, hardware and shipped profile folders of the built-ins and of every plugin, by name.
+    """Kernels, models, hardware, adapters of modules with experts, and shipped profile folders of the built-ins and of
+    every plugin, by name.
 
     Where two plugins give the same name, the first keeps it and the second is reported. With the environment variable
     RAMP_MOE_PLUGINS set, only the third-party entry points that it names (comma-separated) are loaded.
@@ -82,6 +84,7 @@ class Registry:
         self.kernels: dict[str, Kernel] = {}
         self.models: dict[str, Model] = {}
         self.hardware: dict[str, Hardware] = {}
+        self.experts: dict[str, ExpertsAdapter] = {}
         self.profile_dirs: list[Path] = []
         self._manager = pluggy.PluginManager(GROUP)
         self._manager.add_hookspecs(hookspecs)
@@ -95,6 +98,7 @@ class Registry:
         self._collect("ramp_moe_kernels", Kernel, self.kernels)  # type: ignore[type-abstract]
         self._collect("ramp_moe_models", Model, self.models)
         self._collect("ramp_moe_hardware", Hardware, self.hardware)
+        self._collect("ramp_moe_experts", ExpertsAdapter, self.experts)  # type: ignore[type-abstract]
         self._collect_profile_dirs()
         for plugin in self.plugins:
             if plugin.seconds > SLOW_SECONDS:

@@ -297,7 +297,7 @@ def _transferred(
     if models:
         notes.append(
             f"{shape.label} has no profile on {hardware.name}: what is chosen is guessed from other shapes; measure it "
-            f"with `ramp-moe profile --model {shape.label}`"
+            f"with `ramp-moe profile --model {shape.label} --dtype {shape.dtype}`"
         )
     return models
 

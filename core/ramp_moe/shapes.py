@@ -103,10 +103,12 @@ class Model:
 
 
 _SHARD = re.compile(r"(.+)-tp(\d+)")
+_SLUG = re.compile(r"e(\d+)-k(\d+)-h(\d+)-i(\d+)-(\w+)")
 
 
 def resolve_shape(models: Mapping[str, Model], name: str, dtype: str | None = None) -> MoEShape:
-    """The shape of `name`, where `NAME-tpN` shards NAME over N ranks; `dtype` replaces the released one.
+    """The shape of `name`, where `NAME-tpN` shards NAME over N ranks; `dtype` replaces the released one. A shape's slug
+    is a name, too, that says its dtype itself.
 
     Raises UnknownNameError for a model that is not in `models`, ShapeError for a shard that does not divide.
     """
@@ -116,6 +118,9 @@ def resolve_shape(models: Mapping[str, Model], name: str, dtype: str | None = No
     if model is None and (match := _SHARD.fullmatch(wanted)):
         wanted, shards = match[1], int(match[2])
         model = by_name.get(wanted)
+    if model is None and (match := _SLUG.fullmatch(wanted)):
+        experts, top_k, hidden, intermediate = map(int, match.groups()[:4])
+        return MoEShape(experts, top_k, hidden, intermediate, match[5]).shard(shards)
     if model is None:
         raise UnknownNameError("model", wanted, models, "`ramp-moe models` lists them, -tpN shards one")
     shape = model.shape if dtype is None else dataclasses.replace(model.shape, dtype=dtype)

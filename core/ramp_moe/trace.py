@@ -13,7 +13,7 @@ a line, `{"tokens": 17, "histogram": [...]}`. Which token named which experts is
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -22,6 +22,7 @@ import msgspec
 import numpy as np
 
 from .errors import RoutingError
+from .files import write_atomically
 from .routing import MAX_CELLS, IntArray, check_histogram, expert_histogram
 from .shapes import MoEShape
 
@@ -157,6 +158,16 @@ def load_trace(path: str | Path) -> Trace:
         order: dict[Any, int] = {}
         requests = np.array([order.setdefault(str(label), len(order)) for label in labels], np.int64)
     return Trace(topk_ids, num_experts, requests, str(header.get("source", "")))
+
+
+def write_batches(
+    path: str | Path, num_experts: int, top_k: int, batches: Iterable[tuple[int, list[int]]], source: str = ""
+) -> None:
+    """Write a trace of batches, each its tokens and its histogram `[num_experts]`, whole or not at all. Raises
+    ProfileError where the file cannot be written."""
+    header = {"num_experts": num_experts, "top_k": top_k, "source": source}
+    lines = [{"tokens": tokens, "histogram": histogram} for tokens, histogram in batches]
+    write_atomically(Path(path), msgspec.json.Encoder().encode_lines([header, *lines]))
 
 
 def _of_batches(path: Path, header: dict[str, Any], batches: list[Any]) -> Trace:

@@ -65,3 +65,15 @@ def test_tensor_parallel_shards_the_intermediate_size(registry: Registry) -> Non
 def test_unknown_model_suggests_the_nearest(registry: Registry) -> None:
     with pytest.raises(UnknownNameError, match="unknown model 'olmo-1b-7b'; did you mean 'olmoe-1b-7b'"):
         registry.shape("olmo-1b-7b-tp2")
+
+
+def test_a_shape_by_its_slug(registry: Registry) -> None:
+    shape = MoEShape(16, 4, 64, 32, "bf16")
+    for name in (shape.slug, shape.slug.lower()):
+        assert registry.shape(name, "fp8") == shape, "the slug says the dtype"
+    assert registry.shape(f"{shape.slug}-tp2") == MoEShape(16, 4, 64, 16, "bf16")
+    for name in ("E16-k4-h64", "E16-k4-h64-i32-bf16-x"):
+        with pytest.raises(UnknownNameError):
+            registry.shape(name)
+    with pytest.raises(UnknownNameError, match="dtype"):
+        registry.shape("E16-k4-h64-i32-int4")

@@ -37,7 +37,11 @@ class AtLeast(click.FloatRange):
 
 
 json_option = click.option("--json", "as_json", is_flag=True, help="Print JSON (fractions, not percent).")
-model_option = click.option("--model", required=True, help="A model that `ramp-moe models` lists; -tpN shards it.")
+model_option = click.option(
+    "--model",
+    required=True,
+    help="A model that `ramp-moe models` lists; -tpN shards it. Or a shape, as E64-k8-h2048-i1024-bf16.",
+)
 device_option = click.option(
     "--device", default="h200", show_default=True, help="Hardware by name; `auto` detects this machine's GPU."
 )

@@ -44,8 +44,9 @@ class MoELayer:
     checked: read the ids back and raise RoutingError for one out of range, instead of skipping it.
     mode: of dispatch in graphs, one of `dispatch.MODES`; the cheapest that this machine has where None.
 
-    A layout that the weights are not given in is a copy of gate_up (`relayout`). While the layer is built, and for as
-    long as the caller keeps the weights given, it is there beside theirs: drop them, or give them in that layout.
+    `held` are the weights in those layouts. A layout that the weights are not given in is a copy of gate_up
+    (`relayout`). While the layer is built, and for as long as the caller keeps the weights given, it is there beside
+    theirs: drop them, or give them in that layout.
     """
 
     def __init__(
@@ -67,6 +68,7 @@ class MoELayer:
         self._device, self._dtype = weights.gate_up.device, weights.gate_up.dtype
         self.workspace = Workspace()
         self.layouts: tuple[str, ...] = ()
+        self.held: tuple[MoEWeights, ...] = ()
         self.dropped: dict[str, str] = {}
         self._kernels: dict[str, tuple[LaunchableKernel, Any]] = {}
         if model is not None:
@@ -86,7 +88,7 @@ class MoELayer:
             from .dispatch import GraphDispatch
 
             fixed = {name for name in safe if not self._kernels[name][0].switchable}
-            self.graphs = GraphDispatch(self, self._weights, model.restrict(safe), top_k, mode, fixed)
+            self.graphs = GraphDispatch(self, next(iter(self.held)), model.restrict(safe), top_k, mode, fixed)
 
     def _usable(self, kernels: Sequence[LaunchableKernel]) -> list[LaunchableKernel]:
         """Those that say that they can compute the shape here; the others are dropped."""
@@ -127,7 +129,7 @@ class MoELayer:
                 self._kernels = {}
                 return kernel
         self.layouts = chosen.layouts
-        self._weights = next(iter(held.values()))
+        self.held = tuple(held.values())
         self.dropped |= {
             kernel.name: why_not_served(self.shape, usable, kernel, copies, times, weights.layout)
             for kernel in usable
@@ -248,10 +250,11 @@ class MoELayer:
         out: Tensor | None = None,
         num_valid: Tensor | None = None,
     ) -> Tensor:
-        """`forward`; what torch.compile traces is one opaque operator (see `op`)."""
+        """`forward`; what torch.compile traces is one opaque operator (see `op`), as is what gradients are asked of."""
         import torch
 
-        if not torch.compiler.is_compiling():
+        differentiable = torch.is_grad_enabled() and (hidden_states.requires_grad or topk_weights.requires_grad)
+        if not differentiable and not torch.compiler.is_compiling():
             return self.forward(hidden_states, topk_ids, topk_weights, out, num_valid)
         from .op import moe
 

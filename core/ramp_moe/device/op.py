@@ -1,4 +1,5 @@
-"""A MoE layer as one opaque operator, so that `torch.compile` keeps it whole in a model's graph.
+"""A MoE layer as one opaque operator, so that `torch.compile` keeps it whole in a model's graph, and a gradient that
+goes through it is an error, not a silent zero.
 
 The operator takes the layer's number, as operators take tensors and numbers alone. Numbers keep no layer alive. Where
 one compiled block is to serve the layers of several modules, torch takes the number for a part of the program unless
@@ -11,7 +12,7 @@ launches, and the device then chooses at every replay. Without it such a graph h
 from __future__ import annotations
 
 import itertools
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 from weakref import WeakValueDictionary
 
 import torch
@@ -48,6 +49,13 @@ def moe(hidden_states: Tensor, topk_ids: Tensor, topk_weights: Tensor, layer: in
     if found.graphs is not None:
         found.graphs.ready(len(hidden_states), hidden_states.dtype)
     return found.forward(hidden_states, topk_ids, topk_weights, num_valid=num_valid)
+
+
+@moe.register_autograd
+def _(ctx: Any, gradient: Tensor) -> None:
+    raise KernelError(
+        "a ramp_moe layer computes no gradients; run the model under torch.no_grad(), or ramp_moe.unwrap it to train"
+    )
 
 
 @moe.register_fake

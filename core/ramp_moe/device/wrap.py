@@ -1,0 +1,156 @@
+"""`ramp_moe.wrap`: have the MoE layers of a model that exists computed by dispatched layers; `unwrap` undoes it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from ..errors import KernelError, RampMoEError, RoutingError
+from ..experts import ExpertsAdapter
+from ..plugins import get_registry
+from ..trace import write_batches
+from .build import Builder, named
+from .layer import MoELayer
+from .routed import RoutedExperts, experts_of
+
+if TYPE_CHECKING:
+    import torch
+    from torch.nn import Module
+
+
+@dataclass(frozen=True)
+class Wrapped:
+    """What was wrapped: experts by the names of their modules, and notes for a person to read, on kernels left out,
+    profiles that are missing, and what a further copy of the weights would gain. `str` says it all."""
+
+    experts: dict[str, RoutedExperts]
+    notes: tuple[str, ...]
+
+    @property
+    def layers(self) -> dict[str, MoELayer]:
+        return {name: experts.layer for name, experts in self.experts.items()}
+
+    def __str__(self) -> str:
+        first = next(iter(self.layers.values()))
+        shapes = dict.fromkeys(f"{named(layer.shape).label} ({layer.shape.dtype})" for layer in self.layers.values())
+        lines = [
+            f"{len(self.layers)} MoE layers of {', '.join(shapes)} on {first.hardware.name}",
+            f"kernels: {', '.join(first.configs())}; weights in {' and '.join(first.layouts)}",
+        ]
+        return "\n".join([*lines, *(f"note: {note}" for note in self.notes)])
+
+    def warm_up(self, num_tokens: int, dtype: torch.dtype) -> None:
+        """`MoELayer.warm_up` of every layer, before CUDA graphs of so many tokens are captured."""
+        for layer in self.layers.values():
+            layer.warm_up(num_tokens, dtype)
+
+    @contextmanager
+    def record(self) -> Iterator[Recording]:
+        """What is routed while the context lasts, outside CUDA graphs and what torch has compiled. (In graphs,
+        `layer.graphs.record` does.)"""
+        recording = Recording(list(self.experts.values()))
+        for experts in self.experts.values():
+            experts.recorded = []
+        try:
+            yield recording
+        finally:
+            recording.stop()
+
+
+class Recording:
+    """Batches that wrapped layers routed; one batch for each layer and call."""
+
+    def __init__(self, experts: list[RoutedExperts]) -> None:
+        self._experts = experts
+        self._batches: list[tuple[int, list[int]]] = []
+
+    def stop(self) -> None:
+        for experts in self._experts:
+            self._batches += [(tokens, counts.tolist()) for tokens, counts in experts.recorded or () if tokens]
+            experts.recorded = None
+
+    def write(self, path: str | Path, source: str = "") -> None:
+        """Write a trace of batches (see `ramp_moe.trace`), whole or not at all. Raises RoutingError where nothing was
+        recorded, or where the layers differ in experts or top-k, ProfileError where the file cannot be written."""
+        shapes = {(e.layer.shape.num_experts, e.layer.shape.top_k) for e in self._experts}
+        if len(shapes) > 1:
+            raise RoutingError("a trace is of layers that are alike; these differ in their number of experts or top-k")
+        if not self._batches:
+            raise RoutingError("nothing was recorded; run the model, uncompiled, while it records")
+        write_batches(path, *shapes.pop(), self._batches, source)
+
+
+def wrap(model: Module, *adapters: ExpertsAdapter, device: str = "auto", copies: int = 1) -> Wrapped:
+    """Have every MoE layer of `model` computed by the kernel that is predicted to be fastest for each batch.
+
+    adapters: of modules of your own (`ramp_moe.Experts`), before those of the frameworks that are known. device: the
+    hardware's name where it is not to be detected. copies: of the weights, in as many layouts; with one, a weight is
+    either used as it lies in the model or moved, never doubled, and what was moved is a placeholder in the model until
+    `unwrap`.
+
+    Inference only: a backward pass through a wrapped layer raises KernelError. Raises KernelError where a model has no
+    layer, is wrapped already, lies on several devices, or has weights, activations or layouts that cannot be had;
+    HardwareError for weights on the CPU. The model is then as it was.
+    """
+    found = _find(model, [*adapters, *get_registry().experts.values()])
+    builder, done = Builder(device, copies), dict[str, RoutedExperts]()
+    devices = {str(parameter.device) for _, module, _ in found for parameter in module.parameters()}
+    if len(devices) > 1:
+        raise KernelError(f"the experts' weights lie on {', '.join(sorted(devices))}; wrap a model on one device")
+    try:
+        for name, module, adapter in found:
+            with _named(name, adapter):
+                done[name] = attach(module, adapter, adapter.top_k_of(module), builder)
+    except BaseException:
+        _remove([module for name, module, _ in found if name in done])
+        raise
+    return Wrapped(done, tuple(dict.fromkeys(builder.notes)))
+
+
+def unwrap(model: Module) -> None:
+    """Leave the model as it was before `wrap`. Raises KernelError for one that is not wrapped."""
+    wrapped = [module for module in model.modules() if experts_of(module)]
+    if not wrapped:
+        raise KernelError(f"{type(model).__name__} is not wrapped")
+    _remove(wrapped)
+
+
+def attach(module: Module, adapter: ExpertsAdapter, top_k: int, builder: Builder) -> RoutedExperts:
+    """Wrap one module. Raises RampMoEError where its experts cannot be had."""
+    return RoutedExperts(module, adapter, builder.layer(adapter.weights(module), top_k))
+
+
+def _remove(modules: list[Module]) -> None:
+    """The last one first: modules may share what `install` changed."""
+    for module in reversed(modules):
+        experts = experts_of(module)
+        assert experts is not None
+        experts.remove(module)
+
+
+def _find(model: Module, adapters: list[ExpertsAdapter]) -> list[tuple[str, Module, ExpertsAdapter]]:
+    found = []
+    for name, module in model.named_modules():
+        adapter = next((a for a in adapters if a.finds(module)), None)
+        if adapter is not None:
+            found.append((name or type(module).__name__, module, adapter))
+    if any(experts_of(module) for _, module, _ in found):
+        raise KernelError(f"{type(model).__name__} is wrapped already; ramp_moe.unwrap(model) first")
+    if not found:
+        hints = [hint for a in adapters if (hint := a.hint(model))]
+        reason = hints[0] if hints else "name the experts of a module of your own with ramp_moe.Experts"
+        raise KernelError(f"{type(model).__name__} has no MoE layer that ramp_moe knows: {reason}")
+    return found
+
+
+@contextmanager
+def _named(name: str, adapter: ExpertsAdapter) -> Iterator[None]:
+    """Errors say of which module they are."""
+    try:
+        yield
+    except RampMoEError as e:
+        e.args = (f"{name}: {e}",)
+        raise

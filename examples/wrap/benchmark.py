@@ -1,0 +1,198 @@
+"""A model of OLMoE-1B-7B's architecture, wrapped, against every implementation of experts that Transformers has here.
+
+    python benchmark.py [--minutes 10] [--output FILE]
+
+writes h200.json beside this, named for the GPU, which tables.py reads. Weights are random, bf16. Parts, in their order,
+until the minutes are over:
+
+memory     bytes that wrapping adds, after warming up and running, too; seconds that it takes
+layer      the experts alone: a CUDA graph of all of the model's layers, over their number; weights differ from layer to
+           layer, so that none is in L2
+decode     one step of the whole model with a static cache, in a CUDA graph and eager
+prefill    one pass over a prompt of 2,048 tokens, eager: what generate() does
+
+Every time is the median of REPLAYS, between two events. An implementation that cannot be captured, or that needs a
+package which is not there, has its reason in place of its time. All get the same inputs and run on the same stream.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+import sys
+import time
+from collections.abc import Callable, Iterator
+from datetime import date
+from pathlib import Path
+from typing import Any
+
+import ramp_moe
+import torch
+import transformers
+import triton
+from olmoe import DEVICE, DTYPE, olmoe, prompt
+from ramp_moe.files import write_atomically
+from transformers import StaticCache
+from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
+
+OURS = "ramp_moe"
+LAYER_TOKENS, ROUTINGS = (1, 2, 4, 8, 16, 32, 64, 128), ("uniform", "zipf1.2")
+DECODE_BATCHES, CONTEXT, PREFILL = (32, 128), 512, 2048
+WARM, REPLAYS = 3, 20
+NO_GPU = 2
+
+Timer = Callable[[Callable[[], Any]], float]
+Result = float | str
+"""Microseconds, or why there are none."""
+
+
+class Benchmark:
+    def __init__(self, minutes: float) -> None:
+        self.ends = time.perf_counter() + 60 * minutes
+        self.model = olmoe()
+        self.model.set_experts_implementation("grouped_mm")
+        self.implementations = [OURS, "eager", *sorted(set(ALL_EXPERTS_FUNCTIONS.keys()) - {OURS})]
+        before, began = torch.cuda.memory_allocated(), time.perf_counter()
+        self.wrapped = ramp_moe.wrap(self.model)
+        torch.cuda.synchronize()
+        weights = sum(p.numel() * p.element_size() for p in self.model.parameters())
+        self.memory = {
+            "weights_bytes": weights,
+            "wrap_seconds": time.perf_counter() - began,
+            "wrapped_bytes": torch.cuda.memory_allocated() - before,
+        }
+
+    def in_time(self) -> bool:
+        return time.perf_counter() < self.ends
+
+    def each(self, measure: Callable[[], float], in_graph: bool) -> dict[str, Result]:
+        """Of every implementation."""
+        found: dict[str, Result] = {}
+        for name in self.implementations:
+            if in_graph and name == "eager":
+                found[name] = "its loop over the experts is on the host"  # trying would spoil the stream
+                continue
+            try:
+                self.model.set_experts_implementation(name)
+                found[name] = measure()
+            except Exception as e:  # whatever it does without its package, or when it is captured
+                found[name] = f"{type(e).__name__}: {e}".splitlines()[0][:200]
+            torch.cuda.synchronize()
+        return found
+
+    def layer(self) -> Iterator[dict[str, Any]]:
+        layers = [self.model.get_submodule(name) for name in self.wrapped.layers]
+        shape = next(iter(self.wrapped.layers.values())).shape
+        for tokens in LAYER_TOKENS:
+            self.wrapped.warm_up(tokens, DTYPE)
+            x = torch.randn(tokens, shape.hidden_size, device=DEVICE, dtype=DTYPE)
+            scores = torch.rand(tokens, shape.top_k, device=DEVICE).softmax(-1).to(DTYPE)
+            for routing in ROUTINGS:
+                if not self.in_time():
+                    return
+                ids = torch.from_numpy(ramp_moe.generate(routing, tokens, shape.num_experts, shape.top_k, 1)).to(DEVICE)
+
+                def experts(ids: torch.Tensor = ids, x: torch.Tensor = x, scores: torch.Tensor = scores) -> None:
+                    for module in layers:
+                        module(x, ids, scores)
+
+                us = self.each(lambda run=experts: captured(run) / len(layers), True)
+                yield {"tokens": tokens, "routing": routing, "us": us}
+
+    def decode(self) -> Iterator[dict[str, Any]]:
+        for batch in DECODE_BATCHES:
+            self.wrapped.warm_up(batch, DTYPE)
+            token = prompt(self.model, batch, 1)
+            for way, time_of in (("graph", captured), ("eager", timed)):
+                if not self.in_time():
+                    return
+
+                def steps(time_of: Timer = time_of, token: torch.Tensor = token) -> float:
+                    cache = StaticCache(config=self.model.config, max_cache_len=CONTEXT)
+                    return time_of(lambda: self.model(token, past_key_values=cache, use_cache=True))
+
+                yield {"batch": batch, "way": way, "us": self.each(steps, way == "graph")}
+
+    def prefill(self) -> Iterator[dict[str, Any]]:
+        ids = prompt(self.model, 1, PREFILL)
+        if self.in_time():
+            us = self.each(lambda: timed(lambda: self.model(ids, logits_to_keep=1)), False)
+            yield {"tokens": PREFILL, "us": us}
+
+    def agreement(self) -> dict[str, float]:
+        """Relative distance of the logits from those of grouped_mm. Beside ours that of batched_mm: roundings turn near
+        ties of the routers, which random weights are full of."""
+        ids, found = prompt(self.model, 1, 128), {}
+        for name in ("grouped_mm", "batched_mm", OURS):
+            self.model.set_experts_implementation(name)
+            found[name] = self.model(ids).logits.float()
+        expected = found.pop("grouped_mm")
+        return {name: float((out - expected).norm() / expected.norm()) for name, out in found.items()}
+
+
+def captured(run: Callable[[], Any]) -> float:
+    """Microseconds of a replay of a graph of it, captured on the current stream, for which buffers are there."""
+    for _ in range(WARM):
+        run()
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph, stream=torch.cuda.current_stream()):
+        run()
+    return timed(graph.replay)
+
+
+def timed(run: Callable[[], Any]) -> float:
+    times = []
+    for _ in range(WARM + REPLAYS):
+        start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+        start.record()
+        run()
+        end.record()
+        end.synchronize()
+        times.append(start.elapsed_time(end) * 1e3)
+    return statistics.median(times[WARM:])
+
+
+@torch.no_grad()
+def measure(minutes: float) -> dict[str, Any]:
+    """On the current stream, which is not the default one: that cannot be captured."""
+    b = Benchmark(minutes)
+    found: dict[str, Any] = {
+        "model": "olmoe-1b-7b architecture, random weights, bf16",
+        "command": f"python benchmark.py --minutes {minutes:g}",
+        "measured": date.today().isoformat(),
+        "device": torch.cuda.get_device_name(),
+        "software": {
+            "torch": torch.__version__,
+            "triton": triton.__version__,
+            "transformers": transformers.__version__,
+        },
+        "report": str(b.wrapped).splitlines(),
+        "logits_apart": b.agreement(),
+    }
+    for part in (b.layer, b.decode, b.prefill):
+        found[part.__name__] = list(part())
+        print(f"{part.__name__}: {len(found[part.__name__])} rows", flush=True)
+    workspaces = {id(layer.workspace): layer.workspace.bytes for layer in b.wrapped.layers.values()}
+    return found | {"memory": b.memory | {"workspace_bytes": sum(workspaces.values())}, "finished": b.in_time()}
+
+
+def main(argv: list[str]) -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--minutes", type=float, default=10.0)
+    parser.add_argument("--output", type=Path)
+    options = parser.parse_args(argv)
+    if not torch.cuda.is_available():
+        print("this needs a CUDA device, and torch sees none: nothing was measured", file=sys.stderr)
+        return NO_GPU
+    output = options.output or Path(__file__).parent / f"{ramp_moe.detect().name}.json"
+    with torch.cuda.stream(torch.cuda.Stream()):
+        found = measure(options.minutes)
+    write_atomically(output, (json.dumps(found, indent=1) + "\n").encode())
+    print(output)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

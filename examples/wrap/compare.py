@@ -1,0 +1,48 @@
+"""The same model with Transformers' own experts and wrapped: how far the logits are apart, and what a pass takes.
+
+    python compare.py [TOKENS ...]
+
+Eager passes: the host launches every kernel, and with ramp_moe reads each layer's histogram back. `benchmark.py` has
+CUDA graphs, where neither is so.
+"""
+
+from __future__ import annotations
+
+import sys
+import time
+from typing import Any
+
+import ramp_moe
+import torch
+from olmoe import GPU, STANDS_FOR, olmoe, prompt
+
+PASSES = 10 if GPU else 1
+
+
+def run(model: Any, ids: torch.Tensor) -> tuple[torch.Tensor, float]:
+    """Logits, and milliseconds a pass."""
+    with torch.no_grad():
+        found = model(ids).logits.float()  # compiles
+        if GPU:
+            torch.cuda.synchronize()
+        began = time.perf_counter()
+        for _ in range(PASSES):
+            model(ids)
+        if GPU:
+            torch.cuda.synchronize()
+    return found, (time.perf_counter() - began) * 1e3 / PASSES
+
+
+def main(sizes: list[int]) -> None:
+    model = olmoe()
+    batches = [prompt(model, 1, tokens) for tokens in sizes]
+    without = [run(model, ids) for ids in batches]
+    ramp_moe.wrap(model, device=STANDS_FOR)
+    for tokens, ids, (expected, stock_ms) in zip(sizes, batches, without, strict=True):
+        found, ms = run(model, ids)
+        apart = float((found - expected).norm() / expected.norm())
+        print(f"{tokens} tokens: {stock_ms:.1f} ms, wrapped {ms:.1f} ms; logits {apart:.1e} apart")
+
+
+if __name__ == "__main__":
+    main([int(argument) for argument in sys.argv[1:]] or [8, 128])

@@ -1,0 +1,85 @@
+"""The tables of the README beside this, from what benchmark.py wrote.
+
+python tables.py            print them
+python tables.py --write    put them into README.md, between its markers
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+HERE = Path(__file__).parent
+OURS = "ramp_moe"
+Found = Sequence[dict[str, Any]]
+"""A file each."""
+
+
+def table(head: Sequence[str], rows: Iterable[Sequence[object]]) -> str:
+    lines = [" | ".join(map(str, line)) for line in (head, ["---"] * len(head), *rows)]
+    return "\n".join(f"| {line} |" for line in lines) if len(lines) > 2 else "Not measured yet."
+
+
+def against(us: dict[str, float | str], other: str | None = None) -> list[str]:
+    """Our microseconds, those of `other` or else of the best of Transformers' own, its name, and their ratio."""
+    rest = {k: v for k, v in us.items() if k != OURS and isinstance(v, float) and other in (None, k)}
+    ours = us[OURS]
+    if not isinstance(ours, float) or not rest:
+        return [f"{ours:.0f}" if isinstance(ours, float) else str(ours), "", "", ""]
+    best = min(rest, key=lambda k: rest[k])
+    return [f"{ours:.0f}", f"{rest[best]:.0f}", best, f"{rest[best] / ours:.2f}x"]
+
+
+OTHERS = ("ramp_moe, us", "Transformers', us", "which", "faster")
+
+
+def _layer(found: Found) -> str:
+    rows = [(r["tokens"], r["routing"], *against(r["us"], "grouped_mm"), *against(r["us"])[1:])
+            for f in found for r in f["layer"]]  # fmt: skip
+    return table(("tokens", "routing", *OTHERS, "best, us", "which", "faster"), rows)
+
+
+def _decode(found: Found) -> str:
+    return table(
+        ("batch", "way", *OTHERS), [(r["batch"], r["way"], *against(r["us"])) for f in found for r in f["decode"]]
+    )
+
+
+def _prefill(found: Found) -> str:
+    return table(("tokens", *OTHERS), [(r["tokens"], *against(r["us"])) for f in found for r in f["prefill"]])
+
+
+def _memory(found: Found) -> str:
+    rows = []
+    for f in found:
+        m = f["memory"]
+        shares = [f"{m[key] / m['weights_bytes']:.2%}" for key in ("wrapped_bytes", "workspace_bytes")]
+        rows.append((f["device"], f"{m['weights_bytes'] / 2**30:.2f}", *shares, f"{m['wrap_seconds']:.1f}",
+                     *(f"{f['logits_apart'][name]:.1e}" for name in (OURS, "batched_mm"))))  # fmt: skip
+    head = ("GPU", "weights, GiB", "added by wrapping", "buffers after all runs", "wrapping, s", "logits apart")
+    return table((*head, "of batched_mm"), rows)
+
+
+TABLES = {"memory": _memory, "layer": _layer, "decode": _decode, "prefill": _prefill}
+
+
+def filled(page: str, folder: Path = HERE) -> str:
+    """The page with every table between its markers computed from the files of the folder."""
+    found = [json.loads(file.read_text()) for file in sorted(folder.glob("*.json"))]
+    for name, make in TABLES.items():
+        start, end = f"<!-- table: {name} -->\n", f"\n<!-- end: {name} -->"
+        before, rest = page.split(start)
+        page = before + start + make(found) + end + rest.split(end, 1)[1]
+    return page
+
+
+if __name__ == "__main__":
+    readme = HERE / "README.md"
+    page = filled(readme.read_text())
+    if sys.argv[1:] == ["--write"]:
+        readme.write_text(page)
+    else:
+        print(page)

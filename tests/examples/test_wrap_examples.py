@@ -1,0 +1,123 @@
+"""The examples of wrapping run, on the CPU in Triton's interpreter; the page says what its files say."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import re
+import subprocess
+import sys
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import pytest
+
+pytest.importorskip("transformers")
+
+import torch
+
+FOLDER = Path(__file__).parents[2] / "examples" / "wrap"
+GPU = torch.cuda.is_available()
+MADE_UP: dict[str, Any] = {
+    "device": "NVIDIA H200", "logits_apart": {"ramp_moe": 0.0042, "batched_mm": 0.0051},
+    "memory": {"weights_bytes": 2**31, "wrap_seconds": 1.25, "wrapped_bytes": 2**24, "workspace_bytes": 2**25},
+    "layer": [
+        {"tokens": 8, "routing": "uniform",
+         "us": {"ramp_moe": 20.0, "eager": "RuntimeError: capture", "grouped_mm": 50.0, "batched_mm": 40.0}},
+        {"tokens": 16, "routing": "uniform", "us": {"ramp_moe": 25.0, "grouped_mm": "ImportError: no"}},
+    ],
+    "decode": [
+        {"batch": 32, "way": "graph", "us": {"ramp_moe": 2000.0, "grouped_mm": 3000.0}},
+        {"batch": 32, "way": "eager", "us": {"ramp_moe": "KernelError: broken", "grouped_mm": 3000.0}},
+    ],
+    "prefill": [{"tokens": 2048, "us": {"ramp_moe": 10000.0, "eager": 30000.0, "grouped_mm": 9000.0}}],
+}  # fmt: skip
+
+
+def script(name: str, *arguments: str) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, str(FOLDER / f"{name}.py"), *arguments]
+    return subprocess.run(command, capture_output=True, text=True, check=False)
+
+
+def load(name: str) -> ModuleType:
+    spec = importlib.util.spec_from_file_location(f"wrap_{name}", FOLDER / f"{name}.py")
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def test_generate() -> None:
+    done = script("generate")
+    assert done.returncode == 0, done.stderr
+    assert re.search(r"^\d+ MoE layers of .* on h200", done.stdout, re.MULTILINE)
+    (ids,) = (json.loads(line) for line in done.stdout.splitlines() if line.startswith("[["))
+    assert len(ids) == 2
+
+
+def test_compare() -> None:
+    done = script("compare", "3")
+    assert done.returncode == 0, done.stderr
+    (apart,) = re.findall(r"^3 tokens: [\d.]+ ms, wrapped [\d.]+ ms; logits (\S+) apart$", done.stdout, re.MULTILINE)
+    assert 0 < float(apart) < (0.3 if GPU else 4e-3), "of 16 layers on a GPU, in bf16, routers' ties included"
+
+
+def test_a_trace_and_its_report(tmp_path: Path) -> None:
+    done = script("routing_trace", str(tmp_path))
+    assert done.returncode == 0, done.stderr
+    header, *batches = (json.loads(line) for line in (tmp_path / "trace.jsonl").read_text().splitlines())
+    assert (header["num_experts"], header["top_k"]) == (64, 8)
+    assert {b["tokens"] for b in batches} == {32, 4}, "prefill of four prompts of eight tokens, then decode"
+    assert all(sum(b["histogram"]) == 8 * b["tokens"] for b in batches)
+    page = (tmp_path / "report.html").read_text()
+    assert "trace recorded" in page
+    assert "PREDICTED by the cost model" in page
+    assert "ramp-moe profile --model olmoe-1b-7b --dtype bf16 --minutes 5" in done.stdout
+
+
+def test_a_module_of_ones_own() -> None:
+    done = script("own_module")
+    assert done.returncode == 0, done.stderr
+    (apart,) = re.findall(r"^outputs are (\S+) apart$", done.stdout, re.MULTILINE)
+    assert 0 < float(apart) < (2e-2 if GPU else 4e-3)
+
+
+def test_the_tables_are_those_of_the_files() -> None:
+    page = (FOLDER / "README.md").read_text()
+    assert load("tables").filled(page) == page
+
+
+def test_tables_of_a_file(tmp_path: Path) -> None:
+    (tmp_path / "h200.json").write_text(json.dumps(MADE_UP))
+    page = load("tables").filled((FOLDER / "README.md").read_text(), tmp_path)
+    for row in (
+        "NVIDIA H200 | 2.00 | 0.78% | 1.56% | 1.2 | 4.2e-03 | 5.1e-03",
+        "8 | uniform | 20 | 50 | grouped_mm | 2.50x | 40 | batched_mm | 2.00x",
+        "16 | uniform | 25 |  |  |  |  |  | ",
+        "32 | graph | 2000 | 3000 | grouped_mm | 1.50x",
+        "32 | eager | KernelError: broken |  |  | ",
+        "2048 | 10000 | 9000 | grouped_mm | 0.90x",
+    ):
+        assert f"| {row} |" in page
+    assert "Not measured yet" not in page
+
+
+@pytest.mark.skipif(GPU, reason="there is a GPU")
+def test_without_a_gpu_the_benchmark_says_so() -> None:
+    done = script("benchmark")
+    assert done.returncode == 2
+    assert "this needs a CUDA device, and torch sees none" in done.stderr
+
+
+@pytest.mark.gpu
+def test_gpu_the_benchmark_stops_in_time(tmp_path: Path) -> None:
+    done = script("benchmark", "--minutes", "0.01", "--output", str(tmp_path / "h200.json"))
+    assert done.returncode == 0, done.stderr
+    found = json.loads((tmp_path / "h200.json").read_text())
+    assert found["finished"] is False
+    assert 0 < found["logits_apart"]["ramp_moe"] < 2 * found["logits_apart"]["batched_mm"] + 1e-2
+    assert found["memory"]["wrapped_bytes"] < 0.02 * found["memory"]["weights_bytes"]
+    assert found["memory"]["wrap_seconds"] < 10
+    load("tables").filled((FOLDER / "README.md").read_text(), tmp_path)
