@@ -36,9 +36,10 @@ KERNELS = (
     ("fp8", ("alpha_moe", "cute", "deep_gemm", "triton")),
     ("bf16", ("cute",)),
     ("bf16", ("deep_gemm",)),
+    ("bf16", ("flashinfer_cutlass",)),
     ("bf16", ("triton",)),
     ("bf16", ("deep_gemm", "triton")),
-    ("bf16", ("cute", "deep_gemm", "triton")),
+    ("bf16", ("cute", "deep_gemm", "flashinfer_cutlass", "triton")),
 )
 CURVE = (8, 12, 16, 24, 32, 48, 64)
 """Tune batches after which the learning curve is told."""
