@@ -17,7 +17,8 @@ from ramp_moe.replay import load_replay
 README = (Path(__file__).parents[1] / "README.md").read_text()
 
 
-KERNELS = (("alpha_moe",), ("deep_gemm",), ("triton",), ("alpha_moe", "deep_gemm", "triton"))
+ALL = ("alpha_moe", "cute", "deep_gemm", "flashinfer_cutlass", "triton")
+KERNELS = (("alpha_moe",), ("cute",), ("deep_gemm",), ("triton",), ALL)
 
 
 def compared(registry: Registry, shipped: ProfileStore, hardware: Hardware, model: str, *kernels: str) -> Comparison:
@@ -66,7 +67,7 @@ def test_the_range_of_regrets_without_the_correction(registry: Registry, shipped
 def test_python_examples_run(registry: Registry, h200: Hardware, capsys: pytest.CaptureFixture[str]) -> None:
     dispatch, plugin = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
     exec(compile(dispatch, "README.md", "exec"), {"__name__": "readme"})
-    assert capsys.readouterr().out.startswith(("alpha_moe/bm", "deep_gemm/bm", "triton/"))
+    assert capsys.readouterr().out.startswith(("alpha_moe/bm", "cute/bm", "deep_gemm/bm", "triton/"))
     names: dict[str, Any] = {"__name__": "readme"}
     exec(compile(plugin, "README.md", "exec"), names)
     (kernel,) = names["ramp_moe_kernels"]()

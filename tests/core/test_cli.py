@@ -46,7 +46,7 @@ def test_the_main_job_takes_under_five_seconds() -> None:
     assert "Replay of recorded measurements" in result.stdout
     for kernel in ("alpha_moe", "triton"):
         assert re.search(rf"{kernel} \S+ on NVIDIA H200, 20\d\d-\d\d-\d\d", result.stdout)
-    assert re.search(r"geometric mean 1\.0\d\dx", result.stdout)
+    assert re.search(r"geometric mean 1\.[01]\d\dx", result.stdout)
 
 
 def test_compare_trace(tmp_path: Path) -> None:
@@ -123,14 +123,15 @@ def test_explain() -> None:
     assert sum(found["histogram"]) == 512
     shown = run("explain", "--model", "olmoe-1b-7b", "--tokens", 64, "--top", 3).output
     assert "PREDICTED" in shown
-    serve = r"weights in gate-first \(one copy\) serve deep_gemm, triton; a second copy would gain "
-    assert re.search(serve + r"\d\.\d% on this batch, [1-9]\.\d% over the profiled ones", " ".join(shown.split()))
-    assert len(re.findall(r"(?:alpha_moe|deep_gemm|triton)/\w+", shown)) == 3
+    serve = r"weights in [\w-]+ \(one copy\) serve (?:\w+, )+triton; a second copy would gain "
+    assert re.search(serve + r"\d\.\d% on this batch, \d\.\d% over the profiled ones", " ".join(shown.split()))
+    assert len(re.findall(r"(?:alpha_moe|cute|deep_gemm|triton)/\w+", shown)) == 3
 
 
 def test_explain_what_a_second_copy_of_the_weights_would_gain(olmoe: MoEShape) -> None:
     """Alpha-MoE and DeepGEMM read no order of fp8 rows in common; Triton reads both's."""
-    layouts = run_json("explain", "--model", "olmoe-1b-7b", "--tokens", 64)["layouts"]
+    kernels = [part for kernel in ("alpha_moe", "deep_gemm", "triton") for part in ("--kernel", kernel)]
+    layouts = run_json("explain", "--model", "olmoe-1b-7b", "--tokens", 64, *kernels)["layouts"]
     assert layouts["weighed"]["profiled"]
     one, two, gain = layouts["one_copy"], layouts["two_copies"], layouts["gain_of_second"]
     assert len(one["kernels"]) == 2
@@ -142,7 +143,8 @@ def test_explain_what_a_second_copy_of_the_weights_would_gain(olmoe: MoEShape) -
 
 
 def test_explain_where_one_copy_serves_all() -> None:
-    layouts = run_json("explain", "--model", "olmoe-1b-7b", "--dtype", "bf16", "--tokens", 64)["layouts"]
+    kernels = [part for kernel in ("deep_gemm", "triton") for part in ("--kernel", kernel)]
+    layouts = run_json("explain", "--model", "olmoe-1b-7b", "--dtype", "bf16", "--tokens", 64, *kernels)["layouts"]
     assert layouts["one_copy"] == layouts["two_copies"]
     assert sorted(layouts["one_copy"]["kernels"]) == ["deep_gemm", "triton"]
     assert layouts["gain_of_second"]["weighed"] == 0

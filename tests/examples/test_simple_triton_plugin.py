@@ -53,7 +53,7 @@ def test_it_is_listed(ramp_moe) -> None:
 
 def test_it_takes_part_in_compare(ramp_moe) -> None:
     both = ramp_moe("compare", "--model", "olmoe-1b-7b", "--device", "h200")
-    assert set(both["kernels"]) == {"alpha_moe", "deep_gemm", "triton", "simple_triton"}
+    assert set(both["kernels"]) == {"alpha_moe", "cute", "deep_gemm", "flashinfer_cutlass", "triton", "simple_triton"}
     assert len(both["batches"]) >= 7
     assert {s["kernel"] for s in both["sources"]} == set(both["kernels"])
     alone = ramp_moe("compare", "--model", "olmoe-1b-7b", "--kernel", "simple_triton")
