@@ -1,0 +1,51 @@
+"""The cross-kernel study's page says what is computed from the profiles that ship."""
+
+from __future__ import annotations
+
+import importlib.util
+import sys
+from pathlib import Path
+from types import ModuleType
+
+import numpy as np
+import pytest
+
+FOLDER = Path(__file__).parents[2] / "examples" / "families"
+
+
+@pytest.fixture(scope="module")
+def families() -> ModuleType:
+    spec = importlib.util.spec_from_file_location("families", FOLDER / "families.py")
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.syspath_prepend(str(FOLDER))
+        spec.loader.exec_module(module)
+        sys.modules.pop("policies")
+    return module
+
+
+def test_the_page_is_that_of_the_profiles(families: ModuleType) -> None:
+    page = (FOLDER / "README.md").read_text()
+    assert families.filled(page) == page
+    assert (FOLDER / "cells.csv").read_text() == families.sheet()
+
+
+def test_policies(families: ModuleType) -> None:
+    """None is faster than hindsight; overheads are added; on one copy dispatch runs what that serves."""
+    for case in families.cases():
+        us = case.policies
+        for times in us.values():
+            known = np.isfinite(times)
+            assert (times[known] >= us["hindsight"][known]).all()
+        assert (us["choosing"] > us["one copy"] + 3).all()
+        assert set(case.layouts(1).kernels) <= set(case.layouts(2).kernels) <= set(case.families)
+
+
+def test_dispatch_is_worth_it_before_overheads(families: ModuleType) -> None:
+    for dtype in families.DTYPES:
+        some = families.judged(dtype=dtype)
+        for policy in ("static", *(f"{f} tuned" for f in families.present)):
+            ratios = [c.over(policy, "dispatch") for c in some if policy in c.us]
+            assert not ratios or np.log(ratios).mean() > 0
