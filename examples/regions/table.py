@@ -11,8 +11,9 @@ from __future__ import annotations
 import functools
 import json
 import math
+import re
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
@@ -38,6 +39,16 @@ OPTIMISATIONS: dict[str, tuple[str, int]] = {
 }
 """By optimisation, what varies in the measured paths, and from which value on a path has it. "small token block" is the
 large one's opposite: one question."""
+
+FUSED: dict[str, tuple[str, int]] = {
+    "GROUP_M swizzle": ("group_m", 8),
+    "split-K": ("split_k", 2),
+    "wide weight tile": ("wide", 2),
+    "large token block": ("block", 32),
+}
+FUSED_MODELS, FUSED_SEED = ("olmoe-1b-7b", "qwen3-30b-a3b", "deepseek-v3-tp8", "mixtral-8x7b-tp4"), 7
+FUSED_MARGIN = 0.03
+"""The same of the fused kernel, whose configurations were screened by three launches each."""
 
 CONSTANTS = ("L2_OVER_HBM", "ACHIEVED_PEAK", "LOADED_LATENCY_S", "NOOP_LAUNCH_S", "PIPELINE_STAGES")
 """Of `ramp_moe.regions`, what no data sheet gives and the advice hangs on. Moved by a fifth; a count by one."""
@@ -68,26 +79,30 @@ class Case:
         return self.advised == (self.gain > 0)
 
 
-def advise(model: str, tokens: int, routing: str) -> Advised:
+def advise(model: str, tokens: int, routing: str, seed: int = SEED) -> Advised:
     """What the regions say today."""
-    shape, histogram = batch(model, tokens, routing)
+    shape, histogram = batch(model, tokens, routing, seed)
     found = regions.analyse(shape, get_registry().device(DEVICE), histogram)
     return {a.optimisation: a.pays for a in found.advice if a.optimisation in OPTIMISATIONS}
 
 
 @functools.cache
-def batch(model: str, tokens: int, routing: str) -> tuple[MoEShape, IntArray]:
+def batch(model: str, tokens: int, routing: str, seed: int) -> tuple[MoEShape, IntArray]:
     """What was measured in a cell: the layer and its expert histogram."""
     shape = get_registry().shape(model, DTYPE)
-    return shape, expert_histogram(generate(routing, tokens, shape.num_experts, shape.top_k, SEED), shape.num_experts)
+    return shape, expert_histogram(generate(routing, tokens, shape.num_experts, shape.top_k, seed), shape.num_experts)
 
 
-def cases(record: dict[str, Any], advised: Callable[[str, int, str], Advised]) -> Iterator[Case]:
+def cases(
+    record: dict[str, Any],
+    advised: Callable[[str, int, str], Advised],
+    optimisations: Mapping[str, tuple[str, int]] = OPTIMISATIONS,
+) -> Iterator[Case]:
     """Every question that a model's measurements answer."""
     for cell in record["cells"]:
         where = record["model"], cell["tokens"], cell["routing"]
         answers = advised(*where)
-        for optimisation, (field, least) in OPTIMISATIONS.items():
+        for optimisation, (field, least) in optimisations.items():
             # The rest being equal: what was measured without the optimisation only, or with it only, has no part.
             by_rest: dict[tuple[Any, ...], dict[bool, float]] = {}
             for path in cell["paths"]:
@@ -181,6 +196,47 @@ def misses(folder: Path) -> str:
     return table(head, rows) if rows else "None." if found else UNMEASURED
 
 
+def fused(folder: Path) -> str:
+    """The fused CuTe kernel's configurations, as its benchmark screened them, against what the regions say."""
+    found = [c for r in screened(folder.parent / "benchmarks") for c in cases(r, advise_fused, FUSED)]
+    rows = []
+    for optimisation in FUSED:
+        asked = [c for c in found if c.optimisation == optimisation]
+        decided = [c for c in asked if abs(c.gain) > FUSED_MARGIN]
+        pays, hits = sum(c.gain > 0 for c in decided), sum(c.hit for c in decided)
+        wrong = sorted((c for c in decided if not c.hit), key=lambda c: -abs(c.gain))
+        worst = f"{wrong[0].model}, {wrong[0].tokens:,}, {wrong[0].routing}: {wrong[0].gain:+.1%}" if wrong else "-"
+        split = f"{pays} / {len(decided) - pays}"
+        majority = max(pays, len(decided) - pays)
+        rows.append((optimisation, split, len(asked) - len(decided), hits, len(decided) - hits, majority, worst))
+    margin = f"within {FUSED_MARGIN:.0%}"
+    head = ("optimisation", "pays / does not", margin, "hits", "misses", "majority's hits", "dearest miss")
+    return table(head, rows) if found else UNMEASURED
+
+
+def screened(folder: Path) -> Iterator[dict[str, Any]]:
+    """The benchmark's files as records like those that measure.py writes."""
+    for model in FUSED_MODELS:
+        if (file := folder / f"cute_{DEVICE}_{model}_{DTYPE}.json").exists():
+            cells = []
+            for cell in json.loads(file.read_text())["cells"]:
+                paths = [fused_path(name, us) for name, (us, _) in cell["screened"]["cute"].items()]
+                cells.append({"tokens": cell["tokens"], "routing": cell["routing"], "paths": paths})
+            yield {"model": model, "cells": cells}
+
+
+def fused_path(name: str, us: float) -> dict[str, Any]:
+    """A configuration by its name: bm64-t32-w8-st3-wide2-gm8."""
+    parts = {m[1]: int(m[2]) for part in name.split("-") if (m := re.fullmatch(r"([a-z]+)(\d+)", part))}
+    rest = {"tile": parts["t"], "stages": parts["st"], "ctas": parts.get("cta", 1), "pair": "pair" in name}
+    what = {"block": parts["bm"], "wide": parts.get("wide", 1), "split_k": parts.get("sk", 1)}
+    return {**rest, **what, "group_m": parts.get("gm", 1), "us": us}
+
+
+def advise_fused(model: str, tokens: int, routing: str) -> Advised:
+    return advise(model, tokens, routing, FUSED_SEED)
+
+
 def sensitivity(folder: Path) -> str:
     """Hits on the models studied, over all optimisations, with each constant of the advice moved."""
     records = measured(folder, STUDIED)
@@ -217,7 +273,7 @@ def sources(folder: Path) -> str:
     return table(("model", "measured", "GPU", "kernel", "cells"), rows) if rows else UNMEASURED
 
 
-TABLES = {f.__name__: f for f in (scores, misses, sensitivity, predicted, sources)}
+TABLES = {f.__name__: f for f in (scores, misses, fused, sensitivity, predicted, sources)}
 
 
 def filled(page: str, folder: Path = HERE) -> str:
