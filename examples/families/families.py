@@ -1,7 +1,8 @@
 """The cross-kernel study: every figure, table and plot of the README beside this, from the profiles that ship.
 
 python families.py            print the tables
-python families.py --write    put them into README.md, write cells.csv, draw the plots (pip install '.[plots]')
+python families.py --write    put them into README.md and the repository's, write cells.csv, draw the plots
+                              (pip install '.[plots]')
 
 No GPU is needed; it takes seconds. Whatever families have a profile take part, the others are named as missing.
 """
@@ -164,6 +165,20 @@ def summary() -> str:
     return table(head, rows)
 
 
+def headline() -> str:
+    """Dispatch, free and planned, over each family, over static dispatch over all and over hindsight."""
+    policies = (*(f"{f} tuned" for f in present), "static", "hindsight")
+    rows = []
+    for dtype, limit in ((d, t) for d in DTYPES for t in (DECODE, 1 << 30)):
+        some = [c for c in judged(dtype=dtype) if c.tokens <= limit]
+        pairs = [[speedup(some, policy, v) for v in ("dispatch", "planned")] for policy in policies]
+        cells = (" / ".join(pair) if pair[0] else "-" for pair in pairs)
+        rows.append((dtype, f"up to {limit}" if limit == DECODE else "all", len(some), *cells))
+    return table(
+        ("dtype", "tokens", "batches", *(f"over {f}" for f in present), "over all, static", "over hindsight"), rows
+    )
+
+
 def overheads() -> str:
     """What choosing and switching are counted as."""
     sizes = (1, 64, 512, 2048)
@@ -214,10 +229,12 @@ def losses() -> str:
 
 
 PAGE = (aims, summary, sources, winners, variants, groups, layouts, overheads, losers, losses)
-TABLES: dict[str, Callable[[], str]] = {f.__name__: f for f in PAGE}
+TABLES: dict[str, Callable[[], str]] = {f.__name__: f for f in (*PAGE, headline)}
+FRONT = HERE.parents[1] / "README.md"
+"""Of the repository, which has `headline`."""
 
 
-def filled(page: str, names: Iterable[str] = TABLES) -> str:
+def filled(page: str, names: Iterable[str] = tuple(f.__name__ for f in PAGE)) -> str:
     """The page with these tables between their markers computed anew."""
     for name in names:
         start, end = f"<!-- table: {name} -->\n", f"<!-- end: {name} -->"
@@ -274,6 +291,7 @@ if __name__ == "__main__":
     if sys.argv[1:] == ["--write"]:
         readme = HERE / "README.md"
         readme.write_text(filled(readme.read_text()))
+        FRONT.write_text(filled(FRONT.read_text(), ["headline"]))
         (HERE / "cells.csv").write_text(sheet())
         draw()
     else:

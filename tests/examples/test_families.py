@@ -29,6 +29,8 @@ def families() -> ModuleType:
 def test_the_page_is_that_of_the_profiles(families: ModuleType) -> None:
     page = (FOLDER / "README.md").read_text()
     assert families.filled(page) == page
+    front = families.FRONT.read_text()
+    assert families.filled(front, ["headline"]) == front
     assert (FOLDER / "cells.csv").read_text() == families.sheet()
 
 
