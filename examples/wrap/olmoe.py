@@ -19,7 +19,7 @@ from transformers import AutoModelForCausalLM, OlmoeConfig  # noqa: E402
 DEVICE, DTYPE = ("cuda", torch.bfloat16) if GPU else ("cpu", torch.float16)
 STANDS_FOR = "auto" if GPU else "h200"
 """The `device` of ramp_moe.wrap."""
-TINY = {"hidden_size": 64, "intermediate_size": 32, "num_hidden_layers": 2, "vocab_size": 256}
+TINY = {"hidden_size": 64, "intermediate_size": 32, "num_hidden_layers": 1, "vocab_size": 256}
 
 
 def olmoe() -> Any:
