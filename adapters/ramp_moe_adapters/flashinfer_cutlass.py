@@ -60,6 +60,7 @@ class FlashInferCutlass(LaunchableKernel, BuildableKernel):
     """
 
     name = "flashinfer_cutlass"
+    counts_repeats = False
 
     def unsupported(self, shape: MoEShape, hardware: Hardware) -> str | None:
         if hardware.arch != "sm_90":

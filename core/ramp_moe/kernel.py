@@ -80,6 +80,9 @@ class Kernel(ABC):
     """A MoE kernel, described purely by the CTA grids that it launches. Describing one needs no GPU."""
 
     name: str
+    counts_repeats = True
+    """Whether an expert that a token names twice takes two of its rows, as the histogram counts it. Of a kernel where
+    it does not, batches with such tokens are not profiled: it runs less than their histograms say."""
 
     def unsupported(self, shape: MoEShape, hardware: Hardware) -> str | None:
         """Why this kernel cannot compute `shape` on `hardware`, for a person to read; None where it can."""

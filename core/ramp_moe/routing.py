@@ -156,6 +156,12 @@ def one_hot(tokens: int, num_experts: int, top_k: int, seed: int = 0) -> IntArra
     return np.full((tokens, top_k), np.random.default_rng(seed).integers(num_experts), np.int64)
 
 
+def repeats_experts(topk_ids: IntArray) -> bool:
+    """Whether any token of ids int `[tokens, top_k]` names an expert twice."""
+    ordered = np.sort(topk_ids, axis=1)
+    return bool((ordered[:, 1:] == ordered[:, :-1]).any())
+
+
 def _check_fraction(what: str, value: float) -> None:
     if not 0 <= value <= 1:
         raise RoutingError(f"{what} must lie in [0, 1], not {value}")

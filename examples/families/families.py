@@ -158,10 +158,9 @@ def summary() -> str:
         policies = (f"{best} tuned", "static", "static, all kinds", "hindsight")
         cells = (" / ".join(speedup(some, p, v) for v in VARIANTS) for p in policies)
         lost = " / ".join(f"{np.mean([c.over('static', v) < LOST for c in some]):.0%}" for v in VARIANTS)
-        apart = speedup(some, "static", "fitted apart")
-        rows.append((dtype, f"up to {limit}" if limit == DECODE else "all", len(some), best, *cells, lost, apart))
+        rows.append((dtype, f"up to {limit}" if limit == DECODE else "all", len(some), best, *cells, lost))
     head = ("dtype", "tokens", "batches", "best family alone", "over it", "over static", "over static, all kinds",
-            "over hindsight", "slower than static by more than 2%", "fitted apart, over static")  # fmt: skip
+            "over hindsight", "slower than static by more than 2%")  # fmt: skip
     return table(head, rows)
 
 

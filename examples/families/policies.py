@@ -5,17 +5,16 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import cache, cached_property
 from pathlib import Path
 
 import numpy as np
 from ramp_moe import ProfileStore, get_registry
-from ramp_moe.cost_model import CostModel, join
 from ramp_moe.device import LaunchableKernel
 from ramp_moe.evaluation import Labels, single_choice, static_table, table_choice, table_choices
 from ramp_moe.layouts import LayoutChoice, choose_layouts, kernel_times
-from ramp_moe.replay import Replay, load_replay
+from ramp_moe.replay import load_model, load_replay
 from ramp_moe.routing import FloatArray, IntArray
 
 OVERHEADS = Path(__file__).parents[1] / "graph_dispatch"
@@ -24,10 +23,6 @@ DTYPES = ("fp8", "bf16")
 FAMILIES = ("alpha_moe", "deep_gemm", "flashinfer_cutlass", "vllm_triton", "triton", "cute")
 OURS = ("triton", "cute")
 REGIMES = {"up to 16": (1, 16), "17 to 512": (17, 512), "513 and more": (513, 1 << 30)}
-REPEATING = "balancedness"
-"""Routing drawn with replacement: its tokens name experts twice, as no router's do."""
-MERGING = "flashinfer_cutlass"
-"""Merges those, so that it runs smaller batches than the others, and than the histograms say."""
 CHOOSE_AMONG = 8
 """Candidates whose choice on the device is counted."""
 
@@ -67,29 +62,6 @@ def graph_rows(model: str, what: str, tokens: int) -> list[dict[str, float]]:
     return [r for r in rows if r["tokens"] == size]
 
 
-def plain(replay: Replay) -> list[int]:
-    """Batches without repeated experts."""
-    return [i for i, (_, routing) in enumerate(replay.labels) if not routing.startswith(REPEATING)]
-
-
-def select(replay: Replay, rows: list[int]) -> Replay:
-    return replace(
-        replay,
-        recordings=tuple(replace(r, sweep=r.sweep.select(rows)) for r in replay.recordings),
-        histograms=replay.histograms[rows],
-        labels=[replay.labels[i] for i in rows],
-        times_us=replay.times_us[rows],
-        runs_us=replay.runs_us[:, rows],
-        bounded=replay.bounded[rows],
-    )
-
-
-def fit_apart(replay: Replay) -> CostModel:
-    """As `Replay.fit`, but for what merges repeated experts, which is fitted without them."""
-    without = {MERGING: np.array(plain(replay))}
-    return join([replace(replay, recordings=(r,)).fit(without.get(r.sweep.kernel)) for r in replay.recordings])
-
-
 @cache
 def choosing_us(model: str, tokens: int) -> float:
     """Of the kernel that evaluates the cost model on the device."""
@@ -118,9 +90,12 @@ class Case:
         tune, test = both.of("tune"), both.of("test")
         assert tune is not None
         assert test is not None
-        self.tune, self.test = select(tune, plain(tune)), select(test, plain(test))
-        self.fit, self.apart = tune.fit(), fit_apart(tune)
-        self.tuned_us, self.judged_us = self.fit.cost(self.tune.histograms), self.fit.cost(self.test.histograms)
+        self.tune, self.test = tune, test
+        # As a user's dispatch has it: each kernel's is of all batches that it was measured on to be fitted.
+        self.fit, _ = load_model(registry, store, self.shape, h200, names)
+        at = {c.name: i for i, c in enumerate(self.fit.candidates)}
+        columns = [at[c.name] for c in test.candidates]
+        self.tuned_us, self.judged_us = (self.fit.cost(s.histograms)[:, columns] for s in (tune, test))
         self.family = np.array([c.kernel for c in test.candidates])
         self.families = [f for f in FAMILIES if f in self.family]
 
@@ -179,7 +154,6 @@ class Case:
             "static, all kinds": us[rows, self.static(self.families, [(t, "uniform") for t, _ in labels])],
             "single": us[:, self.single],
             "dispatch": us[rows, self.dispatched(self.families)],
-            "fitted apart": us[rows, self.apart.cost(self.test.histograms).argmin(1)],
             "two copies": us[rows, self.dispatched(two)],
             "one copy": us[rows, self.dispatched(one)],
             "choosing": us[rows, self.dispatched(one)] + choosing,

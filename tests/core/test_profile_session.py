@@ -207,6 +207,20 @@ def test_two_kernels_share_batches_and_stages(call: Call) -> None:
 
 
 @in_process
+def test_a_kernel_that_counts_a_repeated_expert_once(call: Call) -> None:
+    """It is not measured where tokens name an expert twice; the others are, in the same run."""
+    merging = Simulated("merging")
+    merging.counts_repeats = False
+    replace(call, kernels=(Simulated(), merging)).run()
+    everything, distinct = (load_sweep(place(call, name)) for name in ("sim", "merging"))
+    labels = [(b.num_tokens, b.routing) for b in BATCHES]
+    assert everything.labels == labels
+    assert distinct.labels == [(n, routing) for n, routing in labels if routing != "one-hot"]
+    check_times(everything, Simulated())
+    assert [(r.num_tokens, r.routing) for r in distinct.record.rows if all(t is None for t in r.runs_us[0] or ())] == []
+
+
+@in_process
 def test_minutes(call: Call) -> None:
     """Over before the first batch: the eight that were probed are measured, and no test batch between them."""
     result = setting(call, minutes=0).run()

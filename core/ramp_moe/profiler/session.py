@@ -23,7 +23,7 @@ from ..errors import KernelError, RampMoEError
 from ..fit_file import digest
 from ..hardware import Hardware
 from ..kernel import Kernel, usable_configs
-from ..routing import IntArray, generate
+from ..routing import IntArray, expert_histogram, generate, repeats_experts
 from ..shapes import MoEShape
 from ..sweep import MAX_US, MIN_US, Run
 from .contest import TOO_FAR, Contest, cover
@@ -127,6 +127,7 @@ def _open(
         for k in kernels
     }
     versions = {k.name: k.version() for k in kernels}
+    merging = frozenset(k.name for k in kernels if not k.counts_repeats)
     static = {f"{k.name}/{name}" for k in kernels for name in _defaults(k, shape, hardware)}
     places: dict[str, Place] = {}
 
@@ -159,7 +160,7 @@ def _open(
     candidates = [Candidate(k, by_name[k][n]) for k, r in journal.header.kernels.items() for n in r.candidates]
     given = {BatchRecord.of(b): b for b in planned}
     drawn = [given.get(b) or b.batch() for b in journal.header.batches]
-    return _Session(shape, settings, journal, places, candidates, drawn, static, make_bench, progress)
+    return _Session(shape, settings, journal, places, candidates, drawn, static, merging, make_bench, progress)
 
 
 def _defaults(kernel: Kernel, shape: MoEShape, hardware: Hardware) -> set[str]:
@@ -188,12 +189,13 @@ class _Session:
         candidates: Sequence[Candidate],
         batches: Sequence[PlannedBatch],
         static: Collection[str],
+        merging: frozenset[str],
         make_bench: MakeBench,
         progress: Progress,
     ) -> None:
         self._shape, self._settings, self._journal, self._taken = shape, settings, journal, journal.taken
         self._places, self._static, self._progress, self._make_bench = places, static, progress, make_bench
-        self._candidates, self._batches = {c.name: c for c in candidates}, batches
+        self._candidates, self._batches, self._merging = {c.name: c for c in candidates}, batches, merging
         self._failing: list[str] = []
         """Candidates dropped since one last succeeded."""
         self._covered: tuple[dict[str, set[str]], list[str]] | None = None
@@ -348,7 +350,9 @@ class _Session:
         self._keep(Row(self._spent, row))
 
     def _open(self, row: int) -> None:
-        self._measurer.open(self._batches[row].topk_ids(self._shape))
+        ids = self._batches[row].topk_ids(self._shape)
+        self._measurer.open(ids)
+        self._uncounted = self._merging if repeats_experts(ids) else frozenset()
         self._fastest = self._contest.best({n: v[0][0] for n, v in self._taken.visits.get(row, {}).items()})
         self._expected = self._contest.estimates(row)
 
@@ -357,6 +361,7 @@ class _Session:
         which is expected to be its kernel's best comes first, for the others to be compared with."""
         visits, bounded = self._taken.visits.get(row, {}), self._taken.bounded.get(row, ())
         left = {n for n in self._live if len(visits.get(n, [])) == turn and n not in bounded}
+        left = {n for n in left if self._kernel_of(n) not in self._uncounted}
         if turn:
             ratios = self._contest.ratios(row, self._live, turn)
             left = {n for n in left if ratios[n] <= self._settings.close}
@@ -440,10 +445,13 @@ class _Session:
 
     def _finish(self) -> Result:
         taken, header = self._taken, self._journal.header
-        rows = {i: (self._batches[i], self._batches[i].histogram(self._shape)) for i in sorted(taken.rows)}
+        ids = {i: self._batches[i].topk_ids(self._shape) for i in sorted(taken.rows)}
+        rows = {i: (self._batches[i], expert_histogram(of, self._shape.num_experts)) for i, of in ids.items()}
+        counted = {i: row for i, row in rows.items() if not repeats_experts(ids[i])}
         profiles = []
         for kernel, place in self._places.items():
             configs = {c.config.name: c.config for c in self._candidates.values() if c.kernel == kernel}
-            profiles.append(write_profile(self._settings.folder, place, header, kernel, configs, taken, rows))
+            own = counted if kernel in self._merging else rows
+            profiles.append(write_profile(self._settings.folder, place, header, kernel, configs, taken, own))
         self._journal.delete()
         return Result(profiles, len(rows), len(self._batches), taken.spent, taken.notes)
