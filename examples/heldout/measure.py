@@ -1,7 +1,7 @@
 """Measure, on this machine's GPU, what dispatch from the shipped profiles chooses on routings that no profile has seen,
 and its rivals: one file a model beside this.
 
-    python measure.py [--models NAME ...] [--kernel NAME ...] [--trace FILE] [--minutes N]
+    python measure.py [--models NAME ...] [--dtype D] [--kernel NAME ...] [--trace FILE] [--minutes N]
 
 Each number of tokens: every configuration of the kernels' profiles is timed on two tune draws of each kind of routing.
 Kept are those that dispatch chooses on any draw, for one kernel or for all, and of each kernel the fastest on each
@@ -50,7 +50,7 @@ from ramp_moe.routing import FloatArray, IntArray
 
 HERE = Path(__file__).parent
 MODELS = ("olmoe-1b-7b", "qwen3-30b-a3b", "deepseek-v3-tp8", "mixtral-8x7b-tp4")
-DTYPE = "fp8"
+DTYPES = ("fp8", "bf16")
 HALVES, LAUNCHES, ROUND = 2, 20, 5
 SCREENED = 2
 """Draws of each kind on which all configurations are timed, ROUND launches of each."""
@@ -63,18 +63,20 @@ Record = dict[str, Any]
 class Study:
     """One model's measurements: dispatchers from its profiles, its file, and a bench in a process of its own."""
 
-    def __init__(self, model: str, device: str, kernels: Sequence[str], setup: Setup, trace: Trace | None) -> None:
-        joint = Dispatcher.for_model(model, device, kernels, DTYPE)
-        alone = [Dispatcher.for_model(model, device, [k], DTYPE) for k in kernels]
+    def __init__(
+        self, model: str, dtype: str, device: str, kernels: Sequence[str], setup: Setup, trace: Trace | None
+    ) -> None:
+        joint = Dispatcher.for_model(model, device, kernels, dtype)
+        alone = [Dispatcher.for_model(model, device, [k], dtype) for k in kernels]
         self.dispatchers = [joint, *alone] if len(kernels) > 1 else alone
         self.shape: MoEShape = joint.model.shape
         self.candidates = {c.name: c for c in joint.model.candidates}
-        self.trace, self.path = trace, HERE / f"{model}.json"
+        self.trace, self.path = trace, path_of(HERE, model, dtype)
         self.measurer = Measurer(setup.make_bench, Settings.call_s)
         self.setup = setup
         versions = {k: get_registry().kernel(k).version() for k in kernels}
         fresh: Record = {
-            "model": model, "dtype": DTYPE, "device": device, "kernels": versions,
+            "model": model, "dtype": dtype, "device": device, "kernels": versions,
             "profiles": list(joint.model.measured), "method": " ".join((__doc__ or "").split("\n\n")[2].split()),
             "runs": [], "sizes": [], "groups": [],
         }  # fmt: skip
@@ -187,6 +189,10 @@ class Study:
         return us
 
 
+def path_of(folder: Path, model: str, dtype: str) -> Path:
+    return folder / f"{model}-{dtype}.json"
+
+
 def say(text: str, end: str = "\n") -> None:
     """A line of progress: on a terminal the next one takes its place where it ends in a return."""
     terminal = sys.stderr.isatty()
@@ -209,18 +215,18 @@ def layout(record: Record) -> bytes:
     return head[:-1] + b',\n"sizes":' + sizes + b',\n"groups":' + lines(groups()) + b"}\n"
 
 
-def main(models: Sequence[str], kernels: Sequence[str], trace: Path | None, minutes: float) -> None:
+def main(models: Sequence[str], dtype: str, kernels: Sequence[str], trace: Path | None, minutes: float) -> None:
     registry, recorded = get_registry(), None if trace is None else load_trace(trace)
     store = ProfileStore(shipped=registry.profile_dirs)
     for model in models:
-        shape = registry.shape(model, DTYPE)
+        shape = registry.shape(model, dtype)
         state, hardware = find_gpu(registry)
         there, left_out = recorded_kernels(registry, store, shape, hardware)
         chosen, not_here = choose_kernels(registry, kernels, there, shape, hardware)
         for note in (*left_out, *not_here):
             say(f"{model}: {note}")
         setup = set_up(shape, hardware, state, chosen, max(TOKENS), say)
-        study = Study(model, hardware.name, [k.name for k in chosen], setup, recorded)
+        study = Study(model, dtype, hardware.name, [k.name for k in chosen], setup, recorded)
         try:
             study.run(minutes)
         finally:
@@ -230,8 +236,9 @@ def main(models: Sequence[str], kernels: Sequence[str], trace: Path | None, minu
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--models", nargs="+", choices=MODELS, default=MODELS, help="of these only")
+    parser.add_argument("--dtype", choices=DTYPES, default=DTYPES[0], help="of the weights (default: %(default)s)")
     parser.add_argument("--kernel", action="append", default=[], help="of these only, may be repeated")
     parser.add_argument("--trace", type=Path, help="recorded routing, for models of as many experts")
     parser.add_argument("--minutes", type=float, default=3.0, help="of a model (default: %(default)s)")
     options = parser.parse_args()
-    main(options.models, options.kernel, options.trace, options.minutes)
+    main(options.models, options.dtype, options.kernel, options.trace, options.minutes)

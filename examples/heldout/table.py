@@ -15,7 +15,7 @@ from typing import Any
 
 import numpy as np
 from draws import KINDS, TRACE
-from measure import MODELS
+from measure import DTYPES, MODELS, path_of
 from ramp_moe import Dispatcher, ProfileError
 from ramp_moe.evaluation import IndexArray, regret, split_half_regret
 from ramp_moe.routing import FloatArray
@@ -30,7 +30,7 @@ UNMEASURED = "Nothing is measured yet."
 
 Record = dict[str, Any]
 Case = tuple[str, tuple[str, ...]]
-"""Model and kernels."""
+"""Model with its dtype, and kernels."""
 
 
 @dataclass(frozen=True)
@@ -80,11 +80,17 @@ class Group:
 
 def load(folder: Path, models: Sequence[str] = MODELS) -> list[Record]:
     """The records of those models that were measured. Raises ProfileError for one of another device."""
-    found = [json.loads(f.read_text()) for m in models if (f := folder / f"{m}.json").exists()]
+    files = (path_of(folder, model, dtype) for dtype in DTYPES for model in models)
+    found = [json.loads(f.read_text()) for f in files if f.exists()]
     for record in found:
         if record["device"] != DEVICE:
-            raise ProfileError(f"{record['model']}.json is of {record['device']}, the tables are of {DEVICE}; move it")
+            measured = f"{name_of(record)} was measured on {record['device']}"
+            raise ProfileError(f"{measured}, the tables are of {DEVICE}; move it")
     return found
+
+
+def name_of(record: Record) -> str:
+    return f"{record['model']} {record['dtype']}"
 
 
 def cases(record: Record) -> list[tuple[str, ...]]:
@@ -114,7 +120,7 @@ def groups_of(record: Record, kernels: tuple[str, ...]) -> Iterator[Group]:
             if not known:
                 raise ProfileError(f"{record['model']}, {tokens} tokens, {kind}: no choice was timed; measure again")
             missing = len(judged) - len(known)
-            yield Group(record["model"], kernels, tokens, kind, runs, chosen, static, _fastest([tune[kind]]), missing)
+            yield Group(name_of(record), kernels, tokens, kind, runs, chosen, static, _fastest([tune[kind]]), missing)
 
 
 def _times(draws: Sequence[Record], columns: Sequence[int]) -> FloatArray:
@@ -129,7 +135,7 @@ def _fastest(runs_us: Sequence[FloatArray]) -> int:
 
 @dataclass(frozen=True)
 class Study:
-    """What was measured: records by model, and groups with draws to judge, by model and kernels."""
+    """What was measured: records, and groups with draws to judge, by case."""
 
     records: list[Record]
     cases: dict[Case, list[Group]]
@@ -137,7 +143,7 @@ class Study:
     @classmethod
     def of(cls, folder: Path) -> Study:
         records = load(folder)
-        found = {(r["model"], kernels): list(groups_of(r, kernels)) for r in records for kernels in cases(r)}
+        found = {(name_of(r), kernels): list(groups_of(r, kernels)) for r in records for kernels in cases(r)}
         return cls(records, {case: groups for case, groups in found.items() if groups})
 
     @property
@@ -240,9 +246,9 @@ def sources(study: Study) -> str:
     for record in study.records:
         runs = "; ".join(f"{r['measured'][:16]} {r['device_name']} {r['gpu']}" for r in record["runs"])
         kernels = ", ".join(f"{name} {version}" for name, version in record["kernels"].items())
-        missing = sum(g.missing for g in study.groups if g.model == record["model"])
+        missing = sum(g.missing for g in study.groups if g.model == name_of(record))
         counts = (len(s["configs"]) for s in record["sizes"])
-        rows.append((record["model"], runs, kernels, len(record["groups"]), "/".join(map(str, counts)), missing))
+        rows.append((name_of(record), runs, kernels, len(record["groups"]), "/".join(map(str, counts)), missing))
     head = ("model", "runs: when, GPU", "kernels", "groups", "configurations timed, by tokens",
             "choices not measured")  # fmt: skip
     return table(head, rows) if rows else UNMEASURED

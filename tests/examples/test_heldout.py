@@ -59,7 +59,7 @@ def machine(
     made.log.unlink()
     for module in (measure, ramp_moe.dispatch):
         monkeypatch.setattr(module, "get_registry", lambda: made.registry)
-    for name, value in {"HERE": tmp_path, "DTYPE": "bf16", "TOKENS": (1, 16), "NEAREST": 1}.items():
+    for name, value in {"HERE": tmp_path, "TOKENS": (1, 16), "NEAREST": 1}.items():
         monkeypatch.setattr(measure, name, value)
     monkeypatch.setattr(table, "load", functools.partial(table.load, models=("tiny",)))
     return made
@@ -73,7 +73,7 @@ def trace_of(tmp_path: Path, tokens: int = 40) -> Path:
 
 
 def record(tmp_path: Path) -> dict[str, Any]:
-    found: dict[str, Any] = json.loads((tmp_path / "tiny.json").read_text())
+    found: dict[str, Any] = json.loads((tmp_path / "tiny-bf16.json").read_text())
     return found
 
 
@@ -117,7 +117,7 @@ def test_a_trace_is_tuned_on_one_half_and_judged_on_the_other(draws: ModuleType,
 
 
 def test_what_is_measured(measure: ModuleType, table: ModuleType, machine: Machine, tmp_path: Path) -> None:
-    measure.main(["tiny"], [], trace_of(tmp_path), 60)
+    measure.main(["tiny"], "bf16", [], trace_of(tmp_path), 60)
     found = record(tmp_path)
     assert groups(tmp_path) == [(1, "uniform"), *((16, kind) for kind in ("uniform", "zipf1.2", "sticky0.9", "trace"))]
     assert (found["model"], found["dtype"], found["device"]) == ("tiny", "bf16", "h200")
@@ -136,9 +136,9 @@ def test_what_is_measured(measure: ModuleType, table: ModuleType, machine: Machi
     *_, last = (i for i, c in enumerate(calls) if c["method"] == "open")
     assert len(calls) - last - 1 == 2 * 4 * len(configs)
     cases = table.Study.of(tmp_path).cases
-    assert [(g.tokens, g.kind) for g in cases["tiny", ("sim",)]] == groups(tmp_path)
-    assert "| tiny | 2" in table.sources(table.Study.of(tmp_path))
-    measure.main(["tiny"], [], tmp_path / "trace.json", 60)  # all is there
+    assert [(g.tokens, g.kind) for g in cases["tiny bf16", ("sim",)]] == groups(tmp_path)
+    assert "| tiny bf16 | 2" in table.sources(table.Study.of(tmp_path))
+    measure.main(["tiny"], "bf16", [], tmp_path / "trace.json", 60)  # all is there
     assert len(machine.log.read_text().splitlines()) == len(calls)
 
 
@@ -155,47 +155,47 @@ def test_it_goes_on(measure: ModuleType, machine: Machine, tmp_path: Path, monke
     with monkeypatch.context() as patch:
         patch.setattr(measure.Study, "measured", breaks)
         with pytest.raises(KeyboardInterrupt):
-            measure.main(["tiny"], [], None, 60)
+            measure.main(["tiny"], "bf16", [], None, 60)
     first = record(tmp_path)
     assert groups(tmp_path) == [(1, "uniform"), (16, "uniform")]
-    measure.main(["tiny"], [], None, 60)
+    measure.main(["tiny"], "bf16", [], None, 60)
     second = record(tmp_path)
     assert second["groups"][:2] == first["groups"]
     assert second["sizes"] == first["sizes"]
     assert groups(tmp_path) == [(1, "uniform"), (16, "uniform"), (16, "zipf1.2"), (16, "sticky0.9")]
     assert [g["run"] for g in second["groups"]] == [0, 0, 1, 1]
-    measure.main(["tiny"], [], trace_of(tmp_path), 60)
+    measure.main(["tiny"], "bf16", [], trace_of(tmp_path), 60)
     third = record(tmp_path)
     assert third["groups"][0] == second["groups"][0]
     assert [g["run"] for g in third["groups"]] == [0, 2, 2, 2, 2]
-    measure.main(["tiny"], [], None, 60)
+    measure.main(["tiny"], "bf16", [], None, 60)
     assert record(tmp_path) == third
 
 
 def test_time_is_up(measure: ModuleType, machine: Machine, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    measure.main(["tiny"], [], None, 0)
-    assert not (tmp_path / "tiny.json").exists()
-    assert "tiny: out of time, 4 groups left: the same command goes on" in capsys.readouterr().err
+    measure.main(["tiny"], "bf16", [], None, 0)
+    assert not (tmp_path / "tiny-bf16.json").exists()
+    assert "tiny-bf16: out of time, 4 groups left: the same command goes on" in capsys.readouterr().err
 
 
 def test_what_cannot_be_compiled(
     measure: ModuleType, machine: Machine, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    measure.main(["tiny"], [], None, 60)
+    measure.main(["tiny"], "bf16", [], None, 60)
     (size,) = (s for s in record(tmp_path)["sizes"] if s["tokens"] == 16)
-    (tmp_path / "tiny.json").unlink()
+    (tmp_path / "tiny-bf16.json").unlink()
     machine.acts({f"warm/{size['configs'][0].split('/')[1]}": "raises"})
     with pytest.raises(KernelError, match="which dispatch chooses, cannot be compiled"):
-        measure.main(["tiny"], [], None, 60)
+        measure.main(["tiny"], "bf16", [], None, 60)
     assert "left out: ValueError: wrong by far" in capsys.readouterr().err
 
 
 def test_another_profile(measure: ModuleType, machine: Machine, tmp_path: Path) -> None:
-    measure.main(["tiny"], [], None, 60)
-    path = tmp_path / "tiny.json"
+    measure.main(["tiny"], "bf16", [], None, 60)
+    path = tmp_path / "tiny-bf16.json"
     path.write_text(path.read_text().replace('"sim":"1"', '"sim":"2"'))
-    with pytest.raises(ProfileError, match=r"tiny\.json was measured with other kernels; move it away"):
-        measure.main(["tiny"], [], None, 60)
+    with pytest.raises(ProfileError, match=r"tiny-bf16\.json was measured with other kernels; move it away"):
+        measure.main(["tiny"], "bf16", [], None, 60)
 
 
 MODEL, TOKENS = "mixtral-8x7b-tp4", 64
@@ -230,44 +230,44 @@ def made_up(registry: Registry) -> dict[str, Any]:
 def test_the_figures(table: ModuleType, registry: Registry, tmp_path: Path) -> None:
     """On "uniform" the choice takes 102 and 100 us in the two halves, the other one 90 and 110: 101 and 100 in all.
     Over all kinds the choice is the best on the tune draws, over its own kind the other one."""
-    (tmp_path / f"{MODEL}.json").write_text(json.dumps(made_up(registry)))
+    (tmp_path / f"{MODEL}-fp8.json").write_text(json.dumps(made_up(registry)))
     study = table.Study.of(tmp_path)
-    uniform, zipf = study.cases[MODEL, ("triton",)]
+    uniform, zipf = study.cases[f"{MODEL} fp8", ("triton",)]
     assert uniform.slower == zipf.slower == zipf.slower_than_own == 0
     assert uniform.slower_than_own == pytest.approx(0.01)
     assert uniform.regret.tolist() == pytest.approx([0.01])
     assert sorted(uniform.split_half.ravel().tolist()) == pytest.approx([100 / 110 - 1, 0])
     assert zipf.regret.tolist() == [0]
     mean = f"{(100 / 110 - 1) / 4:.2%}"
-    assert f"| {MODEL} | triton | 2 | 0.50% | 0.95% | 1.00% | {mean} |" in table.regrets(study)
-    assert f"| {MODEL} | triton | 2 | +0.00% | +0.00% | 0 | +0.50% | +1.00% | 0 |" in table.static(study)
+    assert f"| {MODEL} fp8 | triton | 2 | 0.50% | 0.95% | 1.00% | {mean} |" in table.regrets(study)
+    assert f"| {MODEL} fp8 | triton | 2 | +0.00% | +0.00% | 0 | +0.50% | +1.00% | 0 |" in table.static(study)
     assert f"| triton | {(100 / 110 - 1) / 2:.2%} | 0.00% | - | - |" in table.by_kind(study)
-    assert table.worst(study).splitlines()[2] == f"| {MODEL} | triton | 64 | uniform | +0.00% | +1.00% |"
+    assert table.worst(study).splitlines()[2] == f"| {MODEL} fp8 | triton | 64 | uniform | +0.00% | +1.00% |"
     assert "| largest regret of a batch | 1.00% | at most 10.00% | yes |" in table.claims(study)
     assert "all kernels together" not in table.claims(study)
-    assert f"| {MODEL} | 2026-11-22T00:00 NVIDIA H200 GPU-0 | triton 1 | 2 | 2 | 0 |" in table.sources(study)
+    assert f"| {MODEL} fp8 | 2026-11-22T00:00 NVIDIA H200 GPU-0 | triton 1 | 2 | 2 | 0 |" in table.sources(study)
 
 
 def test_a_claim_that_does_not_hold(table: ModuleType, registry: Registry, tmp_path: Path) -> None:
     found = made_up(registry)
     found["groups"][0]["draws"][1]["us"] = [[130.0, 100.0]] * 2
-    (tmp_path / f"{MODEL}.json").write_text(json.dumps(found))
+    (tmp_path / f"{MODEL}-fp8.json").write_text(json.dumps(found))
     study = table.Study.of(tmp_path)
     assert "| largest regret of a batch | 30.00% | at most 10.00% | no |" in table.claims(study)
     assert "tuned on its own kind | 30.00% | at most 2.00% | no |" in table.claims(study)
     assert "tuned on all kinds | 0.00% | at most 2.00% | yes |" in table.claims(study)
-    assert f"| {MODEL} | triton | 2 | +0.00% | +0.00% | 0 | +15.00% | +30.00% | 1 |" in table.static(study)
+    assert f"| {MODEL} fp8 | triton | 2 | +0.00% | +0.00% | 0 | +15.00% | +30.00% | 1 |" in table.static(study)
 
 
 def test_a_choice_that_was_not_measured(table: ModuleType, registry: Registry, tmp_path: Path) -> None:
     found = made_up(registry)
     found["sizes"][0]["configs"][0] = "triton/gone"
-    (tmp_path / f"{MODEL}.json").write_text(json.dumps(found))
+    (tmp_path / f"{MODEL}-fp8.json").write_text(json.dumps(found))
     with pytest.raises(ProfileError, match="64 tokens, uniform: no choice was timed; measure again"):
         table.Study.of(tmp_path)
     found["device"] = "h100-sxm"
-    (tmp_path / f"{MODEL}.json").write_text(json.dumps(found))
-    with pytest.raises(ProfileError, match=r"is of h100-sxm, the tables are of h200; move it"):
+    (tmp_path / f"{MODEL}-fp8.json").write_text(json.dumps(found))
+    with pytest.raises(ProfileError, match=r"was measured on h100-sxm, the tables are of h200; move it"):
         table.Study.of(tmp_path)
 
 
