@@ -34,12 +34,15 @@ from policies import (
     store,
     switching_us,
 )
+from unseen import unseen_cells
 
 HERE = Path(__file__).parent
 DECODE = 512
 """Tokens up to which the aims are."""
 LOST = 0.98
 """Below this speed-up retrofitting is said to lose: of two runs, most cells repeat to less."""
+TRACE = "trace"
+"""The held-out study's kind of routing that was recorded."""
 VARIANTS = {
     "dispatch": "free",
     "choosing": "with choosing",
@@ -164,6 +167,28 @@ def summary() -> str:
     return table(head, rows)
 
 
+def unseen() -> str:
+    """Routings that no profile has seen: by kind, the models together, and the trace by batch size."""
+    kinds, sizes = (sorted({of(c) for c in unseen_cells()}) for of in (lambda c: c.routing, lambda c: c.tokens))
+    names = [(d, k, "all") for d in DTYPES for k in kinds] + [(d, TRACE, str(t)) for d in DTYPES for t in sizes]
+    found = [
+        (d, k, t, [c for c in unseen_cells() if (c.dtype, c.routing) == (d, k) and t in ("all", str(c.tokens))])
+        for d, k, t in names
+    ]
+    policies = (*(f"{f} tuned" for f in present), "static", "hindsight")
+    rows = []
+    for *name, some in found:
+        if not some:
+            continue
+        pairs = [[speedup(some, p, v) for v in ("dispatch", "choosing")] for p in policies]
+        won = Counter(c.best.split("/")[0] for c in some)
+        shares = ", ".join(f"{f} {n / len(some):.0%}" for f, n in won.most_common())
+        rows.append((*name, len(some), shares, *(" / ".join(pair) if pair[0] else "-" for pair in pairs)))
+    head = ("dtype", "routing", "tokens", "batches", "wins in hindsight", *(f"over {f} alone" for f in present),
+            "over static", "over hindsight")  # fmt: skip
+    return table(head, rows)
+
+
 def headline() -> str:
     """Dispatch, free and planned, over each family, over static dispatch over all and over hindsight."""
     policies = (*(f"{f} tuned" for f in present), "static", "hindsight")
@@ -227,7 +252,7 @@ def losses() -> str:
     return table(("dtype", "model", "tokens", "routing", "best", "dispatch ran", *VARIANTS.values()), rows)
 
 
-PAGE = (aims, summary, sources, winners, variants, groups, layouts, overheads, losers, losses)
+PAGE = (aims, summary, unseen, sources, winners, variants, groups, layouts, overheads, losers, losses)
 TABLES: dict[str, Callable[[], str]] = {f.__name__: f for f in (*PAGE, headline)}
 FRONT = HERE.parents[1] / "README.md"
 """Of the repository, which has `headline`."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import sys
+from collections import Counter
 from pathlib import Path
 from types import ModuleType
 
@@ -22,7 +23,8 @@ def families() -> ModuleType:
     with pytest.MonkeyPatch.context() as patch:
         patch.syspath_prepend(str(FOLDER))
         spec.loader.exec_module(module)
-        sys.modules.pop("policies")
+        for name in ("policies", "unseen"):
+            sys.modules.pop(name)
     return module
 
 
@@ -51,3 +53,15 @@ def test_dispatch_is_worth_it_before_overheads(families: ModuleType) -> None:
         for policy in ("static", *(f"{f} tuned" for f in families.present)):
             ratios = [c.over(policy, "dispatch") for c in some if policy in c.us]
             assert not ratios or np.log(ratios).mean() > 0
+
+
+def test_the_trace_is_judged_on_its_second_half(families: ModuleType) -> None:
+    """Of every dtype five batches of each size; no policy is faster than hindsight, choosing is paid."""
+    cells = families.unseen_cells()
+    for dtype in families.DTYPES:
+        sizes = Counter(c.tokens for c in cells if (c.dtype, c.routing) == (dtype, families.TRACE))
+        assert dict(sizes) == dict.fromkeys((4, 16, 64, 256, 1024), 5)
+    for c in cells:
+        assert min(c.us.values()) == c.us["hindsight"]
+        assert c.us["choosing"] > c.us["hindsight"] + 3
+        assert c.us["static"] <= max(us for name, us in c.us.items() if name.endswith("tuned"))
