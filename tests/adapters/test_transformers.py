@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -14,10 +15,13 @@ pytest.importorskip("transformers")
 import ramp_moe
 import ramp_moe_adapters
 import torch
+import torch.distributed as dist
 from moe_cases import error
 from ramp_moe import HardwareError, KernelError, ShapeError
 from ramp_moe.device.build import Builder
 from ramp_moe.device.routed import experts_of
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.distributed.tensor import DTensor, Shard
 from transformers import AutoModelForCausalLM
 from transformers_cases import (
     DEVICE,
@@ -334,6 +338,34 @@ def test_weights_that_are_not_there(olmoe_model: Any) -> None:
     model.model.layers[1].mlp.experts.to("meta")
     with pytest.raises(KernelError, match=rf"weights lie on {DEVICE}.*, meta; wrap a model on one device"):
         wrap(model)
+
+
+@pytest.fixture
+def mesh() -> Iterator[DeviceMesh]:
+    """Of one process, this one."""
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    yield init_device_mesh(DEVICE, (1,))
+    dist.destroy_process_group()
+
+
+@pytest.mark.parametrize("name", ["gate_up_proj", "down_proj"])
+def test_sharded_weights(mesh: DeviceMesh, name: str) -> None:
+    model = model_of("olmoe")
+    before, expected = state(model), logits(model)
+    experts = model.model.layers[1].mlp.experts  # the first layer has been wrapped by then
+    whole = getattr(experts, name)
+    sharded = torch.nn.Parameter(DTensor.from_local(whole.detach(), mesh, [Shard(0)]))
+    setattr(experts, name, sharded)
+    with pytest.raises(
+        KernelError, match=rf"model\.layers\.1\.mlp\.experts: {name} is sharded over several devices; .* whole experts"
+    ):
+        wrap(model)
+    assert getattr(experts, name) is sharded
+    assert not any(experts_of(module) for module in model.modules())
+    assert model.config._experts_implementation == "grouped_mm"
+    setattr(experts, name, whole)
+    assert same(state(model), before)
+    assert torch.equal(logits(model), expected)
 
 
 def test_on_another_gpu_than_the_current_one(monkeypatch: pytest.MonkeyPatch) -> None:

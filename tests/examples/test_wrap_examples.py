@@ -74,6 +74,7 @@ def test_a_trace_and_its_report(tmp_path: Path) -> None:
     page = (tmp_path / "report.html").read_text()
     assert "trace recorded" in page
     assert "PREDICTED by the cost model" in page
+    assert "<svg" in page
     assert "ramp-moe profile --model olmoe-1b-7b --dtype bf16 --minutes 5" in done.stdout
 
 

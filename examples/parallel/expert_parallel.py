@@ -1,0 +1,244 @@
+"""Expert and tensor parallel: every rank chooses its kernel by the histogram of what it computes itself.
+
+    torchrun --nproc-per-node 2 expert_parallel.py [--model NAME] [--tokens N] [--output FILE]
+
+ep: a rank owns E / ranks experts and has tokens of its own. A token travels once to every rank that owns one of its
+    experts, with -1 in the place of the others, and one partial sum comes back.
+tp: a rank owns I / ranks of every expert; every rank has all tokens, and the partial sums are added up.
+
+Outputs are held against one GPU's, rank 0's, and the float32 reference; one that is too far off ends the run. README.md
+says what is timed on GPUs. Without any (gloo) the layer is tiny, and Triton's interpreter runs the kernels.
+"""
+
+from __future__ import annotations
+
+import argparse
+import itertools
+import json
+import os
+import statistics
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from datetime import date, timedelta
+from pathlib import Path
+from typing import Any
+
+import torch
+
+GPU = torch.cuda.is_available()
+DEVICE = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0))) if GPU else torch.device("cpu")
+if not GPU:
+    os.environ["TRITON_INTERPRET"] = "1"  # before anything imports Triton
+
+import torch.distributed as dist  # noqa: E402
+from ramp_moe import MoEShape, ShapeError, expert_histogram, generate, get_registry  # noqa: E402
+from ramp_moe.device import Batch, MoELayer, MoEWeights  # noqa: E402
+from ramp_moe.device.bench import misfit, random_weights  # noqa: E402
+from ramp_moe.device.build import Builder  # noqa: E402
+from ramp_moe_kernels import reference  # noqa: E402
+from torch import Tensor  # noqa: E402
+
+MODEL, TOKENS = ("olmoe-1b-7b", 512) if GPU else ("E4-k2-h128-i256-fp8", 2)
+# Triton's interpreter truncates where a GPU rounds to bf16.
+HALF, DTYPES = (torch.bfloat16, ("bf16", "fp8")) if GPU else (torch.float16, ("fp16", "fp8"))
+PATIENCE = timedelta(seconds=120)
+"""A rank that waits longer for another ends, and torchrun ends the others. While one compiles, the others wait."""
+WARM, REPEATS, FLUSH_BYTES = 3, 20, 2**30
+
+
+class ExpertParallel:
+    """This rank's experts, for all ranks' tokens. Raises ShapeError where they do not divide, or are fewer than k."""
+
+    def __init__(self, whole: MoEWeights, top_k: int, builder: Builder) -> None:
+        ranks, rank = dist.get_world_size(), dist.get_rank()
+        if len(whole.down) % ranks:
+            raise ShapeError(f"{len(whole.down)} experts do not divide over {ranks} ranks")
+        self.ranks = torch.arange(ranks, device=DEVICE)[:, None, None]
+        self.layer = builder.layer(sharded(whole, *[lambda t: t.chunk(ranks)[rank].clone()] * 2), top_k)
+
+    def send(self, batch: Batch) -> Batch:
+        """What all ranks have for this one's experts: a row a token, with ids as experts are numbered here, or -1."""
+        local = self.layer.shape.num_experts
+        # Ids that are skipped, -1 and E, belong to no rank: their quotients are -1 and the number of ranks.
+        wanted = (batch.topk_ids // local == self.ranks).any(2)
+        rank, self.token = wanted.nonzero(as_tuple=True)  # in the order of ranks
+        self.num_tokens, sent = batch.num_tokens, wanted.sum(1)
+        received = torch.empty_like(sent)
+        dist.all_to_all_single(received, sent)
+        self.sent, self.received = sent.tolist(), received.tolist()
+        ids = batch.topk_ids[self.token] - local * rank[:, None].int()
+        ids = ids.where((ids >= 0) & (ids < local), -1)
+        rows = batch.hidden_states[self.token], ids, batch.topk_weights[self.token]
+        return Batch(*(exchange(t, self.sent, self.received) for t in rows))
+
+    def collect(self, partial: Tensor) -> Tensor:
+        """The output `[T, H]` of this rank's tokens, of a partial sum for each row that `send` gave."""
+        back = exchange(partial, self.received, self.sent).float()
+        return back.new_zeros(self.num_tokens, back.shape[1]).index_add_(0, self.token, back).to(partial.dtype)
+
+
+class TensorParallel:
+    """This rank's part of every expert. Raises ShapeError where the intermediate size does not divide."""
+
+    def __init__(self, whole: MoEWeights, top_k: int, builder: Builder) -> None:
+        ranks, rank = dist.get_world_size(), dist.get_rank()
+        whole.shape(top_k).shard(ranks)
+
+        def rows(t: Tensor) -> Tensor:  # of gate, and the same of up
+            return t.unflatten(1, (2, -1)).chunk(ranks, 2)[rank].flatten(1, 2).contiguous()
+
+        self.layer = builder.layer(sharded(whole, rows, lambda t: t.chunk(ranks, 2)[rank].contiguous()), top_k)
+
+    def send(self, batch: Batch) -> Batch:
+        return batch
+
+    def collect(self, partial: Tensor) -> Tensor:
+        dist.all_reduce(partial)
+        return partial
+
+
+WAYS = {"ep": ExpertParallel, "tp": TensorParallel}
+
+
+def sharded(whole: MoEWeights, gate_up: Callable[[Tensor], Tensor], down: Callable[[Tensor], Tensor]) -> MoEWeights:
+    parts = (gate_up, whole.gate_up), (down, whole.down), (gate_up, whole.gate_up_scale), (down, whole.down_scale)
+    return MoEWeights(*(None if t is None else part(t) for part, t in parts))
+
+
+def exchange(rows: Tensor, sent: list[int], received: list[int]) -> Tensor:
+    """Rows in the order of the ranks that they come from, for rows in the order of those that they go to."""
+    out = rows.new_empty(sum(received), *rows.shape[1:])
+    dist.all_to_all_single(out, rows, received, sent)
+    return out
+
+
+def batches(shape: MoEShape, n: int) -> Iterator[tuple[str, list[int], Batch]]:
+    """Names, how many tokens each rank has, and all of them; the same on every rank."""
+    ranks, experts, generator = dist.get_world_size(), shape.num_experts, torch.Generator().manual_seed(1)
+    for name, tokens, routing, among in (
+        ("uniform", [n] * ranks, "uniform", experts),
+        ("skewed", [n] * ranks, "zipf1.2", experts),
+        ("uneven tokens", [n * rank for rank in range(ranks)], "zipf1.2", experts),
+        ("one rank's experts", [n] * ranks, "zipf1.2", experts // ranks),
+        ("one token", [1] + [0] * (ranks - 1), "uniform", experts),
+    ):
+        ids = torch.from_numpy(generate(routing, sum(tokens), among, shape.top_k, 1)).int()
+        x = torch.randn(len(ids), shape.hidden_size, generator=generator).to(HALF)
+        scores = torch.rand(ids.shape, generator=generator).softmax(-1)
+        yield name, tokens, Batch(x.to(DEVICE), ids.to(DEVICE), scores.to(DEVICE))
+
+
+def called(layer: MoELayer, batch: Batch) -> Tensor:
+    return layer(batch.hidden_states, batch.topk_ids, batch.topk_weights)
+
+
+def run(parallel: ExpertParallel | TensorParallel, batch: Batch) -> tuple[Tensor, dict[str, Any]]:
+    """The output of this rank's tokens `[T, H]`, and what this rank did for it."""
+    layer, given = parallel.layer, parallel.send(batch)
+    out = parallel.collect(called(layer, given))
+    histogram = expert_histogram(given.topk_ids, layer.shape.num_experts)
+    did: dict[str, Any] = {"rows": given.num_tokens, "ids": int(histogram.sum()), "experts": int((histogram > 0).sum())}
+    candidates = {}
+    if given.num_tokens:
+        even, routed = given.topk_ids.clone(), given.topk_ids >= 0
+        even[routed] = torch.arange(did["ids"], dtype=torch.int32, device=DEVICE) % layer.shape.num_experts
+        candidates = {"chosen": layer.choose(given), "static": layer.choose(replace(given, topk_ids=even))}
+    did |= {what: candidate.name for what, candidate in candidates.items()}
+    if GPU:
+        parts = timed(lambda _: parallel.send(batch), lambda given: called(layer, given), parallel.collect)
+        did |= dict(zip(("send_us", "experts_us", "collect_us", "all_us"), parts, strict=True))
+        for what, candidate in candidates.items():
+            (did[f"{what}_us"], _) = timed(
+                lambda _, c=candidate: layer.launch(c, given, torch.empty_like(given.hidden_states))
+            )
+    return out, did
+
+
+def timed(*parts: Callable[[Any], Any]) -> list[float]:
+    """Median microseconds of each part, which is given what the one before returned, and of all together. Several are
+    of a kind that all ranks take, and begin together."""
+    flush, times = torch.empty(FLUSH_BYTES, dtype=torch.int8, device=DEVICE), []
+    for _ in range(WARM + REPEATS):
+        if len(parts) > 1:
+            dist.barrier()
+        flush.zero_()
+        marks, value = [torch.cuda.Event(enable_timing=True) for _ in (None, *parts)], None
+        marks[0].record()
+        for part, mark in zip(parts, marks[1:], strict=True):
+            value = part(value)
+            mark.record()
+        torch.cuda.synchronize()
+        spans = *itertools.pairwise(marks), (marks[0], marks[-1])
+        times.append([start.elapsed_time(end) * 1e3 for start, end in spans])
+    return [statistics.median(column) for column in zip(*times[WARM:], strict=True)]
+
+
+def near(found: Tensor, expected: Tensor, dtype: str) -> float:
+    """The relative distance of two outputs. Raises RuntimeError where it is more than the library allows a kernel."""
+    if wrong := misfit(found, expected.float(), dtype):
+        raise RuntimeError(wrong)
+    return float((found.float() - expected.float()).norm() / expected.float().norm())
+
+
+def compare(shape: MoEShape, n: int) -> Iterator[dict[str, Any]]:
+    """On rank 0, what came of every batch, each way. Raises RuntimeError for a wrong output."""
+    rank, builder = dist.get_rank(), Builder("auto" if GPU else "h200")
+    whole = random_weights(shape, DEVICE, seed=0)  # alike on all ranks
+    layers = {way: made(whole, shape.top_k, builder) for way, made in WAYS.items()}
+    one = builder.layer(whole, shape.top_k) if rank == 0 else None
+    if one is not None:
+        print(*(f"note: {note}" for note in builder.notes), sep="\n", flush=True)
+    for name, tokens, batch in batches(shape, n):
+        given = batch.hidden_states, batch.topk_ids, batch.topk_weights
+        if one is not None:
+            alone, scales = one(*given), {"gate_up_scale": whole.gate_up_scale, "down_scale": whole.down_scale}
+            exact = reference.experts(given[0], whole.gate_up, whole.down, *given[1:], **scales)
+            near(alone, exact, shape.dtype)
+        for way, layer in layers.items():
+            mine = Batch(*(t.split(tokens)[rank] for t in given)) if way == "ep" else batch
+            found: list[Any] = [None] * dist.get_world_size()
+            out, did = run(layer, mine)
+            dist.all_gather_object(found, (out.cpu(), did))
+            if one is not None:
+                outs, dids = zip(*found, strict=True)
+                out = torch.cat(outs).to(DEVICE) if way == "ep" else out
+                near(out, exact, shape.dtype)
+                cell = {"way": way, "dtype": shape.dtype, "batch": name, "tokens": tokens, "ranks": dids}
+                us = {"one_gpu_us": timed(lambda _, given=given: one(*given))[0]} if GPU else {}
+                yield cell | {"apart": near(out, alone, shape.dtype)} | us
+
+
+def show(cell: dict[str, Any]) -> None:
+    print(
+        f"{cell['way']}, {cell['dtype']}, {cell['batch']}, {cell['tokens']} tokens: {cell['apart']:.1e} from one GPU's"
+    )
+    for rank, did in enumerate(cell["ranks"]):
+        us = "".join(f", {what[:-3]} {did[what]:.0f} us" for what in did if what.endswith("_us"))
+        work = f"{did['rows']} tokens, {did['ids']} ids, {did['experts']} experts{us}"
+        print(f"  rank {rank}: {work}: {did.get('chosen', 'nothing to do')}", flush=True)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", default=MODEL)
+    parser.add_argument("--tokens", type=int, default=TOKENS, help="of each rank")
+    parser.add_argument("--output", type=Path, help="a JSON file")
+    options = parser.parse_args()
+    if GPU:
+        torch.cuda.set_device(DEVICE)  # kernels run on the current one
+    dist.init_process_group("nccl" if GPU else "gloo", timeout=PATIENCE, device_id=DEVICE if GPU else None)
+    cells = []
+    for dtype in DTYPES:
+        shape = replace(get_registry().shape(options.model), dtype=dtype)
+        for cell in compare(shape, options.tokens):
+            show(cell)
+            cells.append(cell)
+    if cells and options.output:
+        about = {"device": torch.cuda.get_device_name() if GPU else "cpu", "torch": torch.__version__}
+        about |= {"model": options.model, "measured": date.today().isoformat()}
+        options.output.write_text(json.dumps(about | {"cells": cells}, indent=1) + "\n")
+    dist.destroy_process_group()
+
+
+if __name__ == "__main__":
+    main()
