@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import importlib.util
 import re
@@ -139,6 +140,7 @@ class BuildableKernel(Kernel):
         """Delete what other versions of the kernel have left in the cache; returns the bytes freed."""
 
 
+@functools.cache  # finding out reads the list of files of every distribution: most of a second
 def version_of(package: str) -> str:
     """Version of the distribution that provides a top-level package, "?" where none does."""
     found = metadata.packages_distributions().get(package)

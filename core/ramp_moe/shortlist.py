@@ -12,10 +12,11 @@ from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import numpy as np
 
-from .cost_model import CostModel
+from .cost_model import Candidate, CostModel
 from .errors import KernelError, RoutingError
 from .profiler.plan import TUNE_KINDS
 from .routing import FloatArray, IntArray, check_histogram, expert_histogram, generate
@@ -36,6 +37,9 @@ SEEDS = 8
 CELLS = 2**20
 """Of draws: at most SEEDS a kind, and one, or as many as make so many tokens x experts over all kinds, which takes a
 twentieth of a second. Large batches need no more, theirs are alike."""
+
+_settled: WeakKeyDictionary[CostModel, dict[tuple[int, float], Candidate | None]] = WeakKeyDictionary()
+"""By model, size and microseconds: the layers of a network share theirs."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -103,6 +107,19 @@ def shortlist(
         short = Shortlist(columns, float(loss[last]), float(loss[0]), gain_us, float(overheads[last]), expected_us)
         found.setdefault(float((expected + price)[last]), short)
     return found[min(found)]
+
+
+def settled(model: CostModel, num_tokens: int, read_back_us: float) -> Candidate | None:
+    """The best single candidate for about `num_tokens`, where knowing how they spread is predicted to gain less than
+    `read_back_us`, in which the host would learn it; None where it gains more. Sizes are rounded up by less than a
+    quarter: it takes a few hundredths of a second for each size, once for a model."""
+    step = 1 << max(0, num_tokens.bit_length() - 3)
+    size = -(-num_tokens // step) * step
+    known = _settled.setdefault(model, {})
+    if (size, read_back_us) not in known:
+        short = shortlist(model, size, {1: 0.0, 2: read_back_us, MOST: read_back_us})
+        known[size, read_back_us] = None if short.pays else model.candidates[short.columns[0]]
+    return known[size, read_back_us]
 
 
 @lru_cache(maxsize=128)

@@ -12,7 +12,7 @@ from ramp_moe import CostModel, KernelError, RampMoEError, RoutingError, expert_
 from ramp_moe.profiler.plan import TUNE_KINDS
 from ramp_moe.replay import Replay
 from ramp_moe.routing import IntArray
-from ramp_moe.shortlist import VALID, Shortlist, _drawn, representative, shortlist
+from ramp_moe.shortlist import VALID, Shortlist, _drawn, representative, settled, shortlist
 
 FREE = {1: 0.0, 512: 0.0}
 TOKENS = 64
@@ -180,3 +180,17 @@ def test_it_takes_under_300_ms(model: CostModel) -> None:
         shortlist(model, 512, FREE)
         best = min(best, time.perf_counter() - start)
     assert best < 0.3
+
+
+def test_one_candidate_where_reading_back_takes_longer_than_it_gains(model: CostModel) -> None:
+    """A size stands for those down to 4/5 of it; the price decides, and what was found is not sought again."""
+    best = shortlist(model, TOKENS, {1: 0.0, 8: 1e6}).columns
+    assert settled(model, TOKENS, 1e6) == model.candidates[best[0]]
+    assert settled(model, TOKENS, 0.01) is None
+    gains = shortlist(model, TOKENS, {1: 0.0, 2: 0.01, 8: 0.01}).gain_us
+    assert settled(model, TOKENS, 2 * gains) is not None
+    assert settled(model, 57, 1e6) is settled(model, 64, 1e6)
+    began = time.perf_counter()
+    for tokens in range(57, 65):
+        settled(model, tokens, 1e6)
+    assert time.perf_counter() - began < 0.01

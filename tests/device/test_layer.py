@@ -83,6 +83,15 @@ def test_with_a_model_the_choice_follows_the_histogram(h200: Hardware) -> None:
     assert [moe.choose(Batch(x, ids, scores)).kernel for ids in (even, skewed)] == ["fake", "other"]
 
 
+def test_what_gains_less_than_reading_back_takes_follows_the_size(h200: Hardware) -> None:
+    kernel = FakeKernel()
+    even = torch.arange(64 * K).view(64, K).int() % E
+    x, skewed, scores = inputs(64, "one-hot")
+    for read_back_us, kinds in ((0.0, 2), (0.01, 2), (1e6, 1)):
+        moe = layer(h200, kernel, model=model_of(h200, kernel, PRICES), read_back_us=read_back_us)
+        assert len({moe.choose(Batch(x, ids, scores)).name for ids in (even, skewed)}) == kinds
+
+
 def test_ids_out_of_range_do_not_sway_the_choice(h200: Hardware) -> None:
     kernel = FakeKernel()
     moe = layer(h200, kernel, model=model_of(h200, kernel, PRICES))

@@ -25,6 +25,8 @@ if TYPE_CHECKING:
 UNMEASURED = "triton"
 """Of kernels that nothing is known of, the one to run: it takes any layout, and needs nothing but Triton."""
 INTERPRET = "TRITON_INTERPRET"
+READ_BACK_US = 300.0
+"""Of a layer in a model: meanwhile the host launches nothing of what comes after, and the GPU then waits for it."""
 
 
 @dataclass
@@ -57,7 +59,8 @@ class Builder:
         first = plan is None
         if plan is None:
             plan = self._plan(shape, self._hardware(device))
-        found = MoELayer(weights, top_k, plan.hardware, plan.kernels, plan.model, copies=self.copies)
+        wait = READ_BACK_US if device.type == "cuda" else 0.0
+        found = MoELayer(weights, top_k, plan.hardware, plan.kernels, plan.model, copies=self.copies, read_back_us=wait)
         found.workspace = self._workspaces.setdefault(device, Workspace())
         if first:
             self._plans[shape, device] = self._settled(plan, found)

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Collection, Hashable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from functools import partial
+from functools import cache, partial
 from typing import TYPE_CHECKING, Any, Protocol
 from weakref import WeakKeyDictionary
 
@@ -115,7 +115,7 @@ class GraphDispatch:
         """By index, what a recorder's entries say was chosen."""
         self._launches, self._weights, self._model, self._top_k = launches, weights, model, top_k
         self._device = weights.gate_up.device
-        self._side = torch.cuda.Stream(self._device)  # type: ignore[no-untyped-call]
+        self._side = _side_stream(self._device)
         self._states = torch.full((STATES, 1), -1, dtype=torch.int32, device=self._device)
         self._captures = 0
         self._ready: set[tuple[int, int]] = set()
@@ -349,6 +349,14 @@ class GraphDispatch:
         ids = scores.topk(self._top_k, -1).indices.int()
         weights = torch.rand(num_tokens, self._top_k, device=self._device, generator=generator)
         return Batch(x, ids, weights / weights.sum(-1, keepdim=True))
+
+
+@cache
+def _side_stream(device: torch.device) -> torch.cuda.Stream:
+    """One for all layers: a workspace has buffers for each stream."""
+    import torch
+
+    return torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
 
 
 def _cannot(mode_and_reason: str) -> str:

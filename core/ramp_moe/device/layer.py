@@ -14,6 +14,7 @@ from ..hardware import Hardware
 from ..kernel import KernelConfig, layouts_of, usable_configs
 from ..layouts import choose_layouts, kernel_times, weighed_batches, why_not_served
 from ..routing import expert_histogram
+from ..shortlist import settled
 from .contract import Batch, LaunchableKernel, MoEWeights, Workspace, kernel_ids
 from .layouts import relayout, to_give
 
@@ -30,7 +31,8 @@ class MoELayer:
     """Computes one MoE layer, choosing kernel and configuration for every batch.
 
     With a cost model the choice follows the batch's expert histogram, read back from the device: one host
-    synchronisation a call. Without one it follows the batch size alone: the first kernel's static default.
+    synchronisation a call; but for batch sizes for which that is predicted to gain less than `read_back_us`, where it
+    follows the size alone. Without a model so it does always: the first kernel's static default.
 
     In a CUDA graph the choice is made on the device at every replay: `warm_up` finds the candidates that win at a batch
     size, checks them, and says how they are dispatched to (`dispatch.Plan`).
@@ -42,6 +44,7 @@ class MoELayer:
     kernels in their order.
     router: hidden states `[T, H]` -> (topk_ids int32 `[T, k]`, topk_weights float32 `[T, k]`), for `forward_hidden`.
     checked: read the ids back and raise RoutingError for one out of range, instead of skipping it.
+    read_back_us: microseconds that reading the histogram back takes. 0: it is always read.
     mode: of dispatch in graphs, one of `dispatch.MODES`; the cheapest that this machine has where None.
 
     `held` are the weights in those layouts. A layout that the weights are not given in is a copy of gate_up
@@ -60,11 +63,12 @@ class MoELayer:
         checked: bool = False,
         copies: int = 1,
         mode: str | None = None,
+        read_back_us: float = 0.0,
     ) -> None:
         from .op import register  # torch: whoever has weights has it
 
         self.shape = weights.shape(top_k)
-        self.hardware, self.router, self.checked = hardware, router, checked
+        self.hardware, self.router, self.checked, self.read_back_us = hardware, router, checked, read_back_us
         self._device, self._dtype = weights.gate_up.device, weights.gate_up.dtype
         self.workspace = Workspace()
         self.layouts: tuple[str, ...] = ()
@@ -152,6 +156,8 @@ class MoELayer:
             return self._static(batch.num_tokens)
         if _capturing(batch.topk_ids):
             return self._blind(batch.num_tokens)
+        if self.read_back_us and (known := settled(self._dispatcher.model, batch.num_tokens, self.read_back_us)):
+            return known
         return self._dispatcher.choose(
             expert_histogram(_in_range(batch, self.shape.num_experts), self.shape.num_experts)
         ).candidate
