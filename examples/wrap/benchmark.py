@@ -1,15 +1,16 @@
-"""A model of OLMoE-1B-7B's architecture, wrapped, against every implementation of experts that Transformers has here.
+"""A model of a known architecture, wrapped, against every implementation of experts that Transformers has here.
 
-    python benchmark.py [--minutes 10] [--output FILE]
+    python benchmark.py [--model olmoe-1b-7b] [--dtype bf16] [--minutes 10] [--output FILE]
 
-writes h200.json beside this, named for the GPU, which tables.py reads. Weights are random, bf16. Parts, in their order,
-until the minutes are over:
+writes h200-olmoe-1b-7b-bf16.json beside this, named for the GPU, which tables.py reads. Weights are random. In fp8 the
+experts are, block-scaled, as Transformers makes them, and the rest is bf16; compared with are also the implementations
+on the model before that, in bf16. Parts, in their order, until the minutes are over:
 
 memory     bytes that wrapping adds, after warming up and running, too; seconds that it takes
 layer      the experts alone: a CUDA graph of all of the model's layers, over their number; weights differ from layer to
            layer, so that none is in L2
 decode     one step of the whole model with a static cache, in a CUDA graph and eager
-prefill    one pass over a prompt of 2,048 tokens, eager: what generate() does
+prefill    one pass over a prompt of 2,048 tokens, in a CUDA graph and eager, which is what generate() does
 
 Every time is the median of REPLAYS, between two events. An implementation that cannot be captured, or that needs a
 package which is not there, has its reason in place of its time. All get the same inputs and run on the same stream.
@@ -24,6 +25,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from datetime import date
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -31,7 +33,7 @@ import ramp_moe
 import torch
 import transformers
 import triton
-from olmoe import DEVICE, DTYPE, olmoe, prompt
+from models import DEVICE, DTYPE, MODELS, in_fp8, prompt
 from ramp_moe.files import write_atomically
 from transformers import StaticCache
 from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
@@ -48,11 +50,18 @@ Result = float | str
 
 
 class Benchmark:
-    def __init__(self, minutes: float) -> None:
+    def __init__(self, model: str, dtype: str, minutes: float) -> None:
         self.ends = time.perf_counter() + 60 * minutes
-        self.model = olmoe()
+        self.model = MODELS[model]()
         self.model.set_experts_implementation("grouped_mm")
-        self.implementations = [OURS, "eager", *sorted(set(ALL_EXPERTS_FUNCTIONS.keys()) - {OURS})]
+        others = ["eager", *sorted(set(ALL_EXPERTS_FUNCTIONS.keys()) - {OURS})]
+        self.runs = {name: (self.model, name) for name in (OURS, *others)}
+        self.plain = self.model
+        """In bf16."""
+        if dtype == "fp8":
+            self.runs |= {f"{name}, bf16": (self.model, name) for name in others}
+            self.model = in_fp8(self.plain)
+            self.runs |= {name: (self.model, name) for name in (OURS, *others)}
         before, began = torch.cuda.memory_allocated(), time.perf_counter()
         self.wrapped = ramp_moe.wrap(self.model)
         torch.cuda.synchronize()
@@ -66,24 +75,24 @@ class Benchmark:
     def in_time(self) -> bool:
         return time.perf_counter() < self.ends
 
-    def each(self, measure: Callable[[], float], in_graph: bool) -> dict[str, Result]:
-        """Of every implementation."""
+    def each(self, measure: Callable[[Any], float], in_graph: bool) -> dict[str, Result]:
+        """Of every implementation, given its model."""
         found: dict[str, Result] = {}
-        for name in self.implementations:
-            if in_graph and name == "eager":
+        for name, (model, implementation) in self.runs.items():
+            if in_graph and implementation == "eager":
                 found[name] = "its loop over the experts is on the host"  # trying would spoil the stream
                 continue
             try:
-                self.model.set_experts_implementation(name)
-                found[name] = measure()
+                model.set_experts_implementation(implementation)
+                found[name] = measure(model)
             except Exception as e:  # whatever it does without its package, or when it is captured
                 found[name] = f"{type(e).__name__}: {e}".splitlines()[0][:200]
             torch.cuda.synchronize()
         return found
 
     def layer(self) -> Iterator[dict[str, Any]]:
-        layers = [self.model.get_submodule(name) for name in self.wrapped.layers]
-        shape = next(iter(self.wrapped.layers.values())).shape
+        names = list(self.wrapped.layers)
+        shape = self.wrapped.layers[names[0]].shape
         for tokens in LAYER_TOKENS:
             self.wrapped.warm_up(tokens, DTYPE)
             x = torch.randn(tokens, shape.hidden_size, device=DEVICE, dtype=DTYPE)
@@ -93,41 +102,50 @@ class Benchmark:
                     return
                 ids = torch.from_numpy(ramp_moe.generate(routing, tokens, shape.num_experts, shape.top_k, 1)).to(DEVICE)
 
-                def experts(ids: torch.Tensor = ids, x: torch.Tensor = x, scores: torch.Tensor = scores) -> None:
-                    for module in layers:
-                        module(x, ids, scores)
+                def experts(
+                    model: Any, ids: torch.Tensor = ids, x: torch.Tensor = x, scores: torch.Tensor = scores
+                ) -> float:
+                    layers = [model.get_submodule(name) for name in names]
+                    return captured(lambda: [module(x, ids, scores) for module in layers]) / len(layers)
 
-                us = self.each(lambda run=experts: captured(run) / len(layers), True)
-                yield {"tokens": tokens, "routing": routing, "us": us}
+                yield {"tokens": tokens, "routing": routing, "us": self.each(experts, True)}
 
     def decode(self) -> Iterator[dict[str, Any]]:
         for batch in DECODE_BATCHES:
             self.wrapped.warm_up(batch, DTYPE)
             token = prompt(self.model, batch, 1)
-            for way, time_of in (("graph", captured), ("eager", timed)):
-                if not self.in_time():
-                    return
 
-                def steps(time_of: Timer = time_of, token: torch.Tensor = token) -> float:
-                    cache = StaticCache(config=self.model.config, max_cache_len=CONTEXT)
-                    return time_of(lambda: self.model(token, past_key_values=cache, use_cache=True))
+            def steps(time_of: Timer, model: Any, token: torch.Tensor = token) -> float:
+                cache = StaticCache(config=model.config, max_cache_len=CONTEXT)
+                return time_of(lambda: model(token, past_key_values=cache, use_cache=True))
 
-                yield {"batch": batch, "way": way, "us": self.each(steps, way == "graph")}
+            for row in self.both_ways(steps):
+                yield {"batch": batch} | row
 
     def prefill(self) -> Iterator[dict[str, Any]]:
+        self.wrapped.warm_up(PREFILL, DTYPE)
         ids = prompt(self.model, 1, PREFILL)
-        if self.in_time():
-            us = self.each(lambda: timed(lambda: self.model(ids, logits_to_keep=1)), False)
-            yield {"tokens": PREFILL, "us": us}
+        for row in self.both_ways(
+            lambda time_of, model: time_of(lambda: model(ids, logits_to_keep=1, use_cache=False))
+        ):
+            yield {"tokens": PREFILL} | row
+
+    def both_ways(self, measure: Callable[[Timer, Any], float]) -> Iterator[dict[str, Any]]:
+        for way, time_of in (("graph", captured), ("eager", timed)):
+            if self.in_time():
+                yield {"way": way, "us": self.each(partial(measure, time_of), way == "graph")}
 
     def agreement(self) -> dict[str, float]:
         """Relative distance of the logits from those of grouped_mm. Beside ours that of batched_mm: roundings turn near
         ties of the routers, which random weights are full of."""
-        ids, found = prompt(self.model, 1, 128), {}
-        for name in ("grouped_mm", "batched_mm", OURS):
-            self.model.set_experts_implementation(name)
-            found[name] = self.model(ids).logits.float()
-        expected = found.pop("grouped_mm")
+        ids = prompt(self.model, 1, 128)
+
+        def logits(model: Any, name: str) -> torch.Tensor:
+            model.set_experts_implementation(name)
+            return model(ids).logits.float()
+
+        expected = logits(self.plain, "grouped_mm")
+        found = {"batched_mm": logits(self.plain, "batched_mm"), OURS: logits(self.model, OURS)}
         return {name: float((out - expected).norm() / expected.norm()) for name, out in found.items()}
 
 
@@ -155,12 +173,13 @@ def timed(run: Callable[[], Any]) -> float:
 
 
 @torch.no_grad()
-def measure(minutes: float) -> dict[str, Any]:
+def measure(model: str, dtype: str, minutes: float) -> dict[str, Any]:
     """On the current stream, which is not the default one: that cannot be captured."""
-    b = Benchmark(minutes)
+    b = Benchmark(model, dtype, minutes)
     found: dict[str, Any] = {
-        "model": "olmoe-1b-7b architecture, random weights, bf16",
-        "command": f"python benchmark.py --minutes {minutes:g}",
+        "model": model,
+        "dtype": dtype,
+        "command": f"python benchmark.py --model {model} --dtype {dtype} --minutes {minutes:g}",
         "measured": date.today().isoformat(),
         "device": torch.cuda.get_device_name(),
         "software": {
@@ -180,15 +199,18 @@ def measure(minutes: float) -> dict[str, Any]:
 
 def main(argv: list[str]) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", choices=MODELS, default=next(iter(MODELS)))
+    parser.add_argument("--dtype", choices=("bf16", "fp8"), default="bf16", help="of the experts")
     parser.add_argument("--minutes", type=float, default=10.0)
     parser.add_argument("--output", type=Path)
     options = parser.parse_args(argv)
     if not torch.cuda.is_available():
         print("this needs a CUDA device, and torch sees none: nothing was measured", file=sys.stderr)
         return NO_GPU
-    output = options.output or Path(__file__).parent / f"{ramp_moe.detect().name}.json"
+    name = f"{ramp_moe.detect().name}-{options.model}-{options.dtype}.json"
+    output = options.output or Path(__file__).parent / name
     with torch.cuda.stream(torch.cuda.Stream()):
-        found = measure(options.minutes)
+        found = measure(options.model, options.dtype, options.minutes)
     write_atomically(output, (json.dumps(found, indent=1) + "\n").encode())
     print(output)
     return 0

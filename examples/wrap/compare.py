@@ -14,7 +14,7 @@ from typing import Any
 
 import ramp_moe
 import torch
-from olmoe import GPU, STANDS_FOR, olmoe, prompt
+from models import GPU, STANDS_FOR, olmoe, prompt
 
 PASSES = 10 if GPU else 1
 

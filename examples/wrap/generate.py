@@ -6,7 +6,7 @@ python generate.py
 from __future__ import annotations
 
 import ramp_moe
-from olmoe import STANDS_FOR, olmoe, prompt
+from models import STANDS_FOR, olmoe, prompt
 
 model = olmoe()
 print(ramp_moe.wrap(model, device=STANDS_FOR))

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import ramp_moe
 import torch
-from olmoe import DEVICE, DTYPE, STANDS_FOR
+from models import DEVICE, DTYPE, STANDS_FOR
 from torch import nn
 
 

@@ -11,7 +11,7 @@ import sys
 from pathlib import Path
 
 import ramp_moe
-from olmoe import STANDS_FOR, olmoe, prompt
+from models import STANDS_FOR, olmoe, prompt
 from ramp_moe.cli import main as ramp_moe_command
 
 model, folder = olmoe(), Path(sys.argv[1])

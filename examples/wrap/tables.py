@@ -16,6 +16,12 @@ HERE = Path(__file__).parent
 OURS = "ramp_moe"
 Found = Sequence[dict[str, Any]]
 """A file each."""
+GROUPED = {"bf16": "grouped_mm", "fp8": "grouped_mm, bf16"}
+"""torch's grouped GEMM, which has no block-scaled fp8."""
+
+
+def of(f: dict[str, Any]) -> tuple[str, str]:
+    return f["model"], f["dtype"]
 
 
 def table(head: Sequence[str], rows: Iterable[Sequence[object]]) -> str:
@@ -33,23 +39,24 @@ def against(us: dict[str, float | str], other: str | None = None) -> list[str]:
     return [f"{ours:.0f}", f"{rest[best]:.0f}", best, f"{rest[best] / ours:.2f}x"]
 
 
+WHAT = ("model", "experts")
 OTHERS = ("ramp_moe, us", "Transformers', us", "which", "faster")
 
 
 def _layer(found: Found) -> str:
-    rows = [(r["tokens"], r["routing"], *against(r["us"], "grouped_mm"), *against(r["us"])[1:])
+    rows = [(*of(f), r["tokens"], r["routing"], *against(r["us"], GROUPED[f["dtype"]]), *against(r["us"])[1:])
             for f in found for r in f["layer"]]  # fmt: skip
-    return table(("tokens", "routing", *OTHERS, "best, us", "which", "faster"), rows)
+    return table((*WHAT, "tokens", "routing", *OTHERS, "best, us", "which", "faster"), rows)
 
 
 def _decode(found: Found) -> str:
-    return table(
-        ("batch", "way", *OTHERS), [(r["batch"], r["way"], *against(r["us"])) for f in found for r in f["decode"]]
-    )
+    rows = [(*of(f), r["batch"], r["way"], *against(r["us"])) for f in found for r in f["decode"]]
+    return table((*WHAT, "batch", "way", *OTHERS), rows)
 
 
 def _prefill(found: Found) -> str:
-    return table(("tokens", *OTHERS), [(r["tokens"], *against(r["us"])) for f in found for r in f["prefill"]])
+    rows = [(*of(f), r["tokens"], r["way"], *against(r["us"])) for f in found for r in f["prefill"]]
+    return table((*WHAT, "tokens", "way", *OTHERS), rows)
 
 
 def _memory(found: Found) -> str:
@@ -57,9 +64,9 @@ def _memory(found: Found) -> str:
     for f in found:
         m = f["memory"]
         shares = [f"{m[key] / m['weights_bytes']:.2%}" for key in ("wrapped_bytes", "workspace_bytes")]
-        rows.append((f["device"], f"{m['weights_bytes'] / 2**30:.2f}", *shares, f"{m['wrap_seconds']:.1f}",
+        rows.append((*of(f), f["device"], f"{m['weights_bytes'] / 2**30:.2f}", *shares, f"{m['wrap_seconds']:.1f}",
                      *(f"{f['logits_apart'][name]:.1e}" for name in (OURS, "batched_mm"))))  # fmt: skip
-    head = ("GPU", "weights, GiB", "added by wrapping", "buffers after all runs", "wrapping, s", "logits apart")
+    head = (*WHAT, "GPU", "weights, GiB", "added by wrapping", "buffers after all runs", "wrapping, s", "logits apart")
     return table((*head, "of batched_mm"), rows)
 
 

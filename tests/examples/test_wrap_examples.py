@@ -20,7 +20,8 @@ import torch
 FOLDER = Path(__file__).parents[2] / "examples" / "wrap"
 GPU = torch.cuda.is_available()
 MADE_UP: dict[str, Any] = {
-    "device": "NVIDIA H200", "logits_apart": {"ramp_moe": 0.0042, "batched_mm": 0.0051},
+    "model": "olmoe-1b-7b", "dtype": "bf16", "device": "NVIDIA H200",
+    "logits_apart": {"ramp_moe": 0.0042, "batched_mm": 0.0051},
     "memory": {"weights_bytes": 2**31, "wrap_seconds": 1.25, "wrapped_bytes": 2**24, "workspace_bytes": 2**25},
     "layer": [
         {"tokens": 8, "routing": "uniform",
@@ -31,7 +32,7 @@ MADE_UP: dict[str, Any] = {
         {"batch": 32, "way": "graph", "us": {"ramp_moe": 2000.0, "grouped_mm": 3000.0}},
         {"batch": 32, "way": "eager", "us": {"ramp_moe": "KernelError: broken", "grouped_mm": 3000.0}},
     ],
-    "prefill": [{"tokens": 2048, "us": {"ramp_moe": 10000.0, "eager": 30000.0, "grouped_mm": 9000.0}}],
+    "prefill": [{"tokens": 2048, "way": "eager", "us": {"ramp_moe": 10000.0, "eager": 30000.0, "grouped_mm": 9000.0}}],
 }  # fmt: skip
 
 
@@ -99,9 +100,9 @@ def test_tables_of_a_file(tmp_path: Path) -> None:
         "16 | uniform | 25 |  |  |  |  |  | ",
         "32 | graph | 2000 | 3000 | grouped_mm | 1.50x",
         "32 | eager | KernelError: broken |  |  | ",
-        "2048 | 10000 | 9000 | grouped_mm | 0.90x",
+        "2048 | eager | 10000 | 9000 | grouped_mm | 0.90x",
     ):
-        assert f"| {row} |" in page
+        assert f"| olmoe-1b-7b | bf16 | {row} |" in page
     assert "Not measured yet" not in page
 
 
