@@ -118,7 +118,7 @@ class GraphDispatch:
         self._side = _side_stream(self._device)
         self._states = torch.full((STATES, 1), -1, dtype=torch.int32, device=self._device)
         self._captures = 0
-        self._ready: set[tuple[int, int]] = set()
+        self._ready: set[tuple[int, bool, int]] = set()
 
     def record(self, slots: int) -> Recorder:
         """Keep the latest `slots` batches of the graphs that are captured from now on, and what was chosen for each, on
@@ -179,21 +179,21 @@ class GraphDispatch:
         self.plans[num_tokens] = plan
         return plan
 
-    def ready(self, num_tokens: int, dtype: torch.dtype) -> None:
-        """Run every body that there is for `num_tokens` once on the current stream, so that its buffers have their size
-        before a capture on it; not again, and not in a capture. For captures that must keep nothing that they
-        allocate."""
+    def ready(self, num_tokens: int, dtype: torch.dtype, unplanned: Callable[[int], Candidate]) -> None:
+        """Run every body that there is for `num_tokens` once on the current stream, or what takes their place where
+        nothing was planned, so that its buffers have their size before a capture on it; not again, and not in a
+        capture. For captures that must keep nothing that they allocate."""
         import torch
 
         plan, stream = self.plans.get(num_tokens), torch.cuda.current_stream(self._device)
-        key = num_tokens, stream.cuda_stream
-        if plan is None or key in self._ready or torch.cuda.is_current_stream_capturing():
+        key = num_tokens, plan is None, stream.cuda_stream
+        if key in self._ready or not num_tokens or torch.cuda.is_current_stream_capturing():
             return
         batch = self._batch(num_tokens, dtype)
         out = torch.empty_like(batch.hidden_states)
-        for candidate in plan.bodies:
+        for candidate in plan.bodies if plan else [unplanned(num_tokens)]:
             self._launches.launch(candidate, batch, out)
-        if plan.mode == "gated":
+        if plan and plan.mode == "gated":
             self._outs(plan, out)
         self._kernel_ids(batch.topk_ids)
         self._ready.add(key)

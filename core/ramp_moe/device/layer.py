@@ -156,19 +156,27 @@ class MoELayer:
             return self._static(batch.num_tokens)
         if _capturing(batch.topk_ids):
             return self._blind(batch.num_tokens)
-        if self.read_back_us and (known := settled(self._dispatcher.model, batch.num_tokens, self.read_back_us)):
+        if known := self._settled(batch.num_tokens):
             return known
         return self._dispatcher.choose(
             expert_histogram(_in_range(batch, self.shape.num_experts), self.shape.num_experts)
         ).candidate
 
+    def _settled(self, num_tokens: int) -> Candidate | None:
+        """The one candidate for a batch size where reading the histogram back would not pay; None where it would."""
+        if self._dispatcher is None or not self.read_back_us or not num_tokens:
+            return None
+        return settled(self._dispatcher.model, num_tokens, self.read_back_us)
+
     def _blind(self, num_tokens: int) -> Candidate:
-        """The choice for a batch size alone: the best single one where a graph was planned for it, else the model's for
-        an even spread, or the static default."""
+        """The choice for a batch size alone: the best single one where a graph was planned for it, or where it is
+        settled, else the model's for an even spread, or the static default."""
         if self.graphs is not None and num_tokens in self.graphs.plans:
             return self.graphs.plans[num_tokens].bodies[0]
         if self._dispatcher is None:
             return self._static(num_tokens)
+        if known := self._settled(num_tokens):
+            return known
         each, rest = divmod(num_tokens * self.shape.top_k, self.shape.num_experts)
         return self._dispatcher.choose(each + (np.arange(self.shape.num_experts) < rest)).candidate
 
@@ -187,6 +195,12 @@ class MoELayer:
         batch = Batch(x, ids.view(num_tokens, shape.top_k), weights)
         self.launch(self._blind(num_tokens), batch, torch.empty_like(x))
         return None
+
+    def ready(self, num_tokens: int, dtype: torch.dtype) -> None:
+        """Run once on the current stream what a capture of `num_tokens` would launch, warmed up or not, so that the
+        capture allocates nothing that must outlive it. Does nothing in a capture."""
+        if self.graphs is not None:
+            self.graphs.ready(num_tokens, dtype, self._blind)
 
     def _static(self, num_tokens: int) -> Candidate:
         kernel, _ = next(iter(self._kernels.values()))

@@ -46,8 +46,7 @@ def moe(hidden_states: Tensor, topk_ids: Tensor, topk_weights: Tensor, layer: in
     found = _layers.get(layer)
     if found is None:
         raise KernelError(f"MoE layer {layer} is gone; keep it for as long as what was compiled with it runs")
-    if found.graphs is not None:
-        found.graphs.ready(len(hidden_states), hidden_states.dtype)
+    found.ready(len(hidden_states), hidden_states.dtype)
     return found.forward(hidden_states, topk_ids, topk_weights, num_valid=num_valid)
 
 
