@@ -6,7 +6,7 @@ Hopper, once its modules are imported, some of which ask those operators what th
 
 from __future__ import annotations
 
-from contextlib import contextmanager
+from contextlib import ExitStack
 from typing import Any
 from unittest import mock
 
@@ -62,13 +62,6 @@ if DEVICE == "cpu":
     torch.accelerator.empty_cache = lambda: None  # torch raises where there is no accelerator
 
 
-@contextmanager
-def configured(**kernel: Any) -> Any:
-    config = VllmConfig(**kernel)
-    with set_current_vllm_config(config):
-        yield config
-
-
 def experts_of(
     full: MoEWeights,
     top_k: int,
@@ -91,8 +84,10 @@ def experts_of(
         setattr(parallel, name, value)
     fp8 = full.gate_up_scale is not None
     activation = {"swiglu": MoEActivation.SILU, "gelu_tanh": MoEActivation.GELU_TANH}[full.activation]
-    size = mock.patch("vllm.distributed.get_tensor_model_parallel_world_size", return_value=tp[0])
-    with configured(), torch.device(DEVICE), size:
+    with set_current_vllm_config(VllmConfig()), torch.device(DEVICE), ExitStack() as ranks:
+        for module in ("vllm.distributed", "vllm.model_executor.layers.quantization.fp8"):
+            name = f"{module}.get_tensor_model_parallel_world_size"
+            ranks.enter_context(mock.patch(name, return_value=tp[0]))
         manager = ExpertMapManager(8192, top_k, experts, 0, None, parallel, "linear", False)
         config = FusedMoEConfig(
             num_experts=experts, experts_per_token=top_k, hidden_dim=hidden, intermediate_size=rows // 2,
