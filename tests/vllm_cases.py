@@ -45,7 +45,7 @@ if not found:
     vllm.platforms._current_platform = Hopper()
 
 import vllm.model_executor.layers.quantization.online.fp8  # noqa: E402
-from vllm.config import VllmConfig, set_current_vllm_config  # noqa: E402
+from vllm.config import LoadConfig, VllmConfig, set_current_vllm_config  # noqa: E402
 from vllm.model_executor.layers.fused_moe import RoutedExperts  # noqa: E402
 from vllm.model_executor.layers.fused_moe.activation import MoEActivation  # noqa: E402
 from vllm.model_executor.layers.fused_moe.config import (  # noqa: E402
@@ -70,6 +70,7 @@ def experts_of(
     dtype: torch.dtype = torch.bfloat16,
     moe_options: dict[str, Any] | None = None,
     parallel_options: dict[str, Any] | None = None,
+    load_format: str = "auto",
     **options: Any,
 ) -> Any:
     """vLLM's routed experts of a rank, (size, rank) of tp or ep, with its part of the weights loaded and processed."""
@@ -84,7 +85,8 @@ def experts_of(
         setattr(parallel, name, value)
     fp8 = full.gate_up_scale is not None
     activation = {"swiglu": MoEActivation.SILU, "gelu_tanh": MoEActivation.GELU_TANH}[full.activation]
-    with set_current_vllm_config(VllmConfig()), torch.device(DEVICE), ExitStack() as ranks:
+    whole = VllmConfig(load_config=LoadConfig(load_format=load_format))
+    with set_current_vllm_config(whole), torch.device(DEVICE), ExitStack() as ranks:
         for module in ("vllm.distributed", "vllm.model_executor.layers.quantization.fp8"):
             name = f"{module}.get_tensor_model_parallel_world_size"
             ranks.enter_context(mock.patch(name, return_value=tp[0]))

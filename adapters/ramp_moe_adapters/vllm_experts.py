@@ -41,6 +41,11 @@ NAME = "RoutedExperts"
 ACTIVATIONS = {MoEActivation.SILU: "swiglu", MoEActivation.GELU_TANH: "gelu_tanh"}
 SCALE = "weight_scale_inv"
 """What vLLM's parameters of block scales are called, after w13_ and w2_."""
+CHECKPOINTS = {
+    *("auto", "hf", "safetensors", "fastsafetensors", "instanttensor"),
+    *("runai_streamer", "mistral", "pt", "npcache", "dummy"),
+}
+"""Formats whose weights are as they were published, not converted for the experts that vLLM would take."""
 
 _logger = init_logger("vllm.ramp_moe")
 _builder = Builder()
@@ -201,8 +206,8 @@ class DispatchedRoutedExperts(RoutedExperts):  # type: ignore[misc]
         config = get_current_vllm_config()
         if config.parallel_config.enable_elastic_ep:
             return "the ranks may change (elastic expert parallelism)"
-        if config.load_config.load_format == "ipc_cache":
-            return "weights come from a cache of weights that vLLM has converted"
+        if config.load_config.load_format not in CHECKPOINTS:
+            return f"weights that are loaded as {config.load_config.load_format} may have been converted already"
         if not isinstance(get_offloader(), NoopOffloader):
             return "weights are offloaded"
         keys = None, None

@@ -198,6 +198,7 @@ MISFITS: dict[str, tuple[str, dict[str, Any]]] = {
     "asked": ("the backend triton was asked for", {"moe_options": {"moe_backend": "triton"}}),
     "limit": ("the activation has a limit", {"moe_options": {"swiglu_limit": 7.0}}),
     "balanced": ("kernel does not support parallel config", {"parallel_options": {"enable_eplb": True}}),
+    "converted": ("weights that are loaded as sharded_state may have been", {"load_format": "sharded_state"}),
     "lora": ("kernel does not support LoRA", {"moe_options": {"is_lora_enabled": True}}),
     "float32": (r"activations are torch.float32, not bf16 or fp16", {"dtype": torch.float32}),
 }
