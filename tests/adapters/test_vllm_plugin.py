@@ -1,0 +1,279 @@
+"""The plugin in the real vLLM 0.33: found by its loader, run by its modular kernel, against the float32 reference."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterator
+from importlib import metadata
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+pytest.importorskip("vllm")
+
+import torch
+import vllm_cases  # noqa: F401  (before anything of vllm's)
+from moe_cases import H200, batch, error, expected, weights
+from ramp_moe import KernelError
+from ramp_moe.device import Batch, MoEWeights
+from ramp_moe.device.build import Builder, Plan
+from ramp_moe_adapters import vllm as plugin
+from ramp_moe_kernels.triton.kernel import TritonMoE
+from vllm import logger as vllm_logger
+from vllm import plugins
+from vllm.model_executor.custom_op import op_registry_oot
+from vllm.model_executor.layers.fused_moe import RoutedExperts
+from vllm.model_executor.layers.fused_moe.experts.triton_moe import TritonExperts
+from vllm_cases import DEVICE, experts_of, run
+
+EXPERTS, TOP_K, HIDDEN, INTER = 8, 2, 128, 128
+ROUTINGS = ("skewed", "few-experts", "one-expert", "padded", "duplicates")
+HALF = torch.bfloat16 if DEVICE == "cuda" else torch.float16
+"""Triton's interpreter truncates where a GPU rounds to bf16."""
+TOLERANCE = 2e-2
+
+
+@pytest.fixture(scope="module", autouse=True)
+def loaded() -> Iterator[None]:
+    """By vLLM's own loader where ramp-moe is installed, twice, as in a process that loads plugins more than once."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv(plugin.SWITCH, "1")
+        if any(e.name == "ramp_moe" for e in metadata.entry_points(group=plugins.DEFAULT_PLUGINS_GROUP)):
+            patch.setattr(plugins, "plugins_loaded", False)
+            plugins.load_general_plugins()
+        else:
+            plugin.register()
+        plugin.register()
+        yield
+    op_registry_oot.pop("RoutedExperts")
+
+
+@pytest.fixture(autouse=True)
+def builder(monkeypatch: pytest.MonkeyPatch) -> Builder:
+    from ramp_moe_adapters import vllm_experts
+
+    found = Builder("auto" if DEVICE == "cuda" else "h200")
+    monkeypatch.setattr(vllm_experts, "_builder", found)
+    return found
+
+
+@pytest.fixture
+def said() -> Iterator[list[str]]:
+    """Our warnings, through vLLM's logger."""
+    found: list[str] = []
+    handler = logging.Handler(logging.WARNING)
+    handler.emit = lambda record: found.append(record.getMessage())  # type: ignore[method-assign]
+    logger = logging.getLogger("vllm.ramp_moe")
+    vllm_logger._print_warning_once.cache_clear()
+    logger.addHandler(handler)
+    yield found
+    logger.removeHandler(handler)
+
+
+def layer(dtype: str = "half", inter: int = INTER, **options: Any) -> MoEWeights:
+    dtype = {"half": "bf16" if torch.bfloat16 == HALF else "fp16"}.get(dtype, dtype)
+    return weights(EXPERTS, HIDDEN, inter, dtype, DEVICE, **options)
+
+
+def given(tokens: int, routing: str, top_k: int = TOP_K, dtype: torch.dtype = HALF) -> Batch:
+    """With ids of -1 alone among those to skip: all that vLLM has."""
+    found = batch(tokens, top_k, EXPERTS, HIDDEN, routing, DEVICE, dtype)
+    return Batch(found.hidden_states, found.topk_ids.masked_fill(found.topk_ids == EXPERTS, -1), found.topk_weights)
+
+
+def wanted(of: MoEWeights, b: Batch) -> torch.Tensor:
+    return expected(of, b, quantise=of.gate_up_scale is not None)
+
+
+def experts(routed: Any) -> Any:
+    return routed.quant_method.moe_kernel.fused_experts
+
+
+def test_vllm_makes_ours() -> None:
+    from ramp_moe_adapters.vllm_experts import DispatchedRoutedExperts, RampExperts
+
+    assert op_registry_oot == {"RoutedExperts": DispatchedRoutedExperts}
+    routed = experts_of(layer(), TOP_K, dtype=HALF)
+    assert isinstance(routed, RoutedExperts)
+    assert type(routed) is DispatchedRoutedExperts
+    assert type(experts(routed)) is RampExperts
+    assert experts(routed).layer.shape == layer().shape(TOP_K)
+
+
+@pytest.mark.parametrize("routing", ROUTINGS)
+@pytest.mark.parametrize("dtype", ["half", "fp8"])
+def test_computed(dtype: str, routing: str) -> None:
+    of = layer(dtype)
+    routed = experts_of(of, TOP_K, dtype=HALF)
+    for tokens in (1, 17):
+        b = given(tokens, routing)
+        before = b.hidden_states.clone()
+        out = run(routed, b)
+        assert out.dtype == HALF
+        assert error(out, wanted(of, b)) < TOLERANCE
+        assert torch.equal(b.hidden_states, before)
+
+
+def test_bf16() -> None:
+    of, b = layer("bf16"), given(9, "skewed", dtype=torch.bfloat16)
+    assert error(run(experts_of(of, TOP_K), b), wanted(of, b)) < TOLERANCE
+
+
+def test_ids_of_64_bits() -> None:
+    of, b = layer(), given(9, "padded")
+    wide = SimpleNamespace(**{**vars(b), "topk_ids": b.topk_ids.long()})
+    assert error(run(experts_of(of, TOP_K, dtype=HALF), wide), wanted(of, b)) < TOLERANCE
+
+
+@pytest.mark.parametrize("how", ["tp", "ep"])
+@pytest.mark.parametrize("dtype", ["half", "fp8"])
+def test_ranks_add_up(dtype: str, how: str) -> None:
+    """Each with its part of the weights, by vLLM's loader; with expert parallelism ids of the other are skipped."""
+    inter = 2 * INTER if how == "tp" else INTER
+    of, b, parts = layer(dtype, inter), given(17, "padded"), []
+    for rank in range(2):
+        routed = experts_of(of, TOP_K, dtype=HALF, **{how: (2, rank)})
+        shape = experts(routed).layer.shape
+        assert (shape.num_experts, shape.intermediate_size) == (4 if how == "ep" else EXPERTS, INTER)
+        parts.append(run(routed, b).float())
+    assert all(part.any() for part in parts)
+    assert error(sum(parts), wanted(of, b)) < TOLERANCE
+
+
+def test_expert_parallelism_with_nothing_here() -> None:
+    of, b = layer(), given(5, "one-expert")
+    mine = Batch(b.hidden_states, torch.full_like(b.topk_ids, 1), b.topk_weights)
+    assert not run(experts_of(of, TOP_K, ep=(2, 1), dtype=HALF), mine).any()
+
+
+def test_biases_and_gelu() -> None:
+    of, b = layer(activation="gelu_tanh", bias=True), given(17, "skewed")
+    assert error(run(experts_of(of, TOP_K, dtype=HALF), b), wanted(of, b)) < TOLERANCE
+
+
+def test_router_weights_on_the_input() -> None:
+    of, b = layer(), given(17, "skewed", top_k=1)
+    routed = experts_of(of, 1, dtype=HALF, apply_router_weight_on_input=True)
+    b = Batch(b.hidden_states, b.topk_ids, torch.rand_like(b.topk_weights))
+    weighted = (b.hidden_states * b.topk_weights.to(HALF)).contiguous()
+    ones = Batch(weighted, b.topk_ids, torch.ones_like(b.topk_weights))
+    assert error(run(routed, b), wanted(of, ones)) < TOLERANCE
+
+
+class Interleaved(TritonMoE):
+    def readable_layouts(self, shape: Any) -> tuple[str, ...]:
+        return ("gate-up-interleaved-8",)
+
+
+@pytest.mark.parametrize("dtype", ["half", "fp8"])
+def test_weights_in_another_order_take_the_place_of_vllms(
+    dtype: str, builder: Builder, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(builder, "_plan", lambda shape, hardware: Plan(hardware, [Interleaved()], None))
+    of, b = layer(dtype, bias=dtype == "half"), given(17, "skewed")
+    routed = experts_of(of, TOP_K, dtype=HALF)
+    (held,) = experts(routed).layer.held
+    assert held.layout == "gate-up-interleaved-8"
+    assert routed.w13_weight.data_ptr() == held.gate_up.data_ptr()
+    assert routed.w2_weight.data_ptr() == held.down.data_ptr()
+    assert routed.w13_weight.weight_loader
+    if dtype == "fp8":
+        assert routed.w13_weight_scale_inv.data_ptr() == held.gate_up_scale.data_ptr()
+        assert experts(routed).w1_scale.data_ptr() == held.gate_up_scale.data_ptr()
+    else:
+        assert routed.w13_bias.data_ptr() == held.gate_up_bias.data_ptr()
+    assert error(run(routed, b), wanted(of, b)) < TOLERANCE
+
+
+def test_weights_in_vllms_order_stay_where_they_are() -> None:
+    routed = experts_of(layer(), TOP_K, dtype=HALF)
+    (held,) = experts(routed).layer.held
+    if held.layout == "gate-first":
+        assert routed.w13_weight.data_ptr() == held.gate_up.data_ptr()
+    assert routed.w2_weight.data_ptr() == held.down.data_ptr()
+
+
+MISFITS: dict[str, tuple[str, dict[str, Any]]] = {
+    "asked": ("the backend triton was asked for", {"moe_options": {"moe_backend": "triton"}}),
+    "limit": ("the activation has a limit", {"moe_options": {"swiglu_limit": 7.0}}),
+    "balanced": ("kernel does not support parallel config", {"parallel_options": {"enable_eplb": True}}),
+    "converted": ("weights that are loaded as sharded_state may have been", {"load_format": "sharded_state"}),
+    "lora": ("kernel does not support LoRA", {"moe_options": {"is_lora_enabled": True}}),
+    "float32": (r"activations are torch.float32, not bf16 or fp16", {"dtype": torch.float32}),
+}
+
+
+@pytest.mark.parametrize("case", MISFITS)
+def test_what_does_not_fit_is_vllms(case: str, said: list[str]) -> None:
+    reason, options = MISFITS[case]
+    for _ in range(2):
+        routed = experts_of(layer(), TOP_K, **{"dtype": HALF, **options})
+        assert isinstance(experts(routed), TritonExperts)
+    (line,) = said
+    assert line.startswith(f"ramp_moe leaves experts to vLLM: {reason}")
+
+
+@pytest.mark.parametrize("dtype", ["half", "fp8"])
+def test_without_a_layer_vllms_path_is_whole(
+    dtype: str, builder: Builder, monkeypatch: pytest.MonkeyPatch, said: list[str]
+) -> None:
+    def refuse(*_: Any) -> None:
+        raise KernelError("no kernel can compute it")
+
+    monkeypatch.setattr(builder, "layer", refuse)
+    of = layer(dtype)
+    for _ in range(2):
+        routed = experts_of(of, TOP_K, dtype=HALF)
+        assert isinstance(experts(routed), TritonExperts)
+        assert torch.equal(routed.w13_weight.float(), of.gate_up.float())
+        assert routed.quant_method.experts_cls is TritonExperts
+    assert said == ["ramp_moe leaves experts to vLLM: no kernel can compute it"]
+
+
+def test_fewer_experts_here_than_a_token_visits(said: list[str]) -> None:
+    routed = experts_of(layer(), TOP_K, ep=(8, 3), dtype=HALF)
+    assert isinstance(experts(routed), TritonExperts)
+    assert said == ["ramp_moe leaves experts to vLLM: top_k 2 exceeds num_experts 1"]
+
+
+def test_fp8_of_other_blocks(said: list[str]) -> None:
+    """vLLM refines the blocks of a part that is no multiple of them."""
+    routed = experts_of(layer("fp8"), TOP_K, tp=(2, 0), dtype=HALF)
+    assert isinstance(experts(routed), TritonExperts)
+    assert said[0].startswith("ramp_moe leaves experts to vLLM: kernel does not support quantization scheme")
+
+
+def test_another_plugin_is_left_alone(said: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(op_registry_oot, "RoutedExperts", Interleaved)
+    plugin.register()
+    assert op_registry_oot["RoutedExperts"] is Interleaved
+    (line,) = said
+    assert "another plugin has replaced RoutedExperts by test_vllm_plugin.Interleaved" in line
+
+
+def test_weights_cannot_be_loaded_anew() -> None:
+    routed = experts_of(layer(), TOP_K, dtype=HALF)
+    with pytest.raises(KernelError, match="ramp_moe cannot load weights anew; unset RAMP_MOE_VLLM"):
+        routed.quant_method.process_weights_after_loading(routed)
+    assert not routed.quant_method.supports_pre_processed_weights
+
+
+@pytest.mark.skipif(DEVICE == "cuda", reason="of what is there")
+def test_batches_that_will_be_captured_are_warmed_up(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Until vLLM has captured its graphs, and locks its workspaces."""
+    from vllm.v1.worker.workspace import current_workspace_manager
+
+    routed, warm = experts_of(layer(), TOP_K, dtype=HALF), []
+    graphs = SimpleNamespace(prepare=lambda *a: warm.append(a), ready=lambda *a: warm.append(a))
+    monkeypatch.setattr(experts(routed).layer, "graphs", graphs)
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
+    for tokens in (8, 513):
+        run(routed, given(tokens, "skewed"))
+    monkeypatch.setattr(current_workspace_manager(), "_locked", True)
+    run(routed, given(4, "skewed"))
+    assert warm == [(8, HALF)] * 2
+
+
+def test_the_hardware_is_that_of_the_profiles() -> None:
+    assert experts(experts_of(layer(), TOP_K, dtype=HALF)).layer.hardware == H200
