@@ -140,7 +140,7 @@ class RampExperts(FusedMoEExpertsModular):  # type: ignore[misc]
         started = is_workspace_manager_initialized() and current_workspace_manager().is_locked()
         if not started and not torch.cuda.is_current_stream_capturing():
             graphs.prepare(num_tokens, dtype)
-            graphs.ready(num_tokens, dtype)
+            self.layer.ready(num_tokens, dtype)
 
 
 class _Dispatched:
