@@ -24,7 +24,7 @@ from ramp_moe.device.build import Builder
 from ramp_moe_adapters import sglang as plugin
 from sglang.srt.layers.moe.moe_runner.base import FusedOpPool
 from sglang.srt.layers.moe.moe_runner.triton import TritonRunnerCore
-from sglang.srt.layers.moe.token_dispatcher.standard import StandardCombineInput, _map_topk_ids_to_local_experts
+from sglang.srt.layers.moe.token_dispatcher import standard
 from sglang.srt.layers.moe.utils import MoeRunnerBackend, get_moe_runner_backend
 from sglang_cases import Experts, selected
 
@@ -51,9 +51,9 @@ def stock(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
     """What SGLang's Triton runner is called with; it computes zeros."""
     calls: list[Any] = []
 
-    def fused(dispatched: Any, info: Any, config: Any) -> StandardCombineInput:
+    def fused(dispatched: Any, info: Any, config: Any) -> standard.StandardCombineInput:
         calls.append(info)
-        return StandardCombineInput(torch.zeros_like(dispatched.hidden_states))
+        return standard.StandardCombineInput(torch.zeros_like(dispatched.hidden_states))
 
     monkeypatch.setitem(FusedOpPool._fused_funcs, ("none", "triton"), fused)
     return calls
@@ -98,7 +98,7 @@ print(chosen.moe_runner_backend, MOE_RUNNER_BACKEND_CHOICES.count("ramp_moe"))
 @pytest.mark.parametrize("backend", ["triton", "auto"])
 def test_nothing_happens_where_it_is_not_selected(dtype: str, backend: str) -> None:
     with selected(backend):
-        runner = Experts(drawn(dtype), K).method.runner
+        runner = Experts(drawn(dtype), K).runner
     assert runner.runner_backend is MoeRunnerBackend.TRITON
     assert isinstance(runner.runner_core, TritonRunnerCore)
 
@@ -107,9 +107,9 @@ def test_nothing_happens_where_it_is_not_selected(dtype: str, backend: str) -> N
 def test_sglang_makes_the_core(builder: Builder, dtype: str) -> None:
     assert get_moe_runner_backend() is plugin.BACKEND
     experts = Experts(drawn(dtype), K)
-    assert isinstance(experts.method.runner.runner_core, plugin.RampRunnerCore)
-    assert experts.method.runner.fused_func is None
-    assert experts.method.get_moe_runner_backend(experts).is_triton()
+    assert isinstance(experts.runner.runner_core, plugin.RampRunnerCore)
+    assert experts.runner.fused_func is None
+    assert experts.layer.runner_backend.is_triton()
 
 
 @pytest.mark.parametrize("routing", ROUTINGS)
@@ -133,17 +133,21 @@ def test_one_token_and_none(builder: Builder, dtype: str) -> None:
 
 
 @pytest.mark.parametrize("rank", [0, 1])
-def test_one_of_two_ranks_of_expert_parallelism(builder: Builder, rank: int) -> None:
-    given, x = drawn("bf16"), batch(9, K, 2 * E, H, "uniform", DEVICE, torch.bfloat16)
-    mapping = torch.full((2 * E,), -1, dtype=torch.int32, device=DEVICE)
-    mapping[rank * E : (rank + 1) * E] = torch.arange(E, dtype=torch.int32)
-    ids = _map_topk_ids_to_local_experts(x.topk_ids, mapping)
-    assert (ids == -1).any()
-    local = Batch(x.hidden_states, ids.int(), x.topk_weights)
-    experts = Experts(given, K, num_experts=2 * E, num_local_experts=E)
-    assert 0 < error(experts(local), expected(given, local, False)) < TOLERANCE["bf16"]
-    elsewhere = Batch(x.hidden_states, torch.full_like(local.topk_ids, -1), x.topk_weights)
-    assert not experts(elsewhere).any()
+@pytest.mark.parametrize("dtype", ["bf16", "fp8"])
+def test_one_of_two_ranks_of_expert_parallelism(
+    builder: Builder, monkeypatch: pytest.MonkeyPatch, dtype: str, rank: int
+) -> None:
+    monkeypatch.setattr(standard, "get_device", lambda: DEVICE)
+    given, x = drawn(dtype), batch(9, K, 2 * E, H, "uniform", DEVICE, HALF[dtype])
+    elsewhere = replace(x, topk_ids=(x.topk_ids % E + (1 - rank) * E).int())
+    mine = x.topk_ids - rank * E
+    local = replace(x, topk_ids=mine.masked_fill((mine < 0) | (mine >= E), -1).int())
+    assert (local.topk_ids == -1).any()
+    with selected(ranks=2, rank=rank):
+        experts = Experts(given, K)
+        assert experts.layer.num_local_experts == E
+        assert 0 < error(experts(x), expected(given, local, dtype == "fp8")) < TOLERANCE[dtype]
+        assert not experts(elsewhere).any()
 
 
 def test_the_routed_scaling_factor(builder: Builder) -> None:
@@ -163,9 +167,9 @@ def test_layers_share_a_workspace_and_notes_are_said_once(builder: Builder, capl
     first, second = Experts(drawn("bf16"), K), Experts(drawn("bf16"), K)
     first(routed(3, "bf16"))
     second(routed(3, "bf16"))
-    assert first.core._layer is not None
-    assert second.core._layer is not None
-    assert first.core._layer.workspace is second.core._layer.workspace
+    assert first.runner.runner_core._layer is not None
+    assert second.runner.runner_core._layer is not None
+    assert first.runner.runner_core._layer.workspace is second.runner.runner_core._layer.workspace
     said = [record.message for record in caplog.records if record.name == "ramp_moe"]
     assert len(said) == len(set(said)) >= 1
 
@@ -175,16 +179,16 @@ def test_layers_share_a_workspace_and_notes_are_said_once(builder: Builder, capl
 
 def test_weights_are_sglangs_where_their_order_will_do(builder: Builder, stock: list[Any]) -> None:
     given, x = drawn("bf16"), routed(5, "bf16")
-    experts: Any = Experts(given, K)
+    experts = Experts(given, K)
     experts(x)
-    (held,) = experts.core._layer.held
-    assert held.gate_up.data_ptr() == experts.w13_weight.data_ptr()
-    experts.w2_weight.data.mul_(2)  # loaded anew, in place
+    (held,) = experts.runner.runner_core._layer.held
+    assert held.gate_up.data_ptr() == experts.layer.w13_weight.data_ptr()
+    experts.layer.w2_weight.data.mul_(2)  # loaded anew, in place
     assert error(experts(x), 2 * expected(given, x, False)) < TOLERANCE["bf16"]
-    before = experts.core._layer
-    experts.w2_weight = torch.nn.Parameter(given.down * 4, requires_grad=False)
+    before = experts.runner.runner_core._layer
+    experts.layer.w2_weight = torch.nn.Parameter(given.down * 4, requires_grad=False)
     assert error(experts(x), 4 * expected(given, x, False)) < TOLERANCE["bf16"]
-    assert experts.core._layer is not before
+    assert experts.runner.runner_core._layer is not before
     assert not stock
 
 
@@ -201,14 +205,14 @@ def test_what_is_moved_is_held_once(
 ) -> None:
     monkeypatch.setattr(plugin, "_builder", UpFirst(builder.device))
     given, x = drawn(dtype), routed(5, dtype)
-    experts: Any = Experts(given, K)
+    experts = Experts(given, K)
     for _ in range(2):
         assert 0 < error(experts(x), expected(given, x, dtype == "fp8")) < TOLERANCE[dtype]
-    assert experts.w13_weight.numel() == 0
-    assert experts.w2_weight.data_ptr() == experts.core._layer.held[0].down.data_ptr()
+    assert experts.layer.w13_weight.numel() == 0
+    assert experts.layer.w2_weight.data_ptr() == experts.runner.runner_core._layer.held[0].down.data_ptr()
     with pytest.raises(IndexError):
-        experts.w13_weight.data[0].copy_(given.gate_up[0])
-    experts.w2_weight = torch.nn.Parameter(given.down.clone(), requires_grad=False)
+        experts.layer.w13_weight.data[0].copy_(given.gate_up[0])
+    experts.layer.w2_weight = torch.nn.Parameter(given.down.clone(), requires_grad=False)
     with pytest.raises(ShapeError):
         experts(x)
     assert not stock, "it has no weights"
@@ -221,7 +225,6 @@ def test_what_is_moved_is_held_once(
     ("options", "message"),
     [
         ({"activation": "gelu"}, "the activation is gelu"),
-        ({"is_gated": False}, "gated False"),
         ({"gemm1_alpha": 1.702, "gemm1_clamp_limit": 7.0}, r"limits \(1.702, 7.0, None\)"),
         ({"swiglu_limit": 10.0}, "limits"),
         ({"no_combine": True, "inplace": False}, "router weights"),
@@ -232,10 +235,10 @@ def test_layers_that_ramp_moe_does_not_compute(
     builder: Builder, stock: list[Any], caplog: pytest.LogCaptureFixture, options: dict[str, Any], message: str
 ) -> None:
     for _ in range(2):
-        experts: Any = Experts(drawn("bf16"), K, **options)
+        experts = Experts(drawn("bf16"), K, **options)
         experts(routed(3, "bf16"))
         experts(routed(4, "bf16"))
-        assert experts.w13_weight.numel()
+        assert experts.layer.w13_weight.numel()
     assert len(stock) == 4
     (said,) = [record.message for record in caplog.records if record.name == "ramp_moe"]
     assert said.endswith("left to SGLang's Triton runner")
@@ -255,11 +258,17 @@ def test_layers_that_ramp_moe_does_not_compute(
     ],
 )
 def test_weights_that_ramp_moe_does_not_read(
-    builder: Builder, stock: list[Any], caplog: pytest.LogCaptureFixture, change: dict[str, Any], message: str
+    builder: Builder,
+    stock: list[Any],
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+    change: dict[str, Any],
+    message: str,
 ) -> None:
-    experts: Any = Experts(drawn("bf16"), K)
-    info = replace(experts.method.get_triton_quant_info(experts), **change)
-    experts.method.get_triton_quant_info = lambda _: info
+    experts = Experts(drawn("bf16"), K)
+    method = experts.layer.quant_method
+    info = replace(method.get_triton_quant_info(experts.layer), **change)
+    monkeypatch.setattr(method, "get_triton_quant_info", lambda _: info)
     experts(routed(3, "bf16"))
     assert stock == [info]
     (said,) = [record.message for record in caplog.records if record.name == "ramp_moe"]
@@ -269,7 +278,7 @@ def test_weights_that_ramp_moe_does_not_read(
 def test_an_error_of_a_layer_that_ran_leaves_it_to_sglang(
     builder: Builder, stock: list[Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    experts: Any = Experts(drawn("bf16"), K)
+    experts = Experts(drawn("bf16"), K)
     experts(routed(3, "bf16"))
     assert not stock
     experts(batch(3, K, E, H, "uniform", DEVICE, torch.float16))
