@@ -30,7 +30,7 @@ class RoutedExperts:
         self._before = adapter.install(module)
         module.__dict__[KEY] = self
         names = (adapter.gate_up, adapter.down)
-        self._released = [name for name in names if not _is_held(getattr(module, name), layer)]
+        self._released = [name for name in names if not is_held(getattr(module, name), layer)]
         for name in self._released:
             _replace(module, name, getattr(module, name).to("meta"))
         self._parameters = [getattr(module, name) for name in names]
@@ -77,7 +77,7 @@ def experts_of(module: Module) -> RoutedExperts | None:
     return found if isinstance(found, RoutedExperts) else None
 
 
-def _is_held(parameter: Tensor, layer: MoELayer) -> bool:
+def is_held(parameter: Tensor, layer: MoELayer) -> bool:
     """Whether the layer reads this memory."""
     place = parameter.untyped_storage().data_ptr()
     return any(place == t.untyped_storage().data_ptr() for held in layer.held for t in (held.gate_up, held.down))
