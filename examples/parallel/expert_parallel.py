@@ -6,8 +6,9 @@ ep: a rank owns E / ranks experts and has tokens of its own. A token travels onc
     experts, with -1 in the place of the others, and one partial sum comes back.
 tp: a rank owns I / ranks of every expert; every rank has all tokens, and the partial sums are added up.
 
-Outputs are held against one GPU's, rank 0's, and the float32 reference; one that is too far off ends the run. README.md
-says what is timed on GPUs. Without any (gloo) the layer is tiny, and Triton's interpreter runs the kernels.
+Outputs are held against the float32 reference, as that of one GPU is, rank 0's; one that is too far off ends the run.
+Printed is how far apart the two are. README.md says what is timed on GPUs. Without any (gloo) the layer is tiny, and
+Triton's interpreter runs the kernels.
 """
 
 from __future__ import annotations
@@ -173,11 +174,14 @@ def timed(*parts: Callable[[Any], Any]) -> list[float]:
     return [statistics.median(column) for column in zip(*times[WARM:], strict=True)]
 
 
-def near(found: Tensor, expected: Tensor, dtype: str) -> float:
-    """The relative distance of two outputs. Raises RuntimeError where it is more than the library allows a kernel."""
-    if wrong := misfit(found, expected.float(), dtype):
+def check(found: Tensor, exact: Tensor, dtype: str) -> None:
+    """Raises RuntimeError for an output that is further from the float32 reference than the library allows a kernel."""
+    if wrong := misfit(found, exact, dtype):
         raise RuntimeError(wrong)
-    return float((found.float() - expected.float()).norm() / expected.float().norm())
+
+
+def apart(found: Tensor, other: Tensor) -> float:
+    return float((found.float() - other.float()).norm() / other.float().norm())
 
 
 def compare(shape: MoEShape, n: int) -> Iterator[dict[str, Any]]:
@@ -193,7 +197,7 @@ def compare(shape: MoEShape, n: int) -> Iterator[dict[str, Any]]:
         if one is not None:
             alone, scales = one(*given), {"gate_up_scale": whole.gate_up_scale, "down_scale": whole.down_scale}
             exact = reference.experts(given[0], whole.gate_up, whole.down, *given[1:], **scales)
-            near(alone, exact, shape.dtype)
+            check(alone, exact, shape.dtype)
         for way, layer in layers.items():
             mine = Batch(*(t.split(tokens)[rank] for t in given)) if way == "ep" else batch
             found: list[Any] = [None] * dist.get_world_size()
@@ -202,10 +206,10 @@ def compare(shape: MoEShape, n: int) -> Iterator[dict[str, Any]]:
             if one is not None:
                 outs, dids = zip(*found, strict=True)
                 out = torch.cat(outs).to(DEVICE) if way == "ep" else out
-                near(out, exact, shape.dtype)
+                check(out, exact, shape.dtype)
                 cell = {"way": way, "dtype": shape.dtype, "batch": name, "tokens": tokens, "ranks": dids}
                 us = {"one_gpu_us": timed(lambda _, given=given: one(*given))[0]} if GPU else {}
-                yield cell | {"apart": near(out, alone, shape.dtype)} | us
+                yield cell | {"apart": apart(out, alone)} | us
 
 
 def show(cell: dict[str, Any]) -> None:

@@ -16,7 +16,7 @@ import torch
 SCRIPT = Path(__file__).parents[2] / "examples" / "parallel" / "expert_parallel.py"
 GPUS = torch.cuda.device_count()
 BATCHES = {"uniform", "skewed", "uneven tokens", "one rank's experts", "one token"}
-CLOSE = {"fp16": 2e-3, "bf16": 1e-2, "fp8": 3e-2}
+CLOSE = {"fp16": 2e-3, "bf16": 1.5e-2, "fp8": 3e-2}
 """How far the outputs of two may be from those of one: partial sums are rounded, another kernel rounds otherwise."""
 
 
