@@ -119,7 +119,7 @@ def test_gpu_the_benchmark_stops_in_time(tmp_path: Path) -> None:
     assert done.returncode == 0, done.stderr
     found = json.loads((tmp_path / "h200.json").read_text())
     assert found["finished"] is False
-    assert 0 < found["logits_apart"]["ramp_moe"] < 2 * found["logits_apart"]["batched_mm"] + 1e-2
+    assert 0 < found["logits_apart"]["ramp_moe"] < 2e-2
     assert found["memory"]["wrapped_bytes"] < 0.02 * found["memory"]["weights_bytes"]
     assert found["memory"]["wrap_seconds"] < 10
     load("tables").filled((FOLDER / "README.md").read_text(), tmp_path)
