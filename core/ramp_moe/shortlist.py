@@ -33,6 +33,9 @@ VALID = (1.0, 0.875, 0.75, 0.625)
 """Shares of a graph's tokens that are there, the rest being padding. A batch runs in the smallest graph that holds it,
 and engines at most double the size from one graph to the next: half of the tokens or fewer go to a smaller graph."""
 
+DRAWN = 1024
+"""Tokens of which `settled` draws batches: larger ones it takes for so many times the experts' tokens in these."""
+
 SEEDS = 8
 CELLS = 2**20
 """Of draws: at most SEEDS a kind, and one, or as many as make so many tokens x experts over all kinds, which takes a
@@ -117,7 +120,10 @@ def settled(model: CostModel, num_tokens: int, read_back_us: float) -> Candidate
     size = -(-num_tokens // step) * step
     known = _settled.setdefault(model, {})
     if (size, read_back_us) not in known:
-        short = shortlist(model, size, {1: 0.0, 2: read_back_us, MOST: read_back_us})
+        doublings = max(0, (size - 1).bit_length() - DRAWN.bit_length() + 1)
+        of_fewer = representative(size >> doublings, model.shape.num_experts, model.shape.top_k)
+        prices = {1: 0.0, 2: read_back_us, MOST: read_back_us}
+        short = shortlist(model, size, prices, histograms=of_fewer << doublings)
         known[size, read_back_us] = None if short.pays else model.candidates[short.columns[0]]
     return known[size, read_back_us]
 

@@ -9,10 +9,11 @@ from collections.abc import Mapping
 import numpy as np
 import pytest
 from ramp_moe import CostModel, KernelError, RampMoEError, RoutingError, expert_histogram, generate
+from ramp_moe import shortlist as module
 from ramp_moe.profiler.plan import TUNE_KINDS
 from ramp_moe.replay import Replay
 from ramp_moe.routing import IntArray
-from ramp_moe.shortlist import VALID, Shortlist, _drawn, representative, settled, shortlist
+from ramp_moe.shortlist import DRAWN, VALID, Shortlist, _drawn, representative, settled, shortlist
 
 FREE = {1: 0.0, 512: 0.0}
 TOKENS = 64
@@ -194,3 +195,17 @@ def test_one_candidate_where_reading_back_takes_longer_than_it_gains(model: Cost
     for tokens in range(57, 65):
         settled(model, tokens, 1e6)
     assert time.perf_counter() - began < 0.01
+
+
+def test_large_sizes_are_settled_by_batches_of_fewer_tokens(model: CostModel, monkeypatch: pytest.MonkeyPatch) -> None:
+    forget()
+    drawn = []
+    monkeypatch.setattr(module, "generate", lambda kind, n, *of: drawn.append(n) or generate(kind, n, *of))
+    for tokens in (1000, 1024, 1025, 30_000):
+        assert settled(model, tokens, 1e6) is not None
+    assert max(drawn) == DRAWN
+    forget()
+    for tokens in (1024, 2048, 8192):  # as by batches of so many
+        us = model.cost(representative(tokens, 64, 8)).mean(0)
+        found = next(i for i, c in enumerate(model.candidates) if c == settled(model, tokens, 1e6))
+        assert us[found] < 1.01 * us.min()
