@@ -41,8 +41,8 @@ CELLS = 2**20
 """Of draws: at most SEEDS a kind, and one, or as many as make so many tokens x experts over all kinds, which takes a
 twentieth of a second. Large batches need no more, theirs are alike."""
 
-_settled: WeakKeyDictionary[CostModel, dict[tuple[int, float], Candidate | None]] = WeakKeyDictionary()
-"""By model, size and microseconds: the layers of a network share theirs."""
+_settled: WeakKeyDictionary[CostModel, dict[tuple[int, float, int], Candidate | None]] = WeakKeyDictionary()
+"""By model, size, microseconds and ranks: the layers of a network share theirs."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -112,31 +112,35 @@ def shortlist(
     return found[min(found)]
 
 
-def settled(model: CostModel, num_tokens: int, read_back_us: float) -> Candidate | None:
+def settled(model: CostModel, num_tokens: int, read_back_us: float, ranks: int = 1) -> Candidate | None:
     """The best single candidate for about `num_tokens`, where knowing how they spread is predicted to gain less than
-    `read_back_us`, in which the host would learn it; None where it gains more. Sizes are rounded up by less than a
-    quarter: it takes a few hundredths of a second for each size, once for a model."""
+    `read_back_us`, in which the host would learn it, and MARGIN; None where it gains more. ranks: as in
+    `representative`. Sizes are rounded up by less than a quarter: it takes a few hundredths of a second for each size,
+    once for a model."""
     step = 1 << max(0, num_tokens.bit_length() - 3)
     size = -(-num_tokens // step) * step
     known = _settled.setdefault(model, {})
-    if (size, read_back_us) not in known:
+    key = size, read_back_us, ranks
+    if key not in known:
         doublings = max(0, (size - 1).bit_length() - DRAWN.bit_length() + 1)
-        of_fewer = representative(size >> doublings, model.shape.num_experts, model.shape.top_k)
+        of_fewer = representative(size >> doublings, model.shape.num_experts, model.shape.top_k, ranks)
         prices = {1: 0.0, 2: read_back_us, MOST: read_back_us}
         short = shortlist(model, size, prices, histograms=of_fewer << doublings)
-        known[size, read_back_us] = None if short.pays else model.candidates[short.columns[0]]
-    return known[size, read_back_us]
+        known[key] = None if short.pays else model.candidates[short.columns[0]]
+    return known[key]
 
 
 @lru_cache(maxsize=128)
-def representative(num_tokens: int, num_experts: int, top_k: int) -> IntArray:
+def representative(num_tokens: int, num_experts: int, top_k: int, ranks: int = 1) -> IntArray:
     """Histograms int64 `[batches, num_experts]`, read-only, that a graph of so many tokens may meet, always the same:
-    of every kind of routing that profiles are fitted to, full and padded."""
+    of every kind of routing that profiles are fitted to, full and padded. ranks: over how many the experts are spread,
+    these being one rank's: each token's top_k are of all of them."""
     # Tokens are drawn one after the other, so that the first rows of a draw are a draw of fewer: all the sizes between
     # two powers of two share theirs.
-    drawn = _drawn(1 << (num_tokens - 1).bit_length(), num_experts, top_k)
+    drawn = _drawn(1 << (num_tokens - 1).bit_length(), num_experts * ranks, top_k)
     valid = [math.ceil(share * num_tokens) for share in VALID]
-    histograms = np.stack([expert_histogram(ids[:n], num_experts) for ids in drawn for n in valid])
+    of_all = (expert_histogram(ids[:n], num_experts * ranks) for ids in drawn for n in valid)
+    histograms = np.stack([histogram[:num_experts] for histogram in of_all])
     histograms.flags.writeable = False
     return histograms
 

@@ -209,3 +209,11 @@ def test_large_sizes_are_settled_by_batches_of_fewer_tokens(model: CostModel, mo
         us = model.cost(representative(tokens, 64, 8)).mean(0)
         found = next(i for i, c in enumerate(model.candidates) if c == settled(model, tokens, 1e6))
         assert us[found] < 1.01 * us.min()
+
+
+def test_a_rank_gets_its_part_of_what_is_routed(model: CostModel) -> None:
+    """64 experts of 256: a quarter of the ids on average, and what is settled is so for them."""
+    whole, part = (representative(TOKENS, 64, 8, ranks) for ranks in (1, 4))
+    assert whole.shape == part.shape
+    assert part.sum() == pytest.approx(whole.sum() / 4, rel=0.1)
+    assert settled(model, 256, 1e6, 4) != settled(model, 256, 1e6)

@@ -102,6 +102,30 @@ def test_ids_out_of_range_do_not_sway_the_choice(h200: Hardware) -> None:
         assert kernel.launched[-1] == ("bm128", 64)
 
 
+def test_a_capture_takes_what_ran_before_it(h200: Hardware, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Without a warm-up: a capture must not be the first to need a buffer."""
+    kernel = FakeKernel()
+    moe = layer(h200, kernel, model=model_of(h200, kernel, PRICES))
+    moe(*inputs(64, "one-hot"))
+    ran = kernel.launched[-1]
+    monkeypatch.setattr("ramp_moe.device.layer._capturing", lambda topk_ids: True)
+    even = torch.arange(64 * K).view(64, K).int() % E
+    x, _, scores = inputs(64)
+    moe(x, even, scores)
+    assert kernel.launched[-1] == ran == ("bm128", 64)
+
+
+def test_a_rank_of_several_is_even_over_all(h200: Hardware, monkeypatch: pytest.MonkeyPatch) -> None:
+    kernel = FakeKernel()
+    moe = layer(h200, kernel, model=model_of(h200, kernel, PRICES), ranks=4)
+    seen: list[list[int]] = []
+    choose = moe._dispatcher.choose
+    monkeypatch.setattr(moe._dispatcher, "choose", lambda h: (seen.append(np.asarray(h).tolist()), choose(h))[1])
+    monkeypatch.setattr("ramp_moe.device.layer._capturing", lambda topk_ids: True)
+    moe.choose(Batch(*inputs(64)))
+    assert seen == [[64 * K // 4 // E] * E]
+
+
 def test_while_a_graph_is_captured_the_choice_is_for_an_even_spread(
     h200: Hardware, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -53,15 +53,24 @@ class Builder:
         self._plans: dict[tuple[MoEShape, torch.device], Plan] = {}
         self._workspaces: dict[torch.device, Workspace] = {}
 
-    def layer(self, weights: MoEWeights, top_k: int) -> MoELayer:
-        """A layer of the weights, which are used as they are where a kernel reads them so."""
+    def layer(self, weights: MoEWeights, top_k: int, ranks: int = 1) -> MoELayer:
+        """A layer of the weights, which are used as they are where a kernel reads them so. ranks: see `MoELayer`."""
         shape, device = weights.shape(top_k), weights.gate_up.device
         plan = self._plans.get((shape, device))
         first = plan is None
         if plan is None:
             plan = self._plan(shape, self._hardware(device))
         wait = READ_BACK_US if device.type == "cuda" else 0.0
-        found = MoELayer(weights, top_k, plan.hardware, plan.kernels, plan.model, copies=self.copies, read_back_us=wait)
+        found = MoELayer(
+            weights,
+            top_k,
+            plan.hardware,
+            plan.kernels,
+            plan.model,
+            copies=self.copies,
+            read_back_us=wait,
+            ranks=ranks,
+        )
         found.workspace = self._workspaces.setdefault(device, Workspace())
         if first:
             self._plans[shape, device] = self._settled(plan, found)

@@ -21,7 +21,7 @@ import numpy as np
 
 from ..cost_model import Candidate, CostModel
 from ..errors import KernelError, RampMoEError
-from ..shortlist import Shortlist, shortlist
+from ..shortlist import Shortlist, representative, shortlist
 from . import graph
 from .bench import misfit, reference
 from .contract import Batch, MoEWeights, Workspace, kernel_ids
@@ -85,8 +85,8 @@ class GraphDispatch:
     """Plans, and captures, one layer's dispatch in CUDA graphs.
 
     mode: one of MODES; where None, by batch size the one with the least expected time that this machine has. fixed:
-    kernels that mode "nodes" leaves out (see `LaunchableKernel.switchable`). Raises KernelError for a mode that cannot
-    be had.
+    kernels that mode "nodes" leaves out (see `LaunchableKernel.switchable`). ranks: see `MoELayer`. Raises KernelError
+    for a mode that cannot be had.
     """
 
     def __init__(
@@ -97,6 +97,7 @@ class GraphDispatch:
         top_k: int,
         mode: str | None = None,
         fixed: Collection[str] = (),
+        ranks: int = 1,
     ) -> None:
         import torch
 
@@ -106,7 +107,7 @@ class GraphDispatch:
         if mode in self._refused:
             raise KernelError(_cannot(f"{mode}: {self._refused[mode]}"))
         self._modes = MODES if mode is None else (mode,)
-        self._fixed = frozenset(fixed)
+        self._fixed, self._ranks = frozenset(fixed), ranks
         self.dropped: dict[str, str] = {}
         self.plans: dict[int, Plan] = {}
         self.recorder: Recorder | None = None
@@ -118,7 +119,7 @@ class GraphDispatch:
         self._side = _side_stream(self._device)
         self._states = torch.full((STATES, 1), -1, dtype=torch.int32, device=self._device)
         self._captures = 0
-        self._ready: set[tuple[int, bool, int]] = set()
+        self._ready: set[tuple[int, int]] = set()
 
     def record(self, slots: int) -> Recorder:
         """Keep the latest `slots` batches of the graphs that are captured from now on, and what was chosen for each, on
@@ -179,21 +180,21 @@ class GraphDispatch:
         self.plans[num_tokens] = plan
         return plan
 
-    def ready(self, num_tokens: int, dtype: torch.dtype, unplanned: Callable[[int], Candidate]) -> None:
-        """Run every body that there is for `num_tokens` once on the current stream, or what takes their place where
-        nothing was planned, so that its buffers have their size before a capture on it; not again, and not in a
-        capture. For captures that must keep nothing that they allocate."""
+    def ready(self, num_tokens: int, dtype: torch.dtype) -> None:
+        """Run every body that there is for `num_tokens` once on the current stream, so that its buffers have their size
+        before a capture on it; not again, and not in a capture. For captures that must keep nothing that they
+        allocate."""
         import torch
 
         plan, stream = self.plans.get(num_tokens), torch.cuda.current_stream(self._device)
-        key = num_tokens, plan is None, stream.cuda_stream
-        if key in self._ready or not num_tokens or torch.cuda.is_current_stream_capturing():
+        key = num_tokens, stream.cuda_stream
+        if plan is None or key in self._ready or torch.cuda.is_current_stream_capturing():
             return
         batch = self._batch(num_tokens, dtype)
         out = torch.empty_like(batch.hidden_states)
-        for candidate in plan.bodies if plan else [unplanned(num_tokens)]:
+        for candidate in plan.bodies:
             self._launches.launch(candidate, batch, out)
-        if plan and plan.mode == "gated":
+        if plan.mode == "gated":
             self._outs(plan, out)
         self._kernel_ids(batch.topk_ids)
         self._ready.add(key)
@@ -273,13 +274,15 @@ class GraphDispatch:
         """The bodies that a mode would have, and the model that they are of."""
         model, costs = self._model.without(self.dropped), OVERHEAD_US[mode]
         known = _shortlists.setdefault(model, {})
-        key = mode, num_tokens, self._fixed, tuple(costs.items())
+        key = mode, num_tokens, self._fixed, tuple(costs.items()), self._ranks
         if key not in known:
             few = model
             if mode == "nodes" and (switchable := {c.kernel for c in model.candidates} - self._fixed):
                 few = model.restrict(sorted(switchable))
             groups = [self._launches.inline_key(c) for c in few.candidates] if mode == "inline" else None
-            known[key] = None if few is model else few, shortlist(few, num_tokens, costs, max(costs), groups=groups)
+            met = representative(num_tokens, model.shape.num_experts, self._top_k, self._ranks)
+            short = shortlist(few, num_tokens, costs, max(costs), histograms=met, groups=groups)
+            known[key] = None if few is model else few, short
         part, short = known[key]
         return part or model, short
 
@@ -353,7 +356,8 @@ class GraphDispatch:
 
 @cache
 def _side_stream(device: torch.device) -> torch.cuda.Stream:
-    """One for all layers: a workspace has buffers for each stream."""
+    """One for all layers, for which a workspace has one set of buffers: graphs with conditional nodes of layers that
+    share a workspace must not run at the same time."""
     import torch
 
     return torch.cuda.Stream(device)  # type: ignore[no-untyped-call]

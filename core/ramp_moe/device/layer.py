@@ -44,6 +44,8 @@ class MoELayer:
     kernels in their order.
     router: hidden states `[T, H]` -> (topk_ids int32 `[T, k]`, topk_weights float32 `[T, k]`), for `forward_hidden`.
     checked: read the ids back and raise RoutingError for one out of range, instead of skipping it.
+    ranks: over how many the experts are spread, these being one rank's (expert parallelism): batch sizes are then of
+    tokens whose top_k ids are of all ranks' experts.
     read_back_us: microseconds that reading the histogram back takes. 0: it is always read.
     mode: of dispatch in graphs, one of `dispatch.MODES`; the cheapest that this machine has where None.
 
@@ -64,11 +66,13 @@ class MoELayer:
         copies: int = 1,
         mode: str | None = None,
         read_back_us: float = 0.0,
+        ranks: int = 1,
     ) -> None:
         from .op import register  # torch: whoever has weights has it
 
         self.shape = weights.shape(top_k)
-        self.hardware, self.router, self.checked, self.read_back_us = hardware, router, checked, read_back_us
+        self.hardware, self.router, self.checked = hardware, router, checked
+        self.read_back_us, self.ranks = read_back_us, ranks
         self._device, self._dtype = weights.gate_up.device, weights.gate_up.dtype
         self.workspace = Workspace()
         self.layouts: tuple[str, ...] = ()
@@ -85,6 +89,8 @@ class MoELayer:
             reasons = "; ".join(f"{k}: {r}" for k, r in self.dropped.items()) or "none was given"
             raise KernelError(f"no kernel can compute {self.shape.label} on {hardware.name} ({reasons})")
         self._dispatcher = None if model is None else Dispatcher(model.restrict(list(self._kernels)))
+        self._latest: dict[int, Candidate] = {}
+        """By number of tokens, what ran last, of the sizes that are not settled."""
         self._number = register(self)
         self.graphs: GraphDispatch | None = None
         safe = [name for name, (kernel, _) in self._kernels.items() if kernel.graph_safe]
@@ -92,7 +98,7 @@ class MoELayer:
             from .dispatch import GraphDispatch
 
             fixed = {name for name in safe if not self._kernels[name][0].switchable}
-            self.graphs = GraphDispatch(self, next(iter(self.held)), model.restrict(safe), top_k, mode, fixed)
+            self.graphs = GraphDispatch(self, next(iter(self.held)), model.restrict(safe), top_k, mode, fixed, ranks)
 
     def _usable(self, kernels: Sequence[LaunchableKernel]) -> list[LaunchableKernel]:
         """Those that say that they can compute the shape here; the others are dropped."""
@@ -158,26 +164,27 @@ class MoELayer:
             return self._blind(batch.num_tokens)
         if known := self._settled(batch.num_tokens):
             return known
-        return self._dispatcher.choose(
-            expert_histogram(_in_range(batch, self.shape.num_experts), self.shape.num_experts)
-        ).candidate
+        histogram = expert_histogram(_in_range(batch, self.shape.num_experts), self.shape.num_experts)
+        found = self._latest[batch.num_tokens] = self._dispatcher.choose(histogram).candidate
+        return found
 
     def _settled(self, num_tokens: int) -> Candidate | None:
         """The one candidate for a batch size where reading the histogram back would not pay; None where it would."""
         if self._dispatcher is None or not self.read_back_us or not num_tokens:
             return None
-        return settled(self._dispatcher.model, num_tokens, self.read_back_us)
+        return settled(self._dispatcher.model, num_tokens, self.read_back_us, self.ranks)
 
     def _blind(self, num_tokens: int) -> Candidate:
         """The choice for a batch size alone: the best single one where a graph was planned for it, or where it is
-        settled, else the model's for an even spread, or the static default."""
+        settled; else what ran last, whose buffers a capture need not allocate, or the model's choice for an even
+        spread; the static default without a model."""
         if self.graphs is not None and num_tokens in self.graphs.plans:
             return self.graphs.plans[num_tokens].bodies[0]
         if self._dispatcher is None:
             return self._static(num_tokens)
-        if known := self._settled(num_tokens):
+        if known := self._settled(num_tokens) or self._latest.get(num_tokens):
             return known
-        each, rest = divmod(num_tokens * self.shape.top_k, self.shape.num_experts)
+        each, rest = divmod(-(-num_tokens * self.shape.top_k // self.ranks), self.shape.num_experts)
         return self._dispatcher.choose(each + (np.arange(self.shape.num_experts) < rest)).candidate
 
     def warm_up(self, num_tokens: int, dtype: torch.dtype) -> Plan | None:
@@ -197,10 +204,10 @@ class MoELayer:
         return None
 
     def ready(self, num_tokens: int, dtype: torch.dtype) -> None:
-        """Run once on the current stream what a capture of `num_tokens` would launch, warmed up or not, so that the
-        capture allocates nothing that must outlive it. Does nothing in a capture."""
+        """Run once on the current stream what a capture of `num_tokens` would launch, where that was warmed up, maybe
+        on another stream: the capture then allocates nothing that must outlive it. Does nothing in a capture."""
         if self.graphs is not None:
-            self.graphs.ready(num_tokens, dtype, self._blind)
+            self.graphs.ready(num_tokens, dtype)
 
     def _static(self, num_tokens: int) -> Candidate:
         kernel, _ = next(iter(self._kernels.values()))

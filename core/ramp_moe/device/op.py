@@ -6,7 +6,7 @@ one compiled block is to serve the layers of several modules, torch takes the nu
 `torch._dynamo.config.allow_unspec_int_on_nn_module` is set, and compiles the block once for each.
 
 With `mode="reduce-overhead"` call `MoELayer.warm_up` for the batch sizes first: torch captures what the operator
-launches, and the device then chooses at every replay. Without it such a graph holds the choice for an even spread.
+launches, and the device then chooses at every replay. Without it such a graph holds the choice of a run before it.
 """
 
 from __future__ import annotations
