@@ -135,7 +135,7 @@ class RampExperts(FusedMoEExpertsModular):  # type: ignore[misc]
         """Before a batch size is captured. vLLM runs each once, on the stream of the capture, and locks its workspaces
         when all are captured."""
         graphs, moe = self.layer.graphs, self.moe_config
-        if graphs is None or num_tokens > moe.max_capture_size * moe.dp_size * moe.pcp_size:
+        if graphs is None or not 0 < num_tokens <= moe.max_capture_size * moe.dp_size * moe.pcp_size:
             return
         started = is_workspace_manager_initialized() and current_workspace_manager().is_locked()
         if not started and not torch.cuda.is_current_stream_capturing():
@@ -237,7 +237,7 @@ def _layer_of(layer: Any, moe: Any) -> MoELayer | None:
     """Of what was loaded, which the layer then holds alone; None, with a line in the log, where there can be none."""
     said = len(_builder.notes)
     try:
-        found = _builder.layer(_weights(layer, moe), layer.top_k)
+        found = _builder.layer(_weights(layer, moe), layer.top_k, moe.num_experts // moe.num_local_experts)
     except RampMoEError as e:
         _leave(str(e))
         return None

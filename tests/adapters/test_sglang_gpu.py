@@ -14,7 +14,7 @@ from moe_cases import batch, error, expected, weights
 from ramp_moe import detect
 from ramp_moe.device import Batch, MoELayer, MoEWeights
 from ramp_moe.device.build import Builder
-from ramp_moe_adapters import sglang as plugin
+from ramp_moe_adapters import sglang_runner as plugin
 from ramp_moe_kernels.triton.kernel import TritonMoE
 from sglang.srt.model_executor.runner_utils.capture_mode import model_capture_mode
 from sglang_cases import Experts, selected
@@ -87,7 +87,7 @@ def test_graph(dtype: str, tokens: int) -> None:
 class Priced(Builder):
     """Prices for which the routing decides which of four configurations is best."""
 
-    def layer(self, weights: MoEWeights, top_k: int) -> MoELayer:
+    def layer(self, weights: MoEWeights, top_k: int, ranks: int = 1) -> MoELayer:
         hardware = detect()
         return MoELayer(weights, top_k, hardware, [TritonMoE()], priced(hardware, triton_of()))
 

@@ -18,10 +18,10 @@ pytest.importorskip("sglang.srt.layers.moe.moe_runner")
 
 import torch
 from moe_cases import batch, error, expected, weights
-from ramp_moe import ShapeError
+from ramp_moe import KernelError, ShapeError
 from ramp_moe.device import Batch, MoELayer, MoEWeights, relayout
 from ramp_moe.device.build import Builder
-from ramp_moe_adapters import sglang as plugin
+from ramp_moe_adapters import sglang_runner as plugin
 from sglang.srt.layers.moe.moe_runner.base import FusedOpPool
 from sglang.srt.layers.moe.moe_runner.triton import TritonRunnerCore
 from sglang.srt.layers.moe.token_dispatcher import standard
@@ -148,6 +148,7 @@ def test_one_of_two_ranks_of_expert_parallelism(
         assert experts.layer.num_local_experts == E
         assert 0 < error(experts(x), expected(given, local, dtype == "fp8")) < TOLERANCE[dtype]
         assert not experts(elsewhere).any()
+        assert experts.runner.runner_core._layer.ranks == 2
 
 
 def test_the_routed_scaling_factor(builder: Builder) -> None:
@@ -195,8 +196,8 @@ def test_weights_are_sglangs_where_their_order_will_do(builder: Builder, stock: 
 class UpFirst(Builder):
     """As where kernels that want another order of rows are predicted to be faster."""
 
-    def layer(self, weights: MoEWeights, top_k: int) -> MoELayer:
-        return super().layer(relayout(weights, "up-first"), top_k)
+    def layer(self, weights: MoEWeights, top_k: int, ranks: int = 1) -> MoELayer:
+        return super().layer(relayout(weights, "up-first"), top_k, ranks)
 
 
 @pytest.mark.parametrize("dtype", ["bf16", "fp8"])
@@ -213,9 +214,23 @@ def test_what_is_moved_is_held_once(
     with pytest.raises(IndexError):
         experts.layer.w13_weight.data[0].copy_(given.gate_up[0])
     experts.layer.w2_weight = torch.nn.Parameter(given.down.clone(), requires_grad=False)
-    with pytest.raises(ShapeError):
-        experts(x)
+    for error_type in (ShapeError, KernelError):
+        with pytest.raises(error_type):
+            experts(x)
     assert not stock, "it has no weights"
+
+
+def test_a_batch_that_fails_leaves_what_was_moved_where_it_is(
+    builder: Builder, stock: list[Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(plugin, "_builder", UpFirst(builder.device))
+    given, x = drawn("bf16"), routed(5, "bf16")
+    experts = Experts(given, K)
+    for _ in range(2):
+        assert 0 < error(experts(x), expected(given, x, False)) < TOLERANCE["bf16"]
+        with pytest.raises(ShapeError):
+            experts(batch(3, K, E, H, "uniform", DEVICE, torch.float16))
+    assert not stock
 
 
 # --- What is left to SGLang ------------------------------------------------------------------------------------------
@@ -275,16 +290,15 @@ def test_weights_that_ramp_moe_does_not_read(
     assert re.search(message, said)
 
 
-def test_an_error_of_a_layer_that_ran_leaves_it_to_sglang(
-    builder: Builder, stock: list[Any], monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_batch_that_the_layer_refuses_is_left_to_sglang(builder: Builder, stock: list[Any]) -> None:
     experts = Experts(drawn("bf16"), K)
     experts(routed(3, "bf16"))
     assert not stock
     experts(batch(3, K, E, H, "uniform", DEVICE, torch.float16))
     assert len(stock) == 1, "hidden states of another dtype"
-    experts(routed(3, "bf16"))
-    assert len(stock) == 2
+    given, x = drawn("bf16"), routed(3, "bf16")
+    assert 0 < error(experts(x), expected(given, x, False)) < TOLERANCE["bf16"]
+    assert len(stock) == 1
 
 
 @pytest.mark.parametrize(
