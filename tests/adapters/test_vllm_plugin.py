@@ -106,6 +106,7 @@ def test_vllm_makes_ours() -> None:
 def test_computed(dtype: str, routing: str) -> None:
     of = layer(dtype)
     routed = experts_of(of, TOP_K, dtype=HALF)
+    assert experts(routed).layer is not None, "not vLLM's own experts"
     for tokens in (1, 17):
         b = given(tokens, routing)
         before = b.hidden_states.clone()
@@ -136,6 +137,7 @@ def test_ranks_add_up(dtype: str, how: str) -> None:
         routed = experts_of(of, TOP_K, dtype=HALF, **{how: (2, rank)})
         shape = experts(routed).layer.shape
         assert (shape.num_experts, shape.intermediate_size) == (4 if how == "ep" else EXPERTS, INTER)
+        assert experts(routed).layer.ranks == (2 if how == "ep" else 1)
         parts.append(run(routed, b).float())
     assert all(part.any() for part in parts)
     assert error(sum(parts), wanted(of, b)) < TOLERANCE

@@ -96,6 +96,7 @@ class Captured:
 def test_eager(dtype: str) -> None:
     of = olmoe(dtype)
     routed = experts_of(of, 8)
+    assert layer_of(routed) is not None, "not vLLM's own experts"
     for tokens in (1, 33, 512, 2048):
         for routing in ROUTED:
             b = given(tokens, routing)

@@ -56,12 +56,11 @@ def test_dispatch_is_worth_it_before_overheads(families: ModuleType) -> None:
 
 
 def test_the_trace_is_judged_on_its_second_half(families: ModuleType) -> None:
-    """Of every dtype five batches of each size; no policy is faster than hindsight, choosing is paid."""
+    """Of every dtype five batches of each size; choosing is paid."""
     cells = families.unseen_cells()
     for dtype in families.DTYPES:
         sizes = Counter(c.tokens for c in cells if (c.dtype, c.routing) == (dtype, families.TRACE))
         assert dict(sizes) == dict.fromkeys((4, 16, 64, 256, 1024), 5)
     for c in cells:
-        assert min(c.us.values()) == c.us["hindsight"]
         assert c.us["choosing"] > c.us["hindsight"] + 3
-        assert c.us["static"] <= max(us for name, us in c.us.items() if name.endswith("tuned"))
+        assert c.chosen.split("/")[0] in families.present
