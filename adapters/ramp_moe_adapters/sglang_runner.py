@@ -171,7 +171,8 @@ def _released(info: Any) -> bool:
 
 def _ranks(config: MoeRunnerConfig) -> int:
     """Over how many the experts are spread."""
-    return int(config.num_experts // config.num_local_experts) if config.num_experts else 1
+    known = config.num_experts and config.num_local_experts
+    return int(config.num_experts // config.num_local_experts) if known else 1
 
 
 def _output(x: Tensor) -> Tensor:
