@@ -16,6 +16,7 @@ from graph_cases import priced
 from layer_cases import BLOCKS, SHAPE, FakeKernel, K, inputs, weights
 from ramp_moe import Candidate, Hardware, KernelConfig, KernelError, expert_histogram
 from ramp_moe.device import Batch, MoELayer, Workspace, dispatch, graph
+from ramp_moe.device.bench import reference
 from ramp_moe.device.dispatch import GraphDispatch, Plan
 
 TOKENS = 64
@@ -187,6 +188,26 @@ def test_what_misbehaves_is_dropped_and_the_next_takes_its_place(dispatcher: Mak
     kernel.launched.clear()
     graphs.prepare(2 * TOKENS, torch.bfloat16)
     assert (first.config.name, 2 * TOKENS) not in kernel.launched
+
+
+def test_what_was_right_in_one_layer_is_run_but_not_compared_in_the_next(
+    dispatcher: Make, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    graphs, kernel = dispatcher()
+    bad = prepared(graphs).bodies[-1]
+    graphs, kernel = dispatcher()
+    kernel.faults[dict(bad.config.params)["block"]] = "wrong"
+    plan, asked = prepared(graphs), []
+    monkeypatch.setattr(dispatch, "reference", lambda *of: asked.append(of) or reference(*of))
+    kernel.launched.clear()
+    again = GraphDispatch(graphs._launches, weights(), graphs._model, K)
+    assert names(prepared(again)) == names(plan)
+    assert {name for name, _ in kernel.launched} == names(plan) | {bad.config.name}
+    assert len(asked) == 1, "for the one that was wrong, which might be right here"
+    assert list(again.dropped) == [bad.name]
+    asked.clear()
+    again.prepare(2 * TOKENS, torch.bfloat16)
+    assert len(asked) == 1, "another size"
 
 
 def test_none_is_left(dispatcher: Make) -> None:

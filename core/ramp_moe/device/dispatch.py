@@ -54,6 +54,10 @@ _shortlists: WeakKeyDictionary[CostModel, dict[Hashable, tuple[CostModel | None,
 """Of a model, by what they depend on, each with the part of the model that it is of, None for the whole: the layers of
 a network share theirs, at dozens of batch sizes each."""
 
+_right: WeakKeyDictionary[CostModel, dict[Hashable, set[str]]] = WeakKeyDictionary()
+"""Of a model, by size and dtype, the candidates whose output was right in one of its layers: engines capture dozens of
+sizes of dozens of layers, which run the same code."""
+
 
 class Launches(Protocol):
     """What runs a candidate: a layer."""
@@ -132,13 +136,14 @@ class GraphDispatch:
 
     def prepare(self, num_tokens: int, dtype: torch.dtype) -> Plan:
         """Decide what a graph for `num_tokens` gets, and run every body once: it is compiled, its buffers have their
-        size, and its output is right. A candidate that raises, writes outside its output or computes something else is
-        dropped (`dropped` says why) before any capture, and the next best takes its place. Raises KernelError where
-        none is left."""
+        size, and its output is right, or that of another layer of the same cost model was. A candidate that raises,
+        writes outside its output or computes something else is dropped (`dropped` says why) before any capture, and
+        the next best takes its place. Raises KernelError where none is left."""
         if num_tokens in self.plans:
             return self.plans[num_tokens]
         batch = self._batch(num_tokens, dtype)
-        expected = reference(self._weights, _first(batch, CHECKED_TOKENS))
+        expected = cache(lambda: reference(self._weights, _first(batch, CHECKED_TOKENS)))
+        right = _right.setdefault(self._model, {}).setdefault((num_tokens, dtype), set())
         refused, checked = dict(self._refused), set[str]()
         if num_tokens * self._top_k > MAX_IDS:
             refused |= dict.fromkeys(MODES[:-1], f"{num_tokens * self._top_k} routed ids are more than {MAX_IDS}")
@@ -153,9 +158,14 @@ class GraphDispatch:
             model, short = offers[mode]
             bodies = tuple(model.candidates[c] for c in short.columns)
             for candidate in bodies:
+                if candidate.name in checked:
+                    continue
                 launch = partial(self._launches.launch, candidate)
-                if candidate.name not in checked and (reason := self._misbehaves(launch, batch, expected)):
+                compared = None if candidate.name in right else expected()
+                if reason := self._misbehaves(launch, batch, compared):
                     self.dropped[candidate.name] = reason
+                else:
+                    right.add(candidate.name)
                 checked.add(candidate.name)
             if any(c.name in self.dropped for c in bodies):
                 continue
@@ -165,7 +175,7 @@ class GraphDispatch:
             if mode == "nodes":
                 kernels, problem = self._kernels(bodies, batch)
             elif mode == "inline":
-                problem = self._not_inline(bodies, batch, expected)
+                problem = self._not_inline(bodies, batch, expected())
             if problem is None:
                 try:
                     selector = self._selector(mode, model, short.columns)
@@ -318,8 +328,9 @@ class GraphDispatch:
                 return f"as {body.name}: {reason}"
         return None
 
-    def _misbehaves(self, launch: Callable[[Batch, Tensor], None], batch: Batch, expected: Tensor) -> str | None:
-        """Why what this launches must not be captured; None where nothing is wrong with it."""
+    def _misbehaves(self, launch: Callable[[Batch, Tensor], None], batch: Batch, expected: Tensor | None) -> str | None:
+        """Why what this launches must not be captured; None where nothing is wrong with it, as far as is asked: its
+        output is not looked at where nothing is expected."""
         import torch
 
         x = batch.hidden_states
@@ -331,6 +342,8 @@ class GraphDispatch:
                 with torch.cuda.stream(stream):
                     launch(batch, guarded[1:-1])
                 torch.cuda.current_stream(self._device).wait_stream(stream)
+            if expected is None:
+                return None
             torch.cuda.synchronize(self._device)
         except (RampMoEError, RuntimeError, ValueError, TypeError) as e:
             return f"raised {type(e).__name__}: {e}"
