@@ -16,7 +16,7 @@ import torch
 SCRIPT = Path(__file__).parents[2] / "examples" / "parallel" / "expert_parallel.py"
 GPUS = torch.cuda.device_count()
 BATCHES = {"uniform", "skewed", "uneven tokens", "one rank's experts", "one token"}
-CLOSE = {"fp16": 2e-3, "bf16": 1.5e-2, "fp8": 3e-2}
+CLOSE = {"bf16": 1.5e-2, "fp8": 3e-2}
 """How far the outputs of two may be from those of one: partial sums are rounded, another kernel rounds otherwise."""
 
 
@@ -52,7 +52,7 @@ def check(printed: str, cells: list[dict[str, Any]], dtypes: set[str]) -> None:
 @pytest.mark.skipif(GPUS > 0, reason="there is a GPU")
 def test_two_processes_on_the_cpu(tmp_path: Path) -> None:
     printed, cells = ran(tmp_path)
-    check(printed, cells, {"fp16", "fp8"})
+    check(printed, cells, {"fp8"})
     assert "note: E2-k2-h128-i256-fp8 has no profile on h200: what is chosen is guessed from other shapes" in printed
     for cell in cells:
         for did in cell["ranks"]:
