@@ -352,7 +352,7 @@ class _Session:
     def _open(self, row: int) -> None:
         ids = self._batches[row].topk_ids(self._shape)
         self._measurer.open(ids)
-        self._uncounted = self._merging if repeats_experts(ids) else frozenset()
+        self._uncounted = self._merging if self._merging and repeats_experts(ids) else frozenset()
         self._fastest = self._contest.best({n: v[0][0] for n, v in self._taken.visits.get(row, {}).items()})
         self._expected = self._contest.estimates(row)
 
