@@ -16,6 +16,7 @@ from __future__ import annotations
 import argparse
 import itertools
 import json
+import math
 import os
 import statistics
 from collections.abc import Callable, Iterator
@@ -33,6 +34,7 @@ if not GPU:
 
 import torch.distributed as dist  # noqa: E402
 from ramp_moe import MoEShape, ShapeError, expert_histogram, generate, get_registry  # noqa: E402
+from ramp_moe.cost_model import Candidate  # noqa: E402
 from ramp_moe.device import Batch, MoELayer, MoEWeights  # noqa: E402
 from ramp_moe.device.bench import misfit, random_weights  # noqa: E402
 from ramp_moe.device.build import Builder  # noqa: E402
@@ -44,7 +46,9 @@ MODEL, TOKENS = ("olmoe-1b-7b", 512) if GPU else ("E4-k2-h128-i256-fp8", 2)
 HALF, DTYPES = (torch.bfloat16, ("bf16", "fp8")) if GPU else (torch.float16, ("fp8",))
 PATIENCE = timedelta(seconds=120)
 """A rank that waits longer for another ends, and torchrun ends the others. While one compiles, the others wait."""
-WARM, REPEATS, FLUSH_BYTES = 3, 20, 2**30
+WARM, REPEATS = 3, 20
+FLUSH_BYTES = 2**32
+"""Far more than L2: a GPU zeroes them for a millisecond, in which the host enqueues any kernel's launches."""
 
 
 class ExpertParallel:
@@ -133,6 +137,15 @@ def called(layer: MoELayer, batch: Batch) -> Tensor:
     return layer(batch.hidden_states, batch.topk_ids, batch.topk_weights)
 
 
+def by_size(layer: MoELayer, batch: Batch) -> Candidate:
+    """What the layer chooses for the number of tokens alone."""
+    layer.read_back_us, before = math.inf, layer.read_back_us
+    try:
+        return layer.choose(batch)
+    finally:
+        layer.read_back_us = before
+
+
 def run(parallel: ExpertParallel | TensorParallel, batch: Batch) -> tuple[Tensor, dict[str, Any]]:
     """The output of this rank's tokens `[T, H]`, and what this rank did for it."""
     layer, given = parallel.layer, parallel.send(batch)
@@ -141,9 +154,7 @@ def run(parallel: ExpertParallel | TensorParallel, batch: Batch) -> tuple[Tensor
     did: dict[str, Any] = {"rows": given.num_tokens, "ids": int(histogram.sum()), "experts": int((histogram > 0).sum())}
     candidates = {}
     if given.num_tokens:
-        even, routed = given.topk_ids.clone(), given.topk_ids >= 0
-        even[routed] = torch.arange(did["ids"], dtype=torch.int32, device=DEVICE) % layer.shape.num_experts
-        candidates = {"chosen": layer.choose(given), "static": layer.choose(replace(given, topk_ids=even))}
+        candidates = {"chosen": layer.choose(given), "static": by_size(layer, given)}
     did |= {what: candidate.name for what, candidate in candidates.items()}
     if GPU:
         parts = timed(lambda _: parallel.send(batch), lambda given: called(layer, given), parallel.collect)

@@ -10,6 +10,7 @@ import itertools
 import json
 import sys
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from functools import cache
 from pathlib import Path
 
 import numpy as np
@@ -53,6 +54,7 @@ h200 = registry.device("h200")
 store = ProfileStore(shipped=registry.profile_dirs)
 
 
+@cache
 def find(model: str, dtype: str, kernel: str) -> Sweep | None:
     found = store.find(kernel, registry.shape(model, dtype), h200)
     return found and found[1]
@@ -66,7 +68,8 @@ CASES = [
 ]  # fmt: skip
 
 
-def replay(model: str, dtype: str, kernels: Sequence[str], stages: Sequence[str] = ()) -> Replay:
+@cache
+def replay(model: str, dtype: str, kernels: tuple[str, ...], stages: tuple[str, ...] = ()) -> Replay:
     return load_replay(registry, store, registry.shape(model, dtype), h200, kernels, stages)
 
 
@@ -121,7 +124,7 @@ def repeatability() -> str:
     return table(("kernel", "dtype", "latency", "cells", "median", "p95", "median of b / a - 1"), rows)
 
 
-def compared(model: str, dtype: str, kernels: Sequence[str], form: str = DEFAULT_FORM) -> Comparison:
+def compared(model: str, dtype: str, kernels: tuple[str, ...], form: str = DEFAULT_FORM) -> Comparison:
     return compare_recorded(replay(model, dtype, kernels), form)
 
 
@@ -160,7 +163,7 @@ def alpha_moe() -> str:
     for stages, table_name in itertools.product(((), ("gemm",)), ("static", "nearest-batch table")):
         by_kind: dict[str, list[float]] = {}
         for model in MODELS:
-            both = replay(model, "fp8", ["alpha_moe"], stages)
+            both = replay(model, "fp8", ("alpha_moe",), stages)
             test, chosen = held_out(both)
             tune = both.of("tune")
             assert tune is not None

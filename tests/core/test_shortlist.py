@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import math
 import time
 from collections.abc import Mapping
 
@@ -186,7 +187,7 @@ def test_it_takes_under_300_ms(model: CostModel) -> None:
 def test_one_candidate_where_reading_back_takes_longer_than_it_gains(model: CostModel) -> None:
     """A size stands for those down to 4/5 of it; the price decides, and what was found is not sought again."""
     best = shortlist(model, TOKENS, {1: 0.0, 8: 1e6}).columns
-    assert settled(model, TOKENS, 1e6) == model.candidates[best[0]]
+    assert settled(model, TOKENS, 1e6) == settled(model, TOKENS, math.inf) == model.candidates[best[0]]
     assert settled(model, TOKENS, 0.01) is None
     gains = shortlist(model, TOKENS, {1: 0.0, 2: 0.01, 8: 0.01}).gain_us
     assert settled(model, TOKENS, 2 * gains) is not None

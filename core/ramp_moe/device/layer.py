@@ -46,7 +46,7 @@ class MoELayer:
     checked: read the ids back and raise RoutingError for one out of range, instead of skipping it.
     ranks: over how many the experts are spread, these being one rank's (expert parallelism): batch sizes are then of
     tokens whose top_k ids are of all ranks' experts.
-    read_back_us: microseconds that reading the histogram back takes. 0: it is always read.
+    read_back_us: microseconds that reading the histogram back takes. 0: it is always read. inf: it never is.
     mode: of dispatch in graphs, one of `dispatch.MODES`; the cheapest that this machine has where None.
 
     `held` are the weights in those layouts. A layout that the weights are not given in is a copy of gate_up
