@@ -22,7 +22,7 @@ ROUTINGS = ("uniform", "zipf1.2", "active0.1", "one-hot", "padded", "empty", "ga
 def by_hand(table: CostTable, histogram: IntArray) -> FloatArray:
     """Microseconds of the table's candidates, as its docstring says."""
     counts = np.ceil(histogram / table.blocks[:, None].astype(np.float64)).sum(-1)
-    ctas = counts[table.grid_block] * table.grid_ctas
+    ctas = np.ceil(counts[table.grid_block] / table.grid_cluster) * table.grid_cluster * table.grid_ctas
     waves = ctas / table.grid_slots
 
     def summed(per_grid: FloatArray) -> FloatArray:
@@ -78,6 +78,7 @@ def largest_table(seed: int = 0) -> CostTable:
         np.array([1, *blocks, LARGEST_BLOCK], np.int32),
         rng.integers(0, MAX_BLOCKS - 1, has.shape).astype(np.int32),
         (rng.integers(1, 64, has.shape) * has).astype(np.float32),
+        2 ** rng.integers(0, 3, has.shape).astype(np.int32),
         slots.astype(np.float32),
         (rng.uniform(0.2, 2, has.shape) * has).astype(np.float32),
         rng.integers(0, MAX_LAUNCHES, MAX_PARTS).astype(np.int32),

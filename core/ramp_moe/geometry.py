@@ -37,6 +37,8 @@ class GridGeometry:
     split_k: CTAs that share one output tile, each with a part of the reduction.
     persistent_ctas: CTAs of a persistent launch, which walk over the tiles; None launches one CTA a tile.
     ctas_per_sm: CTAs resident on one SM at a time.
+    cluster_m: M-tiles that run as one cluster of CTAs, 1, 2, 4, 8 or 16. CTAs that are left without an M-tile in the
+        last cluster keep their slots until the others of it are done.
     align_block_size: the launch covers the whole buffer of vLLM's moe_align_block_size, one M-tile more than can be
         filled where the tokens do not divide, instead of the tightest upper bound.
     """
@@ -50,6 +52,7 @@ class GridGeometry:
     split_k: int = 1
     persistent_ctas: int | None = None
     ctas_per_sm: int = 1
+    cluster_m: int = 1
     align_block_size: bool = False
 
     def __post_init__(self) -> None:
@@ -58,6 +61,8 @@ class GridGeometry:
                 raise ShapeError(f"grid geometry: {what} must be at least 1, not {getattr(self, what)}")
         if self.split_k < 1 or self.ctas_per_sm < 1 or (self.persistent_ctas is not None and self.persistent_ctas < 1):
             raise ShapeError("grid geometry: split_k, ctas_per_sm and persistent_ctas must be at least 1")
+        if self.cluster_m not in (1, 2, 4, 8, 16):
+            raise ShapeError(f"grid geometry: cluster_m must be 1, 2, 4, 8 or 16, not {self.cluster_m}")
         if self.split_k > self.tiles_k:
             raise ShapeError(f"grid geometry: split_k {self.split_k} exceeds the {self.tiles_k} steps of the reduction")
 
@@ -80,8 +85,10 @@ class GridGeometry:
         return m_tiles(histogram, self.block_tokens)
 
     def logical(self, histogram: IntArray) -> IntArray:
-        """CTAs (output tiles, for a persistent launch) that do work: what the cost model sees."""
-        return self.m_tiles(histogram) * self.ctas_per_m_tile
+        """CTAs (output tiles, for a persistent launch) that do work, or wait in a cluster for others that do: what the
+        cost model sees."""
+        clusters = -(-self.m_tiles(histogram) // self.cluster_m)
+        return clusters * self.cluster_m * self.ctas_per_m_tile
 
     def max_m_tiles(self, max_ids: int, num_experts: int) -> int:
         """M-tiles of the worst routing of `max_ids` = tokens x top_k ids; what a launch without the counts must cover.
@@ -98,7 +105,8 @@ class GridGeometry:
         """CTAs in the launch for at most `max_ids` = tokens x top_k routed ids: what a profiler counts."""
         if self.persistent_ctas is not None:
             return self.persistent_ctas
-        return self.max_m_tiles(max_ids, num_experts) * self.ctas_per_m_tile
+        clusters = -(-self.max_m_tiles(max_ids, num_experts) // self.cluster_m)
+        return clusters * self.cluster_m * self.ctas_per_m_tile
 
     def slots(self, num_sms: int) -> int:
         """CTAs that run at the same time on `num_sms` SMs."""

@@ -28,15 +28,17 @@ class Grids:
     def __init__(self, parts: Sequence[tuple[GridGeometry, ...]], num_sms: int) -> None:
         seen = [_launch(grids, num_sms) for grids in parts]
         self.launches = launches = list(dict.fromkeys(seen))
-        """Of each launch's grids: token block, CTAs an M-tile, slots, relative work of a CTA."""
+        """Of each launch's grids: token block, CTAs an M-tile, M-tiles a cluster, slots, relative work of a CTA."""
         self.launch_of = np.array([launches.index(launch) for launch in seen], np.intp)
         grids = [grid for launch in launches for grid in launch]
-        blocks, ctas_per_m_tile, slots, work = zip(*grids, strict=True)
+        blocks, ctas_per_m_tile, cluster_m, slots, work = zip(*grids, strict=True)
         self.blocks = np.unique(np.array([1, *blocks, MAX_COUNT]))
         self._blocks = self.blocks[:, None].astype(np.float64)
         # CTAs are an M-tile's times M-tiles: one product with a matrix, which is exact, since all else in it is 0.
         self._ctas = np.zeros((len(self.blocks), len(grids)))
         self._ctas[np.searchsorted(self.blocks, blocks), np.arange(len(grids))] = ctas_per_m_tile
+        self._clustered = np.flatnonzero(np.array(cluster_m) > 1)
+        self._cluster = (np.array(ctas_per_m_tile, np.float64) * cluster_m)[self._clustered]
         self._slots = np.array(slots)
         # Launch i adds up the grids starts[i] : starts[i + 1].
         self._starts = np.cumsum([0, *(len(launch) for launch in launches[:-1])])
@@ -50,8 +52,11 @@ class Grids:
         return np.asarray(np.add.reduce(np.ceil(shares, out=shares), axis=-1))
 
     def ctas(self, counts: FloatArray) -> FloatArray:
-        """CTAs that do work, `[..., grids]`."""
-        return np.asarray(counts.dot(self._ctas))
+        """CTAs that do work, or wait in a cluster for others that do, `[..., grids]`."""
+        ctas = np.asarray(counts.dot(self._ctas))
+        if len(self._clustered):
+            ctas[..., self._clustered] = np.ceil(ctas[..., self._clustered] / self._cluster) * self._cluster
+        return ctas
 
     def sum(self, per_grid: FloatArray) -> FloatArray:
         """`[..., grids]` -> `[..., launches]`, weighted by work."""
@@ -99,11 +104,11 @@ class Grids:
         return self.launch_of * 0 if self._width(term) == 1 else self.launch_of
 
 
-def _launch(grids: Sequence[GridGeometry], num_sms: int) -> tuple[tuple[int, int, float, float], ...]:
-    """What counts of each grid: token block, CTAs an M-tile, slots, and the work of a CTA (its weight rows times its
-    share of the reduction) in those of the first grid."""
+def _launch(grids: Sequence[GridGeometry], num_sms: int) -> tuple[tuple[int, int, int, float, float], ...]:
+    """What counts of each grid: token block, CTAs an M-tile, M-tiles a cluster, slots, and a CTA's work (weight rows
+    times share of the reduction) in that of the first grid's."""
     work = [g.block_weights * g.reduction / g.split_k for g in grids]
     return tuple(
-        (g.block_tokens, g.ctas_per_m_tile, float(g.slots(num_sms)), w / work[0])
+        (g.block_tokens, g.ctas_per_m_tile, g.cluster_m, float(g.slots(num_sms)), w / work[0])
         for g, w in zip(grids, work, strict=True)
-    ) or ((1, 1, np.inf, 1.0),)
+    ) or ((1, 1, 1, np.inf, 1.0),)

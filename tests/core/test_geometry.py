@@ -29,17 +29,20 @@ def geometries(draw: st.DrawFn) -> GridGeometry:
         split_k=draw(st.integers(1, -(-reduction // block_k))),
         persistent_ctas=draw(st.none() | st.integers(1, 300)),
         ctas_per_sm=draw(st.integers(1, 3)),
+        cluster_m=draw(st.sampled_from([1, 2, 4])),
         align_block_size=draw(st.booleans()),
     )
 
 
 def brute_force_ctas(g: GridGeometry, histogram: np.ndarray) -> int:
-    """Every CTA named by (expert, first token, first row, part of the reduction)."""
+    """Every CTA named by (cluster, M-tile within, first row, part of the reduction), of M-tiles that are named by
+    (expert, first token)."""
+    tiles = {(e, token // g.block_tokens) for e, count in enumerate(histogram.tolist()) for token in range(count)}
     return len(
         {
-            (e, token // g.block_tokens, row, part)
-            for e, count in enumerate(histogram.tolist())
-            for token in range(count)
+            (i // g.cluster_m, within, row, part)
+            for i in range(len(tiles))
+            for within in range(g.cluster_m)
             for row in range(0, g.weight_rows, g.block_weights)
             for part in range(g.split_k)
         }
@@ -134,6 +137,7 @@ def test_bytes_of_weights() -> None:
         ({"split_k": 0}, "must be at least 1"),
         ({"persistent_ctas": 0}, "must be at least 1"),
         ({"split_k": 5}, "split_k 5 exceeds the 4 steps"),
+        ({"cluster_m": 3}, "cluster_m must be 1, 2, 4, 8 or 16, not 3"),
     ],
 )
 def test_impossible_grids(change: dict[str, int], message: str) -> None:

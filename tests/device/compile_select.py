@@ -13,7 +13,7 @@ from triton.backends.compiler import GPUTarget
 TARGETS = {"sm_90": GPUTarget("cuda", 90, 32), "gfx942": GPUTarget("hip", "gfx942", 64)}
 POINTERS = (
     dict.fromkeys(("topk_ids", "num_valid", "choice", "histogram", "ring", "blocks", "grid_block"), "*i32")
-    | dict.fromkeys(("first", "parts", "set_block", "set_of", "launch_of", "label"), "*i32")
+    | dict.fromkeys(("grid_cluster", "first", "parts", "set_block", "set_of", "launch_of", "label"), "*i32")
     | dict.fromkeys(("cost_us", "grid_ctas", "grid_slots", "grid_work", "coefficients", "floor"), "*fp32")
     | dict.fromkeys(("points", "unit", "constant", "weights"), "*fp32")
     | {"counter": "*i64"}

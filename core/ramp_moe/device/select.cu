@@ -18,8 +18,8 @@ constexpr unsigned ALL = 0xffffffffu;
 
 // Arrays of the table, by where they begin, in words.
 struct Table {
-  int blocks, grid_block, grid_ctas, grid_slots, grid_work, launch_of, coefficients, floor_us, first, parts, unit,
-      points, set_block, set_of, constant, label, weights;
+  int blocks, grid_block, grid_ctas, grid_cluster, grid_slots, grid_work, launch_of, coefficients, floor_us, first,
+      parts, unit, points, set_block, set_of, constant, label, weights;
 };
 
 struct Params {
@@ -75,7 +75,8 @@ __device__ __forceinline__ float cost_of(const Params& p, const int* table, cons
 #pragma unroll 1
     for (int g = 0; g < p.num_grids; g++) {
       const int i = g * p.num_launches + launch;
-      const float n = counts[ints(p.at.grid_block)[i]] * floats(p.at.grid_ctas)[i];
+      const int cluster = ints(p.at.grid_cluster)[i], tiles = counts[ints(p.at.grid_block)[i]] + cluster - 1 & -cluster;
+      const float n = tiles * floats(p.at.grid_ctas)[i];
       const float work = floats(p.at.grid_work)[i], filled = n / floats(p.at.grid_slots)[i];
       waves += work * filled; ceil_waves += work * ceilf(filled); ctas += work * n;
     }

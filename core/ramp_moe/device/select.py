@@ -24,8 +24,8 @@ THREADS = 1024
 MAX_EXPERTS, MAX_IDS, MAX_NODES = 1024, 65_536, 128
 _POINTERS = ("ids", "num_valid", "choice", "histogram", "kernel_ids", "cost", "last", "ring", "counter")
 _ARRAYS = (
-    "blocks", "grid_block", "grid_ctas", "grid_slots", "grid_work", "launch_of", "coefficients", "floor", "first",
-    "parts", "unit", "points", "set_block", "set_of", "constant", "label", "weights",
+    "blocks", "grid_block", "grid_ctas", "grid_cluster", "grid_slots", "grid_work", "launch_of", "coefficients",
+    "floor", "first", "parts", "unit", "points", "set_block", "set_of", "constant", "label", "weights",
 )  # fmt: skip
 _SIZES = (
     "num_shared", "num_blocks", "num_launches", "num_grids", "num_parts", "num_candidates", "num_sets", "num_rows",

@@ -108,6 +108,7 @@ def select_kernel(
     blocks,
     grid_block,
     grid_ctas,
+    grid_cluster,
     grid_slots,
     grid_work,
     launch_of,
@@ -156,6 +157,7 @@ def select_kernel(
     of_grid = (tl.arange(0, GRIDS)[:, None] < num_grids) & of_part[None, :]
     block = tl.load(grid_block + at, mask=of_grid, other=0)
     per_tile = tl.load(grid_ctas + at, mask=of_grid, other=0.0)
+    cluster = tl.load(grid_cluster + at, mask=of_grid, other=1)
     per_wave = tl.load(grid_slots + at, mask=of_grid, other=1.0)
     work = tl.load(grid_work + at, mask=of_grid, other=0.0)
     part_us = tl.load(coefficients + part, mask=of_part, other=0.0)
@@ -172,7 +174,8 @@ def select_kernel(
     tiles = _tiles(count, blocks, num_blocks, BINS, BLOCKS, BLOCK_STEP)
     active = tl.sum(tl.where(tl.arange(0, BLOCKS) == num_blocks - 1, tiles, 0.0))
 
-    ctas = tl.reshape(tl.gather(tiles, tl.reshape(block, (GRIDS * PARTS,)), 0), (GRIDS, PARTS)) * per_tile
+    of_block = tl.reshape(tl.gather(tiles, tl.reshape(block, (GRIDS * PARTS,)), 0), (GRIDS, PARTS)).to(tl.int32)
+    ctas = ((of_block + cluster - 1) & -cluster).to(tl.float32) * per_tile
     waves = tl.div_rn(ctas, per_wave)  # as IEEE says: a full wave must not round up to another
     all_ctas = tl.sum(ctas * work, 0)
     part_us += us_wave * tl.sum(waves * work, 0) + us_whole_wave * tl.sum(tl.ceil(waves) * work, 0)

@@ -43,6 +43,8 @@ class CostTable:
     """`[G, L]`: index into blocks"""
     grid_ctas: NDArray[np.float32]
     """`[G, L]`: CTAs an M-tile; 0 where a launch has fewer grids"""
+    grid_cluster: NDArray[np.int32]
+    """`[G, L]`: M-tiles a cluster, a power of two: theirs are rounded up to whole clusters"""
     grid_slots: NDArray[np.float32]
     """`[G, L]`: CTAs a wave; infinite for launches without a grid"""
     grid_work: NDArray[np.float32]
@@ -88,8 +90,10 @@ class CostTable:
         most = max(map(len, grids.launches))
         blocks = grids.blocks.tolist()
         # A grid that is none: no CTAs, in endless slots.
-        padded = [(*launch, *[(1, 0, np.inf, 0.0)] * (most - len(launch))) for launch in grids.launches]
-        block, ctas, slots, work = (np.array([[g[i] for g in launch] for launch in padded]).T for i in range(4))
+        padded = [(*launch, *[(1, 0, 1, np.inf, 0.0)] * (most - len(launch))) for launch in grids.launches]
+        block, ctas, cluster, slots, work = (
+            np.array([[g[i] for g in launch] for launch in padded]).T for i in range(5)
+        )
         terms = get_form(model.form).terms
         coefficients = np.zeros((len(TERMS), len(fits)), np.float32)
         for term, values in zip(terms, zip(*(f.coefficients for f in fits), strict=True), strict=True):
@@ -98,6 +102,7 @@ class CostTable:
             np.minimum(grids.blocks, LARGEST_BLOCK).astype(np.int32),
             np.searchsorted(grids.blocks, block).astype(np.int32),
             ctas.astype(np.float32),
+            cluster.astype(np.int32),
             slots.astype(np.float32),
             work.astype(np.float32),
             grids.launch_of.astype(np.int32),

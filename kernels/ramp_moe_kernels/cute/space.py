@@ -121,6 +121,7 @@ def geometry(c: Config, shape: MoEShape) -> GridGeometry:
         expert_bytes=shape.expert_bytes,
         split_k=c.split_k,
         ctas_per_sm=c.ctas,
+        cluster_m=1 + c.pair,
     )
 
 
