@@ -3,6 +3,7 @@ two GPUs with NCCL."""
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import re
 import subprocess
@@ -47,6 +48,17 @@ def check(printed: str, cells: list[dict[str, Any]], dtypes: set[str]) -> None:
         elif cell["batch"] == "one rank's experts":
             assert "chosen" in first
             assert (second["rows"], second["ids"], "chosen" in second) == (0, 0, False)
+
+
+def test_the_table_is_that_of_the_files() -> None:
+    spec = importlib.util.spec_from_file_location("parallel_table", SCRIPT.parent / "table.py")
+    assert spec is not None
+    assert spec.loader is not None
+    table = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(table)
+    page = (SCRIPT.parent / "README.md").read_text()
+    assert table.filled(page) == page
+    assert len(table.rows()) == 12, "three models, two dtypes, two ways"
 
 
 @pytest.mark.skipif(GPUS > 0, reason="there is a GPU")
