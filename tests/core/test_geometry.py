@@ -11,6 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from ramp_moe import GridGeometry, ShapeError
 from ramp_moe.geometry import m_tiles
+from ramp_moe.grids import Grids
 
 histograms = st.lists(st.integers(0, 300), min_size=1, max_size=24).map(lambda h: np.array(h, np.int64))
 
@@ -52,6 +53,19 @@ def brute_force_ctas(g: GridGeometry, histogram: np.ndarray) -> int:
 @given(histograms.map(lambda h: h % 40), geometries().filter(lambda g: g.tiles_n * g.split_k <= 40))
 def test_logical_matches_brute_force(histogram: np.ndarray, g: GridGeometry) -> None:
     assert int(g.logical(histogram)) == brute_force_ctas(g, histogram)
+
+
+@given(st.lists(histograms, min_size=1, max_size=3), st.lists(geometries(), min_size=1, max_size=4, unique=True))
+def test_grids_together_count_as_each_alone(batch: list[np.ndarray], found: list[GridGeometry]) -> None:
+    """As the cost model evaluates them."""
+    wide = max(map(len, batch))
+    together = np.array([np.pad(h, (0, wide - len(h))) for h in batch])
+    grids = Grids([(g,) for g in found], 132)
+    counts = grids.count(together)
+    ctas = grids.ctas(counts)
+    assert ctas[:, grids.launch_of].tolist() == np.stack([g.logical(together) for g in found], 1).tolist()
+    waves = grids.by_part("ceil_waves", counts, ctas)
+    assert waves.tolist() == np.stack([g.waves(together, 132) for g in found], 1).tolist()
 
 
 @given(histograms, geometries(), st.data())
