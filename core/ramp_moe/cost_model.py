@@ -108,11 +108,16 @@ class Part:
         return Part(self.key, tuple(grids))
 
 
+IDS = "ids"
+"""Beside PATH: a part of a path that goes with the routed ids alone. No sweep has it; a model of other shapes does."""
+
+
 def parts_of(candidate: Candidate, stages: Sequence[str]) -> list[Part]:
     """The parts that times of these kinds of columns are the sum of."""
     config = candidate.config
     if PATH in stages:
-        return [Part(path_key(candidate.kernel, config.name), config.gemms)]
+        key = path_key(candidate.kernel, config.name)
+        return [Part(key, config.gemms), *([Part(f"{key}/{IDS}", ())] if IDS in stages else [])]
     return [Part(s.key, () if s.geometry is None else (s.geometry,)) for s in config.stages if s.kind in stages]
 
 

@@ -140,14 +140,21 @@ def least_squares(terms: FloatArray, times: FloatArray, non_negative: bool) -> t
     seen = np.isfinite(times)
     weight = np.where(seen, 1 / np.where(seen, times, 1.0), 0.0)
     a = np.moveaxis(terms * weight[..., None], 0, 1)
-    # Terms span five orders of magnitude; unit columns keep the pseudo-inverse's cut-off meaningful.
-    scale = np.abs(a).max(axis=1, keepdims=True)
-    a = a / np.where(scale > 0, scale, 1.0)
     target = seen.T.astype(np.float64)
+    c = solved(a, target, non_negative)
+    return c, np.where(seen, np.einsum("srn,sn->rs", a, c) - target.T, np.nan)
+
+
+def solved(a: FloatArray, target: FloatArray, non_negative: bool) -> FloatArray:
+    """c `[problems, n]` that minimises |a[s] @ c[s] - target[s]| for every problem s: a `[problems, rows, n]`, target
+    `[problems, rows]`."""
+    # Terms span five orders of magnitude; unit columns keep the pseudo-inverse's cut-off meaningful.
+    scale = np.abs(a).max(axis=1)
+    scale = np.where(scale > 0, scale, 1.0)
+    # A rotation, which changes no distance, leaves as many rows as there are terms, and one.
+    rotated = np.asarray(np.linalg.qr(np.concatenate([a / scale[:, None], target[..., None]], axis=-1), mode="r"))
     solve = _non_negative if non_negative else _unconstrained
-    c = solve(a, target)
-    residual = np.einsum("srn,sn->rs", a, c) - target.T
-    return c / np.where(scale > 0, scale, 1.0)[:, 0], np.where(seen, residual, np.nan)
+    return solve(rotated[..., :-1], rotated[..., -1]) / scale
 
 
 def _unconstrained(a: FloatArray, target: FloatArray) -> FloatArray:
@@ -156,7 +163,7 @@ def _unconstrained(a: FloatArray, target: FloatArray) -> FloatArray:
 
 def _non_negative(a: FloatArray, target: FloatArray) -> FloatArray:
     """Exact non-negative least squares: the optimum is unconstrained on the support where it is positive, and with
-    four terms there are only fifteen supports to try."""
+    four terms there are only fifteen supports to try, with seven 127."""
     stages, _, n = a.shape
     best, best_loss = np.zeros((stages, n)), (target**2).sum(1)
     for support in itertools.chain.from_iterable(itertools.combinations(range(n), k) for k in range(1, n + 1)):

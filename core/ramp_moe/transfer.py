@@ -1,21 +1,27 @@
 """A cost model for a shape that nobody has measured, from the same kernel's sweeps of other shapes.
 
-A configuration's coefficients go with what the shape makes of its grid: the time of a CTA, and so of a wave, with the
-weights that one CTA multiplies (its weight rows times its share of the reduction), the time of an active expert with
-its bytes. In these units one set of coefficients is fitted to the batches of all shapes together. It is a first guess,
-which nothing corrects: for shapes that were left out it loses 2% to 5.8%, mostly five times what a profile does; one
-configuration for everything loses 6% to 16% (`examples/study`). Every choice by it says that it extrapolates.
+What a path takes is seen as a sum of TERMS, each with what the shape makes of it: a wave goes with the weights that one
+CTA multiplies (its weight rows times its share of the reduction), an active expert with its bytes, a routed id with its
+hidden and intermediate elements, which are read and written between launches, and with their products. In these units
+one set of coefficients is fitted to the batches of all shapes and configurations together, and each configuration's
+own, to its own batches, are drawn towards it: few shapes leave some directions open, in which a configuration is then
+as its kernel is, and kernels can be held against each other.
+
+It is a first guess, which nothing corrects: for shapes that were left out, choices among all kernels lose 1.6% to 5.8%,
+mostly three to five times what a profile does (`examples/study`). Every choice by it says that it extrapolates.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
+from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 
-from .cost_model import Candidate, CostModel, Part, PartFit, candidates_of, get_form, parts_of, path_times
+from .cost_model import IDS, Candidate, CostModel, Part, PartFit, candidates_of, parts_of, path_times
 from .errors import ProfileError
-from .fitting import RESIDENT, least_squares
+from .fitting import RESIDENT, solved
 from .grids import Grids
 from .hardware import Hardware
 from .kernel import KernelConfig
@@ -24,86 +30,158 @@ from .shapes import MoEShape
 from .sweep import MIN_US, PATH, Sweep
 
 FORM = "active"
+TERMS = ("launch", "wave", "bytes of an expert", "expert", "hidden", "intermediate", "products")
+"""In units of 1, millions of weights, megabytes, 1, thousands of elements, the same, and millions; the last three for
+each routed id."""
+PULL = 0.5
+"""Of the common coefficients on a configuration's own: as a share of its batches. From 0.3 to 1 all serve alike."""
+NEAR = 2.0
+"""The common coefficients are fitted to times of at most so many times the batch's fastest."""
+FEWEST = 8
+"""Batches of a configuration; one with fewer counts as never timed."""
+
+ConfigsOf = Callable[[MoEShape], Sequence[KernelConfig]]
 
 
-def transfer(
-    sweeps: Sequence[Sweep],
-    configs_of: Callable[[MoEShape], Sequence[KernelConfig]],
-    shape: MoEShape,
-    hardware: Hardware,
-) -> CostModel:
-    """A model for `shape`, fitted to sweeps of other shapes, of those of the kernel's configurations there that one of
-    them has timed as a whole path; `configs_of` gives a shape's.
+@dataclass(frozen=True)
+class _Seen:
+    """A sweep's batches to fit on: `terms [rows, candidates, TERMS]`, `times [rows, candidates]`, NaN where there is
+    none, and the candidates' names."""
 
-    Raises ProfileError where there is no such configuration.
+    terms: FloatArray
+    times: FloatArray
+    names: list[str]
+
+
+class _Fit(NamedTuple):
+    """Coefficients `[TERMS]`, the relative errors that they leave, and on how many of the candidate's own batches."""
+
+    coefficients: FloatArray
+    rms_error: float
+    max_error: float
+    rows: int
+
+
+def transfer(sweeps: Sequence[Sweep], configs_of: ConfigsOf, shape: MoEShape, hardware: Hardware) -> CostModel:
+    """A model for `shape`, fitted to sweeps of other shapes: of the kernel's configurations there that one of them has
+    timed as a whole path, and of those that none of their shapes has, where the kernel's tiles follow the shape.
+    `configs_of` gives a shape's. What other shapes have, and did not time, was too slow for them.
+
+    Raises ProfileError where there is no configuration.
     """
     known = [s.only([PATH]) for s in sweeps if PATH in s.stages]
     candidates = [Candidate(sweeps[0].kernel, c) for c in configs_of(shape)] if known else []
-    fits: dict[str, PartFit] = {}
-    for resident in RESIDENT if known else ():
-        seen = [_terms_and_times(s, candidates, configs_of(s.shape), hardware, resident) for s in known]
-        terms, times = (np.concatenate(arrays) for arrays in zip(*seen, strict=True))
-        coefficients, relative = least_squares(terms, times, get_form(FORM).non_negative)
-        for i, candidate in enumerate(candidates):
-            error = relative[np.isfinite(relative[:, i]), i]
-            if len(error) < terms.shape[-1]:
-                continue
-            part = _part(candidate, resident)
-            rms_error = float(np.sqrt(np.mean(error**2)))
-            if part.key not in fits or rms_error < fits[part.key].rms_error:
-                fits[part.key] = PartFit(
-                    part,
-                    tuple((coefficients[i] * _units(part, shape)).tolist()),
-                    rows=len(error),
-                    rms_error=rms_error,
-                    max_error=float(np.abs(error).max()),
-                    # No batch of this shape was fitted to: all are outside.
-                    ctas_range=(np.inf, -np.inf),
-                    active_range=(1, 0),
-                    floor_us=MIN_US,
-                )
-    if not fits:
+    others = [configs_of(s.shape) for s in known]
+    names = [c.name for c in candidates]
+    new = {*names} - {Candidate(s.kernel, c).name for s, cs in zip(known, others, strict=True) for c in cs}
+    best: dict[str, tuple[_Fit, int]] = {}
+    for resident in RESIDENT if candidates else ():
+        seen = [_seen(s, configs, hardware, resident) for s, configs in zip(known, others, strict=True)]
+        for name, fit in _fitted(seen, names, new).items():
+            if name not in best or fit.rms_error < best[name][0].rms_error:
+                best[name] = fit, resident
+    kept = [c for c in candidates if c.name in best]
+    if not kept:
         raise ProfileError(f"no whole path of a configuration for {shape.label} was measured on another shape")
-    kept = [c for c in candidates if _part(c, 1).key in fits]
+    fits = {fit.part.key: fit for c in kept for fit in _parts(c, shape, *best[c.name])}
     source = f"{sweeps[0].kernel} on other shapes ({', '.join(s.shape.label for s in known)}), not on {shape.label}"
-    return CostModel(shape, hardware, FORM, kept, fits, [PATH], [source])
+    return CostModel(shape, hardware, FORM, kept, fits, [PATH, IDS], [source])
 
 
-def _terms_and_times(
-    sweep: Sweep,
-    candidates: Sequence[Candidate],
-    configs: Sequence[KernelConfig],
-    hardware: Hardware,
-    resident: int,
-) -> tuple[FloatArray, FloatArray]:
-    """Of the sweep's batches to fit on: terms in units `[rows, candidates, terms]`, and times `[rows, candidates]`, NaN
-    for a candidate whose configuration of the same name it has not."""
+def _seen(sweep: Sweep, configs: Sequence[KernelConfig], hardware: Hardware, resident: int) -> _Seen:
     tune = sweep.select(sweep.rows_of("tune"))
     there = candidates_of(tune, configs)
-    parts = [_part(c, resident) for c in there]
+    parts = [_path(c, resident) for c in there]
     grids = Grids([p.grids for p in parts], hardware.num_sms)
     counts = grids.count(tune.histograms)
-    ctas = grids.ctas(counts)
-    found = np.stack([grids.by_part(name, counts, ctas) for name in get_form(FORM).terms], axis=-1)
-    found *= [_units(part, sweep.shape) for part in parts]
-    place = {c.name: i for i, c in enumerate(candidates)}
-    columns = [(i, place[c.name]) for i, c in enumerate(there) if c.name in place]
-    here, to = [i for i, _ in columns], [j for _, j in columns]
-    terms = np.zeros((len(tune.histograms), len(candidates), found.shape[-1]))
+    waves = grids.by_part("ceil_waves", counts, grids.ctas(counts))
+    active, ids = (np.broadcast_to(column, waves.shape) for column in (counts[:, -1:], counts[:, :1]))
+    terms = np.stack([np.ones_like(waves), waves, active, active, ids, ids, ids], axis=-1)
+    terms *= [_units(part, sweep.shape) for part in parts]
+    return _Seen(terms, path_times(tune, there), [c.name for c in there])
+
+
+def _fitted(seen: Sequence[_Seen], names: Sequence[str], new: Collection[str]) -> dict[str, _Fit]:
+    """Of the candidates that were timed, or are new, by name."""
+    common = _common(seen)
+    place = {name: i for i, name in enumerate(names)}
+    terms = np.zeros((sum(len(s.times) for s in seen), len(names), len(TERMS)))
     times = np.full(terms.shape[:2], np.nan)
-    terms[:, to], times[:, to] = found[:, here], path_times(tune, there)[:, here]
-    return terms, times
+    first = 0
+    for s in seen:
+        rows = slice(first, first + len(s.times))
+        here = [j for j, name in enumerate(s.names) if name in place]
+        to = [place[s.names[j]] for j in here]
+        terms[rows, to], times[rows, to] = s.terms[:, here], s.times[:, here]
+        first = rows.stop
+    timed = np.flatnonzero(np.isfinite(times).sum(0) >= FEWEST)
+    a, target = _relative(terms[:, timed], times[:, timed])
+    pull = np.sqrt(PULL * (a**2).sum(1))
+    drawn = pull[..., None] * np.eye(len(TERMS))
+    own = solved(
+        np.concatenate([a, drawn], 1), np.concatenate([target, pull * common.coefficients], 1), non_negative=True
+    )
+    off = abs(np.einsum("srn,sn->sr", a, own) - target)  # 0 where there is no time
+    found = {
+        names[i]: _Fit(c, float(np.sqrt((e**2).sum() / t.sum())), float(e.max()), int(t.sum()))
+        for i, c, e, t in zip(timed.tolist(), own, off, target, strict=True)
+    }
+    return {name: common for name in names if name in new} | found
 
 
-def _part(candidate: Candidate, resident: int) -> Part:
+def _common(seen: Sequence[_Seen]) -> _Fit:
+    """Of all configurations together, every sweep of the same weight."""
+    rows, weights = [], []
+    for s in seen:
+        a, timed = _relative(s.terms, s.times)
+        near = timed.T.astype(bool) & (s.times <= NEAR * np.nanmin(s.times, axis=1, keepdims=True))
+        rows.append(a.swapaxes(0, 1)[near])
+        weights.append(np.full(len(rows[-1]), 1 / np.sqrt(len(rows[-1]))))
+    a, weight = np.concatenate(rows), np.concatenate(weights)
+    c = solved((a * weight[:, None])[None], weight[None], non_negative=True)[0]
+    off = abs(a @ c - 1)
+    return _Fit(c, float(np.sqrt(((weight * off) ** 2).sum() / len(seen))), float(off.max()), 0)
+
+
+def _relative(terms: FloatArray, times: FloatArray) -> tuple[FloatArray, FloatArray]:
+    """`[candidates, rows, TERMS]` and `[candidates, rows]`: a time's error relative to it is a row's difference."""
+    timed = np.isfinite(times)
+    weight = np.where(timed, 1 / np.where(timed, times, 1.0), 0.0)
+    return (terms * weight[..., None]).swapaxes(0, 1), timed.T.astype(np.float64)
+
+
+def _path(candidate: Candidate, resident: int) -> Part:
     """Its path, with so many times the CTAs on an SM at a time."""
-    (part,) = parts_of(candidate, [PATH])
+    part = parts_of(candidate, [PATH])[0]
     return part.with_residents([resident * g.ctas_per_sm for g in part.grids])
 
 
 def _units(part: Part, shape: MoEShape) -> list[float]:
-    """What a coefficient of each of FORM's terms goes with: nothing; a CTA's weights, in millions of elements; the
-    same; an expert's megabytes."""
+    """What the coefficients of TERMS go with."""
     first = part.grids[0]
     weights = first.block_weights * first.reduction / first.split_k / 1e6
-    return [1.0, weights, weights, shape.expert_bytes / 1e6]
+    hidden, inter = shape.hidden_size / 1e3, shape.intermediate_size / 1e3
+    return [1.0, weights, shape.expert_bytes / 1e6, 1.0, hidden, inter, hidden * inter]
+
+
+def _parts(candidate: Candidate, shape: MoEShape, fit: _Fit, resident: int) -> list[PartFit]:
+    """The path's part, and the one that goes with the routed ids: a part without a grid has one CTA an id."""
+    path, ids = _path(candidate, resident), parts_of(candidate, [PATH, IDS])[1]
+    launch, wave, size, expert, *an_id = (fit.coefficients * _units(path, shape)).tolist()
+    return [
+        PartFit(
+            part,
+            of_form,
+            rows=fit.rows,
+            rms_error=fit.rms_error,
+            max_error=fit.max_error,
+            # No batch of this shape was fitted to: all are outside.
+            ctas_range=(np.inf, -np.inf),
+            active_range=(1, 0),
+            floor_us=floor,
+        )
+        for part, of_form, floor in (
+            (path, (launch, wave, 0.0, size + expert), MIN_US),
+            (ids, (0.0, 0.0, sum(an_id), 0.0), 0.0),
+        )
+    ]

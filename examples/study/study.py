@@ -43,6 +43,19 @@ KERNELS = (
     ("fp8", ("alpha_moe", "cute", "deep_gemm", "triton")),
     ("bf16", ("triton",)),
 )
+UNSEEN = (
+    ("fp8", ("alpha_moe",)),
+    ("fp8", ("cute",)),
+    ("fp8", ("deep_gemm",)),
+    ("fp8", ("triton",)),
+    ("fp8", ("alpha_moe", "cute", "deep_gemm", "triton")),
+    ("bf16", ("cute",)),
+    ("bf16", ("deep_gemm",)),
+    ("bf16", ("flashinfer_cutlass",)),
+    ("bf16", ("triton",)),
+    ("bf16", ("cute", "deep_gemm", "flashinfer_cutlass", "triton")),
+)
+"""Kernels by themselves, and together, that a shape without a profile is guessed for."""
 FIRST_SWEEPS = Path(ramp_moe_profiles.__file__).parent / "superseded" / "h200" / "alpha_moe"
 TREES = {
     "olmoe-1b-7b": (0.0125, 0.067),
@@ -127,17 +140,23 @@ def held_out(model: str, dtype: str, kernels: tuple[str, ...], form: str) -> tup
     return regret(test.times_us, choices), float(known.mean()) if len(known) else np.nan
 
 
-def transferred(model: str, dtype: str, kernel: str) -> tuple[np.ndarray, int]:
-    """Regret `[batches]` of choosing by the other models' profiles, and how many configurations those have timed."""
-    shape, found = registry.shape(model, dtype), shipped(model, dtype, (kernel,))
-    assert found is not None
+@cache
+def guess(model: str, dtype: str, kernel: str) -> CostModel:
+    """By the other models' profiles."""
+    shape = registry.shape(model, dtype)
     others = store.of_other_shapes(kernel, shape, h200)
     configs_of = partial(usable_configs, registry.kernel(kernel), hardware=h200)
-    guess = transfer([s for s in others if s.shape.label in MODELS], configs_of, shape, h200)
-    us = dict(zip([c.name for c in guess.candidates], guess.cost(found[1].histograms).T, strict=True))
-    never = np.full(len(found[1].labels), np.inf)
-    choices = np.stack([us.get(c.name, never) for c in found[1].candidates], 1).argmin(1)
-    return regret(found[1].times_us, choices), sum(c.name in us for c in found[1].candidates)
+    return transfer([s for s in others if s.shape.label in MODELS], configs_of, shape, h200)
+
+
+def transferred(model: str, dtype: str, kernels: Sequence[str], test: Replay) -> tuple[np.ndarray, int]:
+    """Regret `[batches]` of choosing by the other models' profiles, and how many configurations they let be chosen."""
+    costs = [(c.name, us) for g in (guess(model, dtype, k) for k in kernels)
+             for c, us in zip(g.candidates, g.cost(test.histograms).T, strict=True)]  # fmt: skip
+    us = dict(costs)
+    never = np.full(len(test.labels), np.inf)
+    choices = np.stack([us.get(c.name, never) for c in test.candidates], 1).argmin(1)
+    return regret(test.times_us, choices), sum(c.name in us for c in test.candidates)
 
 
 def forms() -> str:
@@ -248,22 +267,19 @@ def design() -> str:
 def shapes() -> str:
     """Leave one shape out."""
     rows = []
-    for (dtype, (kernel, *more)), model in itertools.product(KERNELS, MODELS):
-        found = shipped(model, dtype, (kernel,))
-        if not more and found:
-            tune, test = found
-            try:
-                lost, known = transferred(model, dtype, kernel)
-            except ProfileError:  # DeepGEMM's tiles are those of the shape: few have a name in common
-                rows.append((model, f"{kernel} {dtype}", f"none of {len(test.candidates)}", *[""] * 6))
-                continue
-            own, _ = held_out(model, dtype, (kernel,), "smooth")
-            static = regret(test.times_us, table_choices(static_table(tune.times_us, tune.labels), test.labels))
-            single = regret(test.times_us, np.full(len(test.labels), single_choice(tune.times_us)))
-            cells = (percent(lost.mean()), percent(np.quantile(lost, 0.95)), f"{lost.max():.1%}")
-            measured = (percent(x.mean()) for x in (own, static, single))
-            rows.append((model, f"{kernel} {dtype}", f"{known} of {len(test.candidates)}", *cells, *measured))
-    head = ("model", "kernel", "configurations known", "transferred: mean", "p95", "max",
+    for (dtype, kernels), model in itertools.product(UNSEEN, MODELS):
+        found = shipped(model, dtype, kernels)
+        assert found is not None
+        tune, test = found
+        lost, known = transferred(model, dtype, kernels, test)
+        own, _ = held_out(model, dtype, kernels, "smooth")
+        static = regret(test.times_us, table_choices(static_table(tune.times_us, tune.labels), test.labels))
+        single = regret(test.times_us, np.full(len(test.labels), single_choice(tune.times_us)))
+        cells = (percent(lost.mean()), percent(np.quantile(lost, 0.95)), f"{lost.max():.1%}")
+        measured = (percent(x.mean()) for x in (own, static, single))
+        which = f"{' + '.join(kernels)} {dtype}"
+        rows.append((model, which, f"{known} of {len(test.candidates)}", *cells, *measured))
+    head = ("model", "kernels", "configurations known", "transferred: mean", "p95", "max",
             "own profile", "static, tuned on its own profile", "its own best single configuration")  # fmt: skip
     return table(head, rows)
 

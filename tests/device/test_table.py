@@ -7,15 +7,15 @@ import re
 import numpy as np
 import pytest
 from conftest import RECORDED
-from ramp_moe import Hardware, ProfileStore, Registry
+from ramp_moe import Hardware, ProfileStore, Registry, expert_histogram, generate
 from ramp_moe.device.table import CostTable
 from ramp_moe.errors import KernelError
-from ramp_moe.replay import load_replay
+from ramp_moe.replay import load_model, load_replay
 from select_cases import by_hand
 
 
 @pytest.mark.parametrize("form", ["paper", "ceil", "active", "smooth"])
-@pytest.mark.parametrize("kernels", [("alpha_moe",), ("triton",), ("alpha_moe", "deep_gemm", "triton")], ids=" + ".join)
+@pytest.mark.parametrize("kernels", [("cute",), ("triton",), ("alpha_moe", "deep_gemm", "triton")], ids=" + ".join)
 @pytest.mark.parametrize("model", RECORDED)
 def test_it_costs_what_the_model_does(
     registry: Registry, shipped: ProfileStore, h200: Hardware, model: str, kernels: tuple[str, ...], form: str
@@ -45,3 +45,13 @@ def test_some_of_the_candidates(registry: Registry, shipped: ProfileStore, h200:
     (outsider, *_) = sorted({*range(len(smooth.candidates))} - {*smooth.contenders.tolist()})
     with pytest.raises(KernelError, match=re.escape(f"{smooth.candidates[outsider].name} is no contender")):
         CostTable.of(smooth, [outsider])
+
+
+def test_a_shape_without_a_profile(registry: Registry, shipped: ProfileStore, h200: Hardware) -> None:
+    """A path is the sum of a part with grids and one without."""
+    model, _ = load_model(registry, shipped, registry.shape("qwen3-235b-a22b", "fp8"), h200)
+    columns = model.contenders[:: len(model.contenders) // 8].tolist()
+    table = CostTable.of(model, columns)
+    for kind in ("uniform", "zipf1.2", "one-hot"):
+        histogram = expert_histogram(generate(kind, 300, 128, 8), 128)
+        assert by_hand(table, histogram) == pytest.approx(model.cost(histogram)[columns], rel=1e-4)
