@@ -253,6 +253,11 @@ class CostModel:
     def num_experts(self) -> int:
         return self.shape.num_experts
 
+    @property
+    def covered(self) -> tuple[str, ...]:
+        """Kinds of columns that the times are of."""
+        return tuple(s for s in self.stages if s != IDS)
+
     def cost(self, histograms: IntArray) -> FloatArray:
         """Microseconds `[..., candidates]` for checked histograms int64 `[..., num_experts]`."""
         counts = self._sums.grids.count(histograms)

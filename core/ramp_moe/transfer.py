@@ -69,15 +69,16 @@ def transfer(sweeps: Sequence[Sweep], configs_of: ConfigsOf, shape: MoEShape, ha
 
     Raises ProfileError where there is no configuration.
     """
-    known = [s.only([PATH]) for s in sweeps if PATH in s.stages]
+    known = [s.only([PATH]) for s in sweeps if PATH in s.stages and s.rows_of("tune")]
     candidates = [Candidate(sweeps[0].kernel, c) for c in configs_of(shape)] if known else []
     others = [configs_of(s.shape) for s in known]
     names = [c.name for c in candidates]
     new = {*names} - {Candidate(s.kernel, c).name for s, cs in zip(known, others, strict=True) for c in cs}
     best: dict[str, tuple[_Fit, int]] = {}
     for resident in RESIDENT if candidates else ():
-        seen = [_seen(s, configs, hardware, resident) for s, configs in zip(known, others, strict=True)]
-        for name, fit in _fitted(seen, names, new).items():
+        pairs = zip(known, others, strict=True)
+        seen = [found for s, configs in pairs if (found := _seen(s, configs, hardware, resident))]
+        for name, fit in (_fitted(seen, names, new) if seen else {}).items():
             if name not in best or fit.rms_error < best[name][0].rms_error:
                 best[name] = fit, resident
     kept = [c for c in candidates if c.name in best]
@@ -88,9 +89,16 @@ def transfer(sweeps: Sequence[Sweep], configs_of: ConfigsOf, shape: MoEShape, ha
     return CostModel(shape, hardware, FORM, kept, fits, [PATH, IDS], [source])
 
 
-def _seen(sweep: Sweep, configs: Sequence[KernelConfig], hardware: Hardware, resident: int) -> _Seen:
+def _seen(sweep: Sweep, configs: Sequence[KernelConfig], hardware: Hardware, resident: int) -> _Seen | None:
+    """None where the sweep has no time of a configuration that there still is."""
     tune = sweep.select(sweep.rows_of("tune"))
-    there = candidates_of(tune, configs)
+    try:
+        there = candidates_of(tune, configs)
+    except ProfileError:
+        return None
+    times = path_times(tune, there)
+    if not np.isfinite(times).any():
+        return None
     parts = [_path(c, resident) for c in there]
     grids = Grids([p.grids for p in parts], hardware.num_sms)
     counts = grids.count(tune.histograms)
@@ -98,7 +106,7 @@ def _seen(sweep: Sweep, configs: Sequence[KernelConfig], hardware: Hardware, res
     active, ids = (np.broadcast_to(column, waves.shape) for column in (counts[:, -1:], counts[:, :1]))
     terms = np.stack([np.ones_like(waves), waves, active, active, ids, ids, ids], axis=-1)
     terms *= [_units(part, sweep.shape) for part in parts]
-    return _Seen(terms, path_times(tune, there), [c.name for c in there])
+    return _Seen(terms, times, [c.name for c in there])
 
 
 def _fitted(seen: Sequence[_Seen], names: Sequence[str], new: Collection[str]) -> dict[str, _Fit]:
@@ -134,7 +142,8 @@ def _common(seen: Sequence[_Seen]) -> _Fit:
     rows, weights = [], []
     for s in seen:
         a, timed = _relative(s.terms, s.times)
-        near = timed.T.astype(bool) & (s.times <= NEAR * np.nanmin(s.times, axis=1, keepdims=True))
+        times = np.where(np.isfinite(s.times), s.times, np.inf)
+        near = timed.T.astype(bool) & (times <= NEAR * times.min(axis=1, keepdims=True))
         rows.append(a.swapaxes(0, 1)[near])
         weights.append(np.full(len(rows[-1]), 1 / np.sqrt(len(rows[-1]))))
     a, weight = np.concatenate(rows), np.concatenate(weights)

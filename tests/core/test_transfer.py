@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from functools import partial
 
+import msgspec
 import numpy as np
 import pytest
 from click.testing import CliRunner
@@ -16,6 +17,7 @@ from ramp_moe.evaluation import regret
 from ramp_moe.kernel import usable_configs
 from ramp_moe.replay import load_model, load_replay
 from ramp_moe.routing import FloatArray
+from ramp_moe.sweep import make_sweep
 from ramp_moe.transfer import transfer
 
 KERNELS = {"fp8": ("alpha_moe", "cute", "deep_gemm", "triton"), "bf16": ("cute", "deep_gemm", "triton")}
@@ -100,3 +102,26 @@ def test_a_profile_of_its_own_comes_first(registry: Registry, shipped: ProfileSt
     assert not model.measured[0].endswith("not on olmoe-1b-7b")
     with pytest.raises(ProfileError, match="no sweep of vllm_triton"):
         load_model(registry, shipped, shape, h200, ["triton", "vllm_triton"])
+
+
+def test_sweeps_that_say_nothing(registry: Registry, shipped: ProfileStore, h200: Hardware) -> None:
+    """Of configurations that no shape has, of none to fit on, or without a time."""
+    shape = registry.shape("olmoe-1b-7b", "fp8")
+    first, *others = shipped.of_other_shapes("triton", shape, h200)
+    configs_of = partial(usable_configs, registry.kernel("triton"), hardware=h200)
+    expected = transfer(others, configs_of, shape, h200)
+    untimed = msgspec.structs.replace(
+        first.record,
+        rows=[msgspec.structs.replace(r, runs_us=[[None] * len(first.record.columns)]) for r in first.record.rows],
+        runs=first.record.runs[:1],
+    )
+    alien = msgspec.structs.replace(
+        first.record, columns=[msgspec.structs.replace(c, key=f"{c.key}-old") for c in first.record.columns]
+    )
+    for useless in (make_sweep(untimed), make_sweep(alien), first.select(first.rows_of("test"))):
+        found = transfer([useless, *others], configs_of, shape, h200)
+        assert {k: f.coefficients for k, f in found.fits.items()} == {
+            k: f.coefficients for k, f in expected.fits.items()
+        }
+        with pytest.raises(ProfileError, match="no whole path of a configuration"):
+            transfer([useless], configs_of, shape, h200)

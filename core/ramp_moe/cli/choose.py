@@ -154,7 +154,7 @@ def explain(
     candidates, layouts = _explained(cost_model, counts), _layouts(registry, cost_model, counts)
     if as_json:
         about = {"model": shape.label, "device": hardware.name, "batch": batch, "form": form, "figures": "predicted"}
-        stages = {"stages": cost_model.stages, "measured": list(cost_model.measured)}
+        stages = {"stages": cost_model.covered, "measured": list(cost_model.measured)}
         found = {"layouts": layouts, "candidates": candidates}
         print_json(about | stages | {"notes": notes, "histogram": counts.tolist()} | found)
     else:

@@ -215,7 +215,7 @@ def explanation(
         f"{int(active_experts(histogram))} of {model.num_experts} experts active, the hottest with {hottest} ids",
         table,
         f"{len(model.candidates)} candidates. PREDICTED by the cost model (form {model.form}), which was fitted to "
-        f"recorded measurements of {escape(' and '.join(model.measured))}; times cover: {', '.join(model.stages)}.",
+        f"recorded measurements of {escape(' and '.join(model.measured))}; times cover: {', '.join(model.covered)}.",
         escape(_held(layouts)),
         *(f"[dim]note: {escape(n)}" for n in notes),
     ]
