@@ -149,14 +149,15 @@ def guess(model: str, dtype: str, kernel: str) -> CostModel:
     return transfer([s for s in others if s.shape.label in MODELS], configs_of, shape, h200)
 
 
-def transferred(model: str, dtype: str, kernels: Sequence[str], test: Replay) -> tuple[np.ndarray, int]:
-    """Regret `[batches]` of choosing by the other models' profiles, and how many configurations they let be chosen."""
-    costs = [(c.name, us) for g in (guess(model, dtype, k) for k in kernels)
-             for c, us in zip(g.candidates, g.cost(test.histograms).T, strict=True)]  # fmt: skip
-    us = dict(costs)
+def transferred(model: str, dtype: str, kernels: Sequence[str], test: Replay) -> tuple[np.ndarray, int, float]:
+    """Of choosing by the other models' profiles, among what the model's own has timed: regret `[batches]`, and how many
+    configurations there are; and on which share of the batches a choice among all is one of them."""
+    us = {c.name: us for g in (guess(model, dtype, k) for k in kernels)
+          for c, us in zip(g.candidates, g.cost(test.histograms).T, strict=True)}  # fmt: skip
     never = np.full(len(test.labels), np.inf)
-    choices = np.stack([us.get(c.name, never) for c in test.candidates], 1).argmin(1)
-    return regret(test.times_us, choices), sum(c.name in us for c in test.candidates)
+    timed = np.stack([us.get(c.name, never) for c in test.candidates], 1)
+    judged = timed.min(1) <= np.stack(list(us.values())).min(0)
+    return regret(test.times_us, timed.argmin(1)), int(np.isfinite(timed).any(0).sum()), float(judged.mean())
 
 
 def forms() -> str:
@@ -271,15 +272,15 @@ def shapes() -> str:
         found = shipped(model, dtype, kernels)
         assert found is not None
         tune, test = found
-        lost, known = transferred(model, dtype, kernels, test)
+        lost, known, judged = transferred(model, dtype, kernels, test)
         own, _ = held_out(model, dtype, kernels, "smooth")
         static = regret(test.times_us, table_choices(static_table(tune.times_us, tune.labels), test.labels))
         single = regret(test.times_us, np.full(len(test.labels), single_choice(tune.times_us)))
         cells = (percent(lost.mean()), percent(np.quantile(lost, 0.95)), f"{lost.max():.1%}")
         measured = (percent(x.mean()) for x in (own, static, single))
         which = f"{' + '.join(kernels)} {dtype}"
-        rows.append((model, which, f"{known} of {len(test.candidates)}", *cells, *measured))
-    head = ("model", "kernels", "configurations known", "transferred: mean", "p95", "max",
+        rows.append((model, which, f"{known} of {len(test.candidates)}", f"{judged:.0%}", *cells, *measured))
+    head = ("model", "kernels", "configurations known", "choices timed", "transferred: mean", "p95", "max",
             "own profile", "static, tuned on its own profile", "its own best single configuration")  # fmt: skip
     return table(head, rows)
 
