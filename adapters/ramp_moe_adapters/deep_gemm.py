@@ -24,7 +24,8 @@ from typing import TYPE_CHECKING, Any
 from ramp_moe import GridGeometry, Hardware, KernelConfig, MoEShape, Stage, WeightLayout
 from ramp_moe.device import Batch, LaunchableKernel, MoEWeights, Workspace
 from ramp_moe.errors import KernelError
-from ramp_moe.kernel import LAYOUTS, digest_of, fp8_unsupported, is_installed, version_of
+from ramp_moe.kernel import LAYOUTS, fp8_unsupported, is_installed, version_of
+from ramp_moe.versions import Place, digest_of
 
 from .deep_gemm_choice import Pinned, pinned
 
@@ -33,6 +34,9 @@ if TYPE_CHECKING:
 
     from .deep_gemm_launch import Prepared
 
+LAUNCH = Path(__file__).with_name("deep_gemm_launch.py")
+RUNS = (Place(LAUNCH, "prepare"), Place(LAUNCH, "launch_steps"))
+"""What is ours of what decides the times."""
 BLOCKS = (64, 128)
 SM_SHARES = (1.0, 0.9, 0.8)
 """Of the SMs: fewer of them are another choice of tile, and leave the last wave less empty."""
@@ -117,9 +121,7 @@ class DeepGEMM(LaunchableKernel):
 
     def version(self) -> str:
         """DeepGEMM's version and a digest of what is ours around it."""
-        from ramp_moe_kernels import rows
-
-        return f"{version_of('deep_gemm')}+{digest_of(Path(rows.__file__).parent)}"
+        return f"{version_of('deep_gemm')}+{digest_of(*RUNS)}"
 
     def unavailable(self) -> str | None:
         missing = [name for name in ("torch", "triton", "deep_gemm", "tvm_ffi") if not is_installed(name)]

@@ -22,7 +22,8 @@ from typing import TYPE_CHECKING, Any
 
 from ramp_moe import BuildableKernel, Built, GridGeometry, Hardware, KernelConfig, MoEShape, Stage, WeightLayout
 from ramp_moe.device import Batch, LaunchableKernel, MoEWeights, Workspace
-from ramp_moe.kernel import Progress, digest_of, fp8_unsupported, is_installed, version_of
+from ramp_moe.kernel import Progress, fp8_unsupported, is_installed, version_of
+from ramp_moe.versions import Place, digest_of
 
 from . import flashinfer_cutlass_build as build
 from .flashinfer_cutlass_choice import WITHOUT_DEEP_GEMM, Fp8Tile, Tactic, fp8_tile, pairs, tactics
@@ -32,6 +33,9 @@ if TYPE_CHECKING:
 
     from .flashinfer_cutlass_launch import Prepared
 
+LAUNCH = Path(__file__).with_name("flashinfer_cutlass_launch.py")
+RUNS = (Place(LAUNCH, "prepare"), Place(LAUNCH, "launch"))
+"""What is ours of what decides the times."""
 LAYOUT = "up-first"
 ALIGNMENT = 8
 """bf16 elements in the 16 bytes that TMA asks for."""
@@ -133,8 +137,8 @@ class FlashInferCutlass(LaunchableKernel, BuildableKernel):
         return WeightLayout(LAYOUT, shape.num_experts * shape.expert_bytes)
 
     def version(self) -> str:
-        """FlashInfer's version and a digest of what is ours around it."""
-        return f"{version_of('flashinfer')}+{digest_of(Path(__file__).with_name('flashinfer_cutlass_launch.py'))}"
+        """FlashInfer's version and a digest of what is ours around it, but for how its module is built."""
+        return f"{version_of('flashinfer')}+{digest_of(*RUNS, apart=(Path(build.__file__),))}"
 
     def unavailable(self) -> str | None:
         missing = [name for name in ("torch", "triton", "flashinfer", "tvm_ffi") if not is_installed(name)]

@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import functools
-import hashlib
 import importlib.util
-import re
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
@@ -154,16 +152,6 @@ def is_installed(module: str) -> bool:
     """Whether a module can be found, without importing it; a mere folder of that name (no origin) does not count."""
     spec = importlib.util.find_spec(module)
     return spec is not None and spec.origin is not None
-
-
-_COMMENT_LINE = re.compile(rb"^[ \t]*(#.*)?\n", re.MULTILINE)
-
-
-def digest_of(*paths: Path) -> str:
-    """Eight digits that change with these Python sources, or those in these folders, which decide the times between
-    versions; not with lines that hold a comment alone."""
-    sources = [f for path in paths for f in (sorted(path.glob("*.py")) if path.is_dir() else [path])]
-    return hashlib.sha256(b"".join(_COMMENT_LINE.sub(b"", f.read_bytes()) for f in sources)).hexdigest()[:8]
 
 
 def fp8_unsupported(shape: MoEShape, hardware: Hardware) -> str | None:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import re
-import shutil
 from dataclasses import replace
 from importlib import metadata
 from pathlib import Path
@@ -18,7 +17,6 @@ from ramp_moe.kernel import version_of
 from ramp_moe.profiler.gpu import GpuState
 from ramp_moe.profiler.journal import journal_path
 from ramp_moe.store import user_data_dir
-from ramp_moe_kernels.triton import kernel as triton_kernel
 from simulated_bench import HARDWARE, SHAPE
 from simulated_gpu import IDLE, Described, Machine, Unavailable, place
 
@@ -190,18 +188,3 @@ def test_versions_of_kernels(registry: Registry) -> None:
     assert re.fullmatch(rf"{re.escape(version)}\+[0-9a-f]{{8}}", registry.kernel("triton").version())
     assert version_of("numpy") == metadata.version("numpy")
     assert version_of("no_such_package") == "?"
-
-
-def test_a_change_of_the_sources_is_another_version_of_the_triton_kernel(
-    registry: Registry, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    kernel, sources = registry.kernel("triton"), tmp_path / "triton"
-    before = kernel.version()
-    shutil.copytree(Path(triton_kernel.__file__).parent, sources, ignore=shutil.ignore_patterns("__pycache__"))
-    monkeypatch.setattr(triton_kernel, "__file__", str(sources / "kernel.py"))
-    assert kernel.version() == before
-    for name in ("kernel.py", "forward.py"):
-        with (sources / name).open("a") as f:
-            f.write("#")
-        assert kernel.version() != before
-        before = kernel.version()

@@ -15,6 +15,7 @@ from pathlib import Path
 import pytest
 from fake_compiler import Fake, Machine
 from ramp_moe import Built, KernelError
+from ramp_moe.versions import Place
 from ramp_moe_kernels.cute.objects import cache as cache_module
 from ramp_moe_kernels.cute.objects import toolkit
 from ramp_moe_kernels.cute.objects.build import build
@@ -244,37 +245,36 @@ def test_a_full_disk_leaves_nothing_half_written(
 
 
 @pytest.fixture
-def sources(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """Of a kernel; compiled by version 1.0, loaded by version 0.1."""
+def sources(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Place:
+    """What a kernel is compiled from; compiled by version 1.0, loaded by version 0.1."""
     monkeypatch.setenv(VARIABLE, str(tmp_path / "root"))
     monkeypatch.setattr(cache_module, "toolchain", lambda: "dsl1.0-cu13")
     monkeypatch.setattr(cache_module, "runtime_abis", lambda: ["ffi0.1-x86_64-v3", "ffi0.1-x86_64-v2"])
-    folder = tmp_path / "sources"
+    return written(tmp_path / "sources", "x = 1\n")
+
+
+def written(folder: Path, moe: str) -> Place:
+    """A kernel's sources in a new folder."""
     folder.mkdir()
-    for name in cache_module.COMPILED:
-        (folder / name).write_text("x = 1\n")
-    return folder
+    (folder / "moe.py").write_text(moe)
+    return Place(folder / "moe.py", "x")
 
 
 def test_another_version_has_another_folder(
-    sources: Path, tmp_path: Path, machine: Machine, monkeypatch: pytest.MonkeyPatch
+    sources: Place, tmp_path: Path, machine: Machine, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     first = Cache.current(sources)
     assert first.folder.is_relative_to(tmp_path / "root")
     assert run(first, machine).compiled == ("a", "b", "c")
-    (sources / "moe.py").write_text("# why\nx = 1\n")
-    (sources / "launch.py").write_text("y = 1\n")  # which no object is compiled from
-    assert Cache.current(sources) == first
+    assert Cache.current(written(tmp_path / "same", "# why\ny = 0\nx = 1\n")) == first
     with monkeypatch.context() as patch:
         patch.setattr(cache_module, "toolchain", lambda: "dsl1.1-cu13")
         assert run(Cache.current(sources), machine).compiled == ("a", "b", "c")
-    (sources / "moe.py").write_text("x = 2\n")
-    assert run(Cache.current(sources), machine).compiled == ("a", "b", "c")
-    (sources / "moe.py").write_text("x = 1\n")
+    assert run(Cache.current(written(tmp_path / "other", "x = 2\n")), machine).compiled == ("a", "b", "c")
     assert run(Cache.current(sources), machine).reused == ("a", "b", "c")
 
 
-def test_pruning_leaves_the_present_version(sources: Path, machine: Machine, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_pruning_leaves_the_present_version(sources: Place, machine: Machine, monkeypatch: pytest.MonkeyPatch) -> None:
     current = Cache.current(sources)
     run(current, machine)
     with monkeypatch.context() as patch:
@@ -299,7 +299,7 @@ def test_pruning_leaves_the_present_version(sources: Path, machine: Machine, mon
 
 
 def test_without_the_compiler_any_folder_of_the_sources_will_do(
-    sources: Path, machine: Machine, monkeypatch: pytest.MonkeyPatch
+    sources: Place, machine: Machine, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     built = Cache.current(sources)
     run(built, machine)
@@ -311,7 +311,7 @@ def test_without_the_compiler_any_folder_of_the_sources_will_do(
     assert Cache.current(sources) != built
 
 
-def test_the_cache_is_the_users(sources: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_cache_is_the_users(sources: Place, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv(VARIABLE)
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "xdg"))
     assert Cache.current(sources).folder.is_relative_to(tmp_path / "xdg" / "ramp-moe" / "cute")

@@ -10,7 +10,8 @@ from typing import TYPE_CHECKING, Any
 from ramp_moe import BuildableKernel, Built, Hardware, KernelConfig, MoEShape, Stage, WeightLayout
 from ramp_moe.device import Batch, LaunchableKernel, MoEWeights, Workspace
 from ramp_moe.errors import KernelError
-from ramp_moe.kernel import LAYOUTS, Progress, digest_of, is_installed
+from ramp_moe.kernel import LAYOUTS, Progress, is_installed
+from ramp_moe.versions import Place, digest_of
 
 from .config import ELEMENT, UP_ROWS, Config
 from .space import configurations, geometry, polymorphic, unaligned
@@ -20,8 +21,9 @@ if TYPE_CHECKING:
 
     from .launch import Prepared
 
-RUNS = ("config.py", "moe.py", "launch.py")
-"""Of this package's files, those that decide the times."""
+HERE = Path(__file__).parent
+RUNS = (Place(HERE / "launch.py", "prepare"), Place(HERE / "launch.py", "launch_steps"))
+"""What decides the times, beside what objects are compiled from."""
 FEW = 16.0
 """Mean tokens of an active expert up to which the weights' way from memory decides, and arithmetic does not."""
 MANY = 48.0
@@ -35,9 +37,10 @@ class CuteMoE(LaunchableKernel, BuildableKernel):
     name = "cute"
 
     def version(self) -> str:
-        """The library's version and a digest of the sources that run."""
-        here = Path(__file__).parent
-        return f"{super().version()}+{digest_of(*(here / name for name in RUNS))}"
+        """The library's version and a digest of the code that runs. How objects are built and loaded does not count."""
+        from .objects.cache import COMPILED
+
+        return f"{super().version()}+{digest_of(*RUNS, COMPILED, apart=(HERE / 'objects',))}"
 
     def unsupported(self, shape: MoEShape, hardware: Hardware) -> str | None:
         if hardware.arch != "sm_90":

@@ -8,22 +8,25 @@ from __future__ import annotations
 
 import importlib.util
 import itertools
-import pathlib
 from collections.abc import Hashable, Iterator, Sequence
 from dataclasses import asdict, replace
+from pathlib import Path as File
 from typing import TYPE_CHECKING, Any
 
 from ramp_moe import Hardware, KernelConfig, MoEShape, Stage, WeightLayout
 from ramp_moe.device import Batch, LaunchableKernel, MoEWeights, Workspace
 from ramp_moe.errors import KernelError
-from ramp_moe.kernel import LAYOUTS, digest_of, fp8_unsupported
+from ramp_moe.kernel import LAYOUTS, fp8_unsupported
 from ramp_moe.shapes import SCALE_BLOCK
+from ramp_moe.versions import Place, digest_of
 
 from .config import GemmConfig, Path, geometry, invalid_path, quantises_itself
 
 if TYPE_CHECKING:
     from torch import Tensor
 
+RUNS = Place(File(__file__).with_name("forward.py"), "forward_steps")
+"""What decides the times."""
 MAX_EXPERTS = 1024
 DIRECT_TOKENS = 2
 MAX_DEFAULT_LOG2_TOKENS = 16
@@ -35,8 +38,8 @@ class TritonMoE(LaunchableKernel):
     name = "triton"
 
     def version(self) -> str:
-        """The library's version and a digest of this package's sources."""
-        return f"{super().version()}+{digest_of(pathlib.Path(__file__).parent)}"
+        """The library's version and a digest of the code that runs."""
+        return f"{super().version()}+{digest_of(RUNS)}"
 
     def unsupported(self, shape: MoEShape, hardware: Hardware) -> str | None:
         if reason := fp8_unsupported(shape, hardware):

@@ -29,16 +29,14 @@ import msgspec
 import platformdirs
 from ramp_moe.errors import KernelError, ProfileError
 from ramp_moe.files import read_json, write_atomically, write_json
-from ramp_moe.kernel import digest_of
+from ramp_moe.versions import Place, digest_of
 
 from .cubin import Usage
 from .toolkit import runtime_abis, toolchain
 
 VARIABLE = "RAMP_MOE_CACHE"
-SOURCES = Path(__file__).parents[1]
-"""Where the kernel's Python files are."""
-COMPILED = ("config.py", "moe.py")
-"""Those of them that decide what an object is."""
+COMPILED = Place(Path(__file__).parents[1] / "moe.py", "compile_config")
+"""What an object is compiled by, and from."""
 ARCHITECTURE = "sm_90a"
 FORMAT = "ramp-moe/object"
 VERSION = 1
@@ -93,9 +91,9 @@ class Cache:
     folder: Path
 
     @classmethod
-    def current(cls, sources: Path = SOURCES) -> Cache:
-        """That of the kernel whose sources are in a folder, on this machine. Raises KernelError without tvm-ffi."""
-        of_sources, abis, chain = _of_sources(sources), runtime_abis(), toolchain()
+    def current(cls, compiled: Place = COMPILED) -> Cache:
+        """That of what is compiled, on this machine. Raises KernelError without tvm-ffi."""
+        of_sources, abis, chain = _of_sources(compiled), runtime_abis(), toolchain()
         try:
             for abi in abis:
                 found = sorted(of_sources.glob(f"{chain or '*'}-{abi}"), key=lambda f: (f.stat().st_mtime, f.name))
@@ -172,10 +170,10 @@ class Cache:
         return self.folder / f"{config.name}.json"
 
 
-def prune(sources: Path = SOURCES) -> int:
+def prune(compiled: Place = COMPILED) -> int:
     """Delete the objects of every other version of the kernel and its compiler, and what interrupted writes left;
     returns the bytes freed. Raises KernelError where they cannot be deleted."""
-    current = Cache.current(sources).folder
+    current = Cache.current(compiled).folder
     others = [f for f in current.parent.parent.glob(f"v*-{ARCHITECTURE}-*") if f != current.parent]
     others += [f for f in current.parent.glob(f"*-{runtime_abis()[0]}") if f != current]
     freed = 0
@@ -190,5 +188,5 @@ def prune(sources: Path = SOURCES) -> int:
     return freed
 
 
-def _of_sources(sources: Path) -> Path:
-    return cache_folder() / "cute" / f"v{VERSION}-{ARCHITECTURE}-{digest_of(*(sources / name for name in COMPILED))}"
+def _of_sources(compiled: Place) -> Path:
+    return cache_folder() / "cute" / f"v{VERSION}-{ARCHITECTURE}-{digest_of(compiled)}"
