@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import pytest
-import ramp_moe_profiles
 from ramp_moe import Hardware, MoEShape, ProfileStore, Registry
 from ramp_moe.profiler import pool, worker
 from ramp_moe.replay import Replay, load_replay
@@ -84,7 +83,7 @@ def shipped(registry: Registry) -> ProfileStore:
     return ProfileStore(shipped=registry.profile_dirs)
 
 
-EXHAUSTIVE = Path(ramp_moe_profiles.__file__).parent / "superseded" / "h200" / "alpha_moe"
+EXHAUSTIVE = Path(__file__).parents[1] / "profiles" / "archive" / "h200" / "alpha_moe"
 
 
 def exhaustive(shape: MoEShape) -> ProfileStore:

@@ -15,7 +15,6 @@ from functools import cache, partial
 from pathlib import Path
 
 import numpy as np
-import ramp_moe_profiles
 from ramp_moe import ProfileError, ProfileStore, get_registry
 from ramp_moe.cost_model import FORMS, CostModel
 from ramp_moe.evaluation import (
@@ -56,7 +55,7 @@ UNSEEN = (
     ("bf16", ("cute", "deep_gemm", "flashinfer_cutlass", "triton")),
 )
 """Kernels by themselves, and together, that a shape without a profile is guessed for."""
-FIRST_SWEEPS = Path(ramp_moe_profiles.__file__).parent / "superseded" / "h200" / "alpha_moe"
+FIRST_SWEEPS = Path(__file__).parents[2] / "profiles" / "archive" / "h200" / "alpha_moe"
 TREES = {
     "olmoe-1b-7b": (0.0125, 0.067),
     "qwen3-30b-a3b": (0.017, 0.079),
