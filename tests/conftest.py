@@ -9,6 +9,7 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+import hypothesis
 import pytest
 from ramp_moe import Hardware, MoEShape, ProfileStore, Registry
 from ramp_moe.profiler import pool, worker
@@ -42,6 +43,10 @@ sys.path.insert(0, str(Path(__file__).parent))
 if not _has_gpu():
     os.environ["TRITON_INTERPRET"] = "1"
 
+
+# Examples take as long as the machine is busy.
+hypothesis.settings.register_profile("busy", deadline=None, suppress_health_check=[hypothesis.HealthCheck.too_slow])
+hypothesis.settings.load_profile("busy")
 
 # A shell's background jobs ignore Ctrl-C, and so would what tests send it to.
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:

@@ -404,11 +404,11 @@ def test_an_interrupted_build_goes_on(source: Path, registry: Registry, h200: Ha
     command = [sys.executable, "-m", "ramp_moe.cli", "kernels", "build", "--model", "olmoe-1b-7b"]
     process = subprocess.Popen([*command, "--kernel", "flashinfer_cutlass"], stderr=subprocess.PIPE, text=True)
     folder = source / "base/.cache/flashinfer" / fake_flashinfer.VERSION / "90a/cached_ops/fused_moe_90"
-    deadline = time.monotonic() + 60
+    deadline = time.monotonic() + 300
     while len(list(folder.glob("*.o"))) < 3 and process.poll() is None and time.monotonic() < deadline:
         time.sleep(0.02)
     process.send_signal(signal.SIGINT)
-    _, errors = process.communicate(timeout=30)
+    _, errors = process.communicate(timeout=300)
     assert "the same command goes on from it" in errors
     left = {f.name: f.stat().st_mtime_ns for f in folder.glob("*.o")}
     assert 3 <= len(left) < 50, "it went on compiling"

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import gc
-import time
 from typing import Any
 
 import pytest
@@ -79,14 +78,12 @@ def test_gpt_oss() -> None:
     assert torch.equal(logits(model, ids), expected)
 
 
-def test_memory_and_time() -> None:
+def test_memory() -> None:
     model = model_of("olmoe", 16, **OLMOE)
     weights = sum(p.numel() * p.element_size() for p in model.parameters())
     torch.cuda.synchronize()
-    before, began = torch.cuda.memory_allocated(), time.perf_counter()
+    before = torch.cuda.memory_allocated()
     wrapped = ramp_moe.wrap(model)
-    torch.cuda.synchronize()
-    assert time.perf_counter() - began < 10
     assert len(wrapped.layers) == 16
     logits(model, prompt(1, 128))
     gc.collect()

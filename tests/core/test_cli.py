@@ -4,7 +4,6 @@ import json
 import re
 import subprocess
 import sys
-import time
 from pathlib import Path
 from typing import Any
 
@@ -38,11 +37,9 @@ def test_compare_json(model: str, registry: Registry, shipped: ProfileStore, h20
     assert set(found["speedup_over_static"]) == {"geomean", "min", "max"}
 
 
-def test_the_main_job_takes_under_five_seconds() -> None:
+def test_the_main_job() -> None:
     command = [sys.executable, "-m", "ramp_moe.cli", "compare", "--model", "olmoe-1b-7b", "--device", "h200"]
-    start = time.perf_counter()
     result = subprocess.run(command, capture_output=True, text=True, check=True)
-    assert time.perf_counter() - start < 5
     assert "Replay of recorded measurements" in result.stdout
     for kernel in ("alpha_moe", "triton"):
         assert re.search(rf"{kernel} \S+ on NVIDIA H200, 20\d\d-\d\d-\d\d", " ".join(result.stdout.split()))

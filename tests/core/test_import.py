@@ -16,12 +16,6 @@ def test_imports_no_gpu_library() -> None:
     assert _run(code) == "[]"
 
 
-def test_import_takes_under_half_a_second() -> None:
-    """0.2 s on a core that does nothing else, half of which is numpy's; shared machines have slower phases."""
-    code = "import time; t = time.process_time(); import ramp_moe; print(time.process_time() - t)"
-    assert min(float(_run(code)) for _ in range(5)) < 0.5
-
-
 def test_public_names_exist() -> None:
     import ramp_moe
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import itertools
 import math
-import time
 from collections.abc import Mapping
 
 import numpy as np
@@ -173,18 +172,9 @@ def test_what_cannot_be_is_refused(
         shortlist(**({"model": model, "num_tokens": TOKENS, "overhead_us": FREE, "most": 8} | change))
 
 
-def test_it_takes_under_300_ms(model: CostModel) -> None:
-    """Draws included, the best of some: engines capture dozens of sizes."""
-    best = np.inf
-    for _ in range(5):
-        forget()
-        start = time.perf_counter()
-        shortlist(model, 512, FREE)
-        best = min(best, time.perf_counter() - start)
-    assert best < 0.3
-
-
-def test_one_candidate_where_reading_back_takes_longer_than_it_gains(model: CostModel) -> None:
+def test_one_candidate_where_reading_back_takes_longer_than_it_gains(
+    model: CostModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """A size stands for those down to 4/5 of it; the price decides, and what was found is not sought again."""
     best = shortlist(model, TOKENS, {1: 0.0, 8: 1e6}).columns
     assert settled(model, TOKENS, 1e6) == settled(model, TOKENS, math.inf) == model.candidates[best[0]]
@@ -192,10 +182,9 @@ def test_one_candidate_where_reading_back_takes_longer_than_it_gains(model: Cost
     gains = shortlist(model, TOKENS, {1: 0.0, 2: 0.01, 8: 0.01}).gain_us
     assert settled(model, TOKENS, 2 * gains) is not None
     assert settled(model, 57, 1e6) is settled(model, 64, 1e6)
-    began = time.perf_counter()
+    monkeypatch.setattr(module, "shortlist", None)
     for tokens in range(57, 65):
         settled(model, tokens, 1e6)
-    assert time.perf_counter() - began < 0.01
 
 
 def test_large_sizes_are_settled_by_batches_of_fewer_tokens(model: CostModel, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -11,6 +11,7 @@ from types import ModuleType
 
 import pytest
 import torch
+from pages import assert_same
 
 FOLDER = Path(__file__).parents[2] / "examples" / "graph_dispatch"
 MADE_UP = {
@@ -41,7 +42,7 @@ def load(name: str) -> ModuleType:
 
 def test_the_tables_are_those_of_the_files() -> None:
     page = (FOLDER / "README.md").read_text()
-    assert load("tables").filled(page) == page
+    assert_same(load("tables").filled(page), page)
 
 
 def test_tables_of_a_file(tmp_path: Path) -> None:

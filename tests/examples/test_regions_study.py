@@ -11,6 +11,7 @@ from types import ModuleType
 from typing import Any
 
 import pytest
+from pages import assert_same
 from ramp_moe import Hardware, ProfileError, Registry
 from ramp_moe.kernel import usable_configs
 
@@ -203,7 +204,7 @@ def test_a_prediction_comes_first(
 
 def test_the_page_is_filled(table: ModuleType) -> None:
     page = (FOLDER / "README.md").read_text()
-    assert table.filled(page) == page
+    assert_same(table.filled(page), page)
 
 
 def test_the_predictions_ask_of_both_outcomes(table: ModuleType, measure: ModuleType) -> None:

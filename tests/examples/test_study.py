@@ -9,6 +9,7 @@ from types import ModuleType
 import numpy as np
 import pytest
 from conftest import RECORDED
+from pages import assert_same
 
 FOLDER = Path(__file__).parents[2] / "examples" / "study"
 
@@ -25,7 +26,7 @@ def study() -> ModuleType:
 
 def test_the_tables_are_those_of_the_sweeps(study: ModuleType) -> None:
     page = (FOLDER / "README.md").read_text()
-    assert study.filled(page, ("profiles", "regions", "shapes")) == page
+    assert_same(study.filled(page, ("profiles", "regions", "shapes")), page)
     unseen = [
         study.transferred(model, dtype, kernels, study.shipped(model, dtype, kernels)[1])[0].mean()
         for dtype, kernels in study.UNSEEN

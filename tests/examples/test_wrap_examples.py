@@ -16,6 +16,7 @@ import pytest
 pytest.importorskip("transformers")
 
 import torch
+from pages import assert_same
 
 FOLDER = Path(__file__).parents[2] / "examples" / "wrap"
 GPU = torch.cuda.is_available()
@@ -88,7 +89,7 @@ def test_a_module_of_ones_own() -> None:
 
 def test_the_tables_are_those_of_the_files() -> None:
     page = (FOLDER / "README.md").read_text()
-    assert load("tables").filled(page) == page
+    assert_same(load("tables").filled(page), page)
 
 
 def test_tables_of_a_file(tmp_path: Path) -> None:

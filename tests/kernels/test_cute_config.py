@@ -184,7 +184,7 @@ def test_layouts_that_it_reads() -> None:
     assert KERNEL.readable_layouts(SHAPE)[0] == KERNEL.weight_layout(SHAPE).key
 
 
-@settings(deadline=None, max_examples=150)
+@settings(max_examples=150)
 @given(
     experts=st.sampled_from([1, 8, 60, 64, 256]),
     top_k=st.sampled_from([1, 2, 8]),
