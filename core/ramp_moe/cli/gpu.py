@@ -13,8 +13,8 @@ from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
 
 from ..device import LaunchableKernel
-from ..errors import HardwareError, KernelError, ProfileError, RampMoEError
-from ..hardware import Hardware, detect, identify
+from ..errors import KernelError, ProfileError, RampMoEError
+from ..hardware import Hardware, confirm, detect, identify
 from ..kernel import WeightLayout
 from ..plugins import Registry, get_registry
 from ..profiler.gpu import GpuState, check_memory, gpu_state, memory_needed
@@ -42,11 +42,14 @@ class Setup:
     make_bench: MakeBench
 
 
-def find_gpu(registry: Registry) -> tuple[GpuState, Hardware]:
-    """The GPU's state and constants. Raises HardwareError where there is none, or none that is registered."""
-    state = gpu_state()
+def find_gpu(registry: Registry, device: str = "auto") -> tuple[GpuState, Hardware]:
+    """The GPU's state, and the constants of the device that was named (`auto`: of the one that it is by its name).
+    Raises HardwareError where there is none, none that is registered, or it is surely not the one named."""
+    state, known = gpu_state(), registry.hardware.values()
     # Without its SM count, which takes a CUDA context: the worker has one, and refuses a MIG slice.
-    return state, identify(registry.hardware.values(), state.name)
+    if device == "auto":
+        return state, identify(known, state.name)
+    return state, confirm(registry.device(device), known, state.name)
 
 
 def recorded_kernels(
@@ -114,9 +117,8 @@ def set_up(
 
 def _make_bench(shape: MoEShape, hardware: str, kernels: Sequence[str]) -> BenchLike:
     """In the worker: a bench, once this is surely the GPU that the profile will be filed under."""
-    found = detect(get_registry().hardware.values())
-    if found.name != hardware:
-        raise HardwareError(f"CUDA's first GPU is {found.name}, nvidia-smi's {hardware}; set CUDA_VISIBLE_DEVICES")
+    registry = get_registry()
+    detect(registry.hardware.values(), named=registry.device(hardware))
     return make_gpu_bench(shape, hardware, kernels)
 
 
