@@ -36,5 +36,9 @@ class ProfileError(RampMoEError):
     """A sweep or fit file that is missing, corrupt, foreign, from a newer version, or for another shape."""
 
 
+class NoProfileError(ProfileError):
+    """Nothing was recorded for this shape and device: no file is at fault."""
+
+
 class KernelError(RampMoEError):
     """A kernel that cannot serve the request: unsupported shape, no configuration left, a broken description."""

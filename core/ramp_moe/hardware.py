@@ -35,6 +35,10 @@ class Hardware:
             if getattr(self, what) <= 0:
                 raise HardwareError(f"hardware {self.name!r}: {what} must be positive, not {getattr(self, what)!r}")
 
+    @property
+    def vendor(self) -> str:
+        return "AMD" if self.arch.startswith("gfx") else "NVIDIA"
+
     def peak_flops(self, dtype: str) -> float | None:
         """Dense peak in FLOP/s for a weight dtype (fp16 runs at the bf16 rate)."""
         return self.fp8_flops if dtype == "fp8" else self.bf16_flops

@@ -24,7 +24,7 @@ from .cost_model import (
     path_bounds,
     path_times,
 )
-from .errors import ProfileError, RampMoEError
+from .errors import NoProfileError, ProfileError, RampMoEError
 from .evaluation import IndexArray
 from .fit_file import digest, model_from_fit
 from .fitting import fit_sweep
@@ -272,7 +272,7 @@ def load_model(
     elif kernels and unknown:
         raise ProfileError(store.missing(unknown, shape, hardware))
     if not models:
-        raise ProfileError("; ".join(notes) or store.missing(names, shape, hardware))
+        raise ProfileError("; ".join(notes)) if notes else NoProfileError(store.missing(names, shape, hardware))
     if not kernels:
         models = _comparable(models, notes)
     return join(models), notes

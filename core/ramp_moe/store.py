@@ -137,11 +137,15 @@ class ProfileStore:
     def missing(self, kernels: Iterable[str], shape: MoEShape, hardware: Hardware) -> str:
         """One line: no sweep for these kernels, shape and device; what is recorded instead."""
         names = list(kernels)
-        there = sorted({f"{d} {k} {s}" for d, k, s in self.recorded() if k in names or d == hardware.name})
+        recorded = sorted(self.recorded())
+        here = dict.fromkeys(s for d, k, s in recorded if d == hardware.name and k in names)
+        devices = ", ".join(dict.fromkeys(d for d, k, _ in recorded if k in names))
+        there = f"recorded there: {', '.join(here)}" if here else f"recorded on: {devices or 'no device'}"
+        measure = ", or measure with `ramp-moe profile`" if hardware.vendor == "NVIDIA" else ""
         return (
             f"no sweep of {' or '.join(names) or 'any kernel'} for {shape.label} ({shape.slug}) on {hardware.name}; "
-            f"recorded: {', '.join(there) or 'nothing'}; name another with --model, --dtype or "
-            "--device, or a sweep file with --profile, or measure with `ramp-moe profile`"
+            f"{there}; name another with --model, --dtype or --device, or a sweep file with --profile{measure}; "
+            "`ramp-moe explain` and `regions` need none"
         )
 
     def recorded(self) -> set[tuple[str, str, str]]:

@@ -138,7 +138,7 @@ def _flag(name: str, value: str) -> bool:
 
 def _reported(hardware: Hardware) -> list[str]:
     """The names that the driver reports, vendor first, as file names have them."""
-    vendor = "AMD" if hardware.arch.startswith("gfx") else "NVIDIA"
+    vendor = hardware.vendor
     names = (n if n.startswith(vendor) else f"{vendor} {n}" for n in hardware.device_names)
     return [re.sub(r"[\s/]+", "_", n) for n in names]
 
