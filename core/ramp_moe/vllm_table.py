@@ -193,7 +193,7 @@ def open_table(place: Path, shape: MoEShape, hardware: Hardware) -> VllmTable:
         ups, downs, others = _search(place, shape, hardware)
         if not ups:
             seen = [*(f"{p.name} is for the down projection alone" for p in downs), *others]
-            near = f"; not used: {'; '.join(seen[:MOST_NAMED])}" if seen else ""
+            near = f"; not used: {'; '.join(list(dict.fromkeys(seen))[:MOST_NAMED])}" if seen else ""
             raise ProfileError(f"{place} holds no table for {shape.label} on {hardware.name}, which is {wanted}{near}")
         up, down = ups[0], next(iter(downs), None)
     else:
@@ -222,7 +222,9 @@ def _search(place: Path, shape: MoEShape, hardware: Hardware) -> tuple[list[Path
     projection and those of the down projection alone, the first that is taken first; and why others for this layer and
     device are not used."""
     vllms = file_names(shape, hardware)
-    ups, downs, others = [], [], []
+    ups: list[Path] = []
+    downs: list[Path] = []
+    others: list[str] = []
     for folder in (place, *_by_version(place), *_by_version(place / "configs")):
         for path in sorted(folder.glob("E=*.json"), key=lambda p: (p.name not in vllms, p.name)):
             try:
@@ -270,6 +272,8 @@ class Judged:
     picks: Mapping[Pair, int]
     recorded: frozenset[Pair]
     """Those that were recorded as they are."""
+    unjudged: tuple[str, ...]
+    """Parameters that the picked configurations do not have, such as USE_TMA."""
 
     def choices(self, labels: Labels) -> IndexArray:
         return np.array([self.picks[self.table.pair(tokens)] for tokens, _ in labels], np.intp)
@@ -288,9 +292,10 @@ class Judged:
                 down += f" (which {self.kernel} cannot run apart)"
         whose = "" if self.kernel == JUDGED_ON[0] else ", which are not those of vLLM's kernel"
         mapped = "" if self.exact == sizes else ", the others mapped onto the nearest recorded one"
+        unjudged = f"; nothing recorded has their {', '.join(self.unjudged)}" if self.unjudged else ""
         return (
             f"{POLICY}: {_shown(table.path)}{down}, judged on {self.kernel}'s recorded times{whose}; "
-            f"{self.exact} of {sizes} entries were recorded as they are{mapped}"
+            f"{self.exact} of {sizes} entries were recorded as they are{mapped}{unjudged}"
         )
 
     def as_dict(self, candidates: Sequence[Candidate]) -> dict[str, Any]:
@@ -317,14 +322,16 @@ def judge(table: VllmTable, candidates: Sequence[Candidate]) -> Judged:
         there = ", ".join(dict.fromkeys(c.kernel for c in candidates))
         raise ProfileError(f"a table of vLLM's is judged on recorded times of {' or '.join(JUDGED_ON)}, not {there}")
     own = [(i, c.config) for i, c in enumerate(candidates) if c.kernel == kernel]
-    picks, recorded = {}, set()
+    picks: dict[Pair, int] = {}
+    recorded, unjudged = set(), set()
     for pair in table.pairs():
         *distance, _, pick = min((*_distance(c, pair), c.name != pair[0].name, i) for i, c in own)
         picks[pair] = pick
-        extra = {e for launch in pair for e in launch.extra}
-        if not any(distance) and extra <= set(candidates[pick].config.params):
+        missing = {e for launch in pair for e in launch.extra} - set(candidates[pick].config.params)
+        unjudged |= {name for name, _ in missing}
+        if not any(distance) and not missing:
             recorded.add(pair)
-    return Judged(table, kernel, picks, frozenset(recorded))
+    return Judged(table, kernel, picks, frozenset(recorded), tuple(sorted(unjudged)))
 
 
 def _distance(config: KernelConfig, pair: Pair) -> tuple[float, float]:

@@ -262,6 +262,8 @@ def test_each_projections_entry_is_found_among_our_configurations(paths: list[Ca
     assert pick(paths, up, olmoe, down | {"USE_TMA": False}) == (wanted, 1)
     # Nothing recorded loads by TMA, so that it was not recorded as it is.
     assert pick(paths, up, olmoe, down | {"USE_TMA": True}) == (wanted, 0)
+    judged = judge(VllmTable(Path("t.json"), {1: Launch.of(up | {"USE_TMA": True, "kpack": 2}, olmoe)}), paths)
+    assert judged.note().endswith("mapped onto the nearest recorded one; nothing recorded has their USE_TMA, kpack")
 
 
 def test_vllms_own_configurations_are_exact(registry: Registry, olmoe: MoEShape, h200: Hardware, paths) -> None:
