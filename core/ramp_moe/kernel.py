@@ -192,10 +192,20 @@ def layouts_of(kernel: Kernel, shape: MoEShape) -> tuple[str, ...]:
     return found
 
 
+def why_unsupported(kernel: Kernel, shape: MoEShape, hardware: Hardware) -> str | None:
+    """The kernel's reason against a shape, or None; KernelError if the kernel fails to say."""
+    try:
+        return kernel.unsupported(shape, hardware)
+    except RampMoEError:
+        raise
+    except Exception as e:  # a plugin's own mistake, which must not look like ours
+        raise KernelError(f"kernel {kernel.name} fails to describe itself: {type(e).__name__}: {e}") from e
+
+
 def usable_configs(kernel: Kernel, shape: MoEShape, hardware: Hardware) -> tuple[KernelConfig, ...]:
     """The kernel's configurations, or KernelError with the reason why there is none, or why the kernel is broken."""
+    reason = why_unsupported(kernel, shape, hardware)
     try:
-        reason = kernel.unsupported(shape, hardware)
         configs = () if reason is not None else tuple(kernel.configs(shape, hardware))
     except RampMoEError:
         raise
