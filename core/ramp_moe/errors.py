@@ -1,4 +1,4 @@
-"""Every error that a caller can provoke derives from RampMoEError: one line that names the thing and the remedy."""
+"""Every error that a caller can provoke derives from RampMoEError: a line or two that name the thing and the remedy."""
 
 from __future__ import annotations
 

@@ -48,11 +48,13 @@ def test_what_is_missing_is_said(store: ProfileStore, registry: Registry, h200: 
         store.require("alpha_moe", mixtral, h200)
     message = str(e.value)
     assert "no sweep of alpha_moe for mixtral-8x7b (E8-k2-h4096-i14336-fp8) on h200" in message
-    assert "recorded there: " in message
-    assert "E64-k8-h2048-i1024-fp8" in message
-    assert "--profile" in message
+    what, remedy = message.splitlines()
+    assert what.endswith("on h200")
+    assert "`ramp-moe profile --model mixtral-8x7b --dtype fp8`" in remedy
+    assert "--profile" in remedy
+    assert remedy.endswith("recorded for h200: E64-k8-h2048-i1024-fp8")
     elsewhere = store.missing(["alpha_moe"], mixtral, registry.device("mi325x"))
-    assert "on mi325x; recorded on: h200; name another" in elsewhere
+    assert "name a sweep file with --profile" in elsewhere
     assert "ramp-moe profile" not in elsewhere, "which measures on NVIDIA's GPUs alone"
 
 

@@ -158,6 +158,8 @@ def explain(
     try:
         cost_model, notes = load_model(registry, store, shape, hardware, kernels, form)
     except NoProfileError:
+        if any(store.find(k, shape, hardware) or store.find_fit(k, shape, hardware) for k in kernels):
+            raise
         found = explain_unmeasured(registry, kernels, shape, hardware, counts)
         if as_json:
             about = {"model": shape.label, "device": hardware.name, "batch": batch, "figures": "grids"}

@@ -20,6 +20,7 @@ from ..plugins import Registry, get_registry
 from ..profiler.gpu import GpuState, check_memory, gpu_state, memory_needed
 from ..profiler.settings import Environment, MakeBench, default_warmers
 from ..profiler.worker import BenchLike, make_gpu_bench
+from ..replay import nothing_recorded
 from ..shapes import MoEShape
 from ..store import ProfileStore
 from ..sweep import PATH
@@ -69,7 +70,9 @@ def recorded_kernels(
         elif found is not None:
             left_out.append(f"{name} left out: {found[0]} has no times of whole paths; run `ramp-moe profile`")
     if not names:
-        raise ProfileError("; ".join(left_out) or store.missing(registry.kernels, shape, hardware))
+        if left_out:
+            raise ProfileError("; ".join(left_out))
+        raise nothing_recorded(registry, store, list(registry.kernels), shape, hardware)
     return names, left_out
 
 
