@@ -58,7 +58,7 @@ def test_what_each_command_answers(args: tuple[str, ...], code: int, message: st
     result = run(*args, "--device", "mi325x", "--dtype", dtype)
     assert result.exit_code == code, result.output
     assert message in " ".join((result.stdout + result.stderr).split())
-    assert code == 0 or result.stderr.count("\n") == 2
+    assert code == 0 or result.stderr.count("\n") <= 2
 
 
 def test_no_kernel_that_runs_there() -> None:
@@ -66,7 +66,7 @@ def test_no_kernel_that_runs_there() -> None:
     assert result.exit_code == 2
     assert "no kernel computes olmoe-1b-7b (E64-k8-h2048-i1024-fp8) on a100-40gb: " in result.stderr
     assert "a100-40gb has no fp8 units (vllm_triton, triton)" in result.stderr
-    assert result.stderr.count("\n") == 2
+    assert result.stderr.count("\n") <= 2
 
 
 def test_one_kernel_of_several_has_no_profile() -> None:
