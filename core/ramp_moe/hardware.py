@@ -51,15 +51,15 @@ def identify(known: Iterable[Hardware], device_name: str, num_sms: int | None = 
     count differs (a MIG slice: costs measured on the whole GPU do not hold there).
     """
     known = list(known)
-    hardware = _match(known, device_name)
-    if hardware is None:
+    found = _matches(known, device_name)
+    if not found:
         related = ", ".join(h.name for h in _related(known, device_name))
         raise HardwareError(
             f"no constants for GPU {device_name!r}; register them with the ramp_moe_hardware hook, "
             f"or name the nearest device with --device{f', such as {related}' if related else ''}"
         )
-    _check_sms(hardware, device_name, num_sms)
-    return hardware
+    _check_sms(found[0], device_name, num_sms)
+    return found[0]
 
 
 def confirm(
@@ -69,11 +69,11 @@ def confirm(
 
     Raises HardwareError if it cannot be that: the name is another's in `known`, or `num_sms` or `arch` differ.
     """
-    found = _match(known, device_name)
-    if found is not None and found != hardware:
+    found = _matches(known, device_name)
+    if found and hardware not in found:
         raise HardwareError(
-            f"this machine's GPU is {found.name} ({device_name}), not {hardware.name}; "
-            f"name --device {found.name}, or choose the GPU with CUDA_VISIBLE_DEVICES"
+            f"this machine's GPU is {found[0].name} ({device_name}), not {hardware.name}; "
+            f"name --device {found[0].name}, or choose the GPU with CUDA_VISIBLE_DEVICES"
         )
     _check_sms(hardware, device_name, num_sms)
     if arch not in (None, hardware.arch):
@@ -84,10 +84,12 @@ def confirm(
     return hardware
 
 
-def _match(known: Iterable[Hardware], device_name: str) -> Hardware | None:
+def _matches(known: Iterable[Hardware], device_name: str) -> list[Hardware]:
+    """Those with the longest name that the reported one contains in whole words."""
     words = f" {' '.join(device_name.lower().split())} "
-    matches = [(len(n), h) for h in known for n in h.device_names if f" {n.lower()} " in words]
-    return max(matches, key=lambda m: m[0])[1] if matches else None
+    found = [(len(n), h) for h in known for n in h.device_names if f" {n.lower()} " in words]
+    longest = max((length for length, _ in found), default=0)
+    return [h for length, h in found if length == longest]
 
 
 def _related(known: Iterable[Hardware], device_name: str) -> list[Hardware]:

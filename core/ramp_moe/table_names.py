@@ -74,27 +74,27 @@ class TableName:
 
     def dtypes(self) -> tuple[str, ...]:
         """The weight dtypes of `MoEShape` that the table is for. Raises ProfileError for a format that is none."""
-        fp8 = self.dtype in FP8
-        if self.per_channel_quant:
-            what = "per_channel_quant=True, one scale for each output channel"
-        elif fp8 and self.block_shape is None:
-            what = f"dtype={self.dtype} without block_shape, one scale for each tensor"
-        elif fp8 and self.block_shape != (SCALE_BLOCK, SCALE_BLOCK):
-            what = f"block_shape={list(self.block_shape or ())}"
-        elif self.block_shape is not None and not fp8:
-            what = f"block_shape={list(self.block_shape)} with {f'dtype={self.dtype}' if self.dtype else 'no dtype'}"
-        elif fp8:
-            return ("fp8",)
-        elif self.dtype is None:
+        if foreign := self._foreign():
+            raise ProfileError(
+                f"{foreign}, which is not a format of ramp-moe yet: those are bf16, fp16, and fp8 with "
+                f"[{SCALE_BLOCK},{SCALE_BLOCK}] scale blocks"
+            )
+        if self.dtype is None:
             return ("bf16", "fp16")
-        elif self.dtype in SIXTEEN_BIT:
-            return (SIXTEEN_BIT[self.dtype],)
-        else:
-            what = f"dtype={self.dtype}"
-        raise ProfileError(
-            f"{what}, which is not a format of ramp-moe yet: those are bf16, fp16, and fp8 with "
-            f"[{SCALE_BLOCK},{SCALE_BLOCK}] scale blocks"
-        )
+        return ("fp8",) if self.dtype in FP8 else (SIXTEEN_BIT[self.dtype],)
+
+    def _foreign(self) -> str | None:
+        """What of the weights' format ramp-moe has not; None if it has it."""
+        named = f"dtype={self.dtype}"
+        if self.per_channel_quant:
+            return "per_channel_quant=True, one scale for each output channel"
+        if self.block_shape is None:
+            if self.dtype in FP8:
+                return f"{named} without block_shape, one scale for each tensor"
+            return None if self.dtype is None or self.dtype in SIXTEEN_BIT else named
+        if self.dtype not in FP8:
+            return f"block_shape={list(self.block_shape)} with {named if self.dtype else 'no dtype'}"
+        return None if self.block_shape == (SCALE_BLOCK, SCALE_BLOCK) else f"block_shape={list(self.block_shape)}"
 
     def elsewhere(self, shape: MoEShape, hardware: Hardware) -> str | None:
         """Why the table is for another layer or device, whatever the weights; None if it is not."""

@@ -139,6 +139,8 @@ def test_a_named_device_must_not_contradict_the_gpu(registry: Registry) -> None:
     h100, h200 = registry.device("h100-sxm"), registry.device("h200")
     assert confirm(h200, known, "NVIDIA H200", 132, "sm_90") is h200
     assert confirm(h100, known, "NVIDIA H100 64GB HBM2", 132, "sm_90") is h100
+    own = dataclasses.replace(h200, name="my-h200")
+    assert confirm(own, [*known, own], "NVIDIA H200", 132, "sm_90") is own, "two entries of one name"
     for reported, sms, arch, message in (
         ("NVIDIA H200", None, None, "this machine's GPU is h200 (NVIDIA H200), not h100-sxm; name --device h200"),
         ("NVIDIA H100 64GB HBM2", 114, "sm_90", "reports 114 SMs where h100-sxm has 132"),
