@@ -46,11 +46,10 @@ class Setup:
 def find_gpu(registry: Registry, device: str = "auto") -> tuple[GpuState, Hardware]:
     """The GPU's state, and the constants of the device that was named (`auto`: of the one that it is by its name).
     Raises HardwareError where there is none, none that is registered, or it is surely not the one named."""
+    named = None if device == "auto" else registry.device(device)
     state, known = gpu_state(), registry.hardware.values()
     # Without its SM count, which takes a CUDA context: the worker has one, and refuses a MIG slice.
-    if device == "auto":
-        return state, identify(known, state.name)
-    return state, confirm(registry.device(device), known, state.name)
+    return state, identify(known, state.name) if named is None else confirm(named, known, state.name)
 
 
 def recorded_kernels(
