@@ -12,9 +12,17 @@ ROUTINGS = ("uniform", "skewed", "one-expert", "few-experts", "padded", "duplica
 
 
 def weights(
-    experts: int, hidden: int, inter: int, dtype: str, device: str, activation: str = "swiglu", bias: bool = False
+    experts: int,
+    hidden: int,
+    inter: int,
+    dtype: str,
+    device: str,
+    activation: str = "swiglu",
+    bias: bool = False,
+    block: int = 128,
 ) -> MoEWeights:
-    """Random weights scaled by the square root of the reduction, as a trained layer's are."""
+    """Random weights scaled by the square root of the reduction, as a trained layer's are; fp8 by scale blocks of
+    `block`."""
     generator = torch.Generator().manual_seed(experts * hidden + inter)
 
     def draw(*shape: int) -> torch.Tensor:
@@ -24,7 +32,8 @@ def weights(
     biases = (draw(experts, 2 * inter), draw(experts, hidden)) if bias else (None, None)
     moved = [None if b is None else b.to(device) for b in biases]
     if dtype == "fp8":
-        (g, gs), (d, ds) = reference.quantise_weights(gate_up), reference.quantise_weights(down)
+        g, gs = (t.flatten(1, 2) for t in reference.quantise_weights(gate_up.unflatten(1, (2, -1)), block))
+        d, ds = reference.quantise_weights(down, block)
         return MoEWeights(g.to(device), d.to(device), gs.to(device), ds.to(device), *moved, activation)
     kind = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}[dtype]
     return MoEWeights(gate_up.to(kind).to(device), down.to(kind).to(device), None, None, *moved, activation)

@@ -6,12 +6,10 @@ from collections.abc import Iterable
 from importlib import resources
 from pathlib import Path
 
+from .gpus import GPUS
 from .hardware import Hardware
 from .hookspecs import hookimpl
 from .shapes import Model, MoEShape
-
-KIB, MIB = 1024, 1024**2
-TERA = 1e12
 
 # name, experts, top_k, hidden, intermediate of one routed expert, dtype as released, source
 _MODELS: tuple[tuple[str, int, int, int, int, str, str], ...] = (
@@ -35,93 +33,6 @@ _MODELS: tuple[tuple[str, int, int, int, int, str, str], ...] = (
     ("kimi-k2", 384, 8, 7168, 2048, "fp8", "config.json of moonshotai/Kimi-K2-Instruct"),
 )
 
-_HARDWARE = (
-    Hardware(
-        name="h100-sxm",
-        device_names=("H100 80GB HBM3", "H100 SXM"),
-        arch="sm_90",
-        num_sms=132,
-        l2_bytes=50 * MIB,
-        smem_per_sm_bytes=228 * KIB,
-        hbm_bytes_per_s=3.35 * TERA,
-        fp8_flops=1979 * TERA,
-        bf16_flops=989.5 * TERA,
-        source="NVIDIA H100 Tensor Core GPU data sheet and architecture white paper",
-    ),
-    Hardware(
-        name="h100-pcie",
-        device_names=("H100 PCIe",),
-        arch="sm_90",
-        num_sms=114,
-        l2_bytes=50 * MIB,
-        smem_per_sm_bytes=228 * KIB,
-        hbm_bytes_per_s=2.0 * TERA,
-        fp8_flops=1513 * TERA,
-        bf16_flops=756.5 * TERA,
-        source="NVIDIA H100 Tensor Core GPU data sheet and architecture white paper",
-    ),
-    Hardware(
-        name="h200",
-        device_names=("NVIDIA H200",),
-        arch="sm_90",
-        num_sms=132,
-        l2_bytes=60 * MIB,
-        smem_per_sm_bytes=228 * KIB,
-        hbm_bytes_per_s=4.8 * TERA,
-        fp8_flops=1979 * TERA,
-        bf16_flops=989.5 * TERA,
-        source="NVIDIA H200 Tensor Core GPU data sheet; L2 as CUDA reports it",
-    ),
-    Hardware(
-        name="a100-sxm",
-        device_names=("A100-SXM4-80GB",),
-        arch="sm_80",
-        num_sms=108,
-        l2_bytes=40 * MIB,
-        smem_per_sm_bytes=164 * KIB,
-        hbm_bytes_per_s=2.039 * TERA,
-        fp8_flops=None,
-        bf16_flops=312 * TERA,
-        source="NVIDIA A100 80GB data sheet and architecture white paper",
-    ),
-    Hardware(
-        name="l40s",
-        device_names=("NVIDIA L40S",),
-        arch="sm_89",
-        num_sms=142,
-        l2_bytes=96 * MIB,
-        smem_per_sm_bytes=100 * KIB,
-        hbm_bytes_per_s=0.864 * TERA,
-        fp8_flops=733 * TERA,
-        bf16_flops=362.05 * TERA,
-        source="NVIDIA L40S data sheet",
-    ),
-    Hardware(
-        name="b200",
-        device_names=("NVIDIA B200",),
-        arch="sm_100",
-        num_sms=148,
-        l2_bytes=int(126.5 * MIB),
-        smem_per_sm_bytes=228 * KIB,
-        hbm_bytes_per_s=7.7 * TERA,
-        fp8_flops=4500 * TERA,
-        bf16_flops=2250 * TERA,
-        source="NVIDIA HGX B200 data sheet; L2 as CUDA reports it",
-    ),
-    Hardware(
-        name="mi300x",
-        device_names=("Instinct MI300X",),
-        arch="gfx942",
-        num_sms=304,
-        l2_bytes=32 * MIB,
-        smem_per_sm_bytes=64 * KIB,
-        hbm_bytes_per_s=5.3 * TERA,
-        fp8_flops=2614.9 * TERA,
-        bf16_flops=1307.4 * TERA,
-        source="AMD Instinct MI300X data sheet (4 MiB of L2 on each of 8 dies)",
-    ),
-)
-
 
 @hookimpl
 def ramp_moe_models() -> Iterable[Model]:
@@ -131,7 +42,7 @@ def ramp_moe_models() -> Iterable[Model]:
 
 @hookimpl
 def ramp_moe_hardware() -> Iterable[Hardware]:
-    return _HARDWARE
+    return GPUS
 
 
 @hookimpl

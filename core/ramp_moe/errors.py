@@ -1,4 +1,4 @@
-"""Every error that a caller can provoke derives from RampMoEError: one line that names the thing and the remedy."""
+"""Every error that a caller can provoke derives from RampMoEError: a line or two that name the thing and the remedy."""
 
 from __future__ import annotations
 
@@ -34,6 +34,10 @@ class HardwareError(RampMoEError):
 
 class ProfileError(RampMoEError):
     """A sweep or fit file that is missing, corrupt, foreign, from a newer version, or for another shape."""
+
+
+class NoProfileError(ProfileError):
+    """Nothing was recorded for this shape and device: no file is at fault."""
 
 
 class KernelError(RampMoEError):

@@ -154,13 +154,16 @@ def is_installed(module: str) -> bool:
     return spec is not None and spec.origin is not None
 
 
-def fp8_unsupported(shape: MoEShape, hardware: Hardware) -> str | None:
-    """Why block-scaled fp8 cannot be computed for this shape here; None where it can, or for another dtype."""
+def fp8_unsupported(shape: MoEShape, hardware: Hardware, whole_blocks: bool = True) -> str | None:
+    """Why block-scaled fp8 cannot be computed for this shape here; None if it can, or for another dtype.
+
+    whole_blocks: the kernel takes scale blocks of 128 only, all of them whole. A hidden size must be a multiple of 128
+    for every kernel: it is never sharded, and its scales tell how large the blocks are."""
     if shape.dtype != "fp8":
         return None
     if hardware.fp8_flops is None:
         return f"{hardware.name} has no fp8 units"
-    for what in ("hidden_size", "intermediate_size"):
+    for what in ("hidden_size", "intermediate_size")[: 2 if whole_blocks else 1]:
         if getattr(shape, what) % SCALE_BLOCK:
             return f"{what} {getattr(shape, what)} is not a multiple of the fp8 scale block {SCALE_BLOCK}"
     return None
@@ -177,10 +180,20 @@ def layouts_of(kernel: Kernel, shape: MoEShape) -> tuple[str, ...]:
     return found
 
 
+def why_unsupported(kernel: Kernel, shape: MoEShape, hardware: Hardware) -> str | None:
+    """The kernel's reason against a shape, or None; KernelError if the kernel fails to say."""
+    try:
+        return kernel.unsupported(shape, hardware)
+    except RampMoEError:
+        raise
+    except Exception as e:  # a plugin's own mistake, which must not look like ours
+        raise KernelError(f"kernel {kernel.name} fails to describe itself: {type(e).__name__}: {e}") from e
+
+
 def usable_configs(kernel: Kernel, shape: MoEShape, hardware: Hardware) -> tuple[KernelConfig, ...]:
     """The kernel's configurations, or KernelError with the reason why there is none, or why the kernel is broken."""
+    reason = why_unsupported(kernel, shape, hardware)
     try:
-        reason = kernel.unsupported(shape, hardware)
         configs = () if reason is not None else tuple(kernel.configs(shape, hardware))
     except RampMoEError:
         raise

@@ -19,7 +19,7 @@ from typing import Any, TypeVar
 import pluggy
 
 from . import builtin, hookspecs
-from .errors import UnknownNameError
+from .errors import HardwareError, UnknownNameError
 from .experts import ExpertsAdapter
 from .hardware import Hardware
 from .hookspecs import GROUP
@@ -111,7 +111,11 @@ class Registry:
         return _look_up("kernel", name, self.kernels, "`ramp-moe kernels` lists them")
 
     def device(self, name: str) -> Hardware:
-        """The hardware of that name, or UnknownNameError."""
+        """The hardware of that name. Raises UnknownNameError, or HardwareError where GPUs of several names go by it."""
+        variants = sorted(n for n in self.hardware if n.lower().startswith(f"{name.lower()}-"))
+        if len(variants) > 1 and name.lower() not in map(str.lower, self.hardware):
+            reported = (f"{n} ({self.hardware[n].device_names[0]})" for n in variants)
+            raise HardwareError(f"device {name!r} is one of several: name {', '.join(reported)}")
         return _look_up("device", name, self.hardware, "plugins add more with the ramp_moe_hardware hook")
 
     def shape(self, model: str, dtype: str | None = None) -> MoEShape:

@@ -24,12 +24,12 @@ from .cost_model import (
     path_bounds,
     path_times,
 )
-from .errors import ProfileError, RampMoEError
+from .errors import KernelError, NoProfileError, ProfileError, RampMoEError
 from .evaluation import IndexArray
 from .fit_file import digest, model_from_fit
 from .fitting import fit_sweep
 from .hardware import Hardware
-from .kernel import KernelConfig, usable_configs
+from .kernel import KernelConfig, usable_configs, why_unsupported
 from .plugins import Registry
 from .routing import FloatArray, IntArray
 from .shapes import MoEShape
@@ -143,14 +143,43 @@ def load_replay(
     found: list[Recording] = []
     for name, kernel in chosen.items():
         with _left_out(name, bool(kernels), notes):
-            recorded = store.require(name, shape, hardware) if kernels else store.find(name, shape, hardware)
+            recorded = store.find(name, shape, hardware)
+            if recorded is None and kernels:
+                raise nothing_recorded(registry, store, [name], shape, hardware)
             if recorded is not None:
                 path, sweep = recorded
                 found.append(_recording(path, view(sweep, stages), usable_configs(kernel, shape, hardware), notes))
     if not found:
-        raise ProfileError("; ".join(notes) or store.missing(names, shape, hardware))
+        raise ProfileError("; ".join(notes)) if notes else nothing_recorded(registry, store, names, shape, hardware)
     found.sort(key=lambda r: -len(r.sweep.labels))
     return _align(shape, hardware, found, bool(kernels), notes)
+
+
+def nothing_recorded(
+    registry: Registry, store: ProfileStore, kernels: Sequence[str], shape: MoEShape, hardware: Hardware
+) -> RampMoEError:
+    """The error for kernels of which there is no sweep, two lines: KernelError if none of them computes the shape,
+    NoProfileError for those that do."""
+    by_reason: dict[str, list[str]] = {}
+    able = []
+    for name in kernels:
+        try:
+            reason = why_unsupported(registry.kernel(name), shape, hardware)
+        except RampMoEError as e:
+            reason = str(e)
+        if reason is None:
+            able.append(name)
+        else:
+            by_reason.setdefault(reason, []).append(name)
+    reasons = "; ".join(f"{reason} ({', '.join(names)})" for reason, names in by_reason.items())
+    if able or not kernels:
+        aside = f"; other kernels do not compute it: {reasons}" if reasons else ""
+        return NoProfileError(store.missing(able, shape, hardware, aside))
+    subject = f"kernel {kernels[0]} does not compute" if len(kernels) == 1 else "no kernel computes"
+    return KernelError(
+        f"{subject} {shape.label} ({shape.slug}) on {hardware.name}: {reasons}\n"
+        "name another --model, --dtype or --device; `ramp-moe kernels` lists the kernels, and plugins add others"
+    )
 
 
 def view(sweep: Sweep, stages: Sequence[str] = ()) -> Sweep:
@@ -270,9 +299,9 @@ def load_model(
     if len(unknown) == len(names):
         models = _transferred(registry, store, shape, hardware, names, notes)
     elif kernels and unknown:
-        raise ProfileError(store.missing(unknown, shape, hardware))
+        raise nothing_recorded(registry, store, unknown, shape, hardware)
     if not models:
-        raise ProfileError("; ".join(notes) or store.missing(names, shape, hardware))
+        raise ProfileError("; ".join(notes)) if notes else nothing_recorded(registry, store, names, shape, hardware)
     if not kernels:
         models = _comparable(models, notes)
     return join(models), notes
@@ -291,7 +320,7 @@ def _transferred(
     for name in kernels:
         kernel = registry.kernel(name)
         sweeps = store.of_other_shapes(name, shape, hardware)
-        if sweeps and kernel.unsupported(shape, hardware) is None:
+        if sweeps and why_unsupported(kernel, shape, hardware) is None:
             with suppress(ProfileError):
                 models.append(transfer(sweeps, partial(usable_configs, kernel, hardware=hardware), shape, hardware))
     if models:

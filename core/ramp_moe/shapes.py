@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -10,9 +11,23 @@ from dataclasses import dataclass, field
 from .errors import ShapeError, UnknownNameError
 
 DTYPE_BYTES: Mapping[str, int] = {"fp8": 1, "bf16": 2, "fp16": 2}
-"""Weight dtypes and bytes an element. fp8 is e4m3 W8A8 with one float32 scale per [128, 128] weight block."""
+"""Weight dtypes and bytes an element. fp8 is e4m3 W8A8 with one float32 scale per block of the weight."""
 
 SCALE_BLOCK = 128
+"""Rows, and columns, of a weight that share an fp8 scale in a checkpoint."""
+SMALLEST_SCALE_BLOCK = 32
+"""The same after refining: fp8 tensor cores multiply 32 columns at a time."""
+
+
+def scale_blocks(intermediate_size: int) -> tuple[int, ...]:
+    """Sides of the square blocks that may share an fp8 scale, the largest first.
+
+    128; where it does not divide the intermediate size, also 64 or 32, the larger that does. A tensor-parallel shard
+    may begin in the middle of a block of 128. Repeating the scales for the smaller blocks is exact, and no block then
+    straddles two shards.
+    """
+    finer = math.gcd(SCALE_BLOCK, intermediate_size)
+    return (SCALE_BLOCK, finer) if SMALLEST_SCALE_BLOCK <= finer < SCALE_BLOCK else (SCALE_BLOCK,)
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,14 +71,14 @@ class MoEShape:
         return 2 * self.intermediate_size
 
     def matrix_bytes(self, rows: int, columns: int) -> int:
-        """Bytes of one expert's `[rows, columns]` weight, its fp8 block scales included."""
+        """Bytes of one expert's `[rows, columns]` weight, the scales of its [128, 128] fp8 blocks included."""
         scales = 4 * -(-rows // SCALE_BLOCK) * -(-columns // SCALE_BLOCK) if self.dtype == "fp8" else 0
         return rows * columns * DTYPE_BYTES[self.dtype] + scales
 
     @property
     def gate_up_bytes(self) -> int:
-        """Bytes of one expert's gate and up projections."""
-        return self.matrix_bytes(self.gate_up_rows, self.hidden_size)
+        """Bytes of one expert's gate and up projections, each with scale blocks of its own."""
+        return 2 * self.matrix_bytes(self.intermediate_size, self.hidden_size)
 
     @property
     def down_bytes(self) -> int:

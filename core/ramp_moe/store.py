@@ -20,6 +20,8 @@ from .shapes import MoEShape
 from .sweep import Sweep, load_sweep
 
 FIT_SUFFIX = ".fit.json"
+MAX_NAMED = 4
+"""Recorded shapes that a message names."""
 
 
 def user_data_dir() -> Path:
@@ -134,14 +136,22 @@ class ProfileStore:
             raise ProfileError(self.missing([kernel], shape, hardware))
         return found
 
-    def missing(self, kernels: Iterable[str], shape: MoEShape, hardware: Hardware) -> str:
-        """One line: no sweep for these kernels, shape and device; what is recorded instead."""
+    def missing(self, kernels: Iterable[str], shape: MoEShape, hardware: Hardware, aside: str = "") -> str:
+        """Two lines: no sweep for these kernels, shape and device, and `aside`; the remedy, and what is recorded."""
         names = list(kernels)
-        there = sorted({f"{d} {k} {s}" for d, k, s in self.recorded() if k in names or d == hardware.name})
+        known = [(d, s) for d, k, s in self.recorded() if k in names]
+        shapes = sorted({s for d, s in known if d == hardware.name})
+        devices = " and ".join(sorted({d for d, _ in known})) or "no device"
+        more = f" and {len(shapes) - MAX_NAMED} more" if len(shapes) > MAX_NAMED else ""
+        what = f"{' or '.join(names) or 'any kernel'} for {shape.label} ({shape.slug}) on {hardware.name}"
+        remedy = f"measure it with `ramp-moe profile --model {shape.label} --dtype {shape.dtype}`, or "
+        if hardware.vendor != "NVIDIA":  # which the profiler cannot measure yet
+            remedy = ""
         return (
-            f"no sweep of {' or '.join(names) or 'any kernel'} for {shape.label} ({shape.slug}) on {hardware.name}; "
-            f"recorded: {', '.join(there) or 'nothing'}; name another with --model, --dtype or "
-            "--device, or a sweep file with --profile, or measure with `ramp-moe profile`"
+            f"no sweep of {what}{aside}\n"
+            f"{remedy}name a sweep file with --profile, or another --model, --dtype or --device "
+            "(`ramp-moe explain` and `regions` need no sweep); recorded for "
+            + (f"{hardware.name}: {', '.join(shapes[:MAX_NAMED])}{more}" if shapes else devices)
         )
 
     def recorded(self) -> set[tuple[str, str, str]]:

@@ -9,7 +9,9 @@ from __future__ import annotations
 import torch
 from ramp_moe.device.contract import ROW_CHUNK, check_layout
 from ramp_moe.errors import KernelError, RoutingError, ShapeError, UnknownNameError
+from ramp_moe.shapes import scale_blocks
 from torch import Tensor
+from torch.nn.functional import pad
 
 GROUP = 128
 """Columns of an activation, and rows and columns of a weight, that share one fp8 scale."""
@@ -29,40 +31,45 @@ SCORINGS = ("softmax", "sigmoid")
 # --- fp8 -------------------------------------------------------------------------------------------------------------
 
 
-def dequantise(w: Tensor, scale: Tensor) -> Tensor:
-    """float32 `[..., R, C]` of fp8 `w [..., R, C]` and `scale [..., R/128, C/128]`; value = fp8 * scale.
+def dequantise(w: Tensor, scale: Tensor, block: int = GROUP) -> Tensor:
+    """float32 `[..., R, C]` of fp8 `w [..., R, C]` and `scale [..., ceil(R/B), ceil(C/B)]`; value = fp8 * scale.
 
-    Raises ShapeError for a scale of another shape.
+    B is `block`; the last blocks may be short. Raises ShapeError for a scale of another shape.
     """
-    _check_blocks(w, "the weight", rows=True)
-    expected = (*w.shape[:-2], w.shape[-2] // GROUP, w.shape[-1] // GROUP)
+    rows, columns = w.shape[-2:]
+    expected = (*w.shape[:-2], -(-rows // block), -(-columns // block))
     if scale.shape != expected:
         raise ShapeError(f"the scale of a weight {list(w.shape)} must be {list(expected)}, not {list(scale.shape)}")
-    return w.float() * scale.float().repeat_interleave(GROUP, -2).repeat_interleave(GROUP, -1)
+    return w.float() * _expanded(scale.float(), rows, columns, block)
 
 
-def quantise_weights(w: Tensor) -> tuple[Tensor, Tensor]:
-    """(fp8 e4m3 `[..., R, C]`, float32 scale `[..., R/128, C/128]`) of float `w [..., R, C]`, one scale a block.
+def quantise_weights(w: Tensor, block: int = GROUP) -> tuple[Tensor, Tensor]:
+    """(fp8 e4m3 `[..., R, C]`, float32 scale `[..., ceil(R/B), ceil(C/B)]`) of float `w [..., R, C]`.
 
-    Raises ShapeError where R or C is not a multiple of 128.
+    B is `block`; the last blocks may be short. Gate and up have blocks of their own: `[E, 2, I, H]`.
     """
-    _check_blocks(w, "the weight", rows=True)
     rows, columns = w.shape[-2:]
-    blocks = w.float().reshape(*w.shape[:-2], rows // GROUP, GROUP, columns // GROUP, GROUP)
+    padded = pad(w.float(), (0, -columns % block, 0, -rows % block))
+    blocks = padded.unflatten(-1, (-1, block)).unflatten(-3, (-1, block))
     scale = _scale(blocks.abs().amax((-3, -1)))
-    return _to_fp8(blocks / scale[..., :, None, :, None]).reshape(w.shape), scale
+    return _to_fp8(w.float() / _expanded(scale, rows, columns, block)), scale
 
 
-def quantise_activations(x: Tensor) -> tuple[Tensor, Tensor]:
-    """(fp8 e4m3 `[T, C]`, float32 scale `[T, C/128]`) of float `x [T, C]`, one scale a token and 128 columns.
+def quantise_activations(x: Tensor, group: int = GROUP) -> tuple[Tensor, Tensor]:
+    """(fp8 e4m3 `[T, C]`, float32 scale `[T, ceil(C/G)]`) of float `x [T, C]`, one scale a token and G columns.
 
-    scale = max(amax, 1e-10) / 448; values are divided by it, rounded to nearest even, and never exceed 448. A NaN or
-    an infinity spoils its own group only. Raises ShapeError where C is not a multiple of 128.
+    G is `group`; the last group may be short. scale = max(amax, 1e-10) / 448; values are divided by it, rounded to
+    nearest even, and never exceed 448. A NaN or an infinity spoils its own group only.
     """
-    _check_blocks(x, "the activation", rows=False)
-    groups = x.float().reshape(len(x), x.shape[1] // GROUP, GROUP)
+    columns = x.shape[1]
+    groups = pad(x.float(), (0, -columns % group)).unflatten(1, (-1, group))
     scale = _scale(groups.abs().amax(-1))
-    return _to_fp8(groups / scale[..., None]).reshape(x.shape), scale
+    return _to_fp8(x.float() / scale.repeat_interleave(group, 1)[:, :columns]), scale
+
+
+def _expanded(scale: Tensor, rows: int, columns: int, block: int) -> Tensor:
+    """`[..., rows, columns]`: each element's scale."""
+    return scale.repeat_interleave(block, -2)[..., :rows, :].repeat_interleave(block, -1)[..., :columns]
 
 
 def _scale(amax: Tensor) -> Tensor:
@@ -75,15 +82,10 @@ def _to_fp8(values: Tensor) -> Tensor:
     return values.clamp(-FP8_MAX, FP8_MAX).to(FP8)
 
 
-def _through_fp8(x: Tensor) -> Tensor:
+def _through_fp8(x: Tensor, group: int) -> Tensor:
     """float32 `x [T, C]` after a round trip through fp8 with a scale a group: what a fp8 GEMM is fed."""
-    values, scale = quantise_activations(x)
-    return values.float() * scale.repeat_interleave(GROUP, -1)
-
-
-def _check_blocks(tensor: Tensor, what: str, *, rows: bool) -> None:
-    if any(size % GROUP for size in tensor.shape[-2 if rows else -1 :]):
-        raise ShapeError(f"fp8 scales cover {GROUP} rows or columns: {what} {list(tensor.shape)} does not divide")
+    values, scale = quantise_activations(x, group)
+    return values.float() * scale.repeat_interleave(group, -1)[:, : x.shape[1]]
 
 
 # --- Routing ---------------------------------------------------------------------------------------------------------
@@ -207,20 +209,23 @@ def experts(
 
     `x [T, H]`; `gate_up [E, 2I, H]`, its rows, scales and bias in the order of `layout`, as `MoEWeights` has it;
     `down [E, H, I]`; `topk_ids [T, k]`, where -1 and E are skipped; `topk_weights [T, k]`. fp8 weights come with
-    `gate_up_scale [E, 2I/128, H/128]` and `down_scale [E, H/128, I/128]`.
+    `gate_up_scale [E, 2 ceil(I/B), H/B]` and `down_scale [E, H/B, ceil(I/B)]`, blocks as `MoEWeights` has them.
     Biases `[E, 2I]` and `[E, H]` are added to each expert's products, the second before the weight.
-    `quantise` rounds what each product is fed, x and the activated intermediate, to fp8 as a W8A8 kernel does;
-    `stored_as` is the dtype that the intermediate goes through memory in before it is.
+    `quantise` rounds what each product is fed, x and the activated intermediate, to fp8 as a W8A8 kernel does: in
+    groups of as many columns as the smallest of `scale_blocks`. `stored_as` is the dtype that the intermediate goes
+    through memory in before it is.
 
     Raises RoutingError for ids that are not integers or lie outside [-1, E], ShapeError for tensors that do not fit
     each other, KernelError for fp8 weights without scales, UnknownNameError for the activation and the layout.
     """
     num_experts, rows, hidden = _check_weights(x, gate_up, down)
     check_layout(layout, rows // 2)
+    block = _block(gate_up_scale, rows // 2, hidden)
+    deep = -(-rows // 2 // block)
     shapes = {
         "topk_weights": (topk_weights, tuple(topk_ids.shape)),
-        "gate_up_scale": (gate_up_scale, (num_experts, rows // GROUP, hidden // GROUP)),
-        "down_scale": (down_scale, (num_experts, hidden // GROUP, rows // 2 // GROUP)),
+        "gate_up_scale": (gate_up_scale, (num_experts, 2 * deep, hidden // block)),
+        "down_scale": (down_scale, (num_experts, hidden // block, deep)),
         "gate_up_bias": (gate_up_bias, (num_experts, rows)),
         "down_bias": (down_bias, (num_experts, hidden)),
     }
@@ -237,7 +242,8 @@ def experts(
             f"expert id {int(outside[0])} is outside [0, {num_experts}); only -1 and {num_experts} are skipped"
         )
 
-    x = _through_fp8(x) if quantise else x.float()
+    group = scale_blocks(rows // 2)[-1] if quantise else None
+    x = x.float() if group is None else _through_fp8(x, group)
     out = torch.zeros(len(x), hidden, dtype=torch.float32, device=x.device)
     for e in range(num_experts):
         token, slot = (topk_ids == e).nonzero(as_tuple=True)
@@ -248,13 +254,15 @@ def experts(
             _plain(
                 _gate_first(gate_up[e], layout, ROW_CHUNK),
                 None if gate_up_scale is None else _gate_first(gate_up_scale[e], layout, 1),
+                block,
                 "gate_up",
+                matrices=2,
             ),
-            _plain(down[e], None if down_scale is None else down_scale[e], "down"),
+            _plain(down[e], None if down_scale is None else down_scale[e], block, "down"),
             activation,
             None if gate_up_bias is None else _gate_first(gate_up_bias[e], layout, ROW_CHUNK),
             None if down_bias is None else down_bias[e],
-            quantise,
+            group,
             stored_as,
         )
         out.index_add_(0, token, topk_weights[token, slot, None].float() * y)
@@ -277,13 +285,14 @@ def shared(
     `gate_weight [H]` or `[1, H]` multiplies the result by sigmoid(x @ gate_weight), as Qwen2-MoE does. Scales and
     `quantise` are those of `experts`, as are the errors.
     """
-    _check_weights(x, gate_up[None], down[None])
+    _, rows, hidden = _check_weights(x, gate_up[None], down[None])
+    block, group = _block(gate_up_scale, rows // 2, hidden), scale_blocks(rows // 2)[-1] if quantise else None
     y = _mlp(
-        _through_fp8(x) if quantise else x.float(),
-        _plain(gate_up, gate_up_scale, "gate_up"),
-        _plain(down, down_scale, "down"),
+        x.float() if group is None else _through_fp8(x, group),
+        _plain(gate_up, gate_up_scale, block, "gate_up", matrices=2),
+        _plain(down, down_scale, block, "down"),
         activation,
-        quantise=quantise,
+        group=group,
     )
     if gate_weight is None:
         return y
@@ -299,17 +308,17 @@ def _mlp(
     activation: str,
     gate_up_bias: Tensor | None = None,
     down_bias: Tensor | None = None,
-    quantise: bool = False,
+    group: int | None = None,
     stored_as: torch.dtype = torch.float32,
 ) -> Tensor:
-    """One expert, in float32; x is already rounded where `quantise` asks for it."""
+    """One expert, in float32. With a `group`, x is rounded to fp8 already, and the intermediate is, too."""
     h = x @ gate_up.T
     if gate_up_bias is not None:
         h = h + gate_up_bias.float()
     gate, up = h.chunk(2, -1)
     h = activate(gate, up, activation)
     h = h.to(stored_as).float()
-    y = (_through_fp8(h) if quantise else h) @ down.T
+    y = (h if group is None else _through_fp8(h, group)) @ down.T
     return y if down_bias is None else y + down_bias.float()
 
 
@@ -327,9 +336,17 @@ def _gate_first(t: Tensor, layout: str, chunk: int) -> Tensor:
     return plain[torch.cat((gate, up))].view(t.dtype)
 
 
-def _plain(w: Tensor, scale: Tensor | None, name: str) -> Tensor:
+def _block(gate_up_scale: Tensor | None, inter: int, hidden: int) -> int:
+    """Rows, and columns, that share a scale; GROUP if the scale's shape says nothing."""
+    columns = 0 if gate_up_scale is None else gate_up_scale.shape[-1]
+    return next((b for b in scale_blocks(inter) if b * columns == hidden), GROUP)
+
+
+def _plain(w: Tensor, scale: Tensor | None, block: int, name: str, matrices: int = 1) -> Tensor:
+    """float32 of so many matrices, one above the other, with scale blocks of their own."""
     if scale is not None:
-        return dequantise(w, scale)
+        apart = (matrices, -1)
+        return dequantise(w.unflatten(0, apart), scale.unflatten(0, apart), block).flatten(0, 1)
     if w.dtype == FP8:
         raise KernelError(f"{name} is fp8: pass {name}_scale")
     return w.float()

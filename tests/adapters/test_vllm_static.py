@@ -18,7 +18,8 @@ import fake_vllm
 import pytest
 from ramp_moe import Hardware, MoEShape, ProfileError
 from ramp_moe.kernel import usable_configs
-from ramp_moe.vllm_table import Launch, file_names
+from ramp_moe.table_names import file_names
+from ramp_moe.vllm_table import Launch
 from ramp_moe_adapters import vllm_static
 from ramp_moe_adapters.vllm_triton import VllmTriton
 

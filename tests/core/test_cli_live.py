@@ -105,14 +105,12 @@ def test_usage(machine: Machine) -> None:
 
 
 def test_the_device_is_this_machines(machine: Machine) -> None:
-    refused(
-        machine, "--device is b200, this machine's GPU is h200 (NVIDIA H200); name --device h200", "--device", "b200"
-    )
+    refused(machine, "this machine's GPU is h200 (NVIDIA H200), not b200; name --device h200", "--device", "b200")
     refused(machine, "unknown device 'h2000'; did you mean 'h200'", "--device", "h2000")
     assert run(machine, "--device", "auto", "--minutes", 0).exit_code == 0
     machine.log.unlink()
     machine.state = replace(IDLE, name="NVIDIA B200")
-    refused(machine, "--device is h200, this machine's GPU is b200 (NVIDIA B200); name --device b200")
+    refused(machine, "this machine's GPU is b200 (NVIDIA B200), not h200; name --device b200")
     refused(machine, "no sweep of sim for tiny", "--device", "b200")
 
 

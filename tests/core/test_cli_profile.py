@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import json
 import re
+import shutil
+import types
 from dataclasses import replace
 from importlib import metadata
 from pathlib import Path
 
 import pytest
+import torch
 from click.testing import CliRunner, Result
-from ramp_moe import Hardware, HardwareError, Registry, load_sweep
+from ramp_moe import HardwareError, Registry, load_sweep
 from ramp_moe.cli import gpu, main
 from ramp_moe.cli import profile as command
 from ramp_moe.kernel import version_of
@@ -172,14 +175,32 @@ def test_the_bar_on_a_terminal(machine: Machine, monkeypatch: pytest.MonkeyPatch
 
 def test_the_worker_looks_at_the_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
     """A MIG slice has the name of the whole GPU; and CUDA may count GPUs in another order."""
-    b200 = Registry(load_entry_points=False).device("b200")
-
-    def detect(known: object) -> Hardware:
-        return b200
-
-    monkeypatch.setattr(gpu, "detect", detect)
-    with pytest.raises(HardwareError, match="CUDA's first GPU is b200, nvidia-smi's h200; set CUDA_VISIBLE_DEVICES"):
+    seen = types.SimpleNamespace(name="NVIDIA B200", major=10, minor=0, multi_processor_count=148)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda index: seen)
+    with pytest.raises(HardwareError, match=r"GPU is b200 \(NVIDIA B200\), not h200.*CUDA_VISIBLE_DEVICES"):
         gpu._make_bench(SHAPE, "h200", ["sim"])
+    seen.name, seen.multi_processor_count = "NVIDIA H200", 16
+    with pytest.raises(HardwareError, match="reports 16 SMs where h200 has 132"):
+        gpu._make_bench(SHAPE, "h200", ["sim"])
+
+
+def test_a_device_that_the_name_does_not_tell(machine: Machine) -> None:
+    machine.state = replace(IDLE, name="NVIDIA H200 64GB")
+    assert run(machine, "--device", "h200", "--kernel", "sim").exit_code == 0
+    machine.state = replace(IDLE, name="NVIDIA Hopper")
+    result = run(machine)
+    assert (result.exit_code, "no constants for GPU 'NVIDIA Hopper'" in result.stderr) == (2, True)
+    result = run(machine, "--device", "h200")
+    assert result.exit_code == 0, result.output
+    assert result.stdout.splitlines()[-1] == "next: ramp-moe compare --model tiny --dtype bf16 --device h200"
+    assert load_sweep(place(user_data_dir())).record.runs[-1].device_name == "NVIDIA Hopper"
+    machine.state = IDLE
+    result = run(machine, "--device", "b200")
+    assert result.exit_code == 2
+    assert "this machine's GPU is h200 (NVIDIA H200), not b200; name --device h200" in result.stderr
+    assert run(machine, "--device", "h2000").exit_code == 2
 
 
 def test_versions_of_kernels(registry: Registry) -> None:

@@ -68,8 +68,8 @@ def ramp_moe_models():
 
 @hookimpl
 def ramp_moe_hardware():
-    from ramp_moe.builtin import _HARDWARE
-    yield dataclasses.replace(_HARDWARE[0], name="my-gpu")
+    from ramp_moe.gpus import GPUS
+    yield dataclasses.replace(GPUS[0], name="my-gpu")
 """,
     )
     registry = Registry()

@@ -48,8 +48,14 @@ def test_what_is_missing_is_said(store: ProfileStore, registry: Registry, h200: 
         store.require("alpha_moe", mixtral, h200)
     message = str(e.value)
     assert "no sweep of alpha_moe for mixtral-8x7b (E8-k2-h4096-i14336-fp8) on h200" in message
-    assert "h200 alpha_moe E64-k8-h2048-i1024-fp8" in message
-    assert "--profile" in message
+    what, remedy = message.splitlines()
+    assert what.endswith("on h200")
+    assert "`ramp-moe profile --model mixtral-8x7b --dtype fp8`" in remedy
+    assert "--profile" in remedy
+    assert remedy.endswith("recorded for h200: E64-k8-h2048-i1024-fp8")
+    elsewhere = store.missing(["alpha_moe"], mixtral, registry.device("mi325x"))
+    assert "name a sweep file with --profile" in elsewhere
+    assert "ramp-moe profile" not in elsewhere, "which measures on NVIDIA's GPUs alone"
 
 
 def test_profile_for_another_shape(registry: Registry, sweep_file: Path, h200: Hardware) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -11,14 +12,16 @@ from typing import Any
 import numpy as np
 import pytest
 from click.testing import CliRunner
-from ramp_moe import Hardware, MoEShape, ProfileError, ProfileStore, Registry
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from ramp_moe import Hardware, MoEShape, ProfileError, ProfileStore, Registry, vllm_table
 from ramp_moe.cli import main
 from ramp_moe.comparison import compare_recorded
 from ramp_moe.cost_model import Candidate
 from ramp_moe.evaluation import regret
 from ramp_moe.kernel import usable_configs
 from ramp_moe.replay import load_replay
-from ramp_moe.vllm_table import Launch, VllmTable, device_names, file_names, find_table, judge, open_table, read_table
+from ramp_moe.vllm_table import Launch, VllmTable, find_table, judge, open_table, read_table
 
 NAME = "E=64,N=1024,device_name=NVIDIA_H200,dtype=fp8_w8a8,block_shape=[128,128].json"
 ENTRY = {
@@ -29,6 +32,9 @@ ENTRY = {
     "num_warps": 4,
     "num_stages": 3,
 }
+
+
+SGLANGS = NAME.replace("[128,128]", "[128, 128]")
 
 
 def entry(**changed: int) -> dict[str, Any]:
@@ -44,20 +50,6 @@ def write(folder: Path, table: Any, name: str = NAME) -> Path:
 
 def compare(*args: object):
     return CliRunner().invoke(main, ["compare", "--model", "olmoe-1b-7b", *map(str, args)], env={"COLUMNS": "200"})
-
-
-def test_names_are_vllms(registry: Registry, olmoe: MoEShape, h200: Hardware) -> None:
-    assert file_names(olmoe, h200) == [NAME]
-    for dtype in ("bf16", "fp16"):
-        assert file_names(replace(olmoe, dtype=dtype), h200) == ["E=64,N=1024,device_name=NVIDIA_H200.json"]
-    names = {name: device_names(registry.device(name)) for name in ("h100-sxm", "h100-pcie", "a100-sxm", "mi300x")}
-    assert names == {
-        "h100-sxm": ["NVIDIA_H100_80GB_HBM3", "NVIDIA_H100_SXM"],
-        "h100-pcie": ["NVIDIA_H100_PCIe"],
-        "a100-sxm": ["NVIDIA_A100-SXM4-80GB"],
-        "mi300x": ["AMD_Instinct_MI300X"],
-    }
-    assert device_names(replace(h200, device_names=("NVIDIA H200", "NVIDIA H200 NVL"))) == ["NVIDIA_H200"]
 
 
 def test_a_table_is_read_and_looked_up(tmp_path: Path, olmoe: MoEShape, h200: Hardware) -> None:
@@ -106,6 +98,12 @@ def test_the_first_folder_that_has_the_file(tmp_path: Path, olmoe: MoEShape, h20
         ({"1": {}}, "the entry of batch size 1 has no BLOCK_SIZE_M"),
         ({"4": {"BLOCK_SIZE_M": 16}}, "the entry of batch size 4 has no BLOCK_SIZE_N"),
         ({"1": entry(num_warps=0)}, "the entry of batch size 1: num_warps must be a positive integer, not 0"),
+        ({"1": entry(BLOCK_SIZE_M=17)}, "batch size 1: BLOCK_SIZE_M must be a power of two, as Triton has it, not 17"),
+        ({"8": entry(BLOCK_SIZE_N=96)}, "batch size 8: BLOCK_SIZE_N must be a power of two"),
+        ({"8": entry(BLOCK_SIZE_K=100)}, "batch size 8: BLOCK_SIZE_K must be a power of two"),
+        ({"8": entry(num_warps=6)}, "batch size 8: num_warps must be a power of two"),
+        ({"8": entry(num_warps=64)}, "batch size 8: num_warps 64 are more than the 32 of a CTA"),
+        ({"8": entry(BLOCK_SIZE_M=2**14)}, "a block of 16384 x 128 x 128 exceeds Triton's 1048576 elements"),
         ({"1": ENTRY | {"GROUP_SIZE_M": True}}, "GROUP_SIZE_M must be a positive integer, not True"),
         ({"1": ENTRY | {"BLOCK_SIZE_M": None}}, "the entry of batch size 1 is no object of parameters"),
     ],
@@ -124,11 +122,94 @@ def test_bad_tables_in_one_line(tmp_path: Path, table: Any, message: str, olmoe:
     assert message in result.stderr
 
 
+def test_names_that_vllm_does_not_look_for(tmp_path: Path, olmoe: MoEShape, h200: Hardware) -> None:
+    """SGLang's spelling, its folders, and a dtype that neither names: found by whoever names file or folder."""
+    spaced = write(tmp_path / "spaced", {"1": ENTRY}, SGLANGS)
+    assert find_table([spaced.parent], olmoe, h200) is None
+    assert open_table(spaced, olmoe, h200) == open_table(spaced.parent, olmoe, h200)
+    bf16 = replace(olmoe, dtype="bf16")
+    named = write(tmp_path / "named", {"1": ENTRY}, "E=64,N=1024,device_name=NVIDIA_H200,dtype=bf16.json")
+    assert open_table(named.parent, bf16, h200).path == named
+    plain = write(tmp_path / "named", {"1": ENTRY}, "E=64,N=1024,device_name=NVIDIA_H200.json")
+    assert open_table(named.parent, bf16, h200).path == plain
+
+
+def test_folders_by_version_of_triton(
+    tmp_path: Path, olmoe: MoEShape, h200: Hardware, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """First that of the installed Triton, then the newest; a file in the folder itself comes before all."""
+    monkeypatch.setattr(vllm_table, "_installed_triton", lambda: (3, 2, 0))
+    configs = tmp_path / "configs"
+    configs.mkdir()
+    for version in ("3_1_0", "3_10_0", "3_9_1", "3_2_0", "x", "3_x_1"):
+        write(configs / f"triton_{version}", {"1": ENTRY}, SGLANGS)
+    found = {}
+    for installed in ((3, 2, 0), (3, 7, 1), None):
+        monkeypatch.setattr(vllm_table, "_installed_triton", lambda installed=installed: installed)
+        found[installed] = open_table(configs, olmoe, h200).path
+        assert open_table(tmp_path, olmoe, h200).path == found[installed]
+    assert [p.parent.name for p in found.values()] == ["triton_3_2_0", "triton_3_10_0", "triton_3_10_0"]
+    own = write(configs, {"1": ENTRY}, NAME)
+    assert open_table(configs, olmoe, h200).path == own
+
+
+DOWN = SGLANGS.replace(".json", "_down.json")
+
+
+def test_the_down_projections_own_table(tmp_path: Path, olmoe: MoEShape, h200: Hardware) -> None:
+    """Looked up by itself, with the token block of the up projection's entry, since both share one schedule."""
+    up = write(tmp_path, {"1": entry(), "64": entry(BLOCK_SIZE_M=64)}, SGLANGS)
+    down = write(tmp_path, {"1": entry(BLOCK_SIZE_N=64), "32": entry(BLOCK_SIZE_N=256, USE_TMA=True)}, DOWN)
+    table = open_table(up, olmoe, h200)
+    assert table == open_table(tmp_path, olmoe, h200)
+    assert table.down is not None
+    assert table.down.path == down
+    pairs = {t: tuple((launch.block_m, launch.block_n) for launch in table.pair(t)) for t in (1, 20, 40)}
+    assert pairs == {1: ((16, 128), (16, 64)), 20: ((16, 128), (16, 256)), 40: ((64, 128), (64, 256))}
+    assert table.pair(40)[1].extra == (("USE_TMA", True),)
+    assert table.sizes == [1, 64, 32]
+    for place, message in ((down, "it is for the down projection alone; name the file of the up projection"),):
+        with pytest.raises(ProfileError, match=message):
+            open_table(place, olmoe, h200)
+    up.unlink()
+    with pytest.raises(ProfileError, match=rf"not used: {re.escape(DOWN)} is for the down projection alone"):
+        open_table(tmp_path, olmoe, h200)
+
+
+@settings(deadline=None)
+@given(
+    st.lists(st.integers(1, 60), min_size=1, max_size=5, unique=True),
+    st.none() | st.lists(st.integers(1, 60), min_size=1, max_size=5, unique=True),
+)
+def test_every_pair_that_a_batch_has_is_judged(up: list[int], down: list[int] | None) -> None:
+    """Whatever the order of the sizes in the files."""
+    launches = [{size: Launch(16, 64, 64, size) for size in sizes} for sizes in (up, down or [])]
+    table = VllmTable(Path("t.json"), launches[0], VllmTable(Path("d.json"), launches[1]) if down else None)
+    assert {table.pair(t) for t in range(70)} <= set(table.pairs())
+
+
+def test_tables_of_other_formats_are_named(tmp_path: Path) -> None:
+    write(tmp_path, {"1": ENTRY}, "E=64,N=1024,device_name=NVIDIA_H200,dtype=int8_w8a8.json")
+    write(tmp_path, {"1": ENTRY}, "E=64,N=1024,device_name=NVIDIA_H200,dtype=fp8_w8a8.json")
+    write(tmp_path, {"1": ENTRY}, "E=64,N=1024,device_name=NVIDIA_B200,dtype=int4_w4a16.json")
+    result = compare("--static-table", tmp_path)
+    assert result.exit_code == 2
+    assert result.stderr.count("\n") == 1
+    assert (
+        "dtype=fp8_w8a8.json: it is for dtype=fp8_w8a8 without block_shape, one scale for each tensor" in result.stderr
+    )
+    assert "dtype=int8_w8a8.json: it is for dtype=int8_w8a8, which is not a format of ramp-moe yet" in result.stderr
+    assert "int4" not in result.stderr
+
+
 def test_places_without_a_table(tmp_path: Path) -> None:
     other = write(tmp_path, {"1": ENTRY}, "E=64,N=1024,device_name=NVIDIA_H100_PCIe.json")
     for place, message in (
         (tmp_path, f"holds no table for olmoe-1b-7b on h200, which is {NAME}"),
-        (other, f"is not for olmoe-1b-7b on h200 by its name, which would be {NAME}"),
+        (
+            other,
+            f"is not for olmoe-1b-7b on h200 by its name, which would be {NAME}: it is for device_name=NVIDIA_H100",
+        ),
         (tmp_path / "none.json", "cannot read"),
     ):
         result = compare("--static-table", place)
@@ -149,9 +230,13 @@ def paths(registry: Registry, olmoe: MoEShape, h200: Hardware) -> list[Candidate
     return [Candidate("triton", c) for c in usable_configs(registry.kernel("triton"), olmoe, h200)]
 
 
-def pick(candidates: list[Candidate], wanted: Mapping[str, int], olmoe: MoEShape) -> tuple[str, int]:
-    judged = judge(VllmTable(Path("t.json"), {1: Launch.of(wanted, olmoe)}), candidates)
-    return candidates[judged.picks[1]].config.name, judged.exact
+def pick(
+    candidates: list[Candidate], wanted: Mapping[str, int], olmoe: MoEShape, down: Mapping[str, int] | None = None
+) -> tuple[str, int]:
+    own = None if down is None else VllmTable(Path("t_down.json"), {1: Launch.of(down, olmoe)})
+    table = VllmTable(Path("t.json"), {1: Launch.of(wanted, olmoe)}, own)
+    judged = judge(table, candidates)
+    return candidates[judged.picks[table.pair(1)]].config.name, judged.exact
 
 
 def test_an_entry_is_found_among_our_configurations(paths: list[Candidate], olmoe: MoEShape) -> None:
@@ -168,6 +253,17 @@ def test_an_entry_is_found_among_our_configurations(paths: list[Candidate], olmo
         assert exact == 0
     assert "gm8" in pick(paths, entry(GROUP_SIZE_M=16), olmoe)[0]
     assert "gm1" in pick(paths, entry(GROUP_SIZE_M=2), olmoe)[0]
+
+
+def test_each_projections_entry_is_found_among_our_configurations(paths: list[Candidate], olmoe: MoEShape) -> None:
+    up, down = entry(BLOCK_SIZE_M=64, num_stages=4), entry(BLOCK_SIZE_M=16, BLOCK_SIZE_N=64, num_stages=4)
+    wanted = "bm64-up(bn64-bk128-w4-st4-gm1-sk1)-down(bn64-bk128-w4-st4-gm1-sk1)-sum"
+    assert pick(paths, up, olmoe, down) == (wanted, 1)
+    assert pick(paths, up, olmoe, down | {"USE_TMA": False}) == (wanted, 1)
+    # Nothing recorded loads by TMA, so that it was not recorded as it is.
+    assert pick(paths, up, olmoe, down | {"USE_TMA": True}) == (wanted, 0)
+    judged = judge(VllmTable(Path("t.json"), {1: Launch.of(up | {"USE_TMA": True, "kpack": 2}, olmoe)}), paths)
+    assert judged.note().endswith("mapped onto the nearest recorded one; nothing recorded has their USE_TMA, kpack")
 
 
 def test_vllms_own_configurations_are_exact(registry: Registry, olmoe: MoEShape, h200: Hardware, paths) -> None:
@@ -208,3 +304,13 @@ def test_a_table_is_one_more_policy(
     assert raw["static_table"]["file"] == str(place)
     assert raw["static_table"]["entries"]["1"]["entry"] == ENTRY
     assert json.loads(compare("--json").output)["static_table"] is None
+
+    partner = write(tmp_path, {"1": entry(BLOCK_SIZE_N=64)}, NAME.replace(".json", "_down.json"))
+    shown = compare("--static-table", tmp_path)
+    assert (
+        f"{NAME} with {partner.name} for the down projection, at the token blocks of the first, judged on triton's"
+        in " ".join(shown.output.split())
+    )
+    raw = json.loads(compare("--static-table", tmp_path, "--json").output)
+    assert raw["static_table"]["down"] == str(partner)
+    assert raw["static_table"]["entries"]["1"]["down"] == entry(BLOCK_SIZE_N=64)

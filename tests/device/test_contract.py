@@ -10,6 +10,7 @@ import torch
 from ramp_moe import KernelConfig, MoEShape, RampMoEError, RoutingError, ShapeError, UnknownNameError, WeightLayout
 from ramp_moe.device import Batch, LaunchableKernel, MoEWeights, Workspace
 from ramp_moe.device.contract import ACTIVATIONS
+from ramp_moe.shapes import scale_blocks
 
 E, H, I, T, K = 4, 256, 128, 5, 2  # noqa: E741
 FP8 = torch.float8_e4m3fn
@@ -32,6 +33,12 @@ def fp8(**changed: Any) -> dict[str, Any]:
         "down_scale": torch.ones(E, H // 128, I // 128),
         **changed,
     }
+
+
+def straddling(inter: int, gate_up_scale: torch.Tensor, down_scale: torch.Tensor) -> dict[str, Any]:
+    """fp8 of an intermediate size that 128 does not divide."""
+    weights = {"gate_up": zeros(E, 2 * inter, H, dtype=FP8), "down": zeros(E, H, inter, dtype=FP8)}
+    return {**weights, "gate_up_scale": gate_up_scale, "down_scale": down_scale}
 
 
 def strided(*shape: int, dtype: torch.dtype = torch.bfloat16) -> torch.Tensor:
@@ -58,7 +65,6 @@ def test_weights_that_fit(dtype: torch.dtype, name: str, activation: str, bias: 
         weights.shape(5)
 
 
-SIZES = "in multiples of 128"
 WRONG_WEIGHTS: dict[str, tuple[dict[str, Any], str]] = {
     "flat": (half(gate_up=zeros(2 * I, H)), "gate_up must be [E, 2 I, H], not [256, 256]"),
     "odd rows": (half(gate_up=zeros(E, 255, H)), "gate_up must be [E, 2 I, H], not [4, 255, 256]"),
@@ -94,11 +100,23 @@ WRONG_WEIGHTS: dict[str, tuple[dict[str, Any], str]] = {
     ),
     "fp8 hidden": (
         fp8(gate_up=zeros(E, 2 * I, 192, dtype=FP8)),
-        "fp8 weights need hidden 192 and intermediate 128 " + SIZES,
+        "fp8 weights need a hidden size in multiples of 128, not 192",
     ),
-    "fp8 intermediate": (
-        fp8(gate_up=zeros(E, 2 * 96, H, dtype=FP8)),
-        "fp8 weights need hidden 256 and intermediate 96 " + SIZES,
+    "blocks that hold gate and up": (
+        straddling(192, torch.ones(E, 3, 2), torch.ones(E, 2, 2)),
+        "gate_up_scale must be [4, 4, 2], not [4, 3, 2]; gate and up have scale blocks of their own, of 128 or 64",
+    ),
+    "blocks of two sizes": (
+        straddling(192, torch.ones(E, 6, 4), torch.ones(E, 2, 2)),
+        "down_scale must be [4, 4, 3], not [4, 2, 2]",
+    ),
+    "blocks that divide nothing": (
+        straddling(80, torch.ones(E, 10, 16), torch.ones(E, 16, 5)),
+        "gate_up_scale must be [4, 2, 2], not [4, 10, 16]; gate and up have scale blocks of their own, of 128",
+    ),
+    "small blocks of whole ones": (
+        fp8(gate_up_scale=torch.ones(E, 4, 4)),
+        "gate_up_scale must be [4, 2, 2], not [4, 4, 4]",
     ),
     "bias shape": (half(gate_up_bias=zeros(E, I)), "gate_up_bias must be [4, 256], not [4, 128]"),
     "down bias shape": (half(down_bias=zeros(H)), "down_bias must be [4, 256], not [256]"),
@@ -121,6 +139,19 @@ WRONG_WEIGHTS: dict[str, tuple[dict[str, Any], str]] = {
     "scale elsewhere": (fp8(down_scale=torch.ones(E, 2, 1, device=META)), "down_scale is on meta, gate_up on cpu"),
     "bias elsewhere": (half(down_bias=zeros(E, H, device=META)), "down_bias is on meta, gate_up on cpu"),
 }
+
+
+@pytest.mark.parametrize("inter", [16, 32, 80, 96, 192, 320, 384])
+def test_scale_blocks_that_straddle(inter: int) -> None:
+    """Engines hold scales of checkpoints' blocks, or of the smaller ones that divide a shard."""
+    for block in scale_blocks(inter):
+        deep = -(-inter // block)
+        scales = torch.ones(E, 2 * deep, H // block), torch.ones(E, H // block, deep)
+        weights = MoEWeights(**straddling(inter, *scales))
+        assert weights.scale_block == block
+        assert weights.shape(K) == MoEShape(E, K, H, inter)
+    assert scale_blocks(inter) == {32: (128, 32), 96: (128, 32), 192: (128, 64), 320: (128, 64)}.get(inter, (128,))
+    assert MoEWeights(**half()).scale_block is None
 
 
 @pytest.mark.parametrize("case", WRONG_WEIGHTS)

@@ -24,12 +24,13 @@ def random_bits(*shape: int) -> torch.Tensor:
     return torch.randint(0, 256, shape, dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
 
 
-def layer(dtype: str, inter: int = 256, layout: str = GATE_FIRST) -> MoEWeights:
+def layer(dtype: str, inter: int = 256, layout: str = GATE_FIRST, block: int = 128) -> MoEWeights:
     """Random bits, with a bias; NaN in the bias too."""
     experts, hidden = 3, 128
     biases = random_bits(experts, 4 * inter).view(torch.bfloat16), torch.zeros(experts, hidden)
     if dtype == "fp8":
-        scales = torch.rand(experts, 2 * inter // 128, 1), torch.rand(experts, 1, inter // 128)
+        wide, deep = hidden // block, -(-inter // block)
+        scales = torch.rand(experts, 2 * deep, wide), torch.rand(experts, wide, deep)
         weights = random_bits(experts, 2 * inter, hidden).view(FP8), random_bits(experts, hidden, inter).view(FP8)
         return MoEWeights(*weights, *scales, *biases, layout=layout)
     kind = {"bf16": torch.bfloat16, "fp16": torch.float16}[dtype]
@@ -58,7 +59,17 @@ def places(layout: str, rows: int, chunk: int) -> list[tuple[int, int]]:
 @pytest.mark.parametrize("dtype", ["bf16", "fp16", "fp8"])
 @pytest.mark.parametrize(("given", "wanted"), list(itertools.product(LAYOUTS, LAYOUTS)))
 def test_every_row_goes_where_it_belongs_and_back(dtype: str, given: str, wanted: str) -> None:
-    before = layer(dtype, layout=given)
+    there_and_back(layer(dtype, layout=given), wanted)
+
+
+@pytest.mark.parametrize(("inter", "block"), [(80, 128), (192, 128), (192, 64), (96, 32)])
+@pytest.mark.parametrize("wanted", LAYOUTS[1:])
+def test_scale_blocks_that_straddle(inter: int, block: int, wanted: str) -> None:
+    there_and_back(layer("fp8", inter, block=block), wanted)
+
+
+def there_and_back(before: MoEWeights, wanted: str) -> None:
+    given = before.layout
     after = relayout(before, wanted)
     assert after.layout == wanted
     for name in ORDERED:

@@ -31,7 +31,8 @@ class Case:
     """One compilation. quantise: of the up projection, what it stores is fp8; of the down projection, it quantises
     what it loads. direct: without a schedule, where the up projection of fp8 weights quantises what it loads. even:
     whether the tiles divide the sizes, which are multiples of 16 in any case. others: further configurations that the
-    launch may be. low: the predicate counts too few bytes.
+    launch may be. inter and block: the intermediate size, and the side of the fp8 scale blocks. low: the predicate
+    counts too few bytes.
     """
 
     target: tuple[str, int | str, int]
@@ -46,6 +47,8 @@ class Case:
     activation: str = "swiglu"
     layout: str = "gate-first"
     others: tuple[GemmConfig, ...] = ()
+    inter: int = INTER
+    block: int = 128
 
     @property
     def configs(self) -> list[GemmConfig]:
@@ -57,12 +60,13 @@ class Case:
             [] if self.even else ["uneven"]
         )
         flags += [] if self.layout == "gate-first" else [self.layout]
+        flags += [] if self.inter == INTER else [f"i{self.inter}-block{self.block}"]
         name = "|".join(c.name for c in self.configs)
         return "-".join(filter(None, [str(self.target[1]), self.kernel, self.dtype, name, self.activation, *flags]))
 
     @property
     def shape(self) -> MoEShape:
-        return MoEShape(64, 8, HIDDEN, INTER, self.dtype)
+        return MoEShape(64, 8, HIDDEN, self.inter, self.dtype)
 
 
 def tile(block: int, rows: int, step: int, warps: int = 4, stages: int = 3, **more: Any) -> GemmConfig:
@@ -89,6 +93,14 @@ CASES = [
     Case(SM90, "down", "fp8", tile(64, 128, 128, 8, 4, swap=True), atomic=True),
     Case(SM90, "down", "fp8", tile(128, 64, 128, stages=4), quantise=True, bias=True),
     Case(SM90, "down", "fp8", tile(16, 128, 128, swap=True), direct=True, quantise=True),
+    # scale blocks that straddle the shard: refined to what divides it, of 128 with a short last one, or both
+    Case(SM90, "up", "fp8", tile(64, 64, 64, swap=True), quantise=True, inter=192, block=64),
+    Case(SM90, "up", "fp8", tile(16, 64, 64, split_k=4), direct=True, inter=192),
+    Case(SM90, "up", "fp8", tile(16, 128, 128), quantise=True, inter=80, layout="gate-up-interleaved-8"),
+    Case(SM90, "up", "fp8", tile(16, 32, 32), quantise=True, inter=96, block=32, layout="up-first"),
+    Case(SM90, "down", "fp8", tile(64, 64, 64, swap=True), inter=192, block=64),
+    Case(SM90, "down", "fp8", tile(16, 64, 128, swap=True), quantise=True, inter=80, atomic=True),
+    Case(SM90, "down", "fp8", tile(16, 32, 32), inter=96),
     # one launch that is any of them
     Case(SM90, "up", "bf16", tile(16, 64, 128, swap=True), others=(tile(64, 64, 64, group_m=8), tile(32, 32, 64))),
     Case(SM90, "up", "bf16", tile(64, 128, 64, 8), even=False, others=(tile(128, 128, 64, 8, 4),)),
@@ -127,14 +139,15 @@ def compiled(case: Case) -> dict[str, int]:
     weight = "*fp8e4nv" if fp8 else half
     given: dict[str, Any] = {
         "bias_ptr": "*fp32" if case.bias else None, "ws_ptr": "*fp32" if fp8 else None, "w_ptr": weight,
-        "FP8": fp8, "ACTIVATION": case.activation, "QUANTISE": case.quantise, "ATOMIC": case.atomic, "EMULATE": False,
+        "FP8": fp8, "SCALE": case.block if fp8 else 0, "RAGGED": fp8 and case.inter % case.block != 0,
+        "ACTIVATION": case.activation, "QUANTISE": case.quantise, "ATOMIC": case.atomic, "EMULATE": False,
         "weight_ptr": "*fp32", "part_ptr": "*fp32", "BLOCK": 1024,
         "SPLIT_K": 4, "PDL": dependent, "DIRECT": case.direct, "QUANTISE_X": fp8 and case.direct, "out_ptr": half,
         "LAYOUT": case.layout,
     }  # fmt: skip
     options: dict[str, Any] = {"num_warps": 4, **({"launch_pdl": True} if dependent else {})}
     if c is not None:
-        sizes = [n if case.even else n - 16 for n in ((INTER, HIDDEN) if up else (HIDDEN, INTER))]
+        sizes = [n if case.even else n - 16 for n in ((case.inter, HIDDEN) if up else (HIDDEN, case.inter))]
         given |= {"VARIANTS": variants(case.configs, *sizes), "SPLIT_K": c.split_k}
         given |= {"choice_ptr": "*i32", "tiles": None} if case.others else {"choice_ptr": None}
         options |= {"num_warps": c.warps, "num_stages": c.stages}

@@ -19,9 +19,9 @@ FP8 = torch.float8_e4m3fn
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 
 
-def quantised(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+def quantised(x: torch.Tensor, group: int = 128) -> tuple[torch.Tensor, torch.Tensor]:
     out = torch.full(x.shape, torch.nan, device=DEVICE).to(FP8)
-    scale = torch.full((x.shape[0], x.shape[1] // 128), torch.nan, device=DEVICE)
+    scale = torch.full((x.shape[0], x.shape[1] // group), torch.nan, device=DEVICE)
     quantise(x, out, scale)
     return out, scale
 
@@ -34,8 +34,8 @@ def same_bits(a: torch.Tensor, b: torch.Tensor) -> None:
     assert torch.equal(a.view(integer)[known], b.view(integer)[known])
 
 
-def check_quantise(x: torch.Tensor) -> None:
-    for got, expected in zip(quantised(x), reference.quantise_activations(x), strict=True):
+def check_quantise(x: torch.Tensor, group: int = 128) -> None:
+    for got, expected in zip(quantised(x, group), reference.quantise_activations(x, group), strict=True):
         same_bits(got, expected)
 
 
@@ -49,6 +49,11 @@ def test_quantise(dtype: torch.dtype, shape: tuple[int, int]) -> None:
     check_quantise(normal(*shape, dtype=dtype))
     # spread over the exponents of e4m3, its subnormal numbers and what rounds to zero included
     check_quantise((normal(*shape, seed=1) * 2.0 ** (8 * normal(*shape, seed=2).abs()).neg()).to(dtype))
+
+
+@pytest.mark.parametrize("group", [64, 32])
+def test_smaller_groups(group: int) -> None:
+    check_quantise(normal(17, 384) * 2.0 ** normal(17, 384, seed=1), group)
 
 
 def test_every_tie_goes_to_even() -> None:
@@ -217,7 +222,7 @@ COMPILE = """
         for dtype in ("*bf16", "*fp16", "*fp32"):
             for groups in (16, 64):
                 pointers = {"x": dtype, "x_fp8": "*fp8e4nv", "x_scale": "*fp32"}
-                compile(quantise_kernel, 4, GROUPS=groups, EMULATE_FP8=False, **pointers)
+                compile(quantise_kernel, 4, GROUPS=groups, GROUP=128, EMULATE_FP8=False, **pointers)
 """
 
 

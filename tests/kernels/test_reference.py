@@ -101,11 +101,20 @@ def test_weights_have_a_scale_a_block() -> None:
     assert torch.equal(reference.dequantise(flat, flat_scale), plain[1])
 
 
-def test_sizes_that_do_not_divide_are_refused() -> None:
-    with pytest.raises(ShapeError, match="128"):
-        reference.quantise_weights(torch.zeros(128, 100))
-    with pytest.raises(ShapeError, match="128"):
-        reference.quantise_activations(torch.zeros(128, 100))
+@pytest.mark.parametrize(("block", "last_row", "last_column"), [(128, 128, 0), (64, 192, 64)])
+def test_the_last_block_may_be_short(block: int, last_row: int, last_column: int) -> None:
+    w = torch.randn(2, 200, 80, generator=torch.Generator().manual_seed(1))
+    values, scale = reference.quantise_weights(w, block)
+    assert scale.shape == (2, -(-200 // block), -(-80 // block))
+    assert torch.equal(scale[:, -1, -1], w[:, last_row:, last_column:].abs().amax((1, 2)) / 448)
+    plain = reference.dequantise(values, scale, block)
+    assert ((plain - w).abs() <= w.abs() / 16 * 1.0001 + 2.0**-10 * scale.amax()).all()
+    of_groups = reference.quantise_activations(w[0], block)[1]
+    assert of_groups.shape == (200, -(-80 // block))
+    assert torch.equal(of_groups[:, -1], w[0, :, last_column:].abs().amax(1) / 448)
+
+
+def test_a_scale_of_another_shape_is_refused() -> None:
     with pytest.raises(ShapeError, match=r"must be \[1, 2\], not \[2, 1\]"):
         reference.dequantise(torch.zeros(128, 256).to(torch.float8_e4m3fn), torch.ones(2, 1))
 

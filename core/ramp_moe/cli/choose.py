@@ -11,6 +11,7 @@ import numpy as np
 
 from ..comparison import compare_recorded
 from ..cost_model import CostModel, get_form, provenance
+from ..errors import NoProfileError
 from ..fit_file import make_record, save_fit
 from ..kernel import usable_configs
 from ..layouts import choose_layouts, kernel_times, weighed_batches
@@ -34,6 +35,7 @@ from .options import (
     read_batch,
     resolve_device,
 )
+from .unmeasured import explain_unmeasured, grid_figures, render
 
 
 @click.command()
@@ -144,13 +146,27 @@ def explain(
     top: int,
     as_json: bool,
 ) -> None:
-    """Show what each candidate is predicted to cost for one batch, which wins, and what a second copy would gain."""
+    """Show what each candidate is predicted to cost for one batch, which wins, and what a second copy would gain.
+
+    Without a profile: what each kernel runs by its own choice, and the grids of that.
+    """
     get_form(form)
     registry = get_registry()
     shape, hardware = registry.shape(model, dtype), resolve_device(registry, device)
     batch, counts = read_batch(shape, tokens, routing, seed, histogram)
     store = ProfileStore(profiles, registry.profile_dirs)
-    cost_model, notes = load_model(registry, store, shape, hardware, kernels, form)
+    try:
+        cost_model, notes = load_model(registry, store, shape, hardware, kernels, form)
+    except NoProfileError:
+        if any(store.find(k, shape, hardware) or store.find_fit(k, shape, hardware) for k in kernels):
+            raise
+        found = explain_unmeasured(registry, kernels, shape, hardware, counts)
+        if as_json:
+            about = {"model": shape.label, "device": hardware.name, "batch": batch, "figures": "grids"}
+            print_json(about | found | {"histogram": counts.tolist()})
+        else:
+            console().print(*render(shape, hardware, batch, counts, found), sep="\n")
+        return
     candidates, layouts = _explained(cost_model, counts), _layouts(registry, cost_model, counts)
     if as_json:
         about = {"model": shape.label, "device": hardware.name, "batch": batch, "form": form, "figures": "predicted"}
@@ -166,25 +182,14 @@ def _explained(model: CostModel, histogram: IntArray) -> list[dict[str, Any]]:
     prediction = model.predict(histogram)
     rows = []
     for i in np.argsort(prediction.us, kind="stable").tolist():
-        candidate, sms = model.candidates[i], model.hardware.num_sms
-        grids = candidate.config.gemms
+        candidate = model.candidates[i]
         rows.append(
             {
                 "kernel": candidate.kernel,
                 "config": candidate.config.name,
                 "predicted_us": float(prediction.us[i]),
                 "extrapolated": bool(prediction.extrapolated[i]),
-                "gemms": [
-                    {
-                        "token_block": g.block_tokens,
-                        "m_tiles": int(g.m_tiles(histogram)),
-                        "ctas": int(g.logical(histogram)),
-                        "waves": int(g.waves(histogram, sms)),
-                        "tail_utilisation": float(g.tail_utilisation(histogram, sms)),
-                        "padding_waste": float(g.padding_waste(histogram)),
-                    }
-                    for g in grids
-                ],
+                "gemms": grid_figures(candidate.config, histogram, model.hardware.num_sms),
             }
         )
     return rows

@@ -8,7 +8,7 @@ import click
 
 from ..comparison import Comparison, compare_recorded, compare_trace
 from ..cost_model import get_form
-from ..errors import HardwareError
+from ..hardware import confirm
 from ..html import check_report, write_report
 from ..kernel import STAGE_KINDS
 from ..plugins import Registry, get_registry
@@ -20,6 +20,7 @@ from ..trace import Trace, load_trace
 from ..vllm_table import open_table
 from . import tables
 from .gpu import INTERRUPTED, Display, choose_kernels, find_gpu, recorded_kernels, set_up
+from .listing import GIVEN
 from .options import (
     AtLeast,
     console,
@@ -66,7 +67,7 @@ LIVE_MINUTES = 5.0
 @click.option(
     "--static-table",
     type=click.Path(path_type=Path),
-    help="Also judge a table in vLLM's format: its file, or a folder in which vLLM would find it.",
+    help="Also judge a table tuned for vLLM or SGLang: its file, or a folder in which either would find it.",
 )
 @click.option(
     "--html", "html_path", type=click.Path(path_type=Path), help="Also write one self-contained page with plots."
@@ -106,7 +107,8 @@ def compare(
     if live:
         minutes = LIVE_MINUTES if minutes is None else minutes
         try:
-            result = _measure(registry, store, shape, device, kernels, minutes, recorded_trace, form)
+            named = ctx.get_parameter_source("device") is GIVEN
+            result = _measure(registry, store, shape, device, named, kernels, minutes, recorded_trace, form)
         except KeyboardInterrupt:
             click.echo("interrupted: nothing is kept of a live comparison", err=True)
             ctx.exit(INTERRUPTED)
@@ -133,17 +135,17 @@ def _measure(
     store: ProfileStore,
     shape: MoEShape,
     device: str,
+    named: bool,
     kernels: tuple[str, ...],
     minutes: float,
     trace: Trace | None,
     form: str,
 ) -> Comparison:
-    """The comparison, measured now. Raises HardwareError where this machine's GPU is not the device."""
-    state, hardware = find_gpu(registry)
-    if device != "auto" and registry.device(device) != hardware:
-        raise HardwareError(
-            f"--device is {device}, this machine's GPU is {hardware.name} ({state.name}); name --device {hardware.name}"
-        )
+    """The comparison, measured now; `named` if the device was asked for, and is no default. Raises HardwareError where
+    this machine's GPU is not the device."""
+    state, hardware = find_gpu(registry, device if named else "auto")
+    if not named:
+        confirm(registry.device(device), registry.hardware.values(), state.name)
     display = Display(minutes / RUNS)
     recorded, without_paths = ([], []) if kernels else recorded_kernels(registry, store, shape, hardware)
     chosen, left_out = choose_kernels(registry, kernels, recorded, shape, hardware)

@@ -9,23 +9,24 @@ from ..profiler.drift import MAX_TOKENS, check_profiles
 from ..store import ProfileStore
 from . import tables
 from .gpu import INTERRUPTED, Display, choose_kernels, find_gpu, recorded_kernels, set_up
-from .options import console, dtype_option, json_option, kernel_option, model_option, print_json
+from .options import console, dtype_option, json_option, kernel_option, model_option, print_json, this_device_option
 
 
 @click.command()
 @model_option
+@this_device_option
 @dtype_option
 @kernel_option
 @json_option
 @click.pass_context
-def check(ctx: click.Context, model: str, dtype: str, kernels: tuple[str, ...], as_json: bool) -> None:
+def check(ctx: click.Context, model: str, device: str, dtype: str, kernels: tuple[str, ...], as_json: bool) -> None:
     """Measure about a dozen cells of the recorded profiles again, in seconds: do they still hold on this GPU?
 
     Exit code 0 where they hold, or all times changed by one factor; 1 where they do not, with the remedy.
     """
     registry = get_registry()
     shape, store = registry.shape(model, dtype), ProfileStore(shipped=registry.profile_dirs)
-    state, hardware = find_gpu(registry)
+    state, hardware = find_gpu(registry, device)
     recorded, without_paths = ([], []) if kernels else recorded_kernels(registry, store, shape, hardware)
     chosen, left_out = choose_kernels(registry, kernels, recorded, shape, hardware)
     display = Display(None)

@@ -13,13 +13,14 @@ from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
 
 from ..device import LaunchableKernel
-from ..errors import HardwareError, KernelError, ProfileError, RampMoEError
-from ..hardware import Hardware, detect, identify
+from ..errors import KernelError, ProfileError, RampMoEError
+from ..hardware import Hardware, confirm, detect, identify
 from ..kernel import WeightLayout
 from ..plugins import Registry, get_registry
 from ..profiler.gpu import GpuState, check_memory, gpu_state, memory_needed
 from ..profiler.settings import Environment, MakeBench, default_warmers
 from ..profiler.worker import BenchLike, make_gpu_bench
+from ..replay import nothing_recorded
 from ..shapes import MoEShape
 from ..store import ProfileStore
 from ..sweep import PATH
@@ -42,11 +43,13 @@ class Setup:
     make_bench: MakeBench
 
 
-def find_gpu(registry: Registry) -> tuple[GpuState, Hardware]:
-    """The GPU's state and constants. Raises HardwareError where there is none, or none that is registered."""
-    state = gpu_state()
+def find_gpu(registry: Registry, device: str = "auto") -> tuple[GpuState, Hardware]:
+    """The GPU's state, and the constants of the device that was named (`auto`: of the one that it is by its name).
+    Raises HardwareError where there is none, none that is registered, or it is surely not the one named."""
+    named = None if device == "auto" else registry.device(device)
+    state, known = gpu_state(), registry.hardware.values()
     # Without its SM count, which takes a CUDA context: the worker has one, and refuses a MIG slice.
-    return state, identify(registry.hardware.values(), state.name)
+    return state, identify(known, state.name) if named is None else confirm(named, known, state.name)
 
 
 def recorded_kernels(
@@ -66,7 +69,9 @@ def recorded_kernels(
         elif found is not None:
             left_out.append(f"{name} left out: {found[0]} has no times of whole paths; run `ramp-moe profile`")
     if not names:
-        raise ProfileError("; ".join(left_out) or store.missing(registry.kernels, shape, hardware))
+        if left_out:
+            raise ProfileError("; ".join(left_out))
+        raise nothing_recorded(registry, store, list(registry.kernels), shape, hardware)
     return names, left_out
 
 
@@ -114,9 +119,8 @@ def set_up(
 
 def _make_bench(shape: MoEShape, hardware: str, kernels: Sequence[str]) -> BenchLike:
     """In the worker: a bench, once this is surely the GPU that the profile will be filed under."""
-    found = detect(get_registry().hardware.values())
-    if found.name != hardware:
-        raise HardwareError(f"CUDA's first GPU is {found.name}, nvidia-smi's {hardware}; set CUDA_VISIBLE_DEVICES")
+    registry = get_registry()
+    detect(registry.hardware.values(), named=registry.device(hardware))
     return make_gpu_bench(shape, hardware, kernels)
 
 

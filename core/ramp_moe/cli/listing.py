@@ -15,11 +15,11 @@ from rich.markup import escape
 from rich.table import Table
 
 from ..device import LaunchableKernel
-from ..errors import ProfileError
 from ..hardware import Hardware
 from ..kernel import Kernel, KernelConfig, WeightLayout, usable_configs
 from ..plugins import describe, get_registry
 from ..repeatability import spread, stage_bias
+from ..replay import nothing_recorded
 from ..shapes import MoEShape
 from ..store import ProfileStore
 from ..sweep import Split, Sweep
@@ -160,7 +160,7 @@ def profiles(
     store.check(names, shape, hardware)
     found = [(name, *recorded) for name in names if (recorded := store.find(name, shape, hardware))]
     if not found:
-        raise ProfileError(store.missing(names, shape, hardware))
+        raise nothing_recorded(registry, store, names, shape, hardware)
     rows = [
         describe_profile(path, sweep, usable_configs(registry.kernel(name), shape, hardware))
         for name, path, sweep in found

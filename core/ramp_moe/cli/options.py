@@ -45,6 +45,12 @@ model_option = click.option(
 device_option = click.option(
     "--device", default="h200", show_default=True, help="Hardware by name; `auto` detects this machine's GPU."
 )
+this_device_option = click.option(
+    "--device",
+    default="auto",
+    show_default=True,
+    help="What this machine's GPU is, if its name is not known; refused if the GPU contradicts.",
+)
 dtype_option = click.option("--dtype", type=click.Choice(list(DTYPE_BYTES)), default="fp8", show_default=True)
 kernel_option = click.option("--kernel", "kernels", multiple=True, help="Only this kernel (repeatable).")
 profile_option = click.option(

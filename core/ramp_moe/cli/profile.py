@@ -22,11 +22,21 @@ from ..profiler.settings import Result, Settings
 from ..shapes import MoEShape
 from ..store import user_data_dir
 from .gpu import INTERRUPTED, UUID_START, Display, choose_kernels, find_gpu, set_up
-from .options import AtLeast, console, dtype_option, json_option, kernel_option, model_option, print_json
+from .options import (
+    AtLeast,
+    console,
+    dtype_option,
+    json_option,
+    kernel_option,
+    model_option,
+    print_json,
+    this_device_option,
+)
 
 
 @click.command(name="profile")
 @model_option
+@this_device_option
 @dtype_option
 @kernel_option
 @click.option(
@@ -53,6 +63,7 @@ from .options import AtLeast, console, dtype_option, json_option, kernel_option,
 def profile_command(
     ctx: click.Context,
     model: str,
+    device: str,
     dtype: str,
     kernels: tuple[str, ...],
     minutes: float,
@@ -63,7 +74,7 @@ def profile_command(
     """Measure kernels on this machine's GPU and record their profiles. Interrupted, the same command goes on."""
     registry = get_registry()
     shape = registry.shape(model, dtype)
-    state, hardware = find_gpu(registry)
+    state, hardware = find_gpu(registry, device)
     display = Display(minutes)
     chosen, left_out = choose_kernels(registry, kernels, registry.kernels, shape, hardware)
     for note in left_out:

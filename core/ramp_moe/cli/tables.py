@@ -186,6 +186,32 @@ def _spread(kernel: str, spread: Sequence[dict[str, Any]]) -> Table:
     return table
 
 
+def grid_table() -> Table:
+    table = Table()
+    for what in ("candidate", "predicted us", "M-tiles", "CTAs", "waves", "last wave", "padding", ""):
+        table.add_column(what, justify="left" if what in ("candidate", "") else "right", overflow="fold")
+    return table
+
+
+def grid_cells(gemms: Sequence[dict[str, Any]]) -> list[str]:
+    slots = [
+        ("m_tiles", "{}"),
+        ("ctas", "{}"),
+        ("waves", "{}"),
+        ("tail_utilisation", "{:.0%}"),
+        ("padding_waste", "{:.0%}"),
+    ]
+    return [" + ".join(form.format(grid[key]) for grid in gemms) for key, form in slots]
+
+
+def batch_title(shape: MoEShape, hardware: Hardware, batch: str, histogram: IntArray) -> str:
+    active, hottest = int(active_experts(histogram)), int(histogram.max())
+    return (
+        f"{shape.label} ({shape.dtype}) on {hardware.name}: {escape(batch)}; "
+        f"{active} of {shape.num_experts} experts active, the hottest with {hottest} ids"
+    )
+
+
 def explanation(
     model: CostModel,
     batch: str,
@@ -194,25 +220,13 @@ def explanation(
     layouts: Mapping[str, Any],
     notes: Sequence[str],
 ) -> list[RenderableType]:
-    table = Table()
-    for what in ("candidate", "predicted us", "M-tiles", "CTAs", "waves", "last wave", "padding", ""):
-        table.add_column(what, justify="left" if what in ("candidate", "") else "right", overflow="fold")
+    table = grid_table()
     for i, c in enumerate(candidates):
-        g = c["gemms"]
-        slots = [
-            ("m_tiles", "{}"),
-            ("ctas", "{}"),
-            ("waves", "{}"),
-            ("tail_utilisation", "{:.0%}"),
-            ("padding_waste", "{:.0%}"),
-        ]
-        cells = [" + ".join(form.format(grid[key]) for grid in g) for key, form in slots]
         mark = ("[green]wins" if i == 0 else "") + (" [yellow]extrapolated" if c["extrapolated"] else "")
+        cells = grid_cells(c["gemms"])
         table.add_row(escape(f"{c['kernel']}/{c['config']}"), f"{c['predicted_us']:.1f}", *cells, mark)
-    hottest = int(histogram.max())
     return [
-        f"{model.shape.label} ({model.shape.dtype}) on {model.hardware.name}: {escape(batch)}; "
-        f"{int(active_experts(histogram))} of {model.num_experts} experts active, the hottest with {hottest} ids",
+        batch_title(model.shape, model.hardware, batch, histogram),
         table,
         f"{len(model.candidates)} candidates. PREDICTED by the cost model (form {model.form}), which was fitted to "
         f"recorded measurements of {escape(' and '.join(model.measured))}; times cover: {', '.join(model.covered)}.",

@@ -58,16 +58,17 @@ def random_weights(shape: MoEShape, device: torch.device | str, seed: int) -> Mo
         w = torch.empty(experts, rows, columns, dtype=dtype, device=device)
         return w.normal_(0, columns**-0.5, generator=generator)
 
-    def scaled(rows: int, columns: int) -> tuple[Tensor, Tensor]:
-        w = torch.empty(experts, rows, columns, dtype=torch.float8_e4m3fn, device=device)
+    def scaled(matrices: int, rows: int, columns: int) -> tuple[Tensor, Tensor]:
+        """So many `[rows, columns]` matrices of each expert, one above the other."""
+        w = torch.empty(experts, matrices * rows, columns, dtype=torch.float8_e4m3fn, device=device)
         for e in range(experts):  # float32 of one expert at a time
-            w[e] = (64 * torch.randn(rows, columns, device=device, generator=generator)).to(w.dtype)
-        blocks = experts, rows // SCALE_BLOCK, columns // SCALE_BLOCK
+            w[e] = (64 * torch.randn(matrices * rows, columns, device=device, generator=generator)).to(w.dtype)
+        blocks = experts, matrices * -(-rows // SCALE_BLOCK), -(-columns // SCALE_BLOCK)
         return w, (torch.rand(blocks, device=device, generator=generator) + 0.5) * columns**-0.5 / 64
 
     if shape.dtype != "fp8":
         return MoEWeights(plain(2 * inter, hidden), plain(hidden, inter))
-    (gate_up, gate_up_scale), (down, down_scale) = scaled(2 * inter, hidden), scaled(hidden, inter)
+    (gate_up, gate_up_scale), (down, down_scale) = scaled(2, inter, hidden), scaled(1, hidden, inter)
     return MoEWeights(gate_up, down, gate_up_scale, down_scale)
 
 
@@ -287,8 +288,8 @@ def reference(weights: MoEWeights, batch: Batch) -> Tensor:
     torch.set_float32_matmul_precision("highest")  # no TF32
     try:
         for e in torch.bincount(ids[(ids >= 0) & (ids < len(weights.down))]).nonzero().flatten().tolist():
-            gate_up = _dequantised(weights.gate_up, weights.gate_up_scale, e)
-            down = _dequantised(weights.down, weights.down_scale, e)
+            gate_up = _dequantised(weights.gate_up[e].unflatten(0, (2, -1)), weights.gate_up_scale, e).flatten(0, 1)
+            down = _dequantised(weights.down[e][None], weights.down_scale, e)[0]
             for part in (ids == e).nonzero().split(PART):
                 token, slot = part.unbind(1)
                 projected = x[token] @ gate_up.T
@@ -313,10 +314,13 @@ def _activated(gate: Tensor, up: Tensor, activation: str) -> Tensor:
 
 
 def _dequantised(w: Tensor, scale: Tensor | None, expert: int) -> Tensor:
-    """One expert's matrix, float32."""
+    """float32 of one expert's matrices `[N, rows, columns]`, which have scale blocks of their own."""
     if scale is None:
-        return w[expert].float()
-    return w[expert].float() * scale[expert].repeat_interleave(SCALE_BLOCK, 0).repeat_interleave(SCALE_BLOCK, 1)
+        return w.float()
+    matrices, rows, columns = w.shape
+    blocks = scale[expert].unflatten(0, (matrices, -1))
+    expanded = blocks.repeat_interleave(SCALE_BLOCK, 1).repeat_interleave(SCALE_BLOCK, 2)
+    return w.float() * expanded[:, :rows, :columns]
 
 
 def misfit(out: Tensor, expected: Tensor, dtype: str) -> str | None:

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 from ..errors import KernelError, RoutingError, ShapeError, UnknownNameError
 from ..hardware import Hardware
 from ..kernel import LAYOUTS, Kernel, KernelConfig
-from ..shapes import SCALE_BLOCK, MoEShape
+from ..shapes import SCALE_BLOCK, MoEShape, scale_blocks
 
 if TYPE_CHECKING:
     import torch
@@ -31,7 +31,9 @@ class MoEWeights:
     """A layer's experts, contiguous on one device.
 
     gate_up `[E, 2 I, H]` and down `[E, H, I]` are bf16, fp16 or float8_e4m3fn; fp8 weights come with float32 scales,
-    one for each [128, 128] block: gate_up_scale `[E, 2 I / 128, H / 128]`, down_scale `[E, H / 128, I / 128]`. Biases
+    one for each [B, B] block: gate_up_scale `[E, 2 ceil(I / B), H / B]`, down_scale `[E, H / B, ceil(I / B)]`. Gate and
+    up have blocks of their own, counted from their first row, of which the last may be short. B is 128, or one of
+    `ramp_moe.shapes.scale_blocks` for a shard that begins inside a block of 128; H is a multiple of 128. Biases
     `[E, 2 I]` and `[E, H]` are optional. `layout`, one of LAYOUTS, is the order of the rows of gate_up and of its bias;
     so are the scale's, where one block row of gate and one of up come in turn if interleaved. Raises ShapeError for
     whatever does not fit together, UnknownNameError for an activation or a layout that does not exist.
@@ -60,9 +62,10 @@ class MoEWeights:
             raise ShapeError(f"gate_up is {self.gate_up.dtype}; weights must be bf16, fp16 or float8_e4m3fn")
         expected: dict[str, tuple[tuple[int, ...], Any]] = {"down": ((experts, hidden, inter), self.gate_up.dtype)}
         if self.gate_up.dtype == torch.float8_e4m3fn:
-            if hidden % SCALE_BLOCK or inter % SCALE_BLOCK:
-                raise ShapeError(f"fp8 weights need hidden {hidden} and intermediate {inter} in multiples of 128")
-            wide, deep = hidden // SCALE_BLOCK, inter // SCALE_BLOCK
+            if hidden % SCALE_BLOCK:
+                raise ShapeError(f"fp8 weights need a hidden size in multiples of {SCALE_BLOCK}, not {hidden}")
+            block = self.scale_block or SCALE_BLOCK
+            wide, deep = hidden // block, -(-inter // block)
             expected["gate_up_scale"] = ((experts, 2 * deep, wide), torch.float32)
             expected["down_scale"] = ((experts, wide, deep), torch.float32)
         elif self.gate_up_scale is not None or self.down_scale is not None:
@@ -76,7 +79,10 @@ class MoEWeights:
             if tensor is None:
                 raise ShapeError(f"fp8 weights need {name}, float32 {list(shape)}")
             if tuple(tensor.shape) != shape:
-                raise ShapeError(f"{name} must be {list(shape)}, not {list(tensor.shape)}")
+                blocks = " or ".join(map(str, scale_blocks(inter)))
+                apart = f"; gate and up have scale blocks of their own, of {blocks}" if inter % SCALE_BLOCK else ""
+                hint = apart if name == "gate_up_scale" else ""
+                raise ShapeError(f"{name} must be {list(shape)}, not {list(tensor.shape)}{hint}")
             if dtype is not None and tensor.dtype != dtype:
                 raise ShapeError(f"{name} must be {dtype}, not {tensor.dtype}")
         for name in ("gate_up_bias", "down_bias"):
@@ -89,6 +95,15 @@ class MoEWeights:
                 raise ShapeError(f"{name} must be contiguous; call .contiguous() once, when the layer is built")
             if tensor is not None and tensor.device != self.gate_up.device:
                 raise ShapeError(f"{name} is on {tensor.device}, gate_up on {self.gate_up.device}; move it there")
+
+    @property
+    def scale_block(self) -> int | None:
+        """Rows, and columns, that share an fp8 scale, by the columns of gate_up_scale; None without scales."""
+        if self.gate_up_scale is None:
+            return None
+        hidden, inter = self.gate_up.shape[2], self.gate_up.shape[1] // 2
+        columns = self.gate_up_scale.shape[-1]
+        return next((b for b in scale_blocks(inter) if columns * b == hidden), SCALE_BLOCK)
 
     def shape(self, top_k: int, name: str | None = None) -> MoEShape:
         """The layer's shape, for a router that names `top_k` experts a token."""

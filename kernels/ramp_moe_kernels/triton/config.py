@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from ramp_moe import GridGeometry, Hardware, MoEShape
-from ramp_moe.shapes import DTYPE_BYTES, SCALE_BLOCK
+from ramp_moe.shapes import DTYPE_BYTES, scale_blocks
 
 Gemm = Literal["up", "down"]
 
@@ -58,8 +58,13 @@ class Path:
 
 
 def quantises_itself(up: GemmConfig) -> bool:
-    """Whether the up projection's CTAs hold whole scale groups of their intermediates, and so can quantise them."""
-    return up.rows == SCALE_BLOCK and up.split_k == 1
+    """Whether an fp8 up projection's CTAs hold whole scale groups of their intermediates, and so can quantise them."""
+    return up.rows == up.step and up.split_k == 1
+
+
+def scale_group(shape: MoEShape) -> int:
+    """Columns of an activation that share an fp8 scale: as many as the smallest scale blocks of the weights have."""
+    return scale_blocks(shape.intermediate_size)[-1]
 
 
 def invalid(gemm: Gemm, config: GemmConfig, shape: MoEShape, hardware: Hardware, quantise: bool = False) -> str | None:
@@ -68,9 +73,10 @@ def invalid(gemm: Gemm, config: GemmConfig, shape: MoEShape, hardware: Hardware,
     c, fp8 = config, shape.dtype == "fp8"
     matrices = 2 if gemm == "up" else 1
     depth = shape.hidden_size if gemm == "up" else shape.intermediate_size
-    if fp8 and c.step != SCALE_BLOCK:
-        return f"an fp8 step is one scale group of {SCALE_BLOCK}"
-    if fp8 and SCALE_BLOCK % c.rows:
+    group = scale_group(shape)
+    if fp8 and c.step != group:
+        return f"an fp8 step is one scale group of {group}"
+    if fp8 and group % c.rows:
         return "a weight tile must lie within one scale block"
     row_bytes = c.step * DTYPE_BYTES[shape.dtype]
     tiles = c.stages * (c.block + matrices * c.rows) * row_bytes
@@ -103,7 +109,7 @@ def invalid_path(path: Path, shape: MoEShape, hardware: Hardware) -> str | None:
 
 def space(gemm: Gemm, shape: MoEShape, hardware: Hardware) -> Iterator[GemmConfig]:
     """Every valid configuration of one GEMM."""
-    steps = (SCALE_BLOCK,) if shape.dtype == "fp8" else (64, 128)
+    steps = (scale_group(shape),) if shape.dtype == "fp8" else (64, 128)
     for block, rows, step, warps, stages, group_m, split_k, swap in itertools.product(
         TOKEN_BLOCKS, (32, 64, 128), steps, (4, 8), (2, 3, 4, 5), (1, 8), (1, 4), (False, True)
     ):

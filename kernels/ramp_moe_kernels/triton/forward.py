@@ -45,7 +45,7 @@ def forward_steps(
     if path.direct:
         x, x_scale, tiling = batch.hidden_states, None, ops.Tiling(None, batch.topk_ids, (n,))
     else:
-        x, x_scale, tiling = _prepare([c.block for c in ups], choice, weights, batch, total, workspace)
+        x, x_scale, tiling = _prepare([c.block for c in ups], up.step, choice, weights, batch, total, workspace)
         yield
 
     act, act_scale = _activations(up, weights, n, batch.hidden_states.dtype, workspace, device)
@@ -72,13 +72,15 @@ def forward_steps(
 
 def _prepare(
     blocks: Sequence[int],
+    group: int,
     choice: Tensor | None,
     weights: MoEWeights,
     batch: Batch,
     total: Tensor | None,
     workspace: Workspace,
 ) -> tuple[Tensor, Tensor | None, ops.Tiling]:
-    """(x, x_scale, tiling): one launch schedules, quantises x for fp8 weights and zeroes `total`."""
+    """(x, x_scale, tiling): one launch schedules, quantises x for fp8 weights by groups of so many columns, and zeroes
+    `total`."""
     device, n = batch.hidden_states.device, batch.topk_ids.numel()
     experts, hidden, _ = weights.down.shape
     sizes = [buffer_sizes(n, experts, block) for block in blocks]
@@ -87,7 +89,7 @@ def _prepare(
     x, x_scale, quantise = batch.hidden_states, None, None
     if ops.is_fp8(weights):
         q = workspace.get("x", (batch.num_tokens, hidden), torch.float8_e4m3fn, device)
-        x_scale = workspace.get("x_scale", (batch.num_tokens, hidden // 128), torch.float32, device)
+        x_scale = workspace.get("x_scale", (batch.num_tokens, hidden // group), torch.float32, device)
         quantise, x = (x, q, x_scale), q
     schedule(batch.topk_ids, experts, blocks, plan, choice=choice, quantise=quantise, zero=total)
     tiles = tuple(size["expert_of_tile"] for size in sizes)
@@ -101,6 +103,6 @@ def _activations(
     projection of fp8 weights quantises what it loads."""
     inter = weights.down.shape[2]
     if ops.is_fp8(weights) and quantises_itself(up):
-        scale = workspace.get("act_scale", (n, inter // 128), torch.float32, device)
+        scale = workspace.get("act_scale", (n, -(-inter // up.step)), torch.float32, device)
         return workspace.get("act", (n, inter), torch.float8_e4m3fn, device), scale
     return workspace.get("act", (n, inter), dtype, device), None

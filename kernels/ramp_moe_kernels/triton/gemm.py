@@ -16,8 +16,10 @@ Layout of one step along the reduction, for the plain and the swapped operands:
     plain    acc [BM, BN] += x [BM, BK] @ w [BN, BK].T      tokens are M: mma for BM < 64, wgmma from 64 on
     SWAP     acc [BN, BM] += w [BN, BK] @ x [BM, BK].T      weight rows are M: wgmma with few tokens as N
 
-fp8: BK is the scale group of 128, so that each step has one scale a token (xs) and one a weight tile (ws), and
-acc += dot * xs * ws. Products of two fp8 values are summed in float32 within a step and promoted after it.
+fp8: BK is the group of activations that share a scale, so that each step has one scale a token (xs) and one a weight
+tile (ws), and acc += dot * xs * ws. Products of two fp8 values are summed in float32 within a step and promoted after
+it. A weight tile lies in one [SCALE, SCALE] block; blocks of gate and of up each count from their first row. RAGGED:
+the intermediate size is no multiple of SCALE, so that each half's last block of rows is short.
 """
 # Triton is untyped, and so is every function that it compiles.
 # mypy: disable-error-code="import-untyped, untyped-decorator, no-untyped-def, no-untyped-call"
@@ -30,7 +32,6 @@ from ramp_moe.device.contract import ROW_CHUNK
 
 from .quantise import _to_fp8
 
-GROUP = tl.constexpr(128)
 CHUNK = tl.constexpr(ROW_CHUNK)
 
 
@@ -133,7 +134,7 @@ def _activate(gate, up, ACTIVATION: tl.constexpr):
 
 @triton.jit
 def _quantise(v, EMULATE_FP8: tl.constexpr):
-    """fp8 and scale a row of [BM, 128], as `quantise` computes them.
+    """fp8 and scale a row of [BM, BK], as `quantise` computes them.
 
     Quotients are IEEE's: values of few bits, such as bf16 ones, over a scale of few bits are often exactly between two
     fp8 numbers, where an inexact quotient rounds to the wrong one. One division a row and Markstein's correction, two
@@ -145,6 +146,26 @@ def _quantise(v, EMULATE_FP8: tl.constexpr):
     quotient = v * inverse
     rest = tl.fma(-quotient, tl.broadcast_to(scale[:, None], v.shape), v)
     return _to_fp8(tl.fma(rest, inverse, quotient), EMULATE_FP8), scale
+
+
+@triton.jit
+def _scale_blocks(I, SCALE: tl.constexpr, RAGGED: tl.constexpr):  # noqa: E741
+    """How many blocks of SCALE rows or columns I takes."""
+    if RAGGED:
+        blocks = tl.cdiv(I, SCALE)
+    else:
+        blocks = I // SCALE
+    return blocks
+
+
+@triton.jit
+def _weight_scale(ptr, step, BK: tl.constexpr, SCALE: tl.constexpr):
+    """The weight tile's scale. ptr follows the steps if each has a scale of its own, else it stays at the first."""
+    if BK == SCALE:
+        scale = tl.load(ptr)
+    else:
+        scale = tl.load(ptr + step // SCALE)
+    return scale
 
 
 @triton.jit
@@ -186,6 +207,8 @@ def _up(
     SPLIT_K: tl.constexpr,
     DIRECT: tl.constexpr,
     FP8: tl.constexpr,
+    SCALE: tl.constexpr,
+    RAGGED: tl.constexpr,
     QUANTISE_X: tl.constexpr,
     QUANTISE: tl.constexpr,
     LAYOUT: tl.constexpr,
@@ -219,10 +242,16 @@ def _up(
         up_ptrs = gate_ptrs + to_up * H.to(tl.int64)
         if FP8:
             if not QUANTISE_X:
-                xs_ptrs = xs_ptr + token * (H // GROUP) + split
-            gate_block, to_up_block = _gate_row(n * BN // GROUP, I // GROUP, 1, LAYOUT)
-            gs_ptr = ws_ptr + (expert * 2 * I // GROUP + gate_block) * (H // GROUP) + split
-            us_ptr = gs_ptr + to_up_block * (H // GROUP)
+                xs_ptrs = xs_ptr + token * (H // BK) + split
+            gate_block, to_up_block = _gate_row(n * BN // SCALE, _scale_blocks(I, SCALE, RAGGED), 1, LAYOUT)
+            if RAGGED:
+                gate_block += expert * 2 * _scale_blocks(I, SCALE, RAGGED)
+            else:
+                gate_block += expert * 2 * I // SCALE
+            gs_ptr = ws_ptr + gate_block * (H // SCALE)
+            if BK == SCALE:
+                gs_ptr += split
+            us_ptr = gs_ptr + to_up_block * (H // SCALE)
         if SWAP:
             gate = tl.zeros((BN, BM), tl.float32)
             up = tl.zeros((BN, BM), tl.float32)
@@ -245,10 +274,11 @@ def _up(
                 else:
                     xs = tl.load(xs_ptrs, mask=live, other=0.0)
                     xs_ptrs += SPLIT_K
-                gate += _scaled(_product(x, wg, SWAP, EMULATE), xs, tl.load(gs_ptr), SWAP)
-                up += _scaled(_product(x, wu, SWAP, EMULATE), xs, tl.load(us_ptr), SWAP)
-                gs_ptr += SPLIT_K
-                us_ptr += SPLIT_K
+                gate += _scaled(_product(x, wg, SWAP, EMULATE), xs, _weight_scale(gs_ptr, step, BK, SCALE), SWAP)
+                up += _scaled(_product(x, wu, SWAP, EMULATE), xs, _weight_scale(us_ptr, step, BK, SCALE), SWAP)
+                if BK == SCALE:
+                    gs_ptr += SPLIT_K
+                    us_ptr += SPLIT_K
             else:
                 gate += _product(x, wg, SWAP, EMULATE)
                 up += _product(x, wu, SWAP, EMULATE)
@@ -273,10 +303,11 @@ def _up(
                 up += tl.load(bias_ptrs + to_up).to(tl.float32)[None, :]
             act = _activate(gate, up, ACTIVATION)
             if QUANTISE:
-                tl.static_assert(BN == GROUP)
+                # Rows past the last are copies of it, so that they do not change the scale of a short group.
+                tl.static_assert(BN == BK)
                 q, scale = _quantise(act, EMULATE)
                 tl.store(out_ptr + out_row * I + row, q, mask=store)
-                tl.store(outs_ptr + ids.to(tl.int64) * (I // GROUP) + n, scale, mask=live)
+                tl.store(outs_ptr + ids.to(tl.int64) * _scale_blocks(I, BN, RAGGED) + n, scale, mask=live)
             else:
                 tl.store(out_ptr + out_row * I + row, act.to(out_ptr.dtype.element_ty), mask=store)
 
@@ -286,14 +317,14 @@ def _up(
 def up_kernel(
     choice_ptr,  # int32 [1]: index into VARIANTS; None: there is one
     x_ptr,  # [T, H]: bf16, fp16, or fp8 with xs
-    xs_ptr,  # float32 [T, H / 128], fp8 x only
+    xs_ptr,  # float32 [T, H / BK], fp8 x only
     w_ptr,  # [E, 2 I, H], rows in the order of LAYOUT
-    ws_ptr,  # float32 [E, 2 I / 128, H / 128], fp8 only; likewise
+    ws_ptr,  # float32 [E, 2 ceil(I / SCALE), H / SCALE], fp8 only; likewise
     bias_ptr,  # [E, 2 I] or None; likewise
     slots_ptr,
     expert_ptr,
     out_ptr,  # [num_ids, I], or float32 [SPLIT_K, num_ids, 2 I], gate first, before the activation
-    outs_ptr,  # float32 [num_ids, I / 128], QUANTISE only
+    outs_ptr,  # float32 [num_ids, ceil(I / BN)], QUANTISE only
     tiles,  # in all; None: as many as the choice has
     num_ids,
     num_experts,
@@ -304,6 +335,8 @@ def up_kernel(
     SPLIT_K: tl.constexpr,
     DIRECT: tl.constexpr,
     FP8: tl.constexpr,
+    SCALE: tl.constexpr,  # rows and columns of a weight that share a scale, 0 without FP8
+    RAGGED: tl.constexpr,
     QUANTISE_X: tl.constexpr,  # fp8 weights, x not yet quantised: done here, a step at a time
     QUANTISE: tl.constexpr,
     LAYOUT: tl.constexpr,
@@ -337,6 +370,8 @@ def up_kernel(
                 SPLIT_K,
                 DIRECT,
                 FP8,
+                SCALE,
+                RAGGED,
                 QUANTISE_X,
                 QUANTISE,
                 LAYOUT,
@@ -367,6 +402,8 @@ def _down(
     SPLIT_K: tl.constexpr,
     DIRECT: tl.constexpr,
     FP8: tl.constexpr,
+    SCALE: tl.constexpr,
+    RAGGED: tl.constexpr,
     QUANTISE: tl.constexpr,
     ATOMIC: tl.constexpr,
     EMULATE: tl.constexpr,
@@ -395,8 +432,10 @@ def _down(
         w_ptrs = w_ptr + expert * H * I + safe[:, None].to(tl.int64) * I + k
         if FP8:
             if not QUANTISE:
-                as_ptrs = as_ptr + wide * (I // GROUP) + split
-            s_ptr = ws_ptr + (expert * H // GROUP + n * BN // GROUP) * (I // GROUP) + split
+                as_ptrs = as_ptr + wide * _scale_blocks(I, BK, RAGGED) + split
+            s_ptr = ws_ptr + (expert * H // SCALE + n * BN // SCALE) * _scale_blocks(I, SCALE, RAGGED)
+            if BK == SCALE:
+                s_ptr += split
         if SWAP:
             acc = tl.zeros((BN, BM), tl.float32)
         else:
@@ -415,8 +454,9 @@ def _down(
                 else:
                     scale = tl.load(as_ptrs, mask=live, other=0.0)
                     as_ptrs += SPLIT_K
-                acc += _scaled(_product(a, w, SWAP, EMULATE), scale, tl.load(s_ptr), SWAP)
-                s_ptr += SPLIT_K
+                acc += _scaled(_product(a, w, SWAP, EMULATE), scale, _weight_scale(s_ptr, step, BK, SCALE), SWAP)
+                if BK == SCALE:
+                    s_ptr += SPLIT_K
             else:
                 acc += _product(a, w, SWAP, EMULATE)
             a_ptrs += BK * SPLIT_K
@@ -441,9 +481,9 @@ def _down(
 def down_kernel(
     choice_ptr,  # int32 [1]: index into VARIANTS; None: there is one
     a_ptr,  # [num_ids, I]: bf16, fp16, or fp8 with as
-    as_ptr,  # float32 [num_ids, I / 128], fp8 activations only
+    as_ptr,  # float32 [num_ids, ceil(I / BK)], fp8 activations only
     w_ptr,  # [E, H, I]
-    ws_ptr,  # float32 [E, H / 128, I / 128], fp8 weights only
+    ws_ptr,  # float32 [E, H / SCALE, ceil(I / SCALE)], fp8 weights only
     bias_ptr,  # [E, H] or None
     slots_ptr,
     expert_ptr,
@@ -459,6 +499,8 @@ def down_kernel(
     SPLIT_K: tl.constexpr,
     DIRECT: tl.constexpr,
     FP8: tl.constexpr,
+    SCALE: tl.constexpr,  # rows and columns of a weight that share a scale, 0 without FP8
+    RAGGED: tl.constexpr,
     QUANTISE: tl.constexpr,  # fp8 weights, activations not yet quantised: done here, a step at a time
     ATOMIC: tl.constexpr,
     PDL: tl.constexpr,
@@ -490,6 +532,8 @@ def down_kernel(
                 SPLIT_K,
                 DIRECT,
                 FP8,
+                SCALE,
+                RAGGED,
                 QUANTISE,
                 ATOMIC,
                 EMULATE,

@@ -17,10 +17,9 @@ from ramp_moe import Hardware, KernelConfig, MoEShape, Stage, WeightLayout
 from ramp_moe.device import Batch, LaunchableKernel, MoEWeights, Workspace
 from ramp_moe.errors import KernelError
 from ramp_moe.kernel import LAYOUTS, fp8_unsupported
-from ramp_moe.shapes import SCALE_BLOCK
 from ramp_moe.versions import Place, digest_of
 
-from .config import GemmConfig, Path, geometry, invalid_path, quantises_itself
+from .config import GemmConfig, Path, geometry, invalid_path, quantises_itself, scale_group
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -33,7 +32,8 @@ MAX_DEFAULT_LOG2_TOKENS = 16
 
 
 class TritonMoE(LaunchableKernel):
-    """bf16, fp16 and fp8 (e4m3 W8A8, [128, 128] weight scales), any GPU that Triton compiles for."""
+    """bf16, fp16 and fp8 (e4m3 W8A8, weight scales of any blocks that MoEWeights takes), any GPU that Triton compiles
+    for."""
 
     name = "triton"
 
@@ -42,7 +42,7 @@ class TritonMoE(LaunchableKernel):
         return f"{super().version()}+{digest_of(RUNS)}"
 
     def unsupported(self, shape: MoEShape, hardware: Hardware) -> str | None:
-        if reason := fp8_unsupported(shape, hardware):
+        if reason := fp8_unsupported(shape, hardware, whole_blocks=False):
             return reason
         if shape.num_experts > MAX_EXPERTS:
             return f"{shape.num_experts} experts are more than the schedule's {MAX_EXPERTS}"
@@ -56,11 +56,12 @@ class TritonMoE(LaunchableKernel):
 
     def paths(self, shape: MoEShape, hardware: Hardware) -> list[Path]:
         """Every configuration, as what it launches."""
-        steps = (SCALE_BLOCK,) if shape.dtype == "fp8" else (64, 128)
+        steps = (scale_group(shape),) if shape.dtype == "fp8" else (64, 128)
+        downs = (64, 128) if steps[0] >= 64 else (32,)
         depths = (3, 4) if hardware.smem_per_sm_bytes > 128 * 1024 else (1, 2)
         found = []
         for block, rows_up, rows_down, step, stages, group_m, split_k, swap in itertools.product(
-            (16, 32, 64, 128), (32, 64, 128), (64, 128), steps, depths, (1, 8), (1, 4), (False, True)
+            (16, 32, 64, 128), (32, 64, 128), downs, steps, depths, (1, 8), (1, 4), (False, True)
         ):
             warps = 8 if block == 128 else 4
             up = GemmConfig(block, rows_up, step, warps, stages, group_m, split_k, swap)
@@ -114,22 +115,24 @@ class TritonMoE(LaunchableKernel):
     def _default_path(self, shape: MoEShape, hardware: Hardware, num_tokens: int) -> Path:
         """What mostly wins on an H200 (examples/benchmarks), then ever smaller tiles, for less shared memory."""
         ids, fp8 = num_tokens * shape.top_k, shape.dtype == "fp8"
+        widest = scale_group(shape) if fp8 else 128
         if num_tokens <= DIRECT_TOKENS:
             # The widest tile that still fills the SMs; a grid below two waves of the narrowest shares its reduction.
             inter = shape.intermediate_size
-            rows = next((r for r in (128, 64) if ids * -(-inter // r) >= hardware.num_sms), 32)
+            wide = (r for r in (128, 64) if r <= widest and ids * -(-inter // r) >= hardware.num_sms)
+            rows = next(wide, 32)
             split_k = 4 if ids * -(-inter // rows) < 2 * hardware.num_sms and rows == 32 else 1
             stages = 4 if fp8 and rows == 32 else 3
-            up = GemmConfig(16, rows, SCALE_BLOCK, stages=stages, split_k=split_k, swap=rows > 32)
-            path = Path(up, GemmConfig(16, 64, SCALE_BLOCK, swap=True), direct=True)
+            up = GemmConfig(16, rows, widest, stages=stages, split_k=split_k, swap=rows > 32)
+            path = Path(up, GemmConfig(16, min(64, widest), widest, swap=widest >= 64), direct=True)
             if invalid_path(path, shape, hardware) is None:
                 return path
         load = 2 * ids / min(ids, shape.num_experts)
         wanted = next((b for b in (16, 32, 64) if b >= load), 64 if fp8 else 128)
         for block, rows, stages in itertools.product((wanted, 64, 32, 16), (128, 64, 32), (3, 2)):
-            if block > wanted or (rows == 128 and not fp8 and block < 128):
+            if block > wanted or rows > widest or (rows == 128 and not fp8 and block < 128):
                 continue
-            step = SCALE_BLOCK if fp8 or block <= 32 else 64
+            step = widest if fp8 or block <= 32 else 64
             group_m, swap = (8, False) if block >= 64 else (1, rows >= 64)
             gemm = GemmConfig(block, rows, step, 8 if block * rows >= 64 * 128 else 4, stages, group_m, 1, swap)
             path = Path(gemm, gemm)

@@ -41,7 +41,7 @@ def up(
     """act `[num_ids, I]` = activation(gate, up) of every routed id.
 
     x is quantised on its way where fp8 weights come without x_scale. With `split_k` > 1 act is the float32 partial sums
-    `[split_k, num_ids, 2 I]` instead, for `activate`. With act_scale, act is fp8, quantised by groups of 128.
+    `[split_k, num_ids, 2 I]` instead, for `activate`. With act_scale, act is fp8, quantised by groups of a step.
 
     configs: one, or several of the same warps and split_k where the tiling has a choice.
     """
@@ -68,6 +68,8 @@ def up(
         SPLIT_K=common.split_k,
         DIRECT=tiling.slots is None,
         FP8=weights.gate_up_scale is not None,
+        SCALE=weights.scale_block or 0,
+        RAGGED=_is_ragged(weights),
         QUANTISE_X=weights.gate_up_scale is not None and x_scale is None,
         QUANTISE=act_scale is not None,
         LAYOUT=weights.layout,
@@ -136,6 +138,8 @@ def down(
         SPLIT_K=common.split_k,
         DIRECT=tiling.slots is None,
         FP8=fp8,
+        SCALE=weights.scale_block or 0,
+        RAGGED=_is_ragged(weights),
         QUANTISE=fp8 and act_scale is None,
         ATOMIC=atomic,
         EMULATE=interpreted(up_kernel),
@@ -167,6 +171,11 @@ def _grid(configs: Sequence[GemmConfig], tiling: Tiling, rows: int) -> tuple[int
     """For any of the configurations: where it is not the largest, CTAs without a tile exit at once."""
     ctas = (tiles * -(-rows // c.rows) for tiles, c in zip(tiling.tiles, configs, strict=True))
     return max(ctas), configs[0].split_k
+
+
+def _is_ragged(weights: MoEWeights) -> bool:
+    """Whether the last block of rows of gate and of up is short, and with it the down projection's last columns'."""
+    return weights.scale_block is not None and weights.down.shape[2] % weights.scale_block != 0
 
 
 def is_fp8(weights: MoEWeights) -> bool:

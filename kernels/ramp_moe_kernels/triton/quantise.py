@@ -1,4 +1,4 @@
-"""Activations to fp8: one float32 scale a token and group of 128 columns, in one launch.
+"""Activations to fp8: one float32 scale a token and group of columns, 128 or 64 or 32, in one launch.
 
 A program takes GROUPS groups, which follow each other in memory whatever token they belong to. Nothing but the
 division's rounding happens between the load and the store, so that the result is the reference's, bit for bit:
@@ -21,6 +21,8 @@ from torch import Tensor
 from ..reference import FP8, FP8_MAX, GROUP, TINY
 
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
+GROUP_SIZES = (128, 64, 32)
+"""Columns that can share a scale; a multiple of 128 has whole groups of any."""
 MANY_GROUPS = 4096
 """Groups from which on a program takes more of them: there are programs enough, and more loads in flight pay."""
 
@@ -50,21 +52,23 @@ def _to_fp8(v, EMULATE_FP8: tl.constexpr):
 
 @triton.jit
 def _quantise_groups(values, GROUPS: tl.constexpr, EMULATE_FP8: tl.constexpr):
-    """fp8 [GROUPS, 128] and scale float32 [GROUPS] of float32 values."""
+    """fp8 [GROUPS, GROUP] and scale float32 [GROUPS] of float32 values of that shape."""
     amax = tl.max(values.to(tl.int32, bitcast=True) & 0x7FFFFFFF, 1).to(tl.float32, bitcast=True)
     scale = tl.div_rn(tl.where(amax < _TINY, _TINY, amax), tl.full((GROUPS,), _FP8_MAX, tl.float32))
-    return _to_fp8(tl.div_rn(values, tl.broadcast_to(scale[:, None], (GROUPS, _GROUP))), EMULATE_FP8), scale
+    return _to_fp8(tl.div_rn(values, tl.broadcast_to(scale[:, None], values.shape)), EMULATE_FP8), scale
 
 
 @triton.jit
-def _quantise_rows(program, x, x_fp8, x_scale, num_groups, GROUPS: tl.constexpr, EMULATE_FP8: tl.constexpr):
-    """GROUPS groups of 128 columns, from group program * GROUPS on, of `num_groups`."""
+def _quantise_rows(
+    program, x, x_fp8, x_scale, num_groups, GROUPS: tl.constexpr, GROUP: tl.constexpr, EMULATE_FP8: tl.constexpr
+):
+    """GROUPS groups of GROUP columns, from group program * GROUPS on, of `num_groups`."""
     first = program.to(tl.int64) * GROUPS  # elements can exceed 2^31
-    x += first * _GROUP
-    x_fp8 += first * _GROUP
+    x += first * GROUP
+    x_fp8 += first * GROUP
     group = tl.arange(0, GROUPS)
     live = group < num_groups - first
-    at = group[:, None] * _GROUP + tl.arange(0, _GROUP)
+    at = group[:, None] * GROUP + tl.arange(0, GROUP)
     values = tl.load(x + at, mask=live[:, None], other=0.0).to(tl.float32)
     q, scale = _quantise_groups(values, GROUPS, EMULATE_FP8)
     tl.store(x_scale + first + group, scale, mask=live)
@@ -72,26 +76,28 @@ def _quantise_rows(program, x, x_fp8, x_scale, num_groups, GROUPS: tl.constexpr,
 
 
 @triton.jit(do_not_specialize=["num_groups"])
-def quantise_kernel(x, x_fp8, x_scale, num_groups, GROUPS: tl.constexpr, EMULATE_FP8: tl.constexpr):
-    _quantise_rows(tl.program_id(0), x, x_fp8, x_scale, num_groups, GROUPS, EMULATE_FP8)
+def quantise_kernel(
+    x, x_fp8, x_scale, num_groups, GROUPS: tl.constexpr, GROUP: tl.constexpr, EMULATE_FP8: tl.constexpr
+):
+    _quantise_rows(tl.program_id(0), x, x_fp8, x_scale, num_groups, GROUPS, GROUP, EMULATE_FP8)
 
 
 def quantise(x: Tensor, out: Tensor, scale: Tensor) -> None:
-    """out float8_e4m3fn `[T, C]` and scale float32 `[T, C/128]` of x bf16, fp16 or float32 `[T, C]`, all contiguous.
+    """out float8_e4m3fn `[T, C]` and scale float32 `[T, C/G]` of x bf16, fp16 or float32 `[T, C]`, all contiguous.
 
-    scale = max(amax, 1e-10) / 448 of a token's group of 128 columns; out = x / scale to nearest even. A NaN or an
-    infinity spoils its own group only. Without tokens nothing is launched. Needs hardware with fp8 or, on AMD,
-    converts to OCP e4m3 in software where the hardware knows another e4m3. Raises ShapeError for shapes that do not
-    fit, KernelError for dtypes, strides and devices.
+    The scale's columns say what G is, 128 or 64 or 32; C is a multiple of 128. scale = max(amax, 1e-10) / 448 of a
+    token's group of G columns; out = x / scale to nearest even. A NaN or an infinity spoils its own group only. Without
+    tokens nothing is launched. Needs hardware with fp8 or, on AMD, converts to OCP e4m3 in software where the hardware
+    knows another e4m3. Raises ShapeError for shapes that do not fit, KernelError for dtypes, strides and devices.
     """
-    check_quantise(x, out, scale, x.device)
+    group = check_quantise(x, out, scale, x.device)
     groups = scale.numel()
     if groups == 0:
         return
     size = groups_per_program(groups)
     with torch.cuda.device_of(x):
         quantise_kernel[(-(-groups // size),)](
-            x, out, scale, groups, GROUPS=size, EMULATE_FP8=interpreted(quantise_kernel), num_warps=4
+            x, out, scale, groups, GROUPS=size, GROUP=group, EMULATE_FP8=interpreted(quantise_kernel), num_warps=4
         )
 
 
@@ -105,14 +111,16 @@ def interpreted(kernel: object) -> bool:
     return not isinstance(kernel, triton.JITFunction)
 
 
-def check_quantise(x: Tensor, out: Tensor, scale: Tensor, device: torch.device) -> None:
-    """Raises what `quantise` says."""
+def check_quantise(x: Tensor, out: Tensor, scale: Tensor, device: torch.device) -> int:
+    """Columns of a group, by the scale's shape. Raises what `quantise` says."""
     if x.ndim != 2 or x.shape[1] % GROUP:
         raise ShapeError(f"activations to quantise must be [T, C] with C a multiple of {GROUP}, not {list(x.shape)}")
     tokens, columns = x.shape
     check_tensor("the activations", x, (tokens, columns), DTYPES, device)
     check_tensor("the quantised activations", out, (tokens, columns), (FP8,), device)
-    check_tensor("their scale", scale, (tokens, columns // GROUP), (torch.float32,), device)
+    group = next((g for g in GROUP_SIZES if scale.shape == (tokens, columns // g)), GROUP)
+    check_tensor("their scale", scale, (tokens, columns // group), (torch.float32,), device)
+    return group
 
 
 def check_tensor(

@@ -197,13 +197,14 @@ def _beside(
     zero,
     zero_size,
     GROUPS: tl.constexpr,
+    GROUP: tl.constexpr,
     ZERO: tl.constexpr,
     EMULATE_FP8: tl.constexpr,
 ):
     """What a program past the sorting ones does: quantise x, if there is one, or zero `zero`, if there is one."""
     if x is not None:  # noqa: SIM102 - known when compiling, unlike the next
         if program < x_programs:
-            _quantise_rows(program, x, x_fp8, x_scale, num_groups, GROUPS, EMULATE_FP8)
+            _quantise_rows(program, x, x_fp8, x_scale, num_groups, GROUPS, GROUP, EMULATE_FP8)
     if zero is not None:  # noqa: SIM102
         if program >= x_programs:
             _zero_rows(program - x_programs, zero, zero_size, ZERO)
@@ -234,6 +235,7 @@ def histogram_kernel(
     CHUNK: tl.constexpr,
     BINS: tl.constexpr,
     GROUPS: tl.constexpr,
+    GROUP: tl.constexpr,
     ZERO: tl.constexpr,
     EMULATE_FP8: tl.constexpr,
 ):
@@ -244,7 +246,8 @@ def histogram_kernel(
         count = _count(experts, BINS)
         tl.store(partial + program * BINS + tl.arange(0, BINS), count)
     else:
-        _beside(program - chunks, x, x_fp8, x_scale, num_groups, x_programs, zero, zero_size, GROUPS, ZERO, EMULATE_FP8)
+        program -= chunks
+        _beside(program, x, x_fp8, x_scale, num_groups, x_programs, zero, zero_size, GROUPS, GROUP, ZERO, EMULATE_FP8)
 
 
 @triton.jit(do_not_specialize=[*_SIZES, "block", "capacity", "experts_each", "parts"])
@@ -266,7 +269,7 @@ def schedule_kernel(
     chunks,
     experts_each,  # experts of a program
     parts,  # programs of a chunk
-    x,  # bf16, fp16 or float32 [num_groups, 128], or None
+    x,  # bf16, fp16 or float32 [num_groups, GROUP], or None
     x_fp8,
     x_scale,
     num_groups,
@@ -277,6 +280,7 @@ def schedule_kernel(
     BINS: tl.constexpr,  # a power of two, experts or more
     BLOCKS: tl.constexpr,  # to be taken in place of `block`; or None
     GROUPS: tl.constexpr,
+    GROUP: tl.constexpr,
     ZERO: tl.constexpr,
     EMULATE_FP8: tl.constexpr,
 ):
@@ -306,7 +310,7 @@ def schedule_kernel(
                 )
     else:
         program -= chunks * parts + 1
-        _beside(program, x, x_fp8, x_scale, num_groups, x_programs, zero, zero_size, GROUPS, ZERO, EMULATE_FP8)
+        _beside(program, x, x_fp8, x_scale, num_groups, x_programs, zero, zero_size, GROUPS, GROUP, ZERO, EMULATE_FP8)
 
 
 def schedule(
@@ -346,12 +350,12 @@ def schedule(
     if num_valid is not None:
         check_tensor("num_valid", num_valid, (1,), (torch.int32,), topk_ids.device)
     x, x_fp8, x_scale = quantise or (None, None, None)
-    groups = group_size = x_programs = 0
+    groups = groups_each = group = x_programs = 0
     if x is not None and x_fp8 is not None and x_scale is not None:
-        check_quantise(x, x_fp8, x_scale, topk_ids.device)
+        group = check_quantise(x, x_fp8, x_scale, topk_ids.device)
         groups = x_scale.numel()
-        group_size = groups_per_program(groups)
-        x_programs = triton.cdiv(groups, group_size)
+        groups_each = groups_per_program(groups)
+        x_programs = triton.cdiv(groups, groups_each)
     zero_size = 0
     if zero is not None:
         check_tensor("the tensor to zero", zero, tuple(zero.shape), (zero.dtype,), topk_ids.device)
@@ -367,7 +371,8 @@ def schedule(
     constants = {
         "CHUNK": chunk,
         "BINS": _bins(num_experts),
-        "GROUPS": group_size,
+        "GROUPS": groups_each,
+        "GROUP": group,
         "ZERO": ZERO_BLOCK,
         "EMULATE_FP8": interpreted(schedule_kernel),
         "num_warps": _warps(chunk),

@@ -1,0 +1,90 @@
+"""`ramp-moe explain` if nothing was measured: what grids and the hardware's constants say, and what they cannot."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from rich.console import RenderableType
+from rich.markup import escape
+
+from ..device import LaunchableKernel
+from ..errors import KernelError
+from ..hardware import Hardware
+from ..kernel import Kernel, KernelConfig
+from ..plugins import Registry, describe
+from ..regions import analyse
+from ..routing import IntArray
+from ..shapes import MoEShape
+from . import tables
+from .listing import describe_kernel
+
+
+def grid_figures(config: KernelConfig, histogram: IntArray, num_sms: int) -> list[dict[str, Any]]:
+    """What each GEMM of a configuration launches for a batch."""
+    return [
+        {
+            "token_block": g.block_tokens,
+            "m_tiles": int(g.m_tiles(histogram)),
+            "ctas": int(g.logical(histogram)),
+            "waves": int(g.waves(histogram, num_sms)),
+            "tail_utilisation": float(g.tail_utilisation(histogram, num_sms)),
+            "padding_waste": float(g.padding_waste(histogram)),
+        }
+        for g in config.gemms
+    ]
+
+
+def explain_unmeasured(
+    registry: Registry, kernels: Sequence[str], shape: MoEShape, hardware: Hardware, histogram: IntArray
+) -> dict[str, Any]:
+    """Every kernel's own choice for the batch, which runs without a profile, with its grids and no time; the token
+    block that the regions advise; and notes on kernels that have no choice. Raises KernelError if no kernel has one."""
+    tokens = max(1, -(-int(histogram.sum()) // shape.top_k))
+    candidates: list[dict[str, Any]] = []
+    left_out: dict[str, list[str]] = {}
+    for name in kernels or registry.kernels:
+        config, reason = _own_choice(registry.kernel(name), shape, hardware, tokens)
+        if config is None:
+            left_out.setdefault(reason, []).append(name)
+        else:
+            figures = grid_figures(config, histogram, hardware.num_sms)
+            candidates.append({"kernel": name, "config": config.name, "predicted_us": None, "gemms": figures})
+    reasons = [f"{', '.join(names)}: {reason}" for reason, names in left_out.items()]
+    if not candidates:
+        raise KernelError(f"no kernel can run {shape.label} ({shape.dtype}) on {hardware.name}; {'; '.join(reasons)}")
+    remedy = f"measure it there with `ramp-moe profile --model {shape.label} --dtype {shape.dtype}`"
+    if hardware.vendor != "NVIDIA":
+        remedy = "`ramp-moe profile` measures on NVIDIA's GPUs alone so far, name a sweep with --profile"
+    missing = f"no profile of it on {hardware.name}, so no times and no fastest: {remedy}"
+    advised = analyse(shape, hardware, histogram).token_block if histogram.any() else None
+    notes = [missing, *(f"left out: {reason}" for reason in reasons)]
+    return {"candidates": candidates, "token_block": advised, "notes": notes}
+
+
+def _own_choice(kernel: Kernel, shape: MoEShape, hardware: Hardware, tokens: int) -> tuple[KernelConfig | None, str]:
+    """What a kernel runs for a batch size without a profile, or None and why there is no such thing."""
+    if reason := describe_kernel(kernel, shape, hardware)[2]:
+        return None, reason
+    if not isinstance(kernel, LaunchableKernel):
+        return None, "only described, without a choice of its own"
+    try:
+        return kernel.default_config(shape, hardware, tokens), ""
+    except Exception as e:
+        return None, f"broken: {type(e).__name__}: {describe(e)}"
+
+
+def render(
+    shape: MoEShape, hardware: Hardware, batch: str, histogram: IntArray, found: dict[str, Any]
+) -> list[RenderableType]:
+    table = tables.grid_table()
+    for c in found["candidates"]:
+        table.add_row(escape(f"{c['kernel']}/{c['config']}"), "?", *tables.grid_cells(c["gemms"]), "")
+    block = found["token_block"]
+    advice = "" if block is None else f"; token block advised by `ramp-moe regions`: {block}"
+    return [
+        tables.batch_title(shape, hardware, batch, histogram),
+        table,
+        f"each kernel's own choice, without a profile, from its grids and the hardware's constants alone{advice}",
+        *(f"[dim]note: {escape(n)}" for n in found["notes"]),
+    ]
