@@ -89,6 +89,11 @@ class Kernel(ABC):
         """Why this kernel cannot compute `shape` on `hardware`, for a person to read; None where it can."""
         return None
 
+    def max_tokens(self, config: KernelConfig, shape: MoEShape) -> int | None:
+        """The most tokens of a batch that the configuration computes in one launch; None if any number. A layer
+        computes longer batches in several."""
+        return None
+
     @abstractmethod
     def configs(self, shape: MoEShape, hardware: Hardware) -> Iterable[KernelConfig]:
         """Every valid configuration for a supported shape, always in the same order, with distinct names."""
@@ -187,6 +192,16 @@ def layouts_of(kernel: Kernel, shape: MoEShape) -> tuple[str, ...]:
     if not found or not all(isinstance(key, str) for key in found):
         raise KernelError(f"kernel {kernel.name} names {found!r} as the weight layouts that it reads")
     return found
+
+
+def launches_of(kernel: Kernel, config: KernelConfig, shape: MoEShape, num_tokens: int) -> int:
+    """In how many launches a batch is computed. Raises KernelError if the kernel names an impossible number."""
+    most = kernel.max_tokens(config, shape)
+    if most is None:
+        return 1
+    if isinstance(most, bool) or not isinstance(most, int) or most < 1:
+        raise KernelError(f"kernel {kernel.name} says that {config.name} takes {most!r} tokens; it must take one or more")
+    return max(1, -(-num_tokens // most))
 
 
 def usable_configs(kernel: Kernel, shape: MoEShape, hardware: Hardware) -> tuple[KernelConfig, ...]:

@@ -13,20 +13,17 @@ from ramp_moe.errors import KernelError
 from ramp_moe.shapes import SCALE_BLOCK
 from torch import Tensor
 
+from ..limits import check_tokens
 from ..triton.combine import combine
 from ..triton.schedule import Schedule, buffer_sizes, schedule
 from .config import INTERMEDIATES, UP_ROWS, Config
 from .objects import load
-from .space import invalid, one_of
+from .space import invalid, most_tokens, one_of
 
 ROW_CHUNK = 8
 """Rows of gate, then of up, that the kernel's tensor map reads in turn."""
 BITS = 4
 """Of a choice's block in what the kernel is told."""
-MAX_TILES = 65_535
-"""CTAs along a grid's y axis."""
-MAX_ELEMENTS = 2**31
-"""Of hidden_states: the kernel counts them in 32 bits."""
 ALIGNMENT = 16
 """Bytes, for tensor maps, 16-byte copies of x and bulk additions to out."""
 
@@ -90,14 +87,16 @@ def launch_steps(
     x, device, config = batch.hidden_states, out.device, configs[0]
     tokens, hidden = x.shape
     n, experts = batch.topk_ids.numel(), prepared.down.shape[2]
-    each = [buffer_sizes(n, experts, c.block) for c in configs]
-    sizes = {name: max(size[name] for size in each) for name in each[0]}
-    _check_batch(config, prepared, batch, out, sizes["expert_of_tile"] + sizes["expert_of_tile"] % (1 + config.pair))
+    _check_batch(config, prepared, batch, out)
     whole, codes = config, 0
     if choice is not None:
         whole = one_of(configs)
         codes = sum(whole.blocks.index(c.block) << BITS * i for i, c in enumerate(configs))
-    function = compiled(whole, MoEShape(experts, batch.top_k, hidden, prepared.down.shape[1], prepared.dtype))
+    shape = MoEShape(experts, batch.top_k, hidden, prepared.down.shape[1], prepared.dtype)
+    check_tokens("cute", whole.name, tokens, most_tokens(whole, shape))
+    each = [buffer_sizes(n, experts, c.block) for c in configs]
+    sizes = {name: max(size[name] for size in each) for name in each[0]}
+    function = compiled(whole, shape)
 
     plan = Schedule(**{name: workspace.get(name, (size,), torch.int32, device) for name, size in sizes.items()})
     x_scale, quantise = prepared.gate_up_scale[0, :1, :, 0].expand(tokens, -1), None
@@ -161,7 +160,7 @@ def _check_device(device: torch.device) -> None:
         raise KernelError(f"cute runs on Hopper (sm_90) only; the weights are on {device}, which is something else")
 
 
-def _check_batch(config: Config, prepared: Prepared, batch: Batch, out: Tensor, tiles: int) -> None:
+def _check_batch(config: Config, prepared: Prepared, batch: Batch, out: Tensor) -> None:
     x, hidden = batch.hidden_states, prepared.down.shape[0]
     if config.dtype != prepared.dtype:
         raise KernelError(f"{config.name} computes {config.dtype}; the weights are {prepared.dtype}")
@@ -172,13 +171,6 @@ def _check_batch(config: Config, prepared: Prepared, batch: Batch, out: Tensor, 
     if not x.device == out.device == prepared.down.device:
         raise KernelError(
             f"cute: hidden_states are on {x.device}, out on {out.device}, weights on {prepared.down.device}"
-        )
-    if tiles > MAX_TILES:
-        raise KernelError(f"cute: {tiles} tiles of {config.block} slots exceed {MAX_TILES}; take a larger block")
-    if x.numel() >= MAX_ELEMENTS:
-        raise KernelError(
-            f"cute: hidden_states {list(x.shape)} have {MAX_ELEMENTS} or more elements: split the batch, at most "
-            f"{(MAX_ELEMENTS - 1) // hidden} tokens at a time"
         )
     _check_aligned("hidden_states", x)
     _check_aligned("out", out)

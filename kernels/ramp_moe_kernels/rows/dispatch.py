@@ -23,9 +23,10 @@ from ramp_moe.device import Workspace
 from ramp_moe.errors import KernelError
 from torch import Tensor
 
+from ..limits import MAX_EXPERTS, MAX_IDS
 from ..triton.launch import dependent_launch
 from ..triton.quantise import _GROUP, _quantise_groups, interpreted
-from ..triton.schedule import MAX_EXPERTS, MAX_IDS, Schedule, buffer_sizes, max_tiles, schedule
+from ..triton.schedule import Schedule, buffer_sizes, max_tiles, schedule
 
 FUSED_IDS = 2048
 STEP = 512

@@ -19,12 +19,14 @@ from ramp_moe.errors import KernelError
 from ramp_moe.kernel import LAYOUTS, digest_of, fp8_unsupported
 from ramp_moe.shapes import SCALE_BLOCK
 
+from ..limits import MAX_ELEMENTS, max_tokens, too_many_experts
 from .config import GemmConfig, Path, geometry, invalid_path, quantises_itself
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-MAX_EXPERTS = 1024
+ALIGNMENT = 16
+"""Elements of a row that are loaded at a time."""
 DIRECT_TOKENS = 2
 MAX_DEFAULT_LOG2_TOKENS = 16
 
@@ -41,11 +43,20 @@ class TritonMoE(LaunchableKernel):
     def unsupported(self, shape: MoEShape, hardware: Hardware) -> str | None:
         if reason := fp8_unsupported(shape, hardware):
             return reason
-        if shape.num_experts > MAX_EXPERTS:
-            return f"{shape.num_experts} experts are more than the schedule's {MAX_EXPERTS}"
-        if shape.hidden_size % 16 or shape.intermediate_size % 16:
-            return "hidden_size and intermediate_size must be multiples of 16"
+        if reason := too_many_experts(shape):
+            return reason
+        for what in ("hidden_size", "intermediate_size"):
+            if getattr(shape, what) % ALIGNMENT:
+                return f"{what} {getattr(shape, what)} is not a multiple of {ALIGNMENT}"
         return None
+
+    def max_tokens(self, config: KernelConfig, shape: MoEShape) -> int:
+        """What the schedule sorts, and no more than keeps every buffer of a row for each routed id below 2^31
+        elements."""
+        path = _path(config)
+        gate_up = path.up.split_k * shape.gate_up_rows if path.up.split_k > 1 else shape.intermediate_size
+        widest = max(gate_up, path.down.split_k * shape.hidden_size)
+        return max_tokens(shape, MAX_ELEMENTS // widest)
 
     def unavailable(self) -> str | None:
         missing = [name for name in ("torch", "triton") if importlib.util.find_spec(name) is None]
