@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from ramp_moe import KernelConfig, MoEShape
 from ramp_moe.device import Batch, MoEWeights, Workspace, relayout
+from ramp_moe.device.parts import overlap
 from ramp_moe.errors import KernelError
 from ramp_moe.shapes import SCALE_BLOCK
 from ramp_moe_kernels.limits import check_tokens
@@ -93,7 +94,7 @@ def launch_steps(
     plan = Schedule(**{name: workspace.get(name, (size,), torch.int32, device) for name, size in sizes.items()})
     x_fp8 = workspace.get("x", (batch.num_tokens, hidden), torch.float8_e4m3fn, device)
     x_scale = workspace.get("x_scale", (batch.num_tokens, hidden // SCALE_BLOCK), torch.float32, device)
-    apart = not _overlap(x, out)  # in place, x must be read before out is zeroed
+    apart = not overlap(x, out)  # in place, x must be read before out is zeroed
     schedule(batch.topk_ids, experts, block, plan, quantise=(x, x_fp8, x_scale), zero=out if apart else None)
     if not apart:
         out.zero_()
@@ -137,8 +138,3 @@ def _check_batch(batch: Batch, out: Tensor, prepared: Prepared) -> None:
 def _check_aligned(name: str, t: Tensor) -> None:
     if not t.is_contiguous() or t.data_ptr() % ALIGNMENT:
         raise KernelError(f"alpha_moe: {name} must be contiguous and start at a multiple of {ALIGNMENT} bytes")
-
-
-def _overlap(a: Tensor, b: Tensor) -> bool:
-    """Whether two contiguous tensors share memory."""
-    return a.data_ptr() < b.data_ptr() + b.nbytes and b.data_ptr() < a.data_ptr() + a.nbytes

@@ -194,14 +194,12 @@ def layouts_of(kernel: Kernel, shape: MoEShape) -> tuple[str, ...]:
     return found
 
 
-def launches_of(kernel: Kernel, config: KernelConfig, shape: MoEShape, num_tokens: int) -> int:
-    """In how many launches a batch is computed. Raises KernelError if the kernel names an impossible number."""
+def most_tokens(kernel: Kernel, config: KernelConfig, shape: MoEShape) -> int | None:
+    """The kernel's `max_tokens`, or KernelError if that is no number of tokens."""
     most = kernel.max_tokens(config, shape)
-    if most is None:
-        return 1
-    if isinstance(most, bool) or not isinstance(most, int) or most < 1:
-        raise KernelError(f"kernel {kernel.name} says that {config.name} takes {most!r} tokens; it must take one or more")
-    return max(1, -(-num_tokens // most))
+    if most is not None and (isinstance(most, bool) or not isinstance(most, int) or most < 1):
+        raise KernelError(f"kernel {kernel.name} takes {most!r} tokens as {config.name}; it must take one or more")
+    return most
 
 
 def usable_configs(kernel: Kernel, shape: MoEShape, hardware: Hardware) -> tuple[KernelConfig, ...]:

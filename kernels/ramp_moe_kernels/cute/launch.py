@@ -9,6 +9,7 @@ from dataclasses import dataclass
 import torch
 from ramp_moe import MoEShape
 from ramp_moe.device import Batch, MoEWeights, Workspace
+from ramp_moe.device.parts import overlap
 from ramp_moe.errors import KernelError
 from ramp_moe.shapes import SCALE_BLOCK
 from torch import Tensor
@@ -109,7 +110,7 @@ def launch_steps(
         summed = workspace.get("total", (tokens, hidden), torch.float32, device)
     if config.combine == "rows":
         summed = workspace.get("rows", (parts * n, hidden), torch.bfloat16, device)
-    in_place = summed is out and _overlap(x, out)
+    in_place = summed is out and overlap(x, out)
     if in_place:  # x is read while out is added to
         summed = workspace.get("summed", (tokens, hidden), torch.bfloat16, device)
     zero = None if config.combine == "rows" else summed
@@ -179,8 +180,3 @@ def _check_batch(config: Config, prepared: Prepared, batch: Batch, out: Tensor) 
 def _check_aligned(name: str, t: Tensor) -> None:
     if not t.is_contiguous() or t.data_ptr() % ALIGNMENT:
         raise KernelError(f"cute: {name} must be contiguous and start at a multiple of {ALIGNMENT} bytes")
-
-
-def _overlap(a: Tensor, b: Tensor) -> bool:
-    """Whether two contiguous tensors share memory."""
-    return a.data_ptr() < b.data_ptr() + b.nbytes and b.data_ptr() < a.data_ptr() + a.nbytes
