@@ -43,7 +43,7 @@ def compute(layer: MoELayer, choose: Callable[[], Candidate], batch: Batch, out:
             said = f"{type(e).__name__}: {e}".partition("\n")[0]
             if reason := _lost(out):
                 raise KernelError(f"{candidate.name} failed ({said}), and the GPU with it ({reason}); restart") from e
-            capturing = out.is_cuda and torch.cuda.is_current_stream_capturing()
+            capturing = _capturing(out)
             consumed = overlap(batch.hidden_states, out)
             if isinstance(e, torch.OutOfMemoryError) and not capturing and not consumed:
                 most = _fewer(batch, most)
@@ -69,11 +69,17 @@ def _fewer(batch: Batch, most: int | None) -> int | None:
     return half if half >= ALIGNED_TOKENS else None
 
 
+def _capturing(out: Tensor) -> bool:
+    import torch
+
+    return out.is_cuda and torch.cuda.is_current_stream_capturing()
+
+
 def _lost(out: Tensor) -> str | None:
     """Why the GPU does not answer this process; None if it does, as far as can be asked."""
     import torch
 
-    if not out.is_cuda or torch.cuda.is_current_stream_capturing():
+    if not out.is_cuda or _capturing(out):
         return None
     try:
         torch.cuda.synchronize(out.device)
