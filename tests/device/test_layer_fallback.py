@@ -102,7 +102,9 @@ def test_kernels_without_a_profile_come_last(h200: Hardware) -> None:
 def test_with_none_left_the_reasons_are_told_and_the_last_is_tried_again(by_model: bool, h200: Hardware) -> None:
     first, last = Failing(RuntimeError("no luck"), "first"), Failing(ValueError("odd"), "last")
     moe = modelled(h200, first, last) if by_model else layer(h200, first, last)
-    with pytest.raises(KernelError, match=r"no kernel computes 40 tokens \(.*first: .*no luck.*last.*: ValueError: odd\)"):
+    with pytest.raises(
+        KernelError, match=r"no kernel computes 40 tokens \(.*first: .*no luck.*last.*: ValueError: odd\)"
+    ):
         moe(X, IDS, SCORES)
     last.error = None
     check(moe)
@@ -144,7 +146,9 @@ def test_a_gpu_that_is_lost_is_said_to_be(h200: Hardware, monkeypatch: pytest.Mo
     monkeypatch.setattr(fallback, "_lost", lambda out: "AcceleratorError: CUDA error: an illegal memory access")
     good = FakeKernel("good")
     moe = layer(h200, Failing(RuntimeError("no luck")), good)
-    message = "failing/bm8 failed (RuntimeError: no luck), and the GPU with it (AcceleratorError: CUDA error: an illegal"
+    message = (
+        "failing/bm8 failed (RuntimeError: no luck), and the GPU with it (AcceleratorError: CUDA error: an illegal"
+    )
     with pytest.raises(KernelError, match=re.escape(message)):
         moe(X, IDS, SCORES)
     assert good.launched == []

@@ -12,7 +12,7 @@ import numpy as np
 from ..comparison import compare_recorded
 from ..cost_model import CostModel, get_form, provenance
 from ..fit_file import make_record, save_fit
-from ..kernel import usable_configs
+from ..kernel import most_tokens, usable_configs
 from ..layouts import choose_layouts, kernel_times, weighed_batches
 from ..plugins import Registry, get_registry
 from ..regions import analyse
@@ -151,7 +151,8 @@ def explain(
     batch, counts = read_batch(shape, tokens, routing, seed, histogram)
     store = ProfileStore(profiles, registry.profile_dirs)
     cost_model, notes = load_model(registry, store, shape, hardware, kernels, form)
-    candidates, layouts = _explained(cost_model, counts), _layouts(registry, cost_model, counts)
+    candidates, layouts = _explained(registry, cost_model, counts), _layouts(registry, cost_model, counts)
+    notes = [*notes, *_in_parts(candidates)]
     if as_json:
         about = {"model": shape.label, "device": hardware.name, "batch": batch, "form": form, "figures": "predicted"}
         stages = {"stages": cost_model.covered, "measured": list(cost_model.measured)}
@@ -161,19 +162,23 @@ def explain(
         console().print(*tables.explanation(cost_model, batch, counts, candidates[:top], layouts, notes), sep="\n")
 
 
-def _explained(model: CostModel, histogram: IntArray) -> list[dict[str, Any]]:
-    """Every candidate with its prediction and what the model sees of it, the fastest first."""
-    prediction = model.predict(histogram)
+def _explained(registry: Registry, model: CostModel, histogram: IntArray) -> list[dict[str, Any]]:
+    """Every candidate with its prediction and what the model sees of it, the fastest first. `launches`: in how many a
+    layer computes the batch, since one takes no more tokens than `max_tokens`; None if any number."""
+    prediction, tokens = model.predict(histogram), -(-int(histogram.sum()) // model.shape.top_k)
     rows = []
     for i in np.argsort(prediction.us, kind="stable").tolist():
         candidate, sms = model.candidates[i], model.hardware.num_sms
         grids = candidate.config.gemms
+        most = most_tokens(registry.kernel(candidate.kernel), candidate.config, model.shape)
         rows.append(
             {
                 "kernel": candidate.kernel,
                 "config": candidate.config.name,
                 "predicted_us": float(prediction.us[i]),
                 "extrapolated": bool(prediction.extrapolated[i]),
+                "max_tokens": most,
+                "launches": 1 if most is None else max(1, -(-tokens // most)),
                 "gemms": [
                     {
                         "token_block": g.block_tokens,
@@ -188,6 +193,15 @@ def _explained(model: CostModel, histogram: IntArray) -> list[dict[str, Any]]:
             }
         )
     return rows
+
+
+def _in_parts(candidates: list[dict[str, Any]]) -> list[str]:
+    """What is to be said of kernels that take the batch in several launches."""
+    most: dict[str, int] = {}
+    for c in candidates:
+        if c["launches"] > 1:
+            most[c["kernel"]] = max(c["max_tokens"], most.get(c["kernel"], 0))
+    return [f"{kernel} takes up to {n:,} tokens in one launch; the batch runs in parts" for kernel, n in most.items()]
 
 
 def _layouts(registry: Registry, model: CostModel, histogram: IntArray) -> dict[str, Any]:

@@ -200,7 +200,7 @@ def dispatch(x: Tensor, topk_ids: Tensor, num_experts: int, block: int, fp8: boo
                 plan.slots, plan.num_slots, plan.histogram, rows.row_of_id, rows.ends,
                 num_ids, num_experts, block, BINS=bins, BLOCK=SLOTS,
             )  # fmt: skip
-        groups = min(COLUMNS, triton.next_power_of_2(columns)) // 128
+        groups = max(1, min(COLUMNS, triton.next_power_of_2(columns)) // 128)
         # Where few tokens leave SMs idle, several programs share one, each of which counts all ids.
         parts = max(1, min(triton.cdiv(columns, groups * 128), PROGRAMS // tokens))
         dispatch_kernel[(tokens, parts)](

@@ -32,7 +32,11 @@ MAX_DEFAULT_LOG2_TOKENS = 16
 
 
 class TritonMoE(LaunchableKernel):
-    """bf16, fp16 and fp8 (e4m3 W8A8, [128, 128] weight scales), any GPU that Triton compiles for."""
+    """bf16, fp16 and fp8 (e4m3 W8A8, [128, 128] weight scales), any GPU that Triton compiles for.
+
+    In fp8 the intermediate is quantised from float32 where the up projection has whole scale groups. vLLM's and
+    SGLang's own paths round it to bf16 first: compare with a tolerance of fp8, or with a reference that does not round.
+    """
 
     name = "triton"
 
