@@ -30,6 +30,11 @@ def _has_gpu() -> bool:
     return torch.cuda.is_available()
 
 
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--fuzz-layers", type=int, default=200, help="Random layers that a GPU computes.")
+    parser.addoption("--fuzz-seed", type=int, default=0, help="Of the random layers.")
+
+
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     gpu = [item for item in items if item.get_closest_marker("gpu")]
     if gpu and not _has_gpu():

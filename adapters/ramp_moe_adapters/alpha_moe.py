@@ -9,12 +9,14 @@ Grid: x = N / 256, y = the padded tokens' upper bound / block_m; CTAs past the d
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
 from ramp_moe import GridGeometry, Hardware, KernelConfig, MoEShape, Stage, WeightLayout
 from ramp_moe.device import Batch, LaunchableKernel, MoEWeights, Workspace
 from ramp_moe.kernel import is_installed, version_of
+from ramp_moe_kernels.limits import MAX_ELEMENTS, MAX_TILES, max_ids, max_tokens, too_many_experts
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -39,6 +41,13 @@ def _valid(block_m: int, stages: int) -> bool:
     return stages < 5 or block_m <= 100
 
 
+@functools.cache
+def most_tokens(block_m: int, shape: MoEShape) -> int:
+    """The most tokens of one launch: the schedule's ids, the grid's tiles, and x with offsets of 32 bits."""
+    of_elements = MAX_ELEMENTS // shape.hidden_size * shape.top_k
+    return max_tokens(shape, max_ids(MAX_TILES, shape.num_experts, block_m), of_elements)
+
+
 class AlphaMoE(LaunchableKernel):
     """Takes bf16 hidden states; fp8 weights without biases, activation swiglu. Its additions to the output have no
     fixed order, so that two runs differ in bf16's last bits. A NaN in the input need not show in the output."""
@@ -54,7 +63,10 @@ class AlphaMoE(LaunchableKernel):
             return f"hidden_size {shape.hidden_size} is not a multiple of {CTA_HIDDEN}"
         if shape.gate_up_rows % CTA_WEIGHT_ROWS:
             return f"intermediate_size {shape.intermediate_size} is not a multiple of {CTA_WEIGHT_ROWS // 2}"
-        return None
+        return too_many_experts(shape)
+
+    def max_tokens(self, config: KernelConfig, shape: MoEShape) -> int:
+        return most_tokens(int(dict(config.params)["block_m"]), shape)
 
     def configs(self, shape: MoEShape, hardware: Hardware) -> Sequence[KernelConfig]:
         return [

@@ -12,16 +12,16 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from ramp_moe import KernelConfig
+from ramp_moe import KernelConfig, MoEShape
 from ramp_moe.device import Batch, MoEWeights, Workspace, relayout
+from ramp_moe.device.parts import overlap
 from ramp_moe.errors import KernelError
 from ramp_moe.shapes import SCALE_BLOCK
+from ramp_moe_kernels.limits import check_tokens
 from torch import Tensor
 
-from .alpha_moe import CTA_HIDDEN, LAYOUT
+from .alpha_moe import CTA_HIDDEN, LAYOUT, most_tokens
 
-MAX_TILES = 65_535
-"""CTAs along a grid's y axis."""
 ALIGNMENT = 16
 """Bytes, for the weights' tensor maps, 16-byte copies of x and bulk additions to out."""
 
@@ -85,14 +85,16 @@ def launch_steps(
     p: dict[str, Any] = dict(config.params)
     x, block, device = batch.hidden_states, p["block_m"], out.device
     experts, _, hidden = prepared.w.shape
+    _check_batch(batch, out, prepared)
+    shape = MoEShape(experts, batch.top_k, hidden, prepared.w2.shape[2])
+    check_tokens("alpha_moe", config.name, batch.num_tokens, most_tokens(block, shape))
     sizes = buffer_sizes(batch.topk_ids.numel(), experts, block)
-    _check_batch(batch, out, prepared, sizes["expert_of_tile"], block)
 
     # Exact sizes: the length of slots sets the operator's grid, and -1 fills expert_of_tile to its end.
     plan = Schedule(**{name: workspace.get(name, (size,), torch.int32, device) for name, size in sizes.items()})
     x_fp8 = workspace.get("x", (batch.num_tokens, hidden), torch.float8_e4m3fn, device)
     x_scale = workspace.get("x_scale", (batch.num_tokens, hidden // SCALE_BLOCK), torch.float32, device)
-    apart = not _overlap(x, out)  # in place, x must be read before out is zeroed
+    apart = not overlap(x, out)  # in place, x must be read before out is zeroed
     schedule(batch.topk_ids, experts, block, plan, quantise=(x, x_fp8, x_scale), zero=out if apart else None)
     if not apart:
         out.zero_()
@@ -120,7 +122,7 @@ def launch_steps(
     yield
 
 
-def _check_batch(batch: Batch, out: Tensor, prepared: Prepared, tiles: int, block: int) -> None:
+def _check_batch(batch: Batch, out: Tensor, prepared: Prepared) -> None:
     x, hidden = batch.hidden_states, prepared.w.shape[2]
     if x.dtype != torch.bfloat16 or out.dtype != torch.bfloat16:
         raise KernelError(f"alpha_moe writes bf16 only: hidden_states are {x.dtype}, out is {out.dtype}")
@@ -130,18 +132,9 @@ def _check_batch(batch: Batch, out: Tensor, prepared: Prepared, tiles: int, bloc
         raise KernelError(
             f"alpha_moe: hidden_states are on {x.device}, out on {out.device}, weights on {prepared.w.device}"
         )
-    if x.numel() >= 2**31:
-        raise KernelError(f"alpha_moe: {len(x)} tokens of {hidden} exceed its 32-bit offsets; split the batch")
-    if tiles > MAX_TILES:
-        raise KernelError(f"alpha_moe: {tiles} tiles of {block} slots exceed its {MAX_TILES}; take a larger block_m")
     _check_aligned("out", out)
 
 
 def _check_aligned(name: str, t: Tensor) -> None:
     if not t.is_contiguous() or t.data_ptr() % ALIGNMENT:
         raise KernelError(f"alpha_moe: {name} must be contiguous and start at a multiple of {ALIGNMENT} bytes")
-
-
-def _overlap(a: Tensor, b: Tensor) -> bool:
-    """Whether two contiguous tensors share memory."""
-    return a.data_ptr() < b.data_ptr() + b.nbytes and b.data_ptr() < a.data_ptr() + a.nbytes

@@ -26,6 +26,7 @@ from ramp_moe.device import Batch, LaunchableKernel, MoEWeights, Workspace
 from ramp_moe.errors import KernelError
 from ramp_moe.kernel import LAYOUTS, fp8_unsupported, is_installed, version_of
 from ramp_moe.versions import Place, digest_of
+from ramp_moe_kernels.limits import MAX_ELEMENTS, max_ids, max_tokens, too_many_experts
 
 from .deep_gemm_choice import Pinned, pinned
 
@@ -48,6 +49,13 @@ SMALL_LOAD = 64.0
 """Mean tokens of an active expert up to which the small token block is the default."""
 
 
+@functools.cache
+def most_tokens(block: int, shape: MoEShape) -> int:
+    """The most tokens of one launch: the schedule's ids, and matrices of padded rows with offsets of 32 bits."""
+    rows = MAX_ELEMENTS // max(shape.hidden_size, shape.gate_up_rows)
+    return max_tokens(shape, max_ids(rows // block, shape.num_experts, block))
+
+
 class DeepGEMM(LaunchableKernel):
     """Takes bf16 hidden states; fp8 block-scaled or bf16 weights, biases, any activation. Deterministic."""
 
@@ -65,7 +73,14 @@ class DeepGEMM(LaunchableKernel):
         for what in ("hidden_size", "intermediate_size"):
             if getattr(shape, what) % BF16_STEP:
                 return f"{what} {getattr(shape, what)} is not a multiple of {BF16_STEP}"
+        if reason := too_many_experts(shape):
+            return reason
+        if not most_tokens(max(BLOCKS), shape):
+            return f"one token's rows, padded to tiles of {max(BLOCKS)}, exceed its 32-bit offsets"
         return None
+
+    def max_tokens(self, config: KernelConfig, shape: MoEShape) -> int:
+        return most_tokens(int(dict(config.params)["block_m"]), shape)
 
     def configs(self, shape: MoEShape, hardware: Hardware) -> Sequence[KernelConfig]:
         return [

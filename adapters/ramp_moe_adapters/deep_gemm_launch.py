@@ -14,12 +14,15 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from ramp_moe import KernelConfig
+from ramp_moe import KernelConfig, MoEShape
 from ramp_moe.device import Batch, MoEWeights, Workspace, relayout
 from ramp_moe.errors import KernelError
+from ramp_moe_kernels.limits import check_tokens
 from ramp_moe_kernels.rows.dispatch import dispatch
 from ramp_moe_kernels.rows.finish import activate, combine
 from torch import Tensor
+
+from .deep_gemm import most_tokens
 
 NEEDED = (
     "m_grouped_fp8_gemm_nt_contiguous",
@@ -32,8 +35,6 @@ NEEDED = (
     "get_pdl",
 )
 MULTIPLE = "set_block_size_multiple_of"
-MAX_ELEMENTS = 2**31
-"""Of a matrix of rows: offsets within its tensor map are of 32 bits."""
 
 _lock = threading.RLock()
 
@@ -81,12 +82,10 @@ def launch_steps(
     fp8, block = w.gate_up_scale is not None, p["block_m"]
     if x.dtype != torch.bfloat16 or out.dtype != torch.bfloat16:
         raise KernelError(f"deep_gemm writes bf16 only: hidden_states are {x.dtype}, out is {out.dtype}")
+    shape = MoEShape(experts, batch.top_k, hidden, inter, "fp8" if fp8 else "bf16")
+    check_tokens("deep_gemm", config.name, batch.num_tokens, most_tokens(block, shape))
     rows = dispatch(x, batch.topk_ids, experts, block, fp8, workspace)
     size = len(rows.values)
-    if size * max(hidden, 2 * inter) >= MAX_ELEMENTS:
-        raise KernelError(
-            f"deep_gemm: {size} rows of {max(hidden, 2 * inter)} exceed its 32-bit offsets; split the batch"
-        )
     yield
     gate_up = workspace.get("rows_gate_up", (size, 2 * inter), x.dtype, x.device)
     gemm(prepared, p, "up", rows.values, rows.scale, w.gate_up, w.gate_up_scale, gate_up, rows.ends)

@@ -24,6 +24,7 @@ from ramp_moe import BuildableKernel, Built, GridGeometry, Hardware, KernelConfi
 from ramp_moe.device import Batch, LaunchableKernel, MoEWeights, Workspace
 from ramp_moe.kernel import Progress, fp8_unsupported, is_installed, version_of
 from ramp_moe.versions import Place, digest_of
+from ramp_moe_kernels.limits import MAX_ELEMENTS, max_tokens
 
 from . import flashinfer_cutlass_build as build
 from .flashinfer_cutlass_choice import WITHOUT_DEEP_GEMM, Fp8Tile, Tactic, fp8_tile, pairs, tactics
@@ -77,6 +78,10 @@ class FlashInferCutlass(LaunchableKernel, BuildableKernel):
             if getattr(shape, what) % ALIGNMENT:
                 return f"{what} {getattr(shape, what)} is not a multiple of {ALIGNMENT}"
         return None
+
+    def max_tokens(self, config: KernelConfig, shape: MoEShape) -> int:
+        """As many as keep FlashInfer's buffers below 2^31 elements: larger ones were never tried."""
+        return max_tokens(shape, MAX_ELEMENTS // max(shape.hidden_size, shape.gate_up_rows))
 
     def configs(self, shape: MoEShape, hardware: Hardware) -> Sequence[KernelConfig]:
         """In bf16 the pairs of `pairs`, in fp8 the one configuration that this process runs."""

@@ -22,6 +22,7 @@ from ramp_moe.device import Batch, LaunchableKernel, MoEWeights, Workspace
 from ramp_moe.kernel import fp8_unsupported, version_of
 from ramp_moe.shapes import DTYPE_BYTES, SCALE_BLOCK
 from ramp_moe.vllm_table import Launch
+from ramp_moe_kernels.limits import MAX_ELEMENTS, max_tokens
 
 from . import vllm_static
 
@@ -83,6 +84,10 @@ class VllmTriton(LaunchableKernel):
         if shape.num_experts > MAX_EXPERTS:
             return f"{shape.num_experts} experts are more than the {MAX_EXPERTS} that moe_align_block_size takes"
         return None
+
+    def max_tokens(self, config: KernelConfig, shape: MoEShape) -> int:
+        """As many as keep vLLM's buffers below 2^31 elements: larger ones were never tried."""
+        return max_tokens(shape, MAX_ELEMENTS // max(shape.hidden_size, shape.gate_up_rows))
 
     def unavailable(self) -> str | None:
         low, high = (".".join(map(str, v)) for v in VERSIONS)

@@ -21,7 +21,7 @@ import numpy as np
 from .errors import KernelError, RampMoEError
 from .geometry import GridGeometry
 from .hardware import Hardware, detect
-from .kernel import Kernel, KernelConfig, Stage, WeightLayout, layouts_of, usable_configs
+from .kernel import Kernel, KernelConfig, Stage, WeightLayout, layouts_of, most_tokens, usable_configs
 from .plugins import NAME, describe, get_registry
 from .routing import KINDS, IntArray, expert_histogram, generate
 from .shapes import DTYPE_BYTES, MoEShape
@@ -189,6 +189,7 @@ class Conformance:
             stages: dict[str, Stage] = {}
             for config in configs:
                 _check_config(config, stages, where)
+                most_tokens(self.kernel, config, shape)
 
     def _check_layout(self) -> None:
         for shape, _ in [(self.shape, self.hardware), *self._supported()]:

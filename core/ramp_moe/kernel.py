@@ -87,6 +87,11 @@ class Kernel(ABC):
         """Why this kernel cannot compute `shape` on `hardware`, for a person to read; None where it can."""
         return None
 
+    def max_tokens(self, config: KernelConfig, shape: MoEShape) -> int | None:
+        """The most tokens of a batch that the configuration computes in one launch; None if any number. A layer
+        computes longer batches in several."""
+        return None
+
     @abstractmethod
     def configs(self, shape: MoEShape, hardware: Hardware) -> Iterable[KernelConfig]:
         """Every valid configuration for a supported shape, always in the same order, with distinct names."""
@@ -188,6 +193,14 @@ def why_unsupported(kernel: Kernel, shape: MoEShape, hardware: Hardware) -> str 
         raise
     except Exception as e:  # a plugin's own mistake, which must not look like ours
         raise KernelError(f"kernel {kernel.name} fails to describe itself: {type(e).__name__}: {e}") from e
+
+
+def most_tokens(kernel: Kernel, config: KernelConfig, shape: MoEShape) -> int | None:
+    """The kernel's `max_tokens`, or KernelError if that is no number of tokens."""
+    most = kernel.max_tokens(config, shape)
+    if most is not None and (isinstance(most, bool) or not isinstance(most, int) or most < 1):
+        raise KernelError(f"kernel {kernel.name} takes {most!r} tokens as {config.name}; it must take one or more")
+    return most
 
 
 def usable_configs(kernel: Kernel, shape: MoEShape, hardware: Hardware) -> tuple[KernelConfig, ...]:

@@ -127,8 +127,10 @@ def route(
     4. The weight is the score without the bias; `renormalise` makes the weights of a token sum to one; `scale`
        multiplies them last. (gpt-oss' softmax over the chosen logits is softmax scoring, renormalised.)
 
-    Ties go to the lowest index, of a group as of an expert. A NaN counts as the best, so that it shows in its token's
-    weights; ids are distinct experts even then.
+    Ties go to the lowest index, of a group as of an expert. Sigmoid scores tie as float32: above a logit of 17 all are
+    1.0. So do those that DeepSeek-V3, GLM-4.5, MiniMax-M2 and LFM2 give to `torch.topk`; Llama 4 orders its logits.
+    Softmax without a bias takes the order of the logits, which is that of the exact scores. A NaN counts as the best,
+    so that it shows in its token's weights; ids are distinct experts even then.
 
     Raises UnknownNameError for the scoring, ShapeError for counts that do not fit each other or the tensors.
     """
@@ -140,8 +142,8 @@ def route(
         raise ShapeError(f"the router's bias must be [{num_experts}], not {list(bias.shape)}")
     logits = logits.float()
     scores = logits.softmax(-1) if scoring == "softmax" else logits.sigmoid()
-    # Both scorings keep the order of the logits, which is exact: far apart, two scores may round to the same number.
-    merit = _nan_first(logits if bias is None else scores + bias.float())
+    merit = logits if scoring == "softmax" and bias is None else scores
+    merit = _nan_first(merit if bias is None else merit + bias.float())
 
     if topk_groups < num_groups:
         members = merit.reshape(num_tokens, num_groups, num_experts // num_groups)

@@ -9,7 +9,7 @@ import pytest
 import torch
 from ramp_moe import KernelConfig, MoEShape, RampMoEError, RoutingError, ShapeError, UnknownNameError, WeightLayout
 from ramp_moe.device import Batch, LaunchableKernel, MoEWeights, Workspace
-from ramp_moe.device.contract import ACTIVATIONS
+from ramp_moe.device.contract import ACTIVATIONS, _note_copy
 from ramp_moe.shapes import scale_blocks
 
 E, H, I, T, K = 4, 256, 128, 5, 2  # noqa: E741
@@ -128,13 +128,6 @@ WRONG_WEIGHTS: dict[str, tuple[dict[str, Any], str]] = {
         half(gate_up_bias=zeros(E, 2 * I, dtype=FP8)),
         "gate_up_bias must be float32, bf16 or fp16, not torch.float8_e4m3fn",
     ),
-    "strided gate_up": (
-        half(gate_up=strided(E, 2 * I, H)),
-        "gate_up must be contiguous; call .contiguous() once, when the layer is built",
-    ),
-    "strided down": (half(down=strided(E, H, I)), "down must be contiguous; call .contiguous()"),
-    "strided scale": (fp8(gate_up_scale=strided(E, 2, 2, dtype=torch.float32)), "gate_up_scale must be contiguous"),
-    "strided bias": (half(gate_up_bias=zeros(2 * I, E).T), "gate_up_bias must be contiguous"),
     "down elsewhere": (half(down=zeros(E, H, I, device=META)), "down is on meta, gate_up on cpu; move it there"),
     "scale elsewhere": (fp8(down_scale=torch.ones(E, 2, 1, device=META)), "down_scale is on meta, gate_up on cpu"),
     "bias elsewhere": (half(down_bias=zeros(E, H, device=META)), "down_bias is on meta, gate_up on cpu"),
@@ -152,6 +145,31 @@ def test_scale_blocks_that_straddle(inter: int) -> None:
         assert weights.shape(K) == MoEShape(E, K, H, inter)
     assert scale_blocks(inter) == {32: (128, 32), 96: (128, 32), 192: (128, 64), 320: (128, 64)}.get(inter, (128,))
     assert MoEWeights(**half()).scale_block is None
+
+
+@pytest.mark.parametrize(("name", "eight"), [
+    *((n, False) for n in ("gate_up", "down", "gate_up_bias", "down_bias")),
+    *((n, True) for n in ("gate_up", "down", "gate_up_scale", "down_scale")),
+])  # fmt: skip
+def test_weights_of_any_strides_are_copied_once(name: str, eight: bool, caplog: pytest.LogCaptureFixture) -> None:
+    """Padded rows, transposed, expanded: the values stay, and one line says that memory is taken twice."""
+    given = fp8() if eight else half()
+    given |= {"gate_up_bias": zeros(E, 2 * I, dtype=torch.float32), "down_bias": zeros(E, H, dtype=torch.float32)}
+    dense = given[name] = torch.randn(given[name].shape).to(given[name].dtype)
+    wide = torch.empty(*dense.shape[:-1], 2 * dense.shape[-1], dtype=dense.dtype)
+    padded = wide[..., : dense.shape[-1]].copy_(dense)
+    transposed = dense.transpose(-1, -2).contiguous().transpose(-1, -2)
+    _note_copy.cache_clear()
+    different = [t for t in (padded, transposed, dense[:1].expand(dense.shape)) if not t.is_contiguous()]
+    for strided_one in different:
+        for _ in range(2):
+            made = getattr(MoEWeights(**given | {name: strided_one}), name)
+            assert made.is_contiguous()
+            assert torch.equal(made.view(torch.uint8), strided_one.contiguous().view(torch.uint8))
+    said = [r.getMessage() for r in caplog.records]
+    assert len(said) == len(different) >= 2
+    assert all(s.startswith(f"ramp_moe: {name} {list(dense.shape)} has the strides") for s in said)
+    assert getattr(MoEWeights(**given), name) is dense, "what is contiguous stays the same tensor"
 
 
 @pytest.mark.parametrize("case", WRONG_WEIGHTS)

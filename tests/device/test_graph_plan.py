@@ -31,6 +31,7 @@ class Marking(FakeKernel):
     def __init__(self, name: str = "fake") -> None:
         super().__init__(name)
         self.faults: dict[int, str] = {}
+        self.error: Exception = RuntimeError("no such luck")
 
     def launch(
         self, config: KernelConfig, prepared: Any, batch: Batch, out: torch.Tensor, workspace: Workspace
@@ -40,7 +41,7 @@ class Marking(FakeKernel):
         out *= {8: 1.0, 32: 1.004, 128: 1.008}[block]
         fault = self.faults.get(block)
         if fault == "raises":
-            raise RuntimeError("no such luck")
+            raise self.error
         if fault == "wrong":
             out[3] += 1
         if fault == "writes outside":
@@ -213,8 +214,67 @@ def test_what_was_right_in_one_layer_is_run_but_not_compared_in_the_next(
 def test_none_is_left(dispatcher: Make) -> None:
     graphs, kernel = dispatcher()
     kernel.faults.update(dict.fromkeys(BLOCKS, "raises"))
-    with pytest.raises(KernelError, match="no candidate"):
+    each = "raised RuntimeError: no such luck"
+    with pytest.raises(KernelError, match=rf"no candidate is left for a graph \(fake/bm\d+: {each}; .*{each}\)"):
         prepared(graphs)
+
+
+@pytest.mark.parametrize("error", [KeyError("missing"), AssertionError(), type("OutOfResources", (Exception,), {})()])
+def test_whatever_a_candidate_raises_it_is_dropped(dispatcher: Make, error: Exception) -> None:
+    graphs, kernel = dispatcher()
+    kernel.error = error
+    kernel.faults[8] = "raises"
+    assert "bm8" not in names(prepared(graphs))
+    assert graphs.dropped["fake/bm8"].startswith(f"raised {type(error).__name__}")
+
+
+def eager(graphs: GraphDispatch) -> set[str]:
+    """What eager batches of every routing run."""
+    layer = graphs._launches
+    assert isinstance(layer, MoELayer)
+    kinds = ("uniform", "zipf2.0", "active0.25", "one-hot")
+    return {layer.choose(Batch(*inputs(TOKENS, kind))).config.name for kind in kinds}
+
+
+def test_what_is_wrong_in_a_graph_is_run_in_no_eager_batch_either(dispatcher: Make) -> None:
+    graphs, kernel = dispatcher()
+    assert len(eager(graphs)) > 1
+    bad = sorted(eager(graphs))[0]
+    kernel.faults[int(bad.removeprefix("bm"))] = "wrong"
+    assert bad not in names(prepared(graphs))
+    assert bad not in eager(graphs)
+    assert graphs._launches.dropped[f"fake/{bad}"].startswith("wrong output")  # type: ignore[attr-defined]
+    kernel.faults.update(dict.fromkeys(BLOCKS, "writes outside"))
+    with pytest.raises(KernelError, match="no candidate is left"):
+        graphs.prepare(2 * TOKENS, torch.bfloat16)
+    with pytest.raises(KernelError, match="every kernel of the layer computes something else"):
+        eager(graphs)
+
+
+def test_what_fails_in_an_eager_batch_is_in_no_later_graph(dispatcher: Make) -> None:
+    graphs, kernel = dispatcher()
+    layer = graphs._launches
+    assert isinstance(layer, MoELayer)
+    bad = prepared(graphs).bodies[0]
+    kernel.faults[dict(bad.config.params)["block"]] = "raises"
+    for kind in ("uniform", "zipf2.0", "active0.25", "one-hot"):
+        layer(*inputs(TOKENS, kind))
+    assert bad.name in layer.dropped
+    assert bad.name in graphs.dropped
+    assert graphs.plans == {}
+    assert bad not in prepared(graphs).bodies
+
+
+def test_a_batch_in_parts_is_no_inline_graph(dispatcher: Make, monkeypatch: pytest.MonkeyPatch) -> None:
+    graphs, kernel = dispatcher()
+    layer = graphs._launches
+    monkeypatch.setattr(kernel, "inline_key", lambda config, shape: 1)
+    monkeypatch.setattr(kernel, "max_tokens", lambda config, shape: TOKENS - 1)
+    plan = prepared(graphs)
+    bodies = plan.bodies if len(plan.bodies) > 1 else graphs._offer("inline", TOKENS)[0].candidates
+    reason = graphs._not_inline(list(bodies)[:2], Batch(*inputs(TOKENS)), torch.empty(0))
+    assert reason == f"{TOKENS} tokens are more than one launch takes"
+    assert layer.max_tokens(bodies[0]) == TOKENS - 1
 
 
 def test_buffers_have_their_size_on_every_stream(dispatcher: Make, monkeypatch: pytest.MonkeyPatch) -> None:

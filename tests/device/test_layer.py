@@ -24,6 +24,7 @@ from ramp_moe import (
 )
 from ramp_moe.cost_model import join
 from ramp_moe.device import Batch, MoELayer, MoEWeights, Workspace
+from ramp_moe.device.padding import valid_tokens
 
 
 def test_it_computes_the_layer(h200: Hardware) -> None:
@@ -120,8 +121,10 @@ def test_a_rank_of_several_is_even_over_all(h200: Hardware, monkeypatch: pytest.
     kernel = FakeKernel()
     moe = layer(h200, kernel, model=model_of(h200, kernel, PRICES), ranks=4)
     seen: list[list[int]] = []
-    choose = moe._dispatcher.choose
-    monkeypatch.setattr(moe._dispatcher, "choose", lambda h: (seen.append(np.asarray(h).tolist()), choose(h))[1])
+    choose = moe._chooser.dispatcher.choose
+    monkeypatch.setattr(
+        moe._chooser.dispatcher, "choose", lambda h: (seen.append(np.asarray(h).tolist()), choose(h))[1]
+    )
     monkeypatch.setattr("ramp_moe.device.layer._capturing", lambda topk_ids: True)
     moe.choose(Batch(*inputs(64)))
     assert seen == [[64 * K // 4 // E] * E]
@@ -134,8 +137,10 @@ def test_while_a_graph_is_captured_the_choice_is_for_an_even_spread(
     moe = layer(h200, kernel, model=model_of(h200, kernel, PRICES))
     monkeypatch.setattr("ramp_moe.device.layer._capturing", lambda topk_ids: True)
     seen: list[list[int]] = []
-    choose = moe._dispatcher.choose
-    monkeypatch.setattr(moe._dispatcher, "choose", lambda h: (seen.append(np.asarray(h).tolist()), choose(h))[1])
+    choose = moe._chooser.dispatcher.choose
+    monkeypatch.setattr(
+        moe._chooser.dispatcher, "choose", lambda h: (seen.append(np.asarray(h).tolist()), choose(h))[1]
+    )
     for tokens in (1, 8, 20, 64):
         moe.choose(Batch(*inputs(tokens, "one-hot")))
     # As many ids as there are: one token wakes two experts, not all of them.
@@ -365,19 +370,45 @@ def test_the_workspace_is_kept_between_calls(h200: Hardware) -> None:
 @pytest.mark.parametrize(
     ("num_valid", "message"),
     [
-        (torch.tensor([1]), "num_valid must be int32 [1], not torch.int64 [1]"),
-        (torch.tensor(1, dtype=torch.int32), "num_valid must be int32 [1], not torch.int32 []"),
+        (torch.tensor([1, 2]), "num_valid must be one integer, an int or int32 [1], not torch.int64 [2]"),
+        (torch.zeros(0, dtype=torch.int32), "num_valid must be one integer, an int or int32 [1], not torch.int32 [0]"),
+        (torch.tensor([1.0]), "num_valid must be one integer, an int or int32 [1], not torch.float32 [1]"),
+        (torch.tensor(True), "num_valid must be one integer, an int or int32 [1], not torch.bool []"),
+        (1.0, "num_valid must be one integer, an int or int32 [1], not 1.0"),
+        (True, "num_valid must be one integer, an int or int32 [1], not True"),
+        ("2", "num_valid must be one integer, an int or int32 [1], not '2'"),
         (torch.zeros(1, dtype=torch.int32, device="meta"), "num_valid is on meta, topk_ids on cpu; move it there"),
     ],
 )
-def test_a_number_of_valid_tokens_that_does_not_fit(h200: Hardware, num_valid: torch.Tensor, message: str) -> None:
+def test_a_number_of_valid_tokens_that_does_not_fit(h200: Hardware, num_valid: Any, message: str) -> None:
     with pytest.raises(RoutingError, match="^" + re.escape(message)):
         layer(h200, FakeKernel())(X, IDS, SCORES, num_valid=num_valid)
 
 
-def test_tokens_past_the_valid_ones_are_zero(h200: Hardware) -> None:
+@pytest.mark.parametrize("count", [2, 0, 4, -1, -(2**31), 5, 2**31 - 1, 2**40, -(2**40)])
+@pytest.mark.parametrize("compiling", [False, True])
+def test_tokens_past_the_valid_ones_are_zero(
+    h200: Hardware, count: int, compiling: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """However the number is given, and whatever it is; through the operator that torch.compile sees, too."""
     moe = layer(h200, FakeKernel())
-    out = moe(X, IDS, SCORES, num_valid=torch.tensor([2], dtype=torch.int32))
-    assert torch.equal(out[:2], moe(X, IDS, SCORES)[:2])
-    assert out[:2].any()
-    assert not out[2:].any()
+    whole, kept = moe(X, IDS, SCORES), min(max(count, 0), len(X))
+    forms: list[Any] = [count, np.int64(count), torch.tensor(count), torch.tensor([count]), torch.tensor([[count]])]
+    if abs(count) < 2**31:
+        forms += [torch.tensor([count], dtype=torch.int32), torch.tensor(count, dtype=torch.int32)]
+    if 0 <= count < 256:
+        forms.append(torch.tensor([count], dtype=torch.uint8))
+    monkeypatch.setattr(torch.compiler, "is_compiling", lambda: compiling)
+    for num_valid in forms:
+        out = moe(X, IDS, SCORES, num_valid=num_valid)
+        assert torch.equal(out[:kept], whole[:kept])
+        assert not out[kept:].any()
+
+
+def test_an_int_is_refused_in_a_capture(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
+    with pytest.raises(RoutingError, match="num_valid is the int 3, which a CUDA graph would keep; give an int32"):
+        valid_tokens(3, 4, torch.device("cuda"))
+    given = torch.ones(1, dtype=torch.int32)
+    assert valid_tokens(given, 4, given.device) is not None
+    assert valid_tokens(given, 4, given.device).data_ptr() == given.data_ptr()

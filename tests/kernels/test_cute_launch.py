@@ -167,13 +167,8 @@ def test_batches_it_refuses(monkeypatch: pytest.MonkeyPatch) -> None:
     refused("hidden_states must be contiguous", replace(b, hidden_states=shifted(b.hidden_states)))
     refused("out on meta", out=b.hidden_states.to("meta"))
     refused("bm8-t32-w8-st3-bf16 computes bf16; the weights are fp8", config=replace(KINDS[0], dtype="bf16"))
-    more, paired = given(9), Config(8, 64, 4, 2, ctas=2, pair=True)  # 5 experts and 22 ids more: 7 tiles, of pairs 8
-    monkeypatch.setattr(launch, "MAX_TILES", 7)
-    refused("8 tiles of 8 slots exceed 7; take a larger block", more, more.hidden_states, paired)
-    monkeypatch.setattr(launch, "MAX_TILES", 6)
-    refused("7 tiles of 8 slots exceed 6; take a larger block", more, more.hidden_states)
-    monkeypatch.setattr(launch, "MAX_ELEMENTS", 4 * 256)
-    refused("have 1024 or more elements: split the batch, at most 3 tokens at a time")
+    monkeypatch.setattr(launch, "most_tokens", lambda config, shape: 3)
+    refused("cute: bm8-t32-w8-st3 takes up to 3 tokens here, not 4; split the batch")
 
 
 @pytest.mark.parametrize(

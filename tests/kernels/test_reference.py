@@ -198,8 +198,9 @@ def test_ties_go_to_the_lowest_index() -> None:
     assert one([0.0] * 8, 3, num_groups=4, topk_groups=2, bias=torch.zeros(8))[0] == [0, 1, 2]
     # groups 1 and 2 tie for the second place
     assert one([9.0, 0, 5, 1, 5, 2], 3, num_groups=3, topk_groups=2)[0] == [0, 2, 3]
-    # sigmoid(20) and sigmoid(30) are one number in float32; the logits still tell them apart
-    assert one([20.0, 30.0, 0.0], 2, scoring="sigmoid")[0] == [1, 0]
+    # sigmoid(20) and sigmoid(30) are one number in float32, as they are to torch.topk in the models' code
+    assert one([20.0, 30.0, 0.0], 2, scoring="sigmoid")[0] == [0, 1]
+    assert one([0.0, 20.0, 30.0], 2, scoring="sigmoid")[0] == [1, 2]
 
 
 def test_nan_stays_in_its_token_and_ids_stay_distinct() -> None:

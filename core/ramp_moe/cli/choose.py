@@ -13,7 +13,7 @@ from ..comparison import compare_recorded
 from ..cost_model import CostModel, get_form, provenance
 from ..errors import NoProfileError
 from ..fit_file import make_record, save_fit
-from ..kernel import usable_configs
+from ..kernel import most_tokens, usable_configs
 from ..layouts import choose_layouts, kernel_times, weighed_batches
 from ..plugins import Registry, get_registry
 from ..regions import analyse
@@ -167,7 +167,8 @@ def explain(
         else:
             console().print(*render(shape, hardware, batch, counts, found), sep="\n")
         return
-    candidates, layouts = _explained(cost_model, counts), _layouts(registry, cost_model, counts)
+    candidates, layouts = _explained(registry, cost_model, counts), _layouts(registry, cost_model, counts)
+    notes = [*notes, *_in_parts(candidates)]
     if as_json:
         about = {"model": shape.label, "device": hardware.name, "batch": batch, "form": form, "figures": "predicted"}
         stages = {"stages": cost_model.covered, "measured": list(cost_model.measured)}
@@ -177,12 +178,14 @@ def explain(
         console().print(*tables.explanation(cost_model, batch, counts, candidates[:top], layouts, notes), sep="\n")
 
 
-def _explained(model: CostModel, histogram: IntArray) -> list[dict[str, Any]]:
-    """Every candidate with its prediction and what the model sees of it, the fastest first."""
-    prediction = model.predict(histogram)
+def _explained(registry: Registry, model: CostModel, histogram: IntArray) -> list[dict[str, Any]]:
+    """Every candidate with its prediction and what the model sees of it, the fastest first. `launches`: in how many a
+    layer computes the batch, since one takes no more tokens than `max_tokens`; None if any number."""
+    prediction, tokens = model.predict(histogram), -(-int(histogram.sum()) // model.shape.top_k)
     rows = []
     for i in np.argsort(prediction.us, kind="stable").tolist():
         candidate = model.candidates[i]
+        most = most_tokens(registry.kernel(candidate.kernel), candidate.config, model.shape)
         rows.append(
             {
                 "kernel": candidate.kernel,
@@ -190,9 +193,20 @@ def _explained(model: CostModel, histogram: IntArray) -> list[dict[str, Any]]:
                 "predicted_us": float(prediction.us[i]),
                 "extrapolated": bool(prediction.extrapolated[i]),
                 "gemms": grid_figures(candidate.config, histogram, model.hardware.num_sms),
+                "max_tokens": most,
+                "launches": 1 if most is None else max(1, -(-tokens // most)),
             }
         )
     return rows
+
+
+def _in_parts(candidates: list[dict[str, Any]]) -> list[str]:
+    """What is to be said of kernels that take the batch in several launches."""
+    most: dict[str, int] = {}
+    for c in candidates:
+        if c["launches"] > 1:
+            most[c["kernel"]] = max(c["max_tokens"], most.get(c["kernel"], 0))
+    return [f"{kernel} takes up to {n:,} tokens in one launch; the batch runs in parts" for kernel, n in most.items()]
 
 
 def _layouts(registry: Registry, model: CostModel, histogram: IntArray) -> dict[str, Any]:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+import logging
 import math
 from abc import abstractmethod
 from collections.abc import Hashable, Iterator, Sequence
@@ -22,13 +24,17 @@ ACTIVATIONS = ("swiglu", "gelu_tanh", "swiglu_oai")
 """silu(gate) * up; gelu(gate, tanh) * up; gpt-oss: gate and up clamped at 7, gate * sigmoid(1.702 gate) * (up + 1)."""
 
 
+_logger = logging.getLogger("ramp_moe")
+
 ROW_CHUNK = 8
 """Rows of gate, and then of up, that lie together in the layout gate-up-interleaved-8."""
 
 
 @dataclass(frozen=True)
 class MoEWeights:
-    """A layer's experts, contiguous on one device.
+    """A layer's experts, contiguous on one device. What is given with other strides (padded rows, say) is copied, with
+    a line in the log: until the tensor given is dropped it takes its memory twice, and what is then written to it has
+    no effect.
 
     gate_up `[E, 2 I, H]` and down `[E, H, I]` are bf16, fp16 or float8_e4m3fn; fp8 weights come with float32 scales,
     one for each [B, B] block: gate_up_scale `[E, 2 ceil(I / B), H / B]`, down_scale `[E, H / B, ceil(I / B)]`. Gate and
@@ -92,7 +98,8 @@ class MoEWeights:
         for name in ("gate_up", "down", "gate_up_scale", "down_scale", "gate_up_bias", "down_bias"):
             tensor = getattr(self, name)
             if tensor is not None and not tensor.is_contiguous():
-                raise ShapeError(f"{name} must be contiguous; call .contiguous() once, when the layer is built")
+                _note_copy(name, tuple(tensor.shape), tensor.stride(), tensor.dtype.itemsize * tensor.numel() / 2**30)
+                object.__setattr__(self, name, tensor.contiguous())
             if tensor is not None and tensor.device != self.gate_up.device:
                 raise ShapeError(f"{name} is on {tensor.device}, gate_up on {self.gate_up.device}; move it there")
 
@@ -109,6 +116,14 @@ class MoEWeights:
         """The layer's shape, for a router that names `top_k` experts a token."""
         experts, rows, hidden = self.gate_up.shape
         return MoEShape(experts, top_k, hidden, rows // 2, _dtype_names()[self.gate_up.dtype], name)
+
+
+@functools.cache  # once for all the layers of a model
+def _note_copy(name: str, shape: tuple[int, ...], stride: tuple[int, ...], gib: float) -> None:
+    _logger.warning(
+        "ramp_moe: %s %s has the strides %s: it is copied, %.3g GiB a layer more until yours is dropped",
+        name, list(shape), list(stride), gib,
+    )  # fmt: skip
 
 
 def check_layout(layout: str, intermediate_size: int) -> None:

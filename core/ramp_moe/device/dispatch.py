@@ -14,13 +14,13 @@ from __future__ import annotations
 from collections.abc import Callable, Collection, Hashable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cache, partial
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 from weakref import WeakKeyDictionary
 
 import numpy as np
 
 from ..cost_model import Candidate, CostModel
-from ..errors import KernelError, RampMoEError
+from ..errors import KernelError
 from ..shortlist import Shortlist, representative, shortlist
 from . import graph
 from .bench import misfit, reference
@@ -70,6 +70,10 @@ class Launches(Protocol):
 
     def launch_inline(self, candidates: Sequence[Candidate], choice: Tensor, batch: Batch, out: Tensor) -> None: ...
 
+    def max_tokens(self, candidate: Candidate) -> int | None: ...
+
+    def drop(self, candidate: Candidate, reason: str, wrong: bool = False) -> str | None: ...
+
 
 @dataclass(frozen=True)
 class Plan:
@@ -83,6 +87,12 @@ class Plan:
     shortlist: Shortlist
     kernels: int = 0
     selector: Selector | TritonSelector | None = field(default=None, repr=False)
+
+
+class _Fault(NamedTuple):
+    reason: str
+    wrong: bool
+    """Whether it computed something else; else it raised."""
 
 
 class GraphDispatch:
@@ -125,6 +135,13 @@ class GraphDispatch:
         self._captures = 0
         self._ready: set[tuple[int, int]] = set()
 
+    def drop(self, name: str, reason: str) -> None:
+        """Plan no graph with the candidate of this name, or with those of the kernel, from now on."""
+        gone = {n for n in self.names if name in (n, n.partition("/")[0])}
+        for found in gone:
+            self.dropped.setdefault(found, reason)
+        self.plans = {n: plan for n, plan in self.plans.items() if not gone & {c.name for c in plan.bodies}}
+
     def record(self, slots: int) -> Recorder:
         """Keep the latest `slots` batches of the graphs that are captured from now on, and what was chosen for each, on
         the device: `recorder.write(path, names)` makes a trace of them that `ramp-moe compare --trace` reads. Graphs of
@@ -149,7 +166,7 @@ class GraphDispatch:
             refused |= dict.fromkeys(MODES[:-1], f"{num_tokens * self._top_k} routed ids are more than {MAX_IDS}")
         while True:
             kernels, selector = 0, None
-            if self._modes == MODES and {c.kernel for c in self._model.without(self.dropped).candidates} <= self._fixed:
+            if self._modes == MODES and {c.kernel for c in self._left().candidates} <= self._fixed:
                 refused["nodes"] = "no kernel here is as fast where nodes are switched"
             offers = {m: self._offer(m, num_tokens) for m in self._modes if m not in refused}
             if not offers:
@@ -162,8 +179,10 @@ class GraphDispatch:
                     continue
                 launch = partial(self._launches.launch, candidate)
                 compared = None if candidate.name in right else expected()
-                if reason := self._misbehaves(launch, batch, compared):
-                    self.dropped[candidate.name] = reason
+                if found := self._misbehaves(launch, batch, compared):
+                    self.dropped[candidate.name] = found.reason
+                    if found.wrong:  # in an eager batch, too; what raises is dropped when it does
+                        self._launches.drop(candidate, found.reason, wrong=True)
                 else:
                     right.add(candidate.name)
                 checked.add(candidate.name)
@@ -282,7 +301,7 @@ class GraphDispatch:
 
     def _offer(self, mode: str, num_tokens: int) -> tuple[CostModel, Shortlist]:
         """The bodies that a mode would have, and the model that they are of."""
-        model, costs = self._model.without(self.dropped), OVERHEAD_US[mode]
+        model, costs = self._left(), OVERHEAD_US[mode]
         known = _shortlists.setdefault(model, {})
         key = mode, num_tokens, self._fixed, tuple(costs.items()), self._ranks
         if key not in known:
@@ -296,6 +315,13 @@ class GraphDispatch:
         part, short = known[key]
         return part or model, short
 
+    def _left(self) -> CostModel:
+        """The model of what was not dropped. Raises KernelError with the reasons if that is nothing."""
+        if all(name in self.dropped for name in self.names):
+            reasons = "; ".join(f"{name}: {reason}" for name, reason in self.dropped.items())
+            raise KernelError(f"no candidate is left for a graph ({reasons})")
+        return self._model.without(self.dropped)
+
     def _kernels(self, bodies: Sequence[Candidate], batch: Batch) -> tuple[int, str | None]:
         """How many kernels the bodies have, and why they cannot be nodes that are switched."""
         import torch
@@ -304,7 +330,7 @@ class GraphDispatch:
         for body in bodies:
             try:
                 counts.append(graph.kernel_nodes(partial(self._launches.launch, body, batch, out), self._side))
-            except (RampMoEError, RuntimeError) as e:
+            except Exception as e:  # whatever a kernel raises
                 return 0, f"{body.name} cannot be captured: {e}"
         kernels = sum(n or 0 for n in counts)
         if other := [c.name for c, n in zip(bodies, counts, strict=True) if n is None]:
@@ -322,13 +348,17 @@ class GraphDispatch:
             return "no kernel is all of the bodies in one launch"
         if len(bodies) > max(OVERHEAD_US["inline"]):
             return f"one launch would be {len(bodies)} bodies, more than {max(OVERHEAD_US['inline'])}"
+        if any((most := self._launches.max_tokens(c)) is not None and most < batch.num_tokens for c in bodies):
+            return f"{batch.num_tokens} tokens are more than one launch takes"
         for i, body in enumerate(bodies):
             choice = torch.full((1,), i, dtype=torch.int32, device=self._device)
-            if reason := self._misbehaves(partial(self._launches.launch_inline, bodies, choice), batch, expected):
-                return f"as {body.name}: {reason}"
+            if found := self._misbehaves(partial(self._launches.launch_inline, bodies, choice), batch, expected):
+                return f"as {body.name}: {found.reason}"
         return None
 
-    def _misbehaves(self, launch: Callable[[Batch, Tensor], None], batch: Batch, expected: Tensor | None) -> str | None:
+    def _misbehaves(
+        self, launch: Callable[[Batch, Tensor], None], batch: Batch, expected: Tensor | None
+    ) -> _Fault | None:
         """Why what this launches must not be captured; None where nothing is wrong with it, as far as is asked: its
         output is not looked at where nothing is expected."""
         import torch
@@ -345,13 +375,13 @@ class GraphDispatch:
             if expected is None:
                 return None
             torch.cuda.synchronize(self._device)
-        except (RampMoEError, RuntimeError, ValueError, TypeError) as e:
-            return f"raised {type(e).__name__}: {e}"
+        except Exception as e:  # whatever a kernel raises
+            return _Fault(f"raised {type(e).__name__}: {e}", wrong=False)
         if not (guarded[0] == GUARD).all() or not (guarded[-1] == GUARD).all():
-            return "wrote outside its output"
+            return _Fault("wrote outside its output", wrong=True)
         dtype = {torch.float8_e4m3fn: "fp8", torch.float16: "fp16"}.get(self._weights.gate_up.dtype, "bf16")
         if wrong := misfit(guarded[1 : 1 + len(expected)], expected, dtype):
-            return f"wrong output: {wrong}"
+            return _Fault(f"wrong output: {wrong}", wrong=True)
         return None
 
     def _batch(self, num_tokens: int, dtype: torch.dtype) -> Batch:

@@ -5,18 +5,18 @@ from __future__ import annotations
 from collections.abc import Callable, Hashable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
-
 from ..cost_model import Candidate, CostModel
-from ..dispatch import Dispatcher
 from ..errors import HardwareError, KernelError, RampMoEError, RoutingError, ShapeError
 from ..hardware import Hardware
-from ..kernel import KernelConfig, layouts_of, usable_configs
+from ..kernel import KernelConfig, layouts_of, most_tokens, usable_configs
 from ..layouts import choose_layouts, kernel_times, weighed_batches, why_not_served
 from ..routing import expert_histogram
-from ..shortlist import settled
+from .choice import Chooser
 from .contract import Batch, LaunchableKernel, MoEWeights, Workspace, kernel_ids
+from .fallback import compute
 from .layouts import relayout, to_give
+from .padding import valid_tokens
+from .parts import parts
 
 if TYPE_CHECKING:
     import torch
@@ -38,7 +38,7 @@ class MoELayer:
     size, checks them, and says how they are dispatched to (`dispatch.Plan`).
 
     kernels: launchable kernels by preference; those that cannot take the weights, or that read no layout in which they
-    are held, are dropped, and `dropped` says why.
+    are held, are dropped, and `dropped` says why. So it does of kernels, and of single candidates, that later fail.
     copies: in how many layouts the weights may be held. In which, `layouts` says: those whose kernels are predicted to
     lose least, on the batches of the cost model's profile where they are at hand; without a model those that serve the
     kernels in their order.
@@ -88,9 +88,9 @@ class MoELayer:
         if not self._kernels:
             reasons = "; ".join(f"{k}: {r}" for k, r in self.dropped.items()) or "none was given"
             raise KernelError(f"no kernel can compute {self.shape.label} on {hardware.name} ({reasons})")
-        self._dispatcher = None if model is None else Dispatcher(model.restrict(list(self._kernels)))
-        self._latest: dict[int, Candidate] = {}
-        """By number of tokens, what ran last, of the sizes that are not settled."""
+        self._chooser = Chooser(self.shape, hardware, [kernel for kernel, _ in self._kernels.values()], model, ranks)
+        self._most: dict[str, int | None] = {}
+        """By candidate, the most tokens that it takes in one launch."""
         self._number = register(self)
         self.graphs: GraphDispatch | None = None
         safe = [name for name, (kernel, _) in self._kernels.items() if kernel.graph_safe]
@@ -158,34 +158,18 @@ class MoELayer:
 
     def choose(self, batch: Batch) -> Candidate:
         """The kernel and configuration that `forward` would launch for this batch."""
-        if self._dispatcher is None:
-            return self._static(batch.num_tokens)
         if _capturing(batch.topk_ids):
             return self._blind(batch.num_tokens)
-        if known := self._settled(batch.num_tokens):
+        if known := self._chooser.settled(batch.num_tokens, self.read_back_us):
             return known
         histogram = expert_histogram(_in_range(batch, self.shape.num_experts), self.shape.num_experts)
-        found = self._latest[batch.num_tokens] = self._dispatcher.choose(histogram).candidate
-        return found
-
-    def _settled(self, num_tokens: int) -> Candidate | None:
-        """The one candidate for a batch size where reading the histogram back would not pay; None where it would."""
-        if self._dispatcher is None or not self.read_back_us or not num_tokens:
-            return None
-        return settled(self._dispatcher.model, num_tokens, self.read_back_us, self.ranks)
+        return self._chooser.by_histogram(batch.num_tokens, histogram)
 
     def _blind(self, num_tokens: int) -> Candidate:
-        """The choice for a batch size alone: the best single one where a graph was planned for it, or where it is
-        settled; else what ran last, whose buffers a capture need not allocate, or the model's choice for an even
-        spread; the static default without a model."""
+        """The choice for a batch size alone: the best single one if a graph was planned for it, else the chooser's."""
         if self.graphs is not None and num_tokens in self.graphs.plans:
             return self.graphs.plans[num_tokens].bodies[0]
-        if self._dispatcher is None:
-            return self._static(num_tokens)
-        if known := self._settled(num_tokens) or self._latest.get(num_tokens):
-            return known
-        each, rest = divmod(-(-num_tokens * self.shape.top_k // self.ranks), self.shape.num_experts)
-        return self._dispatcher.choose(each + (np.arange(self.shape.num_experts) < rest)).candidate
+        return self._chooser.by_size(num_tokens, self.read_back_us)
 
     def warm_up(self, num_tokens: int, dtype: torch.dtype) -> Plan | None:
         """Run, on the current stream, what a capture of `num_tokens` would launch, so that everything is compiled and
@@ -200,7 +184,7 @@ class MoELayer:
         ids = torch.arange(num_tokens * shape.top_k, dtype=torch.int32, device=device) % shape.num_experts
         weights = torch.full((num_tokens, shape.top_k), 1 / shape.top_k, device=device)
         batch = Batch(x, ids.view(num_tokens, shape.top_k), weights)
-        self.launch(self._blind(num_tokens), batch, torch.empty_like(x))
+        compute(self, lambda: self._blind(num_tokens), batch, torch.empty_like(x))
         return None
 
     def ready(self, num_tokens: int, dtype: torch.dtype) -> None:
@@ -209,31 +193,28 @@ class MoELayer:
         if self.graphs is not None:
             self.graphs.ready(num_tokens, dtype)
 
-    def _static(self, num_tokens: int) -> Candidate:
-        kernel, _ = next(iter(self._kernels.values()))
-        return Candidate(kernel.name, kernel.default_config(self.shape, self.hardware, num_tokens))
-
     def forward(
         self,
         hidden_states: Tensor,
         topk_ids: Tensor,
         topk_weights: Tensor,
         out: Tensor | None = None,
-        num_valid: Tensor | None = None,
+        num_valid: Tensor | int | None = None,
     ) -> Tensor:
         """The layer's output `[T, H]` in the dtype of hidden_states (bf16 or fp16).
 
-        topk_ids int32 or int64 `[T, k]`, topk_weights float32 `[T, k]`; ids of -1 or E are skipped. num_valid int32
-        `[1]` on the device: tokens from there on are padding, and their output is 0. Runs in the order of the current
-        stream. Raises ShapeError or RoutingError for tensors that do not fit the layer.
+        topk_ids int32 or int64 `[T, k]`, topk_weights float32 `[T, k]`; ids of -1 or E are skipped. num_valid: tokens
+        from there on are padding, and their output is 0; below 0 it counts as 0, above T as T. An integer tensor of one
+        element on the device, best int32 `[1]`; or outside of captures an int. Runs in the order of the current stream.
+
+        A batch of more tokens than a kernel takes is computed in parts. Outside of captures a candidate that raises is
+        dropped (`dropped` says why), and the next best computes the batch (see `compute`). Raises ShapeError or
+        RoutingError for tensors that do not fit the layer, KernelError if no kernel computes the batch.
         """
         import torch
 
         # First of all: kernels read it by its address.
-        if num_valid is not None and (num_valid.shape != (1,) or num_valid.dtype != torch.int32):
-            raise RoutingError(f"num_valid must be int32 [1], not {num_valid.dtype} {list(num_valid.shape)}")
-        if num_valid is not None and num_valid.device != topk_ids.device:
-            raise RoutingError(f"num_valid is on {num_valid.device}, topk_ids on {topk_ids.device}; move it there")
+        num_valid = valid_tokens(num_valid, len(hidden_states), topk_ids.device)
         plan = self._plan(hidden_states, topk_ids)
         if plan is None:
             batch = Batch(hidden_states, kernel_ids(topk_ids, self.shape.num_experts, num_valid), topk_weights)
@@ -259,7 +240,7 @@ class MoELayer:
         if plan is not None and self.graphs is not None:
             self.graphs.capture(plan, hidden_states, topk_ids, topk_weights, out, num_valid)
         elif batch.num_tokens:
-            self.launch(self.choose(batch), batch, out)
+            compute(self, lambda: self.choose(batch), batch, out)
         return out
 
     def _plan(self, hidden_states: Tensor, topk_ids: Tensor) -> Plan | None:
@@ -275,7 +256,7 @@ class MoELayer:
         topk_ids: Tensor,
         topk_weights: Tensor,
         out: Tensor | None = None,
-        num_valid: Tensor | None = None,
+        num_valid: Tensor | int | None = None,
     ) -> Tensor:
         """`forward`; what torch.compile traces is one opaque operator (see `op`), as is what gradients are asked of."""
         import torch
@@ -285,7 +266,8 @@ class MoELayer:
             return self.forward(hidden_states, topk_ids, topk_weights, out, num_valid)
         from .op import moe
 
-        found = moe(hidden_states, topk_ids, topk_weights, self._number, num_valid)
+        valid = valid_tokens(num_valid, len(hidden_states), topk_ids.device)
+        found = moe(hidden_states, topk_ids, topk_weights, self._number, valid)
         return found if out is None else out.copy_(found)
 
     def __setstate__(self, state: dict[str, Any]) -> None:
@@ -300,10 +282,31 @@ class MoELayer:
             raise RoutingError("the layer was built without a router; call forward with top-k ids and weights")
         return self(hidden_states, *self.router(hidden_states))
 
-    def launch(self, candidate: Candidate, batch: Batch, out: Tensor) -> None:
-        """Run one candidate, whatever the dispatcher would have chosen."""
+    def launch(self, candidate: Candidate, batch: Batch, out: Tensor, most: int | None = None) -> None:
+        """Run one candidate, whatever the dispatcher would have chosen: in parts if the batch has more tokens than it
+        takes in one launch, or than `most`."""
         kernel, prepared = self._kernels[candidate.kernel]
-        kernel.launch(candidate.config, prepared, batch, out, self.workspace)
+        limits = [n for n in (most, self.max_tokens(candidate)) if n is not None]
+        for part, rows in parts(batch, out, min(limits, default=None)):
+            kernel.launch(candidate.config, prepared, part, rows, self.workspace)
+
+    def max_tokens(self, candidate: Candidate) -> int | None:
+        """The most tokens that a candidate takes in one launch; None if any number."""
+        name = candidate.name
+        if name not in self._most:
+            self._most[name] = most_tokens(self._kernels[candidate.kernel][0], candidate.config, self.shape)
+        return self._most[name]
+
+    def drop(self, candidate: Candidate, reason: str, wrong: bool = False) -> str | None:
+        """Choose a candidate no more, in eager batches and in graphs that are planned from now on; `dropped` says why.
+        Returns what is dropped, which after several failures is its kernel; None if it is the last one, which stays
+        unless its output is wrong."""
+        name = self._chooser.drop(candidate, even_last=wrong)
+        if name is not None:
+            self.dropped.setdefault(name, reason)
+            if self.graphs is not None:
+                self.graphs.drop(name, reason)
+        return name
 
     def inline_key(self, candidate: Candidate) -> Hashable | None:
         """What candidates must share for `launch_inline` to take them together; None for one that it never takes."""
@@ -318,7 +321,8 @@ class MoELayer:
 
     def configs(self) -> Mapping[str, Sequence[KernelConfig]]:
         """Every configuration of every kernel that the layer can launch."""
-        return {k: usable_configs(kernel, self.shape, self.hardware) for k, (kernel, _) in self._kernels.items()}
+        kernels = {name: kernel for name, (kernel, _) in self._kernels.items() if name not in self.dropped}
+        return {name: usable_configs(kernel, self.shape, self.hardware) for name, kernel in kernels.items()}
 
 
 def _capturing(topk_ids: Tensor) -> bool:

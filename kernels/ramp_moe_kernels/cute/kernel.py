@@ -13,8 +13,9 @@ from ramp_moe.errors import KernelError
 from ramp_moe.kernel import LAYOUTS, Progress, is_installed
 from ramp_moe.versions import Place, digest_of
 
+from ..limits import too_many_experts
 from .config import ELEMENT, UP_ROWS, Config
-from .space import configurations, geometry, polymorphic, unaligned
+from .space import configurations, geometry, most_tokens, polymorphic, unaligned
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -47,7 +48,10 @@ class CuteMoE(LaunchableKernel, BuildableKernel):
             return f"written for Hopper (sm_90), {hardware.name} is {hardware.arch}"
         if shape.dtype not in ELEMENT:
             return f"computes {' and '.join(ELEMENT)}, not {shape.dtype}"
-        return unaligned(shape)
+        return too_many_experts(shape) or unaligned(shape)
+
+    def max_tokens(self, config: KernelConfig, shape: MoEShape) -> int:
+        return most_tokens(_config(config), shape)
 
     def unavailable(self) -> str | None:
         missing = [name for name in ("torch", "triton", "tvm_ffi") if not is_installed(name)]

@@ -9,24 +9,22 @@ from dataclasses import dataclass
 import torch
 from ramp_moe import MoEShape
 from ramp_moe.device import Batch, MoEWeights, Workspace
+from ramp_moe.device.parts import overlap
 from ramp_moe.errors import KernelError
 from ramp_moe.shapes import SCALE_BLOCK
 from torch import Tensor
 
+from ..limits import check_tokens
 from ..triton.combine import combine
 from ..triton.schedule import Schedule, buffer_sizes, schedule
 from .config import INTERMEDIATES, UP_ROWS, Config
 from .objects import load
-from .space import invalid, one_of
+from .space import invalid, most_tokens, one_of
 
 ROW_CHUNK = 8
 """Rows of gate, then of up, that the kernel's tensor map reads in turn."""
 BITS = 4
 """Of a choice's block in what the kernel is told."""
-MAX_TILES = 65_535
-"""CTAs along a grid's y axis."""
-MAX_ELEMENTS = 2**31
-"""Of hidden_states: the kernel counts them in 32 bits."""
 ALIGNMENT = 16
 """Bytes, for tensor maps, 16-byte copies of x and bulk additions to out."""
 
@@ -90,14 +88,16 @@ def launch_steps(
     x, device, config = batch.hidden_states, out.device, configs[0]
     tokens, hidden = x.shape
     n, experts = batch.topk_ids.numel(), prepared.down.shape[2]
-    each = [buffer_sizes(n, experts, c.block) for c in configs]
-    sizes = {name: max(size[name] for size in each) for name in each[0]}
-    _check_batch(config, prepared, batch, out, sizes["expert_of_tile"] + sizes["expert_of_tile"] % (1 + config.pair))
+    _check_batch(config, prepared, batch, out)
     whole, codes = config, 0
     if choice is not None:
         whole = one_of(configs)
         codes = sum(whole.blocks.index(c.block) << BITS * i for i, c in enumerate(configs))
-    function = compiled(whole, MoEShape(experts, batch.top_k, hidden, prepared.down.shape[1], prepared.dtype))
+    shape = MoEShape(experts, batch.top_k, hidden, prepared.down.shape[1], prepared.dtype)
+    check_tokens("cute", whole.name, tokens, most_tokens(whole, shape))
+    each = [buffer_sizes(n, experts, c.block) for c in configs]
+    sizes = {name: max(size[name] for size in each) for name in each[0]}
+    function = compiled(whole, shape)
 
     plan = Schedule(**{name: workspace.get(name, (size,), torch.int32, device) for name, size in sizes.items()})
     x_scale, quantise = prepared.gate_up_scale[0, :1, :, 0].expand(tokens, -1), None
@@ -110,7 +110,7 @@ def launch_steps(
         summed = workspace.get("total", (tokens, hidden), torch.float32, device)
     if config.combine == "rows":
         summed = workspace.get("rows", (parts * n, hidden), torch.bfloat16, device)
-    in_place = summed is out and _overlap(x, out)
+    in_place = summed is out and overlap(x, out)
     if in_place:  # x is read while out is added to
         summed = workspace.get("summed", (tokens, hidden), torch.bfloat16, device)
     zero = None if config.combine == "rows" else summed
@@ -161,7 +161,7 @@ def _check_device(device: torch.device) -> None:
         raise KernelError(f"cute runs on Hopper (sm_90) only; the weights are on {device}, which is something else")
 
 
-def _check_batch(config: Config, prepared: Prepared, batch: Batch, out: Tensor, tiles: int) -> None:
+def _check_batch(config: Config, prepared: Prepared, batch: Batch, out: Tensor) -> None:
     x, hidden = batch.hidden_states, prepared.down.shape[0]
     if config.dtype != prepared.dtype:
         raise KernelError(f"{config.name} computes {config.dtype}; the weights are {prepared.dtype}")
@@ -173,13 +173,6 @@ def _check_batch(config: Config, prepared: Prepared, batch: Batch, out: Tensor, 
         raise KernelError(
             f"cute: hidden_states are on {x.device}, out on {out.device}, weights on {prepared.down.device}"
         )
-    if tiles > MAX_TILES:
-        raise KernelError(f"cute: {tiles} tiles of {config.block} slots exceed {MAX_TILES}; take a larger block")
-    if x.numel() >= MAX_ELEMENTS:
-        raise KernelError(
-            f"cute: hidden_states {list(x.shape)} have {MAX_ELEMENTS} or more elements: split the batch, at most "
-            f"{(MAX_ELEMENTS - 1) // hidden} tokens at a time"
-        )
     _check_aligned("hidden_states", x)
     _check_aligned("out", out)
 
@@ -187,8 +180,3 @@ def _check_batch(config: Config, prepared: Prepared, batch: Batch, out: Tensor, 
 def _check_aligned(name: str, t: Tensor) -> None:
     if not t.is_contiguous() or t.data_ptr() % ALIGNMENT:
         raise KernelError(f"cute: {name} must be contiguous and start at a multiple of {ALIGNMENT} bytes")
-
-
-def _overlap(a: Tensor, b: Tensor) -> bool:
-    """Whether two contiguous tensors share memory."""
-    return a.data_ptr() < b.data_ptr() + b.nbytes and b.data_ptr() < a.data_ptr() + a.nbytes

@@ -6,6 +6,7 @@ from what it made (see `objects`).
 
 from __future__ import annotations
 
+import functools
 import itertools
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
@@ -15,6 +16,7 @@ from ramp_moe import GridGeometry, MoEShape
 from ramp_moe.errors import KernelError
 from ramp_moe.shapes import SCALE_BLOCK
 
+from ..limits import MAX_ELEMENTS, MAX_TILES, max_ids, max_tokens
 from .config import ADDRESSING, INTERMEDIATES, UP_ROWS, Combine, Config, smem_map
 
 MAX_SPLIT_BLOCK = 16
@@ -123,6 +125,14 @@ def geometry(c: Config, shape: MoEShape) -> GridGeometry:
         ctas_per_sm=c.ctas,
         cluster_m=1 + c.pair,
     )
+
+
+@functools.cache
+def most_tokens(c: Config, shape: MoEShape) -> int:
+    """The most tokens of one launch: the schedule's ids, the grid's tiles, and x counted in 32 bits."""
+    tiles = MAX_TILES - MAX_TILES % (1 + c.pair)
+    of_elements = MAX_ELEMENTS // shape.hidden_size * shape.top_k
+    return max_tokens(shape, max_ids(tiles, shape.num_experts, min(c.blocks)), of_elements)
 
 
 def unaligned(shape: MoEShape) -> str | None:

@@ -23,9 +23,10 @@ from ramp_moe.device import Workspace
 from ramp_moe.errors import KernelError
 from torch import Tensor
 
+from ..limits import MAX_EXPERTS, MAX_IDS
 from ..triton.launch import dependent_launch
 from ..triton.quantise import _GROUP, _quantise_groups, interpreted
-from ..triton.schedule import MAX_EXPERTS, MAX_IDS, Schedule, buffer_sizes, max_tiles, schedule
+from ..triton.schedule import Schedule, buffer_sizes, max_tiles, schedule
 
 FUSED_IDS = 2048
 STEP = 512
@@ -199,7 +200,7 @@ def dispatch(x: Tensor, topk_ids: Tensor, num_experts: int, block: int, fp8: boo
                 plan.slots, plan.num_slots, plan.histogram, rows.row_of_id, rows.ends,
                 num_ids, num_experts, block, BINS=bins, BLOCK=SLOTS,
             )  # fmt: skip
-        groups = min(COLUMNS, triton.next_power_of_2(columns)) // 128
+        groups = max(1, min(COLUMNS, triton.next_power_of_2(columns)) // 128)
         # Where few tokens leave SMs idle, several programs share one, each of which counts all ids.
         parts = max(1, min(triton.cdiv(columns, groups * 128), PROGRAMS // tokens))
         dispatch_kernel[(tokens, parts)](

@@ -19,6 +19,7 @@ from ramp_moe.errors import KernelError
 from ramp_moe.kernel import LAYOUTS, fp8_unsupported
 from ramp_moe.versions import Place, digest_of
 
+from ..limits import MAX_ELEMENTS, max_tokens, too_many_experts
 from .config import GemmConfig, Path, geometry, invalid_path, quantises_itself, scale_group
 
 if TYPE_CHECKING:
@@ -26,14 +27,19 @@ if TYPE_CHECKING:
 
 RUNS = Place(File(__file__).with_name("forward.py"), "forward_steps")
 """What decides the times."""
-MAX_EXPERTS = 1024
+ALIGNMENT = 16
+"""Elements of a row that are loaded at a time."""
 DIRECT_TOKENS = 2
 MAX_DEFAULT_LOG2_TOKENS = 16
 
 
 class TritonMoE(LaunchableKernel):
     """bf16, fp16 and fp8 (e4m3 W8A8, weight scales of any blocks that MoEWeights takes), any GPU that Triton compiles
-    for."""
+    for.
+
+    In fp8 the intermediate is quantised from float32 where the up projection has whole scale groups. vLLM's and
+    SGLang's own paths round it to bf16 first: compare with a tolerance of fp8, or with a reference that does not round.
+    """
 
     name = "triton"
 
@@ -44,11 +50,20 @@ class TritonMoE(LaunchableKernel):
     def unsupported(self, shape: MoEShape, hardware: Hardware) -> str | None:
         if reason := fp8_unsupported(shape, hardware, whole_blocks=False):
             return reason
-        if shape.num_experts > MAX_EXPERTS:
-            return f"{shape.num_experts} experts are more than the schedule's {MAX_EXPERTS}"
-        if shape.hidden_size % 16 or shape.intermediate_size % 16:
-            return "hidden_size and intermediate_size must be multiples of 16"
+        if reason := too_many_experts(shape):
+            return reason
+        for what in ("hidden_size", "intermediate_size"):
+            if getattr(shape, what) % ALIGNMENT:
+                return f"{what} {getattr(shape, what)} is not a multiple of {ALIGNMENT}"
         return None
+
+    def max_tokens(self, config: KernelConfig, shape: MoEShape) -> int:
+        """What the schedule sorts, and no more than keeps every buffer of a row for each routed id below 2^31
+        elements."""
+        path = _path(config)
+        gate_up = path.up.split_k * shape.gate_up_rows if path.up.split_k > 1 else shape.intermediate_size
+        widest = max(gate_up, path.down.split_k * shape.hidden_size)
+        return max_tokens(shape, MAX_ELEMENTS // widest)
 
     def unavailable(self) -> str | None:
         missing = [name for name in ("torch", "triton") if importlib.util.find_spec(name) is None]

@@ -23,8 +23,9 @@ from ramp_moe.errors import KernelError, ShapeError
 
 from ..reference import WEIGHT_SUM_FLOOR, check_routing
 
-MAX_TOP_K = 16
 MAX_EXPERTS = 1024
+UNROLLED_TOP_K = 16
+"""Largest top_k whose picks are unrolled: of more, the code would take longer to be fetched than to run."""
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 ROW_ELEMENTS = 256
 """Scores a program handles at least: eight a lane, wide loads and work to overlap with the reductions' latency."""
@@ -32,6 +33,7 @@ ROW_ELEMENTS = 256
 _OUT = tl.constexpr(-(2**31))  # below every merit, -inf's included
 _NOBODY = tl.constexpr(2**31 - 1)  # above every index
 _FLOOR = tl.constexpr(WEIGHT_SUM_FLOOR)
+_UNROLLED = tl.constexpr(UNROLLED_TOP_K)
 
 
 @triton.jit
@@ -53,6 +55,14 @@ def _best(merit, index):
     """(merit, index) of the best of [rows, N] in each row, the lowest index on a tie."""
     best = tl.max(merit, 1)
     return best, tl.min(tl.where(merit == best[:, None], index, _NOBODY), 1)
+
+
+@triton.jit
+def _take(merit, expert, ids, slot, k):
+    """(merit, ids) after the best expert of each row went from the race into slot k."""
+    _, pick = _best(merit, expert)
+    taken = tl.where(expert == pick[:, None], _OUT, merit)
+    return taken, tl.where(slot == k, pick[:, None], ids)
 
 
 @triton.jit
@@ -114,21 +124,25 @@ def router_kernel(
     if not SIGMOID:
         top = tl.max(logits, 1)[:, None]
         total = tl.sum(tl.exp(logits - top), 1)[:, None]
-    if bias_ptr is None:
-        merit = _ordered(logits)  # both scorings keep the order of the logits, which is exact
+    if bias_ptr is None and not SIGMOID:
+        merit = _ordered(logits)  # softmax keeps the order of the logits, which is exact
     else:
         scores = tl.sigmoid(logits) if SIGMOID else tl.exp(logits - top) / total
-        merit = _ordered(scores + tl.load(bias_ptr + expert, mask=exists, other=0.0).to(tl.float32))
+        if bias_ptr is not None:
+            scores += tl.load(bias_ptr + expert, mask=exists, other=0.0).to(tl.float32)
+        merit = _ordered(scores)
     merit = tl.where(exists, merit, _OUT)
     if TOPK_GROUPS < G:
         merit = _keep_groups(merit, G, TOPK_GROUPS, bias_ptr is not None)
 
     slot = tl.arange(0, SLOTS)[None, :]
     ids = tl.zeros((ROWS, SLOTS), tl.int32)
-    for k in tl.static_range(K):
-        _, pick = _best(merit, expert)
-        ids = tl.where(slot == k, pick[:, None], ids)
-        merit = tl.where(expert == pick[:, None], _OUT, merit)
+    if K <= _UNROLLED:
+        for k in tl.static_range(K):
+            merit, ids = _take(merit, expert, ids, slot, k)
+    else:
+        for k in range(K):
+            merit, ids = _take(merit, expert, ids, slot, k)
 
     store = real[:, None] & (slot < K)
     chosen = tl.load(logits_ptrs + ids, mask=store, other=-float("inf")).to(tl.float32)
@@ -154,19 +168,17 @@ def route(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """(ids int32 `[T, top_k]`, weights float32 `[T, top_k]`), best expert first, as `reference.route` defines them.
 
-    `logits [T, E]` float32, bf16 or fp16, E up to 1024, top_k up to 16, rows contiguous; `bias [E]` in one of those
+    `logits [T, E]` float32, bf16 or fp16, E up to 1024, rows contiguous; `bias [E]` in one of those
     dtypes. One launch on the current stream, no host synchronisation; none for T = 0. `out` takes the result in
     contiguous tensors of those dtypes and shapes, and makes the call free of allocation.
 
     Raises ShapeError and UnknownNameError as `reference.route` does, and ShapeError for `out` of another shape;
-    KernelError for what the kernel does not take: top_k or E beyond its limits, a dtype, a layout, a device.
+    KernelError for what the kernel does not take: E beyond its limit, a dtype, a layout, a device.
     """
     if logits.ndim != 2:
         raise ShapeError(f"router logits must be [tokens, experts], not {list(logits.shape)}")
     num_tokens, num_experts = logits.shape
     check_routing(num_experts, top_k, scoring, num_groups, topk_groups)
-    if top_k > MAX_TOP_K:
-        raise KernelError(f"the router kernel takes top_k up to {MAX_TOP_K}, not {top_k}")
     if num_experts > MAX_EXPERTS:
         raise KernelError(f"the router kernel takes up to {MAX_EXPERTS} experts, not {num_experts}")
     if logits.stride(1) != 1 and num_tokens > 0 and num_experts > 1:

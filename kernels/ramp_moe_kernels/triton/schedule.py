@@ -26,10 +26,9 @@ import triton.language as tl
 from ramp_moe.errors import KernelError, ShapeError
 from torch import Tensor
 
+from ..limits import MAX_EXPERTS, MAX_IDS
 from .quantise import _quantise_rows, check_quantise, check_tensor, groups_per_program, interpreted
 
-MAX_IDS = 2**20
-MAX_EXPERTS = 1024
 MAX_BLOCK = 256
 MAX_CHUNK = 4096
 PROGRAMS = 128

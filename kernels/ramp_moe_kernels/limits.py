@@ -1,0 +1,40 @@
+"""How large a layer and a batch can be: what describes a kernel and what launches it read the same numbers here.
+
+The schedule sorts up to MAX_IDS routed ids of up to MAX_EXPERTS experts, so every kernel that is built on it does.
+"""
+
+from __future__ import annotations
+
+from ramp_moe import MoEShape
+from ramp_moe.errors import KernelError
+
+MAX_IDS = 2**20
+"""Routed ids of one batch: tokens * top_k."""
+MAX_EXPERTS = 1024
+MAX_ELEMENTS = 2**31 - 1
+"""Of what is addressed with 32 bits, and of the widest buffer that a batch gets: 4 GiB in bf16."""
+MAX_TILES = 65_535
+"""CTAs along a grid's y axis."""
+
+
+def too_many_experts(shape: MoEShape) -> str | None:
+    """Why the schedule cannot sort a shape's ids; None if it can."""
+    if shape.num_experts > MAX_EXPERTS:
+        return f"{shape.num_experts} experts are more than the schedule's {MAX_EXPERTS}"
+    return None
+
+
+def max_ids(tiles: int, num_experts: int, block: int) -> int:
+    """The most routed ids whose worst routing needs at most so many tiles of `block` slots (see `max_tiles`)."""
+    return tiles if tiles <= num_experts else num_experts + (tiles - num_experts) * block
+
+
+def max_tokens(shape: MoEShape, *ids: int) -> int:
+    """The most tokens of one batch whose routed ids exceed neither MAX_IDS nor any of `ids`."""
+    return min(MAX_IDS, *ids) // shape.top_k
+
+
+def check_tokens(kernel: str, config: str, num_tokens: int, most: int) -> None:
+    """Raises KernelError for a batch of more tokens than one launch takes."""
+    if num_tokens > most:
+        raise KernelError(f"{kernel}: {config} takes up to {most} tokens here, not {num_tokens}; split the batch")
