@@ -11,7 +11,7 @@ import msgspec
 import numpy as np
 
 from .cost_model import DEFAULT_FORM, Candidate, CostModel, provenance
-from .errors import ProfileError, RoutingError
+from .errors import ProfileError, RampMoEError, RoutingError
 from .evaluation import (
     DEALS,
     IndexArray,
@@ -28,8 +28,12 @@ from .evaluation import (
     table_choice,
     table_choices,
 )
-from .replay import Replay
+from .hardware import Hardware
+from .plugins import Registry
+from .replay import Replay, load_replay, of_plugins
 from .routing import FloatArray, IntArray, active_experts, expert_histogram
+from .shapes import MoEShape
+from .store import ProfileStore
 from .trace import Trace
 from .vllm_table import POLICY, VllmTable, judge
 
@@ -113,6 +117,27 @@ class Noise:
     regret: Mapping[str, float]
 
 
+@dataclass(frozen=True, slots=True)
+class Row:
+    """A comparison in one line: its kernels, how many batches all of them share, the speed-up over static dispatch of
+    the retrofitted one and of the best in hindsight, and the mean regrets."""
+
+    kernels: tuple[str, ...]
+    batches: int
+    speedup_over_static: Ratios
+    best_over_static: Ratios
+    regret: float
+    static_regret: float
+
+    @classmethod
+    def of(cls, result: Comparison) -> Row:
+        """Of a comparison on measured times."""
+        assert result.best_over_static is not None
+        means = (result.baselines[policy].mean for policy in ("retrofitted", "static"))
+        ratios = result.speedup_over_static, result.best_over_static
+        return cls(tuple(result.kernels), len(result.batches), *ratios, *means)
+
+
 @dataclass(frozen=True)
 class Comparison:
     """What `ramp-moe compare` shows. Regrets are fractions, None where they were not measured."""
@@ -120,6 +145,7 @@ class Comparison:
     mode: Mode
     device: str
     model: str
+    dtype: str
     kernels: list[str]
     form: str
     sources: list[dict[str, Any]]
@@ -139,6 +165,8 @@ class Comparison:
     static_table: Mapping[str, Any] | None = None
     """A table of vLLM's format that was judged, too: its file, the kernel on whose times, and what each entry is
     there."""
+    plugins: Sequence[Row] = ()
+    """Plugins' kernels, which have no part in the figures above: each alone, and beside the library's own."""
 
     def provenance(self) -> str:
         """Where the numbers come from, and what they cover, in two sentences."""
@@ -159,6 +187,7 @@ class Comparison:
             "mode": self.mode,
             "device": self.device,
             "model": self.model,
+            "dtype": self.dtype,
             "kernels": self.kernels,
             "form": self.form,
             "sources": self.sources,
@@ -171,6 +200,7 @@ class Comparison:
             "best_over_static": self.best_over_static and asdict(self.best_over_static),
             "noise": self.noise and asdict(self.noise),
             "static_table": self.static_table,
+            "plugins": [asdict(row) for row in self.plugins],
             "notes": self.notes,
             "batches": [b.as_dict() for b in self.batches],
         }
@@ -245,7 +275,7 @@ def compare_recorded(
     says that the test batches were measured just now. `table` is one more policy, see `vllm_table.judge`."""
     tune, test = replay.of("tune"), replay.of("test")
     if tune is None:
-        raise ProfileError(f"{replay.shape.label} on {replay.hardware.name}: no batches to fit on; measure some first")
+        raise ProfileError(f"{replay.shape.title} on {replay.hardware.name}: no batches to fit on; measure some first")
     judged = test or tune
     policies = _cross_validated_policies(tune, form) if test is None else _held_out_policies(tune, test, form)
     named = None if table is None else judge(table, judged.candidates)
@@ -278,6 +308,7 @@ def compare_recorded(
         mode=mode,
         device=replay.hardware.name,
         model=replay.shape.label,
+        dtype=replay.shape.dtype,
         kernels=replay.kernels,
         form=form,
         sources=sources_of(replay),
@@ -291,6 +322,28 @@ def compare_recorded(
         notes=[*replay.notes, *policies.notes, *_bounds(judged, policies)],
         static_table=None if named is None else named.as_dict(candidates),
     )
+
+
+def compare_plugins(
+    registry: Registry,
+    store: ProfileStore,
+    shape: MoEShape,
+    hardware: Hardware,
+    beside: Sequence[str],
+    stages: Sequence[str] = (),
+    form: str = DEFAULT_FORM,
+) -> tuple[list[Row], list[str]]:
+    """For each plugin's kernel with a sweep: a row of its own, and one with all kernels of `beside`, on the batches
+    that they share. Notes say which rows there cannot be, and why."""
+    rows, notes = [], []
+    for name in of_plugins(registry, store, shape, hardware):
+        for kernels in ([name], [*beside, name]) if name not in beside else ():
+            try:
+                replay = load_replay(registry, store, shape, hardware, kernels, stages)
+                rows.append(Row.of(compare_recorded(replay, form)))
+            except RampMoEError as e:
+                notes.append(f"no row of {' + '.join(kernels)}: {e}")
+    return rows, notes
 
 
 def _bounds(judged: Replay, policies: _Policies) -> list[str]:
@@ -328,7 +381,7 @@ def compare_trace(replay: Replay, trace: Trace, form: str = DEFAULT_FORM) -> Com
     trace.require(shape)
     tune = replay.of("tune")
     if tune is None:
-        raise ProfileError(f"{shape.label} on {replay.hardware.name}: no batches to fit on; measure some first")
+        raise ProfileError(f"{shape.title} on {replay.hardware.name}: no batches to fit on; measure some first")
     model = tune.fit(form=form)
     table = static_table(tune.times_us, tune.labels)
     batches, outside, total = [], 0, 0
@@ -350,6 +403,7 @@ def compare_trace(replay: Replay, trace: Trace, form: str = DEFAULT_FORM) -> Com
         mode="predicted",
         device=replay.hardware.name,
         model=shape.label,
+        dtype=shape.dtype,
         kernels=replay.kernels,
         form=form,
         sources=sources_of(replay),

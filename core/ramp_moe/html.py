@@ -11,8 +11,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from .comparison import Batch, Comparison, Pick, percent
-from .errors import ProfileError, RampMoEError
-from .files import write_atomically
+from .errors import RampMoEError
+from .files import check_target, write_atomically
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -37,8 +37,7 @@ def check_report(path: Path) -> None:
         import matplotlib  # noqa: F401
     except ImportError:
         raise RampMoEError("--html draws its plots with matplotlib: pip install 'ramp-moe[plots]'") from None
-    if path.is_dir():
-        raise ProfileError(f"cannot write {path}: it is a folder; name a file")
+    check_target(path)
 
 
 def write_report(result: Comparison, path: Path) -> None:
@@ -54,7 +53,7 @@ def write_report(result: Comparison, path: Path) -> None:
 
 def _page(result: Comparison) -> str:
     measured = result.mode != "predicted"
-    title = f"ramp-moe: {result.model} on {result.device}"
+    title = f"ramp-moe: {result.model} ({result.dtype}) on {result.device}"
     s = result.speedup_over_static
     plots = [("Latency by batch size", _latency(result.batches))]
     if measured:
@@ -76,6 +75,7 @@ retrofitted over static dispatch; min {s.min:.3f}x, max {s.max:.3f}x.
 Kernels: {html.escape(", ".join(result.kernels))}.</p>
 {_policies(result)}
 {body}
+{_plugins(result)}
 <h2>Every batch</h2>
 {_batches(result.batches)}
 <h2>Notes</h2><ul>{notes}{methods}</ul>
@@ -98,6 +98,23 @@ def _policies(result: Comparison) -> str:
         return ""
     rows = [[html.escape(name), *(percent(v) for v in s.as_dict().values())] for name, s in result.baselines.items()]
     return "<h2>Regret of each dispatch</h2>" + _table(["dispatch", "mean", "median", "p95", "max"], rows, [0])
+
+
+def _plugins(result: Comparison) -> str:
+    if not result.plugins:
+        return ""
+    rows = [
+        [
+            html.escape(" + ".join(row.kernels)),
+            str(row.batches),
+            f"{row.speedup_over_static.geomean:.3f}",
+            percent(row.regret),
+            percent(row.static_regret),
+        ]
+        for row in result.plugins
+    ]
+    head = ["kernels", "batches", "speed-up", "regret", "static's"]
+    return "<h2>Plugins' kernels, alone and beside the others</h2>" + _table(head, rows, [0])
 
 
 def _batches(batches: Sequence[Batch]) -> str:

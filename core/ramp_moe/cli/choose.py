@@ -16,24 +16,24 @@ from ..kernel import usable_configs
 from ..layouts import choose_layouts, kernel_times, weighed_batches
 from ..plugins import Registry, get_registry
 from ..regions import analyse
-from ..replay import fit_recorded, load_model, load_replay
+from ..replay import fit_recorded, load_model, load_replay, of_plugins
 from ..routing import FloatArray, IntArray
 from ..store import FIT_SUFFIX, ProfileStore, relative_path, user_data_dir
 from . import tables
 from .options import (
     batch_options,
-    console,
     device_option,
     dtype_option,
     form_option,
     json_option,
     kernel_option,
     model_option,
-    print_json,
     profile_option,
     read_batch,
     resolve_device,
+    resolve_model,
 )
+from .output import console, print_json
 
 
 @click.command()
@@ -45,7 +45,7 @@ from .options import (
 def regions(
     model: str,
     device: str,
-    dtype: str,
+    dtype: str | None,
     tokens: int | None,
     routing: str,
     seed: int,
@@ -54,11 +54,12 @@ def regions(
 ) -> None:
     """Explain which optimisation of a MoE kernel should pay for a batch, from the hardware's constants."""
     registry = get_registry()
-    shape, hardware = registry.shape(model, dtype), resolve_device(registry, device)
+    shape, hardware = resolve_model(registry, model, dtype), resolve_device(registry, device)
     batch, counts = read_batch(shape, tokens, routing, seed, histogram)
     found = analyse(shape, hardware, counts)
     if as_json:
-        print_json({"model": shape.label, "device": hardware.name, "batch": batch} | asdict(found))
+        about = {"model": shape.label, "dtype": shape.dtype, "device": hardware.name, "batch": batch}
+        print_json(about | asdict(found))
     else:
         console().print(*tables.regions(shape, hardware, batch, found), sep="\n")
 
@@ -79,7 +80,7 @@ def regions(
 def fit(
     model: str,
     device: str,
-    dtype: str,
+    dtype: str | None,
     kernels: tuple[str, ...],
     profiles: tuple[Path, ...],
     form: str,
@@ -89,9 +90,13 @@ def fit(
     """Fit the cost model to recorded sweeps, judge it on batches that it did not see, and store the coefficients."""
     get_form(form)
     registry = get_registry()
-    shape, hardware = registry.shape(model, dtype), resolve_device(registry, device)
+    shape, hardware = resolve_model(registry, model, dtype), resolve_device(registry, device)
     store = ProfileStore(profiles, registry.profile_dirs)
-    names = kernels or tuple(load_replay(registry, store, shape, hardware).kernels)
+    names = kernels or tuple(
+        dict.fromkeys(
+            [*load_replay(registry, store, shape, hardware).kernels, *of_plugins(registry, store, shape, hardware)]
+        )
+    )
     written: list[dict[str, Any]] = []
     for name in names:
         replay = load_replay(registry, store, shape, hardware, [name])
@@ -105,6 +110,8 @@ def fit(
         written.append(
             {
                 "kernel": name,
+                "model": shape.label,
+                "dtype": shape.dtype,
                 "form": form,
                 "batches": len(replay.labels),
                 "stages": len(errors),
@@ -133,7 +140,7 @@ def fit(
 def explain(
     model: str,
     device: str,
-    dtype: str,
+    dtype: str | None,
     tokens: int | None,
     routing: str,
     seed: int,
@@ -147,16 +154,16 @@ def explain(
     """Show what each candidate is predicted to cost for one batch, which wins, and what a second copy would gain."""
     get_form(form)
     registry = get_registry()
-    shape, hardware = registry.shape(model, dtype), resolve_device(registry, device)
+    shape, hardware = resolve_model(registry, model, dtype), resolve_device(registry, device)
     batch, counts = read_batch(shape, tokens, routing, seed, histogram)
     store = ProfileStore(profiles, registry.profile_dirs)
     cost_model, notes = load_model(registry, store, shape, hardware, kernels, form)
     candidates, layouts = _explained(cost_model, counts), _layouts(registry, cost_model, counts)
     if as_json:
-        about = {"model": shape.label, "device": hardware.name, "batch": batch, "form": form, "figures": "predicted"}
+        about = {"model": shape.label, "dtype": shape.dtype, "device": hardware.name, "batch": batch, "form": form}
         stages = {"stages": cost_model.covered, "measured": list(cost_model.measured)}
         found = {"layouts": layouts, "candidates": candidates}
-        print_json(about | stages | {"notes": notes, "histogram": counts.tolist()} | found)
+        print_json(about | {"figures": "predicted"} | stages | {"notes": notes, "histogram": counts.tolist()} | found)
     else:
         console().print(*tables.explanation(cost_model, batch, counts, candidates[:top], layouts, notes), sep="\n")
 
