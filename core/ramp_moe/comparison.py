@@ -11,7 +11,7 @@ import msgspec
 import numpy as np
 
 from .cost_model import DEFAULT_FORM, Candidate, CostModel, provenance
-from .errors import ProfileError, RampMoEError, RoutingError
+from .errors import ProfileError, RampMoEError
 from .evaluation import (
     DEALS,
     IndexArray,
@@ -34,7 +34,7 @@ from .replay import Replay, load_replay, of_plugins
 from .routing import FloatArray, IntArray, active_experts, expert_histogram
 from .shapes import MoEShape
 from .store import ProfileStore
-from .trace import Trace
+from .trace import Trace, spread_out
 from .vllm_table import POLICY, VllmTable, judge
 
 Mode = Literal["replay", "live", "predicted"]
@@ -369,6 +369,8 @@ def _noise(judged: Replay, policies: _Policies) -> Noise | None:
 
 DECODE_SIZES = (1, 4, 16, 64, 256)
 PREFILL_SIZES = (64, 256, 1024, 4096)
+STEPS = 1024
+"""Batches of one kind and size in a trace that are judged, at most."""
 
 
 def compare_trace(replay: Replay, trace: Trace, form: str = DEFAULT_FORM) -> Comparison:
@@ -384,8 +386,9 @@ def compare_trace(replay: Replay, trace: Trace, form: str = DEFAULT_FORM) -> Com
         raise ProfileError(f"{shape.title} on {replay.hardware.name}: no batches to fit on; measure some first")
     model = tune.fit(form=form)
     table = static_table(tune.times_us, tune.labels)
-    batches, outside, total = [], 0, 0
-    for routing, sizes, histograms in _trace_batches(trace, shape.num_experts):
+    batches, outside, total, left = [], 0, 0, 0
+    for routing, count, sizes, histograms in _trace_batches(trace, shape.num_experts):
+        left += count - len(sizes)
         prediction = model.predict(histograms)
         static = np.array([table_choice(table, size) for size in sizes])
         chosen = prediction.us.argmin(1)
@@ -397,6 +400,8 @@ def compare_trace(replay: Replay, trace: Trace, form: str = DEFAULT_FORM) -> Com
         "times are predictions of the cost model, so the speed-up is at least 1 by construction; "
         "its regret on measured batches is what `compare` without a trace reports",
     ]
+    if left:
+        notes.append(f"of each kind {STEPS} batches at most are judged, evenly spread over the trace: {left} are not")
     if outside:
         notes.append(f"{outside} of {total} predictions lie outside the batches that the fit saw")
     return Comparison(
@@ -417,25 +422,16 @@ def compare_trace(replay: Replay, trace: Trace, form: str = DEFAULT_FORM) -> Com
     )
 
 
-def _trace_batches(trace: Trace, num_experts: int) -> Iterator[tuple[str, list[int], IntArray]]:
-    """(kind, tokens of each, histograms): recorded batches, or those of the sizes that the trace is long enough for."""
-
-    def counted(kind: str, batches: Sequence[IntArray]) -> tuple[str, list[int], IntArray]:
-        histograms = np.stack([expert_histogram(b, num_experts) for b in batches])
-        return f"trace {kind}", [len(b) for b in batches], histograms
-
-    if trace.starts is not None:
-        yield from (counted("recorded", batches) for batches in trace.recorded())
-        return
-    sizes: Sequence[tuple[str, int]] = [("decode", n) for n in DECODE_SIZES] + [("prefill", n) for n in PREFILL_SIZES]
-    for kind, size in sizes:
-        cut = trace.decode if kind == "decode" else trace.prefill
-        try:
-            ids = list(cut(size))
-        except RoutingError:  # longer than the trace
-            continue
-        if ids:
-            yield counted(kind, ids)
+def _trace_batches(trace: Trace, num_experts: int) -> Iterator[tuple[str, int, list[int], IntArray]]:
+    """(kind, how many there are, tokens of each that is judged, their histograms): recorded batches, or those of the
+    sizes that the trace is long enough for."""
+    for of_size in trace.recorded():
+        batches = [of_size[i] for i in spread_out(len(of_size), STEPS)]
+        yield "trace recorded", len(of_size), [b.tokens for b in batches], np.stack([b.histogram for b in batches])
+    for kind, ids in trace.cut(DECODE_SIZES, PREFILL_SIZES):
+        steps = [ids[i] for i in spread_out(len(ids), STEPS)]
+        histograms = [expert_histogram(step, num_experts) for step in steps]
+        yield f"trace {kind}", len(ids), [len(step) for step in steps], np.stack(histograms)
 
 
 def _trace_batch(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import html
 import io
+import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -16,6 +17,10 @@ from .files import check_target, write_atomically
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
+
+SETTINGS = {"svg.fonttype": "none", "svg.hashsalt": "ramp-moe", "font.size": 10, "text.parse_math": False}
+"""Text stays text, so that the page can be searched, and no label is a formula; a fixed salt makes the same result give
+the same file."""
 
 STATIC, RETROFITTED, BEST = "#b3541e", "#1f6fb4", "#4d4d4d"
 
@@ -33,22 +38,35 @@ svg { max-width: 100%; height: auto }
 
 def check_report(path: Path) -> None:
     """Raises what `write_report` would without matplotlib, or for a folder: it is known before minutes of measuring."""
-    try:
-        import matplotlib  # noqa: F401
-    except ImportError:
-        raise RampMoEError("--html draws its plots with matplotlib: pip install 'ramp-moe[plots]'") from None
+    _matplotlib()
     check_target(path)
 
 
 def write_report(result: Comparison, path: Path) -> None:
     """Write the page, atomically. Raises RampMoEError without matplotlib, ProfileError where it cannot be written."""
     check_report(path)
-    import matplotlib
-
-    # Text stays text, so that the page can be searched; a fixed salt makes the same result give the same file.
-    with matplotlib.rc_context({"svg.fonttype": "none", "svg.hashsalt": "ramp-moe", "font.size": 10}):
+    matplotlib = _matplotlib()
+    with matplotlib.rc_context():
+        # A user's own settings may need TeX, or fonts, that are not here.
+        matplotlib.rcdefaults()
+        matplotlib.rcParams.update(SETTINGS)
         page = _page(result)
-    write_atomically(path, page.encode())
+    write_atomically(path, page.encode(errors="backslashreplace"))
+
+
+def _matplotlib() -> Any:
+    """The module. The backend that the environment asks for, a notebook's say, is for windows: none is opened here."""
+    asked = os.environ.pop("MPLBACKEND", None)
+    try:
+        import matplotlib
+    except ImportError:
+        raise RampMoEError("--html draws its plots with matplotlib: pip install 'ramp-moe[plots]'") from None
+    except Exception as e:
+        raise RampMoEError(f"matplotlib, which draws --html, cannot be imported: {e}") from None
+    finally:
+        if asked is not None:
+            os.environ["MPLBACKEND"] = asked
+    return matplotlib
 
 
 def _page(result: Comparison) -> str:

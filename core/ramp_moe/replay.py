@@ -197,6 +197,9 @@ def view(sweep: Sweep, stages: Sequence[str] = ()) -> Sweep:
     all stages of a sweep that has no paths. Raises ProfileError where a named kind was not measured."""
     found = sweep.only(stages or [PATH]) if stages or PATH in sweep.stages else sweep
     timed = np.isfinite(found.runs_us).any(axis=(0, 2))
+    if not timed.any():
+        what = ", ".join(found.stages)
+        raise ProfileError(f"the sweep of {sweep.kernel} for {sweep.shape.title} has no time of {what}; measure again")
     return found if timed.all() else found.select(np.flatnonzero(timed).tolist())
 
 
@@ -379,10 +382,11 @@ def fit_recorded(
 
 def fitted_on(sweep: Sweep) -> Sweep:
     """What `fit_recorded` fits to: the sweep's `view`, its batches to fit on."""
-    tune = sweep.rows_of("tune")
+    seen = view(sweep)
+    tune = seen.rows_of("tune")
     if not tune:
         raise ProfileError(f"the sweep of {sweep.kernel} has no batches to fit on, only ones kept for judging")
-    return view(sweep).select(tune)
+    return seen.select(tune)
 
 
 def _comparable(registry: Registry, models: Sequence[CostModel], notes: list[str]) -> list[CostModel]:

@@ -17,6 +17,9 @@ DEFAULT_DTYPE = "fp8"
 
 SCALE_BLOCK = 128
 
+MAX_SIZES = {"num_experts": 2**16, "top_k": 2**16, "hidden_size": 2**20, "intermediate_size": 2**20}
+"""Bounds on a layer, tens of times what models have, so that what is computed of it stays small and exact."""
+
 
 @dataclass(frozen=True, slots=True)
 class MoEShape:
@@ -35,10 +38,12 @@ class MoEShape:
     name: str | None = field(default=None, compare=False)
 
     def __post_init__(self) -> None:
-        for what in ("num_experts", "top_k", "hidden_size", "intermediate_size"):
+        for what, most in MAX_SIZES.items():
             value = getattr(self, what)
             if isinstance(value, bool) or not isinstance(value, int) or value < 1:
                 raise ShapeError(f"{what} must be a positive integer, not {value!r}")
+            if value > most:
+                raise ShapeError(f"{what} {value} is more than any layer has; at most {most} can be")
         if self.top_k > self.num_experts:
             raise ShapeError(f"top_k {self.top_k} exceeds num_experts {self.num_experts}")
         if self.dtype not in DTYPE_BYTES:

@@ -13,6 +13,7 @@ import msgspec
 
 from ..cost_model import DEFAULT_FORM, FORMS
 from ..errors import RoutingError
+from ..files import read_file
 from ..hardware import Hardware, detect
 from ..plugins import Registry
 from ..routing import KINDS, IntArray, check_histogram, expert_histogram, generate
@@ -93,7 +94,7 @@ def read_batch(
     if not histogram.lstrip().startswith("["):
         source = histogram
         try:
-            text = Path(histogram).read_text()
+            text = read_file(Path(histogram)).decode()
         except (OSError, ValueError) as e:
             reason = getattr(e, "strerror", None) or "not text"
             raise RoutingError(f"cannot read histogram {histogram}: {reason}") from None
