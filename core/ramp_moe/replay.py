@@ -24,7 +24,6 @@ from .cost_model import (
     path_bounds,
     path_times,
 )
-from .device.contract import LaunchableKernel
 from .errors import KernelError, ProfileError, RampMoEError
 from .evaluation import IndexArray
 from .fit_file import FitRecord, digest, model_from_fit
@@ -184,6 +183,8 @@ def without_profile(registry: Registry, store: ProfileStore, shape: MoEShape, ha
 
 
 def _no_profile(kernel: Kernel, shape: MoEShape, hardware: Hardware) -> str:
+    from .device import LaunchableKernel  # which needs this module
+
     if isinstance(kernel, LaunchableKernel):
         flags = f"--model {shape.label} --dtype {shape.dtype} --kernel {kernel.name}"
         remedy = f"measure one with `ramp-moe profile {flags}`"
