@@ -44,8 +44,9 @@ def open_file(path: Path) -> BinaryIO:
 def read_file(path: Path) -> bytes:
     """The content of a regular file of at most MAX_BYTES. Raises OSError, whose `strerror` says why not."""
     with open_file(path) as file:
-        data = file.read(MAX_BYTES + 1)
-    if len(data) > MAX_BYTES:
+        known = os.fstat(file.fileno()).st_size  # 0 for files that the kernel makes up
+        data = b"" if known > MAX_BYTES else file.read(MAX_BYTES + 1)
+    if max(known, len(data)) > MAX_BYTES:
         raise OSError(errno.EFBIG, f"it is larger than {MAX_BYTES >> 20} MiB", str(path))
     return data
 

@@ -39,6 +39,8 @@ JUDGED_ON = ("vllm_triton", "triton")
 parameters."""
 
 TUNED = ("BLOCK_SIZE_M", "BLOCK_SIZE_N", "BLOCK_SIZE_K", "GROUP_SIZE_M")
+POWERS_OF_TWO = frozenset({"BLOCK_SIZE_M", "BLOCK_SIZE_N", "BLOCK_SIZE_K", "num_warps"})
+MAX_TABLE_BLOCK = 1024
 TRITON_DEFAULTS = {"num_warps": 4, "num_stages": 3}
 """What Triton takes where an entry leaves these out."""
 IGNORED = {"SPLIT_K": None, "num_ctas": 1}
@@ -80,6 +82,8 @@ class Launch:
             value = values.pop(key)
             if type(value) is not int or value < 1:
                 raise ValueError(f"{key} must be a positive integer, not {value!r}")
+            if key in POWERS_OF_TWO and (value & (value - 1) or value > MAX_TABLE_BLOCK):
+                raise ValueError(f"{key} must be a power of two up to {MAX_TABLE_BLOCK}, as Triton's are, not {value}")
             found.append(value)
         extra = sorted((k, v) for k, v in values.items() if k not in IGNORED or IGNORED[k] not in (None, v))
         block_m, block_n, block_k, group_m, warps, stages = found
