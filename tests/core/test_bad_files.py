@@ -174,20 +174,20 @@ def test_a_fit_of_configurations_that_are_gone(
     path.write_text(json.dumps(raw))
     model, notes = load_model(registry, store, olmoe, h200, [KERNEL])
     assert model.candidates
-    assert notes == [
-        "the fit of alpha_moe for olmoe-1b-7b on h200 covers no configuration of the kernel registered under that name; "
-        "fit again; its sweep is fitted anew"
-    ]
+    (note,) = notes
+    assert (
+        "covers no configuration of the kernel registered under that name; fit again; its sweep is fitted anew" in note
+    )
 
 
 @pytest.mark.parametrize("where", ["", "h200", "h200/alpha_moe"])
-def test_folders_on_the_way_that_are_none(registry: Registry, where: str) -> None:
+def test_folders_on_the_way_that_are_none(where: str) -> None:
     place = user_data_dir() / where
     place.parent.mkdir(parents=True)
     for make in (Path.touch, lambda p: p.symlink_to(p)):
         make(place)
-        for command in COMMANDS.values():
-            assert run(*command, "--model", "olmoe-1b-7b").exit_code == 0
+        for name in COMMANDS.keys() - {"fit"}:  # which writes there
+            assert run(*COMMANDS[name], "--model", "olmoe-1b-7b").exit_code == 0
         assert run("explain", "--model", "olmoe-1b-7b-tp2").exit_code == 0
         assert run("compare", "--model", "mixtral-8x7b").exit_code == 2
         place.unlink()
