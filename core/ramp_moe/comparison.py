@@ -11,7 +11,7 @@ import msgspec
 import numpy as np
 
 from .cost_model import DEFAULT_FORM, Candidate, CostModel, provenance
-from .errors import ProfileError, RoutingError
+from .errors import ProfileError, RampMoEError
 from .evaluation import (
     DEALS,
     IndexArray,
@@ -28,9 +28,13 @@ from .evaluation import (
     table_choice,
     table_choices,
 )
-from .replay import Replay
+from .hardware import Hardware
+from .plugins import Registry
+from .replay import Replay, load_replay, of_plugins
 from .routing import FloatArray, IntArray, active_experts, expert_histogram
-from .trace import Trace
+from .shapes import MoEShape
+from .store import ProfileStore
+from .trace import Trace, spread_out
 from .vllm_table import POLICY, VllmTable, judge
 
 Mode = Literal["replay", "live", "predicted"]
@@ -113,6 +117,27 @@ class Noise:
     regret: Mapping[str, float]
 
 
+@dataclass(frozen=True, slots=True)
+class Row:
+    """A comparison in one line: its kernels, how many batches all of them share, the speed-up over static dispatch of
+    the retrofitted one and of the best in hindsight, and the mean regrets."""
+
+    kernels: tuple[str, ...]
+    batches: int
+    speedup_over_static: Ratios
+    best_over_static: Ratios
+    regret: float
+    static_regret: float
+
+    @classmethod
+    def of(cls, result: Comparison) -> Row:
+        """Of a comparison on measured times."""
+        assert result.best_over_static is not None
+        means = (result.baselines[policy].mean for policy in ("retrofitted", "static"))
+        ratios = result.speedup_over_static, result.best_over_static
+        return cls(tuple(result.kernels), len(result.batches), *ratios, *means)
+
+
 @dataclass(frozen=True)
 class Comparison:
     """What `ramp-moe compare` shows. Regrets are fractions, None where they were not measured."""
@@ -120,6 +145,7 @@ class Comparison:
     mode: Mode
     device: str
     model: str
+    dtype: str
     kernels: list[str]
     form: str
     sources: list[dict[str, Any]]
@@ -139,6 +165,8 @@ class Comparison:
     static_table: Mapping[str, Any] | None = None
     """A table of vLLM's format that was judged, too: its file, the kernel on whose times, and what each entry is
     there."""
+    plugins: Sequence[Row] = ()
+    """Plugins' kernels, which have no part in the figures above: each alone, and beside the library's own."""
 
     def provenance(self) -> str:
         """Where the numbers come from, and what they cover, in two sentences."""
@@ -159,6 +187,7 @@ class Comparison:
             "mode": self.mode,
             "device": self.device,
             "model": self.model,
+            "dtype": self.dtype,
             "kernels": self.kernels,
             "form": self.form,
             "sources": self.sources,
@@ -171,6 +200,7 @@ class Comparison:
             "best_over_static": self.best_over_static and asdict(self.best_over_static),
             "noise": self.noise and asdict(self.noise),
             "static_table": self.static_table,
+            "plugins": [asdict(row) for row in self.plugins],
             "notes": self.notes,
             "batches": [b.as_dict() for b in self.batches],
         }
@@ -245,7 +275,7 @@ def compare_recorded(
     says that the test batches were measured just now. `table` is one more policy, see `vllm_table.judge`."""
     tune, test = replay.of("tune"), replay.of("test")
     if tune is None:
-        raise ProfileError(f"{replay.shape.label} on {replay.hardware.name}: no batches to fit on; measure some first")
+        raise ProfileError(f"{replay.shape.title} on {replay.hardware.name}: no batches to fit on; measure some first")
     judged = test or tune
     policies = _cross_validated_policies(tune, form) if test is None else _held_out_policies(tune, test, form)
     named = None if table is None else judge(table, judged.candidates)
@@ -278,6 +308,7 @@ def compare_recorded(
         mode=mode,
         device=replay.hardware.name,
         model=replay.shape.label,
+        dtype=replay.shape.dtype,
         kernels=replay.kernels,
         form=form,
         sources=sources_of(replay),
@@ -291,6 +322,28 @@ def compare_recorded(
         notes=[*replay.notes, *policies.notes, *_bounds(judged, policies)],
         static_table=None if named is None else named.as_dict(candidates),
     )
+
+
+def compare_plugins(
+    registry: Registry,
+    store: ProfileStore,
+    shape: MoEShape,
+    hardware: Hardware,
+    beside: Sequence[str],
+    stages: Sequence[str] = (),
+    form: str = DEFAULT_FORM,
+) -> tuple[list[Row], list[str]]:
+    """For each plugin's kernel with a sweep: a row of its own, and one with all kernels of `beside`, on the batches
+    that they share. Notes say which rows there cannot be, and why."""
+    rows, notes = [], []
+    for name in of_plugins(registry, store, shape, hardware):
+        for kernels in ([name], [*beside, name]) if name not in beside else ():
+            try:
+                replay = load_replay(registry, store, shape, hardware, kernels, stages)
+                rows.append(Row.of(compare_recorded(replay, form)))
+            except RampMoEError as e:
+                notes.append(f"no row of {' + '.join(kernels)}: {e}")
+    return rows, notes
 
 
 def _bounds(judged: Replay, policies: _Policies) -> list[str]:
@@ -316,6 +369,8 @@ def _noise(judged: Replay, policies: _Policies) -> Noise | None:
 
 DECODE_SIZES = (1, 4, 16, 64, 256)
 PREFILL_SIZES = (64, 256, 1024, 4096)
+STEPS = 1024
+"""Batches of one kind and size in a trace that are judged, at most."""
 
 
 def compare_trace(replay: Replay, trace: Trace, form: str = DEFAULT_FORM) -> Comparison:
@@ -328,11 +383,12 @@ def compare_trace(replay: Replay, trace: Trace, form: str = DEFAULT_FORM) -> Com
     trace.require(shape)
     tune = replay.of("tune")
     if tune is None:
-        raise ProfileError(f"{shape.label} on {replay.hardware.name}: no batches to fit on; measure some first")
+        raise ProfileError(f"{shape.title} on {replay.hardware.name}: no batches to fit on; measure some first")
     model = tune.fit(form=form)
     table = static_table(tune.times_us, tune.labels)
-    batches, outside, total = [], 0, 0
-    for routing, sizes, histograms in _trace_batches(trace, shape.num_experts):
+    batches, outside, total, left = [], 0, 0, 0
+    for routing, count, sizes, histograms in _trace_batches(trace, shape.num_experts):
+        left += count - len(sizes)
         prediction = model.predict(histograms)
         static = np.array([table_choice(table, size) for size in sizes])
         chosen = prediction.us.argmin(1)
@@ -344,12 +400,15 @@ def compare_trace(replay: Replay, trace: Trace, form: str = DEFAULT_FORM) -> Com
         "times are predictions of the cost model, so the speed-up is at least 1 by construction; "
         "its regret on measured batches is what `compare` without a trace reports",
     ]
+    if left:
+        notes.append(f"of each kind {STEPS} batches at most are judged, evenly spread over the trace: {left} are not")
     if outside:
         notes.append(f"{outside} of {total} predictions lie outside the batches that the fit saw")
     return Comparison(
         mode="predicted",
         device=replay.hardware.name,
         model=shape.label,
+        dtype=shape.dtype,
         kernels=replay.kernels,
         form=form,
         sources=sources_of(replay),
@@ -363,25 +422,16 @@ def compare_trace(replay: Replay, trace: Trace, form: str = DEFAULT_FORM) -> Com
     )
 
 
-def _trace_batches(trace: Trace, num_experts: int) -> Iterator[tuple[str, list[int], IntArray]]:
-    """(kind, tokens of each, histograms): recorded batches, or those of the sizes that the trace is long enough for."""
-
-    def counted(kind: str, batches: Sequence[IntArray]) -> tuple[str, list[int], IntArray]:
-        histograms = np.stack([expert_histogram(b, num_experts) for b in batches])
-        return f"trace {kind}", [len(b) for b in batches], histograms
-
-    if trace.starts is not None:
-        yield from (counted("recorded", batches) for batches in trace.recorded())
-        return
-    sizes: Sequence[tuple[str, int]] = [("decode", n) for n in DECODE_SIZES] + [("prefill", n) for n in PREFILL_SIZES]
-    for kind, size in sizes:
-        cut = trace.decode if kind == "decode" else trace.prefill
-        try:
-            ids = list(cut(size))
-        except RoutingError:  # longer than the trace
-            continue
-        if ids:
-            yield counted(kind, ids)
+def _trace_batches(trace: Trace, num_experts: int) -> Iterator[tuple[str, int, list[int], IntArray]]:
+    """(kind, how many there are, tokens of each that is judged, their histograms): recorded batches, or those of the
+    sizes that the trace is long enough for."""
+    for of_size in trace.recorded():
+        batches = [of_size[i] for i in spread_out(len(of_size), STEPS)]
+        yield "trace recorded", len(of_size), [b.tokens for b in batches], np.stack([b.histogram for b in batches])
+    for kind, ids in trace.cut(DECODE_SIZES, PREFILL_SIZES):
+        steps = [ids[i] for i in spread_out(len(ids), STEPS)]
+        histograms = [expert_histogram(step, num_experts) for step in steps]
+        yield f"trace {kind}", len(ids), [len(step) for step in steps], np.stack(histograms)
 
 
 def _trace_batch(

@@ -12,7 +12,7 @@ import importlib.util
 import os
 import re
 import sys
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Literal
 
@@ -21,7 +21,17 @@ import numpy as np
 from .errors import KernelError, RampMoEError
 from .geometry import GridGeometry
 from .hardware import Hardware, detect
-from .kernel import Kernel, KernelConfig, Stage, WeightLayout, layouts_of, most_tokens, usable_configs
+from .kernel import (
+    Kernel,
+    KernelConfig,
+    Stage,
+    WeightLayout,
+    layouts_of,
+    most_tokens,
+    reason_of,
+    usable_configs,
+    why_unsupported,
+)
 from .plugins import NAME, describe, get_registry
 from .routing import KINDS, IntArray, expert_histogram, generate
 from .shapes import DTYPE_BYTES, MoEShape
@@ -87,21 +97,23 @@ class Outcome:
 
 
 def supported_shape(
-    kernel: Kernel, model: str = "olmoe-1b-7b", device: str = "h200", dtypes: Iterable[str] = DTYPE_BYTES
+    kernel: Kernel, model: str = "olmoe-1b-7b", device: str = "h200", dtypes: Collection[str] = DTYPE_BYTES
 ) -> MoEShape:
     """The model's shape in the first of `dtypes` that the kernel supports there. Raises KernelError with the reasons
-    where there is none, UnknownNameError for a model or a device that does not exist."""
+    where there is none, UnknownNameError for a model or a device that does not exist, ShapeError for a shape's name
+    that says another dtype than all of `dtypes`."""
     registry, reasons = get_registry(), {}
-    for dtype in dtypes:
+    named = registry.shape(model)
+    for dtype in dtypes if named.name or named.dtype not in dtypes else [named.dtype]:
         shape, hardware = registry.shape(model, dtype), registry.device(device)
         try:
-            reason = kernel.unsupported(shape, hardware)
-        except Exception:  # which a check is there to tell
+            reason = why_unsupported(kernel, shape, hardware)
+        except KernelError:  # which a check is there to tell
             return shape
         if reason is None:
             return shape
         reasons[dtype] = reason
-    listed = "; ".join(f"{dtype}: {describe(reason)}" for dtype, reason in reasons.items())
+    listed = "; ".join(f"{dtype}: {reason}" for dtype, reason in reasons.items())
     raise KernelError(f"kernel {kernel.name} does not support {model} on {device} ({listed})")
 
 
@@ -260,7 +272,7 @@ class Conformance:
 
     def _supported(self) -> Iterator[tuple[MoEShape, Hardware]]:
         for shape, hardware in self._probes():
-            if self.kernel.unsupported(shape, hardware) is None:
+            if why_unsupported(self.kernel, shape, hardware) is None:
                 yield shape, hardware
 
     # --- the launch --------------------------------------------------------------------------------------------------
@@ -277,7 +289,7 @@ class Conformance:
         if self._launch_shape is not None:
             return self._launch_shape
         shapes = (MoEShape(*sizes, dtype or self.shape.dtype) for sizes in SMALL)
-        return next((s for s in shapes if self.kernel.unsupported(s, hardware) is None), None)
+        return next((s for s in shapes if why_unsupported(self.kernel, s, hardware) is None), None)
 
     def _launched(self) -> Trial:
         if self._no_trial is not None:
@@ -294,7 +306,7 @@ class Conformance:
         kernel = self._launchable()
         if importlib.util.find_spec("torch") is None:
             raise Skip("torch is missing: pip install 'ramp-moe[torch]'")
-        if reason := kernel.unavailable():
+        if reason := reason_of(kernel.unavailable(), "unavailable"):
             raise Skip(f"the kernel cannot run here: {reason}")
         import torch
 
@@ -310,7 +322,7 @@ class Conformance:
         elif self.shape.dtype == "bf16" and self._launch_shape is None:
             shape = self._small(hardware, "fp16")  # the interpreter truncates where a GPU rounds to bf16
         shape = shape or self._small(hardware)
-        if shape is None or (reason := kernel.unsupported(shape, hardware)):
+        if shape is None or (reason := why_unsupported(kernel, shape, hardware)):
             raise Skip(
                 f"the kernel does not take a small {self.shape.dtype} shape on {hardware.name}; give launch_shape"
             )

@@ -11,6 +11,7 @@ from .errors import RoutingError
 from .plugins import get_registry
 from .replay import load_model
 from .routing import check_histogram
+from .shapes import DEFAULT_DTYPE
 from .store import ProfileStore
 
 
@@ -32,8 +33,9 @@ class Dispatcher:
         self.model = model
 
     @classmethod
-    def for_model(cls, model: str, device: str, kernels: Sequence[str] = (), dtype: str = "fp8") -> Dispatcher:
-        """A dispatcher over what is recorded for a named model and device, of these kernels (of all where empty).
+    def for_model(cls, model: str, device: str, kernels: Sequence[str] = (), dtype: str | None = None) -> Dispatcher:
+        """A dispatcher over what is recorded for a named model and device, of these kernels (of all where empty). A
+        model whose dtype is not said is in DEFAULT_DTYPE, fp8.
 
         Where these kernels have no profile of the shape, profiles of other shapes are made to do (see `transfer`): then
         `model.measured` says so, and every choice is extrapolated.
@@ -42,7 +44,8 @@ class Dispatcher:
         """
         registry = get_registry()
         store = ProfileStore(shipped=registry.profile_dirs)
-        found, _ = load_model(registry, store, registry.shape(model, dtype), registry.device(device), kernels)
+        shape = registry.shape(model, dtype, DEFAULT_DTYPE)
+        found, _ = load_model(registry, store, shape, registry.device(device), kernels)
         return cls(found)
 
     def choose(self, histogram: Any, num_tokens: int | None = None) -> Choice:

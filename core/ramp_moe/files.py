@@ -1,4 +1,5 @@
-"""Reading and writing the library's JSON files: atomic writes, errors that name file and field, migration.
+"""Reading and writing the library's files: regular files alone, atomic writes, errors that name file and field,
+migration.
 
 Every file is one JSON object that begins with `"format"` and `"version"`. A file of an older version is migrated in
 memory when it is read (the file stays as it was); one of a newer version is refused.
@@ -6,12 +7,13 @@ memory when it is read (the file stays as it was); one of a newer version is ref
 
 from __future__ import annotations
 
+import errno
 import os
 import stat
 import tempfile
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, BinaryIO, TypeVar
 
 import msgspec
 
@@ -20,11 +22,39 @@ from .errors import ProfileError
 T = TypeVar("T")
 Migration = Callable[[dict[str, Any]], dict[str, Any]]
 
+MAX_BYTES = 2**28
+"""Of a file that is read whole: no profile, table or histogram comes near it."""
+_KINDS = {stat.S_IFDIR: "folder", stat.S_IFIFO: "pipe", stat.S_IFCHR: "device", stat.S_IFBLK: "device"}
+
+
+def open_file(path: Path) -> BinaryIO:
+    """Open a regular file for reading. Raises OSError for anything else: a pipe may never begin, a device never end."""
+    try:
+        descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
+    except ValueError:
+        raise OSError(errno.EINVAL, "a NUL in its name", str(path)) from None
+    mode = os.fstat(descriptor).st_mode
+    if not stat.S_ISREG(mode):
+        os.close(descriptor)
+        kind = _KINDS.get(stat.S_IFMT(mode), "special file")
+        raise OSError(errno.EINVAL, f"it is a {kind}, not a regular file", str(path))
+    return os.fdopen(descriptor, "rb")
+
+
+def read_file(path: Path) -> bytes:
+    """The content of a regular file of at most MAX_BYTES. Raises OSError, whose `strerror` says why not."""
+    with open_file(path) as file:
+        known = os.fstat(file.fileno()).st_size  # 0 for files that the kernel makes up
+        data = b"" if known > MAX_BYTES else file.read(MAX_BYTES + 1)
+    if max(known, len(data)) > MAX_BYTES:
+        raise OSError(errno.EFBIG, f"it is larger than {MAX_BYTES >> 20} MiB", str(path))
+    return data
+
 
 def peek_format(path: Path) -> str | None:
     """What a JSON file's `format` field says, None where it has none or cannot be read (reading it tells why)."""
     try:
-        return msgspec.json.decode(path.read_bytes(), type=_Header).format
+        return msgspec.json.decode(read_file(path), type=_Header).format
     except (OSError, ValueError, RecursionError, msgspec.DecodeError):
         return None
 
@@ -47,9 +77,9 @@ def read_json(
     the header existed.
     """
     try:
-        data = path.read_bytes()
-    except (OSError, ValueError) as e:  # ValueError: a NUL in the path
-        raise ProfileError(f"cannot read {path}: {getattr(e, 'strerror', None) or e}") from None
+        data = read_file(path)
+    except OSError as e:
+        raise ProfileError(f"cannot read {path}: {e.strerror or e}") from None
     try:
         raw = msgspec.json.decode(data)
     except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as e:
@@ -81,19 +111,35 @@ def write_json(path: Path, record: msgspec.Struct) -> None:
     write_atomically(path, _layout(msgspec.to_builtins(record)))
 
 
+def check_target(path: Path) -> tuple[Path, int | None]:
+    """Where writing to `path` leads, links followed, and the mode of the file that is there, None where there is none.
+    Raises ProfileError for a name that cannot be, and for anything but a regular file."""
+    try:
+        target = Path(os.path.realpath(path))
+        mode = target.lstat().st_mode
+    except (FileNotFoundError, NotADirectoryError):
+        return target, None
+    except (OSError, ValueError) as e:  # ValueError: a NUL in the name
+        raise ProfileError(f"cannot write {path}: {getattr(e, 'strerror', None) or e}; name another file") from None
+    if stat.S_ISLNK(mode):
+        raise ProfileError(f"cannot write {path}: its links go round in a circle; name another file")
+    if stat.S_ISDIR(mode):
+        raise ProfileError(f"cannot write {path}: it is a folder; name a file")
+    if not stat.S_ISREG(mode):
+        raise ProfileError(f"cannot write {path}: it is not a regular file; name another")
+    return target, mode
+
+
 def write_atomically(path: Path, data: bytes) -> None:
     """Write `data` to `path`, whole or not at all: a temporary file beside it is flushed, then renamed over it.
 
     A link is followed and a file's mode is kept. Raises ProfileError for anything but a regular file, when the folder
     cannot be written, or when the disk is full; the old file then stays as it was.
     """
-    path = path.resolve()
+    path, mode = check_target(path)
     try:
-        mode = path.stat().st_mode if path.exists() else None
-        if mode is not None and not stat.S_ISREG(mode):
-            raise ProfileError(f"cannot write {path}: it is not a regular file; name another")
         path.parent.mkdir(parents=True, exist_ok=True)
-        descriptor, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=".tmp")
+        descriptor, temporary = tempfile.mkstemp(dir=path.parent, prefix=".ramp-moe.", suffix=".tmp")
         try:
             with os.fdopen(descriptor, "wb") as f:
                 f.write(data)

@@ -15,6 +15,17 @@ from numpy.typing import NDArray
 from .errors import ShapeError
 from .routing import FloatArray, IntArray, active_experts
 
+MAX_TILE = 2**20
+"""Outputs of one CTA's tile: several times what the registers and tensor memory of any SM hold."""
+
+MAX_FIELDS = {
+    **dict.fromkeys(("block_tokens", "block_weights", "block_k"), 2**20),
+    **dict.fromkeys(("weight_rows", "reduction"), 2**24),
+    "expert_bytes": 2**48,
+    **dict.fromkeys(("split_k", "persistent_ctas", "ctas_per_sm", "cluster_m"), 2**20),
+}
+"""Bounds, so that counts of CTAs and bytes stay exact in 64 bits."""
+
 
 def m_tiles(histogram: IntArray, blocks: NDArray[np.int64] | int) -> IntArray:
     """sum_e ceil(h_e / block). With an array of blocks `[B]` the result gains a last axis `[..., B]`."""
@@ -56,11 +67,19 @@ class GridGeometry:
     align_block_size: bool = False
 
     def __post_init__(self) -> None:
-        for what in ("block_tokens", "block_weights", "block_k", "weight_rows", "reduction", "expert_bytes"):
-            if getattr(self, what) < 1:
-                raise ShapeError(f"grid geometry: {what} must be at least 1, not {getattr(self, what)}")
-        if self.split_k < 1 or self.ctas_per_sm < 1 or (self.persistent_ctas is not None and self.persistent_ctas < 1):
-            raise ShapeError("grid geometry: split_k, ctas_per_sm and persistent_ctas must be at least 1")
+        for what, most in MAX_FIELDS.items():
+            value = getattr(self, what)
+            if value is None and what == "persistent_ctas":
+                continue
+            if isinstance(value, bool) or not isinstance(value, int | np.integer):
+                raise ShapeError(f"grid geometry: {what} must be an integer, not {value!r}")
+            if not 1 <= value <= most:
+                raise ShapeError(f"grid geometry: {what} must lie between 1 and {most}, not {value}")
+        if self.block_tokens * self.block_weights > MAX_TILE:
+            raise ShapeError(
+                f"grid geometry: a tile of {self.block_tokens} tokens by {self.block_weights} weight rows has more "
+                f"than the {MAX_TILE} sums that a CTA can hold"
+            )
         if self.cluster_m not in (1, 2, 4, 8, 16):
             raise ShapeError(f"grid geometry: cluster_m must be 1, 2, 4, 8 or 16, not {self.cluster_m}")
         if self.split_k > self.tiles_k:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import html
 import io
+import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -11,11 +12,15 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from .comparison import Batch, Comparison, Pick, percent
-from .errors import ProfileError, RampMoEError
-from .files import write_atomically
+from .errors import RampMoEError
+from .files import check_target, write_atomically
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
+
+SETTINGS = {"svg.fonttype": "none", "svg.hashsalt": "ramp-moe", "font.size": 10, "text.parse_math": False}
+"""Text stays text, so that the page can be searched, and no label is a formula; a fixed salt makes the same result give
+the same file."""
 
 STATIC, RETROFITTED, BEST = "#b3541e", "#1f6fb4", "#4d4d4d"
 
@@ -33,28 +38,40 @@ svg { max-width: 100%; height: auto }
 
 def check_report(path: Path) -> None:
     """Raises what `write_report` would without matplotlib, or for a folder: it is known before minutes of measuring."""
-    try:
-        import matplotlib  # noqa: F401
-    except ImportError:
-        raise RampMoEError("--html draws its plots with matplotlib: pip install 'ramp-moe[plots]'") from None
-    if path.is_dir():
-        raise ProfileError(f"cannot write {path}: it is a folder; name a file")
+    _matplotlib()
+    check_target(path)
 
 
 def write_report(result: Comparison, path: Path) -> None:
     """Write the page, atomically. Raises RampMoEError without matplotlib, ProfileError where it cannot be written."""
     check_report(path)
-    import matplotlib
-
-    # Text stays text, so that the page can be searched; a fixed salt makes the same result give the same file.
-    with matplotlib.rc_context({"svg.fonttype": "none", "svg.hashsalt": "ramp-moe", "font.size": 10}):
+    matplotlib = _matplotlib()
+    with matplotlib.rc_context():
+        # A user's own settings may need TeX, or fonts, that are not here.
+        matplotlib.rcdefaults()
+        matplotlib.rcParams.update(SETTINGS)
         page = _page(result)
-    write_atomically(path, page.encode())
+    write_atomically(path, page.encode(errors="backslashreplace"))
+
+
+def _matplotlib() -> Any:
+    """The module. The backend that the environment asks for, a notebook's say, is for windows: none is opened here."""
+    asked = os.environ.pop("MPLBACKEND", None)
+    try:
+        import matplotlib
+    except ImportError:
+        raise RampMoEError("--html draws its plots with matplotlib: pip install 'ramp-moe[plots]'") from None
+    except Exception as e:
+        raise RampMoEError(f"matplotlib, which draws --html, cannot be imported: {e}") from None
+    finally:
+        if asked is not None:
+            os.environ["MPLBACKEND"] = asked
+    return matplotlib
 
 
 def _page(result: Comparison) -> str:
     measured = result.mode != "predicted"
-    title = f"ramp-moe: {result.model} on {result.device}"
+    title = f"ramp-moe: {result.model} ({result.dtype}) on {result.device}"
     s = result.speedup_over_static
     plots = [("Latency by batch size", _latency(result.batches))]
     if measured:
@@ -76,6 +93,7 @@ retrofitted over static dispatch; min {s.min:.3f}x, max {s.max:.3f}x.
 Kernels: {html.escape(", ".join(result.kernels))}.</p>
 {_policies(result)}
 {body}
+{_plugins(result)}
 <h2>Every batch</h2>
 {_batches(result.batches)}
 <h2>Notes</h2><ul>{notes}{methods}</ul>
@@ -98,6 +116,23 @@ def _policies(result: Comparison) -> str:
         return ""
     rows = [[html.escape(name), *(percent(v) for v in s.as_dict().values())] for name, s in result.baselines.items()]
     return "<h2>Regret of each dispatch</h2>" + _table(["dispatch", "mean", "median", "p95", "max"], rows, [0])
+
+
+def _plugins(result: Comparison) -> str:
+    if not result.plugins:
+        return ""
+    rows = [
+        [
+            html.escape(" + ".join(row.kernels)),
+            str(row.batches),
+            f"{row.speedup_over_static.geomean:.3f}",
+            percent(row.regret),
+            percent(row.static_regret),
+        ]
+        for row in result.plugins
+    ]
+    head = ["kernels", "batches", "speed-up", "regret", "static's"]
+    return "<h2>Plugins' kernels, alone and beside the others</h2>" + _table(head, rows, [0])
 
 
 def _batches(batches: Sequence[Batch]) -> str:

@@ -174,6 +174,27 @@ def fp8_unsupported(shape: MoEShape, hardware: Hardware, whole_blocks: bool = Tr
     return None
 
 
+def why_unsupported(kernel: Kernel, shape: MoEShape, hardware: Hardware) -> str | None:
+    """The kernel's reason, None where it supports the shape; one that says neither counts as a refusal. Raises
+    KernelError for a kernel that fails to answer."""
+    try:
+        reason: object = kernel.unsupported(shape, hardware)
+    except RampMoEError:
+        raise
+    except Exception as e:  # a plugin's own mistake, which must not look like ours
+        raise KernelError(f"kernel {kernel.name} fails to describe itself: {type(e).__name__}: {e}") from e
+    return reason_of(reason, "unsupported")
+
+
+def reason_of(answer: object, asked: str) -> str | None:
+    """What a kernel's unsupported() or unavailable() answered, as one line; None where nothing is in the way."""
+    if answer is None:
+        return None
+    if isinstance(answer, str):
+        return " ".join(answer.split()) or f"{asked}, without a reason"
+    return f"{asked}() returned {type(answer).__name__}, not a reason or None; correct the kernel"
+
+
 def layouts_of(kernel: Kernel, shape: MoEShape) -> tuple[str, ...]:
     """The kernel's readable layouts, or KernelError with the reason why the kernel is broken."""
     try:
@@ -183,16 +204,6 @@ def layouts_of(kernel: Kernel, shape: MoEShape) -> tuple[str, ...]:
     if not found or not all(isinstance(key, str) for key in found):
         raise KernelError(f"kernel {kernel.name} names {found!r} as the weight layouts that it reads")
     return found
-
-
-def why_unsupported(kernel: Kernel, shape: MoEShape, hardware: Hardware) -> str | None:
-    """The kernel's reason against a shape, or None; KernelError if the kernel fails to say."""
-    try:
-        return kernel.unsupported(shape, hardware)
-    except RampMoEError:
-        raise
-    except Exception as e:  # a plugin's own mistake, which must not look like ours
-        raise KernelError(f"kernel {kernel.name} fails to describe itself: {type(e).__name__}: {e}") from e
 
 
 def most_tokens(kernel: Kernel, config: KernelConfig, shape: MoEShape) -> int | None:
@@ -205,19 +216,18 @@ def most_tokens(kernel: Kernel, config: KernelConfig, shape: MoEShape) -> int | 
 
 def usable_configs(kernel: Kernel, shape: MoEShape, hardware: Hardware) -> tuple[KernelConfig, ...]:
     """The kernel's configurations, or KernelError with the reason why there is none, or why the kernel is broken."""
-    reason = why_unsupported(kernel, shape, hardware)
+    if (reason := why_unsupported(kernel, shape, hardware)) is not None:
+        raise KernelError(f"kernel {kernel.name} does not support {shape.title} on {hardware.name}: {reason}")
     try:
-        configs = () if reason is not None else tuple(kernel.configs(shape, hardware))
+        configs = tuple(kernel.configs(shape, hardware))
     except RampMoEError:
         raise
     except Exception as e:  # a plugin's own mistake, which must not look like ours
         raise KernelError(f"kernel {kernel.name} fails to describe itself: {type(e).__name__}: {e}") from e
-    if reason is not None:
-        raise KernelError(f"kernel {kernel.name} does not support {shape.label} on {hardware.name}: {reason}")
     if not all(isinstance(c, KernelConfig) for c in configs):
         raise KernelError(f"kernel {kernel.name} lists something that is not a KernelConfig")
     if not configs:
-        raise KernelError(f"kernel {kernel.name} has no configuration for {shape.label} on {hardware.name}")
+        raise KernelError(f"kernel {kernel.name} has no configuration for {shape.title} on {hardware.name}")
     if len({c.name for c in configs}) != len(configs):
         raise KernelError(f"kernel {kernel.name} names two configurations alike for {shape.label}")
     return configs

@@ -42,6 +42,8 @@ class Plugin:
     name: str
     version: str
     origin: str
+    own: bool = False
+    """Whether it is the library's, not a third party's."""
     loaded: bool = False
     hooks: list[str] = field(default_factory=list)
     seconds: float = 0.0
@@ -86,12 +88,14 @@ class Registry:
         self.hardware: dict[str, Hardware] = {}
         self.experts: dict[str, ExpertsAdapter] = {}
         self.profile_dirs: list[Path] = []
+        self.third_party: set[str] = set()
+        """Names of the kernels that are not the library's own."""
         self._manager = pluggy.PluginManager(GROUP)
         self._manager.add_hookspecs(hookspecs)
         self._registered: dict[str, Plugin] = {}
         self._owner: dict[tuple[str, str], str] = {}
 
-        own = Plugin("built-in", _version(DISTRIBUTION), DISTRIBUTION)
+        own = Plugin("built-in", _version(DISTRIBUTION), DISTRIBUTION, own=True)
         self._register(own, lambda: builtin)
         if load_entry_points:
             self._load_entry_points()
@@ -100,6 +104,8 @@ class Registry:
         self._collect("ramp_moe_hardware", Hardware, self.hardware)
         self._collect("ramp_moe_experts", ExpertsAdapter, self.experts)  # type: ignore[type-abstract]
         self._collect_profile_dirs()
+        own_plugins = {p.name for p in self.plugins if p.own}
+        self.third_party = {n for n in self.kernels if self._owner["ramp_moe_kernels", n] not in own_plugins}
         for plugin in self.plugins:
             if plugin.seconds > SLOW_SECONDS:
                 plugin.problems.append(
@@ -118,9 +124,9 @@ class Registry:
             raise HardwareError(f"device {name!r} is one of several: name {', '.join(reported)}")
         return _look_up("device", name, self.hardware, "plugins add more with the ramp_moe_hardware hook")
 
-    def shape(self, model: str, dtype: str | None = None) -> MoEShape:
+    def shape(self, model: str, dtype: str | None = None, default: str | None = None) -> MoEShape:
         """The shape of a registered model, NAME or NAME-tpN (see `resolve_shape`)."""
-        return resolve_shape(self.models, model, dtype)
+        return resolve_shape(self.models, model, dtype, default)
 
     def _load_entry_points(self) -> None:
         allowed = os.environ.get(ALLOW_LIST)
@@ -131,9 +137,8 @@ class Registry:
             if names is not None and entry.name not in names and not _is_own(entry):
                 continue
             dist = entry.dist
-            plugin = Plugin(
-                entry.name, dist.version if dist else "?", f"{dist.name if dist else 'unknown'} ({entry.value})"
-            )
+            origin = f"{dist.name if dist else 'unknown'} ({entry.value})"
+            plugin = Plugin(entry.name, dist.version if dist else "?", origin, _is_own(entry))
             self._register(plugin, entry.load)
         for missing in sorted((names or set()) - {e.name for e in found}):
             plugin = Plugin(missing, "?", ALLOW_LIST, problems=[f"named in {ALLOW_LIST} but not installed"])

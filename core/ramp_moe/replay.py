@@ -4,7 +4,7 @@ batches, and the cost model fitted on them."""
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field, replace
 from functools import partial
@@ -26,10 +26,10 @@ from .cost_model import (
 )
 from .errors import KernelError, NoProfileError, ProfileError, RampMoEError
 from .evaluation import IndexArray
-from .fit_file import digest, model_from_fit
+from .fit_file import FitRecord, digest, model_from_fit
 from .fitting import fit_sweep
 from .hardware import Hardware
-from .kernel import KernelConfig, usable_configs, why_unsupported
+from .kernel import Kernel, KernelConfig, usable_configs, why_unsupported
 from .plugins import Registry
 from .routing import FloatArray, IntArray
 from .shapes import MoEShape
@@ -130,27 +130,34 @@ def load_replay(
     kernels: Sequence[str] = (),
     stages: Sequence[str] = (),
 ) -> Replay:
-    """Bring together the recorded sweeps of `kernels` (of every registered kernel that has one, where empty), whole
-    paths where they were measured, or the times of these kinds of stages alone.
+    """Bring together the recorded sweeps of `kernels`, whole paths where they were measured, or the times of these
+    kinds of stages alone. Where no kernel is named: those of the library's own kernels that have one, so that no plugin
+    changes what they show, or else those of the plugins' kernels.
 
     Kernels that were asked for must have a sweep and share batches; of the others, those that cannot be compared with
-    the kernel of the most batches are left out with a note. Raises UnknownNameError, KernelError or ProfileError.
+    the kernel of the most batches, or have no sweep, are left out with a note. Raises UnknownNameError, KernelError or
+    ProfileError.
     """
     notes: list[str] = []
     names = list(dict.fromkeys(kernels) or registry.kernels)
     chosen = {name: registry.kernel(name) for name in names}
     store.check(names, shape, hardware)
     found: list[Recording] = []
-    for name, kernel in chosen.items():
+    for name in names if kernels else _own_first(registry, names):
+        if not kernels and found and name in registry.third_party:
+            continue
         with _left_out(name, bool(kernels), notes):
             recorded = store.find(name, shape, hardware)
             if recorded is None and kernels:
                 raise nothing_recorded(registry, store, [name], shape, hardware)
             if recorded is not None:
                 path, sweep = recorded
-                found.append(_recording(path, view(sweep, stages), usable_configs(kernel, shape, hardware), notes))
+                configs = usable_configs(chosen[name], shape, hardware)
+                found.append(_recording(path, view(sweep, stages), configs, notes))
     if not found:
         raise ProfileError("; ".join(notes)) if notes else nothing_recorded(registry, store, names, shape, hardware)
+    if not kernels:
+        notes += without_profile(registry, store, shape, hardware).values()
     found.sort(key=lambda r: -len(r.sweep.labels))
     return _align(shape, hardware, found, bool(kernels), notes)
 
@@ -182,11 +189,47 @@ def nothing_recorded(
     )
 
 
+def _own_first(registry: Registry, names: Iterable[str]) -> list[str]:
+    return sorted(names, key=lambda name: name in registry.third_party)
+
+
+def of_plugins(registry: Registry, store: ProfileStore, shape: MoEShape, hardware: Hardware) -> list[str]:
+    """Names of the plugins' kernels that have a sweep for this shape and device."""
+    return [n for n in sorted(registry.third_party) if store.find(n, shape, hardware) is not None]
+
+
+def without_profile(registry: Registry, store: ProfileStore, shape: MoEShape, hardware: Hardware) -> dict[str, str]:
+    """A line for each registered kernel that no command can judge: it has no sweep for this shape and device."""
+    notes = {}
+    for name, kernel in registry.kernels.items():
+        if store.find(name, shape, hardware) is None:
+            try:
+                reason = why_unsupported(kernel, shape, hardware)
+            except RampMoEError as e:
+                reason = str(e)
+            notes[name] = f"{name} left out: {reason or _no_profile(kernel, shape, hardware)}"
+    return notes
+
+
+def _no_profile(kernel: Kernel, shape: MoEShape, hardware: Hardware) -> str:
+    from .device import LaunchableKernel  # which needs this module
+
+    if isinstance(kernel, LaunchableKernel):
+        flags = f"--model {shape.label} --dtype {shape.dtype} --kernel {kernel.name}"
+        remedy = f"measure one with `ramp-moe profile {flags}`"
+    else:
+        remedy = "name a sweep with --profile, since there is nothing to launch"
+    return f"no profile for {shape.title} on {hardware.name}; {remedy}"
+
+
 def view(sweep: Sweep, stages: Sequence[str] = ()) -> Sweep:
     """The columns of these kinds, with the batches on which they were timed; where none is named, the whole paths, or
     all stages of a sweep that has no paths. Raises ProfileError where a named kind was not measured."""
     found = sweep.only(stages or [PATH]) if stages or PATH in sweep.stages else sweep
     timed = np.isfinite(found.runs_us).any(axis=(0, 2))
+    if not timed.any():
+        what = ", ".join(found.stages)
+        raise ProfileError(f"the sweep of {sweep.kernel} for {sweep.shape.title} has no time of {what}; measure again")
     return found if timed.all() else found.select(np.flatnonzero(timed).tolist())
 
 
@@ -273,12 +316,14 @@ def load_model(
     form: str = DEFAULT_FORM,
 ) -> tuple[CostModel, list[str]]:
     """The cost model to dispatch with, and notes on what was left out: each kernel's stored fit where there is one of
-    this form that is not older than its sweep, else a fit of its sweep. Kernels as in `load_replay`.
+    this form that is not older than its sweep, else a fit of its sweep. Kernels as in `load_replay`, but that plugins'
+    kernels take part where they can be compared with the others.
 
-    Where none of them has a profile of this shape, profiles of other shapes are made to do, see `transfer`."""
+    Where none of them, or of the library's own, has a profile of this shape, profiles of other shapes are made to do,
+    see `transfer`."""
     notes: list[str] = []
     unknown: list[str] = []
-    names = list(dict.fromkeys(kernels) or registry.kernels)
+    names = list(dict.fromkeys(kernels) or _own_first(registry, registry.kernels))
     chosen = {name: registry.kernel(name) for name in names}
     store.check(names, shape, hardware)
     models: list[CostModel] = []
@@ -289,22 +334,44 @@ def load_model(
                 unknown.append(name)
                 continue
             configs = usable_configs(kernel, shape, hardware)
-            if fitted and fitted.form == form and (recorded is None or fitted.sweep == digest(recorded[1])):
-                histograms = None if recorded is None else fitted_on(recorded[1]).histograms
-                models.append(model_from_fit(fitted, shape, hardware, configs, histograms))
-            elif recorded:
-                models.append(fit_recorded(recorded[1], configs, hardware, form, notes))
-            else:
-                raise ProfileError(f"the fit of {name} is of another form than {form}, and its sweep is not here")
-    if len(unknown) == len(names):
-        models = _transferred(registry, store, shape, hardware, names, notes)
+            sweep = None if recorded is None else recorded[1]
+            models.append(_dispatchable(sweep, fitted, configs, shape, hardware, form, notes))
+    needed = names if kernels else [n for n in names if n not in registry.third_party] or names
+    if set(needed) <= set(unknown):
+        models = _transferred(registry, store, shape, hardware, unknown, notes) + models
     elif kernels and unknown:
         raise nothing_recorded(registry, store, unknown, shape, hardware)
     if not models:
         raise ProfileError("; ".join(notes)) if notes else nothing_recorded(registry, store, names, shape, hardware)
     if not kernels:
-        models = _comparable(models, notes)
+        models = _comparable(registry, models, notes)
+        known = {c.kernel for m in models for c in m.candidates}
+        missing = without_profile(registry, store, shape, hardware)
+        notes += [missing[name] for name in unknown if name not in known]
     return join(models), notes
+
+
+def _dispatchable(
+    sweep: Sweep | None,
+    fitted: FitRecord | None,
+    configs: Sequence[KernelConfig],
+    shape: MoEShape,
+    hardware: Hardware,
+    form: str,
+    notes: list[str],
+) -> CostModel:
+    """One kernel's model, by its stored fit where that is of any use, else by its sweep."""
+    if fitted is not None and fitted.form == form and (sweep is None or fitted.sweep == digest(sweep)):
+        histograms = None if sweep is None else fitted_on(sweep).histograms
+        try:
+            return model_from_fit(fitted, shape, hardware, configs, histograms)
+        except ProfileError as e:
+            if sweep is None:
+                raise
+            notes.append(f"{e}; its sweep is fitted anew")
+    if sweep is None:
+        raise ProfileError(f"its fit is of another form than {form}, and its sweep is not here")
+    return fit_recorded(sweep, configs, hardware, form, notes)
 
 
 def _transferred(
@@ -320,12 +387,12 @@ def _transferred(
     for name in kernels:
         kernel = registry.kernel(name)
         sweeps = store.of_other_shapes(name, shape, hardware)
-        if sweeps and why_unsupported(kernel, shape, hardware) is None:
-            with suppress(ProfileError):
+        if sweeps:
+            with suppress(ProfileError, KernelError):
                 models.append(transfer(sweeps, partial(usable_configs, kernel, hardware=hardware), shape, hardware))
     if models:
         notes.append(
-            f"{shape.label} has no profile on {hardware.name}: what is chosen is guessed from other shapes; measure it "
+            f"{shape.title} has no profile on {hardware.name}: what is chosen is guessed from other shapes; measure it "
             f"with `ramp-moe profile --model {shape.label} --dtype {shape.dtype}`"
         )
     return models
@@ -345,18 +412,26 @@ def fit_recorded(
 
 def fitted_on(sweep: Sweep) -> Sweep:
     """What `fit_recorded` fits to: the sweep's `view`, its batches to fit on."""
-    tune = sweep.rows_of("tune")
+    seen = view(sweep)
+    tune = seen.rows_of("tune")
     if not tune:
         raise ProfileError(f"the sweep of {sweep.kernel} has no batches to fit on, only ones kept for judging")
-    return view(sweep).select(tune)
+    return seen.select(tune)
 
 
-def _comparable(models: Sequence[CostModel], notes: list[str]) -> list[CostModel]:
-    """Unasked, the models that can be compared with the one of the most candidates, and with each other."""
+def _comparable(registry: Registry, models: Sequence[CostModel], notes: list[str]) -> list[CostModel]:
+    """Unasked, the models that can be compared with the library's own of the most candidates, and with each other."""
     kept: list[CostModel] = []
-    for model in sorted(models, key=lambda m: -len(m.candidates)):
-        if reason := next((r for k in kept if (r := incomparable(k, model))), None):
-            notes.append(f"{model.candidates[0].kernel} left out: {reason}")
+
+    def order(model: CostModel) -> tuple[bool, int]:
+        return model.candidates[0].kernel in registry.third_party, -len(model.candidates)
+
+    for model in sorted(models, key=order):
+        name = model.candidates[0].kernel
+        if kept and model.form != kept[0].form:
+            notes.append(f"{name} left out: the others are guessed from other shapes; name it with --kernel")
+        elif reason := next((r for k in kept if (r := incomparable(k, model))), None):
+            notes.append(f"{name} left out: {reason}")
         else:
             kept.append(model)
     return kept

@@ -18,8 +18,11 @@ FloatArray = NDArray[np.float64]
 MAX_COUNT = 2**40
 """Bound on one expert's tokens, so that sums over experts stay exact in 64 bits."""
 
-MAX_CELLS = 2**28
-"""Bound on tokens x experts of a synthetic routing: what its random keys take is 2 GiB."""
+MAX_CELLS = 2**26
+"""Bound on tokens x experts of a synthetic routing: drawing so many takes some ten seconds."""
+
+DRAWN_AT_ONCE = 2**22
+"""Random keys that are held at a time: 32 MiB."""
 
 
 def _on_host(values: Any, what: str) -> Any:
@@ -97,8 +100,14 @@ def active_experts(histogram: IntArray) -> IntArray:
 def _without_replacement(p: FloatArray, tokens: int, top_k: int, rng: np.random.Generator) -> IntArray:
     """`top_k` distinct experts a token, drawn one after the other by `p` [E] or [tokens, E] (Gumbel top-k)."""
     with np.errstate(divide="ignore"):
-        keys = np.log(p) + rng.gumbel(size=(tokens, p.shape[-1]))
-    return np.argsort(-keys, axis=1, kind="stable")[:, :top_k].astype(np.int64)
+        logits = np.log(p)
+    ids = np.empty((tokens, top_k), np.int64)
+    rows = max(1, DRAWN_AT_ONCE // p.shape[-1])
+    for first in range(0, tokens, rows):
+        part = slice(first, min(first + rows, tokens))
+        keys = (logits if p.ndim == 1 else logits[part]) + rng.gumbel(size=(part.stop - first, p.shape[-1]))
+        ids[part] = np.argsort(-keys, axis=1, kind="stable")[:, :top_k]
+    return ids
 
 
 def uniform(tokens: int, num_experts: int, top_k: int, seed: int = 0) -> IntArray:

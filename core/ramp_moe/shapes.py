@@ -13,6 +13,9 @@ from .errors import ShapeError, UnknownNameError
 DTYPE_BYTES: Mapping[str, int] = {"fp8": 1, "bf16": 2, "fp16": 2}
 """Weight dtypes and bytes an element. fp8 is e4m3 W8A8 with one float32 scale per block of the weight."""
 
+DEFAULT_DTYPE = "fp8"
+"""Of a model that is named without one: what most servers run, and every kernel has."""
+
 SCALE_BLOCK = 128
 """Rows, and columns, of a weight that share an fp8 scale in a checkpoint."""
 SMALLEST_SCALE_BLOCK = 32
@@ -28,6 +31,10 @@ def scale_blocks(intermediate_size: int) -> tuple[int, ...]:
     """
     finer = math.gcd(SCALE_BLOCK, intermediate_size)
     return (SCALE_BLOCK, finer) if SMALLEST_SCALE_BLOCK <= finer < SCALE_BLOCK else (SCALE_BLOCK,)
+
+
+MAX_SIZES = {"num_experts": 2**16, "top_k": 2**16, "hidden_size": 2**20, "intermediate_size": 2**20}
+"""Bounds on a layer, tens of times what models have, so that what is computed of it stays small and exact."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,10 +54,12 @@ class MoEShape:
     name: str | None = field(default=None, compare=False)
 
     def __post_init__(self) -> None:
-        for what in ("num_experts", "top_k", "hidden_size", "intermediate_size"):
+        for what, most in MAX_SIZES.items():
             value = getattr(self, what)
             if isinstance(value, bool) or not isinstance(value, int) or value < 1:
                 raise ShapeError(f"{what} must be a positive integer, not {value!r}")
+            if value > most:
+                raise ShapeError(f"{what} {value} is more than any layer has; at most {most} can be")
         if self.top_k > self.num_experts:
             raise ShapeError(f"top_k {self.top_k} exceeds num_experts {self.num_experts}")
         if self.dtype not in DTYPE_BYTES:
@@ -64,6 +73,11 @@ class MoEShape:
     @property
     def label(self) -> str:
         return self.name or self.slug
+
+    @property
+    def title(self) -> str:
+        """The label, and the dtype beside a name that does not say it."""
+        return f"{self.name} ({self.dtype})" if self.name else self.slug
 
     @property
     def gate_up_rows(self) -> int:
@@ -117,15 +131,18 @@ class Model:
             raise ShapeError(f"a registered model needs a name: {self.shape.slug}")
 
 
-_SHARD = re.compile(r"(.+)-tp(\d+)")
-_SLUG = re.compile(r"e(\d+)-k(\d+)-h(\d+)-i(\d+)-(\w+)")
+_SHARD = re.compile(r"(.+)-tp([0-9]{1,9})")
+_SLUG = re.compile(r"e([0-9]{1,9})-k([0-9]{1,9})-h([0-9]{1,9})-i([0-9]{1,9})-(\w+)")
 
 
-def resolve_shape(models: Mapping[str, Model], name: str, dtype: str | None = None) -> MoEShape:
-    """The shape of `name`, where `NAME-tpN` shards NAME over N ranks; `dtype` replaces the released one. A shape's slug
-    is a name, too, that says its dtype itself.
+def resolve_shape(
+    models: Mapping[str, Model], name: str, dtype: str | None = None, default: str | None = None
+) -> MoEShape:
+    """The shape of `name`, where `NAME-tpN` shards NAME over N ranks. A shape's slug is a name, too, that says its
+    dtype itself. Any other model is in `dtype`, or else in `default`, or else as it was released.
 
-    Raises UnknownNameError for a model that is not in `models`, ShapeError for a shard that does not divide.
+    Raises UnknownNameError for a model that is not in `models`, ShapeError for a shard that does not divide, and for a
+    slug of another dtype than `dtype`.
     """
     by_name = {n.lower(): m for n, m in models.items()} | dict(models)
     wanted = name if name in by_name else name.lower()
@@ -135,8 +152,12 @@ def resolve_shape(models: Mapping[str, Model], name: str, dtype: str | None = No
         model = by_name.get(wanted)
     if model is None and (match := _SLUG.fullmatch(wanted)):
         experts, top_k, hidden, intermediate = map(int, match.groups()[:4])
+        if dtype is not None and dtype != match[5]:
+            raise ShapeError(
+                f"the shape {name} is of dtype {match[5]}, not {dtype}; leave out the dtype, or correct it"
+            )
         return MoEShape(experts, top_k, hidden, intermediate, match[5]).shard(shards)
     if model is None:
         raise UnknownNameError("model", wanted, models, "`ramp-moe models` lists them, -tpN shards one")
-    shape = model.shape if dtype is None else dataclasses.replace(model.shape, dtype=dtype)
+    shape = dataclasses.replace(model.shape, dtype=dtype or default or model.shape.dtype)
     return shape.shard(shards) if shards != 1 else shape

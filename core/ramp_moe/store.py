@@ -6,7 +6,8 @@ In a folder of profiles a sweep is DEVICE/KERNEL/SHAPE.json and a fit DEVICE/KER
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+import logging
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 import platformdirs
@@ -22,6 +23,7 @@ from .sweep import Sweep, load_sweep
 FIT_SUFFIX = ".fit.json"
 MAX_NAMED = 4
 """Recorded shapes that a message names."""
+_logger = logging.getLogger("ramp_moe")
 
 
 def user_data_dir() -> Path:
@@ -33,32 +35,39 @@ def relative_path(kernel: str, shape: MoEShape, hardware: Hardware, suffix: str 
     return Path(hardware.name) / kernel / (shape.slug + suffix)
 
 
-def _test(question: Callable[[], bool]) -> bool:
-    """Path.is_file() or is_dir(), which raise where a folder on the way may not be entered."""
+def _is_dir(path: Path) -> bool:
+    """Path.is_dir(), which raises where a folder on the way may not be entered."""
     try:
-        return question()
+        return path.is_dir()
     except OSError as e:
         raise ProfileError(f"cannot read {e.filename}: {e.strerror}") from None
 
 
-def _check_place(path: Path, found: tuple[str, MoEShape, str], wanted: tuple[str, MoEShape, str]) -> None:
-    if found != wanted:
-        (k1, s1, d1), (k2, s2, d2) = found, wanted
-        raise ProfileError(f"{path} is for {k1}, {s1.slug}, {d1}, its place says {k2}, {s2.slug}, {d2}; move it")
+def _listed(folder: Path, pattern: str) -> list[Path]:
+    """The files of `folder` by a glob pattern, in order; of a folder that cannot be read, none, with a note."""
+    try:
+        return sorted(folder.glob(pattern))
+    except OSError as e:
+        _logger.warning("passed over: cannot read %s: %s", e.filename or folder, e.strerror)
+        return []
 
 
 class ProfileStore:
     """Finds sweeps and fits. `explicit` are files or folders that the user named, `shipped` folders that plugins gave.
 
-    Raises ProfileError for an explicit path that does not exist or is not a profile.
+    What cannot be used (truncated, foreign, of a newer version, for something else than its place says) is an error in
+    what the user named. In the user's data folder, and in what ships, it is passed over: a warning of the logger
+    `ramp_moe` names it, and the next place is looked at. Raises ProfileError for an explicit path that does not exist
+    or is not a profile.
     """
 
     def __init__(self, explicit: Sequence[Path] = (), shipped: Iterable[Path] = ()) -> None:
         self._sweeps: list[tuple[Path, Sweep]] = []
         self._fits: list[tuple[Path, FitRecord]] = []
+        self._known: dict[Path, Sweep | FitRecord | None] = {}
         folders = []
         for path in map(Path, explicit):
-            if _test(path.is_dir):
+            if _is_dir(path):
                 folders.append(path)
             # A file is read at once: what is wrong with it must not wait for a look-up that may never come.
             elif peek_format(path) == fit_file.FORMAT:
@@ -85,49 +94,58 @@ class ProfileStore:
                     f"{hardware.name}; leave it out, or name its model and device"
                 )
         for folder in self._explicit_folders:
-            places = [relative_path(k, shape, hardware, x) for k in names for x in (".json", FIT_SUFFIX)]
-            if not any(_test((folder / p).is_file) for p in places):
-                raise ProfileError(f"{folder} has no profile for this model and device, such as {folder / places[0]}")
+            places = [folder / relative_path(k, shape, hardware, x) for k in names for x in (".json", FIT_SUFFIX)]
+            if not [p for p in places if self._load(folder, p) is not None]:
+                raise ProfileError(f"{folder} has no profile for this model and device, such as {places[0]}")
 
     def find(self, kernel: str, shape: MoEShape, hardware: Hardware) -> tuple[Path, Sweep] | None:
         """The first sweep for exactly this kernel, shape and device, with where it lies; None where there is none.
 
-        Raises ProfileError if that file is corrupt, or holds another kernel, shape or device than its place says.
+        Raises ProfileError for one in a folder that the user named which cannot be used.
         """
         for path, sweep in self._sweeps:
             if (sweep.kernel, sweep.shape, sweep.device) == (kernel, shape, hardware.name):
                 return path, sweep
-        place = self._locate(kernel, shape, hardware, ".json")
-        if place is None:
-            return None
-        sweep = load_sweep(place)
-        _check_place(place, (sweep.kernel, sweep.shape, sweep.device), (kernel, shape, hardware.name))
-        return place, sweep
+        for folder in self.folders:
+            place = folder / relative_path(kernel, shape, hardware)
+            found = self._load(folder, place)
+            if isinstance(found, Sweep):
+                return place, found
+        return None
 
     def of_other_shapes(self, kernel: str, shape: MoEShape, hardware: Hardware) -> list[Sweep]:
         """The sweeps in the folders, the first of each shape, for this kernel, device and dtype."""
-        found = {}
+        found = dict[str, Sweep]()
         for folder in self.folders:
-            for path in sorted((folder / hardware.name / kernel).glob("*.json")):
-                if not path.name.endswith(FIT_SUFFIX) and path.stem != shape.slug and path.stem not in found:
-                    found[path.stem] = load_sweep(path)
-        return [sweep for sweep in found.values() if sweep.shape.dtype == shape.dtype]
+            for path in _listed(folder / hardware.name / kernel, f"*-{shape.dtype}.json"):
+                if path.stem != shape.slug and path.stem not in found:
+                    sweep = self._load(folder, path)
+                    if isinstance(sweep, Sweep):
+                        found[path.stem] = sweep
+        return list(found.values())
 
     def find_fit(self, kernel: str, shape: MoEShape, hardware: Hardware) -> FitRecord | None:
         """The first fit for exactly this kernel, shape and device, as `find`."""
         for _, fit in self._fits:
             if (fit.kernel, fit.shape.shape(), fit.device) == (kernel, shape, hardware.name):
                 return fit
-        place = self._locate(kernel, shape, hardware, FIT_SUFFIX)
-        if place is None:
-            return None
-        fit = load_fit(place)
-        _check_place(place, (fit.kernel, fit.shape.shape(), fit.device), (kernel, shape, hardware.name))
-        return fit
+        for folder in self.folders:
+            found = self._load(folder, folder / relative_path(kernel, shape, hardware, FIT_SUFFIX))
+            if isinstance(found, FitRecord):
+                return found
+        return None
 
-    def _locate(self, kernel: str, shape: MoEShape, hardware: Hardware, suffix: str) -> Path | None:
-        paths = (folder / relative_path(kernel, shape, hardware, suffix) for folder in self.folders)
-        return next((p for p in paths if _test(p.is_file)), None)
+    def _load(self, folder: Path, path: Path) -> Sweep | FitRecord | None:
+        """The profile at `path`, a place of `folder`, read once; None where there is none that can be used."""
+        if path not in self._known:
+            try:
+                self._known[path] = _read(path)
+            except ProfileError as e:
+                if folder in self._explicit_folders:
+                    raise
+                _logger.warning("passed over: %s", e)
+                self._known[path] = None
+        return self._known[path]
 
     def require(self, kernel: str, shape: MoEShape, hardware: Hardware) -> tuple[Path, Sweep]:
         """As `find`, but raises ProfileError saying what is missing and what is there."""
@@ -156,8 +174,27 @@ class ProfileStore:
 
     def recorded(self) -> set[tuple[str, str, str]]:
         """(device, kernel, shape slug) of every sweep in the folders, by their places; the files are not read."""
-        try:
-            paths = [p for folder in self.folders for p in folder.glob("*/*/*.json")]
-        except OSError as e:
-            raise ProfileError(f"cannot read {e.filename}: {e.strerror}") from None
+        paths = [p for folder in self.folders for p in _listed(folder, "*/*/*.json")]
         return {(p.parts[-3], p.parts[-2], p.stem) for p in paths if not p.name.endswith(FIT_SUFFIX)}
+
+
+def _read(path: Path) -> Sweep | FitRecord | None:
+    """The profile that lies at DEVICE/KERNEL/SHAPE of a folder; None where nothing lies there. Raises ProfileError for
+    what cannot be used, or is for something else than its place says."""
+    try:
+        path.lstat()
+    except (FileNotFoundError, NotADirectoryError):
+        return None
+    except OSError as e:
+        raise ProfileError(f"cannot read {path}: {e.strerror}") from None
+    if path.name.endswith(FIT_SUFFIX):
+        fit = load_fit(path)
+        found: Sweep | FitRecord = fit
+        is_for = fit.kernel, fit.shape.shape().slug, fit.device
+    else:
+        found = sweep = load_sweep(path)
+        is_for = sweep.kernel, sweep.shape.slug, sweep.device
+    place = path.parent.name, path.name.removesuffix(FIT_SUFFIX).removesuffix(".json"), path.parent.parent.name
+    if is_for != place:
+        raise ProfileError(f"{path} is for {', '.join(is_for)}, its place says {', '.join(place)}; move it")
+    return found

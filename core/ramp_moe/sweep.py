@@ -37,7 +37,7 @@ from numpy.typing import NDArray
 from .errors import ProfileError, RampMoEError
 from .files import read_json, write_json
 from .kernel import STAGE_KINDS, ParamValue
-from .routing import FloatArray, IntArray, check_histogram
+from .routing import MAX_COUNT, FloatArray, IntArray, check_histogram
 from .shapes import MoEShape
 
 FORMAT = "ramp-moe/sweep"
@@ -47,6 +47,8 @@ COLUMN_KINDS = (PATH, *STAGE_KINDS)
 Split = Literal["tune", "test"]
 MIN_US, MAX_US = 1e-3, 1e9
 """Times outside are mistakes of unit; squares of what is inside stay finite in a fit."""
+MAX_CELLS = 2**24
+"""Runs x rows x columns: a hundred times what the largest sweep has. A run that a row lacks is one word in the file."""
 SPOILT = 1.25
 """What disturbs a measurement makes it longer, and seldom twice: runs repeat to a few per cent otherwise."""
 
@@ -265,8 +267,10 @@ def make_sweep(record: SweepRecord, source: str = "sweep") -> Sweep:
         raise wrong(f"columns[{i}].key", f"{keys[i]!r} appears twice")
     if not record.rows:
         raise wrong("rows", "a sweep needs at least one row")
+    if (cells := len(record.runs) * len(record.rows) * len(keys)) > MAX_CELLS:
+        raise wrong("rows", f"runs, rows and columns make {cells} times, at most {MAX_CELLS} can be")
     for i, row in enumerate(record.rows):
-        if row.num_tokens < 1:
+        if not 1 <= row.num_tokens <= MAX_COUNT:
             raise wrong(f"rows[{i}].num_tokens", f"{row.num_tokens} is not a number of tokens")
         try:
             check_histogram(row.histogram, shape.num_experts, row.num_tokens * shape.top_k)
@@ -282,6 +286,8 @@ def make_sweep(record: SweepRecord, source: str = "sweep") -> Sweep:
                     raise wrong(
                         f"rows[{i}].runs_us[{r}][{j}]", f"{t} is no time in microseconds ({MIN_US:g} to {MAX_US:g})"
                     )
+    if not any(t is not None for row in record.rows for times in row.runs_us for t in times or ()):
+        raise wrong("rows", "no time was measured; measure again")
     absent = [None] * len(keys)
     return Sweep(
         record,

@@ -9,44 +9,65 @@ or JSON lines, one token a line, either a list of ids or `{"topk_ids": [...], "r
 
 Or the batches as a layer saw them, which `device.recorder` writes: JSON lines, first a header with top_k, then a batch
 a line, `{"tokens": 17, "histogram": [...]}`. Which token named which experts is not kept.
+
+JSON lines are read one by one, and of batches the histograms are kept alone: a file takes about the memory of what it
+holds, however many tokens its batches have.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+import itertools
+from array import array
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import msgspec
 import numpy as np
 
 from .errors import RoutingError
-from .files import write_atomically
-from .routing import MAX_CELLS, IntArray, check_histogram, expert_histogram
+from .files import MAX_BYTES, open_file, write_atomically
+from .routing import MAX_CELLS, IntArray, check_histogram
 from .shapes import MoEShape
 
 MAX_EXPERTS = 65_536
+MAX_LINE = MAX_BYTES // 4
+"""Bytes of one line, or of a file that is one JSON value: its numbers take many times the memory of their digits."""
+
+
+@dataclass(frozen=True, slots=True)
+class RecordedBatch:
+    """A batch as a layer saw it: how many tokens, and the histogram int64 `[num_experts]` of the experts they named."""
+
+    tokens: int
+    histogram: IntArray
+
+    def topk_ids(self, top_k: int) -> IntArray:
+        """Ids int64 `[tokens, top_k]` with this histogram; -1 for what it does not count. Which token named which
+        expert is not known: experts are dealt to the tokens in turn, so that none gets one twice that need not."""
+        dealt = np.full(self.tokens * top_k, -1, np.int64)
+        dealt[: self.histogram.sum()] = np.repeat(np.arange(len(self.histogram)), self.histogram)
+        return dealt.reshape(top_k, self.tokens).T
 
 
 @dataclass(frozen=True)
 class Trace:
     """Top-k ids int64 `[tokens, top_k]` in the order they were produced; `requests` int64 `[tokens]` or None.
 
-    num_experts is None where the file does not say: ids alone do not tell of experts that were never chosen. `starts`
-    int64 `[batches + 1]`, of a trace of batches: batch i is the tokens starts[i] : starts[i + 1]. Its histogram is the
-    recorded one, the order of its ids is not.
+    num_experts is None where the file does not say: ids alone do not tell of experts that were never chosen. A trace of
+    `batches` has no ids.
     """
 
     topk_ids: IntArray
     num_experts: int | None
     requests: IntArray | None = None
     source: str = ""
-    starts: IntArray | None = None
+    batches: Sequence[RecordedBatch] = ()
 
     @property
     def num_tokens(self) -> int:
-        return int(self.topk_ids.shape[0])
+        return len(self.topk_ids) + sum(batch.tokens for batch in self.batches)
 
     @property
     def top_k(self) -> int:
@@ -62,8 +83,8 @@ class Trace:
 
     def prefill(self, tokens: int) -> Iterator[IntArray]:
         """Batches of `tokens` consecutive tokens, as a prefill chunk holds them; a shorter rest is left out."""
-        _check_size("prefill", tokens, self.num_tokens, "tokens")
-        for start in range(0, self.num_tokens - tokens + 1, tokens):
+        _check_size("prefill", tokens, len(self.topk_ids), "tokens")
+        for start in range(0, len(self.topk_ids) - tokens + 1, tokens):
             yield self.topk_ids[start : start + tokens]
 
     def decode(self, requests: int) -> Iterator[IntArray]:
@@ -74,13 +95,14 @@ class Trace:
         equal consecutive runs.
         """
         if self.requests is None:
-            _check_size("decode", requests, self.num_tokens, "tokens")
-            steps = self.num_tokens // requests
+            _check_size("decode", requests, len(self.topk_ids), "tokens")
+            steps = len(self.topk_ids) // requests
             runs = self.topk_ids[: requests * steps].reshape(requests, steps, self.top_k)
             for step in range(steps):
                 yield runs[:, step]
             return
-        sequences = [np.flatnonzero(self.requests == r) for r in dict.fromkeys(self.requests.tolist())]
+        order = np.argsort(self.requests, kind="stable")
+        sequences = np.split(order, np.flatnonzero(np.diff(self.requests[order])) + 1)
         _check_size("decode", requests, len(sequences), "requests")
         waiting = iter(sequences)
         running = [iter(next(waiting)) for _ in range(requests)]
@@ -97,15 +119,32 @@ class Trace:
                 tokens.append(int(token))
             yield self.topk_ids[tokens]
 
-    def recorded(self) -> Iterator[list[IntArray]]:
+    def cut(self, decode: Iterable[int], prefill: Iterable[int]) -> Iterator[tuple[str, list[IntArray]]]:
+        """ "decode" or "prefill", and all batches of one size, for each of the sizes that the trace is long enough
+        for."""
+        for kind, cut, sizes in (("decode", self.decode, decode), ("prefill", self.prefill, prefill)):
+            for size in sizes:
+                try:
+                    batches = list(cut(size))
+                except RoutingError:  # longer than the trace
+                    continue
+                if batches:
+                    yield kind, batches
+
+    def recorded(self) -> Iterator[list[RecordedBatch]]:
         """The batches of a trace of batches, the small ones first: those together whose numbers of tokens have the same
         next power of two. Of another trace, nothing."""
-        of_size: dict[int, list[IntArray]] = {}
-        if self.starts is not None:
-            for batch in np.split(self.topk_ids, self.starts[1:-1]):
-                of_size.setdefault((len(batch) - 1).bit_length(), []).append(batch)
+        of_size: dict[int, list[RecordedBatch]] = {}
+        for batch in self.batches:
+            of_size.setdefault((batch.tokens - 1).bit_length(), []).append(batch)
         for _, batches in sorted(of_size.items()):
             yield batches
+
+
+def spread_out(count: int, most: int) -> list[int]:
+    """At most so many of range(count), evenly spread, the first and the last among them."""
+    index: list[int] = np.unique(np.linspace(0, count - 1, min(most, count)).round().astype(int)).tolist()
+    return index
 
 
 def _check_size(kind: str, size: int, available: int, unit: str) -> None:
@@ -117,47 +156,17 @@ def load_trace(path: str | Path) -> Trace:
     """Read a trace file (the formats are in this module's docstring). Raises RoutingError naming file and place."""
     path = Path(path)
     try:
-        data = path.read_bytes()
+        with open_file(path) as file:
+            header, items = _parse(path, file)
+            first = next(items, None)
+            rest = items if first is None else itertools.chain([first], items)
+            if isinstance(first, dict) and "histogram" in first:
+                return _of_batches(path, header, rest)
+            return _of_tokens(path, header, rest)
     except OSError as e:
         raise RoutingError(f"cannot read trace {path}: {e.strerror or e}") from None
-    try:
-        header, tokens = _parse(data)
-        if any(isinstance(t, dict) and "histogram" in t for t in tokens):
-            return _of_batches(path, header, tokens)
-        ids = [t["topk_ids"] if isinstance(t, dict) else t for t in tokens]
-        labels = header.get("request") or [t.get("request") if isinstance(t, dict) else None for t in tokens]
-        labels = list(labels)
     except (msgspec.DecodeError, UnicodeDecodeError, RecursionError, KeyError, TypeError, AttributeError) as e:
         raise RoutingError(f"trace {path} is not JSON or JSON lines of top-k ids: {e}") from None
-    if not ids:
-        raise RoutingError(f"trace {path} holds no token")
-    if not all(isinstance(row, list) and all(type(i) is int for i in row) for row in ids):
-        bad = next(i for i, row in enumerate(ids) if not isinstance(row, list) or any(type(x) is not int for x in row))
-        raise RoutingError(f"trace {path}: token {bad} is not a list of integer expert ids")
-    if len({len(row) for row in ids}) != 1:
-        raise RoutingError(f"trace {path}: tokens differ in the number of experts they name")
-    try:
-        topk_ids = np.array(ids, np.int64).reshape(len(ids), -1)
-    except OverflowError:
-        raise RoutingError(f"trace {path}: an expert id does not fit into 64 bits") from None
-    if topk_ids.shape[1] == 0:
-        raise RoutingError(f"trace {path}: its tokens name no expert")
-    num_experts = header.get("num_experts")
-    if num_experts is not None and (type(num_experts) is not int or not 1 <= num_experts <= MAX_EXPERTS):
-        raise RoutingError(f"trace {path}: num_experts must be an integer up to {MAX_EXPERTS}, not {num_experts!r}")
-    if header.get("top_k", topk_ids.shape[1]) != topk_ids.shape[1]:
-        raise RoutingError(f"trace {path}: top_k is {header['top_k']!r}, its tokens name {topk_ids.shape[1]} experts")
-    try:
-        expert_histogram(topk_ids, MAX_EXPERTS if num_experts is None else num_experts)
-    except RoutingError as e:
-        raise RoutingError(f"trace {path}: {e}") from None
-    requests = None
-    if any(label is not None for label in labels):
-        if len(labels) != len(ids) or any(label is None for label in labels):
-            raise RoutingError(f"trace {path}: `request` must be given for every token or for none")
-        order: dict[Any, int] = {}
-        requests = np.array([order.setdefault(str(label), len(order)) for label in labels], np.int64)
-    return Trace(topk_ids, num_experts, requests, str(header.get("source", "")))
 
 
 def write_batches(
@@ -170,12 +179,93 @@ def write_batches(
     write_atomically(Path(path), msgspec.json.Encoder().encode_lines([header, *lines]))
 
 
-def _of_batches(path: Path, header: dict[str, Any], batches: list[Any]) -> Trace:
+def _parse(path: Path, file: BinaryIO) -> tuple[dict[str, Any], Iterator[Any]]:
+    """The header's fields, and the tokens or batches, as they come."""
+    first = _line(path, file)
+    while first and not first.strip():
+        first = _line(path, file)
+    try:
+        value = msgspec.json.decode(first)
+    except msgspec.DecodeError:
+        # One value over several lines, or no JSON at all.
+        value = msgspec.json.decode(first + _rest(path, file, MAX_LINE - len(first)))
+        lines: Iterator[Any] = iter(())
+    else:
+        lines = _lines(path, file)
+    tokens = value.get("topk_ids") if isinstance(value, dict) else value
+    if isinstance(tokens, list) and (not tokens or isinstance(tokens[0], list)):
+        for following in lines:
+            raise RoutingError(f"trace {path} is not JSON or JSON lines of top-k ids: {str(following)[:40]} follows it")
+        header = {k: v for k, v in value.items() if k != "topk_ids"} if isinstance(value, dict) else {}
+        return header, iter(tokens)
+    if isinstance(value, dict) and "topk_ids" not in value and "histogram" not in value:
+        return value, lines
+    return {}, itertools.chain([value], lines)
+
+
+def _line(path: Path, file: BinaryIO) -> bytes:
+    line = file.readline(MAX_LINE + 1)
+    if len(line) > MAX_LINE:
+        raise RoutingError(f"trace {path} has a line of over {MAX_LINE >> 20} MiB; write JSON lines, a token each")
+    return line
+
+
+def _rest(path: Path, file: BinaryIO, limit: int) -> bytes:
+    rest = file.read(limit + 1)
+    if len(rest) > limit:
+        raise RoutingError(f"trace {path} is one JSON value of over {MAX_LINE >> 20} MiB; write JSON lines instead")
+    return rest
+
+
+def _lines(path: Path, file: BinaryIO) -> Iterator[Any]:
+    decode = msgspec.json.Decoder().decode
+    while line := _line(path, file):
+        if line.strip():
+            yield decode(line)
+
+
+def _of_tokens(path: Path, header: dict[str, Any], tokens: Iterable[Any]) -> Trace:
+    num_experts = header.get("num_experts")
+    if num_experts is not None and (type(num_experts) is not int or not 1 <= num_experts <= MAX_EXPERTS):
+        raise RoutingError(f"trace {path}: num_experts must be an integer up to {MAX_EXPERTS}, not {num_experts!r}")
+    last = MAX_EXPERTS if num_experts is None else num_experts
+    ids, labels, order, top_k = array("q"), array("q"), dict[str, int](), None
+    for i, token in enumerate(tokens):
+        row = token["topk_ids"] if isinstance(token, dict) else token
+        if not isinstance(row, list) or any(type(x) is not int for x in row):
+            raise RoutingError(f"trace {path}: token {i} is not a list of integer expert ids")
+        if top_k is None:
+            top_k = len(row)
+        if len(row) != top_k:
+            raise RoutingError(f"trace {path}: tokens differ in the number of experts they name")
+        if row and not -1 <= min(row) <= max(row) <= last:
+            bad = next(x for x in row if not -1 <= x <= last)
+            raise RoutingError(f"trace {path}: expert id {bad} is outside [0, {last}); only -1 and {last} mark padding")
+        ids.extend(row)
+        label = token.get("request") if isinstance(token, dict) else None
+        if label is not None:
+            labels.append(order.setdefault(str(label), len(order)))
+    if top_k is None:
+        raise RoutingError(f"trace {path} holds no token")
+    if top_k == 0:
+        raise RoutingError(f"trace {path}: its tokens name no expert")
+    if header.get("top_k", top_k) != top_k:
+        raise RoutingError(f"trace {path}: top_k is {header['top_k']!r}, its tokens name {top_k} experts")
+    topk_ids = np.frombuffer(ids, np.int64).reshape(-1, top_k)
+    if listed := header.get("request"):
+        labels = array("q", (order.setdefault(str(label), len(order)) for label in listed if label is not None))
+    if len(labels) not in (0, len(topk_ids)):
+        raise RoutingError(f"trace {path}: `request` must be given for every token or for none")
+    requests = np.frombuffer(labels, np.int64) if labels else None
+    return Trace(topk_ids, num_experts, requests, str(header.get("source", "")))
+
+
+def _of_batches(path: Path, header: dict[str, Any], batches: Iterable[Any]) -> Trace:
     top_k = header.get("top_k")
-    if type(top_k) is not int or top_k < 1:
+    if type(top_k) is not int or not 1 <= top_k <= MAX_EXPERTS:
         raise RoutingError(f"trace {path}: a trace of batches needs a header with top_k, not {top_k!r}")
     num_experts = header.get("num_experts")
-    ids: list[IntArray] = []
+    found = []
     for i, batch in enumerate(batches):
         try:
             tokens, histogram = batch["tokens"], batch["histogram"]
@@ -185,27 +275,6 @@ def _of_batches(path: Path, header: dict[str, Any], batches: list[Any]) -> Trace
             (num_experts,) = counts.shape
         except (RoutingError, KeyError, TypeError, ValueError) as e:
             raise RoutingError(f"trace {path}: batch {i} has no tokens and histogram that fit together: {e}") from None
-        # Experts one after the other, dealt to the tokens in turn: none gets an expert twice that need not.
-        dealt = np.full(tokens * top_k, -1, np.int64)
-        dealt[: counts.sum()] = np.repeat(np.arange(len(counts)), counts)
-        ids.append(dealt.reshape(top_k, tokens).T)
-    starts = np.cumsum([0, *map(len, ids)])
-    return Trace(np.concatenate(ids), num_experts, None, str(header.get("source", "")), starts)
-
-
-def _parse(data: bytes) -> tuple[dict[str, Any], list[Any]]:
-    try:
-        whole = msgspec.json.decode(data)
-    except msgspec.DecodeError:
-        lines = [msgspec.json.decode(line) for line in data.splitlines() if line.strip()]
-        if not lines:
-            raise
-    else:
-        tokens = whole.get("topk_ids") if isinstance(whole, dict) else whole
-        if isinstance(tokens, list) and (not tokens or isinstance(tokens[0], list)):
-            return (whole if isinstance(whole, dict) else {}), tokens
-        lines = [whole]  # a file of one line
-    first = lines[0]
-    if isinstance(first, dict) and "topk_ids" not in first and "histogram" not in first:
-        return first, lines[1:]
-    return {}, lines
+        found.append(RecordedBatch(tokens, counts))
+    no_ids = np.empty((0, top_k), np.int64)
+    return Trace(no_ids, num_experts, None, str(header.get("source", "")), found)

@@ -26,6 +26,7 @@ import numpy as np
 from .cost_model import Candidate
 from .errors import ProfileError
 from .evaluation import IndexArray, Labels
+from .files import read_file
 from .hardware import Hardware
 from .kernel import KernelConfig, ParamValue
 from .shapes import SCALE_BLOCK, MoEShape
@@ -151,7 +152,7 @@ def read_table(path: Path, shape: MoEShape) -> VllmTable:
 @functools.lru_cache(maxsize=64)
 def _read(path: Path, changed: int, shape: MoEShape) -> VllmTable:
     try:
-        raw = msgspec.json.decode(path.read_bytes(), type=dict[str, msgspec.Raw])
+        raw = msgspec.json.decode(read_file(path), type=dict[str, msgspec.Raw])
         raw.pop("triton_version", None)
         entries: dict[int, Launch] = {}
         for size, entry in raw.items():

@@ -61,10 +61,11 @@ def cut(topk_ids: IntArray, tokens: int, draws: int) -> list[IntArray]:
 
 
 def kinds(tokens: int, shape: MoEShape, trace: Trace | None) -> tuple[str, ...]:
-    """A single token wakes top_k experts whatever the routing."""
+    """A single token wakes top_k experts whatever the routing. A trace of batches says of no token what it named."""
     if tokens == 1:
         return KINDS[:1]
-    fits = trace is not None and (trace.num_experts, trace.top_k) == (shape.num_experts, shape.top_k)
+    of_tokens = trace is not None and len(trace.topk_ids)
+    fits = of_tokens and (trace.num_experts, trace.top_k) == (shape.num_experts, shape.top_k)
     return (*KINDS, TRACE) if fits else KINDS
 
 

@@ -119,9 +119,12 @@ def test_interrupted(kernel: Buildable) -> None:
 def test_what_cannot_be_built(kernel: Buildable) -> None:
     asked = run("--kernel", "described")
     assert asked.exit_code == 2
-    assert "kernel described cannot be built for olmoe-1b-7b on h200: it is not compiled ahead of time" in asked.stderr
+    assert (
+        "kernel described cannot be built for olmoe-1b-7b (fp8) on h200: it is not compiled ahead of time"
+        in asked.stderr
+    )
     kernel.reason = "too many experts"
-    assert "nothing to build for olmoe-1b-7b on h200: buildable: too many experts" in run().stderr
+    assert "nothing to build for olmoe-1b-7b (fp8) on h200: buildable: too many experts" in run().stderr
     assert "kernel buildable cannot be built" in run("--kernel", "buildable").stderr
     assert "unknown kernel 'bildable'" in run("--kernel", "bildable").stderr
 

@@ -210,10 +210,10 @@ def test_no_profile(machine: Machine) -> None:
 
 def test_kernels_that_cannot_run_here(machine: Machine) -> None:
     machine.registry.kernels["described"] = Described()
-    refused(machine, "kernel described cannot be measured for tiny on h200: it is only", "--kernel", "described")
+    refused(machine, "kernel described cannot be measured for tiny (bf16) on h200: it is only", "--kernel", "described")
     machine.registry.kernels["sim"] = Unavailable()
     refused(machine, "sim left out: its package is missing: pip install it")
-    refused(machine, "kernel sim cannot be measured for tiny on h200: its package is missing", "--kernel", "sim")
+    refused(machine, "kernel sim cannot be measured for tiny (bf16) on h200: its package is missing", "--kernel", "sim")
 
 
 def test_no_gpu(machine: Machine) -> None:
@@ -230,7 +230,7 @@ def test_profiles_that_are_of_no_use(machine: Machine) -> None:
     path.write_text(path.read_text().replace('"split":"tune"', '"split":"test"'))
     refused(machine, "the profile of sim has no batches to fit on; run `ramp-moe profile`")
     path.write_text("{")
-    refused(machine, f"sim left out: {path} is corrupt or truncated")
+    refused(machine, f"note: passed over: {path} is corrupt or truncated")
 
 
 def test_batches_that_cannot_be_drawn_again(machine: Machine) -> None:

@@ -120,9 +120,11 @@ def test_kernels_that_cannot_run_here(machine: Machine) -> None:
     assert result.stderr.splitlines()[0] == "other left out: its package is missing: pip install it"
     assert json.loads(result.stdout)["kernels"] == ["sim"]
     machine.log.unlink()
-    refused(machine, "kernel other cannot be measured for tiny on h200: its package is missing", "--kernel", "other")
+    refused(
+        machine, "kernel other cannot be measured for tiny (bf16) on h200: its package is missing", "--kernel", "other"
+    )
     del machine.registry.kernels["sim"]
-    refused(machine, "no kernel can be measured for tiny on h200: other left out: its package is missing")
+    refused(machine, "no kernel can be measured for tiny (bf16) on h200: other left out: its package is missing")
 
 
 def test_kernels_that_are_asked_for(machine: Machine) -> None:
@@ -133,7 +135,7 @@ def test_kernels_that_are_asked_for(machine: Machine) -> None:
     assert one["kernels"] == ["other"]
     machine.log.unlink()
     machine.registry.kernels |= {"described": Described(), "new": Simulated("new")}
-    refused(machine, "kernel described cannot be measured for tiny on h200: it is only", "--kernel", "described")
+    refused(machine, "kernel described cannot be measured for tiny (bf16) on h200: it is only", "--kernel", "described")
     refused(machine, "no sweep of new for tiny", "--kernel", "new")
 
 
@@ -149,10 +151,10 @@ def test_profiles_that_are_of_no_use(machine: Machine) -> None:
     path.write_text("{")
     result = run(machine, "--minutes", 0)
     assert result.exit_code == 0
-    assert result.stderr.startswith(f"other left out: {path} is corrupt or truncated")
+    assert result.stderr.startswith(f"note: passed over: {path} is corrupt or truncated")
     machine.log.unlink()
     place(user_data_dir()).unlink()
-    refused(machine, f"other left out: {path} is corrupt or truncated")
+    refused(machine, f"note: passed over: {path} is corrupt or truncated")
     path.unlink()
     refused(machine, "no sweep of sim or other for tiny")
 

@@ -46,7 +46,7 @@ def test_what_it_prints(machine: Machine) -> None:
         "probe: 8 batches",
         "measure: 138 batches at most",
     ]
-    assert "tiny on h200: 8 of 138 batches" in result.stdout
+    assert "tiny (bf16) on h200: 8 of 138 batches" in result.stdout
     assert str(place(user_data_dir())) in result.stdout.replace("\n", "")
     assert "sim/bm64-b: fails its check: ValueError: wrong by far" in result.stdout
     assert result.stdout.splitlines()[-1] == "next: ramp-moe compare --model tiny --dtype bf16 --device h200"
@@ -111,8 +111,16 @@ def test_no_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
         (replace(IDLE, used_bytes=99 * 2**30), (), "tiny bf16 needs"),
         (replace(IDLE, name="NVIDIA GeForce"), (), "no constants for GPU 'NVIDIA GeForce'"),
         (IDLE, ("--kernel", "simm"), "unknown kernel 'simm'; did you mean 'sim'?"),
-        (IDLE, ("--kernel", "other"), "kernel other cannot be measured for tiny on h200: its package is missing"),
-        (IDLE, ("--kernel", "described"), "kernel described cannot be measured for tiny on h200: it is only described"),
+        (
+            IDLE,
+            ("--kernel", "other"),
+            "kernel other cannot be measured for tiny (bf16) on h200: its package is missing",
+        ),
+        (
+            IDLE,
+            ("--kernel", "described"),
+            "kernel described cannot be measured for tiny (bf16) on h200: it is only described",
+        ),
         (IDLE, ("--prune", "0.5"), "is not in the range x>=1"),
         (IDLE, ("--prune", "nan"), "'nan' is not a number"),
         (IDLE, ("--minutes", "nan"), "'nan' is not a number"),
@@ -133,7 +141,9 @@ def test_no_kernel_at_all(machine: Machine) -> None:
     machine.registry.kernels["described"] = Described()
     result = run(machine)
     assert result.exit_code == 2
-    assert "no kernel can be measured for tiny on h200: described left out: it is only described" in result.stderr
+    assert (
+        "no kernel can be measured for tiny (bf16) on h200: described left out: it is only described" in result.stderr
+    )
 
 
 def test_ctrl_c(machine: Machine, monkeypatch: pytest.MonkeyPatch) -> None:

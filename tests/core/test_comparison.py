@@ -182,16 +182,16 @@ def test_a_column_of_another_kind_drops_candidates_with_a_note(
 
 
 def test_an_unasked_kernel_that_cannot_take_part_is_left_out_everywhere_with_a_note(
-    registry: Registry, olmoe: MoEShape, h200: Hardware
+    registry: Registry, sweep_file: Path, olmoe: MoEShape, h200: Hardware
 ) -> None:
     store = ProfileStore(shipped=registry.profile_dirs)
-    broken = user_data_dir() / relative_path("vllm_triton", olmoe, h200)
-    broken.parent.mkdir(parents=True)
-    broken.write_text("{")
-    note = f"vllm_triton left out: {broken} is corrupt or truncated"
+    unknown = user_data_dir() / relative_path("vllm_triton", olmoe, h200)
+    unknown.parent.mkdir(parents=True)
+    unknown.write_text(sweep_file.read_text().replace("alpha_moe", "vllm_triton"))
+    note = "vllm_triton left out: the sweep of vllm_triton for olmoe-1b-7b on h200 has no column that fits"
     assert any(n.startswith(note) for n in load_replay(registry, store, olmoe, h200).notes)
     assert any(n.startswith(note) for n in load_model(registry, store, olmoe, h200)[1])
-    with pytest.raises(ProfileError, match="is corrupt or truncated"):
+    with pytest.raises(ProfileError, match="has no column that fits"):
         load_model(registry, store, olmoe, h200, ["vllm_triton"])
 
 

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import dataclasses
 import math
+from typing import Any
 
 import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from ramp_moe import GridGeometry, ShapeError
-from ramp_moe.geometry import m_tiles
+from ramp_moe.geometry import MAX_FIELDS, m_tiles
 from ramp_moe.grids import Grids
 
 histograms = st.lists(st.integers(0, 300), min_size=1, max_size=24).map(lambda h: np.array(h, np.int64))
@@ -144,17 +145,26 @@ def test_bytes_of_weights() -> None:
     assert int(g.weight_traffic(histogram)) == 4 * 1000
 
 
+WRONG: list[Any] = [1.5, 2.0, True, "1", float("nan")]
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"block_tokens": 0}, "block_tokens must be at least 1, not 0"),
-        ({"split_k": 0}, "must be at least 1"),
-        ({"persistent_ctas": 0}, "must be at least 1"),
+        *(({field: 0}, f"{field} must lie between 1 and ") for field in MAX_FIELDS),
+        *(
+            ({field: most + 1}, f"{field} must lie between 1 and {most}, not {most + 1}")
+            for field, most in MAX_FIELDS.items()
+        ),
+        *(({field: value}, f"{field} must be an integer, not {value!r}") for field in MAX_FIELDS for value in WRONG),
+        ({"block_weights": 10**30}, "block_weights must lie between 1 and 1048576"),
+        ({"block_tokens": 2**11, "block_weights": 2**10}, "a tile of 2048 tokens by 1024 weight rows has more than"),
         ({"split_k": 5}, "split_k 5 exceeds the 4 steps"),
         ({"cluster_m": 3}, "cluster_m must be 1, 2, 4, 8 or 16, not 3"),
     ],
 )
-def test_impossible_grids(change: dict[str, int], message: str) -> None:
+def test_impossible_grids(change: dict[str, Any], message: str) -> None:
+    assert {f.name for f in dataclasses.fields(GridGeometry)} == {*MAX_FIELDS, "align_block_size"}
     g = GridGeometry(16, 128, 128, 256, 512, 1)
     with pytest.raises(ShapeError, match=message):
         dataclasses.replace(g, **change)

@@ -19,9 +19,10 @@ from ramp_moe.profiler import pool
 from ramp_moe.profiler.live import FIRST_SEED, STEPS, compare_live, trace_batches
 from ramp_moe.profiler.plan import PlannedBatch, held_out
 from ramp_moe.replay import fit_recorded
+from ramp_moe.routing import expert_histogram
 from ramp_moe.store import relative_path
 from ramp_moe.sweep import Sweep
-from ramp_moe.trace import Trace
+from ramp_moe.trace import RecordedBatch, Trace
 from simulated_bench import (
     BATCHES,
     ENVIRONMENT,
@@ -172,11 +173,14 @@ def test_where_it_is_from(live: Live) -> None:
 
 
 def test_recorded_batches_are_measured_too(monkeypatch: pytest.MonkeyPatch) -> None:
-    trace = replace(TRACE, starts=np.array([0, 3, 7, 20, 35, 300]))
+    ids = np.split(TRACE.topk_ids[:300], [3, 7, 20, 35])
+    recorded = [RecordedBatch(len(batch), expert_histogram(batch, 8)) for batch in ids]
+    trace = Trace(TRACE.topk_ids[:0], 8, batches=recorded)
     of_trace = trace_batches(trace, SHAPE)
     assert [b.num_tokens for b in of_trace] == [3, 13, 265, 4, 15]
     assert {b.routing for b in of_trace} == {"trace recorded"}
-    assert of_trace[3].topk_ids(SHAPE).tolist() == TRACE.topk_ids[3:7].tolist()
+    assert of_trace[3].topk_ids(SHAPE).shape == (4, 2)
+    assert of_trace[3].histogram(SHAPE).tolist() == recorded[1].histogram.tolist()
     monkeypatch.setattr(live_module, "MAX_TOKENS", 14)
     assert [b.num_tokens for b in trace_batches(trace, SHAPE)] == [3, 13, 4]
 

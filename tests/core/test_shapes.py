@@ -70,7 +70,13 @@ def test_unknown_model_suggests_the_nearest(registry: Registry) -> None:
 def test_a_shape_by_its_slug(registry: Registry) -> None:
     shape = MoEShape(16, 4, 64, 32, "bf16")
     for name in (shape.slug, shape.slug.lower()):
-        assert registry.shape(name, "fp8") == shape, "the slug says the dtype"
+        for dtype, default in ((None, None), ("bf16", "fp8"), (None, "fp8")):
+            assert registry.shape(name, dtype, default) == shape, "the slug says the dtype"
+        with pytest.raises(ShapeError, match="is of dtype bf16, not fp8"):
+            registry.shape(name, "fp8")
+    assert registry.shape("olmoe-1b-7b", None, "fp8").dtype == "fp8"
+    assert registry.shape("olmoe-1b-7b", "fp16", "fp8").dtype == "fp16"
+    assert registry.shape("olmoe-1b-7b").dtype == "bf16", "as it was released"
     assert registry.shape(f"{shape.slug}-tp2") == MoEShape(16, 4, 64, 16, "bf16")
     for name in ("E16-k4-h64", "E16-k4-h64-i32-bf16-x"):
         with pytest.raises(UnknownNameError):

@@ -61,7 +61,8 @@ def test_nothing_to_write(tmp_path: Path) -> None:
     with pytest.raises(ProfileError, match="cannot write"):
         recorder.write(tmp_path, ["a"])
     recorder.write(tmp_path / "t.jsonl", ["a"])
-    assert load_trace(tmp_path / "t.jsonl").topk_ids.tolist() == [[0]]
+    (batch,) = load_trace(tmp_path / "t.jsonl").batches
+    assert batch.topk_ids(1).tolist() == [[0]]
     with pytest.raises(KernelError, match="at least one slot, expert and id a token, not 0, 2 and 1"):
         Recorder(0, 2, 1, DEVICE)
 
@@ -85,9 +86,9 @@ def test_from_a_layer_to_compare(registry: Registry, shipped: ProfileStore, h200
     assert header == {"num_experts": 64, "top_k": 8, "source": "a test", "lost": 1}
     assert [line["choice"] for line in lines] == choices[1:]
     small, middle, large = load_trace(path).recorded()
-    assert [len(batch) for batch in (*small, *middle, *large)] == [5, 64, 57, 64, 33, 300]
+    assert [batch.tokens for batch in (*small, *middle, *large)] == [5, 64, 57, 64, 33, 300]
     for found, ids in zip(middle, (batches[i] for i in (2, 4, 5, 6)), strict=True):
-        assert expert_histogram(found, 64).tolist() == counted(ids, 64).tolist()
+        assert expert_histogram(found.topk_ids(8), 64).tolist() == found.histogram.tolist() == counted(ids, 64).tolist()
 
     arguments = ["compare", "--model", "olmoe-1b-7b", "--trace", str(path), "--html", str(tmp_path / "r.html")]
     shown = CliRunner().invoke(main, arguments)

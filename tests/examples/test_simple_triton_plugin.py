@@ -52,16 +52,35 @@ def test_it_is_listed(ramp_moe) -> None:
 
 
 def test_it_takes_part_in_compare(ramp_moe) -> None:
-    both = ramp_moe("compare", "--model", "olmoe-1b-7b", "--device", "h200")
-    assert set(both["kernels"]) == {"alpha_moe", "cute", "deep_gemm", "flashinfer_cutlass", "triton", "simple_triton"}
-    assert len(both["batches"]) >= 7
-    assert {s["kernel"] for s in both["sources"]} == set(both["kernels"])
+    default = ramp_moe("compare", "--model", "olmoe-1b-7b", "--device", "h200")
+    alone, beside = default["plugins"]
+    assert alone["kernels"] == ["simple_triton"]
+    assert beside["kernels"] == [*default["kernels"], "simple_triton"]
+    kernels = [part for name in beside["kernels"] for part in ("--kernel", name)]
+    both = ramp_moe("compare", "--model", "olmoe-1b-7b", *kernels)
+    assert {s["kernel"] for s in both["sources"]} == set(both["kernels"]) == set(beside["kernels"])
+    assert len(both["batches"]) == beside["batches"] >= 7
+    assert both["speedup_over_static"] == beside["speedup_over_static"]
     alone = ramp_moe("compare", "--model", "olmoe-1b-7b", "--kernel", "simple_triton")
     assert alone["kernels"] == ["simple_triton"]
     assert {b["best"]["kernel"] for b in alone["batches"]} == {"simple_triton"}
     # the better of two kernels is never slower than one of them
     for joint, single in zip(both["batches"], alone["batches"], strict=True):
         assert joint["best"]["us"] <= single["best"]["us"]
+
+
+def test_it_changes_nothing_that_the_library_s_own_kernels_show(ramp_moe, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = ("--model", "olmoe-1b-7b")
+    shown = {command: ramp_moe(command, *model) for command in ("compare", "explain", "profiles", "kernels")}
+    monkeypatch.setenv("RAMP_MOE_PLUGINS", "")
+    without = {command: ramp_moe(command, *model) for command in shown}
+    assert len(without["compare"]["batches"]) == 25
+    assert shown["compare"].pop("plugins") != without["compare"].pop("plugins") == []
+    assert shown["compare"] == without["compare"]
+    for command, name in (("profiles", "kernel"), ("kernels", "name")):
+        assert [row for row in shown[command] if row[name] != "simple_triton"] == without[command]
+    candidates = shown["explain"]["candidates"]
+    assert [c for c in candidates if c["kernel"] != "simple_triton"] == without["explain"]["candidates"] != candidates
 
 
 def test_its_two_launches_are_summed(ramp_moe) -> None:

@@ -7,7 +7,6 @@ from dataclasses import asdict
 from typing import Any
 
 import click
-from rich.console import Console
 from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
@@ -17,18 +16,18 @@ from ..hardware import Hardware
 from ..kernel import BuildableKernel, Built
 from ..plugins import Registry, describe, get_registry
 from ..shapes import MoEShape
-from .gpu import INTERRUPTED
+from . import INTERRUPTED
 from .listing import describe_kernel
 from .options import (
-    console,
     device_option,
     dtype_option,
     json_option,
     kernel_option,
     model_option,
-    print_json,
     resolve_device,
+    resolve_model,
 )
+from .output import console, error_console, print_json, say
 
 
 @click.command(name="build")
@@ -44,7 +43,7 @@ def build_command(
     ctx: click.Context,
     model: str,
     device: str,
-    dtype: str,
+    dtype: str | None,
     kernels: tuple[str, ...],
     jobs: int | None,
     prune: bool,
@@ -55,17 +54,17 @@ def build_command(
     Exit code 1 where a kernel is left without any configuration.
     """
     registry = get_registry()
-    shape, hardware = registry.shape(model, dtype), resolve_device(registry, device)
+    shape, hardware = resolve_model(registry, model, dtype), resolve_device(registry, device)
     rows = []
     try:
         for kernel in _buildable(registry, kernels, shape, hardware):
             built = _build(kernel, shape, hardware, jobs)
             rows.append((kernel.name, built, kernel.prune() if prune else 0))
     except KeyboardInterrupt:
-        click.echo("interrupted: what was compiled is kept, the same command goes on from it", err=True)
+        say("interrupted: what was compiled is kept, the same command goes on from it", err=True)
         ctx.exit(INTERRUPTED)
     if as_json:
-        print_json([_as_dict(*row) for row in rows])
+        print_json([{"model": shape.label, "dtype": shape.dtype} | _as_dict(*row) for row in rows])
     else:
         _print(rows, shape, hardware)
     if not all(built.compiled or built.reused for _, built, _ in rows):
@@ -87,16 +86,16 @@ def _buildable(registry: Registry, asked: Sequence[str], shape: MoEShape, hardwa
                 continue
             left_out.append(f"{name}: {reason}")
         if asked:
-            raise KernelError(f"kernel {name} cannot be built for {shape.label} on {hardware.name}: {reason}")
+            raise KernelError(f"kernel {name} cannot be built for {shape.title} on {hardware.name}: {reason}")
     if not found:
         reasons = "; ".join(left_out) or "no registered kernel is compiled ahead of time"
-        raise KernelError(f"nothing to build for {shape.label} on {hardware.name}: {reasons}")
+        raise KernelError(f"nothing to build for {shape.title} on {hardware.name}: {reasons}")
     return found
 
 
 def _build(kernel: BuildableKernel, shape: MoEShape, hardware: Hardware, jobs: int | None) -> Built:
     """With a bar on stderr where that is a terminal."""
-    screen = Console(stderr=True, highlight=False)
+    screen = error_console()
     columns = (TextColumn("{task.description}"), BarColumn(bar_width=30), MofNCompleteColumn(), TimeElapsedColumn())
     with Progress(
         *columns, TextColumn("[dim]{task.fields[last]}"), console=screen, disable=not screen.is_terminal, transient=True
@@ -119,7 +118,7 @@ def _as_dict(name: str, built: Built, freed: int) -> dict[str, Any]:
 
 
 def _print(rows: Sequence[tuple[str, Built, int]], shape: MoEShape, hardware: Hardware) -> None:
-    table = Table(title=f"{shape.label} on {hardware.name}")
+    table = Table(title=f"{shape.title} on {hardware.name}")
     for what in ("kernel", "compiled", "already there", "dropped", "MB", "CPU seconds", "seconds", "folder"):
         table.add_column(what, justify="left" if what in ("kernel", "folder") else "right", overflow="fold")
     lines = []

@@ -14,7 +14,8 @@ from rich.table import Table
 from ..conformance import CHECKS, Making, Outcome, run_apart, supported_shape
 from ..plugins import get_registry
 from ..shapes import DTYPE_BYTES, MoEShape
-from .options import console, device_option, json_option, print_json, resolve_device
+from .options import device_option, json_option, resolve_device
+from .output import console, print_json
 
 SECONDS = 1200.0
 """For one check, most of which is compiling."""
@@ -64,7 +65,7 @@ def check_kernel(
 
 
 def _table(name: str, shape: MoEShape, device: str, outcomes: Sequence[Outcome]) -> list[RenderableType]:
-    table = Table(title=f"{name}: {shape.label} {shape.dtype} on {device}")
+    table = Table(title=f"{name}: {shape.title} on {device}")
     table.add_column("check", no_wrap=True)
     table.add_column("result")
     table.add_column("detail", overflow="fold")

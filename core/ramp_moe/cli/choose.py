@@ -17,24 +17,24 @@ from ..kernel import most_tokens, usable_configs
 from ..layouts import choose_layouts, kernel_times, weighed_batches
 from ..plugins import Registry, get_registry
 from ..regions import analyse
-from ..replay import fit_recorded, load_model, load_replay
+from ..replay import fit_recorded, load_model, load_replay, of_plugins
 from ..routing import FloatArray, IntArray
 from ..store import FIT_SUFFIX, ProfileStore, relative_path, user_data_dir
 from . import tables
 from .options import (
     batch_options,
-    console,
     device_option,
     dtype_option,
     form_option,
     json_option,
     kernel_option,
     model_option,
-    print_json,
     profile_option,
     read_batch,
     resolve_device,
+    resolve_model,
 )
+from .output import console, print_json
 from .unmeasured import explain_unmeasured, grid_figures, render
 
 
@@ -47,7 +47,7 @@ from .unmeasured import explain_unmeasured, grid_figures, render
 def regions(
     model: str,
     device: str,
-    dtype: str,
+    dtype: str | None,
     tokens: int | None,
     routing: str,
     seed: int,
@@ -56,11 +56,12 @@ def regions(
 ) -> None:
     """Explain which optimisation of a MoE kernel should pay for a batch, from the hardware's constants."""
     registry = get_registry()
-    shape, hardware = registry.shape(model, dtype), resolve_device(registry, device)
+    shape, hardware = resolve_model(registry, model, dtype), resolve_device(registry, device)
     batch, counts = read_batch(shape, tokens, routing, seed, histogram)
     found = analyse(shape, hardware, counts)
     if as_json:
-        print_json({"model": shape.label, "device": hardware.name, "batch": batch} | asdict(found))
+        about = {"model": shape.label, "dtype": shape.dtype, "device": hardware.name, "batch": batch}
+        print_json(about | asdict(found))
     else:
         console().print(*tables.regions(shape, hardware, batch, found), sep="\n")
 
@@ -81,7 +82,7 @@ def regions(
 def fit(
     model: str,
     device: str,
-    dtype: str,
+    dtype: str | None,
     kernels: tuple[str, ...],
     profiles: tuple[Path, ...],
     form: str,
@@ -91,9 +92,13 @@ def fit(
     """Fit the cost model to recorded sweeps, judge it on batches that it did not see, and store the coefficients."""
     get_form(form)
     registry = get_registry()
-    shape, hardware = registry.shape(model, dtype), resolve_device(registry, device)
+    shape, hardware = resolve_model(registry, model, dtype), resolve_device(registry, device)
     store = ProfileStore(profiles, registry.profile_dirs)
-    names = kernels or tuple(load_replay(registry, store, shape, hardware).kernels)
+    names = kernels or tuple(
+        dict.fromkeys(
+            [*load_replay(registry, store, shape, hardware).kernels, *of_plugins(registry, store, shape, hardware)]
+        )
+    )
     written: list[dict[str, Any]] = []
     for name in names:
         replay = load_replay(registry, store, shape, hardware, [name])
@@ -107,6 +112,8 @@ def fit(
         written.append(
             {
                 "kernel": name,
+                "model": shape.label,
+                "dtype": shape.dtype,
                 "form": form,
                 "batches": len(replay.labels),
                 "stages": len(errors),
@@ -135,7 +142,7 @@ def fit(
 def explain(
     model: str,
     device: str,
-    dtype: str,
+    dtype: str | None,
     tokens: int | None,
     routing: str,
     seed: int,
@@ -152,7 +159,7 @@ def explain(
     """
     get_form(form)
     registry = get_registry()
-    shape, hardware = registry.shape(model, dtype), resolve_device(registry, device)
+    shape, hardware = resolve_model(registry, model, dtype), resolve_device(registry, device)
     batch, counts = read_batch(shape, tokens, routing, seed, histogram)
     store = ProfileStore(profiles, registry.profile_dirs)
     try:
@@ -162,7 +169,8 @@ def explain(
             raise
         found = explain_unmeasured(registry, kernels, shape, hardware, counts)
         if as_json:
-            about = {"model": shape.label, "device": hardware.name, "batch": batch, "figures": "grids"}
+            about = {"model": shape.label, "dtype": shape.dtype, "device": hardware.name, "batch": batch}
+            about |= {"figures": "grids"}
             print_json(about | found | {"histogram": counts.tolist()})
         else:
             console().print(*render(shape, hardware, batch, counts, found), sep="\n")
@@ -170,10 +178,10 @@ def explain(
     candidates, layouts = _explained(registry, cost_model, counts), _layouts(registry, cost_model, counts)
     notes = [*notes, *_in_parts(candidates)]
     if as_json:
-        about = {"model": shape.label, "device": hardware.name, "batch": batch, "form": form, "figures": "predicted"}
+        about = {"model": shape.label, "dtype": shape.dtype, "device": hardware.name, "batch": batch, "form": form}
         stages = {"stages": cost_model.covered, "measured": list(cost_model.measured)}
         found = {"layouts": layouts, "candidates": candidates}
-        print_json(about | stages | {"notes": notes, "histogram": counts.tolist()} | found)
+        print_json(about | {"figures": "predicted"} | stages | {"notes": notes, "histogram": counts.tolist()} | found)
     else:
         console().print(*tables.explanation(cost_model, batch, counts, candidates[:top], layouts, notes), sep="\n")
 

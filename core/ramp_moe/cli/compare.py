@@ -2,38 +2,39 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import click
 
-from ..comparison import Comparison, compare_recorded, compare_trace
+from ..comparison import Comparison, compare_plugins, compare_recorded, compare_trace
 from ..cost_model import get_form
 from ..hardware import confirm
 from ..html import check_report, write_report
 from ..kernel import STAGE_KINDS
 from ..plugins import Registry, get_registry
 from ..profiler.live import MAX_TOKENS, RUNS, compare_live
-from ..replay import load_replay
+from ..replay import load_replay, of_plugins
 from ..shapes import MoEShape
 from ..store import ProfileStore
 from ..trace import Trace, load_trace
 from ..vllm_table import open_table
-from . import tables
-from .gpu import INTERRUPTED, Display, choose_kernels, find_gpu, recorded_kernels, set_up
+from . import INTERRUPTED, tables
+from .gpu import Display, choose_kernels, find_gpu, recorded_kernels, set_up
 from .listing import GIVEN
 from .options import (
     AtLeast,
-    console,
     device_option,
     dtype_option,
     form_option,
     json_option,
     kernel_option,
     model_option,
-    print_json,
     profile_option,
     resolve_device,
+    resolve_model,
 )
+from .output import console, print_json, say
 
 LIVE_MINUTES = 5.0
 
@@ -78,7 +79,7 @@ def compare(
     ctx: click.Context,
     model: str,
     device: str,
-    dtype: str,
+    dtype: str | None,
     kernels: tuple[str, ...],
     profiles: tuple[Path, ...],
     form: str,
@@ -101,7 +102,7 @@ def compare(
     if html_path is not None:
         check_report(html_path)
     registry = get_registry()
-    shape = registry.shape(model, dtype)
+    shape = resolve_model(registry, model, dtype)
     recorded_trace = None if trace is None else load_trace(trace)
     store = ProfileStore(profiles, registry.profile_dirs)
     if live:
@@ -110,7 +111,7 @@ def compare(
             named = ctx.get_parameter_source("device") is GIVEN
             result = _measure(registry, store, shape, device, named, kernels, minutes, recorded_trace, form)
         except KeyboardInterrupt:
-            click.echo("interrupted: nothing is kept of a live comparison", err=True)
+            say("interrupted: nothing is kept of a live comparison", err=True)
             ctx.exit(INTERRUPTED)
     else:
         hardware = resolve_device(registry, device)
@@ -118,8 +119,15 @@ def compare(
         replay = load_replay(registry, store, shape, hardware, kernels, stages)
         if recorded_trace:
             result = compare_trace(replay, recorded_trace, form)
+            apart = [n for n in of_plugins(registry, store, shape, hardware) if n not in replay.kernels]
+            if not kernels and apart:
+                unasked = f"left out, as plugins' kernels that --kernel does not name: {', '.join(apart)}"
+                result = replace(result, notes=[*result.notes, unasked])
         else:
             result = compare_recorded(replay, form, table=table)
+            if not kernels:
+                rows, notes = compare_plugins(registry, store, shape, hardware, result.kernels, stages, form)
+                result = replace(result, plugins=rows, notes=[*result.notes, *notes])
     if html_path is not None:
         write_report(result, html_path)
     if as_json:
@@ -127,7 +135,7 @@ def compare(
     else:
         console().print(*tables.comparison(result), sep="\n")
         if html_path is not None:
-            click.echo(f"report: {html_path}")
+            say(f"report: {html_path}")
 
 
 def _measure(

@@ -7,9 +7,10 @@ import click
 from ..plugins import get_registry
 from ..profiler.drift import MAX_TOKENS, check_profiles
 from ..store import ProfileStore
-from . import tables
-from .gpu import INTERRUPTED, Display, choose_kernels, find_gpu, recorded_kernels, set_up
-from .options import console, dtype_option, json_option, kernel_option, model_option, print_json, this_device_option
+from . import INTERRUPTED, tables
+from .gpu import Display, choose_kernels, find_gpu, recorded_kernels, set_up
+from .options import dtype_option, json_option, kernel_option, model_option, resolve_model, this_device_option
+from .output import console, print_json, say
 
 
 @click.command()
@@ -19,13 +20,15 @@ from .options import console, dtype_option, json_option, kernel_option, model_op
 @kernel_option
 @json_option
 @click.pass_context
-def check(ctx: click.Context, model: str, device: str, dtype: str, kernels: tuple[str, ...], as_json: bool) -> None:
+def check(
+    ctx: click.Context, model: str, device: str, dtype: str | None, kernels: tuple[str, ...], as_json: bool
+) -> None:
     """Measure about a dozen cells of the recorded profiles again, in seconds: do they still hold on this GPU?
 
     Exit code 0 where they hold, or all times changed by one factor; 1 where they do not, with the remedy.
     """
     registry = get_registry()
-    shape, store = registry.shape(model, dtype), ProfileStore(shipped=registry.profile_dirs)
+    shape, store = resolve_model(registry, model, dtype), ProfileStore(shipped=registry.profile_dirs)
     state, hardware = find_gpu(registry, device)
     recorded, without_paths = ([], []) if kernels else recorded_kernels(registry, store, shape, hardware)
     chosen, left_out = choose_kernels(registry, kernels, recorded, shape, hardware)
@@ -40,13 +43,13 @@ def check(ctx: click.Context, model: str, device: str, dtype: str, kernels: tupl
                 registry, store, shape, hardware, names, setup.environment, setup.make_bench, display
             )
     except KeyboardInterrupt:
-        click.echo("interrupted: nothing is kept of a check", err=True)
+        say("interrupted: nothing is kept of a check", err=True)
         ctx.exit(INTERRUPTED)
     if as_json:
         print_json(found.as_dict())
     else:
         console().print(*tables.drift(found), sep="\n")
         if found.remedy:  # never wrapped, so that it can be copied
-            click.echo("\n".join(["remedy, measure again:", *(f"  {command}" for command in found.remedy)]))
+            say("\n".join(["remedy, measure again:", *(f"  {command}" for command in found.remedy)]))
     if found.verdict == "does not hold":
         ctx.exit(1)

@@ -8,7 +8,6 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from importlib import metadata
 
-from rich.console import Console
 from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
 
@@ -25,11 +24,10 @@ from ..shapes import MoEShape
 from ..store import ProfileStore
 from ..sweep import PATH
 from .listing import describe_kernel, why_unavailable
+from .output import error_console
 
 UUID_START = 12
 """Characters of a GPU's UUID ("GPU-" and eight digits) that tell one from another."""
-INTERRUPTED = 130
-"""Exit code after Ctrl-C."""
 STEPS = {"compile": "launches", "check": "configurations", "probe": "batches", "measure": "batches at most"}
 """What the steps of a run's phases are."""
 
@@ -55,16 +53,18 @@ def find_gpu(registry: Registry, device: str = "auto") -> tuple[GpuState, Hardwa
 def recorded_kernels(
     registry: Registry, store: ProfileStore, shape: MoEShape, hardware: Hardware
 ) -> tuple[list[str], list[str]]:
-    """Kernels with recorded times of whole paths, and why others that are recorded are left out. Raises ProfileError
-    where there is none."""
+    """Kernels with recorded times of whole paths, and why others that are recorded are left out: those of plugins,
+    too, where the library's own have some. Raises ProfileError where there is none."""
     names, left_out = [], []
-    for name in registry.kernels:
+    for name in sorted(registry.kernels, key=lambda name: name in registry.third_party):
         try:
             found = store.find(name, shape, hardware)
         except RampMoEError as e:
             left_out.append(f"{name} left out: {e}")
             continue
-        if found is not None and PATH in found[1].stages:
+        if found is not None and names and name in registry.third_party:
+            left_out.append(f"{name} left out: it is a plugin's; name it with --kernel")
+        elif found is not None and PATH in found[1].stages:
             names.append(name)
         elif found is not None:
             left_out.append(f"{name} left out: {found[0]} has no times of whole paths; run `ramp-moe profile`")
@@ -91,10 +91,10 @@ def choose_kernels(
                 chosen.append(kernel)
                 continue
         if asked:
-            raise KernelError(f"kernel {name} cannot be measured for {shape.label} on {hardware.name}: {reason}")
+            raise KernelError(f"kernel {name} cannot be measured for {shape.title} on {hardware.name}: {reason}")
         left_out.append(f"{name} left out: {reason}")
     if not chosen:
-        raise KernelError(f"no kernel can be measured for {shape.label} on {hardware.name}: {'; '.join(left_out)}")
+        raise KernelError(f"no kernel can be measured for {shape.title} on {hardware.name}: {'; '.join(left_out)}")
     return chosen, left_out
 
 
@@ -157,7 +157,7 @@ class Display:
     where it takes what it takes."""
 
     def __init__(self, minutes: float | None) -> None:
-        self._console = Console(stderr=True, highlight=False, soft_wrap=True)
+        self._console = error_console(soft_wrap=True)
         self._seconds = None if minutes is None else minutes * 60
         self._bar = Progress(
             TextColumn("{task.description}"),

@@ -16,7 +16,7 @@ from rich.table import Table
 
 from ..device import LaunchableKernel
 from ..hardware import Hardware
-from ..kernel import Kernel, KernelConfig, WeightLayout, usable_configs
+from ..kernel import Kernel, KernelConfig, WeightLayout, reason_of, usable_configs, why_unsupported
 from ..plugins import describe, get_registry
 from ..repeatability import spread, stage_bias
 from ..replay import nothing_recorded
@@ -25,16 +25,16 @@ from ..store import ProfileStore
 from ..sweep import Split, Sweep
 from . import tables
 from .options import (
-    console,
     device_option,
     dtype_option,
     json_option,
     kernel_option,
     model_option,
-    print_json,
     profile_option,
     resolve_device,
+    resolve_model,
 )
+from .output import console, print_json
 
 GIVEN = click.core.ParameterSource.COMMANDLINE
 
@@ -60,7 +60,7 @@ def plugins(as_json: bool) -> None:
 @dtype_option
 @json_option
 @click.pass_context
-def kernels(ctx: click.Context, model: str, device: str, dtype: str, as_json: bool) -> None:
+def kernels(ctx: click.Context, model: str, device: str, dtype: str | None, as_json: bool) -> None:
     """List kernels: configurations for a model and device, or the reason why there are none; whether they run here.
     With a command, do that instead."""
     if ctx.invoked_subcommand is not None:
@@ -70,26 +70,27 @@ def kernels(ctx: click.Context, model: str, device: str, dtype: str, as_json: bo
             raise click.UsageError(f"{', '.join(given)} must come after `{command}`.")
         return
     registry = get_registry()
-    shape, hardware = registry.shape(model, dtype), resolve_device(registry, device)
-    recorded = ProfileStore(shipped=registry.profile_dirs).recorded()
+    shape, hardware = resolve_model(registry, model, dtype), resolve_device(registry, device)
+    store = ProfileStore(shipped=registry.profile_dirs)
     rows: list[dict[str, Any]] = []
     for name, kernel in registry.kernels.items():
         count, layout, reason = describe_kernel(kernel, shape, hardware)
         rows.append(
             {
                 "name": name,
+                "dtype": shape.dtype,
                 "num_configs": count,
                 "unsupported": reason,
                 "unavailable": why_unavailable(kernel),
                 "weight_layout": layout and asdict(layout),
-                "recorded": (hardware.name, name, shape.slug) in recorded,
+                "recorded": store.find(name, shape, hardware) is not None,
             }
         )
     if as_json:
         print_json(rows)
         return
     table = Table(
-        "kernel", "configurations", "weight layout", "recorded", "runs here", title=f"{shape.label} on {hardware.name}"
+        "kernel", "configurations", "weight layout", "recorded", "runs here", title=f"{shape.title} on {hardware.name}"
     )
     for row in rows:
         shown = str(row["num_configs"]) if row["unsupported"] is None else f"[yellow]{escape(row['unsupported'])}"
@@ -107,10 +108,12 @@ def kernels(ctx: click.Context, model: str, device: str, dtype: str, as_json: bo
 def describe_kernel(kernel: Kernel, shape: MoEShape, hardware: Hardware) -> tuple[int, WeightLayout | None, str | None]:
     """(configurations, weight layout, reason why there are none); a broken plugin's error is such a reason."""
     try:
-        reason = kernel.unsupported(shape, hardware)
-        if reason is not None:
-            return 0, kernel.weight_layout(shape), reason or "unsupported, without a reason"
-        return len(usable_configs(kernel, shape, hardware)), kernel.weight_layout(shape), None
+        reason = why_unsupported(kernel, shape, hardware)
+        count = len(usable_configs(kernel, shape, hardware)) if reason is None else 0
+        layout = kernel.weight_layout(shape)
+        if not isinstance(layout, WeightLayout):
+            return 0, None, f"broken: weight_layout() returned {describe(layout)}, not a WeightLayout"
+        return count, layout, reason
     except Exception as e:
         return 0, None, f"broken: {type(e).__name__}: {describe(e)}"
 
@@ -118,7 +121,7 @@ def describe_kernel(kernel: Kernel, shape: MoEShape, hardware: Hardware) -> tupl
 def why_unavailable(kernel: Kernel) -> str | None:
     """What a launchable kernel misses on this machine; None for one that is only described."""
     try:
-        return kernel.unavailable() if isinstance(kernel, LaunchableKernel) else None
+        return reason_of(kernel.unavailable(), "unavailable") if isinstance(kernel, LaunchableKernel) else None
     except Exception as e:
         return f"broken: {type(e).__name__}: {describe(e)}"
 
@@ -150,11 +153,11 @@ def models(as_json: bool) -> None:
 @profile_option
 @json_option
 def profiles(
-    model: str, device: str, dtype: str, kernels: tuple[str, ...], profiles: tuple[Path, ...], as_json: bool
+    model: str, device: str, dtype: str | None, kernels: tuple[str, ...], profiles: tuple[Path, ...], as_json: bool
 ) -> None:
     """List what was measured for a model and device: runs, batches, configurations, and how well the runs repeat."""
     registry = get_registry()
-    shape, hardware = registry.shape(model, dtype), resolve_device(registry, device)
+    shape, hardware = resolve_model(registry, model, dtype), resolve_device(registry, device)
     store = ProfileStore(profiles, registry.profile_dirs)
     names = kernels or tuple(registry.kernels)
     store.check(names, shape, hardware)
@@ -177,6 +180,7 @@ def describe_profile(path: Path, sweep: Sweep, configs: Sequence[KernelConfig]) 
     splits: tuple[Split, ...] = ("tune", "test")
     return {
         "kernel": sweep.kernel,
+        "dtype": sweep.shape.dtype,
         "kernel_version": sweep.record.kernel_version,
         "file": str(path),
         "runs": msgspec.to_builtins(sweep.record.runs),

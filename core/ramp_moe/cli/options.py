@@ -1,24 +1,23 @@
-"""Options and output that several commands share."""
+"""Options that several commands share."""
 
 from __future__ import annotations
 
 import functools
 import math
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import click
 import msgspec
-from rich.console import Console
 
 from ..cost_model import DEFAULT_FORM, FORMS
 from ..errors import RoutingError
+from ..files import read_file
 from ..hardware import Hardware, detect
 from ..plugins import Registry
 from ..routing import KINDS, IntArray, check_histogram, expert_histogram, generate
-from ..shapes import DTYPE_BYTES, MoEShape
+from ..shapes import DEFAULT_DTYPE, DTYPE_BYTES, MoEShape
 
 Command = Callable[..., Any]
 
@@ -51,7 +50,11 @@ this_device_option = click.option(
     show_default=True,
     help="What this machine's GPU is, if its name is not known; refused if the GPU contradicts.",
 )
-dtype_option = click.option("--dtype", type=click.Choice(list(DTYPE_BYTES)), default="fp8", show_default=True)
+dtype_option = click.option(
+    "--dtype",
+    type=click.Choice(list(DTYPE_BYTES)),
+    help=f"Dtype of the weights (default: {DEFAULT_DTYPE}, or that of a shape's name).",
+)
 kernel_option = click.option("--kernel", "kernels", multiple=True, help="Only this kernel (repeatable).")
 profile_option = click.option(
     "--profile",
@@ -76,6 +79,11 @@ def batch_options(command: Command) -> Command:
     return functools.reduce(lambda c, option: option(c), reversed(options), command)
 
 
+def resolve_model(registry: Registry, model: str, dtype: str | None) -> MoEShape:
+    """The shape that --model and --dtype name."""
+    return registry.shape(model, dtype, DEFAULT_DTYPE)
+
+
 def resolve_device(registry: Registry, name: str) -> Hardware:
     return detect(registry.hardware.values()) if name == "auto" else registry.device(name)
 
@@ -92,7 +100,7 @@ def read_batch(
     if not histogram.lstrip().startswith("["):
         source = histogram
         try:
-            text = Path(histogram).read_text()
+            text = read_file(Path(histogram)).decode()
         except (OSError, ValueError) as e:
             reason = getattr(e, "strerror", None) or "not text"
             raise RoutingError(f"cannot read histogram {histogram}: {reason}") from None
@@ -107,12 +115,3 @@ def read_batch(
     if checked.ndim != 1:
         raise RoutingError(f"{source} holds {checked.ndim} dimensions, one list of token counts is needed")
     return f"{int(checked.sum())} routed ids from {source}", checked
-
-
-def print_json(value: Any) -> None:
-    click.echo(msgspec.json.format(msgspec.json.encode(value), indent=2))
-
-
-def console() -> Console:
-    """Rich output; wide where it goes to a file or a pipe, since nothing there wraps to 80 columns."""
-    return Console(width=None if sys.stdout.isatty() else 180, highlight=False)

@@ -21,17 +21,10 @@ from ..profiler.session import profile
 from ..profiler.settings import Result, Settings
 from ..shapes import MoEShape
 from ..store import user_data_dir
-from .gpu import INTERRUPTED, UUID_START, Display, choose_kernels, find_gpu, set_up
-from .options import (
-    AtLeast,
-    console,
-    dtype_option,
-    json_option,
-    kernel_option,
-    model_option,
-    print_json,
-    this_device_option,
-)
+from . import INTERRUPTED
+from .gpu import UUID_START, Display, choose_kernels, find_gpu, set_up
+from .options import AtLeast, dtype_option, json_option, kernel_option, model_option, resolve_model, this_device_option
+from .output import console, print_json, say
 
 
 @click.command(name="profile")
@@ -64,7 +57,7 @@ def profile_command(
     ctx: click.Context,
     model: str,
     device: str,
-    dtype: str,
+    dtype: str | None,
     kernels: tuple[str, ...],
     minutes: float,
     output: Path | None,
@@ -73,7 +66,7 @@ def profile_command(
 ) -> None:
     """Measure kernels on this machine's GPU and record their profiles. Interrupted, the same command goes on."""
     registry = get_registry()
-    shape = registry.shape(model, dtype)
+    shape = resolve_model(registry, model, dtype)
     state, hardware = find_gpu(registry, device)
     display = Display(minutes)
     chosen, left_out = choose_kernels(registry, kernels, registry.kernels, shape, hardware)
@@ -89,14 +82,14 @@ def profile_command(
     except KeyboardInterrupt:
         journal = journal_path(folder, shape, hardware)
         kept = f"what was measured is kept in {journal}, the same command goes on from it"
-        click.echo(f"interrupted: {kept if journal.exists() else 'nothing was measured'}", err=True)
+        say(f"interrupted: {kept if journal.exists() else 'nothing was measured'}", err=True)
         ctx.exit(INTERRUPTED)
     if as_json:
         print_json(_as_dict(shape, hardware, state, result, left_out))
     else:
-        compare = f"ramp-moe compare --model {model} --dtype {dtype} --device {hardware.name}"
+        compare = f"ramp-moe compare --model {model} --dtype {shape.dtype} --device {hardware.name}"
         console().print(*_summary(shape, hardware, result), sep="\n")
-        click.echo(f"next: {compare}" + (f" --profile {output}" if output else ""))
+        say(f"next: {compare}" + (f" --profile {output}" if output else ""))
 
 
 def _as_dict(
@@ -108,6 +101,7 @@ def _as_dict(
     ]
     return {
         "model": shape.label,
+        "dtype": shape.dtype,
         "device": hardware.name,
         "gpu": state.uuid[:UUID_START],
         "seconds": result.spent,
@@ -119,7 +113,7 @@ def _as_dict(
 
 
 def _summary(shape: MoEShape, hardware: Hardware, result: Result) -> list[RenderableType]:
-    table = Table(title=f"{shape.label} on {hardware.name}: {result.batches} of {result.planned} batches")
+    table = Table(title=f"{shape.title} on {hardware.name}: {result.batches} of {result.planned} batches")
     for what in ("kernel", "run", "configurations", "pruned", "failed", "file"):
         table.add_column(what, justify="left" if what in ("kernel", "file") else "right", overflow="fold")
     lines = []

@@ -10,7 +10,7 @@ from rich.console import RenderableType
 from rich.markup import escape
 from rich.table import Table
 
-from ..comparison import Batch, Comparison, Noise, Pick, percent
+from ..comparison import Batch, Comparison, Noise, Pick, Row, percent
 from ..cost_model import CostModel
 from ..hardware import Hardware
 from ..profiler.drift import Drift
@@ -20,7 +20,7 @@ from ..shapes import MoEShape
 
 
 def comparison(result: Comparison) -> list[RenderableType]:
-    table = Table(title=f"{result.model} on {result.device}")
+    table = Table(title=f"{result.model} ({result.dtype}) on {result.device}")
     measured = result.mode != "predicted"
     table.add_column("tokens", justify="right")
     table.add_column("routing")
@@ -63,7 +63,22 @@ def comparison(result: Comparison) -> list[RenderableType]:
         lines.append(f"best in hindsight over static dispatch: geometric mean {result.best_over_static.geomean:.3f}x")
     if result.noise:
         lines.append(_noise(result.noise))
+    if result.plugins:
+        lines.append(_plugin_rows(result.plugins))
     return [*lines, *(f"[dim]note: {escape(n)}" for n in result.notes)]
+
+
+def _plugin_rows(rows: Sequence[Row]) -> Table:
+    table = Table(title="plugins' kernels, alone and beside those above")
+    table.add_column("kernels", overflow="fold")
+    for what in ("batches", "retrofitted over static", "best over static", "regret of retrofitted", "of static"):
+        table.add_column(what, justify="right")
+    for row in rows:
+        speedups = (f"{r.geomean:.3f}x" for r in (row.speedup_over_static, row.best_over_static))
+        table.add_row(
+            escape(" + ".join(row.kernels)), str(row.batches), *speedups, *map(percent, (row.regret, row.static_regret))
+        )
+    return table
 
 
 def _noise(noise: Noise) -> str:
@@ -124,7 +139,7 @@ def regions(shape: MoEShape, hardware: Hardware, batch: str, found: Regions) -> 
         pays = "[green]yes" if a.pays else "no"
         table.add_row(a.optimisation, pays, a.metric, f"{a.value:.4g}", f"{a.threshold:.4g}", why)
     return [
-        f"{shape.label} ({shape.dtype}) on {hardware.name}: {escape(batch)}",
+        f"{shape.title} on {hardware.name}: {escape(batch)}",
         metrics,
         table,
         f"token block advised: {found.token_block}",
@@ -133,7 +148,7 @@ def regions(shape: MoEShape, hardware: Hardware, batch: str, found: Regions) -> 
 
 
 def fits(shape: MoEShape, hardware: Hardware, written: Sequence[dict[str, Any]]) -> list[RenderableType]:
-    table = Table(title=f"{shape.label} on {hardware.name}")
+    table = Table(title=f"{shape.title} on {hardware.name}")
     for what in ("kernel", "form", "batches recorded", "fits", "error (rms, median)", "regret mean", "p95", "max"):
         table.add_column(what, justify="left" if what in ("kernel", "form") else "right")
     for w in written:
@@ -145,7 +160,7 @@ def fits(shape: MoEShape, hardware: Hardware, written: Sequence[dict[str, Any]])
 
 
 def profiles(shape: MoEShape, hardware: Hardware, rows: Sequence[dict[str, Any]]) -> list[RenderableType]:
-    table = Table(title=f"{shape.label} ({shape.dtype}) on {hardware.name}")
+    table = Table(title=f"{shape.title} on {hardware.name}")
     for what in ("kernel", "version", "runs", "to fit on", "to judge on", "configurations", "left out", "stages"):
         table.add_column(what, justify="left" if what in ("kernel", "version") else "right", overflow="fold")
     lines: list[RenderableType] = [table]
@@ -207,7 +222,7 @@ def grid_cells(gemms: Sequence[dict[str, Any]]) -> list[str]:
 def batch_title(shape: MoEShape, hardware: Hardware, batch: str, histogram: IntArray) -> str:
     active, hottest = int(active_experts(histogram)), int(histogram.max())
     return (
-        f"{shape.label} ({shape.dtype}) on {hardware.name}: {escape(batch)}; "
+        f"{shape.title} on {hardware.name}: {escape(batch)}; "
         f"{active} of {shape.num_experts} experts active, the hottest with {hottest} ids"
     )
 

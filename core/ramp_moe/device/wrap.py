@@ -95,6 +95,9 @@ def wrap(model: Module, *adapters: ExpertsAdapter, device: str = "auto", copies:
     layer, is wrapped already, lies on several devices, or has weights, activations or layouts that cannot be had;
     HardwareError for weights on the CPU. The model is then as it was.
     """
+    _check_module(model)
+    if strays := [adapter for adapter in adapters if not isinstance(adapter, ExpertsAdapter)]:
+        raise KernelError(f"an adapter is a ramp_moe.Experts, or another ExpertsAdapter, not {strays[0]!r:.60}")
     found = _find(model, [*adapters, *get_registry().experts.values()])
     builder, done = Builder(device, copies), dict[str, RoutedExperts]()
     devices = {str(parameter.device) for _, module, _ in found for parameter in module.parameters()}
@@ -112,6 +115,7 @@ def wrap(model: Module, *adapters: ExpertsAdapter, device: str = "auto", copies:
 
 def unwrap(model: Module) -> None:
     """Leave the model as it was before `wrap`. Raises KernelError for one that is not wrapped."""
+    _check_module(model)
     wrapped = [module for module in model.modules() if experts_of(module)]
     if not wrapped:
         raise KernelError(f"{type(model).__name__} is not wrapped")
@@ -129,6 +133,12 @@ def _remove(modules: list[Module]) -> None:
         experts = experts_of(module)
         assert experts is not None
         experts.remove(module)
+
+
+def _check_module(model: object) -> None:
+    """Raises KernelError for what is no module: a model's name, or its class."""
+    if not callable(getattr(model, "named_modules", None)) or isinstance(model, type):
+        raise KernelError(f"a model is a torch.nn.Module, not {model!r:.60}; load it first")
 
 
 def _find(model: Module, adapters: list[ExpertsAdapter]) -> list[tuple[str, Module, ExpertsAdapter]]:

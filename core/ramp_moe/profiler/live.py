@@ -4,15 +4,13 @@ from __future__ import annotations
 
 import itertools
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
-import numpy as np
-
 from ..comparison import DECODE_SIZES, PREFILL_SIZES, Comparison, compare_recorded, sources_of
 from ..cost_model import DEFAULT_FORM
-from ..errors import ProfileError, RoutingError
+from ..errors import ProfileError
 from ..hardware import Hardware
 from ..plugins import Registry
 from ..replay import Replay, load_replay, view
@@ -20,7 +18,7 @@ from ..routing import IntArray
 from ..shapes import MoEShape
 from ..store import ProfileStore, relative_path
 from ..sweep import PATH, Sweep, load_sweep, path_key
-from ..trace import Trace
+from ..trace import Trace, spread_out
 from .journal import Stopped
 from .plan import TEST_SIZES, PlannedBatch, held_out
 from .session import profile
@@ -55,22 +53,14 @@ def trace_batches(trace: Trace, shape: MoEShape) -> list[PlannedBatch]:
     trace.require(shape)
     found: list[list[PlannedBatch]] = []
 
-    def add(kind: str, steps: Sequence[IntArray]) -> None:
-        spread = np.unique(np.linspace(0, len(steps) - 1, min(STEPS, len(steps))).round().astype(int)).tolist()
-        found.append([TraceBatch(len(steps[i]), f"trace {kind}", i, "test", steps[i]) for i in spread])
+    def add(kind: str, steps: Mapping[int, IntArray]) -> None:
+        found.append([TraceBatch(len(ids), f"trace {kind}", i, "test", ids) for i, ids in steps.items()])
 
-    if trace.starts is not None:
-        for recorded in trace.recorded():
-            if fitting := [batch for batch in recorded if len(batch) <= MAX_TOKENS]:
-                add("recorded", fitting)
-        return _in_turns(found)
-    for kind, cut, sizes in (("decode", trace.decode, DECODE_SIZES), ("prefill", trace.prefill, PREFILL_SIZES)):
-        for size in sizes:
-            try:
-                steps = list(cut(size))
-            except RoutingError:  # longer than the trace
-                continue
-            add(kind, steps)
+    for recorded in trace.recorded():
+        fitting = [batch for batch in recorded if batch.tokens <= MAX_TOKENS]
+        add("recorded", {i: fitting[i].topk_ids(trace.top_k) for i in spread_out(len(fitting), STEPS)})
+    for kind, steps in trace.cut(DECODE_SIZES, PREFILL_SIZES):
+        add(kind, {i: steps[i] for i in spread_out(len(steps), STEPS)})
     return _in_turns(found)
 
 

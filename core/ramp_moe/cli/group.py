@@ -1,0 +1,56 @@
+"""The group of all commands."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import click
+
+from ..errors import RampMoEError
+from . import INTERRUPTED, build, check, choose, compare, drift, listing, profile
+from .output import notes_on_stderr, printable, written_out
+
+
+class _Failure(click.ClickException):
+    exit_code = 2
+
+    def format_message(self) -> str:
+        return printable(" ".join(self.message.split()))
+
+
+class _Group(click.Group):
+    def main(self, *args: Any, **kwargs: Any) -> Any:
+        with written_out():
+            return super().main(*args, **kwargs)
+
+    def invoke(self, ctx: click.Context) -> Any:
+        try:
+            with notes_on_stderr():
+                return super().invoke(ctx)
+        except RampMoEError as e:
+            raise _Failure(str(e)) from e
+        except KeyboardInterrupt:
+            ctx.exit(INTERRUPTED)
+
+
+@click.group(cls=_Group, context_settings={"help_option_names": ["-h", "--help"]})
+@click.version_option(package_name="ramp-moe")
+def main() -> None:
+    """Pick the fastest MoE kernel for every batch from its expert histogram."""
+
+
+listing.kernels.add_command(build.build_command)
+for _command in (
+    listing.plugins,
+    listing.kernels,
+    listing.models,
+    listing.profiles,
+    check.check_kernel,
+    drift.check,
+    choose.regions,
+    choose.fit,
+    choose.explain,
+    compare.compare,
+    profile.profile_command,
+):
+    main.add_command(_command)
