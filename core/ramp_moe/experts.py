@@ -63,7 +63,7 @@ class Experts(ExpertsAdapter):
     """The experts of a module of your own, by the names of its attributes.
 
     module: its class. gate_up `[E, 2 I, H]` and down `[E, H, I]`, their scales and biases: names of its parameters, as
-    `MoEWeights` describes them; so are activation and layout. top_k: the number, or the name of an attribute.
+    `MoEWeights` describes them; so are activation, layout and limit. top_k: the number, or the name of an attribute.
     route: the module and hidden states `[T, H]` to (topk_ids `[T, k]` int32 or int64, topk_weights `[T, k]`), where the
     module's forward takes hidden states `[..., H]` and returns their like. Without it forward takes (hidden states
     `[T, H]`, topk_ids, topk_weights).
@@ -80,6 +80,7 @@ class Experts(ExpertsAdapter):
     down_bias: str | None = None
     activation: str = "swiglu"
     layout: str = "gate-first"
+    limit: float | None = None
 
     @property
     def name(self) -> str:  # type: ignore[override]
@@ -106,6 +107,7 @@ class Experts(ExpertsAdapter):
             of(self.down_bias),
             self.activation,
             self.layout,
+            self.limit,
         )
 
     def restored(self, module: Module, weights: MoEWeights) -> tuple[Tensor, Tensor]:
