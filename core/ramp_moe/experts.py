@@ -37,8 +37,9 @@ class ExpertsAdapter(ABC):
         return None
 
     @abstractmethod
-    def top_k_of(self, module: Module) -> int:
-        """Experts a token. Raises KernelError where the module does not tell."""
+    def top_k_of(self, module: Module, parent: Module) -> int:
+        """Experts a token. parent: the module that holds this one, itself for a model that is its own experts. Raises
+        KernelError if neither tells."""
 
     @abstractmethod
     def weights(self, module: Module) -> MoEWeights:
@@ -89,7 +90,7 @@ class Experts(ExpertsAdapter):
     def finds(self, module: Module) -> bool:
         return isinstance(module, self.module)
 
-    def top_k_of(self, module: Module) -> int:
+    def top_k_of(self, module: Module, parent: Module) -> int:
         return int(self._attribute(module, self.top_k)) if isinstance(self.top_k, str) else self.top_k
 
     def weights(self, module: Module) -> MoEWeights:
