@@ -53,8 +53,7 @@ class TransformersExperts(ExpertsAdapter):
 
     def top_k_of(self, module: Any, parent: Any) -> int:
         """From the configuration; from the router beside the experts if layers differ, or if it has another name."""
-        named = [getattr(module.config, name, None) for name in TOP_K]
-        if found := _one_number(named):
+        if found := _one_number([_of_config(module.config, name) for name in TOP_K]):
             return found
         beside = [child for child in (parent, *parent.children()) if child is not module]
         if found := _one_number([getattr(child, name, None) for child in beside for name in ROUTER_TOP_K]):
@@ -123,6 +122,14 @@ def _scales(module: Any, gate_up: Tensor) -> tuple[Tensor | None, Tensor | None]
     if module.block_size is None or tuple(module.block_size) != (SCALE_BLOCK, SCALE_BLOCK):
         raise KernelError(f"its fp8 scales are of blocks {module.block_size}; ramp_moe takes [128, 128]")
     return module.gate_up_proj_scale_inv.detach().float(), module.down_proj_scale_inv.detach().float()
+
+
+def _of_config(config: Any, name: str) -> Any:
+    """An attribute of a configuration; None if it has none, or says that each layer has its own."""
+    try:
+        return getattr(config, name, None)
+    except RuntimeError:
+        return None
 
 
 def _one_number(found: list[Any]) -> int | None:

@@ -21,6 +21,7 @@ OTHERS = {
     "SwitchTransformersExperts": "they are separate dense layers without a gate",
     "NllbMoeExperts": "they are separate dense layers without a gate",
     "DbrxExperts": "they hold the rows of all experts in matrices of two dimensions, gate and up apart",
+    "AriaExperts": "they are two modules with a matrix each, called with the tokens already sorted by expert",
     "DogeCDMoE": "they are single rows of embeddings, looked up for each token",
     "VitPoseNaiveMoe": "they are linear layers, one a dataset, each computed for all tokens",
 }

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable
 from typing import Any
 
@@ -9,12 +10,14 @@ import pytest
 
 pytest.importorskip("transformers")
 
+import ramp_moe
 import torch
+from moe_cases import error
 from ramp_moe import KernelError
 from ramp_moe_adapters.transformers_activation import Activation, activation_of
 from ramp_moe_kernels.reference import activate
 from torch.nn.functional import gelu, silu
-from transformers_cases import fp8_experts
+from transformers_cases import DEVICE, GPU, HALF, computed, fp8_experts
 
 ROWS = 64
 
@@ -83,10 +86,25 @@ def test_fp8_experts_of_a_clamped_model(limit: float) -> None:
     """Transformers' fp8 experts clamp where the configuration names a limit, whatever the model."""
     module: Any = fp8_experts()
     module.limit = module.swiglu_limit = limit
-    assert activation_of(module, 256, "cpu") == Activation("swiglu_clamped", limit, False)
+    assert activation_of(module, 256, DEVICE) == Activation("swiglu_clamped", limit, False)
     module.swiglu_alpha = 1.702
     if limit == 7.0:
-        assert activation_of(module, 256, "cpu") == Activation("swiglu_oai", None, False)
+        assert activation_of(module, 256, DEVICE) == Activation("swiglu_oai", None, False)
         return
     with pytest.raises(KernelError, match=r"none of swiglu, .* \(SiLUActivation\)"):
-        activation_of(module, 256, "cpu")
+        activation_of(module, 256, DEVICE)
+
+
+def test_wrapped_fp8_experts_clamp() -> None:
+    module: Any = fp8_experts()
+    module.limit = 0.5
+    (layer,) = ramp_moe.wrap(module, device="auto" if GPU else "h200").layers.values()
+    assert (layer.held[0].activation, layer.held[0].limit) == ("swiglu_clamped", 0.5)
+    x = torch.randn(6, 256, generator=torch.Generator().manual_seed(0)).to(DEVICE, HALF)
+    ids = torch.tensor([[0, 1], [2, 3], [3, 0], [1, 2], [0, 2], [1, 3]], device=DEVICE)
+    scores = torch.ones(6, 2, device=DEVICE)
+    with torch.no_grad():
+        found = module(x, ids, scores)
+    assert error(found, computed(layer.held[0], x, ids, scores)) < 2e-2
+    unclamped = dataclasses.replace(layer.held[0], activation="swiglu", limit=None)
+    assert error(found, computed(unclamped, x, ids, scores)) > 0.2

@@ -16,6 +16,7 @@ from ramp_moe import KernelError, ShapeError
 from ramp_moe.device.build import Builder
 from ramp_moe.device.routed import experts_of
 from ramp_moe_adapters.transformers_experts import TransformersExperts
+from transformers import OlmoeConfig
 from transformers_cases import (
     DEVICE,
     EXPERTS,
@@ -135,6 +136,16 @@ def test_top_k_of_the_router_beside_the_experts(name: str, config: dict[str, Any
     block.experts, block.gate = module, router
     setattr(router if inside else block, name, 3)
     assert ADAPTER.top_k_of(module, block) == 3
+
+
+def test_top_k_of_a_configuration_whose_layers_differ() -> None:
+    """Transformers raises a RuntimeError when such an attribute is asked of the whole model's configuration."""
+    config = OlmoeConfig(num_hidden_layers=2, num_experts_per_tok=2, per_layer_config={1: {"num_experts_per_tok": 3}})
+    block, module, router = torch.nn.Module(), torch.nn.Module(), torch.nn.Module()
+    block.experts, block.gate, router.top_k = module, router, 3
+    for of_layer, beside, expected in ((config, block, 3), (config.per_layer_config[0], module, 2)):
+        module.config = of_layer
+        assert ADAPTER.top_k_of(module, beside) == expected
 
 
 def test_top_k_that_nobody_tells() -> None:

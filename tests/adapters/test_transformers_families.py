@@ -23,6 +23,7 @@ from ramp_moe.device.routed import experts_of
 from ramp_moe.device.wrap import attach
 from ramp_moe_adapters.transformers_experts import TransformersExperts
 from ramp_moe_adapters.transformers_hints import EXPERTS, OTHERS
+from transformers_cases import DEVICE, GPU
 from transformers_families import CLASS, DECORATED, E, H, K, names_of_classes, sources, tiny
 
 ADAPTER = TransformersExperts()
@@ -41,7 +42,7 @@ CLAMPED = {"DeepseekV4Experts", "Glm5NextTextExperts", "HYV4Experts", "HYV4VLExp
 @pytest.fixture(scope="module")
 def builder() -> Builder:
     """Of all layers, which then share a plan and buffers."""
-    return Builder("h200")
+    return Builder("auto" if GPU else "h200")
 
 
 def test_all_are_found() -> None:
@@ -50,7 +51,7 @@ def test_all_are_found() -> None:
 
 @pytest.mark.parametrize("name", CLASSES, ids=[name.partition(":")[2] for name in CLASSES])
 def test_a_class_is_right_or_left_out(name: str, builder: Builder) -> None:
-    module, kind = tiny(name), name.partition(":")[2]
+    module, kind = tiny(name).to(DEVICE), name.partition(":")[2]
     assert ADAPTER.finds(module)
     if kind in LEFT_OUT:
         with pytest.raises(KernelError, match=LEFT_OUT[kind]):
@@ -60,9 +61,9 @@ def test_a_class_is_right_or_left_out(name: str, builder: Builder) -> None:
         return
     assert 1 <= ADAPTER.top_k_of(module, module) <= 10
     generator = torch.Generator().manual_seed(1)
-    x = torch.randn(5, H, generator=generator).half()
-    ids = torch.stack([torch.randperm(E, generator=generator)[:K] for _ in range(5)])
-    scores = torch.rand(5, K, generator=generator)
+    x = torch.randn(5, H, generator=generator).to(DEVICE, torch.float16)
+    ids = torch.stack([torch.randperm(E, generator=generator)[:K] for _ in range(5)]).to(DEVICE)
+    scores = torch.rand(5, K, generator=generator).to(DEVICE)
     scores[1, 0] = 0  # some classes' eager code does not know the id to skip; without its weight it is skipped, too
     with torch.no_grad():
         expected = module(x, ids, scores)
@@ -95,7 +96,7 @@ def test_experts_outside_the_interface_have_a_reason() -> None:
         ("Step3p7TextModel", "Step3p7TextConfig", {"num_hidden_layers": 4}),  # the first three are dense
         ("SwitchTransformersModel", "SwitchTransformersConfig", {"num_layers": 3, "num_decoder_layers": 3}),
         ("NllbMoeModel", "NllbMoeConfig", {"encoder_layers": 4, "decoder_layers": 4, "num_experts": 4}),
-        ("DbrxForCausalLM", "DbrxConfig", {"n_layers": 1}),
+        ("DbrxForCausalLM", "DbrxConfig", {"n_layers": 1, "attn_config": {"rope_theta": 10000.0}}),
         ("DogeForCausalLM", "DogeConfig", {"is_moe": True}),
     ],
 )
