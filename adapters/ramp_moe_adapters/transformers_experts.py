@@ -27,7 +27,7 @@ NAME = "ramp_moe"
 """Of the implementation, as `experts_implementation=` takes it."""
 DEFAULT = "grouped_mm"
 """What Transformers takes where nobody names an implementation."""
-MARKS = ("has_gate", "has_bias", "is_transposed", "_apply_gate")
+MARKS = ("has_gate", "has_bias", "is_transposed", "is_concatenated", "_apply_gate")
 """What `transformers.integrations.moe.use_experts_implementation` puts on the classes that it decorates."""
 TOP_K = ("num_experts_per_tok", "top_k_experts", "moe_topk", "moe_top_k", "num_selected_experts")
 """Names in a model's configuration: a number, or one for each layer."""
@@ -75,6 +75,8 @@ class TransformersExperts(ExpertsAdapter):
         rows = gate_up.shape[2 if module.is_transposed else 1]
         check_count(module, len(gate_up))
         activation = activation_of(module, rows, gate_up.device)
+        if activation.alternating == module.is_concatenated:
+            raise KernelError(f"is_concatenated is {module.is_concatenated}, but its gate does not read rows so")
         if module.is_transposed:
             gate_up, down = gate_up.transpose(1, 2), down.transpose(1, 2)
         up_bias, down_bias = (
@@ -88,7 +90,7 @@ class TransformersExperts(ExpertsAdapter):
 
     def restored(self, module: Any, weights: MoEWeights) -> tuple[Tensor, Tensor]:
         gate_up, down = weights.gate_up, weights.down
-        if activation_of(module, gate_up.shape[1], gate_up.device).alternating:
+        if not module.is_concatenated:
             gate_up = _alternating(gate_up)
         return (gate_up.transpose(1, 2), down.transpose(1, 2)) if module.is_transposed else (gate_up, down)
 

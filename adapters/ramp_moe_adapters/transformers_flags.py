@@ -20,7 +20,7 @@ COMPUTED = frozenset(
     {"config", "has_gate", "has_bias", "is_transposed", "is_concatenated", "_is_expert_parallel", "_apply_gate"}
 )
 """Attributes that the decorator sets and that the adapter reads, or that change nothing in what it computes: ids past
-the last expert are always skipped, and whether gate and up come in turn is found by running `_apply_gate`."""
+the last expert are skipped whether experts are parallel or not."""
 FP8_COMPUTED = frozenset(
     {"config", "block_size", "activation_scheme", "scale_fmt", "has_bias", "has_gate", "expert_dtype"}
 )

@@ -8,6 +8,7 @@ CI runs the installed version. Another one, the oldest that is supported say, is
 
 from __future__ import annotations
 
+import re
 from typing import Any
 
 import pytest
@@ -21,7 +22,7 @@ from ramp_moe import KernelError
 from ramp_moe.device.build import Builder
 from ramp_moe.device.routed import experts_of
 from ramp_moe.device.wrap import attach
-from ramp_moe_adapters.transformers_experts import TransformersExperts
+from ramp_moe_adapters.transformers_experts import TOP_K, TransformersExperts
 from ramp_moe_adapters.transformers_hints import EXPERTS, OTHERS
 from transformers_cases import DEVICE, GPU
 from transformers_families import CLASS, DECORATED, E, H, K, names_of_classes, sources, tiny
@@ -36,6 +37,7 @@ LEFT_OUT = {
     "Inkling2LoopExperts": r"its activation is none of swiglu, .* \(Inkling2LoopSoftcappedSwiGLU\)",
 }
 """By class, why."""
+ROUTED = re.compile(r"self\.top_k = config\.(\w+)")
 CLAMPED = {"DeepseekV4Experts", "Glm5NextTextExperts", "HYV4Experts", "HYV4VLExperts"}
 
 
@@ -73,6 +75,11 @@ def test_a_class_is_right_or_left_out(name: str, builder: Builder) -> None:
     assert found.dtype == expected.dtype
     assert 0 < error(found, expected.float()) < 1e-3
     assert attached.layer.held[0].limit == (10.0 if kind in CLAMPED else None)
+
+
+def test_routers_take_top_k_from_names_that_are_known() -> None:
+    named = {name for _, text in sources() if DECORATED.search(text) for name in ROUTED.findall(text)}
+    assert "num_experts_per_tok" in named <= set(TOP_K)
 
 
 def test_experts_outside_the_interface_have_a_reason() -> None:

@@ -135,6 +135,13 @@ def test_what_experts_hold_beside_their_projections_is_refused_by_name(name: str
         ADAPTER.weights(module)
 
 
+def test_rows_in_another_order_than_the_flag_says_are_refused() -> None:
+    module = experts_of_olmoe()
+    module.is_concatenated = False
+    with pytest.raises(KernelError, match="is_concatenated is False, but its gate does not read rows so"):
+        ADAPTER.weights(module)
+
+
 def test_another_number_of_experts_than_of_weights_is_refused() -> None:
     model = model_of("olmoe")
     model.model.layers[1].mlp.experts.num_experts = 6
