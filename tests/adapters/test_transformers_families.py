@@ -22,7 +22,7 @@ from ramp_moe import KernelError
 from ramp_moe.device.build import Builder
 from ramp_moe.device.routed import experts_of
 from ramp_moe.device.wrap import attach
-from ramp_moe_adapters.transformers_experts import TOP_K, TransformersExperts
+from ramp_moe_adapters.transformers_experts import NAME, TOP_K, TransformersExperts
 from ramp_moe_adapters.transformers_hints import EXPERTS, OTHERS
 from transformers_cases import DEVICE, GPU
 from transformers_families import CLASS, DECORATED, E, H, K, names_of_classes, sources, tiny
@@ -55,17 +55,20 @@ def test_all_are_found() -> None:
 def test_a_class_is_right_or_left_out(name: str, builder: Builder) -> None:
     module, kind = tiny(name).to(DEVICE), name.partition(":")[2]
     assert ADAPTER.finds(module)
+    generator = torch.Generator().manual_seed(1)
+    x = torch.randn(5, H, generator=generator).to(DEVICE, torch.float16)
+    ids = torch.stack([torch.randperm(E, generator=generator)[:K] for _ in range(5)]).to(DEVICE)
+    scores = torch.rand(5, K, generator=generator).to(DEVICE)
     if kind in LEFT_OUT:
         with pytest.raises(KernelError, match=LEFT_OUT[kind]):
             attach(module, ADAPTER, K, builder)
         assert experts_of(module) is None
         assert module.config._experts_implementation == "eager"
+        module.config._experts_implementation = NAME
+        with pytest.raises(KernelError, match=LEFT_OUT[kind]):
+            module(x, ids, scores)
         return
     assert 1 <= ADAPTER.top_k_of(module, module) <= 10
-    generator = torch.Generator().manual_seed(1)
-    x = torch.randn(5, H, generator=generator).to(DEVICE, torch.float16)
-    ids = torch.stack([torch.randperm(E, generator=generator)[:K] for _ in range(5)]).to(DEVICE)
-    scores = torch.rand(5, K, generator=generator).to(DEVICE)
     scores[1, 0] = 0  # some classes' eager code does not know the id to skip; without its weight it is skipped, too
     with torch.no_grad():
         expected = module(x, ids, scores)
