@@ -20,8 +20,9 @@ if TYPE_CHECKING:
     import torch
     from torch import Tensor
 
-ACTIVATIONS = ("swiglu", "gelu_tanh", "swiglu_oai")
-"""silu(gate) * up; gelu(gate, tanh) * up; gpt-oss: gate and up clamped at 7, gate * sigmoid(1.702 gate) * (up + 1)."""
+ACTIVATIONS = ("swiglu", "gelu_tanh", "swiglu_oai", "swiglu_clamped")
+"""silu(gate) * up; gelu(gate, tanh) * up; gpt-oss: gate cut off above 7 and up at -7 and 7, then gate *
+sigmoid(1.702 gate) * (up + 1); DeepSeek-V4: the same cut at a limit that the weights name, then silu(gate) * up."""
 
 
 _logger = logging.getLogger("ramp_moe")
@@ -42,7 +43,8 @@ class MoEWeights:
     `ramp_moe.shapes.scale_blocks` for a shard that begins inside a block of 128; H is a multiple of 128. Biases
     `[E, 2 I]` and `[E, H]` are optional. `layout`, one of LAYOUTS, is the order of the rows of gate_up and of its bias;
     so are the scale's, where one block row of gate and one of up come in turn if interleaved. Raises ShapeError for
-    whatever does not fit together, UnknownNameError for an activation or a layout that does not exist.
+    whatever does not fit together, UnknownNameError for an activation or a layout that does not exist, KernelError
+    for a `limit` that the activation lacks or does not have: swiglu_clamped cuts gate and up off there.
     """
 
     gate_up: Tensor
@@ -53,12 +55,17 @@ class MoEWeights:
     down_bias: Tensor | None = None
     activation: str = "swiglu"
     layout: str = "gate-first"
+    limit: float | None = None
 
     def __post_init__(self) -> None:
         import torch
 
         if self.activation not in ACTIVATIONS:
             raise UnknownNameError("activation", self.activation, ACTIVATIONS)
+        if self.activation != "swiglu_clamped" and self.limit is not None:
+            raise KernelError(f"{self.activation} takes no limit, here {self.limit}; swiglu_clamped does")
+        if self.activation == "swiglu_clamped" and not (self.limit is not None and 0 < self.limit < math.inf):
+            raise KernelError(f"swiglu_clamped needs a positive limit, as limit=10.0, not {self.limit}")
         if self.gate_up.ndim != 3 or self.gate_up.shape[1] % 2:
             raise ShapeError(f"gate_up must be [E, 2 I, H], not {list(self.gate_up.shape)}")
         experts, rows, hidden = self.gate_up.shape

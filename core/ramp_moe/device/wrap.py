@@ -44,8 +44,8 @@ class Wrapped:
 
     def warm_up(self, num_tokens: int, dtype: torch.dtype) -> None:
         """`MoELayer.warm_up` of every layer, before CUDA graphs of so many tokens are captured."""
-        for layer in self.layers.values():
-            layer.warm_up(num_tokens, dtype)
+        for experts in self.experts.values():
+            experts.layer.warm_up(num_tokens, experts.taken(dtype))
 
     @contextmanager
     def record(self) -> Iterator[Recording]:
@@ -106,7 +106,7 @@ def wrap(model: Module, *adapters: ExpertsAdapter, device: str = "auto", copies:
     try:
         for name, module, adapter in found:
             with _named(name, adapter):
-                done[name] = attach(module, adapter, adapter.top_k_of(module), builder)
+                done[name] = attach(module, adapter, adapter.top_k_of(module, _parent(model, name)), builder)
     except BaseException:
         _remove([module for name, module, _ in found if name in done])
         raise
@@ -125,6 +125,10 @@ def unwrap(model: Module) -> None:
 def attach(module: Module, adapter: ExpertsAdapter, top_k: int, builder: Builder) -> RoutedExperts:
     """Wrap one module. Raises RampMoEError where its experts cannot be had."""
     return RoutedExperts(module, adapter, builder.layer(adapter.weights(module), top_k))
+
+
+def _parent(model: Module, name: str) -> Module:
+    return model.get_submodule(name.rpartition(".")[0])
 
 
 def _remove(modules: list[Module]) -> None:
