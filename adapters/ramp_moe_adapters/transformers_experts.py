@@ -121,9 +121,10 @@ def _activation(module: Any, rows: int, device: Any) -> tuple[str, bool]:
     """Which of ACTIVATIONS the module has, and whether gate and up come in turn. Raises KernelError for another."""
     import torch
 
-    generator = torch.Generator().manual_seed(0)
-    spread = torch.logspace(-2, 0, PROBE_ROWS)[:, None] * PROBE_SCALE
-    probe = (torch.randn(PROBE_ROWS, rows, generator=generator) * spread).to(device)
+    generator = torch.Generator("cpu").manual_seed(0)
+    spread = torch.logspace(-2, 0, PROBE_ROWS, dtype=torch.float32, device="cpu")[:, None] * PROBE_SCALE
+    drawn = torch.randn(PROBE_ROWS, rows, dtype=torch.float32, device="cpu", generator=generator)
+    probe = (drawn * spread).to(device)
     with torch.no_grad():
         found = module._apply_gate(probe)
     for alternating in (False, True):

@@ -198,7 +198,7 @@ class MoELayer:
         device, shape = self._device, self.shape
         x = torch.zeros(num_tokens, shape.hidden_size, dtype=dtype, device=device)
         ids = torch.arange(num_tokens * shape.top_k, dtype=torch.int32, device=device) % shape.num_experts
-        weights = torch.full((num_tokens, shape.top_k), 1 / shape.top_k, device=device)
+        weights = torch.full((num_tokens, shape.top_k), 1 / shape.top_k, dtype=torch.float32, device=device)
         batch = Batch(x, ids.view(num_tokens, shape.top_k), weights)
         self.launch(self._blind(num_tokens), batch, torch.empty_like(x))
         return None
