@@ -28,6 +28,8 @@ MARKS = ("has_gate", "has_bias", "is_transposed", "_apply_gate")
 """What `transformers.integrations.moe.use_experts_implementation` puts on the classes that it decorates."""
 TOP_K = ("num_experts_per_tok", "top_k_experts")
 """Names in a model's configuration."""
+PROJECTIONS = {"gate_up": "gate_up_proj", "down": "down_proj"}
+"""The module's parameters, by field of MoEWeights."""
 LOCKED = "deepgemm_megamoe"
 """The one implementation that changes the weights in memory."""
 PROBE_ROWS, PROBE_SCALE = 64, 40.0
@@ -38,7 +40,6 @@ class TransformersExperts(ExpertsAdapter):
     """bf16, fp16 and fp8 (block-scaled, dynamic activations) experts with a gate."""
 
     name = "transformers"
-    gate_up, down = "gate_up_proj", "down_proj"
 
     def finds(self, module: Any) -> bool:
         return all(hasattr(module, mark) for mark in MARKS) and hasattr(module, "config")
@@ -65,13 +66,13 @@ class TransformersExperts(ExpertsAdapter):
             raise KernelError("its experts have no gate; ramp_moe computes activation(gate) * up")
         if module.config._experts_implementation == LOCKED:
             raise KernelError(f"{LOCKED} keeps the weights in a form of its own; load the model without it")
-        gate_up, down = (self._parameter(module, name) for name in (self.gate_up, self.down))
+        gate_up, down = module.gate_up_proj.detach(), module.down_proj.detach()
         rows = gate_up.shape[2 if module.is_transposed else 1]
         activation, alternating = _activation(module, rows, gate_up.device)
         if module.is_transposed:
             gate_up, down = gate_up.transpose(1, 2), down.transpose(1, 2)
         up_bias, down_bias = (
-            self._parameter(module, f"{name}_bias") if module.has_bias else None for name in (self.gate_up, self.down)
+            getattr(module, f"{name}_bias").detach() if module.has_bias else None for name in PROJECTIONS.values()
         )
         if alternating:
             gate_up, up_bias = _gate_first(gate_up), None if up_bias is None else _gate_first(up_bias)
@@ -79,11 +80,35 @@ class TransformersExperts(ExpertsAdapter):
         weights = gate_up.contiguous(), down.contiguous()
         return MoEWeights(*weights, up_scale, down_scale, up_bias, down_bias, activation)
 
-    def restored(self, module: Any, weights: MoEWeights) -> tuple[Tensor, Tensor]:
-        gate_up, down = weights.gate_up, weights.down
-        if _activation(module, gate_up.shape[1], gate_up.device)[1]:
-            gate_up = _alternating(gate_up)
-        return (gate_up.transpose(1, 2), down.transpose(1, 2)) if module.is_transposed else (gate_up, down)
+    def names(self, module: Any) -> dict[str, str]:
+        added = {"bias": "bias"} if module.has_bias else {}
+        if hasattr(module, "block_size") and module.gate_up_proj.element_size() == 1:
+            added["scale"] = "scale_inv"
+        suffixes = {
+            f"{field}_{kind}": f"{name}_{suffix}"
+            for kind, suffix in added.items()
+            for field, name in PROJECTIONS.items()
+        }
+        return PROJECTIONS | suffixes
+
+    def order(self, module: Any) -> tuple[bool, bool]:
+        """Whether matrices are transposed, and whether gate and up come in turn."""
+        gate_up = module.gate_up_proj
+        return module.is_transposed, _activation(
+            module, gate_up.shape[2 if module.is_transposed else 1], gate_up.device
+        )[1]
+
+    def given(self, order: tuple[bool, bool], field: str, tensor: Tensor) -> Tensor:
+        transposed, alternating = order
+        if field in PROJECTIONS and transposed:
+            tensor = tensor.transpose(1, 2)
+        return _gate_first(tensor) if field in ("gate_up", "gate_up_bias") and alternating else tensor
+
+    def own(self, order: tuple[bool, bool], field: str, tensor: Tensor) -> Tensor:
+        transposed, alternating = order
+        if field in ("gate_up", "gate_up_bias") and alternating:
+            tensor = _alternating(tensor)
+        return tensor.transpose(1, 2) if field in PROJECTIONS and transposed else tensor
 
     def install(self, module: Any) -> str | None:
         """Through the configuration that the module's forward asks for the implementation: all modules that share it
@@ -96,14 +121,6 @@ class TransformersExperts(ExpertsAdapter):
 
     def uninstall(self, module: Any, before: str | None) -> None:
         module.config._experts_implementation = DEFAULT if before == NAME else before
-
-    def _parameter(self, module: Any, name: str) -> Tensor:
-        found: Tensor = getattr(module, name).detach()
-        if found.is_meta:
-            raise KernelError(f"{name} is not loaded (it is on the device meta)")
-        if hasattr(found, "device_mesh"):
-            raise KernelError(f"{name} is sharded over several devices; ramp_moe takes whole experts")
-        return found
 
 
 def _scales(module: Any, gate_up: Tensor) -> tuple[Tensor | None, Tensor | None]:

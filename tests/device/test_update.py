@@ -147,7 +147,7 @@ def test_what_does_not_fit_is_refused_before_anything_is_written(h200: Hardware,
         cases += [(replace(new, **{field: wider[:E].half()}), f"layer's {field} has the dtype")]
     else:
         cases += [(replace(new, gate_up=new.gate_up.half(), down=new.down.half()), "has the dtype")]
-    cases += [(replace(new, activation="gelu_tanh"), "computes swiglu, the new weights are for gelu_tanh")]
+    cases += [(replace(new, activation="gelu_tanh"), "the activation swiglu, the new weights gelu_tanh")]
     for given, message in cases:
         with pytest.raises(ShapeError, match=message):
             layer.update(given)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Callable, Hashable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -23,6 +24,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from .dispatch import GraphDispatch, Plan
+    from .routed import RoutedExperts
 
 Router = Callable[["Tensor"], "tuple[Tensor, Tensor]"]
 
@@ -80,6 +82,8 @@ class MoELayer:
         self.dropped: dict[str, str] = {}
         self.derived = set[str]()
         """Kernels that launch with something that they made of the weights, in memory of its own."""
+        self.owner: weakref.ref[RoutedExperts] | None = None
+        """What a module calls this layer through; it knows whether the module still has these weights."""
         self.stale: str | None = None
         """Why the weights held are not to be computed with."""
         self._kernels: dict[str, tuple[LaunchableKernel, Any]] = {}

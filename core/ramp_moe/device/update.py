@@ -49,8 +49,10 @@ def writing(layer: MoELayer) -> Iterator[None]:
 def check_fits(held: MoEWeights, weights: MoEWeights) -> None:
     """Raises ShapeError if `weights` cannot take the place of `held`: another shape, dtype, device or activation, a
     scale or a bias more or less."""
-    if weights.activation != held.activation:
-        raise ShapeError(f"the layer computes {held.activation}, the new weights are for {weights.activation}")
+    for what in (f.name for f in dataclasses.fields(held) if f.name not in (*FIELDS, "layout")):
+        old, new = getattr(held, what), getattr(weights, what)
+        if old != new:
+            raise ShapeError(f"the layer has the {what} {old}, the new weights {new}; build a layer of them")
     for name in FIELDS:
         old, new = getattr(held, name), getattr(weights, name)
         if (old is None) != (new is None):
