@@ -7,6 +7,7 @@ such as its address, raises KernelError.
 
 from __future__ import annotations
 
+import threading
 import weakref
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -28,6 +29,8 @@ if TYPE_CHECKING:
 
 aten = torch.ops.aten
 ALL = slice(None)
+_writing = threading.RLock()
+"""Held while values are read, changed and written back: engines load the parts of one expert from several threads."""
 MINE = ("_source", "_steps")
 """Attributes of a Placeholder that a module's tensor does not have."""
 
@@ -250,6 +253,13 @@ def _like(t: Tensor, new: Tensor) -> Tensor:
 def _computed(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     """An operator on the values; what it writes to is written back."""
     written = {id(t) for value in _written(func, args, kwargs) for t in _all(value)}
+    if not written:
+        return _on_values(func, args, kwargs, written)
+    with _writing:
+        return _on_values(func, args, kwargs, written)
+
+
+def _on_values(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], written: set[int]) -> Any:
     groups: dict[Source, list[Placeholder]] = {}
     for t in {id(t): t for t in _all((args, kwargs))}.values():
         groups.setdefault(t._source, []).append(t)
