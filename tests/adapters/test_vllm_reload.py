@@ -153,8 +153,9 @@ WAYS: dict[str, Callable[[Any, MoEWeights], None]] = {
 }
 
 
-@pytest.mark.parametrize("way", WAYS)
-@pytest.mark.parametrize("dtype", ["half", "fp8"])
+@pytest.mark.parametrize(
+    ("dtype", "way"), [*(("half", way) for way in WAYS), ("fp8", "layerwise"), ("fp8", "live"), ("fp8", "copied")]
+)
 def test_new_weights_count(kernel: str, dtype: str, way: str) -> None:
     """Twice, and where the old ones lay, since CUDA graphs have the addresses."""
     old, new = drawn(dtype, bias=dtype == "half")
