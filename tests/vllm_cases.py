@@ -55,6 +55,7 @@ from vllm.model_executor.layers.fused_moe.config import (  # noqa: E402
 )
 from vllm.model_executor.layers.fused_moe.expert_map_manager import ExpertMapManager  # noqa: E402
 from vllm.model_executor.layers.quantization.fp8 import Fp8Config  # noqa: E402
+from vllm.model_executor.model_loader.reload import record_metadata_for_reloading  # noqa: E402
 from vllm.v1.worker.workspace import init_workspace_manager, is_workspace_manager_initialized  # noqa: E402
 
 Hopper._enum = PlatformEnum.CUDA
@@ -99,6 +100,7 @@ def experts_of(
         )  # fmt: skip
         quant = Fp8Config(weight_block_size=[128, 128]) if fp8 else None
         routed = RoutedExperts("layer", dtype, config, quant, expert_map_manager=manager, **options)
+        record_metadata_for_reloading(routed)
         load(routed, full)
         routed.quant_method.process_weights_after_loading(routed)
     return routed
@@ -114,10 +116,14 @@ def load(routed: Any, full: MoEWeights) -> None:
             gate, up = gate_up[expert].chunk(2)
             for shard, tensor in (("w1", gate), ("w3", up), ("w2", down[expert])):
                 name = f"{'w2' if shard == 'w2' else 'w13'}_{kind}"
-                routed.weight_loader(getattr(routed, name), tensor, f"experts.{name}", shard, expert)
-    for name, bias in (("w13_bias", full.gate_up_bias), ("w2_bias", full.down_bias)):
-        if bias is not None:
-            getattr(routed, name).data.copy_(bias)
+                parameter = getattr(routed, name)
+                parameter.weight_loader(parameter, tensor, f"experts.{name}", shard, expert)
+    if full.gate_up_bias is not None and full.down_bias is not None:
+        for expert in range(len(full.gate_up_bias)):
+            gate, up = full.gate_up_bias[expert].chunk(2)
+            for shard, tensor in (("w1", gate), ("w3", up), ("w2", full.down_bias[expert])):
+                parameter = routed.w2_bias if shard == "w2" else routed.w13_bias
+                parameter.weight_loader(parameter, tensor, f"experts.{shard}_bias", shard, expert)
 
 
 @torch.inference_mode()

@@ -109,7 +109,7 @@ def _biases(weights: MoEWeights) -> dict[str, Tensor]:
     given = {"fc1_expert_biases": weights.gate_up_bias, "fc2_expert_biases": weights.down_bias}
     if all(b is None for b in given.values()):
         return {}
-    missing = torch.zeros(1, device=weights.down.device)
+    missing = torch.zeros(1, dtype=torch.bfloat16, device=weights.down.device)
     rows = (w.shape[:2] for w in (weights.gate_up, weights.down))
     biases = ((missing if b is None else b).expand(shape) for b, shape in zip(given.values(), rows, strict=True))
     return dict(zip(given, (b.to(torch.bfloat16).contiguous() for b in biases), strict=True))

@@ -17,14 +17,14 @@ _logger = logging.getLogger("ramp_moe")
 
 def register() -> None:
     """Make `ramp_moe` a choice of `--moe-runner-backend`. Again, it does nothing. Another SGLang than 0.5, or one
-    without the runner's registry, is left alone, with one line in the log."""
+    whose runners or their registry differ, is left alone, with one line in the log."""
     version = metadata.version("sglang")
     if not version.startswith(KNOWN):
         _logger.warning("ramp_moe is no backend of sglang %s: it knows %sx", version, KNOWN)
         return
     try:
         from .sglang_runner import install
-    except ImportError as e:
-        _logger.warning("ramp_moe is no backend of sglang %s: %s", version, e)
-        return
-    install()
+
+        install()
+    except Exception as e:  # a plugin that raises ends the server
+        _logger.warning("ramp_moe is no backend of sglang %s: %s: %s", version, type(e).__name__, e)

@@ -33,6 +33,8 @@ TOP_K = ("num_experts_per_tok", "top_k_experts", "moe_topk", "moe_top_k", "num_s
 """Names in a model's configuration: a number, or one for each layer."""
 ROUTER_TOP_K = ("top_k", *TOP_K)
 """Names in a router."""
+PROJECTIONS = {"gate_up": "gate_up_proj", "down": "down_proj"}
+"""The module's parameters, by field of MoEWeights."""
 LOCKED = "deepgemm_megamoe"
 """The one implementation that changes the weights in memory."""
 
@@ -41,7 +43,6 @@ class TransformersExperts(ExpertsAdapter):
     """bf16, fp16 and fp8 (block-scaled, dynamic activations) experts with a gate."""
 
     name = "transformers"
-    gate_up, down = "gate_up_proj", "down_proj"
 
     def finds(self, module: Any) -> bool:
         return all(hasattr(module, mark) for mark in MARKS) and hasattr(module, "config")
@@ -71,7 +72,7 @@ class TransformersExperts(ExpertsAdapter):
             raise KernelError("its experts have no gate; ramp_moe computes activation(gate) * up")
         if module.config._experts_implementation == LOCKED:
             raise KernelError(f"{LOCKED} keeps the weights in a form of its own; load the model without it")
-        gate_up, down = (self._parameter(module, name) for name in (self.gate_up, self.down))
+        gate_up, down = module.gate_up_proj.detach(), module.down_proj.detach()
         rows = gate_up.shape[2 if module.is_transposed else 1]
         check_count(module, len(gate_up))
         activation = activation_of(module, rows, gate_up.device)
@@ -80,7 +81,7 @@ class TransformersExperts(ExpertsAdapter):
         if module.is_transposed:
             gate_up, down = gate_up.transpose(1, 2), down.transpose(1, 2)
         up_bias, down_bias = (
-            self._parameter(module, f"{name}_bias") if module.has_bias else None for name in (self.gate_up, self.down)
+            getattr(module, f"{name}_bias").detach() if module.has_bias else None for name in PROJECTIONS.values()
         )
         if activation.alternating:
             gate_up, up_bias = _gate_first(gate_up), None if up_bias is None else _gate_first(up_bias)
@@ -88,11 +89,32 @@ class TransformersExperts(ExpertsAdapter):
         weights = gate_up.contiguous(), down.contiguous()
         return MoEWeights(*weights, up_scale, down_scale, up_bias, down_bias, activation.name, limit=activation.limit)
 
-    def restored(self, module: Any, weights: MoEWeights) -> tuple[Tensor, Tensor]:
-        gate_up, down = weights.gate_up, weights.down
-        if not module.is_concatenated:
-            gate_up = _alternating(gate_up)
-        return (gate_up.transpose(1, 2), down.transpose(1, 2)) if module.is_transposed else (gate_up, down)
+    def names(self, module: Any) -> dict[str, str]:
+        added = {"bias": "bias"} if module.has_bias else {}
+        if hasattr(module, "block_size") and module.gate_up_proj.element_size() == 1:
+            added["scale"] = "scale_inv"
+        suffixes = {
+            f"{field}_{kind}": f"{name}_{suffix}"
+            for kind, suffix in added.items()
+            for field, name in PROJECTIONS.items()
+        }
+        return PROJECTIONS | suffixes
+
+    def order(self, module: Any) -> tuple[bool, bool]:
+        """Whether matrices are transposed, and whether gate and up come in turn."""
+        return module.is_transposed, not module.is_concatenated
+
+    def given(self, order: tuple[bool, bool], field: str, tensor: Tensor) -> Tensor:
+        transposed, alternating = order
+        if field in PROJECTIONS and transposed:
+            tensor = tensor.transpose(1, 2)
+        return _gate_first(tensor) if field in ("gate_up", "gate_up_bias") and alternating else tensor
+
+    def own(self, order: tuple[bool, bool], field: str, tensor: Tensor) -> Tensor:
+        transposed, alternating = order
+        if field in ("gate_up", "gate_up_bias") and alternating:
+            tensor = _alternating(tensor)
+        return tensor.transpose(1, 2) if field in PROJECTIONS and transposed else tensor
 
     def install(self, module: Any) -> str | None:
         """Through the configuration that the module's forward asks for the implementation: all modules that share it
@@ -105,14 +127,6 @@ class TransformersExperts(ExpertsAdapter):
 
     def uninstall(self, module: Any, before: str | None) -> None:
         module.config._experts_implementation = DEFAULT if before == NAME else before
-
-    def _parameter(self, module: Any, name: str) -> Tensor:
-        found: Tensor = getattr(module, name).detach()
-        if found.is_meta:
-            raise KernelError(f"{name} is not loaded (it is on the device meta)")
-        if hasattr(found, "device_mesh"):
-            raise KernelError(f"{name} is sharded over several devices; ramp_moe takes whole experts")
-        return found
 
 
 def _scales(module: Any, gate_up: Tensor) -> tuple[Tensor | None, Tensor | None]:

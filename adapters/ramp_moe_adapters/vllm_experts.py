@@ -1,66 +1,74 @@
-"""The experts of vLLM 0.33, computed by dispatched layers: its class of routed experts, replaced through its registry
-of such layers, and experts for its modular kernel. Needs vLLM.
+"""Experts of vLLM 0.33's modular kernel that a dispatched layer computes. Needs vLLM.
 
-vLLM loads the weights as for its Triton experts: gate rows first, fp8 with float32 scales of [128, 128] blocks. Where a
-layer cannot be had of them, vLLM's own choice of experts takes them as if we were not there.
+A batch that fails is computed by vLLM's own Triton path, so the server lives on.
 """
 
 from __future__ import annotations
 
+import weakref
 from typing import TYPE_CHECKING, Any
 
 import torch
-from ramp_moe import KernelError, RampMoEError
+from ramp_moe import KernelError
 from ramp_moe.device import MoELayer, MoEWeights
-from ramp_moe.device.build import Builder
-from vllm.config import get_current_vllm_config
 from vllm.logger import init_logger
-from vllm.model_executor.custom_op import PluggableLayer, op_registry_oot
 from vllm.model_executor.layers.fused_moe.activation import MoEActivation
 from vllm.model_executor.layers.fused_moe.modular_kernel import FusedMoEActivationFormat, FusedMoEExpertsModular
-from vllm.model_executor.layers.fused_moe.oracle.fp8 import Fp8MoeBackend
-from vllm.model_executor.layers.fused_moe.oracle.unquantized import UnquantizedMoeBackend
-from vllm.model_executor.layers.fused_moe.routed_experts import RoutedExperts
 from vllm.model_executor.layers.fused_moe.topk_weight_and_reduce import TopKWeightAndReduceNoOP
-from vllm.model_executor.layers.fused_moe.unquantized_fused_moe_method import UnquantizedFusedMoEMethod
-from vllm.model_executor.layers.quantization.fp8 import Fp8MoEMethod
-from vllm.model_executor.layers.quantization.utils.quant_utils import (
-    GroupShape,
-    create_fp8_quant_key,
-    kFp8Dynamic128Sym,
-    kFp8Static128BlockSym,
-)
-from vllm.model_executor.offloader import NoopOffloader, get_offloader
+from vllm.model_executor.layers.quantization.utils.quant_utils import kFp8Dynamic128Sym, kFp8Static128BlockSym
 from vllm.v1.worker.workspace import current_workspace_manager, is_workspace_manager_initialized
+
+from .engine_errors import both_failed, why
+from .engine_weights import Parameters
+from .vllm_triton_launch import prepare
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-NAME = "RoutedExperts"
-"""Of the class that vLLM makes, in its registry of those that are replaced."""
 ACTIVATIONS = {MoEActivation.SILU: "swiglu", MoEActivation.GELU_TANH: "gelu_tanh"}
-SCALE = "weight_scale_inv"
-"""What vLLM's parameters of block scales are called, after w13_ and w2_."""
-CHECKPOINTS = {
-    *("auto", "hf", "safetensors", "fastsafetensors", "instanttensor"),
-    *("runai_streamer", "mistral", "pt", "npcache", "dummy"),
+PARAMETERS = {
+    "w13_weight": "gate_up",
+    "w2_weight": "down",
+    "w13_weight_scale_inv": "gate_up_scale",
+    "w2_weight_scale_inv": "down_scale",
+    "w13_bias": "gate_up_bias",
+    "w2_bias": "down_bias",
 }
-"""Formats whose weights are as they were published, not converted for the experts that vLLM would take."""
-
+"""vLLM's parameters, and the fields of MoEWeights that they are."""
 _logger = init_logger("vllm.ramp_moe")
-_builder = Builder()
-"""Of all layers of the process: they share profiles and workspaces."""
+
+
+def say(message: str, reason: str) -> None:
+    """Log a warning, once in a process for each reason."""
+    _logger.warning_once(f"ramp_moe {message}: %s", reason)
 
 
 class RampExperts(FusedMoEExpertsModular):  # type: ignore[misc]
-    """This rank's experts of one layer, as vLLM's modular kernel runs them: it is given the hidden states unquantised,
-    and returns the weighted sum over each token's experts that are here."""
+    """This rank's experts of one layer. The modular kernel gives them hidden states that are not quantised; they return
+    the weighted sum over each token's experts of this rank."""
 
     layer: MoELayer
-    """Over the loaded weights; it shall be there before the first `apply`."""
+    """The layer of the loaded weights; from `take` on."""
     local_ids: Tensor | None = None
-    """int32 `[global experts + 1]`, with expert parallelism: the id here, -1 for experts elsewhere and in the last
-    place, where both -1 and the number of experts point."""
+    """int32 `[global experts + 1]` with expert parallelism: the id on this rank, or -1 for experts of other ranks. The
+    last place has -1 as well; the ids -1 and `global experts` point to it."""
+
+    def __init__(self, *args: Any, **options: Any) -> None:
+        super().__init__(*args, **options)
+        self._failed: set[int] = set()
+        """Batch sizes whose run before the capture of a graph failed."""
+
+    def take(self, module: Any, parameters: Parameters) -> None:
+        """Compute with the layer of vLLM's parameters; module has them."""
+        self._module, self._parameters, self.layer = weakref.ref(module), parameters, parameters.layer
+        self.local_ids = _local_ids(module)
+
+    def load(self, module: Any) -> None:
+        """Compute with what vLLM has loaded into its parameters since. Raises RampMoEError if it does not fit; the
+        layer then computes no batch until something is loaded that does."""
+        self._parameters.load(parameters_of(module))
+        if self.local_ids is not None:  # memory may have been lost, too, while the server slept
+            self.local_ids.copy_(_local_ids(module))
 
     @staticmethod
     def activation_format() -> Any:
@@ -70,9 +78,18 @@ class RampExperts(FusedMoEExpertsModular):  # type: ignore[misc]
     def expects_unquantized_inputs(self) -> bool:
         return True
 
+    @property
+    def post_gemm2_hook(self) -> None:
+        return None
+
+    @post_gemm2_hook.setter
+    def post_gemm2_hook(self, hook: Any) -> None:
+        if hook is not None:
+            raise KernelError("ramp_moe's experts run no hook before the weighted sum; unset RAMP_MOE_VLLM to have one")
+
     @staticmethod
     def _supports_current_device() -> bool:
-        return True  # where the weights lie tells, once they do
+        return True  # the device of the weights decides, once they are loaded
 
     @staticmethod
     def _supports_no_act_and_mul() -> bool:
@@ -88,7 +105,7 @@ class RampExperts(FusedMoEExpertsModular):  # type: ignore[misc]
 
     @staticmethod
     def _supports_parallel_config(moe_parallel_config: Any) -> bool:
-        """With data parallelism only tokens that are gathered as they are; no experts that move between ranks."""
+        """With data parallelism only tokens that are gathered unchanged; no experts that move between ranks."""
         config = moe_parallel_config
         gathered = not config.use_all2all_kernels or config.use_ag_rs_all2all_kernels
         return gathered and not config.use_passthrough_all2all and not config.enable_eplb
@@ -119,17 +136,32 @@ class RampExperts(FusedMoEExpertsModular):  # type: ignore[misc]
         apply_router_weight_on_input: bool,
     ) -> None:
         """Write output `[T, H]` of hidden_states `[T, H]` bf16 or fp16, topk_ids int32 or int64 `[T, k]`, which are
-        global where there is an expert_map, and topk_weights `[T, k]` of any float; they are in the hidden states
-        already where apply_router_weight_on_input. Weights, scales and workspaces are the layer's own. Raises what
-        `MoELayer.forward` does, and in a first batch that will be captured what `MoELayer.warm_up` does."""
+        global if there is an expert_map, and topk_weights `[T, k]` of any float, which the hidden states were already
+        multiplied by if apply_router_weight_on_input. Weights, scales and workspaces are the layer's own.
+
+        vLLM's Triton path computes a batch that fails. Raises KernelError with both reasons if that fails, too;
+        RampMoEError if parameters were exchanged for others that do not fit, or a reload failed.
+        """
+        self._parameters.meet(parameters_of(self._module()))
         if expert_map is not None:
             assert self.local_ids is not None
             topk_ids = self.local_ids[topk_ids]
         if apply_router_weight_on_input:
             topk_weights = torch.ones_like(topk_weights)
-        self._warm_up(len(hidden_states), hidden_states.dtype)
-        routing = topk_ids.int().contiguous(), topk_weights.float().contiguous()
-        self.layer(hidden_states.contiguous(), *routing, out=output)
+        batch = hidden_states.contiguous(), topk_ids.int().contiguous(), topk_weights.float().contiguous()
+        if self._failed and len(hidden_states) in self._failed and _capturing(output):
+            by_vllm(self._parameters.values(), *batch, output)
+            return
+        try:
+            self._warm_up(len(hidden_states), hidden_states.dtype)
+            self.layer(*batch, out=output)
+        except Exception as e:  # whatever a kernel raises; a server must not end by it
+            say("leaves a batch to vLLM's Triton path", why(e))
+            self._failed.add(len(hidden_states))
+            try:
+                by_vllm(self._parameters.values(), *batch, output)
+            except Exception as other:
+                raise both_failed(e, "vLLM's Triton path", other) from e
 
     def _warm_up(self, num_tokens: int, dtype: torch.dtype) -> None:
         """Before a batch size is captured. vLLM runs each once, on the stream of the capture, and locks its workspaces
@@ -143,131 +175,30 @@ class RampExperts(FusedMoEExpertsModular):  # type: ignore[misc]
             self.layer.ready(num_tokens, dtype)
 
 
-class _Dispatched:
-    """Of a method of vLLM's: where a layer can be had of the weights that were loaded, the experts are ours."""
-
-    backend: str
-    """Attribute that says for which of vLLM's backends weights are converted."""
-    unconverted: Any
-    """That for which they are not."""
-    experts_cls: Any
-    moe_kernel: Any
-    moe: Any
-
-    def process_weights_after_loading(self, layer: Any) -> None:
-        """Raises KernelError where weights are loaded once more: the kernels hold what they made of the first."""
-        if self.experts_cls is RampExperts:
-            raise KernelError("ramp_moe cannot load weights anew; unset RAMP_MOE_VLLM to do so")
-        found = None if self.moe_kernel else _layer_of(layer, self.moe)
-        if found is not None:
-            self.experts_cls = RampExperts
-            setattr(self, self.backend, self.unconverted)
-        super().process_weights_after_loading(layer)  # type: ignore[misc]
-        if found is not None:
-            experts, here = self.moe_kernel.fused_experts, layer.expert_map
-            experts.layer = found
-            if here is not None:
-                experts.local_ids = torch.cat((here, here.new_full((1,), -1))).to(layer.w13_weight.device)
+def by_vllm(experts: MoEWeights, x: Tensor, ids: Tensor, weights: Tensor, output: Tensor) -> None:
+    """Write what vLLM's Triton path computes of experts in its order of rows: x `[T, H]`, ids int32 `[T, k]` of this
+    rank's experts, of which any out of range is skipped, weights float32 `[T, k]`, output `[T, H]`."""
+    prepared = prepare(experts)
+    here = (ids >= 0) & (ids < len(experts.gate_up))
+    found = prepared.fused_experts(
+        hidden_states=x,
+        topk_weights=weights.masked_fill(~here, 0.0),
+        topk_ids=ids.masked_fill(~here, 0),
+        **prepared.arguments,
+    )
+    output.copy_(found.masked_fill(~here.any(-1, keepdim=True), 0.0))
 
 
-class DispatchedUnquantizedMethod(_Dispatched, UnquantizedFusedMoEMethod):  # type: ignore[misc]
-    backend, unconverted = "unquantized_backend", UnquantizedMoeBackend.TRITON
+def parameters_of(module: Any) -> dict[str, Tensor]:
+    """vLLM's parameters of routed experts, by field of MoEWeights."""
+    found = {field: module._parameters.get(name) for name, field in PARAMETERS.items()}
+    return {field: t for field, t in found.items() if t is not None}
 
 
-class DispatchedFp8Method(_Dispatched, Fp8MoEMethod):  # type: ignore[misc]
-    backend, unconverted = "fp8_backend", Fp8MoeBackend.TRITON
+def _local_ids(module: Any) -> Tensor | None:
+    here = module.expert_map
+    return None if here is None else torch.cat((here, here.new_full((1,), -1))).to(module.w13_weight.device)
 
 
-class DispatchedRoutedExperts(RoutedExperts):  # type: ignore[misc]
-    """vLLM's routed experts, by one of the methods above where it fits."""
-
-    def _get_quant_method(self, prefix: str, quant_config: Any, moe_config: Any) -> Any:
-        method = super()._get_quant_method(prefix, quant_config, moe_config)
-        if reason := self._misfit(method, moe_config):
-            _leave(reason)
-            return method
-        fp8 = isinstance(method, Fp8MoEMethod)
-        ours = DispatchedFp8Method(method.quant_config, self) if fp8 else DispatchedUnquantizedMethod(moe_config)
-        ours.supports_pre_processed_weights = False  # by nobody else, in the order that the layer holds them in
-        return ours
-
-    def _misfit(self, method: Any, moe: Any) -> str | None:
-        """Why this is vLLM's own matter; None where it need not be."""
-        if type(method) not in (UnquantizedFusedMoEMethod, Fp8MoEMethod):
-            return f"{type(method).__name__} is not its unquantised or fp8 method"
-        if moe.moe_backend != "auto":
-            return f"the backend {moe.moe_backend} was asked for"
-        if moe.in_dtype not in (torch.bfloat16, torch.float16):
-            return f"activations are {moe.in_dtype}, not bf16 or fp16"
-        if (moe.swiglu_limit, moe.swiglu_alpha, moe.swiglu_beta) != (None, None, None):
-            return "the activation has a limit, a slope or an offset of its own"
-        if self.expert_map_manager.num_fused_shared_experts:
-            return "shared experts are among the routed ones"
-        config = get_current_vllm_config()
-        if config.parallel_config.enable_elastic_ep:
-            return "the ranks may change (elastic expert parallelism)"
-        if config.load_config.load_format not in CHECKPOINTS:
-            return f"weights that are loaded as {config.load_config.load_format} may have been converted already"
-        if not isinstance(get_offloader(), NoopOffloader):
-            return "weights are offloaded"
-        keys = None, None
-        if isinstance(method, Fp8MoEMethod):
-            if method.moe_block_shape is None:
-                return "fp8 weights have no block scales"
-            shape = GroupShape(*method.moe_block_shape)
-            keys = create_fp8_quant_key(static=True, group_shape=shape), kFp8Dynamic128Sym
-        standard = FusedMoEActivationFormat.Standard
-        return RampExperts.is_supported_config(RampExperts, moe, *keys, standard)[1]  # type: ignore[no-any-return]
-
-
-def install() -> None:
-    """Have vLLM make our routed experts instead of its own; not where somebody else's are made."""
-    other = op_registry_oot.get(NAME)
-    if other is None:
-        PluggableLayer.register_oot(name=NAME)(DispatchedRoutedExperts)
-    elif other is not DispatchedRoutedExperts:
-        _leave(f"another plugin has replaced {NAME} by {other.__module__}.{other.__qualname__}")
-
-
-def _leave(reason: str) -> None:
-    _logger.warning_once("ramp_moe leaves experts to vLLM: %s", reason)
-
-
-def _layer_of(layer: Any, moe: Any) -> MoELayer | None:
-    """Of what was loaded, which the layer then holds alone; None, with a line in the log, where there can be none."""
-    said = len(_builder.notes)
-    try:
-        found = _builder.layer(_weights(layer, moe), layer.top_k, moe.num_experts // moe.num_local_experts)
-    except RampMoEError as e:
-        _leave(str(e))
-        return None
-    for note in _builder.notes[said:]:
-        _logger.warning("ramp_moe: %s", note)
-    kernels, layouts = ", ".join(found.configs()), " and ".join(found.layouts)
-    _logger.info_once("ramp_moe: %s by %s; weights in %s", found.shape.slug, kernels, layouts)
-    held = found.held[0]
-    moved = {"w13_weight": held.gate_up, f"w13_{SCALE}": held.gate_up_scale, "w13_bias": held.gate_up_bias}
-    # What had other strides than the kernels read was copied.
-    moved |= {"w2_weight": held.down, f"w2_{SCALE}": held.down_scale, "w2_bias": held.down_bias}
-    for name, tensor in moved.items():
-        if tensor is not None:
-            getattr(layer, name).data = tensor
-    return found
-
-
-def _weights(layer: Any, moe: Any) -> MoEWeights:
-    """The layer's parameters themselves. Raises KernelError or ShapeError where they cannot be used."""
-    padded = moe.hidden_dim, moe.intermediate_size_per_partition
-    if padded != (moe.hidden_dim_unpadded, moe.intermediate_size_per_partition_unpadded):
-        raise KernelError(f"vLLM has padded the weights to {padded[0]} and {padded[1]}")
-    kind = layer.w13_weight.dtype
-    if kind.itemsize > 1 and kind != moe.in_dtype:
-        raise KernelError(f"weights are {kind}, activations {moe.in_dtype}")
-
-    def of(name: str) -> Tensor | None:
-        found = getattr(layer, name, None)
-        return None if found is None else found.detach()
-
-    gate_up, down = layer.w13_weight.detach(), layer.w2_weight.detach()
-    scales, biases = (of(f"w13_{SCALE}"), of(f"w2_{SCALE}")), (of("w13_bias"), of("w2_bias"))
-    return MoEWeights(gate_up, down, *scales, *biases, ACTIVATIONS[layer.activation])
+def _capturing(t: Tensor) -> bool:
+    return t.is_cuda and torch.cuda.is_current_stream_capturing()

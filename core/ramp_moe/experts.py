@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from types import MethodType
 from typing import TYPE_CHECKING, Any, cast
@@ -21,12 +21,10 @@ if TYPE_CHECKING:
 class ExpertsAdapter(ABC):
     """One kind of module that holds experts. Importing and finding must need no GPU library.
 
-    name: for messages. gate_up, down: names of the module's parameters of the two projections.
+    name: for messages.
     """
 
     name: str
-    gate_up: str
-    down: str
 
     @abstractmethod
     def finds(self, module: Module) -> bool:
@@ -47,8 +45,20 @@ class ExpertsAdapter(ABC):
         RampMoEError with the reason why they cannot be used."""
 
     @abstractmethod
-    def restored(self, module: Module, weights: MoEWeights) -> tuple[Tensor, Tensor]:
-        """gate_up and down as the module had them, of what `weights` gave; both are gate-first."""
+    def names(self, module: Module) -> Mapping[str, str]:
+        """By field of what `weights` gives, the name of the module's attribute that it is made of."""
+
+    def order(self, module: Module) -> Any:
+        """What `given` and `own` must know of the module; nothing by default. It does not change."""
+        return None
+
+    def given(self, order: Any, field: str, tensor: Tensor) -> Tensor:
+        """The module's tensor of some experts `[e, ...]`, as `weights` gives the field: as it is by default."""
+        return tensor
+
+    def own(self, order: Any, field: str, tensor: Tensor) -> Tensor:
+        """The inverse of `given`."""
+        return tensor
 
     @abstractmethod
     def install(self, module: Module) -> Any:
@@ -96,25 +106,12 @@ class Experts(ExpertsAdapter):
     def weights(self, module: Module) -> MoEWeights:
         from .device import MoEWeights
 
-        def of(name: str | None) -> Any:
-            return None if name is None else self._attribute(module, name).detach()
+        given = {field: self._attribute(module, name).detach() for field, name in self.names(module).items()}
+        return MoEWeights(**given, activation=self.activation, layout=self.layout, limit=self.limit)
 
-        return MoEWeights(
-            of(self.gate_up),
-            of(self.down),
-            of(self.gate_up_scale),
-            of(self.down_scale),
-            of(self.gate_up_bias),
-            of(self.down_bias),
-            self.activation,
-            self.layout,
-            self.limit,
-        )
-
-    def restored(self, module: Module, weights: MoEWeights) -> tuple[Tensor, Tensor]:
-        from .device import relayout
-
-        return relayout(weights, self.layout).gate_up, weights.down
+    def names(self, module: Module) -> Mapping[str, str]:
+        fields = ("gate_up", "down", "gate_up_scale", "down_scale", "gate_up_bias", "down_bias")
+        return {field: name for field in fields if (name := getattr(self, field)) is not None}
 
     def install(self, module: Module) -> Any:
         before = module.__dict__.get("forward")
@@ -123,6 +120,9 @@ class Experts(ExpertsAdapter):
         return before
 
     def uninstall(self, module: Module, before: Any) -> None:
+        found = module.__dict__.get("forward")
+        if getattr(found, "__func__", None) not in (_as_routed, _routing):
+            return  # what was put over ours since; with nothing beneath, ours calls the class's own
         del module.__dict__["forward"]
         if before is not None:
             module.__dict__["forward"] = before
@@ -134,21 +134,22 @@ class Experts(ExpertsAdapter):
         return found
 
 
-def _as_routed(module: Module, hidden_states: Tensor, topk_ids: Tensor, topk_weights: Tensor) -> Tensor:
-    return _routed(module)(hidden_states, topk_ids, topk_weights)
+def _as_routed(module: Module, *given: Any, **named: Any) -> Any:
+    from .device.routed import experts_of
+
+    experts = experts_of(module)
+    return type(module).forward(module, *given, **named) if experts is None else experts(*given, **named)
 
 
-def _routing(module: Module, hidden_states: Tensor) -> Tensor:
-    experts = _routed(module)
+def _routing(module: Module, *given: Any, **named: Any) -> Any:
+    from .device.routed import experts_of
+
+    experts = experts_of(module)
+    return type(module).forward(module, *given, **named) if experts is None else _routed(experts, module, *given)
+
+
+def _routed(experts: RoutedExperts, module: Module, hidden_states: Tensor) -> Tensor:
     flat = hidden_states.reshape(-1, hidden_states.shape[-1])
     route = cast(Experts, experts.adapter).route
     assert route is not None
     return experts(flat, *route(module, flat)).view_as(hidden_states)
-
-
-def _routed(module: Module) -> RoutedExperts:
-    from .device.routed import experts_of
-
-    found = experts_of(module)
-    assert found is not None
-    return found

@@ -339,7 +339,7 @@ def _gate_first(t: Tensor, layout: str, chunk: int) -> Tensor:
     """One expert's `t [2 R, ...]` with its gate rows first; `chunk` rows of each come in turn where interleaved."""
     if layout == "gate-first":
         return t
-    row = torch.arange(len(t) // 2, device=t.device)
+    row = torch.arange(len(t) // 2, dtype=torch.int64, device=t.device)
     if layout == "up-first":
         gate, up = row + len(row), row
     else:

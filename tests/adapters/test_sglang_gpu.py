@@ -65,7 +65,7 @@ def test_eager(dtype: str, tokens: int) -> None:
         x = batch(tokens, K, E, H, routing, "cuda", BF16)
         if (x.topk_ids >= 0).any() and (x.topk_ids < E).any():
             assert 0 < wrong(experts(x), given, x) < TOLERANCE, routing
-    assert experts.runner.runner_core._layer is not None, "SGLang's runner computed it"
+    assert experts.runner.runner_core._parameters is not None, "SGLang's runner computed it"
 
 
 @pytest.mark.parametrize("dtype", ["bf16", "fp8"])
@@ -75,7 +75,7 @@ def test_graph(dtype: str, tokens: int) -> None:
     experts = Experts(given, K)
     static = batch(tokens, K, E, H, "uniform", "cuda", BF16)
     graph, out = captured(experts, static)
-    plan = experts.runner.runner_core._layer.graphs.plans[tokens]
+    plan = experts.runner.runner_core._parameters.layer.graphs.plans[tokens]
     print(f"{dtype}, {tokens} tokens: {plan.mode}, {len(plan.bodies)} bodies ({plan.why})")
     for seed, routing in enumerate(r for r in ROUTINGS if tokens > 1 or r != "padded"):
         copy_into(static, batch(tokens, K, E, H, routing, "cuda", BF16, seed + 1))
@@ -99,7 +99,7 @@ def test_the_device_chooses_at_every_replay(monkeypatch: pytest.MonkeyPatch) -> 
     module = Experts(given, top_k)
     static = batch(tokens, top_k, experts, hidden, "uniform", "cuda", BF16)
     module(static)
-    layer = module.runner.runner_core._layer
+    layer = module.runner.runner_core._parameters.layer
     recorder = layer.graphs.record(16)
     graph, out = captured(module, static)
     plan = layer.graphs.plans[tokens]
@@ -125,6 +125,6 @@ def test_weights_are_held_once() -> None:
     before = torch.cuda.memory_allocated()
     experts(x)
     torch.cuda.synchronize()
-    added = torch.cuda.memory_allocated() - before - experts.runner.runner_core._layer.workspace.bytes
+    added = torch.cuda.memory_allocated() - before - experts.runner.runner_core._parameters.layer.workspace.bytes
     held = E * 3 * I * H * 2
     assert added < held / 20

@@ -8,8 +8,10 @@ import subprocess
 import sys
 import tomllib
 from collections.abc import Iterator
-from dataclasses import replace
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import fields, replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -18,15 +20,17 @@ pytest.importorskip("sglang.srt.layers.moe.moe_runner")
 
 import torch
 from moe_cases import batch, error, expected, weights
-from ramp_moe import KernelError, ShapeError
+from ramp_moe import KernelError
 from ramp_moe.device import Batch, MoELayer, MoEWeights, relayout
 from ramp_moe.device.build import Builder
+from ramp_moe.device.placeholder import Placeholder
 from ramp_moe_adapters import sglang_runner as plugin
 from sglang.srt.layers.moe.moe_runner.base import FusedOpPool
 from sglang.srt.layers.moe.moe_runner.triton import TritonRunnerCore
 from sglang.srt.layers.moe.token_dispatcher import standard
 from sglang.srt.layers.moe.utils import MoeRunnerBackend, get_moe_runner_backend
 from sglang_cases import Experts, selected
+from torch import Tensor
 
 GPU = torch.cuda.is_available()
 DEVICE = "cuda" if GPU else "cpu"
@@ -57,6 +61,11 @@ def stock(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
 
     monkeypatch.setitem(FusedOpPool._fused_funcs, ("none", "triton"), fused)
     return calls
+
+
+def layer_of(experts: Experts) -> MoELayer:
+    layer: MoELayer = experts.runner.runner_core._parameters.layer
+    return layer
 
 
 def drawn(dtype: str) -> MoEWeights:
@@ -148,7 +157,7 @@ def test_one_of_two_ranks_of_expert_parallelism(
         assert experts.layer.num_local_experts == E
         assert 0 < error(experts(x), expected(given, local, dtype == "fp8")) < TOLERANCE[dtype]
         assert not experts(elsewhere).any()
-        assert experts.runner.runner_core._layer.ranks == 2
+        assert experts.runner.runner_core._parameters.layer.ranks == 2
 
 
 def test_the_routed_scaling_factor(builder: Builder) -> None:
@@ -168,9 +177,9 @@ def test_layers_share_a_workspace_and_notes_are_said_once(builder: Builder, capl
     first, second = Experts(drawn("bf16"), K), Experts(drawn("bf16"), K)
     first(routed(3, "bf16"))
     second(routed(3, "bf16"))
-    assert first.runner.runner_core._layer is not None
-    assert second.runner.runner_core._layer is not None
-    assert first.runner.runner_core._layer.workspace is second.runner.runner_core._layer.workspace
+    assert first.runner.runner_core._parameters is not None
+    assert second.runner.runner_core._parameters is not None
+    assert first.runner.runner_core._parameters.layer.workspace is second.runner.runner_core._parameters.layer.workspace
     said = [record.message for record in caplog.records if record.name == "ramp_moe"]
     assert len(said) == len(set(said)) >= 1
 
@@ -182,14 +191,14 @@ def test_weights_are_sglangs_where_their_order_will_do(builder: Builder, stock: 
     given, x = drawn("bf16"), routed(5, "bf16")
     experts = Experts(given, K)
     experts(x)
-    (held,) = experts.runner.runner_core._layer.held
+    (held,) = experts.runner.runner_core._parameters.layer.held
     assert held.gate_up.data_ptr() == experts.layer.w13_weight.data_ptr()
     experts.layer.w2_weight.data.mul_(2)  # loaded anew, in place
     assert error(experts(x), 2 * expected(given, x, False)) < TOLERANCE["bf16"]
-    before = experts.runner.runner_core._layer
+    before = layer_of(experts)
     experts.layer.w2_weight = torch.nn.Parameter(given.down * 4, requires_grad=False)
     assert error(experts(x), 4 * expected(given, x, False)) < TOLERANCE["bf16"]
-    assert experts.runner.runner_core._layer is not before
+    assert layer_of(experts) is before
     assert not stock
 
 
@@ -209,28 +218,182 @@ def test_what_is_moved_is_held_once(
     experts = Experts(given, K)
     for _ in range(2):
         assert 0 < error(experts(x), expected(given, x, dtype == "fp8")) < TOLERANCE[dtype]
-    assert experts.layer.w13_weight.numel() == 0
-    assert experts.layer.w2_weight.data_ptr() == experts.runner.runner_core._layer.held[0].down.data_ptr()
-    with pytest.raises(IndexError):
-        experts.layer.w13_weight.data[0].copy_(given.gate_up[0])
-    experts.layer.w2_weight = torch.nn.Parameter(given.down.clone(), requires_grad=False)
-    for error_type in (ShapeError, KernelError):
-        with pytest.raises(error_type):
-            experts(x)
-    assert not stock, "it has no weights"
-
-
-def test_a_batch_that_fails_leaves_what_was_moved_where_it_is(
-    builder: Builder, stock: list[Any], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(plugin, "_builder", UpFirst(builder.device))
-    given, x = drawn("bf16"), routed(5, "bf16")
-    experts = Experts(given, K)
-    for _ in range(2):
-        assert 0 < error(experts(x), expected(given, x, False)) < TOLERANCE["bf16"]
-        with pytest.raises(ShapeError):
-            experts(batch(3, K, E, H, "uniform", DEVICE, torch.float16))
+    held = layer_of(experts).held[0]
+    assert held.layout == "up-first"
+    assert isinstance(experts.layer.w13_weight, Placeholder)
+    assert experts.layer.w2_weight.data_ptr() == held.down.data_ptr()
+    assert torch.equal(experts.layer.w13_weight.float(), given.gate_up.float()), "reads as SGLang's"
     assert not stock
+
+
+def turned(given: MoEWeights) -> MoEWeights:
+    """Other weights."""
+    flipped = {f.name: t.flip(0).contiguous() for f in fields(given) if isinstance(t := getattr(given, f.name), Tensor)}
+    return replace(given, **flipped)
+
+
+def by_loader(experts: Experts, new: MoEWeights) -> None:
+    """As SGLang's weight updates do, from several threads."""
+    pairs = {"weight": (new.gate_up, new.down), "weight_scale_inv": (new.gate_up_scale, new.down_scale)}
+    with ThreadPoolExecutor(4) as threads:
+        done = []
+        for kind, (gate_up, down) in pairs.items():
+            for e in range(E if gate_up is not None else 0):
+                gate, up = gate_up[e].chunk(2)
+                for shard, tensor in (("w1", gate), ("w3", up), ("w2", down[e])):
+                    name = f"{'w2' if shard == 'w2' else 'w13'}_{kind}"
+                    parameter = getattr(experts.layer, name)
+                    done.append(threads.submit(parameter.weight_loader, parameter, tensor, name, shard, e))
+        for each in done:
+            each.result()
+
+
+def by_loader_and_processed(experts: Experts, new: MoEWeights) -> None:
+    by_loader(experts, new)
+    experts.layer.quant_method.process_weights_after_loading(experts.layer)
+
+
+def named(new: MoEWeights) -> dict[str, Tensor]:
+    found = {"w13_weight": new.gate_up, "w2_weight": new.down}
+    scales = {"w13_weight_scale_inv": new.gate_up_scale, "w2_weight_scale_inv": new.down_scale}
+    return found | {name: t for name, t in scales.items() if t is not None}
+
+
+def copied(experts: Experts, new: MoEWeights) -> None:
+    for name, tensor in named(new).items():
+        getattr(experts.layer, name).data.copy_(tensor)
+
+
+def rebound(experts: Experts, new: MoEWeights) -> None:
+    for name, tensor in named(new).items():
+        getattr(experts.layer, name).data = tensor.clone()
+
+
+def exchanged(experts: Experts, new: MoEWeights) -> None:
+    for name, tensor in named(new).items():
+        setattr(experts.layer, name, torch.nn.Parameter(tensor.clone(), requires_grad=False))
+
+
+@pytest.mark.parametrize(
+    "way", [by_loader, by_loader_and_processed, copied, rebound, exchanged], ids=lambda f: f.__name__
+)
+@pytest.mark.parametrize("moved", [False, True], ids=["sglangs-order", "moved"])
+@pytest.mark.parametrize("dtype", ["bf16", "fp8"])
+def test_new_weights_count(
+    builder: Builder, stock: list[Any], monkeypatch: pytest.MonkeyPatch, dtype: str, moved: bool, way: str
+) -> None:
+    """Where the old ones lay, since CUDA graphs have the addresses."""
+    if moved:
+        monkeypatch.setattr(plugin, "_builder", UpFirst(builder.device))
+    given, x = drawn(dtype), routed(4, dtype)
+    new, experts = turned(given), Experts(given, K)
+    assert error(experts(x), expected(given, x, dtype == "fp8")) < TOLERANCE[dtype]
+    places = [t.data_ptr() for t in vars(layer_of(experts).held[0]).values() if isinstance(t, Tensor)]
+    WAYS[way](experts, new)
+    assert error(experts(x), expected(new, x, dtype == "fp8")) < TOLERANCE[dtype]
+    assert places == [t.data_ptr() for t in vars(layer_of(experts).held[0]).values() if isinstance(t, Tensor)]
+    copied(experts, given)
+    assert error(experts(x), expected(given, x, dtype == "fp8")) < TOLERANCE[dtype], "parameters are still the layer's"
+    assert not stock
+
+
+@pytest.mark.parametrize("moved", [False, True], ids=["sglangs-order", "moved"])
+def test_weights_that_do_not_fit_are_an_error_until_others_come(
+    builder: Builder, stock: list[Any], monkeypatch: pytest.MonkeyPatch, moved: bool
+) -> None:
+    if moved:
+        monkeypatch.setattr(plugin, "_builder", UpFirst(builder.device))
+    given, x = drawn("bf16"), routed(4, "bf16")
+    experts = Experts(given, K)
+    experts(x)
+    experts.layer.w2_weight = torch.nn.Parameter(given.down[:, :64].contiguous(), requires_grad=False)
+    for _ in range(2):
+        with pytest.raises(KernelError, match="update"):
+            experts(x)
+    assert not stock, "it has a part of both"
+    exchanged(experts, turned(given))
+    assert error(experts(x), expected(turned(given), x, False)) < TOLERANCE["bf16"]
+
+
+# --- What fails ------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "raised", [RuntimeError("CUDA error"), torch.OutOfMemoryError("CUDA out of memory"), TypeError()]
+)
+@pytest.mark.parametrize("moved", [False, True], ids=["sglangs-order", "moved"])
+def test_a_batch_that_fails_is_left_to_sglang(
+    builder: Builder,
+    stock: list[Any],
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+    moved: bool,
+    raised: Exception,
+) -> None:
+    """With its own weights in its own order, whatever was raised, and each reason said once."""
+    if moved:
+        monkeypatch.setattr(plugin, "_builder", UpFirst(builder.device))
+    given, x = drawn("fp8"), routed(4, "fp8")
+    experts = Experts(given, K)
+    experts(x)
+    caplog.clear()
+
+    def fail(*_: Any, **__: Any) -> None:
+        raise raised
+
+    with monkeypatch.context() as patch:
+        patch.setattr(MoELayer, "forward", fail)
+        for _ in range(2):
+            experts(x)
+    (said,) = [record.message for record in caplog.records if record.name == "ramp_moe"]
+    assert said.startswith(type(raised).__name__)
+    assert said.endswith("left to SGLang's Triton runner")
+    for info in stock:
+        assert torch.equal(info.w13_weight.float(), given.gate_up.float())
+        assert torch.equal(info.w2_weight.float(), given.down.float())
+        assert torch.equal(info.w13_scale, given.gate_up_scale)
+        assert not any(isinstance(t, Placeholder) for t in vars(info).values())
+    assert len(stock) == 2
+    assert error(experts(x), expected(given, x, True)) < TOLERANCE["fp8"], "the next batch is ramp_moe's"
+
+
+@pytest.mark.parametrize("raised", [RuntimeError("no memory"), KernelError("no kernel")])
+def test_a_layer_that_cannot_be_made_is_left_to_sglang(
+    builder: Builder, stock: list[Any], monkeypatch: pytest.MonkeyPatch, raised: Exception
+) -> None:
+    def fail(*_: Any) -> None:
+        raise raised
+
+    monkeypatch.setattr(builder, "layer", fail)
+    experts = Experts(drawn("bf16"), K)
+    for _ in range(2):
+        experts(routed(3, "bf16"))
+    assert len(stock) == 2
+
+
+def test_both_reasons_are_told_if_sglang_fails_too(builder: Builder, monkeypatch: pytest.MonkeyPatch) -> None:
+    experts, x = Experts(drawn("bf16"), K), routed(3, "bf16")
+    experts(x)
+
+    def fail(reason: str) -> Any:
+        def failing(*_: Any, **__: Any) -> None:
+            raise RuntimeError(reason)
+
+        return failing
+
+    monkeypatch.setattr(MoELayer, "forward", fail("ours"))
+    monkeypatch.setitem(FusedOpPool._fused_funcs, ("none", "triton"), fail("theirs"))
+    monkeypatch.setattr(experts.runner.runner_core._stock, "fused_func", fail("theirs"))
+    with pytest.raises(KernelError, match=r"RuntimeError: ours.*runner after it \(RuntimeError: theirs"):
+        experts(x)
+
+
+def test_loras_hooks_are_an_error(builder: Builder) -> None:
+    experts, x = Experts(drawn("bf16"), K), routed(3, "bf16")
+    experts(x)
+    core = experts.runner.runner_core
+    with pytest.raises(KernelError, match="run no LoRA"):
+        core.run_from_dispatch(SimpleNamespace(hidden_states=x.hidden_states), None, core.config, hooks=object())
 
 
 # --- What is left to SGLang ------------------------------------------------------------------------------------------

@@ -51,10 +51,10 @@ def loaded() -> Iterator[None]:
 
 @pytest.fixture(autouse=True)
 def builder(monkeypatch: pytest.MonkeyPatch) -> Builder:
-    from ramp_moe_adapters import vllm_experts
+    from ramp_moe_adapters import vllm_method
 
     found = Builder("auto" if DEVICE == "cuda" else "h200")
-    monkeypatch.setattr(vllm_experts, "_builder", found)
+    monkeypatch.setattr(vllm_method, "_builder", found)
     return found
 
 
@@ -91,7 +91,8 @@ def experts(routed: Any) -> Any:
 
 
 def test_vllm_makes_ours() -> None:
-    from ramp_moe_adapters.vllm_experts import DispatchedRoutedExperts, RampExperts
+    from ramp_moe_adapters.vllm_experts import RampExperts
+    from ramp_moe_adapters.vllm_layer import DispatchedRoutedExperts
 
     assert op_registry_oot == {"RoutedExperts": DispatchedRoutedExperts}
     routed = experts_of(layer(), TOP_K, dtype=HALF)

@@ -40,10 +40,10 @@ def loaded() -> Iterator[None]:
 
 @pytest.fixture
 def builder(monkeypatch: pytest.MonkeyPatch) -> Builder:
-    from ramp_moe_adapters import vllm_experts
+    from ramp_moe_adapters import vllm_method
 
     found = Builder()
-    monkeypatch.setattr(vllm_experts, "_builder", found)
+    monkeypatch.setattr(vllm_method, "_builder", found)
     return found
 
 
@@ -171,6 +171,6 @@ def test_weights_are_not_doubled(dtype: str) -> None:
 def test_registering_leaves_cuda_alone() -> None:
     """vLLM may fork its workers from a process that has loaded plugins."""
     code = "import sys; sys.path[:0] = sys.argv[1:]; import vllm_cases, torch; from ramp_moe_adapters import vllm"
-    done = "vllm.register(); assert 'ramp_moe_adapters.vllm_experts' in sys.modules; print(torch.cuda.is_initialized())"
+    done = "vllm.register(); assert 'ramp_moe_adapters.vllm_layer' in sys.modules; print(torch.cuda.is_initialized())"
     run = subprocess.run([sys.executable, "-c", f"{code}; {done}", *sys.path], capture_output=True, text=True)
     assert run.stdout.splitlines()[-1:] == ["False"], run.stderr[-2000:]

@@ -62,9 +62,11 @@ def random_weights(shape: MoEShape, device: torch.device | str, seed: int) -> Mo
         """So many `[rows, columns]` matrices of each expert, one above the other."""
         w = torch.empty(experts, matrices * rows, columns, dtype=torch.float8_e4m3fn, device=device)
         for e in range(experts):  # float32 of one expert at a time
-            w[e] = (64 * torch.randn(matrices * rows, columns, device=device, generator=generator)).to(w.dtype)
+            one = torch.randn(matrices * rows, columns, dtype=torch.float32, device=device, generator=generator)
+            w[e] = (64 * one).to(w.dtype)
         blocks = experts, matrices * -(-rows // SCALE_BLOCK), -(-columns // SCALE_BLOCK)
-        return w, (torch.rand(blocks, device=device, generator=generator) + 0.5) * columns**-0.5 / 64
+        scale = torch.rand(blocks, dtype=torch.float32, device=device, generator=generator)
+        return w, (scale + 0.5) * columns**-0.5 / 64
 
     if shape.dtype != "fp8":
         return MoEWeights(plain(2 * inter, hidden), plain(hidden, inter))
@@ -121,10 +123,12 @@ class Bench:
         generator = torch.Generator(self.device).manual_seed(self._seed + 1)
         dtype = torch.float16 if self.shape.dtype == "fp16" else torch.bfloat16
         with self._finished():
-            x = torch.randn(len(topk_ids), self.shape.hidden_size, device=self.device, generator=generator).to(dtype)
-            scores = torch.randn(topk_ids.shape, device=self.device, generator=generator)
+            size = len(topk_ids), self.shape.hidden_size
+            x = torch.randn(size, dtype=torch.float32, device=self.device, generator=generator)
+            scores = torch.randn(topk_ids.shape, dtype=torch.float32, device=self.device, generator=generator)
             ids = torch.tensor(topk_ids, dtype=torch.int32, device=self.device)
-            self._opened = _Opened(Batch(x, ids, scores.softmax(-1)), torch.empty_like(x))
+            batch = Batch(x.to(dtype), ids, scores.softmax(-1))
+            self._opened = _Opened(batch, torch.empty_like(batch.hidden_states))
 
     def warm(self, kernel: str, config: str) -> None:
         """Launch once, which compiles."""

@@ -310,9 +310,9 @@ class Trial:
     def _batch(self, ids: IntArray, seed: int) -> Batch:
         generator = torch.Generator(self.device).manual_seed(seed)
         dtype = torch.float16 if self.shape.dtype == "fp16" else torch.bfloat16
-        x = torch.randn(len(ids), self.shape.hidden_size, device=self.device, generator=generator).to(dtype)
-        scores = torch.randn(ids.shape, device=self.device, generator=generator)
-        return Batch(x, torch.tensor(ids, dtype=torch.int32, device=self.device), scores.softmax(-1))
+        x = torch.randn(len(ids), self.shape.hidden_size, dtype=torch.float32, device=self.device, generator=generator)
+        scores = torch.randn(ids.shape, dtype=torch.float32, device=self.device, generator=generator)
+        return Batch(x.to(dtype), torch.tensor(ids, dtype=torch.int32, device=self.device), scores.softmax(-1))
 
     def _again(self, config: KernelConfig, batch: Batch) -> tuple[Callable[[], None], Tensor]:
         """(launch, out): what launches on these very buffers as often as it is called."""

@@ -194,7 +194,7 @@ def kernel_ids(topk_ids: Tensor, num_experts: int, num_valid: Tensor | None) -> 
     if ids.dtype == torch.int64:  # beyond 32 bits they would wrap around to an expert: they stay out of range
         ids = ids.clamp(-2, num_experts + 1).to(torch.int32)
     if num_valid is not None:
-        ids = ids.where(torch.arange(len(ids), device=ids.device)[:, None] < num_valid, -1)
+        ids = ids.where(torch.arange(len(ids), dtype=torch.int32, device=ids.device)[:, None] < num_valid, -1)
     return ids
 
 

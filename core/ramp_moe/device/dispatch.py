@@ -391,9 +391,9 @@ class GraphDispatch:
         experts, hidden = self._weights.down.shape[:2]
         generator = torch.Generator(self._device).manual_seed(num_tokens)
         x = torch.randn(num_tokens, hidden, device=self._device, dtype=dtype, generator=generator)
-        scores = torch.rand(num_tokens, experts, device=self._device, generator=generator)
+        scores = torch.rand(num_tokens, experts, dtype=torch.float32, device=self._device, generator=generator)
         ids = scores.topk(self._top_k, -1).indices.int()
-        weights = torch.rand(num_tokens, self._top_k, device=self._device, generator=generator)
+        weights = torch.rand(num_tokens, self._top_k, dtype=torch.float32, device=self._device, generator=generator)
         return Batch(x, ids, weights / weights.sum(-1, keepdim=True))
 
 

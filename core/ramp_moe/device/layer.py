@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Callable, Hashable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -23,6 +24,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from .dispatch import GraphDispatch, Plan
+    from .routed import RoutedExperts
 
 Router = Callable[["Tensor"], "tuple[Tensor, Tensor]"]
 
@@ -78,6 +80,12 @@ class MoELayer:
         self.layouts: tuple[str, ...] = ()
         self.held: tuple[MoEWeights, ...] = ()
         self.dropped: dict[str, str] = {}
+        self.derived = set[str]()
+        """Kernels that launch with something that they made of the weights, in memory of its own."""
+        self.owner: weakref.ref[RoutedExperts] | None = None
+        """What a module calls this layer through; it knows whether the module still has these weights."""
+        self.stale: str | None = None
+        """Why the weights held are not to be computed with."""
         self._kernels: dict[str, tuple[LaunchableKernel, Any]] = {}
         if model is not None:
             self._check(model)
@@ -124,8 +132,10 @@ class MoELayer:
             names = [k.name for k in usable]
             times = kernel_times(model.restrict(names), names, weighed_batches(model))
         chosen = choose_layouts(self.shape, usable, copies, times, weights.layout)
+        from .update import prepare  # torch
+
         held: dict[str, MoEWeights] = {}
-        self._kernels = {}
+        self._kernels, self.derived = {}, set[str]()
         for kernel in usable:
             if kernel.name not in chosen.kernels:
                 continue
@@ -133,7 +143,9 @@ class MoELayer:
             try:
                 if layout not in held:
                     held[layout] = relayout(weights, layout)
-                self._kernels[kernel.name] = kernel, kernel.prepare(held[layout])
+                prepared, derives = prepare(kernel, held[layout])
+                self._kernels[kernel.name] = kernel, prepared
+                self.derived |= {kernel.name} if derives else set()
             except RampMoEError as e:
                 self.dropped[kernel.name] = str(e)
                 self._kernels = {}
@@ -155,6 +167,27 @@ class MoELayer:
             raise HardwareError(
                 f"the cost model was fitted on {model.hardware.name}, the layer is on {self.hardware.name}"
             )
+
+    def update(self, weights: MoEWeights) -> None:
+        """Compute with new weights from now on, also in CUDA graphs that were captured before.
+
+        weights: of the shape, dtype, device and activation of those held, with rows in any order of LAYOUTS. They are
+        copied into the memory of those held, which they may share, in the order of the current stream. What kernels
+        derived from the weights is derived again. Raises ShapeError for weights that do not fit, before anything is
+        written; KernelError if a kernel does not take them.
+        """
+        from .update import update
+
+        update(self, weights)
+
+    def kernel(self, name: str) -> tuple[LaunchableKernel, Any]:
+        """The kernel of this name, and what it prepared of the weights."""
+        return self._kernels[name]
+
+    def weights_of(self, kernel: LaunchableKernel) -> MoEWeights:
+        """The weights held that the kernel was given."""
+        layout = to_give([key for key in layouts_of(kernel, self.shape) if key in self.layouts])
+        return next(held for held in self.held if held.layout == layout)
 
     def choose(self, batch: Batch) -> Candidate:
         """The kernel and configuration that `forward` would launch for this batch."""
@@ -182,7 +215,7 @@ class MoELayer:
         device, shape = self._device, self.shape
         x = torch.zeros(num_tokens, shape.hidden_size, dtype=dtype, device=device)
         ids = torch.arange(num_tokens * shape.top_k, dtype=torch.int32, device=device) % shape.num_experts
-        weights = torch.full((num_tokens, shape.top_k), 1 / shape.top_k, device=device)
+        weights = torch.full((num_tokens, shape.top_k), 1 / shape.top_k, dtype=torch.float32, device=device)
         batch = Batch(x, ids.view(num_tokens, shape.top_k), weights)
         compute(self, lambda: self._blind(num_tokens), batch, torch.empty_like(x))
         return None
@@ -213,6 +246,8 @@ class MoELayer:
         """
         import torch
 
+        if self.stale is not None:
+            raise KernelError(self.stale)
         # First of all: kernels read it by its address.
         num_valid = valid_tokens(num_valid, len(hidden_states), topk_ids.device)
         plan = self._plan(hidden_states, topk_ids)

@@ -13,6 +13,9 @@ from .contract import ROW_CHUNK, MoEWeights, check_layout
 if TYPE_CHECKING:
     from torch import Tensor
 
+ROWS = ("gate_up", "gate_up_scale", "gate_up_bias")
+"""Tensors of MoEWeights whose rows a layout orders."""
+
 
 def relayout(weights: MoEWeights, layout: str) -> MoEWeights:
     """The same weights in another of LAYOUTS; the same object where they are in it already.
@@ -26,18 +29,28 @@ def relayout(weights: MoEWeights, layout: str) -> MoEWeights:
     if layout == weights.layout:
         return weights
 
-    def rows(t: Tensor, chunk: int) -> Tensor:
-        return _reordered(t, weights.layout, layout, chunk)
+    def rows(name: str) -> Tensor | None:
+        t: Tensor | None = getattr(weights, name)
+        if t is None:
+            return None
+        return copy_rows(t, weights.layout, _like(t), layout, inter, scale=name == "gate_up_scale")
+
+    return replace(weights, layout=layout, **{name: rows(name) for name in ROWS})  # type: ignore[arg-type]
+
+
+def copy_rows(source: Tensor, given: str, out: Tensor, wanted: str, intermediate_size: int, scale: bool) -> Tensor:
+    """`source` `[E, 2 R, ...]`, whose rows are in the order `given`, copied into `out`, whose rows are in the order
+    `wanted`. scale: whether rows are those of block scales, which are interleaved one by one. Returns `out`."""
+    import torch
 
     # Less than ROW_CHUNK only where neither layout is interleaved, and chunks do not matter.
-    chunk = math.gcd(ROW_CHUNK, inter)
-    return replace(
-        weights,
-        gate_up=rows(weights.gate_up, chunk),
-        gate_up_scale=None if weights.gate_up_scale is None else rows(weights.gate_up_scale, 1),
-        gate_up_bias=None if weights.gate_up_bias is None else rows(weights.gate_up_bias, chunk),
-        layout=layout,
-    )
+    chunk = 1 if scale else math.gcd(ROW_CHUNK, intermediate_size)
+    # uint8: a copy of bytes, exact for every bit pattern and on every device.
+    fp8 = source.dtype == out.dtype == torch.float8_e4m3fn
+    a, b = (source.view(torch.uint8), out.view(torch.uint8)) if fp8 else (source, out)
+    for up in (0, 1):
+        _half(b, wanted, chunk, up).copy_(_half(a, given, chunk, up))
+    return out
 
 
 def to_give(layouts: Sequence[str]) -> str:
@@ -46,16 +59,10 @@ def to_give(layouts: Sequence[str]) -> str:
     return next((key for key in layouts if key in LAYOUTS), "gate-first")
 
 
-def _reordered(t: Tensor, given: str, wanted: str, chunk: int) -> Tensor:
-    """`[E, 2 R, ...]` copied from one order into another, interleaved by so many rows."""
+def _like(t: Tensor) -> Tensor:
     import torch
 
-    # uint8: a copy of bytes, exact for every bit pattern and on every device.
-    source = t.view(torch.uint8) if t.dtype == torch.float8_e4m3fn else t
-    out = torch.empty_like(source)
-    for up in (0, 1):
-        _half(out, wanted, chunk, up).copy_(_half(source, given, chunk, up))
-    return out.view(t.dtype)
+    return torch.empty_like(t, memory_format=torch.contiguous_format)
 
 
 def _half(t: Tensor, layout: str, chunk: int, up: int) -> Tensor:

@@ -27,9 +27,9 @@ _layers: WeakValueDictionary[int, MoELayer] = WeakValueDictionary()
 _numbers = itertools.count()
 
 
-def register(layer: MoELayer) -> int:
-    """The layer's number, never used again."""
-    number = next(_numbers)
+def register(layer: MoELayer, number: int | None = None) -> int:
+    """The layer's number: a new one, or that of a layer whose place it takes in what was compiled."""
+    number = next(_numbers) if number is None else number
     _layers[number] = layer
     return number
 
@@ -46,6 +46,8 @@ def moe(hidden_states: Tensor, topk_ids: Tensor, topk_weights: Tensor, layer: in
     found = _layers.get(layer)
     if found is None:
         raise KernelError(f"MoE layer {layer} is gone; keep it for as long as what was compiled with it runs")
+    if found.owner is not None and (owner := found.owner()) is not None:
+        found = owner.current()
     found.ready(len(hidden_states), hidden_states.dtype)
     return found.forward(hidden_states, topk_ids, topk_weights, num_valid=num_valid)
 

@@ -91,7 +91,7 @@ class Selector:
         self.num_experts = num_experts
         self.choice = torch.zeros(1, dtype=torch.int32, device=self.device)
         self.histogram = torch.zeros(num_experts, dtype=torch.int32, device=self.device)
-        self.cost = torch.zeros(table.num_candidates, device=self.device) if with_cost else None
+        self.cost = torch.zeros(table.num_candidates, dtype=torch.float32, device=self.device) if with_cost else None
         words, at = packed(table)
         self._table = torch.from_numpy(words).to(self.device)
         # What does not fit, the weights of many candidates, is read from where it is.

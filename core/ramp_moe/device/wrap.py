@@ -100,43 +100,63 @@ def wrap(model: Module, *adapters: ExpertsAdapter, device: str = "auto", copies:
         raise KernelError(f"an adapter is a ramp_moe.Experts, or another ExpertsAdapter, not {strays[0]!r:.60}")
     found = _find(model, [*adapters, *get_registry().experts.values()])
     builder, done = Builder(device, copies), dict[str, RoutedExperts]()
-    devices = {str(parameter.device) for _, module, _ in found for parameter in module.parameters()}
+    devices = {str(tensor.device) for _, module, _ in found for tensor in module.parameters()}
     if len(devices) > 1:
         raise KernelError(f"the experts' weights lie on {', '.join(sorted(devices))}; wrap a model on one device")
-    try:
+    from .refusals import storages  # torch
+
+    others = storages(model)
+    with _undone(model):
         for name, module, adapter in found:
-            with _named(name, adapter):
-                done[name] = attach(module, adapter, adapter.top_k_of(module, _parent(model, name)), builder)
-    except BaseException:
-        _remove([module for name, module, _ in found if name in done])
-        raise
+            with _named(name):
+                done[name] = RoutedExperts(module, adapter, adapter.top_k_of(module, _parent(model, name)), builder)
+                done[name].take(module, others)
+        for name, module, _ in found:
+            with _named(name):
+                done[name].install(module)
     return Wrapped(done, tuple(dict.fromkeys(builder.notes)))
 
 
 def unwrap(model: Module) -> None:
-    """Leave the model as it was before `wrap`. Raises KernelError for one that is not wrapped."""
+    """Leave the model as it was before `wrap`, with the weights that it has now. Raises KernelError for one that is not
+    wrapped, and if there is no memory for weights that had been moved: the rest of the model is then wrapped still."""
     _check_module(model)
-    wrapped = [module for module in model.modules() if experts_of(module)]
-    if not wrapped:
+    if not _remove(model):
         raise KernelError(f"{type(model).__name__} is not wrapped")
-    _remove(wrapped)
 
 
 def attach(module: Module, adapter: ExpertsAdapter, top_k: int, builder: Builder) -> RoutedExperts:
-    """Wrap one module. Raises RampMoEError where its experts cannot be had."""
-    return RoutedExperts(module, adapter, builder.layer(adapter.weights(module), top_k))
+    """Wrap one module. Raises RampMoEError if its experts cannot be a layer's; it is then as it was."""
+    with _undone(module), _named(type(module).__name__):
+        experts = RoutedExperts(module, adapter, top_k, builder)
+        experts.take(module)
+        experts.install(module)
+    return experts
 
 
 def _parent(model: Module, name: str) -> Module:
     return model.get_submodule(name.rpartition(".")[0])
 
 
-def _remove(modules: list[Module]) -> None:
-    """The last one first: modules may share what `install` changed."""
-    for module in reversed(modules):
+@contextmanager
+def _undone(model: Module) -> Iterator[None]:
+    """If this fails, at whatever step, the model is as it was."""
+    try:
+        yield
+    except BaseException:
+        _remove(model)
+        raise
+
+
+def _remove(model: Module) -> bool:
+    """Whether something was wrapped. The last one goes first: modules may share what `install` changed."""
+    wrapped = [(name, module) for name, module in model.named_modules() if experts_of(module)]
+    for name, module in reversed(wrapped):
         experts = experts_of(module)
         assert experts is not None
-        experts.remove(module)
+        with _named(name or type(module).__name__):
+            experts.remove(module)
+    return bool(wrapped)
 
 
 def _check_module(model: object) -> None:
@@ -161,10 +181,12 @@ def _find(model: Module, adapters: list[ExpertsAdapter]) -> list[tuple[str, Modu
 
 
 @contextmanager
-def _named(name: str, adapter: ExpertsAdapter) -> Iterator[None]:
-    """Errors say of which module they are."""
+def _named(name: str) -> Iterator[None]:
+    """Errors say of which module they are; they are RampMoEErrors, of whatever kind they were."""
     try:
         yield
     except RampMoEError as e:
         e.args = (f"{name}: {e}",)
         raise
+    except Exception as e:
+        raise KernelError(f"{name}: {type(e).__name__}: {e}") from e

@@ -71,7 +71,7 @@ def prepare(weights: MoEWeights) -> Prepared:
         return Prepared(rows, scale, down, weights.down_scale.permute(1, 2, 0), up_first, "fp8")
     if weights.gate_up.dtype != torch.bfloat16:
         raise KernelError(f"cute computes with fp8 and bf16 weights, not {weights.gate_up.dtype}")
-    unread = torch.ones(2, 1, 1, 1, device=device).expand(2, 1, 1, experts)
+    unread = torch.ones(2, 1, 1, 1, dtype=torch.float32, device=device).expand(2, 1, 1, experts)
     return Prepared(rows, unread, down, unread[0], up_first, "bf16")
 
 

@@ -1,0 +1,181 @@
+"""Engines change torch's defaults while they load a model: no tensor of ours takes its dtype or device from them."""
+
+from __future__ import annotations
+
+import ast
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import fields, is_dataclass
+from pathlib import Path
+from typing import Any
+
+import fake_flashinfer
+import fake_vllm
+import pytest
+import torch
+from moe_cases import H200, batch, error, expected, weights
+from ramp_moe.device import MoELayer, MoEWeights, relayout
+from ramp_moe_adapters import flashinfer_cutlass_launch
+from ramp_moe_adapters.flashinfer_cutlass import FlashInferCutlass
+from ramp_moe_adapters.vllm_triton import VllmTriton
+from ramp_moe_kernels.cute import launch as cute_launch
+from ramp_moe_kernels.cute.kernel import CuteMoE
+from ramp_moe_kernels.reference import experts
+from ramp_moe_kernels.triton.kernel import TritonMoE
+
+ROOT = Path(__file__).parents[1]
+PACKAGES = ("core", "adapters", "kernels")
+FACTORIES = {
+    *("ones", "zeros", "empty", "full", "tensor", "arange", "range", "linspace", "logspace", "eye"),
+    *("rand", "randn", "randint", "randperm", "normal", "empty_strided", "empty_permuted", "scalar_tensor"),
+    *("as_tensor", "asarray", "sparse_coo_tensor", "tril_indices", "triu_indices"),
+    *("bartlett_window", "blackman_window", "hamming_window", "hann_window", "kaiser_window"),
+}
+"""Functions of torch that take dtype and device, and torch's defaults without. `*_like` and `new_*` take another
+tensor's, `from_numpy` the array's."""
+LEGACY = {
+    f"{kind}Tensor" for kind in ("", "Float", "Double", "Half", "BFloat16", "Byte", "Char", "Short", "Int", "Long")
+}
+"""Constructors that can be told neither."""
+
+
+def implicit(source: str) -> list[tuple[int, str]]:
+    """Lines, and what is called there without saying dtype and device."""
+    found = []
+    for node in ast.walk(ast.parse(source)):
+        if not isinstance(node, ast.Call) or not isinstance(node.func, ast.Attribute):
+            continue
+        if not isinstance(node.func.value, ast.Name) or node.func.value.id != "torch":
+            continue
+        name, said = node.func.attr, {k.arg for k in node.keywords}
+        if name in LEGACY or (name in FACTORIES and not {"dtype", "device"} <= said):
+            found.append((node.lineno, f"torch.{name}"))
+    return found
+
+
+@pytest.mark.parametrize("package", PACKAGES)
+def test_every_tensor_states_dtype_and_device(package: str) -> None:
+    files = sorted((ROOT / package).rglob("*.py"))
+    assert files
+    found = [f"{f.relative_to(ROOT)}:{line}: {call}" for f in files for line, call in implicit(f.read_text())]
+    assert not found, "say dtype= and device=: " + ", ".join(found)
+
+
+@pytest.mark.parametrize(
+    ("source", "found"),
+    [
+        ("torch.ones(2, device=d)", [(1, "torch.ones")]),
+        ("torch.as_tensor([1.0], dtype=t)", [(1, "torch.as_tensor")]),
+        ("torch.Tensor([1.0])", [(1, "torch.Tensor")]),
+        ("torch.scalar_tensor(1.0)", [(1, "torch.scalar_tensor")]),
+        ("torch.rand(2, dtype=t, device=d, generator=g)", []),
+        ("torch.empty_like(x); x.new_zeros(2)", []),
+    ],
+)
+def test_the_search_finds(source: str, found: list[tuple[int, str]]) -> None:
+    assert implicit(source) == found
+
+
+def test_the_search_knows_all_of_torchs_factories() -> None:
+    """A factory that torch adds shall be sought, too: those that a default device reaches are listed by torch."""
+    from torch.utils._device import _device_constructors
+
+    listed = {f.__name__ for f in _device_constructors() if f.__module__ == "torch"}
+    assert {name for name in listed if not name.startswith(("sparse_", "empty_quantized"))} <= FACTORIES
+
+
+# --- What torch's defaults leave as it is ----------------------------------------------------------------------------
+
+
+@contextmanager
+def default_dtype() -> Iterator[None]:
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(torch.bfloat16)
+    try:
+        yield
+    finally:
+        torch.set_default_dtype(before)
+
+
+DEFAULTS: dict[str, Callable[[], Any]] = {
+    "bf16": default_dtype,
+    "inference": torch.inference_mode,
+    "meta": lambda: torch.device("meta"),
+}
+
+
+@pytest.mark.parametrize("default", DEFAULTS)
+@pytest.mark.parametrize("dtype", ["fp16", "fp8"])
+def test_a_layer_is_made_and_run_under(default: str, dtype: str) -> None:
+    """From its weights to its output, built and run for the first time there."""
+    given = relayout(weights(4, 128, 128, dtype, "cpu"), "up-first")
+    x = batch(9, 2, 4, 128, "padded", "cpu", torch.float16)
+    wanted = expected(given, x, quantise=dtype == "fp8")
+    with DEFAULTS[default]():
+        layer = MoELayer(given, 2, H200, [TritonMoE()])
+        layer.warm_up(9, torch.float16)
+        out = layer(x.hidden_states, x.topk_ids.long(), x.topk_weights, num_valid=torch.full_like(x.topk_ids[0, :1], 9))
+    assert (out.dtype, out.device.type) == (torch.float16, "cpu")
+    assert error(out, wanted) < 2e-2
+
+
+@pytest.mark.parametrize("default", DEFAULTS)
+def test_the_reference_is_the_same_under(default: str) -> None:
+    given, x = weights(4, 128, 128, "bf16", "cpu"), batch(5, 2, 4, 128, "skewed", "cpu", torch.bfloat16)
+
+    def out() -> torch.Tensor:
+        return experts(x.hidden_states, given.gate_up, given.down, x.topk_ids, x.topk_weights, quantise=False)
+
+    wanted = out()
+    with DEFAULTS[default]():
+        found = out()
+    assert found.dtype == wanted.dtype
+    assert torch.equal(found, wanted)
+
+
+def tensors(prepared: Any) -> list[torch.Tensor]:
+    """All that a kernel holds of its weights, in order."""
+    if isinstance(prepared, torch.Tensor):
+        return [prepared]
+    if isinstance(prepared, dict):
+        return [t for value in prepared.values() for t in tensors(value)]
+    if isinstance(prepared, list | tuple):
+        return [t for value in prepared for t in tensors(value)]
+    if is_dataclass(prepared) and not isinstance(prepared, type):
+        return [t for f in fields(prepared) for t in tensors(getattr(prepared, f.name))]
+    return tensors(vars(prepared)) if hasattr(prepared, "__dict__") and not callable(prepared) else []
+
+
+@pytest.mark.parametrize("default", DEFAULTS)
+@pytest.mark.parametrize(
+    ("kernel", "dtype", "bias"),
+    [
+        (TritonMoE(), "bf16", True),
+        (CuteMoE(), "bf16", False),
+        (CuteMoE(), "fp8", False),
+        (VllmTriton(), "bf16", True),
+        (VllmTriton(), "fp8", False),
+        (FlashInferCutlass(), "bf16", True),
+        (FlashInferCutlass(), "fp8", False),
+    ],
+    ids=lambda value: value.name if hasattr(value, "name") else str(value),
+)
+def test_weights_are_prepared_alike_under(
+    kernel: Any, dtype: str, bias: bool, default: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setattr(cute_launch, "_check_device", lambda device: None)
+    monkeypatch.setattr(flashinfer_cutlass_launch, "check_device", lambda device: None)
+    if kernel.name == "vllm_triton":
+        fake_vllm.install(monkeypatch, tmp_path)
+    if kernel.name == "flashinfer_cutlass":
+        fake_flashinfer.install(monkeypatch, tmp_path)
+    given = weights(4, 256, 128, dtype, "cpu", bias=bias)
+    if bias:  # one alone, for which a kernel that takes both or none must make the other
+        given = MoEWeights(given.gate_up, given.down, gate_up_bias=given.gate_up_bias)
+    wanted = tensors(kernel.prepare(given))
+    with DEFAULTS[default]():
+        found = tensors(kernel.prepare(given))
+    assert len(wanted) >= 2
+    assert [(t.dtype, t.device, t.shape) for t in found] == [(t.dtype, t.device, t.shape) for t in wanted]
+    for mine, theirs in zip(found, wanted, strict=True):
+        assert torch.equal(mine.double(), theirs.double())
