@@ -147,7 +147,9 @@ class Placeholder(Tensor):
         experts = self._source.layer.shape.num_experts
         if first.function is aten.slice.Tensor:
             start, end, step = slice(given.get("start"), given.get("end"), given.get("step", 1)).indices(experts)
-            return slice(start, max(start, end)), (Step(aten.slice.Tensor, (0, 0, None, step), {}), *rest)
+            if start >= end:
+                return ALL, self._steps
+            return slice(start, end), (Step(aten.slice.Tensor, (0, 0, None, step), {}), *rest)
         index = (given["index"] if first.index is None else first.index) % experts
         return slice(index, index + 1), (Step(aten.select.int, (0, 0), {}), *rest)
 
