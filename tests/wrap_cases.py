@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
+import copy
 from dataclasses import dataclass
 from typing import Any
 
+import pytest
 import torch
 from layer_cases import SHAPE, FakeKernel, inputs
 from layer_cases import E as E
 from layer_cases import H as H
 from layer_cases import I as I
 from layer_cases import K as K
-from ramp_moe import Candidate, Experts, get_registry
+from ramp_moe import Candidate, Experts, ProfileError, get_registry
 from ramp_moe.device import Batch, MoELayer, MoEWeights, relayout
+from ramp_moe.device import build as building
 from ramp_moe.device.routed import RoutedExperts
 from torch import Tensor, nn
 
@@ -149,3 +152,18 @@ CASES = {
     "derived": Case(False, ("gate-first",), derives=True),
     "all of it": Case(True, ("up-first", MIXED), derives=True),
 }
+
+
+def register_kernel(monkeypatch: pytest.MonkeyPatch, layout: str) -> FakeKernel:
+    """Have it be the only kernel, of no profile, which reads weights in this layout alone."""
+    kernel = InPlace("only", layouts=(layout,))
+    registry = copy.copy(get_registry())
+    registry.kernels = {kernel.name: kernel}
+
+    def no_profile(*given: Any) -> Any:
+        raise ProfileError("none")
+
+    monkeypatch.setattr(building, "get_registry", lambda: registry)
+    monkeypatch.setattr(building, "load_model", no_profile)
+    monkeypatch.setattr(building, "UNMEASURED", kernel.name)
+    return kernel

@@ -292,8 +292,9 @@ def test_what_cannot_be_followed_is_refused(case: Case) -> None:
         lambda: torch.from_dlpack(p.detach()), lambda: p.data.set_(other), lambda: p.data.resize_(0),
         lambda: p.data.as_strided((2,), (1,)), lambda: p.data.transpose_(0, 1), lambda: p.data.t_(),
         lambda: p.data.squeeze_(), lambda: setattr(p.data[0], "data", other[0, 0]),
+        lambda: setattr(nn.Parameter(other), "data", p.data),
     ):  # fmt: skip
-        with pytest.raises((KernelError, RuntimeError), match=r"of w13|share|t_\(\) expects"):
+        with pytest.raises((KernelError, RuntimeError), match=r"of w13|share|t_\(\) expects|incompatible"):
             refused()
     case.check(bank, before)
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from functools import partial
 from typing import Any
 
@@ -18,7 +17,7 @@ from ramp_moe.device.layer import MoELayer
 from ramp_moe.device.placeholder import Placeholder, Source
 from ramp_moe.device.routed import KEY, RoutedExperts
 from torch import Tensor, nn
-from wrap_cases import IDS, SCORES, Bank, InPlace, K, Turned, X
+from wrap_cases import IDS, SCORES, Bank, InPlace, K, Turned, X, register_kernel
 
 ADAPTER = Turned(Bank, "w13", "w2", K, gate_up_bias="b13", down_bias="b2")
 STEPS: list[tuple[Any, str]] = [
@@ -35,17 +34,7 @@ STEPS: list[tuple[Any, str]] = [
 @pytest.fixture
 def kernel(monkeypatch: pytest.MonkeyPatch) -> FakeKernel:
     """The only one, which reads another order than the model's."""
-    kernel = InPlace("mixed", layouts=("gate-up-interleaved-8",))
-    registry = copy.copy(ramp_moe.get_registry())
-    registry.kernels = {kernel.name: kernel}
-    monkeypatch.setattr(building, "get_registry", lambda: registry)
-    monkeypatch.setattr(building, "load_model", _no_profile)
-    monkeypatch.setattr(building, "UNMEASURED", "mixed")
-    return kernel
-
-
-def _no_profile(*given: Any) -> Any:
-    raise ramp_moe.ProfileError("none")
+    return register_kernel(monkeypatch, "gate-up-interleaved-8")
 
 
 class Failing:
