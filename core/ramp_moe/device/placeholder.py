@@ -111,8 +111,9 @@ class Placeholder(Tensor):
     def __new__(cls, source: Source, like: Tensor, steps: tuple[Step, ...] = ()) -> Placeholder:
         """like: a tensor of the shape, strides and dtype, on any device."""
         with torch.inference_mode(False):  # views of a tensor are of its kind
+            # As if on meta, so that torch gives no plain tensor this one's data, which is none. `device` is dispatched.
             made: Placeholder = Tensor._make_wrapper_subclass(  # type: ignore[attr-defined]
-                cls, like.shape, strides=like.stride(), dtype=like.dtype, device=source.layer.held[0].down.device
+                cls, like.shape, strides=like.stride(), dtype=like.dtype, device="meta", dispatch_device=True
             )
         made._source, made._steps = source, steps
         return made
@@ -122,6 +123,8 @@ class Placeholder(Tensor):
         cls, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         kwargs = kwargs or {}
+        if func is torch.ops.prim.device.default:
+            return args[0]._source.layer.held[0].down.device
         if torch._C._dispatch_has_kernel_for_dispatch_key(func.name(), "CompositeImplicitAutograd"):
             return func.decompose(*args, **kwargs)  # as above this, but for inference mode
         if func.namespace == "c10d" or torch.Tag.inplace_view in func.tags or func is aten.as_strided.default:
@@ -150,7 +153,9 @@ class Placeholder(Tensor):
         experts = self._source.layer.shape.num_experts
         if first.function is aten.slice.Tensor:
             start, end, step = slice(given.get("start"), given.get("end"), given.get("step", 1)).indices(experts)
-            return slice(start, max(start, end)), (Step(aten.slice.Tensor, (0, 0, None, step), {}), *rest)
+            if start >= end:
+                return ALL, self._steps
+            return slice(start, end), (Step(aten.slice.Tensor, (0, 0, None, step), {}), *rest)
         index = (given["index"] if first.index is None else first.index) % experts
         return slice(index, index + 1), (Step(aten.select.int, (0, 0), {}), *rest)
 

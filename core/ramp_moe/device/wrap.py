@@ -103,12 +103,13 @@ def wrap(model: Module, *adapters: ExpertsAdapter, device: str = "auto", copies:
     devices = {str(tensor.device) for _, module, _ in found for tensor in module.parameters()}
     if len(devices) > 1:
         raise KernelError(f"the experts' weights lie on {', '.join(sorted(devices))}; wrap a model on one device")
-    from .refusals import storages  # torch
+    from .refusals import check_parents, storages  # torch
 
     others = storages(model)
     with _undone(model):
         for name, module, adapter in found:
             with _named(name):
+                check_parents(model, module)
                 done[name] = RoutedExperts(module, adapter, adapter.top_k_of(module, _parent(model, name)), builder)
                 done[name].take(module, others)
         for name, module, _ in found:
