@@ -1,8 +1,9 @@
 """The experts of vLLM 0.33, computed by dispatched layers: its class of routed experts, replaced through its registry
 of such layers, and experts for its modular kernel. Needs vLLM.
 
-vLLM loads the weights as for its Triton experts: gate rows first, fp8 with float32 scales of [128, 128] blocks. Where a
-layer cannot be had of them, vLLM's own choice of experts takes them as if we were not there.
+vLLM loads the weights as for its Triton experts: gate rows first, fp8 with float32 scales of [128, 128] blocks, or of
+smaller ones that divide a shard. Where a layer cannot be had of them, vLLM's own choice of experts takes them as if we
+were not there.
 """
 
 from __future__ import annotations
