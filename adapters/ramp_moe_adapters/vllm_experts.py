@@ -15,7 +15,11 @@ from vllm.logger import init_logger
 from vllm.model_executor.layers.fused_moe.activation import MoEActivation
 from vllm.model_executor.layers.fused_moe.modular_kernel import FusedMoEActivationFormat, FusedMoEExpertsModular
 from vllm.model_executor.layers.fused_moe.topk_weight_and_reduce import TopKWeightAndReduceNoOP
-from vllm.model_executor.layers.quantization.utils.quant_utils import kFp8Dynamic128Sym, kFp8Static128BlockSym
+from vllm.model_executor.layers.quantization.utils.quant_utils import (
+    GroupShape,
+    create_fp8_quant_key,
+    kFp8Dynamic128Sym,
+)
 from vllm.v1.worker.workspace import current_workspace_manager, is_workspace_manager_initialized
 
 from .engine_errors import both_failed, why
@@ -26,6 +30,8 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 ACTIVATIONS = {MoEActivation.SILU: "swiglu", MoEActivation.GELU_TANH: "gelu_tanh"}
+BLOCK_SCALES = [create_fp8_quant_key(static=True, group_shape=GroupShape(side, side)) for side in (128, 64, 32)]
+"""vLLM repeats the scales of 128 for smaller blocks, if those of 128 do not divide a tensor-parallel shard."""
 PARAMETERS = {
     "w13_weight": "gate_up",
     "w2_weight": "down",
@@ -97,7 +103,8 @@ class RampExperts(FusedMoEExpertsModular):  # type: ignore[misc]
 
     @staticmethod
     def _supports_quant_scheme(weight_key: Any, activation_key: Any) -> bool:
-        return (weight_key, activation_key) in ((None, None), (kFp8Static128BlockSym, kFp8Dynamic128Sym))
+        quantised = weight_key in BLOCK_SCALES and activation_key == kFp8Dynamic128Sym
+        return quantised or (weight_key, activation_key) == (None, None)
 
     @staticmethod
     def _supports_activation(activation: Any) -> bool:
