@@ -8,7 +8,7 @@ the name with Transformers.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from ramp_moe import ExpertsAdapter
 from ramp_moe.device import MoEWeights
@@ -37,6 +37,15 @@ PROJECTIONS = {"gate_up": "gate_up_proj", "down": "down_proj"}
 """The module's parameters, by field of MoEWeights."""
 LOCKED = "deepgemm_megamoe"
 """The one implementation that changes the weights in memory."""
+
+
+class Order(NamedTuple):
+    """How a module holds its weights: matrices transposed; gate and up in turn; and if the blocks of fp8 scales hold
+    rows of both, the intermediate and the hidden size, else None."""
+
+    transposed: bool
+    alternating: bool
+    straddling: tuple[int, int] | None
 
 
 class TransformersExperts(ExpertsAdapter):
@@ -85,9 +94,25 @@ class TransformersExperts(ExpertsAdapter):
         )
         if activation.alternating:
             gate_up, up_bias = _gate_first(gate_up), None if up_bias is None else _gate_first(up_bias)
-        up_scale, down_scale = _scales(module, gate_up)
+        up_scale, down_scale = self._scales(module, gate_up)
         weights = gate_up.contiguous(), down.contiguous()
         return MoEWeights(*weights, up_scale, down_scale, up_bias, down_bias, activation.name, limit=activation.limit)
+
+    def _scales(self, module: Any, gate_up: Tensor) -> tuple[Tensor | None, Tensor | None]:
+        """Of fp8 experts, float32. Raises KernelError for another scheme than ours."""
+        if gate_up.element_size() > 1 or not hasattr(module, "block_size"):
+            return None, None
+        if module.activation_scheme != "dynamic":
+            raise KernelError(
+                f"its fp8 activations have {module.activation_scheme} scales; ramp_moe computes them itself"
+            )
+        if module.block_size is None or tuple(module.block_size) != (SCALE_BLOCK, SCALE_BLOCK):
+            raise KernelError(f"its fp8 scales are of blocks {module.block_size}; ramp_moe takes [128, 128]")
+        order, scales = self.order(module), (module.gate_up_proj_scale_inv, module.down_proj_scale_inv)
+        if order.straddling:
+            _check_straddling(order.straddling[0], scales[0].shape[1])
+        gate_up_scale, down_scale = (s.detach().float() for s in scales)
+        return self.given(order, "gate_up_scale", gate_up_scale), self.given(order, "down_scale", down_scale)
 
     def names(self, module: Any) -> dict[str, str]:
         added = {"bias": "bias"} if module.has_bias else {}
@@ -100,21 +125,30 @@ class TransformersExperts(ExpertsAdapter):
         }
         return PROJECTIONS | suffixes
 
-    def order(self, module: Any) -> tuple[bool, bool]:
-        """Whether matrices are transposed, and whether gate and up come in turn."""
-        return module.is_transposed, not module.is_concatenated
+    def order(self, module: Any) -> Order:
+        hidden, inter = module.down_proj.shape[1:]
+        straddles = "gate_up_scale" in self.names(module) and inter % SCALE_BLOCK != 0
+        return Order(module.is_transposed, not module.is_concatenated, (inter, hidden) if straddles else None)
 
-    def given(self, order: tuple[bool, bool], field: str, tensor: Tensor) -> Tensor:
-        transposed, alternating = order
-        if field in PROJECTIONS and transposed:
+    def given(self, order: Order, field: str, tensor: Tensor) -> Tensor:
+        if field in PROJECTIONS and order.transposed:
             tensor = tensor.transpose(1, 2)
-        return _gate_first(tensor) if field in ("gate_up", "gate_up_bias") and alternating else tensor
+        if order.straddling and field.endswith("_scale"):
+            inter, hidden = order.straddling
+            rows, columns = (2 * inter, hidden) if field == "gate_up_scale" else (hidden, inter)
+            block = scale_blocks(inter)[-1]
+            times = SCALE_BLOCK // block
+            repeated = tensor.repeat_interleave(times, 1).repeat_interleave(times, 2)
+            tensor = repeated[:, : rows // block, : columns // block].contiguous()
+        return _gate_first(tensor) if field in ("gate_up", "gate_up_bias") and order.alternating else tensor
 
-    def own(self, order: tuple[bool, bool], field: str, tensor: Tensor) -> Tensor:
-        transposed, alternating = order
-        if field in ("gate_up", "gate_up_bias") and alternating:
+    def own(self, order: Order, field: str, tensor: Tensor) -> Tensor:
+        if field in ("gate_up", "gate_up_bias") and order.alternating:
             tensor = _alternating(tensor)
-        return tensor.transpose(1, 2) if field in PROJECTIONS and transposed else tensor
+        if order.straddling and field.endswith("_scale"):
+            times = SCALE_BLOCK // scale_blocks(order.straddling[0])[-1]
+            tensor = tensor[:, ::times, ::times]
+        return tensor.transpose(1, 2) if field in PROJECTIONS and order.transposed else tensor
 
     def install(self, module: Any) -> str | None:
         """Through the configuration that the module's forward asks for the implementation: all modules that share it
@@ -129,32 +163,15 @@ class TransformersExperts(ExpertsAdapter):
         module.config._experts_implementation = DEFAULT if before == NAME else before
 
 
-def _scales(module: Any, gate_up: Tensor) -> tuple[Tensor | None, Tensor | None]:
-    """Of fp8 experts, float32. Raises KernelError for another scheme than ours."""
-    if gate_up.element_size() > 1 or not hasattr(module, "block_size"):
-        return None, None
-    if module.activation_scheme != "dynamic":
-        raise KernelError(f"its fp8 activations have {module.activation_scheme} scales; ramp_moe computes them itself")
-    if module.block_size is None or tuple(module.block_size) != (SCALE_BLOCK, SCALE_BLOCK):
-        raise KernelError(f"its fp8 scales are of blocks {module.block_size}; ramp_moe takes [128, 128]")
-    scales = module.gate_up_proj_scale_inv.detach().float(), module.down_proj_scale_inv.detach().float()
-    _, rows, hidden = gate_up.shape
-    return scales if rows // 2 % SCALE_BLOCK == 0 else _refined(*scales, rows // 2, hidden)
-
-
-def _refined(gate_up_scale: Tensor, down_scale: Tensor, inter: int, hidden: int) -> tuple[Tensor, Tensor]:
-    """Scales of smaller blocks, each within gate or up: Transformers counts blocks of 128 rows over both together.
-    Raises KernelError where none fit, or the number of blocks would be the same if gate and up had their own."""
-    block, apart, together = scale_blocks(inter)[-1], 2 * -(-inter // SCALE_BLOCK), -(-2 * inter // SCALE_BLOCK)
-    if block == SCALE_BLOCK or apart == together or gate_up_scale.shape[1] != together:
+def _check_straddling(inter: int, rows: int) -> None:
+    """Transformers counts scale blocks over the rows of gate and up together. Raises KernelError if no smaller blocks
+    divide both, or if there would be as many blocks of each by itself."""
+    apart, together = 2 * -(-inter // SCALE_BLOCK), -(-2 * inter // SCALE_BLOCK)
+    if len(scale_blocks(inter)) == 1 or apart == together or rows != together:
         raise KernelError(
-            f"its intermediate size {inter} is no multiple of {SCALE_BLOCK}, and its {gate_up_scale.shape[1]} rows of "
-            "scales do not say where the blocks of up begin; load the model in bf16"
+            f"its intermediate size {inter} is no multiple of {SCALE_BLOCK}, and its {rows} rows of scales do not say "
+            "where the blocks of up begin; load the model in bf16"
         )
-    times = SCALE_BLOCK // block
-    gate_up, down = (s.repeat_interleave(times, 1).repeat_interleave(times, 2) for s in (gate_up_scale, down_scale))
-    wide, deep = hidden // block, inter // block
-    return gate_up[:, : 2 * deep, :wide].contiguous(), down[:, :wide, :deep].contiguous()
 
 
 def _of_config(config: Any, name: str) -> Any:

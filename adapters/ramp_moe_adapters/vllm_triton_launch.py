@@ -28,7 +28,6 @@ import triton.language as tl
 from ramp_moe import KernelConfig
 from ramp_moe.device import Batch, MoEWeights, Workspace
 from ramp_moe.errors import KernelError
-from ramp_moe.shapes import SCALE_BLOCK
 from torch import Tensor
 
 PACKAGE = "vllm.model_executor.layers.fused_moe"
@@ -82,7 +81,10 @@ def _quant_config(weights: MoEWeights, config: Any) -> Any:
     if weights.gate_up_scale is not None:
         given = {"w1_scale": weights.gate_up_scale, "w2_scale": weights.down_scale, **biases}
         make = _function(config, "fp8_w8a8_moe_quant_config", (*given, "block_shape"))
-        return make(**given, block_shape=[SCALE_BLOCK, SCALE_BLOCK])
+        block, inter = weights.scale_block, weights.down.shape[2]
+        if block is None or inter % block:
+            raise KernelError(f"vLLM counts scale blocks over gate and up together: {inter} is not a multiple of {block}")
+        return make(**given, block_shape=[block, block])
     if any(b is not None for b in biases.values()):
         return _function(config, "biased_moe_quant_config", tuple(biases))(**biases)
     return None

@@ -14,9 +14,11 @@ import ramp_moe
 import torch
 from moe_cases import error
 from ramp_moe import KernelError
+from ramp_moe.device import relayout
 from ramp_moe.device.build import Builder
 from ramp_moe.device.placeholder import Placeholder
 from ramp_moe.device.routed import experts_of
+from ramp_moe_kernels.reference import dequantise
 from torch import nn
 from torch.nn.utils import parametrize
 from transformers import AutoModelForCausalLM
@@ -173,6 +175,31 @@ def test_scales_of_powers_of_two_are_written_through() -> None:
     ramp_moe.unwrap(module)
     assert torch.equal(module.down_proj_scale_inv.float(), doubled.float())
     assert torch.equal(module.gate_up_proj.float(), before["gate_up_proj"].float())
+
+
+@torch.no_grad()
+def test_scales_of_blocks_that_hold_gate_and_up_are_written_through() -> None:
+    """The layer has those of smaller blocks."""
+    module = fp8_experts(inter=192)
+    before = {name: p.detach().clone() for name, p in module.named_parameters()}
+    (layer,) = wrap(module).layers.values()
+    for name in ("gate_up_proj_scale_inv", "down_proj_scale_inv"):
+        assert torch.equal(getattr(module, name), before[name])
+        getattr(module, name).mul_(torch.arange(1, 5).view(-1, 1, 1))
+        getattr(module, name)[1, 1].fill_(3.0)
+    changed = {name: p.detach().clone() for name, p in module.named_parameters()}
+    assert torch.equal(changed["down_proj_scale_inv"][3], 4 * before["down_proj_scale_inv"][3])
+    held = relayout(layer.held[0], "gate-first")
+    for weight, scale, name in (
+        (held.gate_up, held.gate_up_scale, "gate_up_proj"),
+        (held.down, held.down_scale, "down_proj"),
+    ):
+        assert scale is not None
+        of_module = dequantise(before[name], changed[f"{name}_scale_inv"])
+        assert torch.equal(dequantise(weight, scale, 64), of_module)
+    ramp_moe.unwrap(module)
+    for name, parameter in module.named_parameters():
+        assert torch.equal(parameter.float(), changed[name].float())
 
 
 # --- PEFT -------------------------------------------------------------------------------------------------------------

@@ -266,6 +266,29 @@ def test_fp8_of_shards_that_begin_inside_a_block(inter: int, ranks: int, block: 
     assert error(total, wanted(of, b)) < 3 * TOLERANCE  # activations are rounded in smaller groups
 
 
+def test_a_batch_of_a_shard_that_fails(monkeypatch: pytest.MonkeyPatch) -> None:
+    """vLLM's own path takes it, with the smaller blocks."""
+    of, b = weights(4, HIDDEN, 384, "fp8", DEVICE), batch(5, TOP_K, 4, HIDDEN, "skewed", DEVICE, HALF)
+    given = []
+
+    def fused_experts(
+        hidden_states: Any, topk_weights: Any, topk_ids: Any, w1: Any, w2: Any, activation: Any, quant_config: Any
+    ) -> torch.Tensor:
+        given.append(quant_config)
+        return torch.ones_like(hidden_states)
+
+    def failing(*_: Any, **__: Any) -> None:
+        raise RuntimeError("out of order")
+
+    monkeypatch.setattr("vllm.model_executor.layers.fused_moe.fused_experts", fused_experts)
+    routed = experts_of(of, TOP_K, tp=(2, 1), dtype=HALF)
+    monkeypatch.setattr(experts(routed).layer, "forward", failing)
+    run(routed, b)
+    (scales,) = given
+    assert scales.block_shape == [64, 64]
+    assert scales.w1_scale.shape == (4, 6, 2)
+
+
 def test_fp8_that_vllm_itself_refuses() -> None:
     with pytest.raises(ValueError, match="80 is not divisible by weight quantization block_n = 128"):
         experts_of(weights(4, HIDDEN, 160, "fp8", DEVICE), TOP_K, tp=(2, 0), dtype=HALF)
