@@ -117,7 +117,7 @@ class Walk:
             match part:
                 case Token("name", str(name)) if name not in ours:
                     return name
-                case Token("keyword", (method, str(name))) if name not in parameters(ours.get(method)):
+                case Token("keyword", (str(method), str(name))) if name not in parameters(ours.get(method)):
                     return name
                 case Token(kind):
                     return f"{kind} {numbers.setdefault(part, len(numbers))}"
