@@ -247,8 +247,6 @@ def _layer_of(layer: Any, moe: Any) -> MoELayer | None:
     _logger.info_once("ramp_moe: %s by %s; weights in %s", found.shape.slug, kernels, layouts)
     held = found.held[0]
     moved = {"w13_weight": held.gate_up, f"w13_{SCALE}": held.gate_up_scale, "w13_bias": held.gate_up_bias}
-    # What had other strides than the kernels read was copied.
-    moved |= {"w2_weight": held.down, f"w2_{SCALE}": held.down_scale, "w2_bias": held.down_bias}
     for name, tensor in moved.items():
         if tensor is not None:
             getattr(layer, name).data = tensor
