@@ -21,8 +21,7 @@ def judged(fuzz: Fuzz, layers: int) -> Tally:
         fuzz.run(number)
         if len(fuzz.tally.wrong) == 5:
             break
-    print(f"\n{fuzz.tally}")
-    assert not fuzz.tally.wrong, "\n".join(fuzz.tally.wrong)
+    assert not fuzz.tally.wrong, "\n".join([*fuzz.tally.wrong, str(fuzz.tally)])
     return fuzz.tally
 
 
@@ -74,14 +73,17 @@ def test_what_is_wrong_is_found(fault: str, h200: Hardware, monkeypatch: pytest.
 
 
 @pytest.mark.gpu
-def test_gpu_layers_are_right_or_refused(seed: int, layers: int) -> None:
+def test_gpu_layers_are_right_or_refused(seed: int, layers: int, capsys: pytest.CaptureFixture[str]) -> None:
     """Of every kernel that runs here, and of the dispatcher."""
     hardware, device = detect(), torch.device("cuda", torch.cuda.current_device())
     found = get_registry().kernels.values()
     kernels = [k for k in found if isinstance(k, LaunchableKernel) and _is_ready(k)]
     kernels.sort(key=lambda kernel: kernel.name != "triton")
     variants = max(4, min(8, layers // LAYERS_OF_A_VARIANT))
-    tally = judged(Fuzz(seed, kernels, hardware, device, variants), layers)
+    fuzz = Fuzz(seed, kernels, hardware, device, variants)
+    tally = judged(fuzz, layers)
+    with capsys.disabled():
+        print(f"\nseed {seed}, {', '.join(kernel.name for kernel in kernels)}: {tally}")
     assert tally.right >= layers // 2
 
 
