@@ -14,7 +14,7 @@ from ramp_moe import ExpertsAdapter
 from ramp_moe.device import MoEWeights
 from ramp_moe.device.contract import ACTIVATIONS
 from ramp_moe.errors import KernelError
-from ramp_moe.shapes import SCALE_BLOCK
+from ramp_moe.shapes import SCALE_BLOCK, scale_blocks
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -114,7 +114,24 @@ def _scales(module: Any, gate_up: Tensor) -> tuple[Tensor | None, Tensor | None]
         raise KernelError(f"its fp8 activations have {module.activation_scheme} scales; ramp_moe computes them itself")
     if module.block_size is None or tuple(module.block_size) != (SCALE_BLOCK, SCALE_BLOCK):
         raise KernelError(f"its fp8 scales are of blocks {module.block_size}; ramp_moe takes [128, 128]")
-    return module.gate_up_proj_scale_inv.detach().float(), module.down_proj_scale_inv.detach().float()
+    scales = module.gate_up_proj_scale_inv.detach().float(), module.down_proj_scale_inv.detach().float()
+    _, rows, hidden = gate_up.shape
+    return scales if rows // 2 % SCALE_BLOCK == 0 else _refined(*scales, rows // 2, hidden)
+
+
+def _refined(gate_up_scale: Tensor, down_scale: Tensor, inter: int, hidden: int) -> tuple[Tensor, Tensor]:
+    """Scales of smaller blocks, each within gate or up: Transformers counts blocks of 128 rows over both together.
+    Raises KernelError where none fit, or the number of blocks would be the same if gate and up had their own."""
+    block, apart, together = scale_blocks(inter)[-1], 2 * -(-inter // SCALE_BLOCK), -(-2 * inter // SCALE_BLOCK)
+    if block == SCALE_BLOCK or apart == together or gate_up_scale.shape[1] != together:
+        raise KernelError(
+            f"its intermediate size {inter} is no multiple of {SCALE_BLOCK}, and its {gate_up_scale.shape[1]} rows of "
+            "scales do not say where the blocks of up begin; load the model in bf16"
+        )
+    times = SCALE_BLOCK // block
+    gate_up, down = (s.repeat_interleave(times, 1).repeat_interleave(times, 2) for s in (gate_up_scale, down_scale))
+    wide, deep = hidden // block, inter // block
+    return gate_up[:, : 2 * deep, :wide].contiguous(), down[:, :wide, :deep].contiguous()
 
 
 def _activation(module: Any, rows: int, device: Any) -> tuple[str, bool]:

@@ -1,8 +1,9 @@
 """The experts of vLLM 0.33, computed by dispatched layers: its class of routed experts, replaced through its registry
 of such layers, and experts for its modular kernel. Needs vLLM.
 
-vLLM loads the weights as for its Triton experts: gate rows first, fp8 with float32 scales of [128, 128] blocks. Where a
-layer cannot be had of them, vLLM's own choice of experts takes them as if we were not there.
+vLLM loads the weights as for its Triton experts: gate rows first, fp8 with float32 scales of [128, 128] blocks, or of
+smaller ones that divide a shard. Where a layer cannot be had of them, vLLM's own choice of experts takes them as if we
+were not there.
 """
 
 from __future__ import annotations
@@ -28,7 +29,6 @@ from vllm.model_executor.layers.quantization.utils.quant_utils import (
     GroupShape,
     create_fp8_quant_key,
     kFp8Dynamic128Sym,
-    kFp8Static128BlockSym,
 )
 from vllm.model_executor.offloader import NoopOffloader, get_offloader
 from vllm.v1.worker.workspace import current_workspace_manager, is_workspace_manager_initialized
@@ -41,6 +41,8 @@ NAME = "RoutedExperts"
 ACTIVATIONS = {MoEActivation.SILU: "swiglu", MoEActivation.GELU_TANH: "gelu_tanh"}
 SCALE = "weight_scale_inv"
 """What vLLM's parameters of block scales are called, after w13_ and w2_."""
+BLOCK_SCALES = [create_fp8_quant_key(static=True, group_shape=GroupShape(side, side)) for side in (128, 64, 32)]
+"""vLLM repeats the scales of 128 for smaller blocks, if those of 128 do not divide a tensor-parallel shard."""
 CHECKPOINTS = {
     *("auto", "hf", "safetensors", "fastsafetensors", "instanttensor"),
     *("runai_streamer", "mistral", "pt", "npcache", "dummy"),
@@ -80,7 +82,8 @@ class RampExperts(FusedMoEExpertsModular):  # type: ignore[misc]
 
     @staticmethod
     def _supports_quant_scheme(weight_key: Any, activation_key: Any) -> bool:
-        return (weight_key, activation_key) in ((None, None), (kFp8Static128BlockSym, kFp8Dynamic128Sym))
+        quantised = weight_key in BLOCK_SCALES and activation_key == kFp8Dynamic128Sym
+        return quantised or (weight_key, activation_key) == (None, None)
 
     @staticmethod
     def _supports_activation(activation: Any) -> bool:

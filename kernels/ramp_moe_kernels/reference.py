@@ -50,7 +50,8 @@ def quantise_weights(w: Tensor, block: int = GROUP) -> tuple[Tensor, Tensor]:
     """
     rows, columns = w.shape[-2:]
     padded = pad(w.float(), (0, -columns % block, 0, -rows % block))
-    blocks = padded.unflatten(-1, (-1, block)).unflatten(-3, (-1, block))
+    deep, wide = (size // block for size in padded.shape[-2:])
+    blocks = padded.reshape(*w.shape[:-2], deep, block, wide, block)
     scale = _scale(blocks.abs().amax((-3, -1)))
     return _to_fp8(w.float() / _expanded(scale, rows, columns, block)), scale
 
@@ -62,7 +63,7 @@ def quantise_activations(x: Tensor, group: int = GROUP) -> tuple[Tensor, Tensor]
     nearest even, and never exceed 448. A NaN or an infinity spoils its own group only.
     """
     columns = x.shape[1]
-    groups = pad(x.float(), (0, -columns % group)).unflatten(1, (-1, group))
+    groups = pad(x.float(), (0, -columns % group)).reshape(len(x), -(-columns // group), group)
     scale = _scale(groups.abs().amax(-1))
     return _to_fp8(x.float() / scale.repeat_interleave(group, 1)[:, :columns]), scale
 
@@ -345,8 +346,10 @@ def _block(gate_up_scale: Tensor | None, inter: int, hidden: int) -> int:
 def _plain(w: Tensor, scale: Tensor | None, block: int, name: str, matrices: int = 1) -> Tensor:
     """float32 of so many matrices, one above the other, with scale blocks of their own."""
     if scale is not None:
-        apart = (matrices, -1)
-        return dequantise(w.unflatten(0, apart), scale.unflatten(0, apart), block).flatten(0, 1)
+        if scale.ndim != 2 or len(scale) % matrices:
+            raise ShapeError(f"{name}_scale must have as many rows for each of {matrices}, not {list(scale.shape)}")
+        pairs = zip(w.chunk(matrices), scale.chunk(matrices), strict=True)
+        return torch.cat([dequantise(part, blocks, block) for part, blocks in pairs])
     if w.dtype == FP8:
         raise KernelError(f"{name} is fp8: pass {name}_scale")
     return w.float()

@@ -18,8 +18,10 @@ import torch
 import torch.distributed as dist
 from moe_cases import error
 from ramp_moe import HardwareError, KernelError, ShapeError
+from ramp_moe.device import relayout
 from ramp_moe.device.build import Builder
 from ramp_moe.device.routed import experts_of
+from ramp_moe_kernels import reference
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.tensor import DTensor, Shard
 from transformers import AutoModelForCausalLM
@@ -239,6 +241,29 @@ def test_scales_that_are_powers_of_two() -> None:
     (layer,) = wrap(module).layers.values()
     assert layer.held[0].down_scale is not None
     assert torch.equal(layer.held[0].down_scale, module.down_proj_scale_inv.float())
+
+
+@pytest.mark.parametrize(("inter", "block"), [(192, 64), (160, 32)])
+def test_scale_blocks_that_hold_gate_and_up(inter: int, block: int) -> None:
+    """Transformers counts the blocks over the rows of both together."""
+    module = fp8_experts(inter=inter)
+    together = reference.dequantise(module.gate_up_proj, module.gate_up_proj_scale_inv)
+    down = reference.dequantise(module.down_proj, module.down_proj_scale_inv)
+    (layer,) = wrap(module).layers.values()
+    held = relayout(layer.held[0], "gate-first")
+    assert held.scale_block == block
+    assert held.gate_up_scale is not None
+    assert held.down_scale is not None
+    assert torch.equal(reference.dequantise(held.gate_up, held.gate_up_scale, block), together)
+    assert torch.equal(reference.dequantise(held.down, held.down_scale, block), down)
+    ramp_moe.unwrap(module)
+
+
+@pytest.mark.parametrize("inter", [16, 64, 80, 96, 224])
+def test_scale_blocks_that_may_be_counted_in_two_ways(inter: int) -> None:
+    """As many blocks of gate and up together as of each by itself."""
+    with pytest.raises(KernelError, match=f"intermediate size {inter} is no multiple of 128.* where the blocks of up"):
+        wrap(fp8_experts(inter=inter))
 
 
 def test_fp8_that_is_not_ours() -> None:

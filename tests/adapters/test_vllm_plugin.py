@@ -16,9 +16,10 @@ import torch
 import vllm_cases  # noqa: F401  (before anything of vllm's)
 from moe_cases import H200, batch, error, expected, weights
 from ramp_moe import KernelError
-from ramp_moe.device import Batch, MoEWeights
+from ramp_moe.device import Batch, MoEWeights, relayout
 from ramp_moe.device.build import Builder, Plan
 from ramp_moe_adapters import vllm as plugin
+from ramp_moe_kernels import reference
 from ramp_moe_kernels.triton.kernel import TritonMoE
 from vllm import logger as vllm_logger
 from vllm import plugins
@@ -239,11 +240,34 @@ def test_fewer_experts_here_than_a_token_visits(said: list[str]) -> None:
     assert said == ["ramp_moe leaves experts to vLLM: top_k 2 exceeds num_experts 1"]
 
 
-def test_fp8_of_other_blocks(said: list[str]) -> None:
-    """vLLM refines the blocks of a part that is no multiple of them."""
-    routed = experts_of(layer("fp8"), TOP_K, tp=(2, 0), dtype=HALF)
-    assert isinstance(experts(routed), TritonExperts)
-    assert said[0].startswith("ramp_moe leaves experts to vLLM: kernel does not support quantization scheme")
+def dequantised(of: MoEWeights) -> tuple[torch.Tensor, torch.Tensor]:
+    """float32 gate and up `[E, 2, I, H]`, down transposed `[E, 1, I, H]`."""
+    apart, block = (2, -1), of.scale_block
+    assert block is not None
+    assert of.gate_up_scale is not None
+    assert of.down_scale is not None
+    gate_up = reference.dequantise(of.gate_up.unflatten(1, apart), of.gate_up_scale.unflatten(1, apart), block)
+    return gate_up, reference.dequantise(of.down, of.down_scale, block).mT[:, None]
+
+
+@pytest.mark.parametrize(("inter", "ranks", "block"), [(384, 2, 64), (128, 2, 64), (384, 4, 32)])
+def test_fp8_of_shards_that_begin_inside_a_block(inter: int, ranks: int, block: int) -> None:
+    """vLLM repeats the scales for blocks that divide the shard; the ranks' outputs add up to the whole layer's."""
+    of, b = weights(4, HIDDEN, inter, "fp8", DEVICE), batch(5, TOP_K, 4, HIDDEN, "skewed", DEVICE, HALF)
+    total = torch.zeros(b.hidden_states.shape, device=DEVICE)
+    for rank in range(ranks):
+        routed = experts_of(of, TOP_K, tp=(ranks, rank), dtype=HALF)
+        held = relayout(experts(routed).layer.held[0], "gate-first")
+        assert held.scale_block == block
+        for here, whole in zip(dequantised(held), dequantised(of), strict=True):
+            assert torch.equal(here, whole[:, :, inter // ranks * rank :][:, :, : inter // ranks])
+        total += run(routed, b).float()
+    assert error(total, wanted(of, b)) < 3 * TOLERANCE  # activations are rounded in smaller groups
+
+
+def test_fp8_that_vllm_itself_refuses() -> None:
+    with pytest.raises(ValueError, match="80 is not divisible by weight quantization block_n = 128"):
+        experts_of(weights(4, HIDDEN, 160, "fp8", DEVICE), TOP_K, tp=(2, 0), dtype=HALF)
 
 
 def test_another_plugin_is_left_alone(said: list[str], monkeypatch: pytest.MonkeyPatch) -> None:

@@ -417,6 +417,8 @@ def test_shared_expert() -> None:
         assert torch.equal(gated, reference.shared(x, gate_up[0], down[0], activation, gate_weight=gate_weight[None]))
     with pytest.raises(ShapeError, match="gate_weight"):
         reference.shared(x, gate_up[0], down[0], gate_weight=torch.zeros(7))
+    with pytest.raises(ShapeError, match=r"gate_up_scale must have as many rows for each of 2, not \[3, 1\]"):
+        reference.shared(x, gate_up[0], down[0], gate_up_scale=torch.ones(3, 1))
 
 
 def test_shared_expert_in_fp8_is_an_expert_of_weight_one() -> None:

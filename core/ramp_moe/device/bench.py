@@ -288,8 +288,8 @@ def reference(weights: MoEWeights, batch: Batch) -> Tensor:
     torch.set_float32_matmul_precision("highest")  # no TF32
     try:
         for e in torch.bincount(ids[(ids >= 0) & (ids < len(weights.down))]).nonzero().flatten().tolist():
-            gate_up = _dequantised(weights.gate_up[e].unflatten(0, (2, -1)), weights.gate_up_scale, e).flatten(0, 1)
-            down = _dequantised(weights.down[e][None], weights.down_scale, e)[0]
+            gate_up = _dequantised(weights.gate_up[e].chunk(2), weights.gate_up_scale, e)
+            down = _dequantised([weights.down[e]], weights.down_scale, e)
             for part in (ids == e).nonzero().split(PART):
                 token, slot = part.unbind(1)
                 projected = x[token] @ gate_up.T
@@ -313,14 +313,14 @@ def _activated(gate: Tensor, up: Tensor, activation: str) -> Tensor:
     return (silu(gate) if activation == "swiglu" else gelu(gate, approximate="tanh")) * up
 
 
-def _dequantised(w: Tensor, scale: Tensor | None, expert: int) -> Tensor:
-    """float32 of one expert's matrices `[N, rows, columns]`, which have scale blocks of their own."""
-    if scale is None:
-        return w.float()
-    matrices, rows, columns = w.shape
-    blocks = scale[expert].unflatten(0, (matrices, -1))
-    expanded = blocks.repeat_interleave(SCALE_BLOCK, 1).repeat_interleave(SCALE_BLOCK, 2)
-    return w.float() * expanded[:, :rows, :columns]
+def _dequantised(matrices: Sequence[Tensor], scale: Tensor | None, expert: int) -> Tensor:
+    """float32 of one expert's matrices `[rows, columns]`, one above the other, which have scale blocks of their own."""
+    plain = [w.float() for w in matrices]
+    if scale is not None:
+        for w, blocks in zip(plain, scale[expert].chunk(len(plain)), strict=True):
+            rows, columns = w.shape
+            w *= blocks.repeat_interleave(SCALE_BLOCK, 0)[:rows].repeat_interleave(SCALE_BLOCK, 1)[:, :columns]
+    return torch.cat(plain)
 
 
 def misfit(out: Tensor, expected: Tensor, dtype: str) -> str | None:
