@@ -26,6 +26,8 @@ DTYPES = {"bf16": torch.bfloat16, "fp8": torch.float8_e4m3fn, "fp16": torch.floa
 TOP_K = (1, 2, 3, 4, 6, 8, 22, 32)
 """The combine is compiled for each."""
 NAN_BYTE, GUARD = 0xFF, 7.0
+LIMIT = 1.5
+"""Of the clamped activation: many values are beyond it."""
 REFERENCE_ELEMENTS = 2**27
 SHAPES, FEW_SHAPES = 40, 4
 """Of a variant; of one whose kernel is compiled, or whose cost model is made, for each."""
@@ -161,6 +163,8 @@ def draw_weights(variant: Variant, shape: MoEShape, strided: bool, device: torch
     if strided:
         wide = torch.empty(e, 2 * i, h + 16, dtype=given["gate_up"].dtype, device=device)
         given["gate_up"] = wide[..., :h].copy_(given["gate_up"])
+    if variant.activation == "swiglu_clamped":
+        given["limit"] = LIMIT
     return MoEWeights(**given, activation=variant.activation)
 
 
@@ -232,6 +236,8 @@ def activated(gate: Tensor, up: Tensor, kind: str) -> Tensor:
         return gate * torch.sigmoid(gate) * up
     if kind == "gelu_tanh":
         return 0.5 * gate * (1 + torch.tanh((2 / torch.pi) ** 0.5 * (gate + 0.044715 * gate**3))) * up
+    if kind == "swiglu_clamped":
+        return activated(gate.clamp(max=LIMIT), up.clamp(-LIMIT, LIMIT), "swiglu")
     assert kind == "swiglu_oai", f"the fuzz has no reference of {kind}: write it here"
     gate = gate.clamp(max=7)
     return gate * torch.sigmoid(1.702 * gate) * (up.clamp(-7, 7) + 1)

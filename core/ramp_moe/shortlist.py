@@ -36,6 +36,9 @@ and engines at most double the size from one graph to the next: half of the toke
 DRAWN = 1024
 """Tokens of which `settled` draws batches: larger ones it takes for so many times the experts' tokens in these."""
 
+MOST_DRAWN = 8192
+"""Tokens of which `representative` draws batches."""
+
 SEEDS = 8
 CELLS = 2**20
 """Of draws: at most SEEDS a kind, and one, or as many as make so many tokens x experts over all kinds, which takes a
@@ -134,7 +137,12 @@ def settled(model: CostModel, num_tokens: int, read_back_us: float, ranks: int =
 def representative(num_tokens: int, num_experts: int, top_k: int, ranks: int = 1) -> IntArray:
     """Histograms int64 `[batches, num_experts]`, read-only, that a graph of so many tokens may meet, always the same:
     of every kind of routing that profiles are fitted to, full and padded. ranks: over how many the experts are spread,
-    these being one rank's: each token's top_k are of all of them."""
+    these being one rank's: each token's top_k are of all of them. More than MOST_DRAWN tokens are so many times fewer:
+    they take minutes to draw, and spread no further."""
+    if doublings := max(0, (num_tokens - 1).bit_length() - MOST_DRAWN.bit_length() + 1):
+        scaled = representative(num_tokens >> doublings, num_experts, top_k, ranks) << doublings
+        scaled.flags.writeable = False
+        return scaled
     # Tokens are drawn one after the other, so that the first rows of a draw are a draw of fewer: all the sizes between
     # two powers of two share theirs.
     drawn = _drawn(1 << (num_tokens - 1).bit_length(), num_experts * ranks, top_k)

@@ -116,9 +116,9 @@ class Walk:
         def spelled(part: str | Token) -> str:
             match part:
                 case Token("name", str(name)) if name not in ours:
-                    return name
-                case Token("keyword", (method, str(name))) if name not in parameters(ours.get(method)):
-                    return name
+                    return f"={name}"
+                case Token("keyword", (str(method), str(name))) if name not in parameters(ours.get(method)):
+                    return f"={name}"
                 case Token(kind):
                     return f"{kind} {numbers.setdefault(part, len(numbers))}"
             return part

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import fields, replace
 
 import pytest
 
@@ -82,6 +83,25 @@ def test_graph(dtype: str, tokens: int) -> None:
         graph.replay()
         torch.cuda.synchronize()
         assert 0 < wrong(out, given, static) < TOLERANCE, routing
+
+
+@pytest.mark.parametrize("dtype", ["bf16", "fp8"])
+def test_a_graph_computes_with_new_weights(dtype: str) -> None:
+    given = weights(E, H, I, dtype, "cuda")
+    experts = Experts(given, K)
+    static = batch(64, K, E, H, "uniform", "cuda", BF16)
+    graph, out = captured(experts, static)
+    new = replace(given, **{f.name: t.flip(0).contiguous() for f in fields(given)
+                            if isinstance(t := getattr(given, f.name), torch.Tensor)})  # fmt: skip
+    experts.layer.w13_weight.data.copy_(new.gate_up)
+    experts.layer.w2_weight.data.copy_(new.down)
+    if new.gate_up_scale is not None:
+        experts.layer.w13_weight_scale_inv.data.copy_(new.gate_up_scale)
+        experts.layer.w2_weight_scale_inv.data.copy_(new.down_scale)
+    graph.replay()
+    torch.cuda.synchronize()
+    assert 0 < wrong(out, new, static) < TOLERANCE
+    assert 0 < wrong(experts(static), new, static) < TOLERANCE
 
 
 class Priced(Builder):

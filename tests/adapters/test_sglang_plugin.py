@@ -24,6 +24,7 @@ from ramp_moe import KernelError
 from ramp_moe.device import Batch, MoELayer, MoEWeights, relayout
 from ramp_moe.device.build import Builder
 from ramp_moe.device.placeholder import Placeholder
+from ramp_moe_adapters import sglang, sglang_fields
 from ramp_moe_adapters import sglang_runner as plugin
 from sglang.srt.layers.moe.moe_runner.base import FusedOpPool
 from sglang.srt.layers.moe.moe_runner.triton import TritonRunnerCore
@@ -274,11 +275,13 @@ def exchanged(experts: Experts, new: MoEWeights) -> None:
         setattr(experts.layer, name, torch.nn.Parameter(tensor.clone(), requires_grad=False))
 
 
+WAYS = {f.__name__: f for f in (by_loader, by_loader_and_processed, copied, rebound, exchanged)}
+
+
 @pytest.mark.parametrize(
-    "way", [by_loader, by_loader_and_processed, copied, rebound, exchanged], ids=lambda f: f.__name__
+    ("dtype", "way"), [*(("bf16", way) for way in WAYS), ("fp8", "by_loader_and_processed"), ("fp8", "copied")]
 )
 @pytest.mark.parametrize("moved", [False, True], ids=["sglangs-order", "moved"])
-@pytest.mark.parametrize("dtype", ["bf16", "fp8"])
 def test_new_weights_count(
     builder: Builder, stock: list[Any], monkeypatch: pytest.MonkeyPatch, dtype: str, moved: bool, way: str
 ) -> None:
@@ -431,6 +434,7 @@ def test_layers_that_ramp_moe_does_not_compute(
         ({"use_fp8_w8a8": True, "block_shape": [64, 64]}, "quantised otherwise"),
         ({"use_fp8_w8a8": True, "block_shape": [128, 128], "a13_scale": torch.ones(1)}, "static scales"),
         ({"fuse_swiglu_interleaved": True}, "another form"),
+        ({"w13_zp": torch.zeros(1)}, "TritonMoeQuantInfo.w13_zp is Tensor"),
         ({"w2_weight": torch.zeros(E, H, 2 * I)}, "down must be"),
         ({"w13_weight": torch.zeros(E, 2 * I, H, dtype=torch.float32)}, "gate_up is torch.float32"),
     ],
@@ -451,6 +455,49 @@ def test_weights_that_ramp_moe_does_not_read(
     assert stock == [info]
     (said,) = [record.message for record in caplog.records if record.name == "ramp_moe"]
     assert re.search(message, said)
+
+
+@pytest.mark.parametrize(
+    ("field", "value", "known"),
+    [
+        ("gemm1_beta", 0.5, True),
+        ("no_combine_keep_router_weight", True, True),
+        ("use_tp_all_gather_activation", True, True),
+        ("top_k", K, False),
+    ],
+)
+def test_settings_that_ramp_moe_does_not_compute_or_know(
+    builder: Builder,
+    stock: list[Any],
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+    field: str,
+    value: Any,
+    known: bool,
+) -> None:
+    experts = Experts(drawn("bf16"), K)
+    monkeypatch.setattr(experts.runner.runner_core.config, field, value)
+    if not known:
+        monkeypatch.delitem(sglang_fields.RUNNER, field)  # as if a newer version had added it
+    experts(routed(3, "bf16"))
+    assert len(stock) == 1
+    (said,) = [record.message for record in caplog.records if record.name == "ramp_moe"]
+    unknown = "" if known else ", which ramp_moe does not know"
+    assert said.startswith(f"MoeRunnerConfig.{field} is {value}{unknown}: left to")
+
+
+def test_runners_that_are_called_otherwise_are_not_registered(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def run_from_dispatch(self: Any, dispatch_output: Any, *, swizzle: bool) -> None: ...
+
+    monkeypatch.setattr(plugin.DispatchMoeRunnerCore, "run_from_dispatch", run_from_dispatch)
+    monkeypatch.setattr(plugin, "MOE_RUNNER_BACKEND_CHOICES", [])
+    sglang.register()
+    (said,) = [record.message for record in caplog.records if record.name == "ramp_moe"]
+    assert "is no backend of sglang" in said
+    assert "its runners are called with other arguments" in said
+    assert "swizzle" in said
 
 
 def test_a_batch_that_the_layer_refuses_is_left_to_sglang(builder: Builder, stock: list[Any]) -> None:

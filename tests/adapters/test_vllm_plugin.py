@@ -18,6 +18,7 @@ from moe_cases import H200, batch, error, expected, weights
 from ramp_moe import KernelError
 from ramp_moe.device import Batch, MoEWeights, relayout
 from ramp_moe.device.build import Builder, Plan
+from ramp_moe.device.placeholder import Placeholder
 from ramp_moe_adapters import vllm as plugin
 from ramp_moe_kernels import reference
 from ramp_moe_kernels.triton.kernel import TritonMoE
@@ -179,14 +180,13 @@ def test_weights_in_another_order_take_the_place_of_vllms(
     routed = experts_of(of, TOP_K, dtype=HALF)
     (held,) = experts(routed).layer.held
     assert held.layout == "gate-up-interleaved-8"
-    assert routed.w13_weight.data_ptr() == held.gate_up.data_ptr()
     assert routed.w2_weight.data_ptr() == held.down.data_ptr()
     assert routed.w13_weight.weight_loader
-    if dtype == "fp8":
-        assert routed.w13_weight_scale_inv.data_ptr() == held.gate_up_scale.data_ptr()
-        assert experts(routed).w1_scale.data_ptr() == held.gate_up_scale.data_ptr()
-    else:
-        assert routed.w13_bias.data_ptr() == held.gate_up_bias.data_ptr()
+    moved = {"w13_weight": of.gate_up, "w13_weight_scale_inv": of.gate_up_scale, "w13_bias": of.gate_up_bias}
+    for name, tensor in moved.items():
+        if tensor is not None:
+            assert isinstance(getattr(routed, name), Placeholder), "there is one copy"
+            assert error(getattr(routed, name).float(), tensor.float()) < 1e-3, "it reads as vLLM's"
     assert error(run(routed, b), wanted(of, b)) < TOLERANCE
 
 
@@ -302,10 +302,8 @@ def test_another_plugin_is_left_alone(said: list[str], monkeypatch: pytest.Monke
     assert "another plugin has replaced RoutedExperts by test_vllm_plugin.Interleaved" in line
 
 
-def test_weights_cannot_be_loaded_anew() -> None:
+def test_nobody_else_has_weights_in_the_order_of_the_layer() -> None:
     routed = experts_of(layer(), TOP_K, dtype=HALF)
-    with pytest.raises(KernelError, match="ramp_moe cannot load weights anew; unset RAMP_MOE_VLLM"):
-        routed.quant_method.process_weights_after_loading(routed)
     assert not routed.quant_method.supports_pre_processed_weights
 
 
@@ -327,3 +325,172 @@ def test_batches_that_will_be_captured_are_warmed_up(monkeypatch: pytest.MonkeyP
 
 def test_the_hardware_is_that_of_the_profiles() -> None:
     assert experts(experts_of(layer(), TOP_K, dtype=HALF)).layer.hardware == H200
+
+
+# --- What vLLM says of a layer that ramp_moe does not compute --------------------------------------------------------
+
+UNKNOWN: dict[str, tuple[str, dict[str, Any]]] = {
+    "clamp": ("the argument swiglu_limit is 7.0", {"swiglu_limit": 7.0}),
+    "situ": ("FusedMoEConfig.activation_situ_beta is 2.0", {"moe_options": {"activation_situ_beta": 2.0}}),
+    "padding": ("FusedMoEConfig.tp_shard_with_padding is True", {"moe_options": {"tp_shard_with_padding": True}}),
+}
+
+
+@pytest.mark.parametrize("case", UNKNOWN)
+def test_values_that_are_not_computed_are_vllms(case: str, said: list[str]) -> None:
+    reason, options = UNKNOWN[case]
+    routed = experts_of(layer(), TOP_K, dtype=HALF, **options)
+    assert isinstance(experts(routed), TritonExperts)
+    assert said == [f"ramp_moe leaves experts to vLLM: {reason}"]
+
+
+def test_a_finalisation_that_is_deferred_after_construction_is_vllms(
+    monkeypatch: pytest.MonkeyPatch, said: list[str]
+) -> None:
+    """As models ask for it once their layers are made: for the experts that vLLM chose."""
+    from ramp_moe_adapters.vllm_method import DispatchedUnquantizedMethod
+
+    create = DispatchedUnquantizedMethod.create_weights
+
+    def deferring(self: Any, *args: Any, **options: Any) -> None:
+        create(self, *args, **options)
+        self.moe.defer_moe_finalize()
+
+    monkeypatch.setattr(DispatchedUnquantizedMethod, "create_weights", deferring)
+    assert isinstance(experts(experts_of(layer(), TOP_K, dtype=HALF)), TritonExperts)
+    assert said == ["ramp_moe leaves experts to vLLM: FusedMoEConfig._defer_moe_finalize is True"]
+
+
+def test_a_field_that_a_newer_version_adds(monkeypatch: pytest.MonkeyPatch, said: list[str]) -> None:
+    from ramp_moe_adapters import vllm_fields
+
+    for table, field in ((vllm_fields.LAYER, "max_num_tokens"), (vllm_fields.CONSTRUCTOR, "scoring_func")):
+        with monkeypatch.context() as patch:
+            patch.delitem(table, field)  # as if it were new
+            assert not isinstance(experts(experts_of(layer(), TOP_K, dtype=HALF)), TritonExperts), "its default is fine"
+            options: Any = {"moe_options": {field: 9}} if table is vllm_fields.LAYER else {field: "sigmoid"}
+            assert isinstance(experts(experts_of(layer(), TOP_K, dtype=HALF, **options)), TritonExperts)
+    assert [line for line in said if "leaves experts" in line] == [
+        "ramp_moe leaves experts to vLLM: FusedMoEConfig.max_num_tokens is 9, which ramp_moe does not know",
+        "ramp_moe leaves experts to vLLM: the argument scoring_func is 'sigmoid', which ramp_moe does not know",
+    ]
+
+
+def test_experts_that_are_called_otherwise_are_not_replaced(monkeypatch: pytest.MonkeyPatch, said: list[str]) -> None:
+    from vllm.model_executor.layers.fused_moe.modular_kernel import FusedMoEExpertsModular
+
+    def apply(self: Any, output: Any, *, swizzle: bool) -> None: ...
+
+    monkeypatch.delitem(op_registry_oot, "RoutedExperts")
+    monkeypatch.setattr(FusedMoEExpertsModular, "apply", apply)
+    plugin.register()
+    assert "RoutedExperts" not in op_registry_oot
+    (line,) = said
+    assert "this version's experts are called with other arguments" in line
+    assert "swizzle" in line
+
+
+def test_a_hook_before_the_sum_is_an_error() -> None:
+    found = experts(experts_of(layer(), TOP_K, dtype=HALF))
+    assert found.post_gemm2_hook is None
+    with pytest.raises(KernelError, match="run no hook before the weighted sum; unset RAMP_MOE_VLLM"):
+        found.post_gemm2_hook = lambda *_: None
+
+
+# --- What fails ------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def vllms(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
+    """The weights that vLLM's Triton path is called with, which the plain reference computes here."""
+    import fake_vllm
+    from ramp_moe_adapters import vllm_triton_launch
+    from vllm.model_executor.layers import fused_moe
+
+    fake, calls = fake_vllm.FakeVllm(), []
+
+    def fused_experts(
+        hidden_states: Any, w1: Any, w2: Any, topk_weights: Any, topk_ids: Any, activation: Any, quant_config: Any
+    ) -> Any:
+        calls.append(w1)
+        ours = None
+        if quant_config is not None:
+            biases = {"w1_bias": quant_config.w1_bias, "w2_bias": quant_config.w2_bias}
+            scales = {"w1_scale": quant_config.w1_scale, "w2_scale": quant_config.w2_scale}
+            ours = fake_vllm.QuantConfig(**biases, **scales, block_shape=quant_config.block_shape)
+        named = fake_vllm.MoEActivation[activation.name]
+        return fake.fused_experts(hidden_states, w1, w2, topk_weights, topk_ids, named, quant_config=ours)
+
+    assert fused_moe.__name__ == vllm_triton_launch.PACKAGE
+    monkeypatch.setattr(fused_moe, "fused_experts", fused_experts)
+    return calls
+
+
+RAISED = (RuntimeError("CUDA error"), torch.OutOfMemoryError("no memory"), KernelError("no kernel is left"))
+
+
+@pytest.mark.skipif(DEVICE == "cuda", reason="there is vLLM's own path there")
+@pytest.mark.parametrize("raised", RAISED, ids=lambda e: type(e).__name__)
+@pytest.mark.parametrize("kernel", [TritonMoE, Interleaved])
+def test_a_batch_that_fails_is_computed_by_vllm(
+    kernel: type[TritonMoE], raised: Exception, builder: Builder, monkeypatch: pytest.MonkeyPatch, vllms: list[Any],
+    said: list[str],
+) -> None:  # fmt: skip
+    """From weights in its order, whatever was raised; with one line in the log. The next batch is ramp_moe's."""
+    monkeypatch.setattr(builder, "_plan", lambda shape, hardware: Plan(hardware, [kernel()], None))
+    of, b = layer("fp8"), given(9, "padded")
+    routed = experts_of(of, TOP_K, dtype=HALF)
+
+    def fail(*_: Any, **__: Any) -> None:
+        raise raised
+
+    with monkeypatch.context() as patch:
+        patch.setattr(type(experts(routed).layer), "forward", fail)
+        for _ in range(2):
+            assert error(run(routed, b), wanted(of, b)) < TOLERANCE
+    assert len(vllms) == 2
+    assert all(torch.equal(w1.float(), of.gate_up.float()) for w1 in vllms)
+    (line,) = said
+    assert line.startswith("ramp_moe leaves a batch to vLLM's Triton path: ")
+    assert line.endswith(str(raised))
+    assert error(run(routed, b), wanted(of, b)) < TOLERANCE
+    assert len(vllms) == 2
+
+
+@pytest.mark.skipif(DEVICE == "cuda", reason="there is vLLM's own path there")
+def test_ranks_of_expert_parallelism_that_fail(monkeypatch: pytest.MonkeyPatch, vllms: list[Any]) -> None:
+    of, b, parts = layer(bias=True), given(9, "padded"), []
+    for rank in range(2):
+        routed = experts_of(of, TOP_K, dtype=HALF, ep=(2, rank))
+        monkeypatch.setattr(experts(routed).layer, "forward", lambda *_, **__: 1 / 0)
+        parts.append(run(routed, b).float())
+    assert error(sum(parts), wanted(of, b)) < TOLERANCE
+    assert len(vllms) == 2
+
+
+def test_both_reasons_are_told_if_vllm_fails_too(monkeypatch: pytest.MonkeyPatch) -> None:
+    from vllm.model_executor.layers import fused_moe
+
+    routed = experts_of(layer(), TOP_K, dtype=HALF)
+    monkeypatch.setattr(experts(routed).layer, "forward", lambda *_, **__: 1 / 0)
+
+    def fail(hidden_states: Any, topk_weights: Any, topk_ids: Any, w1: Any, w2: Any, activation: Any,
+             quant_config: Any) -> None:  # fmt: skip
+        raise RuntimeError("theirs")
+
+    monkeypatch.setattr(fused_moe, "fused_experts", fail)
+    with pytest.raises(KernelError, match=r"ZeroDivisionError.*vLLM's Triton path after it \(RuntimeError: theirs"):
+        run(routed, given(3, "skewed"))
+
+
+@pytest.mark.parametrize("raised", RAISED, ids=lambda e: type(e).__name__)
+def test_a_layer_that_cannot_be_made_is_vllms(
+    builder: Builder, monkeypatch: pytest.MonkeyPatch, said: list[str], raised: Exception
+) -> None:
+    def refuse(*_: Any) -> None:
+        raise raised
+
+    monkeypatch.setattr(builder, "layer", refuse)
+    assert isinstance(experts(experts_of(layer(), TOP_K, dtype=HALF)), TritonExperts)
+    (line,) = said
+    assert line.endswith(str(raised))

@@ -13,7 +13,7 @@ from ramp_moe import shortlist as module
 from ramp_moe.profiler.plan import TUNE_KINDS
 from ramp_moe.replay import Replay
 from ramp_moe.routing import IntArray
-from ramp_moe.shortlist import DRAWN, VALID, Shortlist, _drawn, representative, settled, shortlist
+from ramp_moe.shortlist import DRAWN, MOST_DRAWN, VALID, Shortlist, _drawn, representative, settled, shortlist
 
 FREE = {1: 0.0, 512: 0.0}
 TOKENS = 64
@@ -207,3 +207,15 @@ def test_a_rank_gets_its_part_of_what_is_routed(model: CostModel) -> None:
     assert whole.shape == part.shape
     assert part.sum() == pytest.approx(whole.sum() / 4, rel=0.1)
     assert settled(model, 256, 1e6, 4) != settled(model, 256, 1e6)
+
+
+@pytest.mark.parametrize("tokens", [MOST_DRAWN, MOST_DRAWN + 1, 3 * MOST_DRAWN, 2**20])
+def test_long_batches_are_many_times_shorter_ones(tokens: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of which no more than so many tokens are drawn: a graph of a million is planned in a second."""
+    forget()
+    drawn: list[int] = []
+    monkeypatch.setattr("ramp_moe.shortlist._drawn", lambda n, *of: drawn.append(n) or _drawn(n, *of))
+    found = representative(tokens, 16, 2)
+    assert max(drawn) <= MOST_DRAWN
+    assert 2 * tokens * 0.99 < found.sum(1).max() <= 2 * tokens
+    assert not found.flags.writeable

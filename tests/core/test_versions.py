@@ -121,7 +121,7 @@ def digest(folder: Path, tiles: str = TILES, launch: str = LAUNCH, **other: str)
 
 
 def test_the_version_is_the_same_on_every_machine_and_python(tmp_path: Path) -> None:
-    assert digest(tmp_path / "a") == "c4b18468"
+    assert digest(tmp_path / "a") == "af203544"
 
 
 @pytest.mark.parametrize(
@@ -199,6 +199,12 @@ def test_what_runs_changes_the_version(tmp_path: Path, what: str, before: str, a
     text = {"tiles": TILES, "launch": LAUNCH}[what]
     assert before in text
     assert digest(tmp_path / "b", **{what: text.replace(before, after)}) != digest(tmp_path / "a")
+
+
+def test_a_list_of_words_is_no_attribute(tmp_path: Path) -> None:
+    returned = "['attribute', 'shape', x]", "[x.shape]"
+    spelled, meant = (LAUNCH.replace("return smaller", f"return {value}") for value in returned)
+    assert digest(tmp_path / "a", launch=spelled) != digest(tmp_path / "b", launch=meant)
 
 
 def test_a_version_needs_its_sources(tmp_path: Path) -> None:
@@ -362,5 +368,5 @@ def test_all_that_a_launch_calls_is_in_the_version(dtype: str) -> None:
     finally:
         sys.setprofile(None)
     ours = {(file, name) for file, name in called if "/ramp_moe_kernels/" in file and not name.startswith("<")}
-    assert len(ours) > 15
+    assert len(ours) > 8
     assert ours <= known

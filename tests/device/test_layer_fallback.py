@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 from layer_cases import PRICES, FakeKernel, by_hand, inputs, layer, model_of
-from ramp_moe import Hardware, KernelConfig, KernelError, RoutingError, ShapeError
+from ramp_moe import Hardware, KernelConfig, KernelError, MoEShape, RoutingError, ShapeError
 from ramp_moe.cost_model import join
 from ramp_moe.device import Batch, MoELayer, Workspace
 from ramp_moe.device.choice import MOST_FAILURES
@@ -188,3 +188,16 @@ def test_warming_up_takes_the_next_kernel_too(h200: Hardware) -> None:
     moe = layer(h200, Failing(RuntimeError("no luck")), good)
     assert moe.warm_up(5, torch.bfloat16) is None
     assert good.launched == [("bm8", 5)]
+
+
+def test_a_kernel_without_a_default_is_passed_over(h200: Hardware) -> None:
+    class Undecided(FakeKernel):
+        def default_config(self, shape: MoEShape, hardware: Hardware, num_tokens: int) -> KernelConfig:
+            raise ZeroDivisionError
+
+    good = FakeKernel("good")
+    check(layer(h200, Undecided("undecided"), good))
+    assert good.launched == [("bm8", 40)]
+    message = "no kernel has a default for 40 tokens (undecided: ZeroDivisionError: )"
+    with pytest.raises(KernelError, match=re.escape(message)):
+        layer(h200, Undecided("undecided"))(X, IDS, SCORES)

@@ -63,7 +63,7 @@ def test_compare() -> None:
     done = script("compare", "3")
     assert done.returncode == 0, done.stderr
     (apart,) = re.findall(r"^3 tokens: [\d.]+ ms, wrapped [\d.]+ ms; logits (\S+) apart$", done.stdout, re.MULTILINE)
-    assert 0 < float(apart) < (0.3 if GPU else 4e-3), "of 16 layers on a GPU, in bf16, routers' ties included"
+    assert 0 < float(apart) < 0.3, "of whole models, near ties of routers included"
 
 
 def test_a_trace_and_its_report(tmp_path: Path) -> None:

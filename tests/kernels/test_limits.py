@@ -10,13 +10,14 @@ from typing import Any
 import pytest
 import torch
 from ramp_moe import Hardware, Kernel, KernelConfig, KernelError, MoEShape, Registry, get_registry
-from ramp_moe.device import Batch, MoEWeights, Workspace
+from ramp_moe.device import Batch, MoELayer, MoEWeights, Workspace
 from ramp_moe.kernel import most_tokens, usable_configs
 from ramp_moe_adapters import alpha_moe_launch, deep_gemm_launch, flashinfer_cutlass_launch, vllm_triton_launch
 from ramp_moe_kernels import limits
 from ramp_moe_kernels.cute import launch as cute_launch
 from ramp_moe_kernels.rows import dispatch as rows_dispatch
 from ramp_moe_kernels.triton import forward, schedule
+from ramp_moe_kernels.triton.kernel import TritonMoE
 
 META = torch.device("meta")
 KERNELS = sorted(get_registry().kernels)
@@ -138,3 +139,10 @@ def test_as_many_ids_as_tiles_allow(block: int, experts: int) -> None:
         most = limits.max_ids(tiles, experts, block)
         assert schedule.max_tiles(most, experts, block) <= tiles
         assert schedule.max_tiles(most + block, experts, block) > tiles
+
+
+@pytest.mark.parametrize(("hidden", "inter", "named"), [(511, 64, "hidden_size 511"), (64, 40, "intermediate_size 40")])
+def test_a_layer_of_sizes_that_no_kernel_takes_says_so(hidden: int, inter: int, named: str, h200: Hardware) -> None:
+    weights = MoEWeights(torch.zeros(2, 2 * inter, hidden).bfloat16(), torch.zeros(2, hidden, inter).bfloat16())
+    with pytest.raises(KernelError, match=f"no kernel can compute .*triton: {named} is not a multiple of 16"):
+        MoELayer(weights, 1, h200, [TritonMoE()])

@@ -67,10 +67,16 @@ class Chooser:
         return self.dispatcher.choose(each + (np.arange(self._shape.num_experts) < rest)).candidate
 
     def _static(self, num_tokens: int) -> Candidate:
-        kernel = next(iter(self._kernels.values()), None)
-        if kernel is None:
+        if not self._kernels:
             raise KernelError("every kernel of the layer computes something else; its `dropped` says what")
-        return Candidate(kernel.name, kernel.default_config(self._shape, self._hardware, num_tokens))
+        failed: list[str] = []
+        for kernel in self._kernels.values():
+            try:
+                config = kernel.default_config(self._shape, self._hardware, num_tokens)
+                return Candidate(kernel.name, config)
+            except Exception as e:  # a plugin's own mistake, or a GPU that no configuration fits
+                failed.append(f"{kernel.name}: {type(e).__name__}: {e}")
+        raise KernelError(f"no kernel has a default for {num_tokens} tokens ({'; '.join(failed)})")
 
     def drop(self, candidate: Candidate, even_last: bool) -> str | None:
         """Name a candidate no more. Returns what is dropped: its name, or its kernel's if that has failed several times

@@ -228,7 +228,7 @@ class Workspace:
         if buffer is None or buffer.numel() < size or buffer.device != device:
             if buffer is not None:
                 self._outgrown.append(buffer)
-            buffer = _allocate(1 << max(size - 1, 255).bit_length(), device)
+            buffer = allocate(1 << max(size - 1, 255).bit_length(), device)
             self._buffers[name, stream] = buffer
         found = self._latest[name, stream] = buffer[:size].view(dtype).view(tuple(shape))
         return found
@@ -238,7 +238,7 @@ class Workspace:
         return sum(b.numel() for b in (*self._buffers.values(), *self._outgrown))
 
 
-def _allocate(size: int, device: torch.device) -> Tensor:
+def allocate(size: int, device: torch.device) -> Tensor:
     """Bytes, in none of the memory pools that this thread may be told to allocate from: torch.compile's graphs use the
     memory in theirs again, and whatever outlives a call must not be there. In a capture they are the graph's own."""
     import torch

@@ -24,7 +24,7 @@ from ..errors import KernelError
 from ..shortlist import Shortlist, representative, shortlist
 from . import graph
 from .bench import misfit, reference
-from .contract import Batch, MoEWeights, Workspace, kernel_ids
+from .contract import Batch, MoEWeights, Workspace, allocate, kernel_ids
 from .recorder import Recorder
 from .select import MAX_IDS, Selector
 from .table import CostTable
@@ -131,7 +131,8 @@ class GraphDispatch:
         self._launches, self._weights, self._model, self._top_k = launches, weights, model, top_k
         self._device = weights.gate_up.device
         self._side = _side_stream(self._device)
-        self._states = torch.full((STATES, 1), -1, dtype=torch.int32, device=self._device)
+        # Engines empty the pool that weights are loaded into while they sleep: this must not be there.
+        self._states = allocate(4 * STATES, self._device).view(torch.int32).view(STATES, 1).fill_(-1)
         self._captures = 0
         self._ready: set[tuple[int, int]] = set()
 
