@@ -83,7 +83,9 @@ def _quant_config(weights: MoEWeights, config: Any) -> Any:
         make = _function(config, "fp8_w8a8_moe_quant_config", (*given, "block_shape"))
         block, inter = weights.scale_block, weights.down.shape[2]
         if block is None or inter % block:
-            raise KernelError(f"vLLM counts scale blocks over gate and up together: {inter} is not a multiple of {block}")
+            raise KernelError(
+                f"vLLM counts scale blocks over gate and up together: {inter} is not a multiple of {block}"
+            )
         return make(**given, block_shape=[block, block])
     if any(b is not None for b in biases.values()):
         return _function(config, "biased_moe_quant_config", tuple(biases))(**biases)

@@ -7,7 +7,13 @@ from collections.abc import Iterable
 
 
 class RampMoEError(Exception):
-    """Base class. The command line prints the message and exits with code 2."""
+    """Base class. The command line prints the message and exits with code 2.
+
+    remedy: ends the message, on a line of its own."""
+
+    def __init__(self, *args: object, remedy: str = "") -> None:
+        super().__init__(*((f"{args[0]}\n{remedy}", *args[1:]) if remedy else args))
+        self.remedy = remedy
 
 
 class ShapeError(RampMoEError):

@@ -24,7 +24,7 @@ from .cost_model import (
     path_bounds,
     path_times,
 )
-from .errors import KernelError, NoProfileError, ProfileError, RampMoEError
+from .errors import KernelError, ProfileError, RampMoEError
 from .evaluation import IndexArray
 from .fit_file import FitRecord, digest, model_from_fit
 from .fitting import fit_sweep
@@ -181,11 +181,11 @@ def nothing_recorded(
     reasons = "; ".join(f"{reason} ({', '.join(names)})" for reason, names in by_reason.items())
     if able or not kernels:
         aside = f"; other kernels do not compute it: {reasons}" if reasons else ""
-        return NoProfileError(store.missing(able, shape, hardware, aside))
+        return store.missing(able, shape, hardware, aside)
     subject = f"kernel {kernels[0]} does not compute" if len(kernels) == 1 else "no kernel computes"
     return KernelError(
-        f"{subject} {shape.label} ({shape.slug}) on {hardware.name}: {reasons}\n"
-        "name another --model, --dtype or --device; `ramp-moe kernels` lists the kernels, and plugins add others"
+        f"{subject} {shape.label} ({shape.slug}) on {hardware.name}: {reasons}",
+        remedy="name another --model, --dtype or --device; `ramp-moe kernels` lists them, and plugins add others",
     )
 
 

@@ -13,7 +13,7 @@ from pathlib import Path
 import platformdirs
 
 from . import fit_file
-from .errors import ProfileError
+from .errors import NoProfileError, ProfileError
 from .files import peek_format
 from .fit_file import FitRecord, load_fit
 from .hardware import Hardware
@@ -151,11 +151,11 @@ class ProfileStore:
         """As `find`, but raises ProfileError saying what is missing and what is there."""
         found = self.find(kernel, shape, hardware)
         if found is None:
-            raise ProfileError(self.missing([kernel], shape, hardware))
+            raise self.missing([kernel], shape, hardware)
         return found
 
-    def missing(self, kernels: Iterable[str], shape: MoEShape, hardware: Hardware, aside: str = "") -> str:
-        """Two lines: no sweep for these kernels, shape and device, and `aside`; the remedy, and what is recorded."""
+    def missing(self, kernels: Iterable[str], shape: MoEShape, hardware: Hardware, aside: str = "") -> NoProfileError:
+        """No sweep for these kernels, shape and device, and `aside`; the remedy, and what is recorded."""
         names = list(kernels)
         known = [(d, s) for d, k, s in self.recorded() if k in names]
         shapes = sorted({s for d, s in known if d == hardware.name})
@@ -165,12 +165,12 @@ class ProfileStore:
         remedy = f"measure it with `ramp-moe profile --model {shape.label} --dtype {shape.dtype}`, or "
         if hardware.vendor != "NVIDIA":  # which the profiler cannot measure yet
             remedy = ""
-        return (
-            f"no sweep of {what}{aside}\n"
-            f"{remedy}name a sweep file with --profile, or another --model, --dtype or --device "
+        remedy += (
+            "name a sweep file with --profile, or another --model, --dtype or --device "
             "(`ramp-moe explain` and `regions` need no sweep); recorded for "
             + (f"{hardware.name}: {', '.join(shapes[:MAX_NAMED])}{more}" if shapes else devices)
         )
+        return NoProfileError(f"no sweep of {what}{aside}", remedy=remedy)
 
     def recorded(self) -> set[tuple[str, str, str]]:
         """(device, kernel, shape slug) of every sweep in the folders, by their places; the files are not read."""

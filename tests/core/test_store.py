@@ -54,7 +54,7 @@ def test_what_is_missing_is_said(store: ProfileStore, registry: Registry, h200: 
     assert "`ramp-moe profile --model mixtral-8x7b --dtype fp8`" in remedy
     assert "--profile" in remedy
     assert remedy.endswith("recorded for h200: E64-k8-h2048-i1024-fp8")
-    elsewhere = store.missing(["alpha_moe"], mixtral, registry.device("mi325x"))
+    elsewhere = str(store.missing(["alpha_moe"], mixtral, registry.device("mi325x")))
     assert "name a sweep file with --profile" in elsewhere
     assert "ramp-moe profile" not in elsewhere, "which measures on NVIDIA's GPUs alone"
 

@@ -14,8 +14,14 @@ from .output import notes_on_stderr, printable, written_out
 class _Failure(click.ClickException):
     exit_code = 2
 
+    def __init__(self, error: RampMoEError) -> None:
+        super().__init__(str(error))
+        self.remedy = error.remedy
+
     def format_message(self) -> str:
-        return printable(" ".join(self.message.split()))
+        """One line, and one for the remedy if the error has it apart."""
+        lines = self.message.removesuffix(self.remedy), self.remedy
+        return "\n".join(printable(" ".join(line.split())) for line in lines if line)
 
 
 class _Group(click.Group):
@@ -28,7 +34,7 @@ class _Group(click.Group):
             with notes_on_stderr():
                 return super().invoke(ctx)
         except RampMoEError as e:
-            raise _Failure(str(e)) from e
+            raise _Failure(e) from e
         except KeyboardInterrupt:
             ctx.exit(INTERRUPTED)
 
