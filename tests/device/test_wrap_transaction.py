@@ -70,6 +70,7 @@ class Snapshot:
         self.parameters = [
             (name, p, type(p), dict(vars(p)), p.detach().clone()) for name, p in model.named_parameters()
         ]
+        self.gradients = {name: p.grad for name, p in model.named_parameters()}
         self.hooks = [len(m._state_dict_hooks) for m in model.modules()]
 
     def check(self) -> None:
@@ -84,12 +85,14 @@ class Snapshot:
             assert vars(p) == noted
             assert torch.equal(p, value)
             assert p.is_contiguous()
+            assert p.grad is self.gradients[name]
         assert [len(m._state_dict_hooks) for m in self.model.modules()] == self.hooks
 
 
 def model_of(layers: int = 3) -> nn.Module:
     model = nn.Sequential(*(Bank(seed, turned=True) for seed in range(layers)))
     model[0].w13.noted = "by a framework"
+    model[0].w13.grad = torch.ones_like(model[0].w13)
     model[1].w2.requires_grad_(False)
     return model
 
