@@ -8,6 +8,8 @@ from ramp_moe.device import Batch, MoEWeights
 from ramp_moe_kernels import reference
 
 H200 = get_registry().device("h200")
+LIMITS = {"swiglu_clamped": 0.5}
+"""Of the activations that have one, low enough to matter in the layers here."""
 ROUTINGS = ("uniform", "skewed", "one-expert", "few-experts", "padded", "duplicates", "garbage")
 
 
@@ -23,11 +25,12 @@ def weights(
     gate_up, down = draw(experts, 2 * inter, hidden), draw(experts, hidden, inter)
     biases = (draw(experts, 2 * inter), draw(experts, hidden)) if bias else (None, None)
     moved = [None if b is None else b.to(device) for b in biases]
+    how = {"activation": activation, "limit": LIMITS.get(activation)}
     if dtype == "fp8":
         (g, gs), (d, ds) = reference.quantise_weights(gate_up), reference.quantise_weights(down)
-        return MoEWeights(g.to(device), d.to(device), gs.to(device), ds.to(device), *moved, activation)
+        return MoEWeights(g.to(device), d.to(device), gs.to(device), ds.to(device), *moved, **how)
     kind = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}[dtype]
-    return MoEWeights(gate_up.to(kind).to(device), down.to(kind).to(device), None, None, *moved, activation)
+    return MoEWeights(gate_up.to(kind).to(device), down.to(kind).to(device), None, None, *moved, **how)
 
 
 def batch(
@@ -66,6 +69,7 @@ def expected(layer: MoEWeights, given: Batch, quantise: bool, stored_as: torch.d
         ids,
         given.topk_weights,
         activation=layer.activation,
+        limit=layer.limit,
         gate_up_scale=layer.gate_up_scale,
         down_scale=layer.down_scale,
         gate_up_bias=layer.gate_up_bias,

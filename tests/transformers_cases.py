@@ -128,5 +128,5 @@ def fp8_experts(experts: int = 4, top_k: int = K, hidden: int = 256, inter: int 
 def computed(weights: MoEWeights, x: torch.Tensor, ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
     """By the reference, float32."""
     scales = {"gate_up_scale": weights.gate_up_scale, "down_scale": weights.down_scale}
-    quantise = weights.gate_up_scale is not None
-    return reference.experts(x, weights.gate_up, weights.down, ids, scores, quantise=quantise, **scales)
+    how = {"quantise": weights.gate_up_scale is not None, "activation": weights.activation, "limit": weights.limit}
+    return reference.experts(x, weights.gate_up, weights.down, ids, scores, **how, **scales)

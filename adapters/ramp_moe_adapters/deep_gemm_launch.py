@@ -91,7 +91,9 @@ def launch_steps(
     gate_up = workspace.get("rows_gate_up", (size, 2 * inter), x.dtype, x.device)
     gemm(prepared, p, "up", rows.values, rows.scale, w.gate_up, w.gate_up_scale, gate_up, rows.ends)
     yield
-    act, act_scale = activate(gate_up, w.gate_up_bias, batch.topk_ids, rows, fp8, w.layout, w.activation, workspace)
+    act, act_scale = activate(
+        gate_up, w.gate_up_bias, batch.topk_ids, rows, fp8, w.layout, w.activation, w.limit, workspace
+    )
     yield
     values = workspace.get("rows_out", (size, hidden), x.dtype, x.device)
     gemm(prepared, p, "down", act, act_scale, w.down, w.down_scale, values, rows.ends)

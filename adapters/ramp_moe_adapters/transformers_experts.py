@@ -1,20 +1,23 @@
 """The experts of Hugging Face Transformers 5: every class that its experts interface serves (about 50 families).
 
 Such a class holds `gate_up_proj [E, 2 I, H]` and `down_proj [E, H, I]`, gate rows first; gpt-oss holds them transposed,
-with biases, gate and up columns in turn. Which activation it has is found by running it. What needs Transformers itself
-is in `transformers.py` beside this.
+with biases, gate and up columns in turn. Beside this: `transformers_activation.py` finds out which activation it has,
+`transformers_flags.py` what else it has, `transformers_hints.py` why a model has none, and `transformers.py` registers
+the name with Transformers.
 """
 
 from __future__ import annotations
 
-from importlib import metadata
 from typing import TYPE_CHECKING, Any
 
 from ramp_moe import ExpertsAdapter
 from ramp_moe.device import MoEWeights
-from ramp_moe.device.contract import ACTIVATIONS
 from ramp_moe.errors import KernelError
 from ramp_moe.shapes import SCALE_BLOCK
+
+from .transformers_activation import activation_of
+from .transformers_flags import check_count, check_flags
+from .transformers_hints import hint_of
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -24,16 +27,16 @@ NAME = "ramp_moe"
 """Of the implementation, as `experts_implementation=` takes it."""
 DEFAULT = "grouped_mm"
 """What Transformers takes where nobody names an implementation."""
-MARKS = ("has_gate", "has_bias", "is_transposed", "_apply_gate")
+MARKS = ("has_gate", "has_bias", "is_transposed", "is_concatenated", "_apply_gate")
 """What `transformers.integrations.moe.use_experts_implementation` puts on the classes that it decorates."""
-TOP_K = ("num_experts_per_tok", "top_k_experts")
-"""Names in a model's configuration."""
+TOP_K = ("num_experts_per_tok", "top_k_experts", "moe_topk", "moe_top_k", "num_selected_experts")
+"""Names in a model's configuration: a number, or one for each layer."""
+ROUTER_TOP_K = ("top_k", *TOP_K)
+"""Names in a router."""
 PROJECTIONS = {"gate_up": "gate_up_proj", "down": "down_proj"}
 """The module's parameters, by field of MoEWeights."""
 LOCKED = "deepgemm_megamoe"
 """The one implementation that changes the weights in memory."""
-PROBE_ROWS, PROBE_SCALE = 64, 40.0
-"""Gates and ups that an activation is told by: up to far beyond any clamp, dense around zero."""
 
 
 class TransformersExperts(ExpertsAdapter):
@@ -47,38 +50,40 @@ class TransformersExperts(ExpertsAdapter):
     def hint(self, model: Module) -> str | None:
         if not hasattr(model, "config") or not type(model).__module__.startswith("transformers."):
             return None
-        version = metadata.version("transformers")
-        if int(version.partition(".")[0]) < 5:
-            return f"transformers {version} has no experts interface; install 5.17 or newer of 5"
-        method = getattr(getattr(model.config, "quantization_config", None), "quant_method", None)
-        if method is not None:
-            return f"it is quantised by {getattr(method, 'value', method)}; ramp_moe takes bf16, fp16 and fp8 experts"
-        return "it has no module of the experts interface; it may be a dense model"
+        return hint_of(model)
 
-    def top_k_of(self, module: Any) -> int:
-        found = [top_k for name in TOP_K if isinstance(top_k := getattr(module.config, name, None), int)]
-        if not found:
-            raise KernelError(f"{type(module.config).__name__} has no {' or '.join(TOP_K)}")
-        return found[0]
+    def top_k_of(self, module: Any, parent: Any) -> int:
+        """From the configuration; from the router beside the experts if layers differ, or if it has another name."""
+        if found := _one_number([_of_config(module.config, name) for name in TOP_K]):
+            return found
+        beside = [child for child in (parent, *parent.children()) if child is not module]
+        if found := _one_number([getattr(child, name, None) for child in beside for name in ROUTER_TOP_K]):
+            return found
+        raise KernelError(
+            f"neither {type(module.config).__name__} ({', '.join(TOP_K)}) nor a router in {type(parent).__name__} "
+            f"tells how many experts a token visits; set experts_implementation={NAME!r} instead, where the call tells"
+        )
 
     def weights(self, module: Any) -> MoEWeights:
+        from . import transformers as registers  # noqa: F401  # an error where there is no interface to ask
+
+        check_flags(module)
         if not module.has_gate:
             raise KernelError("its experts have no gate; ramp_moe computes activation(gate) * up")
         if module.config._experts_implementation == LOCKED:
             raise KernelError(f"{LOCKED} keeps the weights in a form of its own; load the model without it")
-        gate_up, down = module.gate_up_proj.detach(), module.down_proj.detach()
-        rows = gate_up.shape[2 if module.is_transposed else 1]
-        activation, alternating = _activation(module, rows, gate_up.device)
-        if module.is_transposed:
-            gate_up, down = gate_up.transpose(1, 2), down.transpose(1, 2)
-        up_bias, down_bias = (
-            getattr(module, f"{name}_bias").detach() if module.has_bias else None for name in PROJECTIONS.values()
-        )
-        if alternating:
-            gate_up, up_bias = _gate_first(gate_up), None if up_bias is None else _gate_first(up_bias)
-        up_scale, down_scale = _scales(module, gate_up)
-        weights = gate_up.contiguous(), down.contiguous()
-        return MoEWeights(*weights, up_scale, down_scale, up_bias, down_bias, activation)
+        gate_up = module.gate_up_proj
+        check_count(module, len(gate_up))
+        activation = activation_of(module, gate_up.shape[2 if module.is_transposed else 1], gate_up.device)
+        if activation.alternating == module.is_concatenated:
+            raise KernelError(f"is_concatenated is {module.is_concatenated}, but its gate does not read rows so")
+        names, order = self.names(module), self.order(module)
+        if "gate_up_scale" in names:
+            _check_scales(module)
+        tensors: dict[str, Any] = {
+            f: self.given(order, f, getattr(module, name).detach()).contiguous() for f, name in names.items()
+        }
+        return MoEWeights(**tensors, activation=activation.name, limit=activation.limit)
 
     def names(self, module: Any) -> dict[str, str]:
         added = {"bias": "bias"} if module.has_bias else {}
@@ -93,15 +98,14 @@ class TransformersExperts(ExpertsAdapter):
 
     def order(self, module: Any) -> tuple[bool, bool]:
         """Whether matrices are transposed, and whether gate and up come in turn."""
-        gate_up = module.gate_up_proj
-        return module.is_transposed, _activation(
-            module, gate_up.shape[2 if module.is_transposed else 1], gate_up.device
-        )[1]
+        return module.is_transposed, not module.is_concatenated
 
     def given(self, order: tuple[bool, bool], field: str, tensor: Tensor) -> Tensor:
         transposed, alternating = order
         if field in PROJECTIONS and transposed:
             tensor = tensor.transpose(1, 2)
+        if field.endswith("_scale"):
+            return tensor.float()
         return _gate_first(tensor) if field in ("gate_up", "gate_up_bias") and alternating else tensor
 
     def own(self, order: tuple[bool, bool], field: str, tensor: Tensor) -> Tensor:
@@ -123,38 +127,28 @@ class TransformersExperts(ExpertsAdapter):
         module.config._experts_implementation = DEFAULT if before == NAME else before
 
 
-def _scales(module: Any, gate_up: Tensor) -> tuple[Tensor | None, Tensor | None]:
-    """Of fp8 experts, float32. Raises KernelError for another scheme than ours."""
-    if gate_up.element_size() > 1 or not hasattr(module, "block_size"):
-        return None, None
+def _check_scales(module: Any) -> None:
+    """Raises KernelError for fp8 experts of another scheme than ours."""
     if module.activation_scheme != "dynamic":
         raise KernelError(f"its fp8 activations have {module.activation_scheme} scales; ramp_moe computes them itself")
     if module.block_size is None or tuple(module.block_size) != (SCALE_BLOCK, SCALE_BLOCK):
         raise KernelError(f"its fp8 scales are of blocks {module.block_size}; ramp_moe takes [128, 128]")
-    return module.gate_up_proj_scale_inv.detach().float(), module.down_proj_scale_inv.detach().float()
 
 
-def _activation(module: Any, rows: int, device: Any) -> tuple[str, bool]:
-    """Which of ACTIVATIONS the module has, and whether gate and up come in turn. Raises KernelError for another."""
-    import torch
-
-    generator = torch.Generator().manual_seed(0)
-    spread = torch.logspace(-2, 0, PROBE_ROWS)[:, None] * PROBE_SCALE
-    probe = (torch.randn(PROBE_ROWS, rows, generator=generator) * spread).to(device)
-    with torch.no_grad():
-        found = module._apply_gate(probe)
-    for alternating in (False, True):
-        gate, up = (probe[:, 0::2], probe[:, 1::2]) if alternating else probe.chunk(2, 1)
-        for activation in ACTIVATIONS:
-            if torch.allclose(found, _activated(gate, up, activation), rtol=1e-4, atol=1e-5):
-                return activation, alternating
-    raise KernelError(f"its activation is none of {', '.join(ACTIVATIONS)}")
+def _of_config(config: Any, name: str) -> Any:
+    """An attribute of a configuration; None if it has none, or says that each layer has its own."""
+    try:
+        return getattr(config, name, None)
+    except RuntimeError:
+        return None
 
 
-def _activated(gate: Tensor, up: Tensor, activation: str) -> Tensor:
-    from ramp_moe_kernels.reference import activate
-
-    return activate(gate, up, activation)
+def _one_number(found: list[Any]) -> int | None:
+    """The number that all of these are, or are lists of; None if they differ, or if there is none. What is neither is
+    passed over."""
+    lists = (value if isinstance(value, list | tuple) else [value] for value in found)
+    numbers = {n for values in lists for n in values if isinstance(n, int) and not isinstance(n, bool)}
+    return numbers.pop() if len(numbers) == 1 else None
 
 
 def _gate_first(t: Tensor) -> Tensor:

@@ -35,8 +35,9 @@ class ExpertsAdapter(ABC):
         return None
 
     @abstractmethod
-    def top_k_of(self, module: Module) -> int:
-        """Experts a token. Raises KernelError where the module does not tell."""
+    def top_k_of(self, module: Module, parent: Module) -> int:
+        """Experts a token. parent: the module that holds this one, itself for a model that is its own experts. Raises
+        KernelError if neither tells."""
 
     @abstractmethod
     def weights(self, module: Module) -> MoEWeights:
@@ -73,7 +74,7 @@ class Experts(ExpertsAdapter):
     """The experts of a module of your own, by the names of its attributes.
 
     module: its class. gate_up `[E, 2 I, H]` and down `[E, H, I]`, their scales and biases: names of its parameters, as
-    `MoEWeights` describes them; so are activation and layout. top_k: the number, or the name of an attribute.
+    `MoEWeights` describes them; so are activation, layout and limit. top_k: the number, or the name of an attribute.
     route: the module and hidden states `[T, H]` to (topk_ids `[T, k]` int32 or int64, topk_weights `[T, k]`), where the
     module's forward takes hidden states `[..., H]` and returns their like. Without it forward takes (hidden states
     `[T, H]`, topk_ids, topk_weights).
@@ -90,6 +91,7 @@ class Experts(ExpertsAdapter):
     down_bias: str | None = None
     activation: str = "swiglu"
     layout: str = "gate-first"
+    limit: float | None = None
 
     @property
     def name(self) -> str:  # type: ignore[override]
@@ -98,14 +100,14 @@ class Experts(ExpertsAdapter):
     def finds(self, module: Module) -> bool:
         return isinstance(module, self.module)
 
-    def top_k_of(self, module: Module) -> int:
+    def top_k_of(self, module: Module, parent: Module) -> int:
         return int(self._attribute(module, self.top_k)) if isinstance(self.top_k, str) else self.top_k
 
     def weights(self, module: Module) -> MoEWeights:
         from .device import MoEWeights
 
         given = {field: self._attribute(module, name).detach() for field, name in self.names(module).items()}
-        return MoEWeights(**given, activation=self.activation, layout=self.layout)
+        return MoEWeights(**given, activation=self.activation, layout=self.layout, limit=self.limit)
 
     def names(self, module: Module) -> Mapping[str, str]:
         fields = ("gate_up", "down", "gate_up_scale", "down_scale", "gate_up_bias", "down_bias")

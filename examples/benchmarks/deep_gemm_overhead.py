@@ -65,7 +65,7 @@ def measure(kernel: DeepGEMM, prepared: Prepared, shape: MoEShape, tokens: int) 
     rows = dispatch(x, ids, shape.num_experts, params["block_m"], True, workspace)
     gate_up = torch.empty(len(rows.values), 2 * shape.intermediate_size, device="cuda", dtype=x.dtype).normal_()
     values = torch.empty(len(rows.values), shape.hidden_size, device="cuda", dtype=x.dtype)
-    act, scale = activate(gate_up, None, ids, rows, True, w.layout, w.activation, workspace)
+    act, scale = activate(gate_up, None, ids, rows, True, w.layout, w.activation, w.limit, workspace)
 
     def gemms() -> None:
         gemm(prepared, params, "up", rows.values, rows.scale, w.gate_up, w.gate_up_scale, gate_up, rows.ends)

@@ -22,7 +22,7 @@ WEIGHT_SUM_FLOOR = 1e-20
 OAI_LIMIT = 7.0
 OAI_SLOPE = 1.702
 
-ACTIVATIONS = ("swiglu", "gelu_tanh", "swiglu_oai")
+ACTIVATIONS = ("swiglu", "gelu_tanh", "swiglu_oai", "swiglu_clamped")
 SCORINGS = ("softmax", "sigmoid")
 
 
@@ -171,11 +171,13 @@ def _best(values: Tensor, count: int, among: Tensor | None = None) -> Tensor:
 # --- Experts ---------------------------------------------------------------------------------------------------------
 
 
-def activate(gate: Tensor, up: Tensor, kind: str) -> Tensor:
-    """The gated activation of two tensors of one shape. Raises UnknownNameError for a `kind` not in ACTIVATIONS.
+def activate(gate: Tensor, up: Tensor, kind: str, limit: float | None = None) -> Tensor:
+    """The gated activation of two tensors of one shape. Raises UnknownNameError for a `kind` not in ACTIVATIONS,
+    KernelError for swiglu_clamped without a limit.
 
     swiglu: silu(gate) * up. gelu_tanh: gelu(gate), by its tanh form, * up. swiglu_oai (gpt-oss): gate is cut off
-    above 7 and up to [-7, 7], then gate * sigmoid(1.702 * gate) * (up + 1).
+    above 7 and up to [-7, 7], then gate * sigmoid(1.702 * gate) * (up + 1). swiglu_clamped (DeepSeek-V4): gate is cut
+    off above `limit` and up to [-limit, limit], then silu(gate) * up.
     """
     if kind == "swiglu":
         return torch.nn.functional.silu(gate) * up
@@ -184,6 +186,10 @@ def activate(gate: Tensor, up: Tensor, kind: str) -> Tensor:
     if kind == "swiglu_oai":
         gate, up = gate.clamp(max=OAI_LIMIT), up.clamp(-OAI_LIMIT, OAI_LIMIT)
         return gate * torch.sigmoid(OAI_SLOPE * gate) * (up + 1)
+    if kind == "swiglu_clamped":
+        if limit is None:
+            raise KernelError("swiglu_clamped needs a limit")
+        return torch.nn.functional.silu(gate.clamp(max=limit)) * up.clamp(-limit, limit)
     raise UnknownNameError("activation", kind, ACTIVATIONS)
 
 
@@ -195,6 +201,7 @@ def experts(
     topk_weights: Tensor,
     *,
     activation: str = "swiglu",
+    limit: float | None = None,
     gate_up_scale: Tensor | None = None,
     down_scale: Tensor | None = None,
     gate_up_bias: Tensor | None = None,
@@ -252,6 +259,7 @@ def experts(
             ),
             _plain(down[e], None if down_scale is None else down_scale[e], "down"),
             activation,
+            limit,
             None if gate_up_bias is None else _gate_first(gate_up_bias[e], layout, ROW_CHUNK),
             None if down_bias is None else down_bias[e],
             quantise,
@@ -267,6 +275,7 @@ def shared(
     down: Tensor,
     activation: str = "swiglu",
     *,
+    limit: float | None = None,
     gate_weight: Tensor | None = None,
     gate_up_scale: Tensor | None = None,
     down_scale: Tensor | None = None,
@@ -283,6 +292,7 @@ def shared(
         _plain(gate_up, gate_up_scale, "gate_up"),
         _plain(down, down_scale, "down"),
         activation,
+        limit,
         quantise=quantise,
     )
     if gate_weight is None:
@@ -297,6 +307,7 @@ def _mlp(
     gate_up: Tensor,
     down: Tensor,
     activation: str,
+    limit: float | None,
     gate_up_bias: Tensor | None = None,
     down_bias: Tensor | None = None,
     quantise: bool = False,
@@ -307,7 +318,7 @@ def _mlp(
     if gate_up_bias is not None:
         h = h + gate_up_bias.float()
     gate, up = h.chunk(2, -1)
-    h = activate(gate, up, activation)
+    h = activate(gate, up, activation, limit)
     h = h.to(stored_as).float()
     y = (_through_fp8(h) if quantise else h) @ down.T
     return y if down_bias is None else y + down_bias.float()

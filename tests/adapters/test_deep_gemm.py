@@ -134,7 +134,7 @@ def test_emulated(dtype: str, routing: str) -> None:
     assert (emulation.alignment, emulation.num_sms, emulation.multiple) == (128, 132, (1, 1))
 
 
-@pytest.mark.parametrize("activation", ["swiglu", "gelu_tanh", "swiglu_oai"])
+@pytest.mark.parametrize("activation", ["swiglu", "gelu_tanh", "swiglu_oai", "swiglu_clamped"])
 def test_biases_and_activations(activation: str) -> None:
     w = layer("bf16", activation=activation, bias=True)
     given_batch = given(9, "padded")

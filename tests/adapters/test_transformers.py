@@ -390,15 +390,15 @@ def test_on_the_cpu_it_must_be_asked_for(monkeypatch: pytest.MonkeyPatch) -> Non
 
 
 def test_a_version_without_the_interface(monkeypatch: pytest.MonkeyPatch) -> None:
-    from ramp_moe_adapters import transformers_experts
+    from ramp_moe_adapters import transformers_hints
 
-    monkeypatch.setattr(transformers_experts.metadata, "version", lambda name: "4.57.1")
+    model = model_of("olmoe")
+    monkeypatch.setattr(transformers_hints.metadata, "version", lambda name: "4.57.1")
     with pytest.raises(KernelError, match=r"transformers 4.57.1 has no experts interface; install 5.17 or newer of 5"):
         wrap(model_of("llama"))
     monkeypatch.setitem(sys.modules, "transformers.integrations.moe", None)
     monkeypatch.delitem(sys.modules, "ramp_moe_adapters.transformers", raising=False)
     monkeypatch.delattr(ramp_moe_adapters, "transformers", raising=False)
-    model = model_of("olmoe")
     with pytest.raises(KernelError, match=r"needs the experts interface of transformers 5.17 or newer"):
         wrap(model)
     assert model.config._experts_implementation == "grouped_mm"

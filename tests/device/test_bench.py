@@ -10,10 +10,11 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from moe_cases import error, expected
+from moe_cases import batch, error, expected, weights
 from ramp_moe import Hardware, HardwareError, KernelConfig, KernelError, MoEShape, RoutingError, UnknownNameError
 from ramp_moe.device import Batch, LaunchableKernel, Workspace
 from ramp_moe.device.bench import Bench, _errors, random_weights, reference
+from ramp_moe.device.contract import ACTIVATIONS
 from ramp_moe.routing import generate
 from ramp_moe_kernels.triton.kernel import TritonMoE
 
@@ -126,6 +127,13 @@ def test_the_reference_is_that_of_the_kernels(dtype: str) -> None:
     got = reference(layer, given)
     assert error(got, expected(layer, given, quantise=False)) < 1e-5
     assert not got[2].any()
+
+
+@pytest.mark.parametrize("activation", ACTIVATIONS)
+def test_the_reference_knows_every_activation(activation: str) -> None:
+    layer = weights(4, 64, 32, "fp16", "cpu", activation, bias=True)
+    given = batch(7, 2, 4, 64, "padded", "cpu", torch.float16)
+    assert error(reference(layer, given), expected(layer, given, quantise=False)) < 1e-5
 
 
 def test_batches_are_drawn_alike(h200: Hardware) -> None:

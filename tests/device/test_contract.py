@@ -7,7 +7,17 @@ from typing import Any
 
 import pytest
 import torch
-from ramp_moe import KernelConfig, MoEShape, RampMoEError, RoutingError, ShapeError, UnknownNameError, WeightLayout
+from moe_cases import LIMITS
+from ramp_moe import (
+    KernelConfig,
+    KernelError,
+    MoEShape,
+    RampMoEError,
+    RoutingError,
+    ShapeError,
+    UnknownNameError,
+    WeightLayout,
+)
 from ramp_moe.device import Batch, LaunchableKernel, MoEWeights, Workspace
 from ramp_moe.device.contract import ACTIVATIONS
 
@@ -51,7 +61,7 @@ def test_weights_that_fit(dtype: torch.dtype, name: str, activation: str, bias: 
     given = fp8() if dtype == FP8 else {k: v.to(dtype) for k, v in half().items()}
     if bias is not None:
         given |= {"gate_up_bias": zeros(E, 2 * I, dtype=bias), "down_bias": zeros(E, H, dtype=bias)}
-    weights = MoEWeights(**given, activation=activation)
+    weights = MoEWeights(**given, activation=activation, limit=LIMITS.get(activation))
     assert weights.shape(K) == MoEShape(E, K, H, I, name)
     assert weights.shape(K, "mine").label == "mine"
     with pytest.raises(ShapeError, match="top_k 5 exceeds num_experts 4"):
@@ -133,6 +143,18 @@ def test_weights_that_do_not_fit(case: str) -> None:
 def test_an_unknown_activation_is_named() -> None:
     with pytest.raises(UnknownNameError, match="unknown activation 'swigul'; did you mean 'swiglu'"):
         MoEWeights(**half(), activation="swigul")
+
+
+@pytest.mark.parametrize("limit", [None, 0.0, -7.0, float("nan"), float("inf")])
+def test_a_clamp_without_a_limit_is_refused(limit: float | None) -> None:
+    with pytest.raises(KernelError, match=r"swiglu_clamped needs a positive limit, as limit=10\.0, not"):
+        MoEWeights(**half(), activation="swiglu_clamped", limit=limit)
+
+
+@pytest.mark.parametrize("activation", [a for a in ACTIVATIONS if a not in LIMITS])
+def test_a_limit_that_nothing_would_apply_is_refused(activation: str) -> None:
+    with pytest.raises(KernelError, match=f"{activation} takes no limit, here 10.0; swiglu_clamped does"):
+        MoEWeights(**half(), activation=activation, limit=10.0)
 
 
 def batch(**changed: Any) -> dict[str, Any]:

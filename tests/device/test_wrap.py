@@ -10,7 +10,7 @@ import pytest
 import ramp_moe
 import torch
 from layer_cases import FakeKernel, model_of
-from moe_cases import error, weights
+from moe_cases import LIMITS, error, weights
 from ramp_moe import Experts, Hardware, KernelError, RoutingError, load_trace
 from ramp_moe.device import build as building
 from ramp_moe.device import relayout
@@ -35,6 +35,7 @@ class Block(nn.Module):
         self.w13, self.w2 = nn.Parameter(given.gate_up), nn.Parameter(given.down)
         self.b13, self.b2 = given.gate_up_bias, given.down_bias
         self.layout, self.activation, self.k = layout, activation, K
+        self.limit = LIMITS.get(activation)
 
     def route(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         scores, ids = self.router(x).float().softmax(-1).topk(self.k)
@@ -43,7 +44,7 @@ class Block(nn.Module):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         flat = x.reshape(-1, H)
         out = reference.experts(
-            flat, self.w13.detach(), self.w2.detach(), *self.route(flat), activation=self.activation,
+            flat, self.w13.detach(), self.w2.detach(), *self.route(flat), activation=self.activation, limit=self.limit,
             gate_up_bias=self.b13, down_bias=self.b2, layout=self.layout,
         )  # fmt: skip
         return out.view_as(x).to(x.dtype)
@@ -113,11 +114,13 @@ def test_weights_in_another_order_are_used_as_they_are(layout: str) -> None:
     assert 0 < error(run(block), expected.float()) < TOLERANCE
 
 
-def test_biases_and_activation() -> None:
-    block = Block(activation="swiglu_oai", bias=True)
+@pytest.mark.parametrize("activation", ["swiglu_oai", "swiglu_clamped"])
+def test_biases_and_activation(activation: str) -> None:
+    block = Block(activation=activation, bias=True)
     expected = run(block)
-    named = Experts(Block, "w13", "w2", "k", Block.route, gate_up_bias="b13", down_bias="b2", activation="swiglu_oai")
-    wrap(block, named)
+    biases = {"gate_up_bias": "b13", "down_bias": "b2"}
+    how = {"activation": activation, "limit": block.limit}
+    wrap(block, Experts(Block, "w13", "w2", "k", Block.route, **biases, **how))
     assert 0 < error(run(block), expected.float()) < TOLERANCE
 
 

@@ -16,7 +16,7 @@ POINTERS = {
     "histogram": "*i32", "gate_up": "*bf16", "topk_weights": "*fp32", "out": "*bf16", "bias": "*fp32",
 }  # fmt: skip
 DISPATCH = {"STEP": 512, "BINS": 256, "TOP_K": 8, "GROUPS": 8, "EMULATE_FP8": False, "PDL": True}
-ACTIVATE = {"ACTIVATION": "swiglu", "GROUPS": 8, "EMULATE_FP8": False, "PDL": True}
+ACTIVATE = {"ACTIVATION": "swiglu", "LIMIT": None, "GROUPS": 8, "EMULATE_FP8": False, "PDL": True}
 CASES = [
     ("dispatch fused fp8", dispatch_kernel, {"rows": "*fp8e4nv", "scale": "*fp32"}, {**DISPATCH, "FUSED": True}),
     ("dispatch fp8", dispatch_kernel, {"rows": "*fp8e4nv", "scale": "*fp32"}, {**DISPATCH, "FUSED": False}),
@@ -24,6 +24,8 @@ CASES = [
     ("invert", invert_kernel, {}, {"BINS": 256, "BLOCK": 1024}),
     *((f"activate fp8 {layout}", activate_kernel, {"act": "*fp8e4nv", "scale": "*fp32"}, {**ACTIVATE, "LAYOUT": layout})
       for layout in ("gate-first", "gate-up-interleaved-8", "up-first")),
+    ("activate clamped", activate_kernel, {"act": "*bf16", "scale": None},
+     {**ACTIVATE, "LAYOUT": "gate-first", "ACTIVATION": "swiglu_clamped", "LIMIT": 10.0}),
     ("activate bf16", activate_kernel, {"act": "*bf16", "scale": None}, {**ACTIVATE, "LAYOUT": "gate-first"}),
     ("combine", combine_kernel, {"rows": "*bf16"}, {"TOP_K": 8, "BLOCK": 1024, "PDL": True}),
 ]  # fmt: skip

@@ -83,7 +83,7 @@ def test_sizes_and_routings(dtype: str, routing: str, tokens: int) -> None:
     check(KERNEL.default_config(layer.shape(8), H200, tokens), layer, given, dtype)
 
 
-@pytest.mark.parametrize("activation", ["gelu_tanh", "swiglu_oai"])
+@pytest.mark.parametrize("activation", ["gelu_tanh", "swiglu_oai", "swiglu_clamped"])
 @pytest.mark.parametrize("tokens", [1, 9])
 def test_activations_and_biases(activation: str, tokens: int) -> None:
     layer = weights(6, 160, 96, HALF, DEVICE, activation, bias=True)  # sizes off every tile

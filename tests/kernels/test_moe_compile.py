@@ -106,6 +106,8 @@ CASES = [
     Case(GFX942, "down", "fp8", tile(16, 64, 128, swap=True), quantise=True, bias=True),
     Case(GFX942, "down", "fp8", tile(16, 64, 128), direct=True),
     Case(GFX942, "activate", "fp16", activation="gelu_tanh"),
+    Case(SM90, "up", "fp8", tile(64, 128, 128, 8), quantise=True, activation="swiglu_clamped"),
+    Case(GFX942, "activate", "bf16", bias=True, activation="swiglu_clamped"),
 ]
 
 
@@ -127,7 +129,8 @@ def compiled(case: Case) -> dict[str, int]:
     weight = "*fp8e4nv" if fp8 else half
     given: dict[str, Any] = {
         "bias_ptr": "*fp32" if case.bias else None, "ws_ptr": "*fp32" if fp8 else None, "w_ptr": weight,
-        "FP8": fp8, "ACTIVATION": case.activation, "QUANTISE": case.quantise, "ATOMIC": case.atomic, "EMULATE": False,
+        "FP8": fp8, "ACTIVATION": case.activation, "LIMIT": 10.0 if case.activation == "swiglu_clamped" else None,
+        "QUANTISE": case.quantise, "ATOMIC": case.atomic, "EMULATE": False,
         "weight_ptr": "*fp32", "part_ptr": "*fp32", "BLOCK": 1024,
         "SPLIT_K": 4, "PDL": dependent, "DIRECT": case.direct, "QUANTISE_X": fp8 and case.direct, "out_ptr": half,
         "LAYOUT": case.layout,

@@ -251,11 +251,21 @@ def test_route_refuses(how, error, message) -> None:
 # --- Experts ---------------------------------------------------------------------------------------------------------
 
 
+LIMIT = 2.5
+"""Of swiglu_clamped."""
+
+
+def limit_of(activation: str) -> dict[str, float]:
+    return {"limit": LIMIT} if activation == "swiglu_clamped" else {}
+
+
 def brute_activation(gate: float, up: float, kind: str) -> float:
     if kind == "swiglu":
         return gate / (1 + math.exp(-gate)) * up
     if kind == "gelu_tanh":
         return 0.5 * gate * (1 + math.tanh(math.sqrt(2 / math.pi) * (gate + 0.044715 * gate**3))) * up
+    if kind == "swiglu_clamped":
+        return brute_activation(min(gate, LIMIT), max(-LIMIT, min(up, LIMIT)), "swiglu")
     gate, up = min(gate, 7.0), max(-7.0, min(up, 7.0))
     return gate / (1 + math.exp(-1.702 * gate)) * (up + 1)
 
@@ -286,7 +296,7 @@ def layer(tokens, num_experts, top_k, hidden, inter, dtype, seed=0):
     """x, gate_up, down, ids with skipped and repeated experts, weights, and the two biases."""
     g = torch.Generator().manual_seed(seed)
     x = torch.randn(tokens, hidden, generator=g).to(dtype)
-    # large enough for the clamps of swiglu_oai to bite
+    # large enough for the clamps of swiglu_oai and swiglu_clamped to bite
     gate_up = (torch.randn(num_experts, 2 * inter, hidden, generator=g) * 5 / hidden**0.5).to(dtype)
     down = (torch.randn(num_experts, hidden, inter, generator=g) / inter**0.5).to(dtype)
     ids = torch.randint(0, num_experts, (tokens, top_k), generator=g).int()
@@ -303,7 +313,7 @@ def test_experts_against_loops(activation, dtype, biased) -> None:
     ids[0, 1], ids[3], ids[4, 0], ids[5, 2] = -1, torch.tensor([5, -1, 5]), 5, -1
     weights[0, 1] = NAN  # the weight of a skipped id is not looked at
     biases = {"gate_up_bias": gate_up_bias, "down_bias": down_bias} if biased else {}
-    out = reference.experts(x, gate_up, down, ids, weights, activation=activation, **biases)
+    out = reference.experts(x, gate_up, down, ids, weights, activation=activation, **limit_of(activation), **biases)
     as_64 = [None if b is None else b.double().numpy() for b in (biases.get("gate_up_bias"), biases.get("down_bias"))]
     plain = [t.double().numpy() for t in (x, gate_up, down)]
     expected = brute_experts(*plain, ids.numpy(), weights.double().numpy(), activation, *as_64, quantise=False)
@@ -323,7 +333,7 @@ def test_fp8_experts_against_loops(activation, quantise, biased) -> None:
     biases = (gate_up_bias, down_bias) if biased else (None, None)
     scales = {"gate_up_scale": gate_up_scale, "down_scale": down_scale}
     how = {"activation": activation, "gate_up_bias": biases[0], "down_bias": biases[1], "quantise": quantise}
-    out = reference.experts(x, gate_up, down, ids, weights, **scales, **how)
+    out = reference.experts(x, gate_up, down, ids, weights, **scales, **how, **limit_of(activation))
     plain = [
         values.double().numpy() * np.kron(scale.double().numpy(), np.ones((1, 128, 128)))
         for values, scale in ((gate_up, gate_up_scale), (down, down_scale))
@@ -386,6 +396,7 @@ def test_experts_refuse_tensors_that_do_not_fit() -> None:
         ({"gate_up": fp8}, KernelError, "pass gate_up_scale"),
         ({"gate_up": fp8, "gate_up_scale": scale[:2]}, ShapeError, r"gate_up_scale must be \[3, 2, 1\]"),
         ({"activation": "swigloo"}, UnknownNameError, "swiglu"),
+        ({"activation": "swiglu_clamped"}, KernelError, "swiglu_clamped needs a limit"),
         ({"layout": "up-fist"}, UnknownNameError, "up-first"),
     ]
     for change, error, message in wrong:
@@ -399,13 +410,14 @@ def test_shared_expert() -> None:
         plain = [t.double().numpy() for t in (x, gate_up, down)]
         ones = np.ones((4, 1))
         expected = brute_experts(*plain, np.zeros((4, 1), int), ones, activation, None, None, quantise=False)
-        out = reference.shared(x, gate_up[0], down[0], activation)
+        out = reference.shared(x, gate_up[0], down[0], activation, **limit_of(activation))
         assert relative_error(out, expected) < 2e-6
         gate_weight = torch.linspace(-1, 1, 8)
-        gated = reference.shared(x, gate_up[0], down[0], activation, gate_weight=gate_weight)
+        how = {"activation": activation, **limit_of(activation)}
+        gated = reference.shared(x, gate_up[0], down[0], gate_weight=gate_weight, **how)
         gate = 1 / (1 + np.exp(-(plain[0] @ gate_weight.double().numpy())))
         assert relative_error(gated, gate[:, None] * expected) < 2e-6
-        assert torch.equal(gated, reference.shared(x, gate_up[0], down[0], activation, gate_weight=gate_weight[None]))
+        assert torch.equal(gated, reference.shared(x, gate_up[0], down[0], gate_weight=gate_weight[None], **how))
     with pytest.raises(ShapeError, match="gate_weight"):
         reference.shared(x, gate_up[0], down[0], gate_weight=torch.zeros(7))
 

@@ -295,7 +295,7 @@ def reference(weights: MoEWeights, batch: Batch) -> Tensor:
                 if weights.gate_up_bias is not None:
                     projected += weights.gate_up_bias[e]
                 gate, up = projected.chunk(2, 1)
-                y = _activated(gate, up, weights.activation) @ down.T
+                y = _activated(gate, up, weights) @ down.T
                 if weights.down_bias is not None:
                     y += weights.down_bias[e]
                 out.index_add_(0, token, y * batch.topk_weights[token, slot, None])
@@ -304,12 +304,14 @@ def reference(weights: MoEWeights, batch: Batch) -> Tensor:
     return out
 
 
-def _activated(gate: Tensor, up: Tensor, activation: str) -> Tensor:
+def _activated(gate: Tensor, up: Tensor, weights: MoEWeights) -> Tensor:
     """As ACTIVATIONS describes them."""
-    if activation == "swiglu_oai":
+    if weights.activation == "swiglu_oai":
         gate, up = gate.clamp(max=7), up.clamp(-7, 7) + 1
         return gate * torch.sigmoid(1.702 * gate) * up
-    return (silu(gate) if activation == "swiglu" else gelu(gate, approximate="tanh")) * up
+    if weights.limit is not None:
+        gate, up = gate.clamp(max=weights.limit), up.clamp(-weights.limit, weights.limit)
+    return (gelu(gate, approximate="tanh") if weights.activation == "gelu_tanh" else silu(gate)) * up
 
 
 def _dequantised(w: Tensor, scale: Tensor | None, expert: int) -> Tensor:

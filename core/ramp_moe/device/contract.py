@@ -18,8 +18,9 @@ if TYPE_CHECKING:
     import torch
     from torch import Tensor
 
-ACTIVATIONS = ("swiglu", "gelu_tanh", "swiglu_oai")
-"""silu(gate) * up; gelu(gate, tanh) * up; gpt-oss: gate and up clamped at 7, gate * sigmoid(1.702 gate) * (up + 1)."""
+ACTIVATIONS = ("swiglu", "gelu_tanh", "swiglu_oai", "swiglu_clamped")
+"""silu(gate) * up; gelu(gate, tanh) * up; gpt-oss: gate cut off above 7 and up at -7 and 7, then gate *
+sigmoid(1.702 gate) * (up + 1); DeepSeek-V4: the same cut at a limit that the weights name, then silu(gate) * up."""
 
 
 ROW_CHUNK = 8
@@ -34,7 +35,8 @@ class MoEWeights:
     one for each [128, 128] block: gate_up_scale `[E, 2 I / 128, H / 128]`, down_scale `[E, H / 128, I / 128]`. Biases
     `[E, 2 I]` and `[E, H]` are optional. `layout`, one of LAYOUTS, is the order of the rows of gate_up and of its bias;
     so are the scale's, where one block row of gate and one of up come in turn if interleaved. Raises ShapeError for
-    whatever does not fit together, UnknownNameError for an activation or a layout that does not exist.
+    whatever does not fit together, UnknownNameError for an activation or a layout that does not exist, KernelError
+    for a `limit` that the activation lacks or does not have: swiglu_clamped cuts gate and up off there.
     """
 
     gate_up: Tensor
@@ -45,12 +47,17 @@ class MoEWeights:
     down_bias: Tensor | None = None
     activation: str = "swiglu"
     layout: str = "gate-first"
+    limit: float | None = None
 
     def __post_init__(self) -> None:
         import torch
 
         if self.activation not in ACTIVATIONS:
             raise UnknownNameError("activation", self.activation, ACTIVATIONS)
+        if self.activation != "swiglu_clamped" and self.limit is not None:
+            raise KernelError(f"{self.activation} takes no limit, here {self.limit}; swiglu_clamped does")
+        if self.activation == "swiglu_clamped" and not (self.limit is not None and 0 < self.limit < math.inf):
+            raise KernelError(f"swiglu_clamped needs a positive limit, as limit=10.0, not {self.limit}")
         if self.gate_up.ndim != 3 or self.gate_up.shape[1] % 2:
             raise ShapeError(f"gate_up must be [E, 2 I, H], not {list(self.gate_up.shape)}")
         experts, rows, hidden = self.gate_up.shape

@@ -242,13 +242,16 @@ def become(t: Tensor, new: Tensor) -> None:
     noted = {name: value for name, value in vars(t).items() if name not in (*MINE, "_is_param")}
     other = _like(t, new)
     other.__dict__.update(noted)
-    gradient = t.grad if t.is_leaf else None
+    if (
+        t.is_leaf
+        and t.grad is not None
+        and (t.grad.shape, t.grad.dtype, t.grad.device) == (new.shape, new.dtype, new.device)
+    ):
+        other.grad = t.grad
     try:
         torch.utils.swap_tensors(t, other)  # type: ignore[no-untyped-call]
     except RuntimeError as e:
         raise KernelError(f"its weights cannot be moved while something else refers to them ({e})") from e
-    if gradient is not None and gradient.shape == t.shape and gradient.dtype == t.dtype:
-        t.grad = gradient
 
 
 def _like(t: Tensor, new: Tensor) -> Tensor:

@@ -12,6 +12,7 @@ from ..experts import ExpertsAdapter
 from .layouts import ROWS
 
 if TYPE_CHECKING:
+    import torch
     from torch import Tensor
     from torch.nn import Module
 
@@ -46,10 +47,10 @@ class RoutedExperts:
         self._build(module)
 
     def __call__(self, hidden_states: Tensor, topk_ids: Tensor, topk_weights: Tensor) -> Tensor:
-        """The weighted sum of the experts `[T, H]`: hidden_states `[T, H]` bf16 or fp16, topk_ids `[T, k]` int32 or
-        int64, where num_experts and -1 are skipped, topk_weights `[T, k]` of any float. Raises what `MoELayer.forward`
-        does; KernelError in a backward pass, and if the module's tensors have become such that no layer can be made of
-        them."""
+        """The weighted sum of the experts `[T, H]` in the dtype of hidden_states `[T, H]`, any float, which the layer
+        takes in the dtype of its weights, as Transformers does: topk_ids `[T, k]` int32 or int64, where num_experts and
+        -1 are skipped, topk_weights `[T, k]` of any float. Raises what `MoELayer.forward` does; KernelError in a
+        backward pass, and if the module's tensors have become such that no layer can be made of them."""
         import torch
 
         layer = self.layer
@@ -60,7 +61,18 @@ class RoutedExperts:
             if trains and not hidden_states.requires_grad:
                 hidden_states = hidden_states.detach().requires_grad_()  # their gradients, too, are refused
         # The layer itself would need two launches for int64, since it allows for ids that 32 bits do not hold.
-        return layer(hidden_states.contiguous(), topk_ids.int().contiguous(), topk_weights.float().contiguous())
+        x = hidden_states.to(self.taken(hidden_states.dtype)).contiguous()
+        return layer(x, topk_ids.int().contiguous(), topk_weights.float().contiguous()).to(hidden_states.dtype)
+
+    def taken(self, dtype: torch.dtype) -> torch.dtype:
+        """The dtype in which the layer takes hidden states of this one: its weights', or bf16 if fp8 weights come with
+        neither bf16 nor fp16."""
+        import torch
+
+        weights = self.layer.held[0].gate_up.dtype
+        if weights.itemsize > 1:
+            return weights
+        return dtype if dtype in (torch.bfloat16, torch.float16) else torch.bfloat16
 
     def take(self, module: Module, others: Mapping[int, list[tuple[str, Tensor]]] | None = None) -> None:
         """Have the module hold placeholders for what the layer does not read where it is. others: by storage, the

@@ -44,8 +44,8 @@ class Wrapped:
 
     def warm_up(self, num_tokens: int, dtype: torch.dtype) -> None:
         """`MoELayer.warm_up` of every layer, before CUDA graphs of so many tokens are captured."""
-        for layer in self.layers.values():
-            layer.warm_up(num_tokens, dtype)
+        for experts in self.experts.values():
+            experts.layer.warm_up(num_tokens, experts.taken(dtype))
 
     @contextmanager
     def record(self) -> Iterator[Recording]:
@@ -111,7 +111,7 @@ def wrap(model: Module, *adapters: ExpertsAdapter, device: str = "auto", copies:
         for name, module, adapter in found:
             with _named(name):
                 check_parents(model, module)
-                done[name] = RoutedExperts(module, adapter, adapter.top_k_of(module), builder)
+                done[name] = RoutedExperts(module, adapter, adapter.top_k_of(module, _parent(model, name)), builder)
                 done[name].take(module, others)
         for name, module, _ in found:
             with _named(name):
@@ -133,6 +133,10 @@ def attach(module: Module, adapter: ExpertsAdapter, top_k: int, builder: Builder
         experts.take(module)
         experts.install(module)
     return experts
+
+
+def _parent(model: Module, name: str) -> Module:
+    return model.get_submodule(name.rpartition(".")[0])
 
 
 @contextmanager

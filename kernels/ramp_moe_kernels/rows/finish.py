@@ -33,6 +33,7 @@ def activate_kernel(
     capacity,
     LAYOUT: tl.constexpr,
     ACTIVATION: tl.constexpr,
+    LIMIT: tl.constexpr,
     GROUPS: tl.constexpr,
     EMULATE_FP8: tl.constexpr,
     PDL: tl.constexpr,
@@ -58,7 +59,7 @@ def activate_kernel(
         of_expert = bias + expert * 2 * columns
         gate += tl.load(of_expert + gate_at, mask=inside, other=0.0).to(tl.float32)
         up += tl.load(of_expert + up_at, mask=inside, other=0.0).to(tl.float32)
-    v = _activate(gate, up, ACTIVATION)
+    v = _activate(gate, up, ACTIVATION, LIMIT)
     if scale is not None:
         q, s = _quantise_groups(v, GROUPS, EMULATE_FP8)
         tl.store(scale + group.to(tl.int64) * capacity + row, s, mask=group * _GROUP < columns)
@@ -110,6 +111,7 @@ def activate(
     fp8: bool,
     layout: str,
     activation: str,
+    limit: float | None,
     workspace: Workspace,
 ) -> tuple[Tensor, Tensor | None]:
     """(act `[capacity, I]`, its scale float32 `[I / 128, capacity]` if fp8) of gate_up `[capacity, 2 I]`, whose columns
@@ -123,7 +125,8 @@ def activate(
     with torch.cuda.device_of(gate_up):
         activate_kernel[(topk_ids.numel(), triton.cdiv(columns, groups * 128))](
             gate_up, bias, topk_ids, rows.row_of_id, act, scale, experts, columns, size,
-            LAYOUT=layout, ACTIVATION=activation, GROUPS=groups, EMULATE_FP8=interpreted(activate_kernel),
+            LAYOUT=layout, ACTIVATION=activation, LIMIT=limit, GROUPS=groups,
+            EMULATE_FP8=interpreted(activate_kernel),
             **dependent_launch(device),
         )  # fmt: skip
     return act, scale

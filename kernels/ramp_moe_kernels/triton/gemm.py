@@ -117,14 +117,19 @@ def _tanh(x):
 
 
 @triton.jit
-def _activate(gate, up, ACTIVATION: tl.constexpr):
+def _activate(gate, up, ACTIVATION: tl.constexpr, LIMIT: tl.constexpr):
+    """LIMIT: where swiglu_clamped cuts gate and up off; None for the others."""
     if ACTIVATION == "swiglu":
         out = gate * tl.sigmoid(gate) * up
     elif ACTIVATION == "gelu_tanh":
         out = 0.5 * gate * (1 + _tanh(0.7978845608028654 * (gate + 0.044715 * gate * gate * gate))) * up
+    elif ACTIVATION == "swiglu_clamped":
+        # where() and not minimum(): a NaN must stay one.
+        gate = tl.where(gate > LIMIT, LIMIT, gate)
+        up = tl.where(up > LIMIT, LIMIT, tl.where(up < -LIMIT, -LIMIT, up))
+        out = gate * tl.sigmoid(gate) * up
     else:
         tl.static_assert(ACTIVATION == "swiglu_oai")
-        # where() and not minimum(): a NaN must stay one.
         gate = tl.where(gate > 7.0, 7.0, gate)
         up = tl.where(up > 7.0, 7.0, tl.where(up < -7.0, -7.0, up))
         out = gate * tl.sigmoid(1.702 * gate) * (up + 1)
@@ -190,6 +195,7 @@ def _up(
     QUANTISE: tl.constexpr,
     LAYOUT: tl.constexpr,
     ACTIVATION: tl.constexpr,
+    LIMIT: tl.constexpr,
     EMULATE: tl.constexpr,
 ):
     """`up_kernel`, as the configuration VARIANTS[V]."""
@@ -271,7 +277,7 @@ def _up(
                 bias_ptrs = bias_ptr + expert * 2 * I + gate_row
                 gate += tl.load(bias_ptrs).to(tl.float32)[None, :]
                 up += tl.load(bias_ptrs + to_up).to(tl.float32)[None, :]
-            act = _activate(gate, up, ACTIVATION)
+            act = _activate(gate, up, ACTIVATION, LIMIT)
             if QUANTISE:
                 tl.static_assert(BN == GROUP)
                 q, scale = _quantise(act, EMULATE)
@@ -308,6 +314,7 @@ def up_kernel(
     QUANTISE: tl.constexpr,
     LAYOUT: tl.constexpr,
     ACTIVATION: tl.constexpr,
+    LIMIT: tl.constexpr,
     PDL: tl.constexpr,
     EMULATE: tl.constexpr,
 ):
@@ -341,6 +348,7 @@ def up_kernel(
                 QUANTISE,
                 LAYOUT,
                 ACTIVATION,
+                LIMIT,
                 EMULATE,
             )
 
@@ -508,6 +516,7 @@ def activate_kernel(
     SPLIT_K: tl.constexpr,
     LAYOUT: tl.constexpr,
     ACTIVATION: tl.constexpr,
+    LIMIT: tl.constexpr,
     BLOCK: tl.constexpr,
     PDL: tl.constexpr,
 ):
@@ -530,4 +539,4 @@ def activate_kernel(
         bias_ptrs = bias_ptr + expert * 2 * I + gate_row
         gate += tl.load(bias_ptrs, mask=inside, other=0.0).to(tl.float32)
         up += tl.load(bias_ptrs + to_up, mask=inside, other=0.0).to(tl.float32)
-    tl.store(out_ptr + i * I + column, _activate(gate, up, ACTIVATION).to(out_ptr.dtype.element_ty), mask=inside)
+    tl.store(out_ptr + i * I + column, _activate(gate, up, ACTIVATION, LIMIT).to(out_ptr.dtype.element_ty), mask=inside)

@@ -72,6 +72,7 @@ def up(
         QUANTISE=act_scale is not None,
         LAYOUT=weights.layout,
         ACTIVATION=weights.activation,
+        LIMIT=weights.limit,
         EMULATE=interpreted(up_kernel),
         **dependent_launch(x.device),
         num_warps=common.warps,
@@ -95,6 +96,7 @@ def activate(partial: Tensor, weights: MoEWeights, topk_ids: Tensor, act: Tensor
         SPLIT_K=partial.shape[0],
         LAYOUT=weights.layout,
         ACTIVATION=weights.activation,
+        LIMIT=weights.limit,
         BLOCK=block,
         **dependent_launch(act.device),
     )
