@@ -111,17 +111,20 @@ class Placeholder(Tensor):
     def __new__(cls, source: Source, like: Tensor, steps: tuple[Step, ...] = ()) -> Placeholder:
         """like: a tensor of the shape, strides and dtype, on any device."""
         with torch.inference_mode(False):  # views of a tensor are of its kind
-            made: Placeholder = Tensor._make_wrapper_subclass(  # type: ignore[attr-defined]
-                cls, like.shape, strides=like.stride(), dtype=like.dtype, device=source.layer.held[0].down.device
+            # As if on meta, so that torch gives no plain tensor this one's data, which is none. `device` is dispatched.
+            made = Tensor._make_wrapper_subclass(
+                cls, like.shape, like.stride(), dtype=like.dtype, device=torch.device("meta"), dispatch_device=True
             )
         made._source, made._steps = source, steps
         return made
 
     @classmethod
-    def __torch_dispatch__(
+    def __torch_dispatch__(  # type: ignore[override]
         cls, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         kwargs = kwargs or {}
+        if func is torch.ops.prim.device.default:
+            return args[0]._source.layer.held[0].down.device
         if torch._C._dispatch_has_kernel_for_dispatch_key(func.name(), "CompositeImplicitAutograd"):
             return func.decompose(*args, **kwargs)  # as above this, but for inference mode
         if func.namespace == "c10d" or torch.Tag.inplace_view in func.tags or func is aten.as_strided.default:
@@ -150,7 +153,9 @@ class Placeholder(Tensor):
         experts = self._source.layer.shape.num_experts
         if first.function is aten.slice.Tensor:
             start, end, step = slice(given.get("start"), given.get("end"), given.get("step", 1)).indices(experts)
-            return slice(start, max(start, end)), (Step(aten.slice.Tensor, (0, 0, None, step), {}), *rest)
+            if start >= end:
+                return ALL, self._steps
+            return slice(start, end), (Step(aten.slice.Tensor, (0, 0, None, step), {}), *rest)
         index = (given["index"] if first.index is None else first.index) % experts
         return slice(index, index + 1), (Step(aten.select.int, (0, 0), {}), *rest)
 
@@ -163,7 +168,7 @@ class Placeholder(Tensor):
     # --- What torch does beside its operators --------------------------------------------------------------------
 
     @property
-    def data(self) -> Tensor:  # type: ignore[override]
+    def data(self) -> Tensor:
         return self.detach()
 
     @data.setter
@@ -183,9 +188,10 @@ class Placeholder(Tensor):
     def __deepcopy__(self, memo: dict[int, Any]) -> Tensor:
         import copy
 
-        if id(self) in memo:
-            return memo[id(self)]  # type: ignore[no-any-return]
         found: Tensor
+        if id(self) in memo:
+            found = memo[id(self)]
+            return found
         if id(self._source.module()) in memo and not self._steps:  # with its module
             found = Placeholder(copy.deepcopy(self._source, memo), self)
         else:
@@ -198,7 +204,7 @@ class Placeholder(Tensor):
 
     def __reduce_ex__(self, protocol: Any) -> Any:
         """A plain tensor's: files have no placeholders."""
-        return _like(self, self.values().clone()).__reduce_ex__(protocol)
+        return _like(self, self.values().clone()).__reduce_ex__(protocol)  # type: ignore[no-untyped-call]
 
     def numpy(self, *, force: bool = False) -> Any:
         """A copy that cannot be written to."""
@@ -239,10 +245,13 @@ def become(t: Tensor, new: Tensor) -> None:
     noted = {name: value for name, value in vars(t).items() if name not in (*MINE, "_is_param")}
     other = _like(t, new)
     other.__dict__.update(noted)
+    gradient = t.grad if t.is_leaf else None
     try:
-        torch.utils.swap_tensors(t, other)
+        torch.utils.swap_tensors(t, other)  # type: ignore[no-untyped-call]
     except RuntimeError as e:
         raise KernelError(f"its weights cannot be moved while something else refers to them ({e})") from e
+    if gradient is not None and gradient.shape == t.shape and gradient.dtype == t.dtype:
+        t.grad = gradient
 
 
 def _like(t: Tensor, new: Tensor) -> Tensor:

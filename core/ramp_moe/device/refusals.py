@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -16,6 +17,7 @@ if TYPE_CHECKING:
     from torch.nn import Module
 
     from ..experts import ExpertsAdapter
+    from .layer import MoELayer
 
 HOOK = "_hf_hook"
 """Attribute in which accelerate keeps a module's hook."""
@@ -28,27 +30,38 @@ def _function(kind: type[Tensor]) -> Any:
 FUNCTIONS = (_function(Tensor), _function(torch.nn.Parameter))
 
 
-def check(module: Module, adapter: ExpertsAdapter) -> None:
-    """Raises KernelError with the reason why the module's tensors cannot be a layer's."""
+def check(module: Module, adapter: ExpertsAdapter, own: MoELayer | None = None) -> None:
+    """Raises KernelError with the reason why the module's tensors cannot be a layer's. own: the layer that some are
+    placeholders of already."""
     if hook := next(_offloading(getattr(module, HOOK, None)), None):
         raise KernelError(f"accelerate's {hook} moves its weights at each call; load the whole model onto the GPU")
-    parametrised = [name for name in adapter.names(module).values() if parametrize.is_parametrized(module, name)]
-    for name in parametrised:
-        first = type(module.parametrizations[name][0]).__name__  # type: ignore[index,union-attr]
+    for name in filter(partial(parametrize.is_parametrized, module), adapter.names(module).values()):
+        first = type(module.parametrizations[name][0]).__name__  # type: ignore[index]
         raise KernelError(f"{name} is parametrised ({first}): merge or remove the parametrisation, then wrap the model")
     for name in adapter.names(module).values():
         tensor = getattr(module, name, None)
+        if isinstance(tensor, Placeholder) and tensor._source.layer is own:
+            continue
         if isinstance(tensor, Tensor):  # others, and names that are not there, are the adapter's to refuse
             _check(module, name, tensor)
 
 
-def storages(model: Module) -> dict[int, list[str]]:
-    """Names of the tensors of a model, by the memory that they are in."""
-    found: dict[int, list[str]] = {}
+def check_parents(model: Module, module: Module) -> None:
+    """Raises KernelError if a module of the model changes the weights of `module` whenever it calls that, as PEFT does
+    for `target_parameters`."""
+    for parent in model.modules():
+        name = getattr(parent, "parameter_name", None)
+        if name is not None and getattr(parent, "base_layer", None) is module:
+            raise KernelError(f"{name} is adapted by {type(parent).__name__}; merge that into the weights first")
+
+
+def storages(model: Module) -> dict[int, list[tuple[str, Tensor]]]:
+    """Names and tensors of a model, by the memory that they are in."""
+    found: dict[int, list[tuple[str, Tensor]]] = {}
     tensors = (*model.named_parameters(remove_duplicate=False), *model.named_buffers(remove_duplicate=False))
     for name, tensor in tensors:
         if type(tensor) in (Tensor, torch.nn.Parameter) and tensor.layout is torch.strided and not tensor.is_meta:
-            found.setdefault(tensor.untyped_storage().data_ptr(), []).append(name)
+            found.setdefault(tensor.untyped_storage().data_ptr(), []).append((name, tensor))
     return found
 
 

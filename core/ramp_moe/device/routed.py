@@ -62,34 +62,36 @@ class RoutedExperts:
         # The layer itself would need two launches for int64, since it allows for ids that 32 bits do not hold.
         return layer(hidden_states.contiguous(), topk_ids.int().contiguous(), topk_weights.float().contiguous())
 
-    def take(self, module: Module, others: Mapping[int, list[str]] | None = None) -> None:
-        """Have the module hold placeholders for what the layer does not read where it is. others: by storage, the names
-        of the model's tensors that are in it. Raises KernelError for one that is shared, or cannot be moved."""
+    def take(self, module: Module, others: Mapping[int, list[tuple[str, Tensor]]] | None = None) -> None:
+        """Have the module hold placeholders for what the layer does not read where it is. others: by storage, the
+        model's tensors that are in it. Raises KernelError for a tensor that is shared, or cannot be moved."""
+        from torch import Tensor
+
         from .placeholder import Placeholder, Source, become
         from .update import storage
 
-        order = self.adapter.order(module)
+        order, names = self.adapter.order(module), self.adapter.names(module)
         module.__dict__[KEY] = self
         _plain_in_state_dict(module)
-        for field, name in self.adapter.names(module).items():
-            tensor = getattr(module, name)
-            self._tensors[field] = tensor
+        self.layer.owner = weakref.ref(self)
+        self._tensors = {field: getattr(module, name) for field, name in names.items()}
+        if any(type(module._parameters.get(name)) is Tensor for name in names.values()):
+            return  # lent for one call, as by torch.func.functional_call: the next one looks again
+        for field, tensor in self._tensors.items():
+            name = names[field]
             held = [getattr(h, field) for h in self.layer.held]
             read = any(storage(h) == storage(tensor) for h in held)
             if read and not self.layer.derived and (field not in ROWS or len(held) == 1):
                 continue
-            if others and len(names := others.get(storage(tensor), [])) > 1:
+            if sharing := [n for n, t in (others or {}).get(storage(tensor), ()) if t is not tensor]:
                 raise KernelError(
-                    f"{name} shares its memory with {', '.join(n for n in names if not n.endswith(name)) or names[0]}; "
-                    "it would have to be moved, so untie them first"
+                    f"{name} shares its memory with {', '.join(sharing)}, and would have to be moved; untie them first"
                 )
             source = Source(
                 self.layer, self.adapter, weakref.ref(module), name, field, order, self._layout, tensor.dtype,
                 tensor.detach() if read else None,
             )  # fmt: skip
             become(tensor, Placeholder(source, tensor if read else _contiguous(tensor)))
-        self.layer.owner = weakref.ref(self)
-        names = self.adapter.names(module)
         self._expected = [(_where(module, names[f]), names[f], t, _place(t)) for f, t in self._tensors.items()]
 
     def give_back(self) -> None:
@@ -131,17 +133,20 @@ class RoutedExperts:
         import torch
 
         from .op import register
+        from .refusals import check
 
         what = f"{name or 'a weight'} of {type(module).__name__} is another than when it was wrapped"
         if torch.cuda.is_available() and torch.cuda.is_current_stream_capturing():
             raise KernelError(f"{what}; run the model once before it is captured")
         number = self.layer._number
-        self.give_back()
         try:
+            check(module, self.adapter, self.layer)
+            self.give_back()
             self._build(module)
             self.take(module)
-        except RampMoEError as e:
-            raise KernelError(f"{what}: {e}; ramp_moe.unwrap(model) computes with it as it is") from e
+        except Exception as e:
+            why = str(e) if isinstance(e, RampMoEError) else f"{type(e).__name__}: {e}"
+            raise KernelError(f"{what}: {why}; ramp_moe.unwrap(model) computes with it as it is") from e
         self.layer._number = register(self.layer, number)
         return self.layer
 
@@ -175,7 +180,7 @@ class RoutedExperts:
         found.__dict__.update(self.__dict__)
         try:
             found.layer = copy.deepcopy(self.layer, memo)
-        except TypeError as e:
+        except Exception as e:  # whatever a kernel or a graph keeps that has no copy
             raise KernelError(f"a wrapped model cannot be copied here ({e}); ramp_moe.unwrap(model) first") from e
         found._module, found.layer.owner = weakref.ref(module), weakref.ref(found)
         found._tensors = copy.deepcopy(self._tensors, memo)
@@ -230,7 +235,7 @@ def _plain_in_state_dict(module: Module, remove: bool = False) -> None:
     for key in [key for key, hook in hooks.items() if hook is _plain]:
         del hooks[key]
     if not remove:
-        module.register_state_dict_post_hook(_plain)
+        module.register_state_dict_post_hook(_plain)  # type: ignore[no-untyped-call]
 
 
 def _plain(module: Module, state: dict[str, Any], prefix: str, metadata: Any) -> None:
