@@ -18,11 +18,11 @@ from typing import TYPE_CHECKING, Literal
 
 import numpy as np
 
-from .errors import KernelError, RampMoEError
+from .errors import KernelError, RampMoEError, describe
 from .geometry import GridGeometry
 from .hardware import Hardware, detect
 from .kernel import Kernel, KernelConfig, Stage, WeightLayout, layouts_of, reason_of, usable_configs, why_unsupported
-from .plugins import NAME, describe, get_registry
+from .plugins import NAME, get_registry
 from .routing import KINDS, IntArray, expert_histogram, generate
 from .shapes import DTYPE_BYTES, MoEShape
 

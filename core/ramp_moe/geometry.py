@@ -15,7 +15,6 @@ from numpy.typing import NDArray
 from .errors import ShapeError
 from .routing import FloatArray, IntArray, active_experts
 
-
 MAX_TILE = 2**20
 """Outputs of one CTA's tile: several times what the registers and tensor memory of any SM hold."""
 
@@ -78,8 +77,8 @@ class GridGeometry:
                 raise ShapeError(f"grid geometry: {what} must lie between 1 and {most}, not {value}")
         if self.block_tokens * self.block_weights > MAX_TILE:
             raise ShapeError(
-                f"grid geometry: a tile of {self.block_tokens} tokens by {self.block_weights} weight rows has more than "
-                f"the {MAX_TILE} sums that a CTA can hold"
+                f"grid geometry: a tile of {self.block_tokens} tokens by {self.block_weights} weight rows is of more "
+                f"than the {MAX_TILE} sums that a CTA can hold"
             )
         if self.cluster_m not in (1, 2, 4, 8, 16):
             raise ShapeError(f"grid geometry: cluster_m must be 1, 2, 4, 8 or 16, not {self.cluster_m}")

@@ -15,10 +15,10 @@ from rich.markup import escape
 from rich.table import Table
 
 from ..device import LaunchableKernel
-from ..errors import ProfileError
+from ..errors import ProfileError, describe
 from ..hardware import Hardware
 from ..kernel import Kernel, KernelConfig, WeightLayout, reason_of, usable_configs, why_unsupported
-from ..plugins import describe, get_registry
+from ..plugins import get_registry
 from ..repeatability import spread, stage_bias
 from ..shapes import MoEShape
 from ..store import ProfileStore
