@@ -58,7 +58,7 @@ class Parameters:
         `meet` does."""
         if missing := self._tensors.keys() - tensors.keys():
             raise ShapeError(f"the layer was made with {', '.join(sorted(missing))}, which the engine has no more")
-        new = {field: t.detach() for field, t in tensors.items() if not self._follows(t)}
+        new: dict[str, Any] = {field: t.detach() for field, t in tensors.items() if not self._follows(t)}
         held = self.layer.held[0]
         with writing(self.layer):
             check_fits(held, replace(held, **new))

@@ -18,7 +18,11 @@ _logger = logging.getLogger("ramp_moe")
 def register() -> None:
     """Make `ramp_moe` a choice of `--moe-runner-backend`. Again, it does nothing. Another SGLang than 0.5, or one
     whose runners or their registry differ, is left alone, with one line in the log."""
-    version = metadata.version("sglang")
+    try:
+        version = metadata.version("sglang")
+    except metadata.PackageNotFoundError:
+        _logger.warning("ramp_moe is no backend of sglang: its version cannot be told, since it is not installed")
+        return
     if not version.startswith(KNOWN):
         _logger.warning("ramp_moe is no backend of sglang %s: it knows %sx", version, KNOWN)
         return

@@ -40,12 +40,24 @@ LOCKED = "deepgemm_megamoe"
 
 
 class Order(NamedTuple):
-    """How a module holds its weights: matrices transposed; gate and up in turn; and if the blocks of fp8 scales hold
-    rows of both, the intermediate and the hidden size, else None."""
+    """How a module's tensors differ from those of MoEWeights: matrices are transposed, gate and up come in turn, and an
+    fp8 scale stands for `repeats` blocks in each direction. rows, hidden: of gate_up, for fp8."""
 
     transposed: bool
     alternating: bool
-    straddling: tuple[int, int] | None
+    repeats: int
+    rows: int
+    hidden: int
+
+    def refined(self, field: str, scale: Tensor) -> Tensor:
+        """`[E, blocks of rows, blocks of columns]` of smaller blocks, without those that no weight is in."""
+        if self.repeats == 1:
+            return scale
+        side = SCALE_BLOCK // self.repeats
+        deep, wide = self.rows // side, self.hidden // side
+        rows, columns = (deep, wide) if field == "gate_up_scale" else (wide, deep // 2)
+        repeated = scale.repeat_interleave(self.repeats, 1).repeat_interleave(self.repeats, 2)
+        return repeated[:, :rows, :columns].contiguous()
 
 
 class TransformersExperts(ExpertsAdapter):
@@ -81,38 +93,18 @@ class TransformersExperts(ExpertsAdapter):
             raise KernelError("its experts have no gate; ramp_moe computes activation(gate) * up")
         if module.config._experts_implementation == LOCKED:
             raise KernelError(f"{LOCKED} keeps the weights in a form of its own; load the model without it")
-        gate_up, down = module.gate_up_proj.detach(), module.down_proj.detach()
-        rows = gate_up.shape[2 if module.is_transposed else 1]
+        gate_up = module.gate_up_proj
         check_count(module, len(gate_up))
-        activation = activation_of(module, rows, gate_up.device)
+        activation = activation_of(module, gate_up.shape[2 if module.is_transposed else 1], gate_up.device)
         if activation.alternating == module.is_concatenated:
             raise KernelError(f"is_concatenated is {module.is_concatenated}, but its gate does not read rows so")
-        if module.is_transposed:
-            gate_up, down = gate_up.transpose(1, 2), down.transpose(1, 2)
-        up_bias, down_bias = (
-            getattr(module, f"{name}_bias").detach() if module.has_bias else None for name in PROJECTIONS.values()
-        )
-        if activation.alternating:
-            gate_up, up_bias = _gate_first(gate_up), None if up_bias is None else _gate_first(up_bias)
-        up_scale, down_scale = self._scales(module, gate_up)
-        weights = gate_up.contiguous(), down.contiguous()
-        return MoEWeights(*weights, up_scale, down_scale, up_bias, down_bias, activation.name, limit=activation.limit)
-
-    def _scales(self, module: Any, gate_up: Tensor) -> tuple[Tensor | None, Tensor | None]:
-        """Of fp8 experts, float32. Raises KernelError for another scheme than ours."""
-        if gate_up.element_size() > 1 or not hasattr(module, "block_size"):
-            return None, None
-        if module.activation_scheme != "dynamic":
-            raise KernelError(
-                f"its fp8 activations have {module.activation_scheme} scales; ramp_moe computes them itself"
-            )
-        if module.block_size is None or tuple(module.block_size) != (SCALE_BLOCK, SCALE_BLOCK):
-            raise KernelError(f"its fp8 scales are of blocks {module.block_size}; ramp_moe takes [128, 128]")
-        order, scales = self.order(module), (module.gate_up_proj_scale_inv, module.down_proj_scale_inv)
-        if order.straddling:
-            _check_straddling(order.straddling[0], scales[0].shape[1])
-        gate_up_scale, down_scale = (s.detach().float() for s in scales)
-        return self.given(order, "gate_up_scale", gate_up_scale), self.given(order, "down_scale", down_scale)
+        names, order = self.names(module), self.order(module)
+        if "gate_up_scale" in names:
+            _check_scales(module)
+        tensors: dict[str, Any] = {
+            f: self.given(order, f, getattr(module, name).detach()).contiguous() for f, name in names.items()
+        }
+        return MoEWeights(**tensors, activation=activation.name, limit=activation.limit)
 
     def names(self, module: Any) -> dict[str, str]:
         added = {"bias": "bias"} if module.has_bias else {}
@@ -126,28 +118,22 @@ class TransformersExperts(ExpertsAdapter):
         return PROJECTIONS | suffixes
 
     def order(self, module: Any) -> Order:
-        hidden, inter = module.down_proj.shape[1:]
-        straddles = "gate_up_scale" in self.names(module) and inter % SCALE_BLOCK != 0
-        return Order(module.is_transposed, not module.is_concatenated, (inter, hidden) if straddles else None)
+        fp8 = "gate_up_scale" in self.names(module)
+        _, rows, hidden = module.gate_up_proj.shape
+        return Order(module.is_transposed, not module.is_concatenated, _repeats(module) if fp8 else 1, rows, hidden)
 
     def given(self, order: Order, field: str, tensor: Tensor) -> Tensor:
         if field in PROJECTIONS and order.transposed:
             tensor = tensor.transpose(1, 2)
-        if order.straddling and field.endswith("_scale"):
-            inter, hidden = order.straddling
-            rows, columns = (2 * inter, hidden) if field == "gate_up_scale" else (hidden, inter)
-            block = scale_blocks(inter)[-1]
-            times = SCALE_BLOCK // block
-            repeated = tensor.repeat_interleave(times, 1).repeat_interleave(times, 2)
-            tensor = repeated[:, : rows // block, : columns // block].contiguous()
+        if field.endswith("_scale"):
+            return order.refined(field, tensor.float())
         return _gate_first(tensor) if field in ("gate_up", "gate_up_bias") and order.alternating else tensor
 
     def own(self, order: Order, field: str, tensor: Tensor) -> Tensor:
+        if field.endswith("_scale"):
+            return tensor[:, :: order.repeats, :: order.repeats]
         if field in ("gate_up", "gate_up_bias") and order.alternating:
             tensor = _alternating(tensor)
-        if order.straddling and field.endswith("_scale"):
-            times = SCALE_BLOCK // scale_blocks(order.straddling[0])[-1]
-            tensor = tensor[:, ::times, ::times]
         return tensor.transpose(1, 2) if field in PROJECTIONS and order.transposed else tensor
 
     def install(self, module: Any) -> str | None:
@@ -163,15 +149,28 @@ class TransformersExperts(ExpertsAdapter):
         module.config._experts_implementation = DEFAULT if before == NAME else before
 
 
-def _check_straddling(inter: int, rows: int) -> None:
-    """Transformers counts scale blocks over the rows of gate and up together. Raises KernelError if no smaller blocks
-    divide both, or if there would be as many blocks of each by itself."""
-    apart, together = 2 * -(-inter // SCALE_BLOCK), -(-2 * inter // SCALE_BLOCK)
-    if len(scale_blocks(inter)) == 1 or apart == together or rows != together:
+def _check_scales(module: Any) -> None:
+    """Raises KernelError for fp8 experts of another scheme than ours."""
+    if module.activation_scheme != "dynamic":
+        raise KernelError(f"its fp8 activations have {module.activation_scheme} scales; ramp_moe computes them itself")
+    if module.block_size is None or tuple(module.block_size) != (SCALE_BLOCK, SCALE_BLOCK):
+        raise KernelError(f"its fp8 scales are of blocks {module.block_size}; ramp_moe takes [128, 128]")
+
+
+def _repeats(module: Any) -> int:
+    """How often a scale of the module's is repeated in each direction, for blocks that lie within gate or up:
+    Transformers counts blocks of 128 rows over both together. Raises KernelError if no blocks do, or if the number of
+    blocks would be the same with blocks of gate's and up's own."""
+    inter, rows = module.gate_up_proj.shape[1] // 2, module.gate_up_proj_scale_inv.shape[1]
+    if inter % SCALE_BLOCK == 0:
+        return 1
+    block, apart, together = scale_blocks(inter)[-1], 2 * -(-inter // SCALE_BLOCK), -(-2 * inter // SCALE_BLOCK)
+    if block == SCALE_BLOCK or apart == together or rows != together:
         raise KernelError(
             f"its intermediate size {inter} is no multiple of {SCALE_BLOCK}, and its {rows} rows of scales do not say "
             "where the blocks of up begin; load the model in bf16"
         )
+    return SCALE_BLOCK // block
 
 
 def _of_config(config: Any, name: str) -> Any:

@@ -73,8 +73,9 @@ class RampExperts(FusedMoEExpertsModular):  # type: ignore[misc]
         """Compute with what vLLM has loaded into its parameters since. Raises RampMoEError if it does not fit; the
         layer then computes no batch until something is loaded that does."""
         self._parameters.load(parameters_of(module))
-        if self.local_ids is not None:  # memory may have been lost, too, while the server slept
-            self.local_ids.copy_(_local_ids(module))
+        here = _local_ids(module)
+        if self.local_ids is not None and here is not None:
+            self.local_ids.copy_(here)  # a server that sleeps may lose this memory, too
 
     @staticmethod
     def activation_format() -> Any:

@@ -105,5 +105,5 @@ def _weights(layer: Any, moe: Any) -> MoEWeights:
     kind = layer.w13_weight.dtype
     if kind.itemsize > 1 and kind != moe.in_dtype:
         raise KernelError(f"weights are {kind}, activations {moe.in_dtype}")
-    given = {field: t.detach() for field, t in parameters_of(layer).items()}
+    given: dict[str, Any] = {field: t.detach() for field, t in parameters_of(layer).items()}
     return MoEWeights(**given, activation=ACTIVATIONS[layer.activation])

@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Literal
 
 import numpy as np
 
-from .errors import KernelError, RampMoEError
+from .errors import KernelError, RampMoEError, describe
 from .geometry import GridGeometry
 from .hardware import Hardware, detect
 from .kernel import (
@@ -32,7 +32,7 @@ from .kernel import (
     usable_configs,
     why_unsupported,
 )
-from .plugins import NAME, describe, get_registry
+from .plugins import NAME, get_registry
 from .routing import KINDS, IntArray, expert_histogram, generate
 from .shapes import DTYPE_BYTES, MoEShape
 

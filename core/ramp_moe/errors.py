@@ -48,3 +48,11 @@ class NoProfileError(ProfileError):
 
 class KernelError(RampMoEError):
     """A kernel that cannot serve the request: unsupported shape, no configuration left, a broken description."""
+
+
+def describe(thing: object) -> str:
+    """str() of something a plugin made, on one line; what a plugin made may fail at that, too."""
+    try:
+        return " ".join(str(thing).split()) or "no message"
+    except Exception as e:
+        return f"{type(thing).__name__} (its __str__ raises {type(e).__name__})"

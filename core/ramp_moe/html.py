@@ -14,6 +14,7 @@ import numpy as np
 from .comparison import Batch, Comparison, Pick, percent
 from .errors import RampMoEError
 from .files import check_target, write_atomically
+from .terminal import printable
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -51,7 +52,7 @@ def write_report(result: Comparison, path: Path) -> None:
         matplotlib.rcdefaults()
         matplotlib.rcParams.update(SETTINGS)
         page = _page(result)
-    write_atomically(path, page.encode(errors="backslashreplace"))
+    write_atomically(path, printable(page).encode())
 
 
 def _matplotlib() -> Any:
@@ -257,7 +258,7 @@ def _winners(batches: Sequence[Batch]) -> Figure:
     norm = LogNorm(vmin=4, vmax=max(256.0, float(np.nanmax(blocks))))
     axes.imshow(np.ma.masked_invalid(blocks), cmap="Blues", norm=norm, aspect="auto")
     axes.set_xticks(range(len(sizes)), [str(s) for s in sizes])
-    axes.set_yticks(range(len(routings)), routings)
+    axes.set_yticks(range(len(routings)), [printable(r) for r in routings])
     axes.set_xlabel("tokens in the batch")
     names = "; ".join(f"{chr(ord('A') + i)} = {k}" for i, k in enumerate(kernels)) if len(kernels) > 1 else kernels[0]
     axes.set_title(f"token block of the winner ({names}); × = retrofitted over 2% slower", fontsize=9, loc="left")

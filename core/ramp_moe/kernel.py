@@ -11,7 +11,7 @@ from importlib import metadata
 from pathlib import Path
 from typing import Literal, get_args
 
-from .errors import KernelError, RampMoEError
+from .errors import KernelError, RampMoEError, describe
 from .geometry import GridGeometry
 from .hardware import Hardware
 from .shapes import SCALE_BLOCK, MoEShape
@@ -182,7 +182,7 @@ def why_unsupported(kernel: Kernel, shape: MoEShape, hardware: Hardware) -> str 
     except RampMoEError:
         raise
     except Exception as e:  # a plugin's own mistake, which must not look like ours
-        raise KernelError(f"kernel {kernel.name} fails to describe itself: {type(e).__name__}: {e}") from e
+        raise KernelError(f"kernel {kernel.name} fails to describe itself: {type(e).__name__}: {describe(e)}") from e
     return reason_of(reason, "unsupported")
 
 
@@ -200,9 +200,11 @@ def layouts_of(kernel: Kernel, shape: MoEShape) -> tuple[str, ...]:
     try:
         found = tuple(kernel.readable_layouts(shape))
     except Exception as e:  # a plugin's own mistake, which must not look like ours
-        raise KernelError(f"kernel {kernel.name} fails to name its weight layouts: {type(e).__name__}: {e}") from e
+        raise KernelError(
+            f"kernel {kernel.name} fails to name its weight layouts: {type(e).__name__}: {describe(e)}"
+        ) from e
     if not found or not all(isinstance(key, str) for key in found):
-        raise KernelError(f"kernel {kernel.name} names {found!r} as the weight layouts that it reads")
+        raise KernelError(f"kernel {kernel.name} names something that is no weight layout that it reads")
     return found
 
 
@@ -223,7 +225,7 @@ def usable_configs(kernel: Kernel, shape: MoEShape, hardware: Hardware) -> tuple
     except RampMoEError:
         raise
     except Exception as e:  # a plugin's own mistake, which must not look like ours
-        raise KernelError(f"kernel {kernel.name} fails to describe itself: {type(e).__name__}: {e}") from e
+        raise KernelError(f"kernel {kernel.name} fails to describe itself: {type(e).__name__}: {describe(e)}") from e
     if not all(isinstance(c, KernelConfig) for c in configs):
         raise KernelError(f"kernel {kernel.name} lists something that is not a KernelConfig")
     if not configs:

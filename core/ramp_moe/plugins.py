@@ -19,7 +19,7 @@ from typing import Any, TypeVar
 import pluggy
 
 from . import builtin, hookspecs
-from .errors import HardwareError, UnknownNameError
+from .errors import HardwareError, UnknownNameError, describe
 from .experts import ExpertsAdapter
 from .hardware import Hardware
 from .hookspecs import GROUP
@@ -63,14 +63,6 @@ class Plugin:
             self.problems.append(f"{doing}: {type(e).__name__}: {describe(e)}")
         finally:
             self.seconds += time.perf_counter() - start
-
-
-def describe(thing: object) -> str:
-    """str() of something a plugin made, on one line; what a plugin made may fail at that, too."""
-    try:
-        return " ".join(str(thing).split()) or "no message"
-    except Exception as e:
-        return f"{type(thing).__name__} (its __str__ raises {type(e).__name__})"
 
 
 class Registry:

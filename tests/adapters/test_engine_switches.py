@@ -5,10 +5,12 @@ from __future__ import annotations
 import ast
 import logging
 import re
+import sys
+from importlib import metadata
 from pathlib import Path
 
 import pytest
-from ramp_moe_adapters import vllm
+from ramp_moe_adapters import sglang, vllm, vllm_static
 from ramp_moe_adapters.switches import OFF, ON, switched_on
 from ramp_moe_adapters.vllm_triton import VllmTriton
 
@@ -48,14 +50,48 @@ def test_whatever_install_raises_the_server_lives(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     """There is no vllm here, or it is the real one; either way its import is made to fail."""
-    import sys
-
     monkeypatch.setenv(vllm.SWITCH, "yes")
     monkeypatch.setattr(VllmTriton, "unavailable", lambda self: None)
     monkeypatch.setitem(sys.modules, "ramp_moe_adapters.vllm_layer", None)
     vllm.register()
     (line,) = caplog.messages
     assert line.startswith("RAMP_MOE_VLLM is set, but vllm's experts cannot be replaced (ModuleNotFoundError:")
+
+
+@pytest.mark.parametrize("version", ["0.4.9", "0.6.0", "0.50.1", "1.0.0", None])
+def test_another_sglang_is_left_alone(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, version: str | None
+) -> None:
+    def found(name: str) -> str:
+        if version is None:
+            raise metadata.PackageNotFoundError(name)
+        return version
+
+    monkeypatch.setattr(metadata, "version", found)
+    monkeypatch.setitem(sys.modules, "ramp_moe_adapters.sglang_runner", None)  # not to be reached
+    sglang.register()
+    (line,) = caplog.messages
+    assert line.startswith("ramp_moe is no backend of sglang")
+    assert "import" not in line
+
+
+def test_whatever_sglangs_runner_raises_the_server_lives(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(metadata, "version", lambda name: "0.5.99")
+    monkeypatch.setitem(sys.modules, "ramp_moe_adapters.sglang_runner", None)
+    sglang.register()
+    (line,) = caplog.messages
+    assert line.startswith("ramp_moe is no backend of sglang 0.5.99: ModuleNotFoundError: ")
+
+
+@pytest.mark.parametrize(
+    ("version", "fits"), [("0.33.0", True), ("0.33.4", True), ("0.34.0", False), ("1.33.0", False)]
+)
+def test_another_vllm_is_left_alone(monkeypatch: pytest.MonkeyPatch, version: str, fits: bool) -> None:
+    monkeypatch.setattr(vllm_static, "package", lambda: ROOT)
+    monkeypatch.setattr(metadata, "version", lambda name: version)
+    assert (VllmTriton().unavailable() is None) == fits
 
 
 READ = {"RAMP_MOE_VLLM": "a switch", "RAMP_MOE_PLUGINS": "a list of names", "RAMP_MOE_CACHE": "a folder"}

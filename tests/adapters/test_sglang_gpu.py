@@ -104,6 +104,11 @@ def test_a_graph_computes_with_new_weights(dtype: str) -> None:
     assert 0 < wrong(experts(static), new, static) < TOLERANCE
 
 
+def test_a_batch_of_more_than_a_million_ids() -> None:
+    given, x = weights(16, 256, 128, "bf16", "cuda"), batch(131_073, 8, 16, 256, "skewed", "cuda", BF16)
+    assert 0 < wrong(Experts(given, 8)(x), given, x) < TOLERANCE
+
+
 class Priced(Builder):
     """Prices for which the routing decides which of four configurations is best."""
 

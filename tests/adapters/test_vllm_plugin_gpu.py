@@ -152,6 +152,12 @@ def test_a_graph_computes_with_reloaded_weights(dtype: str) -> None:
         assert error(captured.replay(b), wanted(now, b)) < TOLERANCE, way
 
 
+def test_a_batch_of_more_than_a_million_ids() -> None:
+    of, shape = weights(16, 256, 128, "bf16", "cuda"), (16, 8, 256)
+    b = given(131_073, "skewed", shape)
+    assert error(run(experts_of(of, 8), b), wanted(of, b)) < TOLERANCE
+
+
 @pytest.mark.parametrize("dtype", ["bf16", "fp8"])
 def test_a_batch_that_fails_is_vllms(dtype: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Eager, and captured after a run that failed."""

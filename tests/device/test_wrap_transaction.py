@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import inspect
+import sys
 from functools import partial
 from typing import Any
 
@@ -70,6 +72,7 @@ class Snapshot:
         self.parameters = [
             (name, p, type(p), dict(vars(p)), p.detach().clone()) for name, p in model.named_parameters()
         ]
+        self.gradients = {name: p.grad for name, p in model.named_parameters()}
         self.hooks = [len(m._state_dict_hooks) for m in model.modules()]
 
     def check(self) -> None:
@@ -84,12 +87,14 @@ class Snapshot:
             assert vars(p) == noted
             assert torch.equal(p, value)
             assert p.is_contiguous()
+            assert p.grad is self.gradients[name]
         assert [len(m._state_dict_hooks) for m in self.model.modules()] == self.hooks
 
 
 def model_of(layers: int = 3) -> nn.Module:
     model = nn.Sequential(*(Bank(seed, turned=True) for seed in range(layers)))
     model[0].w13.noted = "by a framework"
+    model[0].w13.grad = torch.ones_like(model[0].w13)
     model[1].w2.requires_grad_(False)
     return model
 
@@ -135,13 +140,41 @@ def test_failing_at_every_call_of_every_step(
     assert isinstance(model[0].w13, Placeholder)
 
 
-def test_every_step_of_the_library_is_listed(kernel: FakeKernel, monkeypatch: pytest.MonkeyPatch) -> None:
-    """What the module of a wrapped module is made by: a new step shall be made to fail, too."""
-    listed = {name for _, name in STEPS}
-    for owner in (RoutedExperts,):
-        own = {n for n, f in vars(owner).items() if callable(f) and n not in listed}
-        later = {"__call__", "give_back", "remove", "current", "_renewed", "_build", "_record", "__deepcopy__"}
-        assert own - later - {"__reduce_ex__"} == set()
+class FailingAnywhere:
+    """A trace function that raises where the library's code is entered for the so manieth time; counts otherwise."""
+
+    def __init__(self, at: int | None = None) -> None:
+        self.at, self.calls = at, 0
+
+    def __call__(self, frame: Any, event: str, _: Any) -> None:
+        code = frame.f_code
+        resumed = code.co_flags & inspect.CO_GENERATOR  # or closed, where errors are passed over
+        if event != "call" or resumed or "/core/ramp_moe/" not in code.co_filename:
+            return
+        self.calls += 1
+        if self.calls == self.at:
+            raise ERRORS[self.at % len(ERRORS)]()
+
+
+def test_failing_wherever_the_librarys_code_is_entered(kernel: FakeKernel) -> None:
+    """Whatever steps there will be; at every third entry, for time."""
+    before_all = sys.gettrace()
+
+    def traced(model: nn.Module, tracer: FailingAnywhere) -> None:
+        sys.settrace(tracer)
+        try:
+            wrap(model)
+        finally:
+            sys.settrace(before_all)
+
+    traced(model_of(2), counting := FailingAnywhere())
+    assert counting.calls > 100
+    for at in range(1, counting.calls + 1, 3):
+        model = model_of(2)
+        before = Snapshot(model)
+        with pytest.raises((KernelError, RuntimeError, KeyboardInterrupt), match="on purpose"):
+            traced(model, FailingAnywhere(at))
+        before.check()
 
 
 def test_undone_and_done_again(kernel: FakeKernel) -> None:

@@ -11,10 +11,10 @@ from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
-from ..errors import KernelError, RampMoEError
+from ..errors import KernelError, RampMoEError, describe
 from ..hardware import Hardware
 from ..kernel import BuildableKernel, Built
-from ..plugins import Registry, describe, get_registry
+from ..plugins import Registry, get_registry
 from ..shapes import MoEShape
 from . import INTERRUPTED
 from .listing import describe_kernel

@@ -55,7 +55,8 @@ def recorded_kernels(
 ) -> tuple[list[str], list[str]]:
     """Kernels with recorded times of whole paths, and why others that are recorded are left out: those of plugins,
     too, where the library's own have some. Raises ProfileError where there is none."""
-    names, left_out = [], []
+    names: list[str] = []
+    left_out: list[str] = []
     for name in sorted(registry.kernels, key=lambda name: name in registry.third_party):
         try:
             found = store.find(name, shape, hardware)

@@ -7,8 +7,9 @@ from typing import Any
 import click
 
 from ..errors import RampMoEError
+from ..terminal import printable
 from . import INTERRUPTED, build, check, choose, compare, drift, listing, profile
-from .output import notes_on_stderr, printable, written_out
+from .output import notes_on_stderr, written_out
 
 
 class _Failure(click.ClickException):

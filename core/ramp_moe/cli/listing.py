@@ -15,9 +15,10 @@ from rich.markup import escape
 from rich.table import Table
 
 from ..device import LaunchableKernel
+from ..errors import describe
 from ..hardware import Hardware
 from ..kernel import Kernel, KernelConfig, WeightLayout, reason_of, usable_configs, why_unsupported
-from ..plugins import describe, get_registry
+from ..plugins import get_registry
 from ..repeatability import spread, stage_bias
 from ..replay import nothing_recorded
 from ..shapes import MoEShape

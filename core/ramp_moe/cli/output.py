@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import logging
 import os
-import re
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -16,13 +15,7 @@ import msgspec
 from rich.console import Console
 from rich.text import Text
 
-_STEERING = re.compile("[\x00-\x09\x0b-\x1f\x7f-\x9f\u200e\u200f\u2028-\u202e\u2066-\u2069\ud800-\udfff]")
-"""Control characters but the newline, marks that change the direction of text, and halves of characters."""
-
-
-def printable(text: str) -> str:
-    """`text` with what a terminal would obey, or could not show, as escapes."""
-    return _STEERING.sub(lambda m: m[0].encode("unicode_escape").decode(), text)
+from ..terminal import STEERING, printable
 
 
 class _Console(Console):
@@ -51,7 +44,7 @@ def print_json(value: Any) -> None:
     except UnicodeEncodeError:
         encoded = msgspec.json.encode(_without_halves(plain))
     text = msgspec.json.format(encoded, indent=2).decode()
-    click.echo(_STEERING.sub(lambda m: f"\\u{ord(m[0]):04x}", text))
+    click.echo(STEERING.sub(lambda m: f"\\u{ord(m[0]):04x}", text))
 
 
 def _without_halves(value: Any) -> Any:

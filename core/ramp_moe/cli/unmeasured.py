@@ -9,10 +9,10 @@ from rich.console import RenderableType
 from rich.markup import escape
 
 from ..device import LaunchableKernel
-from ..errors import KernelError
+from ..errors import KernelError, describe
 from ..hardware import Hardware
 from ..kernel import Kernel, KernelConfig
-from ..plugins import Registry, describe
+from ..plugins import Registry
 from ..regions import analyse
 from ..routing import IntArray
 from ..shapes import MoEShape

@@ -16,10 +16,9 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from ..conformance import MAX_DEFAULT_TOKENS, Failure, Skip, powers_of_two
-from ..errors import KernelError
+from ..errors import KernelError, describe
 from ..hardware import Hardware
 from ..kernel import LAYOUTS, KernelConfig, layouts_of, usable_configs
-from ..plugins import describe
 from ..routing import IntArray, generate
 from ..shapes import MoEShape
 from .bench import misfit, random_weights, reference

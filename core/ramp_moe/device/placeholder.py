@@ -112,14 +112,14 @@ class Placeholder(Tensor):
         """like: a tensor of the shape, strides and dtype, on any device."""
         with torch.inference_mode(False):  # views of a tensor are of its kind
             # As if on meta, so that torch gives no plain tensor this one's data, which is none. `device` is dispatched.
-            made: Placeholder = Tensor._make_wrapper_subclass(  # type: ignore[attr-defined]
-                cls, like.shape, strides=like.stride(), dtype=like.dtype, device="meta", dispatch_device=True
+            made = Tensor._make_wrapper_subclass(
+                cls, like.shape, like.stride(), dtype=like.dtype, device=torch.device("meta"), dispatch_device=True
             )
         made._source, made._steps = source, steps
         return made
 
     @classmethod
-    def __torch_dispatch__(
+    def __torch_dispatch__(  # type: ignore[override]
         cls, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         kwargs = kwargs or {}
@@ -168,7 +168,7 @@ class Placeholder(Tensor):
     # --- What torch does beside its operators --------------------------------------------------------------------
 
     @property
-    def data(self) -> Tensor:  # type: ignore[override]
+    def data(self) -> Tensor:
         return self.detach()
 
     @data.setter
@@ -188,9 +188,10 @@ class Placeholder(Tensor):
     def __deepcopy__(self, memo: dict[int, Any]) -> Tensor:
         import copy
 
-        if id(self) in memo:
-            return memo[id(self)]  # type: ignore[no-any-return]
         found: Tensor
+        if id(self) in memo:
+            found = memo[id(self)]
+            return found
         if id(self._source.module()) in memo and not self._steps:  # with its module
             found = Placeholder(copy.deepcopy(self._source, memo), self)
         else:
@@ -203,7 +204,7 @@ class Placeholder(Tensor):
 
     def __reduce_ex__(self, protocol: Any) -> Any:
         """A plain tensor's: files have no placeholders."""
-        return _like(self, self.values().clone()).__reduce_ex__(protocol)
+        return _like(self, self.values().clone()).__reduce_ex__(protocol)  # type: ignore[no-untyped-call]
 
     def numpy(self, *, force: bool = False) -> Any:
         """A copy that cannot be written to."""
@@ -244,8 +245,14 @@ def become(t: Tensor, new: Tensor) -> None:
     noted = {name: value for name, value in vars(t).items() if name not in (*MINE, "_is_param")}
     other = _like(t, new)
     other.__dict__.update(noted)
+    if (
+        t.is_leaf
+        and t.grad is not None
+        and (t.grad.shape, t.grad.dtype, t.grad.device) == (new.shape, new.dtype, new.device)
+    ):
+        other.grad = t.grad
     try:
-        torch.utils.swap_tensors(t, other)
+        torch.utils.swap_tensors(t, other)  # type: ignore[no-untyped-call]
     except RuntimeError as e:
         raise KernelError(f"its weights cannot be moved while something else refers to them ({e})") from e
 

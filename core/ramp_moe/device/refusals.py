@@ -36,7 +36,7 @@ def check(module: Module, adapter: ExpertsAdapter, own: MoELayer | None = None) 
     if hook := next(_offloading(getattr(module, HOOK, None)), None):
         raise KernelError(f"accelerate's {hook} moves its weights at each call; load the whole model onto the GPU")
     for name in filter(partial(parametrize.is_parametrized, module), adapter.names(module).values()):
-        first = type(module.parametrizations[name][0]).__name__  # type: ignore[index,union-attr]
+        first = type(module.parametrizations[name][0]).__name__  # type: ignore[index]
         raise KernelError(f"{name} is parametrised ({first}): merge or remove the parametrisation, then wrap the model")
     for name in adapter.names(module).values():
         tensor = getattr(module, name, None)

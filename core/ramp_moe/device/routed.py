@@ -192,7 +192,7 @@ class RoutedExperts:
         found.__dict__.update(self.__dict__)
         try:
             found.layer = copy.deepcopy(self.layer, memo)
-        except TypeError as e:
+        except Exception as e:  # whatever a kernel or a graph keeps that has no copy
             raise KernelError(f"a wrapped model cannot be copied here ({e}); ramp_moe.unwrap(model) first") from e
         found._module, found.layer.owner = weakref.ref(module), weakref.ref(found)
         found._tensors = copy.deepcopy(self._tensors, memo)
@@ -247,7 +247,7 @@ def _plain_in_state_dict(module: Module, remove: bool = False) -> None:
     for key in [key for key, hook in hooks.items() if hook is _plain]:
         del hooks[key]
     if not remove:
-        module.register_state_dict_post_hook(_plain)
+        module.register_state_dict_post_hook(_plain)  # type: ignore[no-untyped-call]
 
 
 def _plain(module: Module, state: dict[str, Any], prefix: str, metadata: Any) -> None:

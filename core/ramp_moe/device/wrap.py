@@ -88,12 +88,16 @@ def wrap(model: Module, *adapters: ExpertsAdapter, device: str = "auto", copies:
 
     adapters: of modules of your own (`ramp_moe.Experts`), before those of the frameworks that are known. device: the
     hardware's name where it is not to be detected. copies: of the weights, in as many layouts; with one, a weight is
-    either used as it lies in the model or moved, never doubled, and what was moved is a placeholder in the model until
-    `unwrap`.
+    either used as it lies in the model or moved, never doubled.
+
+    Parameters stay the same objects. A moved one is read and written as before, in the model's own order, but it has no
+    address (`device.placeholder`). `state_dict()` has copies of it; writing to those does not reach the model. If a
+    module's weights are replaced, its next call computes with the new ones, or raises KernelError.
 
     Inference only: a backward pass through a wrapped layer raises KernelError. Raises KernelError where a model has no
-    layer, is wrapped already, lies on several devices, or has weights, activations or layouts that cannot be had;
-    HardwareError for weights on the CPU. The model is then as it was.
+    layer, is wrapped already, lies on several devices, or has weights, activations or layouts that cannot be had, and
+    for any failure on the way, device memory included; HardwareError for weights on the CPU. Whatever is raised, the
+    model is then as it was.
     """
     _check_module(model)
     if strays := [adapter for adapter in adapters if not isinstance(adapter, ExpertsAdapter)]:
