@@ -282,6 +282,7 @@ class Fuzz:
         self.variants = draw_variants(random.Random(f"{seed}"), kernels, hardware, variants, size)
         self.tally = Tally()
         self._models: dict[tuple[str, MoEShape], CostModel] = {}
+        self._configs: dict[tuple[str, MoEShape], KernelConfig | None] = {}
 
     def run(self, number: int) -> None:
         """Layer `number` right or refused, by `tally`."""
@@ -340,13 +341,21 @@ class Fuzz:
         if kernel.unsupported(shape, self.hardware) is None:
             if variant.dispatched:
                 model = self._model(variant, shape)
-            configs = [c for c in kernel.configs(shape, self.hardware) if c.name == variant.config]
-            if configs:
+            if config := self._config(variant, shape):
                 kernel = copy(kernel)
-                kernel.default_config = lambda *of: configs[0]  # type: ignore[method-assign]
+                kernel.default_config = lambda *of: config  # type: ignore[method-assign]
         moe = MoELayer(weights, shape.top_k, self.hardware, [kernel], model=model)
         moe.workspace = Filled(NAN_BYTE)
         return moe
+
+    def _config(self, variant: Variant, shape: MoEShape) -> KernelConfig | None:
+        """The variant's, of this shape; None if it has none, or none is asked for."""
+        if variant.config is None:
+            return None
+        if (variant.name, shape) not in self._configs:
+            every = variant.kernel.configs(shape, self.hardware)
+            self._configs[variant.name, shape] = next((c for c in every if c.name == variant.config), None)
+        return self._configs[variant.name, shape]
 
     def _model(self, variant: Variant, shape: MoEShape) -> CostModel:
         """Of three configurations, each of which is predicted to win somewhere."""

@@ -201,3 +201,33 @@ def test_a_kernel_without_a_default_is_passed_over(h200: Hardware) -> None:
     message = "no kernel has a default for 40 tokens (undecided: ZeroDivisionError: )"
     with pytest.raises(KernelError, match=re.escape(message)):
         layer(h200, Undecided("undecided"))(X, IDS, SCORES)
+
+
+@pytest.mark.gpu
+def test_gpu_the_next_kernel_computes_what_one_left_half_done() -> None:
+    """Eager; and after a capture that failed, a second one."""
+    from moe_cases import batch, weights
+    from ramp_moe import detect
+    from ramp_moe_kernels.triton.kernel import TritonMoE
+
+    class Bad(TritonMoE):
+        name = "bad"
+
+        def launch(
+            self, config: KernelConfig, prepared: Any, batch: Batch, out: torch.Tensor, workspace: Workspace
+        ) -> None:
+            out.fill_(torch.nan)
+            raise RuntimeError("no luck")
+
+    of, given = weights(8, 256, 128, "bf16", "cuda"), batch(40, 2, 8, 256, "uniform", "cuda", torch.bfloat16)
+    routed = given.hidden_states, given.topk_ids, given.topk_weights
+    wanted = MoELayer(of, 2, detect(), [TritonMoE()])(*routed)
+    assert torch.equal(MoELayer(of, 2, detect(), [Bad(), TritonMoE()])(*routed), wanted)
+    moe = MoELayer(of, 2, detect(), [Bad(), TritonMoE()])
+    with pytest.raises(KernelError, match="in the capture of a graph"), torch.cuda.graph(torch.cuda.CUDAGraph()):
+        moe(*routed)
+    out, graph = torch.empty_like(wanted), torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        moe(*routed, out)
+    graph.replay()
+    assert torch.equal(out, wanted)

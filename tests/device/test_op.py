@@ -158,3 +158,13 @@ def test_gpu_graphs_of_torch_compile_choose_at_every_replay() -> None:
     assert all(moe.graphs._captures > 0 or plan.mode != "nodes" for moe, plan in zip(layers, plans, strict=True))
     assert chosen[2] != chosen[3]
     assert chosen[2] == chosen[5]
+
+
+def test_num_valid_of_every_form_in_a_compiled_model(h200: Hardware) -> None:
+    moe = layer(h200)
+    x, ids, scores = inputs(6)
+    run = compiled(lambda n: moe(x, ids, scores, num_valid=n))
+    forms: list[Any] = [3, 4, 5, torch.tensor([3], dtype=torch.int32), torch.tensor(4)]
+    with torch.no_grad():
+        for num_valid in forms:
+            assert torch.equal(run(num_valid), moe(x, ids, scores, num_valid=num_valid))

@@ -156,7 +156,8 @@ class GraphDispatch:
         """Decide what a graph for `num_tokens` gets, and run every body once: it is compiled, its buffers have their
         size, and its output is right, or that of another layer of the same cost model was. A candidate that raises,
         writes outside its output or computes something else is dropped (`dropped` says why) before any capture, and
-        the next best takes its place. Raises KernelError where none is left."""
+        the next best takes its place. What computes something else is run in no eager batch either. Raises KernelError
+        with the reasons if none is left."""
         if num_tokens in self.plans:
             return self.plans[num_tokens]
         batch = self._batch(num_tokens, dtype)

@@ -33,7 +33,10 @@ MANY = 48.0
 
 class CuteMoE(LaunchableKernel, BuildableKernel):
     """fp8 (e4m3 W8A8, [128, 128] weight scales) and bf16 weights without biases, activation swiglu, on Hopper. Takes
-    bf16 hidden states. Compiled ahead of time: `ramp-moe kernels build --kernel cute`."""
+    bf16 hidden states. Compiled ahead of time: `ramp-moe kernels build --kernel cute`.
+
+    In fp8 the intermediate is quantised from float32, which vLLM's and SGLang's own paths round to bf16 first.
+    """
 
     name = "cute"
 
