@@ -256,6 +256,7 @@ def test_reads(case: Case) -> None:
         True,
     )
     assert p.stride() == plain.stride()
+    assert (p.is_meta, p.is_cpu, p.nbytes, p.element_size()) == (False, True, plain.nbytes, 2)
     for read in (
         lambda t: t.float(), lambda t: t @ t.transpose(1, 2), lambda t: t[3], lambda t: t[1:4, 2], lambda t: t.sum(0),
         lambda t: t.clone(), lambda t: torch.stack([t, t]), lambda t: t.to(torch.float16), lambda t: t[SOME],

@@ -15,7 +15,7 @@ from ramp_moe.device.layer import MoELayer
 from ramp_moe.device.placeholder import Placeholder
 from torch import Tensor, nn
 from torch.nn.utils import parametrize, prune
-from wrap_cases import CASES, IDS, SCORES, TENSORS, Bank, Case, X, register_kernel
+from wrap_cases import CASES, IDS, SCORES, TENSORS, Bank, Case, Turned, X, register_kernel
 
 IN_PLACE = Case(False, ("gate-first",))
 ALL = {"in place": IN_PLACE, **CASES}
@@ -277,6 +277,28 @@ def test_a_parameter_that_others_have_too_is_theirs_still(monkeypatch: pytest.Mo
     with torch.no_grad():
         model[1][0].zero_()
     assert not ran(model[0]).any()
+
+
+class Careless(Turned):
+    """An adapter that says how weights are taken, but not how they are put back."""
+
+    given, own = Experts.given, Experts.own
+
+    def weights(self, module: nn.Module) -> Any:
+        return Turned.weights(Turned(Bank, "w13", "w2", 2), module)
+
+
+class HalfCareless(Turned):
+    own = Experts.own
+
+
+@pytest.mark.parametrize("kind", [Careless, HalfCareless])
+def test_an_adapter_that_does_not_know_its_own_order(kind: type[Turned], monkeypatch: pytest.MonkeyPatch) -> None:
+    register_kernel(monkeypatch, "gate-first")
+    model = nn.Sequential(Bank(0, turned=True))
+    with pytest.raises(KernelError, match=rf"0: {kind.__name__}.given and .own do not tell how w13 becomes gate_up"):
+        ramp_moe.wrap(model, kind(Bank, "w13", "w2", 2), device="h200")
+    assert type(model[0].w13) is nn.Parameter
 
 
 def test_weights_that_something_refers_to(monkeypatch: pytest.MonkeyPatch) -> None:

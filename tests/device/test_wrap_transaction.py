@@ -23,7 +23,7 @@ from wrap_cases import IDS, SCORES, Bank, InPlace, K, Turned, X, register_kernel
 
 ADAPTER = Turned(Bank, "w13", "w2", K, gate_up_bias="b13", down_bias="b2")
 STEPS: list[tuple[Any, str]] = [
-    (Turned, "weights"), (Turned, "names"), (Turned, "order"), (Turned, "given"), (Turned, "install"),
+    (Turned, "weights"), (Turned, "names"), (Turned, "order"), (Turned, "given"), (Turned, "own"), (Turned, "install"),
     (Turned, "top_k_of"), (building.Builder, "layer"), (building.Builder, "_plan"), (building.Builder, "_settled"),
     (InPlace, "prepare"), (InPlace, "unsupported"), (MoELayer, "_hold"), (layers, "relayout"), (refusals, "check"),
     (RoutedExperts, "__init__"), (RoutedExperts, "take"), (RoutedExperts, "install"), (placeholder, "become"),

@@ -75,6 +75,16 @@ class Source:
             given = self.adapter.given(self.order, self.field, values).to(held.dtype)
             put(self.layer, self.field, given, self.layout, experts)
 
+    def check(self, tensor: Tensor) -> None:
+        """Raises KernelError if the first expert of the module's tensor is not what would be read of it, or written."""
+        first = tensor.detach()[:1].contiguous()
+        written = self.adapter.own(self.order, self.field, self.adapter.given(self.order, self.field, first))
+        for found in (self.read(slice(0, 1)), written.to(self.dtype).contiguous()):
+            if found.shape != first.shape or not torch.equal(found.view(torch.uint8), first.view(torch.uint8)):
+                raise KernelError(
+                    f"{type(self.adapter).__name__}.given and .own do not tell how {self.name} becomes {self.field}"
+                )
+
     def __deepcopy__(self, memo: dict[int, Any]) -> Source:
         import copy
 

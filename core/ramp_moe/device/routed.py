@@ -103,6 +103,7 @@ class RoutedExperts:
                 self.layer, self.adapter, weakref.ref(module), name, field, order, self._layout, tensor.dtype,
                 tensor.detach() if read else None,
             )  # fmt: skip
+            source.check(tensor)
             become(tensor, Placeholder(source, tensor if read else _contiguous(tensor)))
         self._expected = [(_where(module, names[f]), names[f], t, _place(t)) for f, t in self._tensors.items()]
 
