@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from ramp_moe import KernelError
 from ramp_moe.device import MoELayer, MoEWeights
-from vllm.logger import init_logger
+from vllm.logger import initlogger
 from vllm.model_executor.layers.fused_moe.activation import MoEActivation
 from vllm.model_executor.layers.fused_moe.modular_kernel import FusedMoEActivationFormat, FusedMoEExpertsModular
 from vllm.model_executor.layers.fused_moe.topk_weight_and_reduce import TopKWeightAndReduceNoOP
@@ -41,12 +41,12 @@ PARAMETERS = {
     "w2_bias": "down_bias",
 }
 """vLLM's parameters, and the fields of MoEWeights that they are."""
-_logger = init_logger("vllm.ramp_moe")
+logger = initlogger("vllm.ramp_moe")
 
 
 def say(message: str, reason: str) -> None:
     """Log a warning, once in a process for each reason."""
-    _logger.warning_once(f"ramp_moe {message}: %s", reason)
+    logger.warning_once(f"ramp_moe {message}: %s", reason)
 
 
 class RampExperts(FusedMoEExpertsModular):  # type: ignore[misc]

@@ -19,7 +19,7 @@ from vllm.model_executor.layers.quantization.fp8 import Fp8MoEMethod
 from .engine_errors import why
 from .engine_weights import Parameters
 from .known_fields import misfit
-from .vllm_experts import ACTIVATIONS, RampExperts, _logger, parameters_of, say
+from .vllm_experts import ACTIVATIONS, RampExperts, logger, parameters_of, say
 from .vllm_fields import LAYER, PARALLEL, QUANTISATION, TENSORS
 
 _builder = Builder()
@@ -70,9 +70,9 @@ class _Dispatched:
             leave(why(e))
             return None
         for note in _builder.notes[said:]:
-            _logger.warning("ramp_moe: %s", note)
+            logger.warning("ramp_moe: %s", note)
         kernels, layouts = ", ".join(made.configs()), " and ".join(made.layouts)
-        _logger.info_once("ramp_moe: %s by %s; weights in %s", made.shape.slug, kernels, layouts)
+        logger.info_once("ramp_moe: %s by %s; weights in %s", made.shape.slug, kernels, layouts)
         return found
 
     def _misfit(self, layer: Any) -> str | None:

@@ -219,12 +219,6 @@ def experts_of(module: Module) -> RoutedExperts | None:
     return found if isinstance(found, RoutedExperts) else None
 
 
-def is_held(parameter: Tensor, layer: MoELayer) -> bool:
-    """Whether the layer reads this memory."""
-    place = parameter.untyped_storage().data_ptr()
-    return any(place == t.untyped_storage().data_ptr() for held in layer.held for t in (held.gate_up, held.down))
-
-
 def _where(module: Module, name: str) -> str | None:
     """Which of the module's dictionaries has a tensor; None if it is a plain attribute."""
     return next((where for where in ("_parameters", "_buffers") if name in getattr(module, where)), None)
