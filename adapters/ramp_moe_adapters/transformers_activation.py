@@ -33,9 +33,10 @@ def activation_of(module: Any, rows: int, device: Any) -> Activation:
     ACTIVATIONS."""
     import torch
 
-    generator = torch.Generator().manual_seed(0)
-    spread = torch.logspace(-4, 0, PROBE_ROWS)[:, None] * PROBE_SCALE
-    probe = (torch.randn(PROBE_ROWS, rows, generator=generator) * spread).to(device)
+    generator = torch.Generator("cpu").manual_seed(0)
+    spread = torch.logspace(-4, 0, PROBE_ROWS, dtype=torch.float32, device="cpu")[:, None] * PROBE_SCALE
+    drawn = torch.randn(PROBE_ROWS, rows, dtype=torch.float32, device="cpu", generator=generator)
+    probe = (drawn * spread).to(device)
     with torch.no_grad():
         found = module._apply_gate(probe)
     for alternating in (False, True):
@@ -53,7 +54,7 @@ def _limit(module: Any, rows: int, alternating: bool, device: Any) -> float | No
     does not."""
     import torch
 
-    ups = torch.full((2, rows // 2), TINY, device=device)
+    ups = torch.full((2, rows // 2), TINY, dtype=torch.float32, device=device)
     ups[1] = HUGE
     gate = torch.ones_like(ups)
     probe = torch.stack((gate, ups), -1).flatten(1) if alternating else torch.cat((gate, ups), 1)

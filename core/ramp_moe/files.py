@@ -83,7 +83,7 @@ def read_json(
     try:
         raw = msgspec.json.decode(data)
     except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as e:
-        raise ProfileError(f"{path} is corrupt or truncated ({e}); restore it or measure again") from None
+        raise ProfileError(f"{path} is corrupt or truncated ({e}); restore it, or delete it to measure again") from None
     if not isinstance(raw, dict):
         raise ProfileError(f"{path} is not a {file_format} file")
     found = raw.get("version") if raw.get("format") == file_format else version_of(raw)

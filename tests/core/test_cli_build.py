@@ -69,6 +69,8 @@ def test_json(kernel: Buildable) -> None:
     result = run("--json", "--prune")
     assert json.loads(result.stdout) == [
         {
+            "model": "olmoe-1b-7b",
+            "dtype": "fp8",
             "kernel": "buildable",
             "folder": "/cache/x",
             "compiled": ["a", "b"],

@@ -58,6 +58,7 @@ def test_a_crash_is_a_failure(plain: Registry, monkeypatch: pytest.MonkeyPatch) 
     result = run("plain", "--json")
     assert result.exit_code == 1
     assert outcomes_of(result) == {"reasons": "passed", "steps": "failed", "layout": "passed"}
+    assert json.loads(result.stdout)["dtype"] == "bf16"
 
 
 def test_the_table(plain: Registry, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -69,13 +70,13 @@ def test_the_table(plain: Registry, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(check, "run_apart", lambda make, timeout: iter(found))
     result = run("plain", "--dtype", "fp16")
     assert result.exit_code == 0, result.output
-    assert "plain: olmoe-1b-7b fp16 on h200" in result.stdout
+    assert "plain: olmoe-1b-7b (fp16) on h200" in result.stdout
     for text in (CHECKS["name"], "14 launches", "CUDA graphs need a GPU", "2 passed, 0 failed, 1 skipped"):
         assert text in result.stdout
     found.append(Outcome("bounds", "failed", "configuration [bm16] writes beyond its output"))
     result = run("plain")
     assert result.exit_code == 1
-    assert "plain: olmoe-1b-7b bf16 on h200" in result.stdout
+    assert "plain: olmoe-1b-7b (bf16) on h200" in result.stdout
     assert "configuration [bm16] writes beyond" in result.stdout
 
 

@@ -64,6 +64,7 @@ def checked(machine: Machine, *args: object, code: int = 0) -> dict[str, Any]:
     result = machine.run("check", "--json", *args)
     assert result.exit_code == code, result.output
     found: dict[str, Any] = json.loads(result.stdout)
+    assert found["dtype"] == "bf16"
     return found
 
 

@@ -84,6 +84,7 @@ def test_json_html_and_trace(machine: Machine, tmp_path: Path) -> None:
     assert result.exit_code == 0, result.output
     found = json.loads(result.stdout)
     assert (found["mode"], found["kernels"], found["stages"]) == ("live", ["sim"], ["path"])
+    assert found["dtype"] == "bf16"
     of_trace = {(b["routing"], b["tokens"]) for b in found["batches"]} - {(b.routing, b.num_tokens) for b in HELD_OUT}
     assert of_trace == {*(("trace decode", n) for n in (1, 4, 16, 64)), ("trace prefill", 64)}
     assert all(b["best"] is not None and b["regret"] is not None for b in found["batches"])

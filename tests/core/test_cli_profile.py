@@ -65,6 +65,7 @@ def test_json(machine: Machine, tmp_path: Path) -> None:
     assert found.pop("seconds") > 0
     assert found == {
         "model": "tiny",
+        "dtype": "bf16",
         "device": "h200",
         "gpu": "GPU-01234567",
         "batches": 8,

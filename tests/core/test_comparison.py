@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from conftest import RECORDED, exhaustive
-from ramp_moe import Hardware, MoEShape, ProfileError, ProfileStore, Registry, RoutingError, load_trace
+from ramp_moe import Hardware, MoEShape, ProfileError, ProfileStore, Registry, RoutingError, load_sweep, load_trace
 from ramp_moe.comparison import compare_recorded, compare_trace
 from ramp_moe.evaluation import (
     DEALS,
@@ -24,7 +24,7 @@ from ramp_moe.evaluation import (
     table_choice,
     table_choices,
 )
-from ramp_moe.replay import Replay, load_model, load_replay
+from ramp_moe.replay import Replay, fitted_on, load_model, load_replay
 from ramp_moe.store import relative_path, user_data_dir
 from ramp_moe.sweep import FORMAT, VERSION, Column, Row, Run, ShapeRecord, SweepRecord, make_sweep, path_key
 from simulated_bench import HARDWARE, SHAPE, Simulated
@@ -384,3 +384,28 @@ def test_choices_that_were_never_timed_are_told(
     (note,) = (n for n in compare_recorded(bounded).notes if "never timed" in n)
     assert "1 of static" in note
     assert not any("never timed" in n for n in compare_recorded(replay).notes)
+
+
+def test_a_long_trace_is_judged_on_batches_spread_over_it(
+    replay: Replay, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("ramp_moe.comparison.STEPS", 4)
+    header, batch = {"top_k": 8, "num_experts": 64}, {"tokens": 8, "histogram": [1] * 64}
+    (tmp_path / "t.jsonl").write_text("\n".join(map(json.dumps, [header, *[batch] * 10])))
+    found = compare_trace(replay, load_trace(tmp_path / "t.jsonl"))
+    assert [b.steps for b in found.batches] == [4]
+    assert "of each kind 4 batches at most are judged, evenly spread over the trace: 6 are not" in found.notes
+
+
+def test_batches_of_which_no_path_was_timed_are_not_fitted_to(sweep_file: Path) -> None:
+    """And those that were are the sweep's own batches to fit on, not others that stand in their places."""
+    raw = json.loads(sweep_file.read_text())
+    path = {"stage": "path", "key": "path/alpha_moe/x", "params": {}}
+    raw["columns"] = [*raw["columns"][:1], path]
+    for i, row in enumerate(raw["rows"]):
+        row["split"] = "test" if i % 2 else "tune"
+        row["runs_us"] = [[times[0], None if i < 10 else times[1]] for times in row["runs_us"]]
+    sweep_file.write_text(json.dumps(raw))
+    seen = fitted_on(load_sweep(sweep_file))
+    assert {row.split for row in seen.record.rows} == {"tune"}
+    assert [row.histogram for row in seen.record.rows] == [row["histogram"] for row in raw["rows"][10::2]]

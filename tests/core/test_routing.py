@@ -118,3 +118,10 @@ def test_bad_sizes() -> None:
         generate("uniform", -1, 8, 2)
     with pytest.raises(RoutingError, match=r"top_k must lie in \[1, 8\], not 9"):
         generate("uniform", 1, 8, 9)
+
+
+@pytest.mark.parametrize("kind", ["uniform", "zipf1.2", "dirichlet0.3", "distinct0.5", "active0.3"])
+def test_ids_drawn_in_parts_are_the_same(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    whole = generate(kind, 100, 16, 4, seed=3)
+    monkeypatch.setattr("ramp_moe.routing.DRAWN_AT_ONCE", 16 * 7)
+    assert generate(kind, 100, 16, 4, seed=3).tolist() == whole.tolist()

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+import tracemalloc
 from pathlib import Path
 
 import pytest
@@ -140,3 +141,55 @@ def test_recorded_batches(tmp_path: Path) -> None:
 def test_bad_recorded_batches(tmp_path: Path, lines: list[object], message: str) -> None:
     with pytest.raises(RoutingError, match=message):
         load_trace(write(tmp_path / "t.jsonl", "\n".join(map(json.dumps, lines))))
+
+
+def peak(path: Path) -> int:
+    """Bytes that reading a trace needs at most."""
+    tracemalloc.start()
+    try:
+        load_trace(path)
+        return tracemalloc.get_traced_memory()[1]
+    finally:
+        tracemalloc.stop()
+
+
+@pytest.mark.parametrize(
+    ("header", "line"),
+    [
+        ({"top_k": 8}, {"tokens": 2**22, "histogram": [2**18] * 64}),
+        ({"top_k": 1}, {"tokens": 2**25, "histogram": [0]}),
+        ({"num_experts": 64}, [*range(8)]),
+        ({"num_experts": 64}, {"topk_ids": [*range(8)], "request": "a"}),
+        ({"num_experts": 64}, [0]),
+    ],
+)
+def test_memory_is_that_of_the_file_not_of_its_numbers(header: dict[str, int], line: object, tmp_path: Path) -> None:
+    text = json.dumps(line)
+    path = write(tmp_path / "t.jsonl", "\n".join([json.dumps(header), *[text] * (200_000 // len(text))]))
+    assert peak(path) < 16 * path.stat().st_size
+
+
+def test_requests_of_a_token_each(tmp_path: Path) -> None:
+    """Finding them takes no time that grows with their square."""
+    lines = [json.dumps({"topk_ids": [i % 4], "request": 100_000 - i}) for i in range(100_000)]
+    trace = load_trace(write(tmp_path / "t.jsonl", "\n".join(lines)))
+    assert sum(1 for _ in trace.decode(64)) == 100_000 // 64
+    assert next(iter(trace.decode(3))).tolist() == [[0], [1], [2]]
+
+
+@pytest.mark.parametrize("text", ["[[0, 1]]\n[0, 1]", '{"topk_ids": [[0]]}\n{"topk_ids": [0]}'])
+def test_lines_behind_a_whole_value(tmp_path: Path, text: str) -> None:
+    with pytest.raises(RoutingError, match="follows it"):
+        load_trace(write(tmp_path / "t.json", text))
+
+
+def test_a_value_over_several_lines(tmp_path: Path) -> None:
+    assert load_trace(write(tmp_path / "t.json", json.dumps({"topk_ids": IDS}, indent=1))).topk_ids.tolist() == IDS
+    assert load_trace(write(tmp_path / "t.json", f"\n\n{IDS[3]}\n\n")).topk_ids.tolist() == [IDS[3]]
+
+
+def test_too_long_lines(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("ramp_moe.trace.MAX_LINE", 2**20)
+    for text in ("[" + "0, " * 2**19 + "0]", '{"topk_ids": [\n' + "[0, 1],\n" * 2**18 + "[0, 1]]}"):
+        with pytest.raises(RoutingError, match="over 1 MiB; write JSON lines"):
+            load_trace(write(tmp_path / "t.json", text))
