@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from ramp_moe import KernelError
 from ramp_moe.device import MoELayer, MoEWeights
-from vllm.logger import initlogger
+from vllm.logger import init_logger
 from vllm.model_executor.layers.fused_moe.activation import MoEActivation
 from vllm.model_executor.layers.fused_moe.modular_kernel import FusedMoEActivationFormat, FusedMoEExpertsModular
 from vllm.model_executor.layers.fused_moe.topk_weight_and_reduce import TopKWeightAndReduceNoOP
@@ -41,7 +41,7 @@ PARAMETERS = {
     "w2_bias": "down_bias",
 }
 """vLLM's parameters, and the fields of MoEWeights that they are."""
-logger = initlogger("vllm.ramp_moe")
+logger = init_logger("vllm.ramp_moe")
 
 
 def say(message: str, reason: str) -> None:
