@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 from click.testing import CliRunner, Result
-from ramp_moe import Hardware, MoEShape, ProfileError, ProfileStore, Registry
+from ramp_moe import Hardware, MoEShape, ProfileError, ProfileStore, Registry, get_registry
 from ramp_moe.cli import main
 from ramp_moe.fit_file import make_record, save_fit
 from ramp_moe.replay import load_model, load_replay
@@ -79,12 +79,29 @@ def damage(request: pytest.FixtureRequest) -> tuple[Callable[[Path], object], st
     return DAMAGE[request.param]
 
 
+@pytest.fixture(scope="module")
+def small(registry: Registry, h200: Hardware, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder of two shipped sweeps, of which a part of the columns and rows is enough here."""
+    folder, store = tmp_path_factory.mktemp("small"), ProfileStore(shipped=registry.profile_dirs)
+    for model in ("olmoe-1b-7b", "qwen3-30b-a3b"):
+        path, sweep = store.require(KERNEL, registry.shape(model, "fp8"), h200)
+        rows = [i for i, (_, routing) in enumerate(sweep.labels) if routing == "uniform" or i % 3 == 0]
+        keys = [c.key for i, c in enumerate(sweep.record.columns) if c.stage != "path" or i % 8]
+        sweep.select(rows).without(keys).save(folder / path.relative_to(path.parents[2]))
+    return folder
+
+
+@pytest.fixture(autouse=True)
+def ships_little(small: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(get_registry(), "profile_dirs", [small])
+
+
 @pytest.fixture
-def stored(shipped: ProfileStore, olmoe: MoEShape, h200: Hardware) -> Path:
+def stored(small: Path, olmoe: MoEShape, h200: Hardware) -> Path:
     """A good copy of a shipped sweep in the user's data folder."""
     path = user_data_dir() / relative_path(KERNEL, olmoe, h200)
     path.parent.mkdir(parents=True)
-    shutil.copy(shipped.require(KERNEL, olmoe, h200)[0], path)
+    shutil.copy(small / relative_path(KERNEL, olmoe, h200), path)
     return path
 
 
@@ -145,27 +162,28 @@ def test_other_models_do_not_mind(stored: Path, damage: tuple[Callable[[Path], o
 )
 def test_a_fit_that_cannot_be_used(
     registry: Registry,
+    small: Path,
     olmoe: MoEShape,
     h200: Hardware,
     harm: Callable[[Path], object],
     caplog: pytest.LogCaptureFixture,
 ) -> None:
-    store = ProfileStore(shipped=registry.profile_dirs)
+    store = ProfileStore(shipped=[small])
     wanted = load_model(registry, store, olmoe, h200, [KERNEL])[0]
     path = user_data_dir() / relative_path(KERNEL, olmoe, h200, FIT_SUFFIX)
     replay = load_replay(registry, store, olmoe, h200, [KERNEL])
     save_fit(path, make_record(replay.fit(), replay.recordings[0].sweep, {"mean": 0.1}))
     harm(path)
-    found = load_model(registry, ProfileStore(shipped=registry.profile_dirs), olmoe, h200, [KERNEL])[0]
+    found = load_model(registry, ProfileStore(shipped=[small]), olmoe, h200, [KERNEL])[0]
     assert found.candidates == wanted.candidates
     assert found.cost(replay.histograms).tolist() == wanted.cost(replay.histograms).tolist()
     assert len(caplog.messages) == 1
 
 
 def test_a_fit_of_configurations_that_are_gone(
-    registry: Registry, olmoe: MoEShape, h200: Hardware, tmp_path: Path
+    registry: Registry, small: Path, olmoe: MoEShape, h200: Hardware
 ) -> None:
-    store = ProfileStore(shipped=registry.profile_dirs)
+    store = ProfileStore(shipped=[small])
     path = user_data_dir() / relative_path(KERNEL, olmoe, h200, FIT_SUFFIX)
     assert run("fit", "--model", "olmoe-1b-7b", "--kernel", KERNEL).exit_code == 0
     raw = json.loads(path.read_text())
@@ -174,7 +192,7 @@ def test_a_fit_of_configurations_that_are_gone(
     path.write_text(json.dumps(raw))
     model, notes = load_model(registry, store, olmoe, h200, [KERNEL])
     assert model.candidates
-    (note,) = notes
+    note, *_ = notes
     assert (
         "covers no configuration of the kernel registered under that name; fit again; its sweep is fitted anew" in note
     )

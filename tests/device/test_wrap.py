@@ -269,12 +269,9 @@ def test_a_trace_of_what_was_routed(tmp_path: Path) -> None:
     trace = load_trace(tmp_path / "trace.jsonl")
     assert (trace.num_experts, trace.top_k, trace.source) == (E, K, "a test")
     batches = [batch for group in trace.recorded() for batch in group]
-    assert [len(b) for b in batches] == [6] * 4
+    assert [b.tokens for b in batches] == [6] * 4
     ids, _ = model.blocks[0].route(X.view(-1, H))
-    assert (
-        torch.bincount(ids.flatten().cpu(), minlength=E).tolist()
-        == torch.bincount(torch.from_numpy(batches[0]).flatten(), minlength=E).tolist()
-    )
+    assert torch.bincount(ids.flatten().cpu(), minlength=E).tolist() == batches[0].histogram.tolist()
 
 
 def test_traces_that_cannot_be(tmp_path: Path) -> None:
@@ -291,3 +288,15 @@ def test_traces_that_cannot_be(tmp_path: Path) -> None:
     with pytest.raises(RoutingError, match="a trace is of layers that are alike"):
         recording.write(tmp_path / "trace.jsonl")
     assert not (tmp_path / "trace.jsonl").exists()
+
+
+@pytest.mark.parametrize("model", ["allenai/OLMoE-1B-7B-0924", None, nn.Linear, torch.zeros(1)], ids=str)
+def test_what_is_no_model(model: Any) -> None:
+    for change in (ramp_moe.wrap, ramp_moe.unwrap):
+        with pytest.raises(KernelError, match=r"a model is a torch.nn.Module, not .*; load it first"):
+            change(model)
+
+
+def test_what_is_no_adapter() -> None:
+    with pytest.raises(KernelError, match=r"an adapter is a ramp_moe.Experts, or another ExpertsAdapter, not 'h200'"):
+        ramp_moe.wrap(nn.Linear(1, 1), "h200")  # type: ignore[arg-type]
