@@ -52,7 +52,7 @@ SMALL_LOAD = 64.0
 @functools.cache
 def most_tokens(block: int, shape: MoEShape) -> int:
     """The most tokens of one launch: the schedule's ids, and matrices of padded rows with offsets of 32 bits."""
-    rows = MAX_ELEMENTS // max(shape.hidden_size, shape.gate_up_rows)
+    rows = MAX_ELEMENTS // max(shape.hidden_size, 2 * shape.intermediate_size)
     return max_tokens(shape, max_ids(rows // block, shape.num_experts, block))
 
 
