@@ -128,5 +128,10 @@ def fp8_experts(experts: int = 4, top_k: int = K, hidden: int = 256, inter: int 
 def computed(weights: MoEWeights, x: torch.Tensor, ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
     """By the reference, float32."""
     scales = {"gate_up_scale": weights.gate_up_scale, "down_scale": weights.down_scale}
-    how = {"quantise": weights.gate_up_scale is not None, "activation": weights.activation, "limit": weights.limit}
+    how = {
+        "quantise": weights.gate_up_scale is not None,
+        "activation": weights.activation,
+        "limit": weights.limit,
+        "layout": weights.layout,
+    }
     return reference.experts(x, weights.gate_up, weights.down, ids, scores, **how, **scales)
