@@ -77,7 +77,9 @@ def test_vllm_configurations_fit_into_shared_memory(registry: Registry) -> None:
 def test_reasons(registry: Registry, name: str, model: str, dtype: str, device: str, reason: str) -> None:
     kernel, shape, hardware = registry.kernel(name), registry.shape(model, dtype), registry.device(device)
     assert reason in (kernel.unsupported(shape, hardware) or "")
-    with pytest.raises(KernelError, match=f"kernel {name} does not support {model} on {device}: .*{reason}"):
+    with pytest.raises(
+        KernelError, match=rf"kernel {name} does not support {model} \({dtype}\) on {device}: .*{reason}"
+    ):
         usable_configs(kernel, shape, hardware)
 
 

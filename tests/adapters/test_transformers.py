@@ -349,7 +349,7 @@ def test_the_model_is_left_as_it_was_where_one_layer_cannot_be_had() -> None:
     [
         ("olmoe", {"hidden_act": "relu"}, r"model\.layers\.0\.mlp\.experts: its activation is none of swiglu"),
         ("olmoe", {"hidden_act": "gelu"}, "its activation is none of swiglu"),
-        ("olmoe", {"intermediate_size": 24}, "must be multiples of 16"),
+        ("olmoe", {"intermediate_size": 24}, "intermediate_size 24 is not a multiple of 16"),
         (
             "nemotron_h",
             {

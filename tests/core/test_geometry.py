@@ -158,7 +158,7 @@ WRONG: list[Any] = [1.5, 2.0, True, "1", float("nan")]
         ),
         *(({field: value}, f"{field} must be an integer, not {value!r}") for field in MAX_FIELDS for value in WRONG),
         ({"block_weights": 10**30}, "block_weights must lie between 1 and 1048576"),
-        ({"block_tokens": 2**11, "block_weights": 2**10}, "a tile of 2048 tokens by 1024 weight rows is of more than"),
+        ({"block_tokens": 2**11, "block_weights": 2**10}, "a tile of 2048 tokens by 1024 weight rows has more than"),
         ({"split_k": 5}, "split_k 5 exceeds the 4 steps"),
         ({"cluster_m": 3}, "cluster_m must be 1, 2, 4, 8 or 16, not 3"),
     ],

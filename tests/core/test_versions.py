@@ -29,11 +29,14 @@ ROOTS = {
     "flashinfer_cutlass": (flashinfer_cutlass.RUNS, (Path(flashinfer_cutlass.build.__file__),)),
 }
 OUTDATED = {
-    ("triton", "fp8"): "measured before launches could be any of several configurations",
-    ("triton", "bf16"): "measured before launches could be any of several configurations",
-    ("deep_gemm", "bf16"): "measured before the schedule could be for any of several token blocks",
+    ("triton", "E128-k8-h2048-i768-bf16"): "its cells are 1.8% off in the median, beyond what runs repeat to",
+    ("triton", "E128-k8-h2048-i768-fp8"): "its cells are 1.6% off in the median, beyond what runs repeat to",
+    ("triton", "E64-k8-h2048-i1024-fp8"): "its cells are 1.6% off in the median, beyond what runs repeat to",
+    ("deep_gemm", "E64-k8-h2048-i1024-bf16"): "measured before the schedule could be for any of several token blocks",
+    ("deep_gemm", "E8-k2-h4096-i3584-bf16"): "measured before the schedule could be for any of several token blocks",
 }
-"""Shipped profiles that are of other code than today's, and how. They hold until `ramp-moe check` says otherwise."""
+"""Shipped profiles that are of other code than today's, and how. `ramp-moe check` found on an H200 that the Triton ones
+do not hold, though dispatch's choices by them lose 0.2% at most; nobody has checked DeepGEMM's."""
 MOST = 25
 """Changes to try in one definition."""
 
@@ -331,7 +334,7 @@ def test_shipped_profiles_are_of_todays_code() -> None:
     for path in sorted((Path(ramp_moe_profiles.__file__).parent / "h200").glob("*/*.json")):
         kernel, record = path.parent.name, load_sweep(path).record
         today, recorded = (v.partition("+")[2] for v in (registry.kernel(kernel).version(), record.kernel_version))
-        if (kernel, record.shape.dtype) in OUTDATED:
+        if (kernel, path.stem) in OUTDATED:
             assert recorded != today, f"{path} is up to date: take it from the list"
         else:
             assert recorded == today, f"measure {path} again, or restamp it where `ramp-moe check` says that it holds"

@@ -116,21 +116,14 @@ def test_a_graph_of_a_wrapped_module_computes_with_loaded_weights(gpt_oss: Any) 
 
 
 @torch.no_grad()
-def test_a_copy_of_a_wrapped_model_is_one_or_refused(gpt_oss: Any) -> None:
+def test_a_copy_of_a_wrapped_model_is_refused(gpt_oss: Any) -> None:
     import ramp_moe
-    from transformers_cases import logits
 
-    wrapped = ramp_moe.wrap(gpt_oss)
-    wrapped.warm_up(5, torch.bfloat16)
-    expected = logits(gpt_oss)
-    try:
-        other = copy.deepcopy(gpt_oss)
-    except ramp_moe.KernelError as e:
-        assert "a wrapped model cannot be copied here" in str(e)  # noqa: PT017
-        return
-    other.model.layers[0].mlp.experts.down_proj.zero_()
-    assert torch.equal(logits(gpt_oss), expected)
-    assert not torch.equal(logits(other), expected)
+    ramp_moe.wrap(gpt_oss)
+    with pytest.raises(ramp_moe.KernelError, match="a wrapped model cannot be copied here"):
+        copy.deepcopy(gpt_oss)
+    ramp_moe.unwrap(gpt_oss)
+    copy.deepcopy(gpt_oss)
 
 
 @torch.no_grad()

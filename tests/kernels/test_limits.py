@@ -58,7 +58,8 @@ def prepared(kernel: Kernel, shape: MoEShape) -> Any:
         return torch.empty(*sizes, dtype=dtype, device=META)
 
     e, h, i = shape.num_experts, shape.hidden_size, shape.intermediate_size
-    scales = (of(e, 2 * i // 128, h // 128), of(e, h // 128, i // 128)) if shape.dtype == "fp8" else (None, None)
+    deep = -(-i // 128)
+    scales = (of(e, 2 * deep, h // 128), of(e, h // 128, deep)) if shape.dtype == "fp8" else (None, None)
     weights = MoEWeights(of(e, 2 * i, h, dtype=dtype), of(e, h, i, dtype=dtype), *scales)
     if kernel.name == "alpha_moe":
         return alpha_moe_launch.Prepared(weights.gate_up, scales[0], weights.down, scales[1], lambda *of: None)

@@ -11,7 +11,6 @@ expert histogram chooses one on the device at every replay.
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Callable, Collection, Hashable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cache, partial
@@ -114,6 +113,7 @@ class GraphDispatch:
         fixed: Collection[str] = (),
         ranks: int = 1,
     ) -> None:
+        import torch
 
         if mode is not None and mode not in MODES:
             raise KernelError(f"there is no mode {mode!r} of dispatch in graphs; take one of {', '.join(MODES)}")
@@ -131,18 +131,10 @@ class GraphDispatch:
         self._launches, self._weights, self._model, self._top_k = launches, weights, model, top_k
         self._device = weights.gate_up.device
         self._side = _side_stream(self._device)
-        self._states = _new_states(self._device)
+        # Engines empty the pool that weights are loaded into while they sleep: this must not be there.
+        self._states = allocate(4 * STATES, self._device).view(torch.int32).view(STATES, 1).fill_(-1)
         self._captures = 0
         self._ready: set[tuple[int, int]] = set()
-
-    def __deepcopy__(self, memo: dict[int, Any]) -> GraphDispatch:
-        """Of a copy of the layer, which plans graphs of its own: those that were captured are the first layer's."""
-        found = memo[id(self)] = copy.copy(self)
-        found._launches, found._weights = copy.deepcopy((self._launches, self._weights), memo)
-        found.dropped, found.plans, found._recorders, found._ready = dict(self.dropped), {}, [], set()
-        found.recorder, found._captures = None, 0
-        found._states = _new_states(self._device)
-        return found
 
     def drop(self, name: str, reason: str) -> None:
         """Plan no graph with the candidate of this name, or with those of the kernel, from now on."""
@@ -405,14 +397,6 @@ class GraphDispatch:
         ids = scores.topk(self._top_k, -1).indices.int()
         weights = torch.rand(num_tokens, self._top_k, dtype=torch.float32, device=self._device, generator=generator)
         return Batch(x, ids, weights / weights.sum(-1, keepdim=True))
-
-
-def _new_states(device: torch.device) -> Tensor:
-    """int32 `[STATES, 1]`: the choice of each capture. Engines empty the pool that weights are loaded into while they
-    sleep, and this is not in it."""
-    import torch
-
-    return allocate(4 * STATES, device).view(torch.int32).view(STATES, 1).fill_(-1)
 
 
 @cache

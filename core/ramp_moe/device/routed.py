@@ -189,6 +189,11 @@ class RoutedExperts:
         module = memo.get(id(self._module()))
         if module is None:
             raise KernelError("a wrapped module's experts cannot be copied without the module")
+        if self.layer.held[0].gate_up.is_cuda:
+            raise KernelError(
+                "a wrapped model cannot be copied here (on a GPU kernels and graphs hold addresses of its weights); "
+                "ramp_moe.unwrap(model) first"
+            )
         found = memo[id(self)] = object.__new__(type(self))
         found.__dict__.update(self.__dict__)
         try:
