@@ -12,8 +12,8 @@ from typing import TYPE_CHECKING
 import hypothesis
 import pytest
 from ramp_moe import Hardware, MoEShape, ProfileStore, Registry
+from ramp_moe.evaluation.replay import Replay, load_replay
 from ramp_moe.profiler import pool, worker
-from ramp_moe.replay import Replay, load_replay
 
 if TYPE_CHECKING:
     from simulated_bench import Call
@@ -44,7 +44,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 # Helpers that tests in several folders share; and, without a GPU, Triton's kernels run in its interpreter, which must
 # be said before Triton is imported.
-sys.path.insert(0, str(Path(__file__).parent))
+sys.path[:0] = [str(Path(__file__).parent), str(Path(__file__).parent / "support")]
 if not _has_gpu():
     os.environ["TRITON_INTERPRET"] = "1"
 

@@ -12,8 +12,8 @@ from conftest import RECORDED
 from pages import assert_says
 from ramp_moe import Hardware, ProfileStore, Registry
 from ramp_moe.cli.listing import describe_kernel
-from ramp_moe.comparison import Comparison, compare_recorded
-from ramp_moe.replay import load_replay
+from ramp_moe.evaluation.comparison import Comparison, compare_recorded
+from ramp_moe.evaluation.replay import load_replay
 
 README = (Path(__file__).parents[1] / "README.md").read_text()
 

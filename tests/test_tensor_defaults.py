@@ -14,10 +14,12 @@ import fake_vllm
 import pytest
 import torch
 from moe_cases import H200, batch, error, expected, weights
-from ramp_moe.device import MoELayer, MoEWeights, relayout
-from ramp_moe_adapters import flashinfer_cutlass_launch
-from ramp_moe_adapters.flashinfer_cutlass import FlashInferCutlass
-from ramp_moe_adapters.vllm_triton import VllmTriton
+from ramp_moe.runtime.layer import MoELayer
+from ramp_moe.runtime.relayout import relayout
+from ramp_moe.spec.launchable import MoEWeights
+from ramp_moe_adapters.kernels.flashinfer_cutlass import launch as flashinfer_cutlass_launch
+from ramp_moe_adapters.kernels.flashinfer_cutlass.kernel import FlashInferCutlass
+from ramp_moe_adapters.kernels.vllm_triton.kernel import VllmTriton
 from ramp_moe_kernels.cute import launch as cute_launch
 from ramp_moe_kernels.cute.kernel import CuteMoE
 from ramp_moe_kernels.reference import experts

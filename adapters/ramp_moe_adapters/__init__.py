@@ -7,11 +7,11 @@ from collections.abc import Iterable
 
 from ramp_moe import ExpertsAdapter, Kernel, hookimpl
 
-from .alpha_moe import AlphaMoE
-from .deep_gemm import DeepGEMM
-from .flashinfer_cutlass import FlashInferCutlass
-from .transformers_experts import TransformersExperts
-from .vllm_triton import VllmTriton
+from .frameworks.transformers.experts import TransformersExperts
+from .kernels.alpha_moe.kernel import AlphaMoE
+from .kernels.deep_gemm.kernel import DeepGEMM
+from .kernels.flashinfer_cutlass.kernel import FlashInferCutlass
+from .kernels.vllm_triton.kernel import VllmTriton
 
 
 @hookimpl

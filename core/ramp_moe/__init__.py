@@ -8,9 +8,10 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from .cost_model import FORMS, Candidate, CostModel, Prediction
-    from .device.wrap import Wrapped, unwrap, wrap
-    from .dispatch import Choice, Dispatcher
+    from .cost_model.fitting import fit_sweep
+    from .cost_model.model import FORMS, Candidate, CostModel, Prediction
+    from .dispatch.dispatcher import Choice, Dispatcher
+    from .dispatch.profile_store import ProfileStore
     from .errors import (
         HardwareError,
         KernelError,
@@ -20,36 +21,39 @@ if TYPE_CHECKING:
         ShapeError,
         UnknownNameError,
     )
-    from .experts import Experts, ExpertsAdapter
-    from .fitting import fit_sweep
-    from .geometry import GridGeometry
-    from .hardware import Hardware, detect
-    from .hookspecs import hookimpl
-    from .kernel import BuildableKernel, Built, Kernel, KernelConfig, Stage, WeightLayout
-    from .plugins import Registry, get_registry
-    from .routing import expert_histogram, generate
-    from .shapes import Model, MoEShape
-    from .store import ProfileStore
-    from .sweep import Sweep, load_sweep
-    from .trace import Trace, load_trace
+    from .measurements.sweep import Sweep, load_sweep
+    from .measurements.trace import Trace, load_trace
+    from .registry.detect import detect
+    from .registry.experts_adapter import ExpertsAdapter
+    from .registry.hookspecs import hookimpl
+    from .registry.registry import Registry, get_registry
+    from .runtime.own_experts import Experts
+    from .runtime.wrap import Wrapped, unwrap, wrap
+    from .spec.geometry import GridGeometry
+    from .spec.hardware import Hardware
+    from .spec.kernel import BuildableKernel, Built, Kernel, KernelConfig, Stage, WeightLayout
+    from .spec.routing import expert_histogram, generate
+    from .spec.shapes import Model, MoEShape
 
 _NAMES = {
-    "cost_model": "FORMS Candidate CostModel Prediction",
-    "device.wrap": "Wrapped unwrap wrap",
-    "dispatch": "Choice Dispatcher",
+    "cost_model.fitting": "fit_sweep",
+    "cost_model.model": "Candidate CostModel FORMS Prediction",
+    "dispatch.dispatcher": "Choice Dispatcher",
+    "dispatch.profile_store": "ProfileStore",
     "errors": "HardwareError KernelError ProfileError RampMoEError RoutingError ShapeError UnknownNameError",
-    "experts": "Experts ExpertsAdapter",
-    "fitting": "fit_sweep",
-    "geometry": "GridGeometry",
-    "hardware": "Hardware detect",
-    "hookspecs": "hookimpl",
-    "kernel": "BuildableKernel Built Kernel KernelConfig Stage WeightLayout",
-    "plugins": "Registry get_registry",
-    "routing": "expert_histogram generate",
-    "shapes": "Model MoEShape",
-    "store": "ProfileStore",
-    "sweep": "Sweep load_sweep",
-    "trace": "Trace load_trace",
+    "measurements.sweep": "Sweep load_sweep",
+    "measurements.trace": "Trace load_trace",
+    "registry.detect": "detect",
+    "registry.experts_adapter": "ExpertsAdapter",
+    "registry.hookspecs": "hookimpl",
+    "registry.registry": "Registry get_registry",
+    "runtime.own_experts": "Experts",
+    "runtime.wrap": "Wrapped unwrap wrap",
+    "spec.geometry": "GridGeometry",
+    "spec.hardware": "Hardware",
+    "spec.kernel": "BuildableKernel Built Kernel KernelConfig Stage WeightLayout",
+    "spec.routing": "expert_histogram generate",
+    "spec.shapes": "MoEShape Model",
 }
 _HOME = {name: module for module, names in _NAMES.items() for name in names.split()}
 

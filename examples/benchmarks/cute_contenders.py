@@ -17,11 +17,11 @@ from unittest.mock import patch
 import numpy as np
 import torch
 from ramp_moe import CostModel, Dispatcher, KernelConfig, KernelError, MoEShape, get_registry
-from ramp_moe.device import Batch, Workspace
-from ramp_moe.device.bench import FLUSH_BYTES, random_weights
+from ramp_moe.profiler.bench import FLUSH_BYTES, random_weights
+from ramp_moe.spec.launchable import Batch, Workspace
 from ramp_moe_kernels.cute import launch as cute_launch
+from ramp_moe_kernels.cute.aot import Cache, load
 from ramp_moe_kernels.cute.config import Config
-from ramp_moe_kernels.cute.objects import Cache, load
 from ramp_moe_kernels.triton.kernel import TritonMoE
 from torch import Tensor
 

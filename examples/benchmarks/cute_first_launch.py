@@ -18,11 +18,11 @@ from unittest.mock import patch
 import torch
 from cute_contenders import DEVICE, Inner
 from ramp_moe import get_registry
-from ramp_moe.device import Batch, Workspace
-from ramp_moe.device.bench import random_weights
+from ramp_moe.profiler.bench import random_weights
+from ramp_moe.spec.launchable import Batch, Workspace
 from ramp_moe_kernels.cute import launch
+from ramp_moe_kernels.cute.aot import load
 from ramp_moe_kernels.cute.kernel import CuteMoE
-from ramp_moe_kernels.cute.objects import load
 from ramp_moe_kernels.cute.space import configurations
 
 TOKENS = 8

@@ -36,13 +36,14 @@ import torch
 import triton
 from cute_contenders import DEVICE, PREDICTED, Contender, Inner, captured, compile_triton, cute, medians, predicted
 from ramp_moe import KernelError, MoEShape, expert_histogram, generate, get_registry
-from ramp_moe.device import Batch, LaunchableKernel, Workspace, relayout
-from ramp_moe.device.bench import misfit, random_weights, reference
-from ramp_moe.device.layouts import to_give
-from ramp_moe.files import write_atomically
-from ramp_moe.kernel import layouts_of, version_of
-from ramp_moe.routing import IntArray
-from ramp_moe_adapters.alpha_moe import AlphaMoE
+from ramp_moe.measurements.json_file import write_atomically
+from ramp_moe.profiler.bench import random_weights
+from ramp_moe.runtime.reference import misfit, reference
+from ramp_moe.runtime.relayout import relayout, to_give
+from ramp_moe.spec.kernel import layouts_of, version_of
+from ramp_moe.spec.launchable import Batch, LaunchableKernel, Workspace
+from ramp_moe.spec.routing import IntArray
+from ramp_moe_adapters.kernels.alpha_moe.kernel import AlphaMoE
 from ramp_moe_kernels.cute.config import Config
 from ramp_moe_kernels.cute.kernel import CuteMoE
 from ramp_moe_kernels.cute.space import configurations, polymorphic

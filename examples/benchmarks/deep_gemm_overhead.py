@@ -20,12 +20,12 @@ from typing import Any
 import torch
 import triton
 from ramp_moe import MoEShape, get_registry
-from ramp_moe.device import Batch, Workspace
-from ramp_moe.device.bench import random_weights
-from ramp_moe_adapters.deep_gemm import DeepGEMM
-from ramp_moe_adapters.deep_gemm_launch import Prepared, gemm, launch
-from ramp_moe_kernels.rows.dispatch import dispatch
-from ramp_moe_kernels.rows.finish import activate
+from ramp_moe.profiler.bench import random_weights
+from ramp_moe.spec.launchable import Batch, Workspace
+from ramp_moe_adapters.kernels.deep_gemm.kernel import DeepGEMM
+from ramp_moe_adapters.kernels.deep_gemm.launch import Prepared, gemm, launch
+from ramp_moe_kernels.permute.permute import dispatch
+from ramp_moe_kernels.permute.unpermute import activate
 
 MODELS = ("olmoe-1b-7b", "qwen3-30b-a3b", "deepseek-v3-tp8", "mixtral-8x7b-tp4")
 TOKENS = (8, 64, 256)

@@ -13,8 +13,8 @@ from pathlib import Path
 
 import ramp_moe_profiles
 from ramp_moe import Dispatcher, expert_histogram, generate, get_registry, load_sweep
-from ramp_moe.shortlist import representative, shortlist
-from ramp_moe.versions import digest_of
+from ramp_moe.dispatch.shortlist import representative, shortlist
+from ramp_moe.spec.versions import digest_of
 
 MODEL, DEVICE = "olmoe-1b-7b", "h200"
 OVERHEADS_US = {1: 0.0, 2: 4.0, 4: 4.3, 8: 5.0}

@@ -27,8 +27,8 @@ from typing import Any
 import torch
 import triton
 from ramp_moe import MoEShape, get_registry
-from ramp_moe.device import Batch, MoEWeights, Workspace
-from ramp_moe.device.bench import random_weights
+from ramp_moe.profiler.bench import random_weights
+from ramp_moe.spec.launchable import Batch, MoEWeights, Workspace
 from ramp_moe_kernels.triton import forward, ops
 from ramp_moe_kernels.triton.config import GemmConfig, Path, invalid_path, quantises_itself, space
 from ramp_moe_kernels.triton.schedule import allocate, schedule

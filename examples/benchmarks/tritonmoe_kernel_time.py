@@ -21,7 +21,8 @@ from typing import Any
 import torch
 import triton
 from ramp_moe import get_registry
-from ramp_moe.device import MoELayer, MoEWeights
+from ramp_moe.runtime.layer import MoELayer
+from ramp_moe.spec.launchable import MoEWeights
 from ramp_moe_kernels.triton.kernel import TritonMoE
 from torch.profiler import ProfilerActivity, profile
 from triton_kernels.moe import fused_expert_ffn, permute_tokens

@@ -11,11 +11,12 @@ from pathlib import Path
 
 import numpy as np
 from ramp_moe import ProfileStore, get_registry
-from ramp_moe.device import LaunchableKernel
-from ramp_moe.evaluation import Labels, single_choice, static_table, table_choice, table_choices
-from ramp_moe.layouts import LayoutChoice, choose_layouts, kernel_times
-from ramp_moe.replay import load_model, load_replay
-from ramp_moe.routing import FloatArray, IntArray
+from ramp_moe.dispatch.load_model import load_model
+from ramp_moe.dispatch.weight_layouts import LayoutChoice, choose_layouts, kernel_times
+from ramp_moe.evaluation.regret import Labels, single_choice, static_table, table_choice, table_choices
+from ramp_moe.evaluation.replay import load_replay
+from ramp_moe.spec.launchable import LaunchableKernel
+from ramp_moe.spec.routing import FloatArray, IntArray
 
 OVERHEADS = Path(__file__).parents[1] / "graph_dispatch"
 MODELS = ("olmoe-1b-7b", "qwen3-30b-a3b", "deepseek-v3-tp8", "mixtral-8x7b-tp4")

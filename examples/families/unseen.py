@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 from policies import DTYPES, MODELS, Case, Cell, cases, choosing_us
-from ramp_moe.routing import IntArray
+from ramp_moe.spec.routing import IntArray
 
 HELD_OUT = Path(__file__).parents[1] / "heldout"
 

@@ -35,13 +35,16 @@ from unittest.mock import patch
 
 import torch
 import triton
-from ramp_moe import Candidate, KernelError, detect, expert_histogram, generate
-from ramp_moe.device import Batch, Workspace, dispatch, graph
-from ramp_moe.device.dispatch import GraphDispatch, Plan
-from ramp_moe.device.recorder import Recorder
-from ramp_moe.device.select import Selector
-from ramp_moe.device.table import CostTable
-from ramp_moe.files import write_atomically
+from ramp_moe import Candidate, KernelError, expert_histogram, generate
+from ramp_moe.measurements.json_file import write_atomically
+from ramp_moe.registry import detect
+from ramp_moe.runtime.graphs import capture as dispatch
+from ramp_moe.runtime.graphs import conditional as graph
+from ramp_moe.runtime.graphs.capture import GraphDispatch, Plan
+from ramp_moe.runtime.graphs.cost_table import CostTable
+from ramp_moe.runtime.graphs.recorder import Recorder
+from ramp_moe.runtime.graphs.selector_cuda import Selector
+from ramp_moe.spec.launchable import Batch, Workspace
 from ramp_moe_kernels.triton.schedule import allocate, schedule
 from recorded_layer import Recorded, arguments, need_gpu, recorded_layer
 

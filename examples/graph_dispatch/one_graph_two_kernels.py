@@ -13,7 +13,7 @@ import sys
 
 import torch
 from ramp_moe import expert_histogram, generate
-from ramp_moe.device import Batch
+from ramp_moe.spec.launchable import Batch
 from recorded_layer import arguments, need_gpu, recorded_layer
 
 UNORDERED = 0.01

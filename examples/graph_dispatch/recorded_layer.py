@@ -7,11 +7,13 @@ import sys
 from dataclasses import dataclass
 
 import torch
-from ramp_moe import CostModel, ProfileStore, detect, get_registry
-from ramp_moe.device import LaunchableKernel, MoELayer, MoEWeights
-from ramp_moe.device.bench import random_weights
+from ramp_moe import CostModel, ProfileStore, get_registry
+from ramp_moe.dispatch.load_model import load_model
 from ramp_moe.errors import ProfileError
-from ramp_moe.replay import load_model
+from ramp_moe.profiler.bench import random_weights
+from ramp_moe.registry import detect
+from ramp_moe.runtime.layer import MoELayer
+from ramp_moe.spec.launchable import LaunchableKernel, MoEWeights
 
 MODELS = ("olmoe-1b-7b", "qwen3-30b-a3b", "deepseek-v3-tp8", "mixtral-8x7b-tp4")
 NO_GPU = 2

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from ramp_moe.comparison import Ratios
+from ramp_moe.evaluation.comparison import Ratios
 
 HERE = Path(__file__).parent
 Found = Sequence[dict[str, Any]]

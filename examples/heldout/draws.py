@@ -15,7 +15,7 @@ from dataclasses import dataclass
 
 import numpy as np
 from ramp_moe import MoEShape, RoutingError, Trace, generate
-from ramp_moe.routing import IntArray
+from ramp_moe.spec.routing import IntArray
 
 TOKENS = (1, 4, 16, 64, 256, 1024)
 KINDS = ("uniform", "zipf1.2", "sticky0.9")

@@ -42,11 +42,11 @@ from ramp_moe import (
     load_trace,
 )
 from ramp_moe.cli.gpu import Setup, choose_kernels, find_gpu, recorded_kernels, set_up
-from ramp_moe.files import write_atomically
-from ramp_moe.profiler.contest import cover
+from ramp_moe.measurements.json_file import write_atomically
 from ramp_moe.profiler.pool import Measurer, Warmers
+from ramp_moe.profiler.pruning import cover
 from ramp_moe.profiler.settings import Settings
-from ramp_moe.routing import FloatArray, IntArray
+from ramp_moe.spec.routing import FloatArray, IntArray
 
 HERE = Path(__file__).parent
 MODELS = ("olmoe-1b-7b", "qwen3-30b-a3b", "deepseek-v3-tp8", "mixtral-8x7b-tp4")

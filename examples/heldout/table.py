@@ -17,8 +17,8 @@ import numpy as np
 from draws import KINDS, TRACE
 from measure import DTYPES, MODELS, path_of
 from ramp_moe import Dispatcher, ProfileError
-from ramp_moe.evaluation import IndexArray, regret, split_half_regret
-from ramp_moe.routing import FloatArray
+from ramp_moe.evaluation.regret import IndexArray, regret, split_half_regret
+from ramp_moe.spec.routing import FloatArray
 
 HERE = Path(__file__).parent
 DEVICE = "h200"

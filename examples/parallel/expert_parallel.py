@@ -34,10 +34,12 @@ if not GPU:
 
 import torch.distributed as dist  # noqa: E402
 from ramp_moe import MoEShape, ShapeError, expert_histogram, generate, get_registry  # noqa: E402
-from ramp_moe.cost_model import Candidate  # noqa: E402
-from ramp_moe.device import Batch, MoELayer, MoEWeights  # noqa: E402
-from ramp_moe.device.bench import misfit, random_weights  # noqa: E402
-from ramp_moe.device.build import Builder  # noqa: E402
+from ramp_moe.cost_model.model import Candidate  # noqa: E402
+from ramp_moe.profiler.bench import random_weights  # noqa: E402
+from ramp_moe.runtime.layer import MoELayer  # noqa: E402
+from ramp_moe.runtime.layer_factory import Builder  # noqa: E402
+from ramp_moe.runtime.reference import misfit  # noqa: E402
+from ramp_moe.spec.launchable import Batch, MoEWeights  # noqa: E402
 from ramp_moe_kernels import reference  # noqa: E402
 from torch import Tensor  # noqa: E402
 

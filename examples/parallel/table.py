@@ -11,7 +11,7 @@ import sys
 from pathlib import Path
 
 import numpy as np
-from ramp_moe.comparison import Ratios
+from ramp_moe.evaluation.comparison import Ratios
 
 HERE = Path(__file__).parent
 START, END = "<!-- table: measured -->\n", "\n<!-- end: measured -->"

@@ -15,8 +15,8 @@ from pathlib import Path
 
 import numpy as np
 from ramp_moe import ProfileStore
-from ramp_moe.evaluation import regret
-from ramp_moe.replay import Replay, load_replay
+from ramp_moe.evaluation.regret import regret
+from ramp_moe.evaluation.replay import Replay, load_replay
 from tables import KERNELS, MODELS, h200, registry, replay
 
 HERE = Path(__file__).parent

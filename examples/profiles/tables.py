@@ -15,14 +15,15 @@ from pathlib import Path
 
 import numpy as np
 from ramp_moe import ProfileError, ProfileStore, get_registry
-from ramp_moe.comparison import Comparison, Ratios, compare_recorded
-from ramp_moe.cost_model import DEFAULT_FORM
-from ramp_moe.device import LaunchableKernel
-from ramp_moe.evaluation import regret, selection_noise, sparse_table, static_table, table_choices
-from ramp_moe.repeatability import RANGES_US
-from ramp_moe.replay import Replay, load_replay, view
-from ramp_moe.routing import IntArray
-from ramp_moe.sweep import Sweep
+from ramp_moe.cost_model.model import DEFAULT_FORM
+from ramp_moe.dispatch.load_model import view
+from ramp_moe.evaluation.comparison import Comparison, Ratios, compare_recorded
+from ramp_moe.evaluation.regret import regret, selection_noise, sparse_table, static_table, table_choices
+from ramp_moe.evaluation.repeatability import RANGES_US
+from ramp_moe.evaluation.replay import Replay, load_replay
+from ramp_moe.measurements.sweep import Sweep
+from ramp_moe.spec.launchable import LaunchableKernel
+from ramp_moe.spec.routing import IntArray
 
 HERE = Path(__file__).parent
 MODELS = ("olmoe-1b-7b", "qwen3-30b-a3b", "deepseek-v3-tp8", "mixtral-8x7b-tp4")

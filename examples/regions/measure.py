@@ -19,11 +19,12 @@ from pathlib import Path as File
 from typing import Any, Protocol
 
 import msgspec
-from ramp_moe import Candidate, Hardware, KernelError, MoEShape, detect, generate, get_registry
-from ramp_moe.files import write_atomically
+from ramp_moe import Candidate, Hardware, KernelError, MoEShape, generate, get_registry
+from ramp_moe.measurements.json_file import write_atomically
 from ramp_moe.profiler.gpu import gpu_state
 from ramp_moe.profiler.pool import Warmers
 from ramp_moe.profiler.settings import Settings, default_warmers
+from ramp_moe.registry import detect
 from ramp_moe_kernels.triton.config import GemmConfig, Path, invalid_path
 from ramp_moe_kernels.triton.kernel import TritonMoE
 
@@ -89,7 +90,7 @@ class Timer(Protocol):
 
 def make_bench(model: str, hardware: str) -> Any:
     """A bench of the study's configurations, in this process or in one that compiles."""
-    from ramp_moe.device.bench import Bench
+    from ramp_moe.profiler.bench import Bench
 
     registry = get_registry()
     return Bench(registry.shape(model, DTYPE), registry.device(hardware), [StudiedTriton()])

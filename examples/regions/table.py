@@ -21,9 +21,10 @@ from typing import Any
 from unittest import mock
 
 from measure import CELLS, DTYPE, HELD_OUT, MODELS, SEED, STUDIED
-from ramp_moe import MoEShape, ProfileError, expert_histogram, generate, get_registry, regions
-from ramp_moe.files import write_atomically
-from ramp_moe.routing import IntArray
+from ramp_moe import MoEShape, ProfileError, expert_histogram, generate, get_registry
+from ramp_moe.cost_model import regions
+from ramp_moe.measurements.json_file import write_atomically
+from ramp_moe.spec.routing import IntArray
 
 HERE = Path(__file__).parent
 DEVICE = "h200"
@@ -51,7 +52,7 @@ FUSED_MARGIN = 0.03
 """The same of the fused kernel, whose configurations were screened by three launches each."""
 
 CONSTANTS = ("L2_OVER_HBM", "ACHIEVED_PEAK", "LOADED_LATENCY_S", "NOOP_LAUNCH_S", "PIPELINE_STAGES")
-"""Of `ramp_moe.regions`, what no data sheet gives and the advice hangs on. Moved by a fifth; a count by one."""
+"""Of `ramp_moe.cost_model.regions`, what no data sheet gives and the advice hangs on. Moved by a fifth; a count by one."""
 
 UNMEASURED = "Nothing is measured yet."
 

@@ -15,11 +15,11 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 from ramp_moe import CostModel
-from ramp_moe.comparison import Ratios
-from ramp_moe.device.dispatch import OVERHEAD_US
-from ramp_moe.replay import Replay
-from ramp_moe.routing import FloatArray, IntArray
-from ramp_moe.shortlist import MARGIN, MOST, Shortlist, shortlist
+from ramp_moe.dispatch.shortlist import MARGIN, MOST, Shortlist, shortlist
+from ramp_moe.evaluation.comparison import Ratios
+from ramp_moe.evaluation.replay import Replay
+from ramp_moe.runtime.graphs.capture import OVERHEAD_US
+from ramp_moe.spec.routing import FloatArray, IntArray
 
 HERE = Path(__file__).parent
 sys.path.append(str(HERE.parent / "profiles"))

@@ -16,8 +16,9 @@ from pathlib import Path
 
 import numpy as np
 from ramp_moe import ProfileError, ProfileStore, get_registry
-from ramp_moe.cost_model import FORMS, CostModel
-from ramp_moe.evaluation import (
+from ramp_moe.cost_model.model import FORMS, CostModel
+from ramp_moe.cost_model.transfer import transfer
+from ramp_moe.evaluation.regret import (
     cross_validated_choices,
     pooled_regret,
     regret,
@@ -26,9 +27,8 @@ from ramp_moe.evaluation import (
     static_table,
     table_choices,
 )
-from ramp_moe.kernel import usable_configs
-from ramp_moe.replay import Replay, load_replay
-from ramp_moe.transfer import transfer
+from ramp_moe.evaluation.replay import Replay, load_replay
+from ramp_moe.spec.kernel import usable_configs
 
 HERE = Path(__file__).parent
 MODELS = ("olmoe-1b-7b", "qwen3-30b-a3b", "deepseek-v3-tp8", "mixtral-8x7b-tp4")

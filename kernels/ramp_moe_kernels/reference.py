@@ -7,9 +7,9 @@ the products follow `torch.get_float32_matmul_precision()`; leave it at its defa
 from __future__ import annotations
 
 import torch
-from ramp_moe.device.contract import ROW_CHUNK, check_layout
 from ramp_moe.errors import KernelError, RoutingError, ShapeError, UnknownNameError
-from ramp_moe.shapes import scale_blocks
+from ramp_moe.spec.launchable import ROW_CHUNK, check_layout
+from ramp_moe.spec.shapes import scale_blocks
 from torch import Tensor
 from torch.nn.functional import pad
 

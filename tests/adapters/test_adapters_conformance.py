@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import pytest
 from ramp_moe import MoEShape
-from ramp_moe.testing import KernelConformance
-from ramp_moe_adapters.alpha_moe import AlphaMoE
-from ramp_moe_adapters.deep_gemm import DeepGEMM
-from ramp_moe_adapters.flashinfer_cutlass import FlashInferCutlass
-from ramp_moe_adapters.vllm_triton import VllmTriton
+from ramp_moe.testing.pytest_cases import KernelConformance
+from ramp_moe_adapters.kernels.alpha_moe.kernel import AlphaMoE
+from ramp_moe_adapters.kernels.deep_gemm.kernel import DeepGEMM
+from ramp_moe_adapters.kernels.flashinfer_cutlass.kernel import FlashInferCutlass
+from ramp_moe_adapters.kernels.vllm_triton.kernel import VllmTriton
 
 
 class TestAlphaMoE(KernelConformance):

@@ -7,7 +7,7 @@ import math
 import numpy as np
 import pytest
 from ramp_moe import Hardware, Kernel, KernelError, Registry, expert_histogram, generate
-from ramp_moe.kernel import usable_configs
+from ramp_moe.spec.kernel import usable_configs
 
 KERNELS = ("alpha_moe", "vllm_triton")
 

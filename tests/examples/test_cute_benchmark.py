@@ -17,8 +17,8 @@ import pytest
 import torch
 from pages import assert_same
 from ramp_moe import Hardware, KernelError, MoEShape
-from ramp_moe.device import Batch
-from ramp_moe_adapters import alpha_moe_launch
+from ramp_moe.spec.launchable import Batch
+from ramp_moe_adapters.kernels.alpha_moe import launch as alpha_moe_launch
 from ramp_moe_kernels.cute import launch as cute_launch
 from ramp_moe_kernels.cute.config import Config
 from ramp_moe_kernels.triton import schedule

@@ -15,7 +15,8 @@ import pytest
 import ramp_moe.dispatch
 from pages import assert_same
 from ramp_moe import Dispatcher, KernelError, ProfileError, Registry, expert_histogram, generate
-from ramp_moe.profiler.plan import TEST_KINDS, TUNE_KINDS
+from ramp_moe.profiler.plan import TEST_KINDS
+from ramp_moe.spec.routing import TUNE_KINDS
 from simulated_bench import SHAPE
 from simulated_gpu import Machine
 
@@ -58,7 +59,7 @@ def machine(
     result = made.run("profile", "--minutes", 0)
     assert result.exit_code == 0, result.output
     made.log.unlink()
-    for module in (measure, ramp_moe.dispatch):
+    for module in (measure, ramp_moe.dispatch.dispatcher):
         monkeypatch.setattr(module, "get_registry", lambda: made.registry)
     for name, value in {"HERE": tmp_path, "TOKENS": (1, 16), "NEAREST": 1}.items():
         monkeypatch.setattr(measure, name, value)

@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 from pages import assert_same
 from ramp_moe import Hardware, ProfileError, Registry
-from ramp_moe.kernel import usable_configs
+from ramp_moe.spec.kernel import usable_configs
 
 FOLDER = Path(__file__).parents[2] / "examples" / "regions"
 

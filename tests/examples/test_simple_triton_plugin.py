@@ -14,8 +14,9 @@ import pytest
 import torch
 from moe_cases import H200, ROUTINGS, batch, error, expected, weights
 from ramp_moe import Hardware, KernelError, Registry
-from ramp_moe.device import Batch, LaunchableKernel, MoELayer, MoEWeights, Workspace
-from ramp_moe.kernel import usable_configs
+from ramp_moe.runtime.layer import MoELayer
+from ramp_moe.spec.kernel import usable_configs
+from ramp_moe.spec.launchable import Batch, LaunchableKernel, MoEWeights, Workspace
 
 PLUGIN = Path(__file__).parents[2] / "examples" / "simple_triton_plugin"
 GPU = torch.cuda.is_available()

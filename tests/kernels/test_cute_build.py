@@ -15,11 +15,11 @@ from pathlib import Path
 import pytest
 from fake_compiler import Fake, Machine
 from ramp_moe import Built, KernelError
-from ramp_moe.versions import Place
-from ramp_moe_kernels.cute.objects import cache as cache_module
-from ramp_moe_kernels.cute.objects import toolkit
-from ramp_moe_kernels.cute.objects.build import build
-from ramp_moe_kernels.cute.objects.cache import VARIABLE, Cache, prune
+from ramp_moe.spec.versions import Place
+from ramp_moe_kernels.cute.aot import cache as cache_module
+from ramp_moe_kernels.cute.aot import toolkit
+from ramp_moe_kernels.cute.aot.build import build
+from ramp_moe_kernels.cute.aot.cache import VARIABLE, Cache, prune
 
 ABC = [Fake("a"), Fake("b"), Fake("c")]
 OTHER_BUILD = """
@@ -237,7 +237,7 @@ def test_a_full_disk_leaves_nothing_half_written(
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
     with monkeypatch.context() as patch:
-        patch.setattr("ramp_moe.files.os.fsync", full)
+        patch.setattr("ramp_moe.measurements.json_file.os.fsync", full)
         with pytest.raises(KernelError, match=f"No space left on device; make room, or name another .* {VARIABLE}"):
             run(cache, machine)
     assert [f.suffix for f in cache.folder.iterdir()] == [".lock"]

@@ -13,9 +13,9 @@ from pathlib import Path
 import pytest
 from cute_signature import SIGNATURE
 from ramp_moe import Built
+from ramp_moe_kernels.cute.aot import Cache, build
+from ramp_moe_kernels.cute.aot.cache import VARIABLE
 from ramp_moe_kernels.cute.config import Config
-from ramp_moe_kernels.cute.objects import Cache, build
-from ramp_moe_kernels.cute.objects.cache import VARIABLE
 
 pytestmark = pytest.mark.skipif(
     importlib.util.find_spec("nvidia_cutlass_dsl") is None or shutil.which("cc") is None,

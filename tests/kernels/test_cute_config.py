@@ -14,7 +14,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from ramp_moe import Hardware, MoEShape, Registry, expert_histogram, generate
-from ramp_moe.kernel import LAYOUTS
+from ramp_moe.spec.kernel import LAYOUTS
 from ramp_moe_kernels.cute import kernel as kernel_module
 from ramp_moe_kernels.cute import layout
 from ramp_moe_kernels.cute.config import ELEMENT, UP_ROWS, Config
@@ -30,7 +30,7 @@ from ramp_moe_kernels.cute.space import (
 )
 
 KERNEL = CuteMoE()
-load = importlib.import_module("ramp_moe_kernels.cute.objects.load")  # the package names the function so
+load = importlib.import_module("ramp_moe_kernels.cute.aot.load")  # the package names the function so
 MODELS = ("olmoe-1b-7b", "qwen3-30b-a3b", "deepseek-v3-tp8", "mixtral-8x7b-tp4")
 SHAPE = MoEShape(8, 2, 1024, 768, "fp8")
 VALID = Config(16, 32, 8, 3)

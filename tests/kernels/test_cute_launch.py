@@ -12,9 +12,10 @@ import torch
 from cute_cases import emulated
 from moe_cases import ROUTINGS, batch, error, expected, weights
 from ramp_moe import KernelConfig, KernelError, MoEShape
-from ramp_moe.device import Batch, MoEWeights, Workspace, relayout
-from ramp_moe.kernel import LAYOUTS
-from ramp_moe.testing import KernelConformance
+from ramp_moe.runtime.relayout import relayout
+from ramp_moe.spec.kernel import LAYOUTS
+from ramp_moe.spec.launchable import Batch, MoEWeights, Workspace
+from ramp_moe.testing.pytest_cases import KernelConformance
 from ramp_moe_kernels.cute import kernel as kernel_module
 from ramp_moe_kernels.cute import launch
 from ramp_moe_kernels.cute.config import Config

@@ -9,8 +9,8 @@ import pytest
 import torch
 from moe_cases import weights
 from ramp_moe import MoEShape
-from ramp_moe.device import relayout
-from ramp_moe.kernel import LAYOUTS
+from ramp_moe.runtime.relayout import relayout
+from ramp_moe.spec.kernel import LAYOUTS
 from ramp_moe_kernels.cute import launch, layout
 from ramp_moe_kernels.cute.config import (
     ELEMENT,

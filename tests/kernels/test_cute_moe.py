@@ -15,14 +15,15 @@ import pytest
 import torch
 from moe_cases import H200, ROUTINGS, batch, error, expected, weights
 from ramp_moe import KernelError, MoEShape
-from ramp_moe.device import Batch, MoEWeights, Workspace, relayout
-from ramp_moe.kernel import LAYOUTS, usable_configs
-from ramp_moe.testing import KernelConformance
-from ramp_moe_adapters.alpha_moe import AlphaMoE
+from ramp_moe.runtime.relayout import relayout
+from ramp_moe.spec.kernel import LAYOUTS, usable_configs
+from ramp_moe.spec.launchable import Batch, MoEWeights, Workspace
+from ramp_moe.testing.pytest_cases import KernelConformance
+from ramp_moe_adapters.kernels.alpha_moe.kernel import AlphaMoE
+from ramp_moe_kernels.cute.aot import Cache, load
+from ramp_moe_kernels.cute.aot.toolkit import dsl_folder
 from ramp_moe_kernels.cute.config import ELEMENT, Config
 from ramp_moe_kernels.cute.kernel import CuteMoE
-from ramp_moe_kernels.cute.objects import Cache, load
-from ramp_moe_kernels.cute.objects.toolkit import dsl_folder
 from ramp_moe_kernels.cute.space import configurations, polymorphic
 
 KERNEL = CuteMoE()

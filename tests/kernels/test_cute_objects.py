@@ -13,13 +13,13 @@ from types import SimpleNamespace
 import pytest
 from fake_compiler import Fake, Machine
 from ramp_moe import KernelError
-from ramp_moe_kernels.cute.objects import cache as cache_module
-from ramp_moe_kernels.cute.objects import toolkit
-from ramp_moe_kernels.cute.objects.build import build
-from ramp_moe_kernels.cute.objects.cache import Cache
-from ramp_moe_kernels.cute.objects.cubin import Usage, usage
+from ramp_moe_kernels.cute.aot import cache as cache_module
+from ramp_moe_kernels.cute.aot import toolkit
+from ramp_moe_kernels.cute.aot.build import build
+from ramp_moe_kernels.cute.aot.cache import Cache
+from ramp_moe_kernels.cute.aot.cubin import Usage, usage
 
-load_module = sys.modules["ramp_moe_kernels.cute.objects.load"]
+load_module = sys.modules["ramp_moe_kernels.cute.aot.load"]
 
 
 def cubin(registers: list[int], frames: list[int], machine: int = 190) -> bytes:

@@ -8,9 +8,10 @@ import pytest
 import torch
 from moe_cases import ROUTINGS, batch, weights
 from ramp_moe import Candidate, CostModel, Hardware, KernelError, MoEShape, Registry
-from ramp_moe.cost_model import PartFit, parts_of
-from ramp_moe.device import Batch, MoELayer, MoEWeights, Workspace
-from ramp_moe.sweep import PATH
+from ramp_moe.cost_model.model import PartFit, parts_of
+from ramp_moe.measurements.sweep import PATH
+from ramp_moe.runtime.layer import MoELayer
+from ramp_moe.spec.launchable import Batch, MoEWeights, Workspace
 from ramp_moe_kernels.triton.config import GemmConfig, Path, quantises_itself
 from ramp_moe_kernels.triton.kernel import TritonMoE, _path
 

@@ -10,12 +10,16 @@ from typing import Any
 import pytest
 import torch
 from ramp_moe import Hardware, Kernel, KernelConfig, KernelError, MoEShape, Registry, get_registry
-from ramp_moe.device import Batch, MoELayer, MoEWeights, Workspace
-from ramp_moe.kernel import most_tokens, usable_configs
-from ramp_moe_adapters import alpha_moe_launch, deep_gemm_launch, flashinfer_cutlass_launch, vllm_triton_launch
+from ramp_moe.runtime.layer import MoELayer
+from ramp_moe.spec.kernel import most_tokens, usable_configs
+from ramp_moe.spec.launchable import Batch, MoEWeights, Workspace
+from ramp_moe_adapters.kernels.alpha_moe import launch as alpha_moe_launch
+from ramp_moe_adapters.kernels.deep_gemm import launch as deep_gemm_launch
+from ramp_moe_adapters.kernels.flashinfer_cutlass import launch as flashinfer_cutlass_launch
+from ramp_moe_adapters.kernels.vllm_triton import launch as vllm_triton_launch
 from ramp_moe_kernels import limits
 from ramp_moe_kernels.cute import launch as cute_launch
-from ramp_moe_kernels.rows import dispatch as rows_dispatch
+from ramp_moe_kernels.permute import permute as rows_dispatch
 from ramp_moe_kernels.triton import forward, schedule
 from ramp_moe_kernels.triton.kernel import TritonMoE
 

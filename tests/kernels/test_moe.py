@@ -8,7 +8,8 @@ import pytest
 import torch
 from moe_cases import H200, ROUTINGS, batch, error, expected, weights
 from ramp_moe import Hardware, Registry
-from ramp_moe.device import MoELayer, Workspace
+from ramp_moe.runtime.layer import MoELayer
+from ramp_moe.spec.launchable import Workspace
 from ramp_moe_kernels import reference
 from ramp_moe_kernels.triton.config import GemmConfig, Path, quantises_itself
 from ramp_moe_kernels.triton.kernel import TritonMoE, _path

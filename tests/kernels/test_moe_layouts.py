@@ -7,8 +7,9 @@ from dataclasses import replace
 import pytest
 import torch
 from moe_cases import batch, error, expected, weights
-from ramp_moe.device import MoEWeights, Workspace, relayout
-from ramp_moe.kernel import LAYOUTS
+from ramp_moe.runtime.relayout import relayout
+from ramp_moe.spec.kernel import LAYOUTS
+from ramp_moe.spec.launchable import MoEWeights, Workspace
 from ramp_moe_kernels.triton.config import GemmConfig, Path
 from ramp_moe_kernels.triton.kernel import TritonMoE
 

@@ -10,12 +10,14 @@ import pytest
 import torch
 from moe_cases import H200, ROUTINGS, batch, error, expected, weights
 from ramp_moe import MoEShape, get_registry
-from ramp_moe.device import Batch, MoELayer, MoEWeights, Workspace, relayout
-from ramp_moe.device.bench import random_weights
-from ramp_moe.device.bench import reference as bench_reference
-from ramp_moe.kernel import LAYOUTS
-from ramp_moe.shapes import scale_blocks
-from ramp_moe_adapters.deep_gemm import DeepGEMM
+from ramp_moe.profiler.bench import random_weights
+from ramp_moe.runtime.layer import MoELayer
+from ramp_moe.runtime.reference import reference as bench_reference
+from ramp_moe.runtime.relayout import relayout
+from ramp_moe.spec.kernel import LAYOUTS
+from ramp_moe.spec.launchable import Batch, MoEWeights, Workspace
+from ramp_moe.spec.shapes import scale_blocks
+from ramp_moe_adapters.kernels.deep_gemm.kernel import DeepGEMM
 from ramp_moe_kernels.cute.kernel import CuteMoE
 from ramp_moe_kernels.reference import activate
 from ramp_moe_kernels.triton.config import GemmConfig, Path, quantises_itself, scale_group

@@ -11,11 +11,11 @@ from pathlib import Path
 import pytest
 import torch
 from moe_cases import ROUTINGS, batch
-from ramp_moe.device import Batch, Workspace
 from ramp_moe.errors import KernelError
+from ramp_moe.spec.launchable import Batch, Workspace
 from ramp_moe_kernels import reference
-from ramp_moe_kernels.rows.dispatch import FUSED_IDS, Rows, capacity, dispatch
-from ramp_moe_kernels.rows.finish import activate, combine
+from ramp_moe_kernels.permute.permute import FUSED_IDS, Rows, capacity, dispatch
+from ramp_moe_kernels.permute.unpermute import activate, combine
 from test_quantise_combine import same_bits
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"

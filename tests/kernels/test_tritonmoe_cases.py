@@ -22,7 +22,8 @@ import pytest
 import torch
 from moe_cases import error, expected
 from ramp_moe import Candidate, Hardware
-from ramp_moe.device import Batch, MoELayer, MoEWeights
+from ramp_moe.runtime.layer import MoELayer
+from ramp_moe.spec.launchable import Batch, MoEWeights
 from ramp_moe_kernels import reference
 from ramp_moe_kernels.triton.kernel import TritonMoE
 

@@ -12,10 +12,10 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 
 from ..errors import KernelError, RampMoEError, describe
-from ..hardware import Hardware
-from ..kernel import BuildableKernel, Built
-from ..plugins import Registry, get_registry
-from ..shapes import MoEShape
+from ..registry.registry import Registry, get_registry
+from ..spec.hardware import Hardware
+from ..spec.kernel import BuildableKernel, Built
+from ..spec.shapes import MoEShape
 from . import INTERRUPTED
 from .listing import describe_kernel
 from .options import (

@@ -11,9 +11,10 @@ from rich.console import RenderableType
 from rich.markup import escape
 from rich.table import Table
 
-from ..conformance import CHECKS, Making, Outcome, run_apart, supported_shape
-from ..plugins import get_registry
-from ..shapes import DTYPE_BYTES, MoEShape
+from ..registry.registry import get_registry
+from ..spec.shapes import DTYPE_BYTES, MoEShape
+from ..testing.description import CHECKS, Making, run_apart, supported_shape
+from ..testing.outcome import Outcome
 from .options import device_option, json_option, resolve_device
 from .output import console, print_json
 

@@ -9,17 +9,18 @@ from typing import Any
 import click
 import numpy as np
 
-from ..comparison import compare_recorded
-from ..cost_model import CostModel, get_form, provenance
+from ..cost_model.fit_file import make_record, save_fit
+from ..cost_model.model import CostModel, get_form, provenance
+from ..cost_model.regions import analyse
+from ..dispatch.load_model import fit_recorded, load_model
+from ..dispatch.profile_store import FIT_SUFFIX, ProfileStore, relative_path, user_data_dir
+from ..dispatch.weight_layouts import choose_layouts, kernel_times, weighed_batches
 from ..errors import NoProfileError
-from ..fit_file import make_record, save_fit
-from ..kernel import most_tokens, usable_configs
-from ..layouts import choose_layouts, kernel_times, weighed_batches
-from ..plugins import Registry, get_registry
-from ..regions import analyse
-from ..replay import fit_recorded, load_model, load_replay, of_plugins
-from ..routing import FloatArray, IntArray
-from ..store import FIT_SUFFIX, ProfileStore, relative_path, user_data_dir
+from ..evaluation.comparison import compare_recorded
+from ..evaluation.replay import load_replay, of_plugins
+from ..registry.registry import Registry, get_registry
+from ..spec.kernel import most_tokens, usable_configs
+from ..spec.routing import FloatArray, IntArray
 from . import tables
 from .options import (
     batch_options,

@@ -7,18 +7,18 @@ from pathlib import Path
 
 import click
 
-from ..comparison import Comparison, compare_plugins, compare_recorded, compare_trace
-from ..cost_model import get_form
-from ..hardware import confirm
-from ..html import check_report, write_report
-from ..kernel import STAGE_KINDS
-from ..plugins import Registry, get_registry
+from ..cost_model.model import get_form
+from ..dispatch.profile_store import ProfileStore
+from ..evaluation.comparison import Comparison, compare_plugins, compare_recorded, compare_trace
+from ..evaluation.replay import load_replay, of_plugins
+from ..evaluation.report import check_report, write_report
+from ..evaluation.vllm_table import open_table
+from ..measurements.trace import Trace, load_trace
 from ..profiler.live import MAX_TOKENS, RUNS, compare_live
-from ..replay import load_replay, of_plugins
-from ..shapes import MoEShape
-from ..store import ProfileStore
-from ..trace import Trace, load_trace
-from ..vllm_table import open_table
+from ..registry.registry import Registry, get_registry
+from ..spec.hardware import confirm
+from ..spec.kernel import STAGE_KINDS
+from ..spec.shapes import MoEShape
 from . import INTERRUPTED, tables
 from .gpu import Display, choose_kernels, find_gpu, recorded_kernels, set_up
 from .listing import GIVEN

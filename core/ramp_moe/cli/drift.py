@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import click
 
-from ..plugins import get_registry
+from ..dispatch.profile_store import ProfileStore
 from ..profiler.drift import MAX_TOKENS, check_profiles
-from ..store import ProfileStore
+from ..registry.registry import get_registry
 from . import INTERRUPTED, tables
 from .gpu import Display, choose_kernels, find_gpu, recorded_kernels, set_up
 from .options import dtype_option, json_option, kernel_option, model_option, resolve_model, this_device_option

@@ -11,18 +11,19 @@ from importlib import metadata
 from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
 
-from ..device import LaunchableKernel
+from ..dispatch.load_model import nothing_recorded
+from ..dispatch.profile_store import ProfileStore
 from ..errors import KernelError, ProfileError, RampMoEError
-from ..hardware import Hardware, confirm, detect, identify
-from ..kernel import WeightLayout
-from ..plugins import Registry, get_registry
+from ..measurements.sweep import PATH
 from ..profiler.gpu import GpuState, check_memory, gpu_state, memory_needed
 from ..profiler.settings import Environment, MakeBench, default_warmers
 from ..profiler.worker import BenchLike, make_gpu_bench
-from ..replay import nothing_recorded
-from ..shapes import MoEShape
-from ..store import ProfileStore
-from ..sweep import PATH
+from ..registry.detect import detect
+from ..registry.registry import Registry, get_registry
+from ..spec.hardware import Hardware, confirm, identify
+from ..spec.kernel import WeightLayout
+from ..spec.launchable import LaunchableKernel
+from ..spec.shapes import MoEShape
 from .listing import describe_kernel, why_unavailable
 from .output import error_console
 

@@ -14,16 +14,16 @@ import numpy as np
 from rich.markup import escape
 from rich.table import Table
 
-from ..device import LaunchableKernel
+from ..dispatch.load_model import nothing_recorded
+from ..dispatch.profile_store import ProfileStore
 from ..errors import describe
-from ..hardware import Hardware
-from ..kernel import Kernel, KernelConfig, WeightLayout, reason_of, usable_configs, why_unsupported
-from ..plugins import get_registry
-from ..repeatability import spread, stage_bias
-from ..replay import nothing_recorded
-from ..shapes import MoEShape
-from ..store import ProfileStore
-from ..sweep import Split, Sweep
+from ..evaluation.repeatability import spread, stage_bias
+from ..measurements.sweep import Split, Sweep
+from ..registry.registry import get_registry
+from ..spec.hardware import Hardware
+from ..spec.kernel import Kernel, KernelConfig, WeightLayout, reason_of, usable_configs, why_unsupported
+from ..spec.launchable import LaunchableKernel
+from ..spec.shapes import MoEShape
 from . import tables
 from .options import (
     device_option,

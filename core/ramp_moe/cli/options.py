@@ -11,13 +11,14 @@ from typing import Any
 import click
 import msgspec
 
-from ..cost_model import DEFAULT_FORM, FORMS
+from ..cost_model.model import DEFAULT_FORM, FORMS
 from ..errors import RoutingError
-from ..files import read_file
-from ..hardware import Hardware, detect
-from ..plugins import Registry
-from ..routing import KINDS, IntArray, check_histogram, expert_histogram, generate
-from ..shapes import DEFAULT_DTYPE, DTYPE_BYTES, MoEShape
+from ..measurements.json_file import read_file
+from ..registry.detect import detect
+from ..registry.registry import Registry
+from ..spec.hardware import Hardware
+from ..spec.routing import KINDS, IntArray, check_histogram, expert_histogram, generate
+from ..spec.shapes import DEFAULT_DTYPE, DTYPE_BYTES, MoEShape
 
 Command = Callable[..., Any]
 

@@ -12,15 +12,15 @@ from rich.console import RenderableType
 from rich.markup import escape
 from rich.table import Table
 
-from ..hardware import Hardware
-from ..plugins import get_registry
+from ..dispatch.profile_store import user_data_dir
 from ..profiler.gpu import GpuState
 from ..profiler.journal import journal_path
 from ..profiler.plan import plan
 from ..profiler.session import profile
 from ..profiler.settings import Result, Settings
-from ..shapes import MoEShape
-from ..store import user_data_dir
+from ..registry.registry import get_registry
+from ..spec.hardware import Hardware
+from ..spec.shapes import MoEShape
 from . import INTERRUPTED
 from .gpu import UUID_START, Display, choose_kernels, find_gpu, set_up
 from .options import AtLeast, dtype_option, json_option, kernel_option, model_option, resolve_model, this_device_option

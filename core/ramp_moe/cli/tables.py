@@ -10,13 +10,13 @@ from rich.console import RenderableType
 from rich.markup import escape
 from rich.table import Table
 
-from ..comparison import Batch, Comparison, Noise, Pick, Row, percent
-from ..cost_model import CostModel
-from ..hardware import Hardware
+from ..cost_model.model import CostModel
+from ..cost_model.regions import Regions
+from ..evaluation.comparison import Batch, Comparison, Noise, Pick, Row, percent
 from ..profiler.drift import Drift
-from ..regions import Regions
-from ..routing import IntArray, active_experts
-from ..shapes import MoEShape
+from ..spec.hardware import Hardware
+from ..spec.routing import IntArray, active_experts
+from ..spec.shapes import MoEShape
 
 
 def comparison(result: Comparison) -> list[RenderableType]:

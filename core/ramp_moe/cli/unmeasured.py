@@ -8,14 +8,14 @@ from typing import Any
 from rich.console import RenderableType
 from rich.markup import escape
 
-from ..device import LaunchableKernel
+from ..cost_model.regions import analyse
 from ..errors import KernelError, describe
-from ..hardware import Hardware
-from ..kernel import Kernel, KernelConfig
-from ..plugins import Registry
-from ..regions import analyse
-from ..routing import IntArray
-from ..shapes import MoEShape
+from ..registry.registry import Registry
+from ..spec.hardware import Hardware
+from ..spec.kernel import Kernel, KernelConfig
+from ..spec.launchable import LaunchableKernel
+from ..spec.routing import IntArray
+from ..spec.shapes import MoEShape
 from . import tables
 from .listing import describe_kernel
 

@@ -16,15 +16,15 @@ from typing import Any, Literal
 
 import numpy as np
 
-from ..cost_model import Candidate
+from ..cost_model.model import Candidate
+from ..dispatch.profile_store import ProfileStore, relative_path, user_data_dir
 from ..errors import KernelError, ProfileError
-from ..hardware import Hardware
-from ..plugins import Registry
-from ..repeatability import Spread, spread
-from ..replay import Replay, load_replay
-from ..shapes import MoEShape
-from ..store import ProfileStore, relative_path, user_data_dir
-from ..sweep import PATH
+from ..evaluation.repeatability import Spread, spread
+from ..evaluation.replay import Replay, load_replay
+from ..measurements.sweep import PATH
+from ..registry.registry import Registry
+from ..spec.hardware import Hardware
+from ..spec.shapes import MoEShape
 from .journal import Stopped
 from .plan import TEST_SIZES, TUNE_SIZES, PlannedBatch
 from .pool import Measurer

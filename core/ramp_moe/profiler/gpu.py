@@ -11,8 +11,8 @@ from collections.abc import Collection
 from dataclasses import dataclass
 
 from ..errors import HardwareError
-from ..kernel import WeightLayout
-from ..shapes import SCALE_BLOCK, MoEShape
+from ..spec.kernel import WeightLayout
+from ..spec.shapes import SCALE_BLOCK, MoEShape
 
 TIMEOUT_SECONDS = 30.0
 """nvidia-smi answers in tens of milliseconds; without the persistence daemon it first starts the driver, in seconds."""

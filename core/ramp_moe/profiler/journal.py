@@ -21,9 +21,9 @@ from typing import Literal
 import msgspec
 
 from ..errors import ProfileError
-from ..hardware import Hardware
-from ..shapes import MoEShape
-from ..sweep import Run, ShapeRecord, Split
+from ..measurements.sweep import Run, ShapeRecord, Split
+from ..spec.hardware import Hardware
+from ..spec.shapes import MoEShape
 from .plan import PlannedBatch
 
 FORMAT = "ramp-moe/journal"

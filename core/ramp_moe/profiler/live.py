@@ -8,17 +8,18 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
-from ..comparison import DECODE_SIZES, PREFILL_SIZES, Comparison, compare_recorded, sources_of
-from ..cost_model import DEFAULT_FORM
+from ..cost_model.model import DEFAULT_FORM
+from ..dispatch.load_model import view
+from ..dispatch.profile_store import ProfileStore, relative_path
 from ..errors import ProfileError
-from ..hardware import Hardware
-from ..plugins import Registry
-from ..replay import Replay, load_replay, view
-from ..routing import IntArray
-from ..shapes import MoEShape
-from ..store import ProfileStore, relative_path
-from ..sweep import PATH, Sweep, load_sweep, path_key
-from ..trace import Trace, spread_out
+from ..evaluation.comparison import DECODE_SIZES, PREFILL_SIZES, Comparison, compare_recorded, sources_of
+from ..evaluation.replay import Replay, load_replay
+from ..measurements.sweep import PATH, Sweep, load_sweep, path_key
+from ..measurements.trace import Trace, spread_out
+from ..registry.registry import Registry
+from ..spec.hardware import Hardware
+from ..spec.routing import IntArray
+from ..spec.shapes import MoEShape
 from .journal import Stopped
 from .plan import TEST_SIZES, PlannedBatch, held_out
 from .session import profile

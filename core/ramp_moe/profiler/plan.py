@@ -7,13 +7,12 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from ..geometry import m_tiles
-from ..routing import FloatArray, IntArray, active_experts, expert_histogram, generate
-from ..shapes import MoEShape
-from ..sweep import Split
+from ..measurements.sweep import Split
+from ..spec.geometry import m_tiles
+from ..spec.routing import TUNE_KINDS, FloatArray, IntArray, active_experts, expert_histogram, generate
+from ..spec.shapes import MoEShape
 
 TUNE_SIZES = tuple(2**i for i in range(14))
-TUNE_KINDS = ("uniform", "zipf1.2", "zipf0.6", "balancedness0.5", "active0.125", "active0.3")
 TUNE_SEEDS = (1, 2)
 
 TEST_SIZES = (1, 3, 12, 24, 48, 96, 192, 384, 768, 1536, 3072, 6144)

@@ -8,8 +8,8 @@ from collections import deque
 from collections.abc import Callable, Generator, Sequence
 from typing import Any
 
-from ..cost_model import Candidate
-from ..routing import IntArray
+from ..cost_model.model import Candidate
+from ..spec.routing import IntArray
 from .journal import Stopped
 from .worker import BenchLike, Died, Failed, Worker
 

@@ -17,16 +17,15 @@ from typing import Any
 
 import numpy as np
 
-from ..cost_model import Candidate
-from ..device.contract import LaunchableKernel
+from ..cost_model.fit_file import digest
+from ..cost_model.model import Candidate
 from ..errors import KernelError, RampMoEError
-from ..fit_file import digest
-from ..hardware import Hardware
-from ..kernel import Kernel, usable_configs
-from ..routing import IntArray, expert_histogram, generate, repeats_experts
-from ..shapes import MoEShape
-from ..sweep import MAX_US, MIN_US, Run
-from .contest import TOO_FAR, Contest, cover
+from ..measurements.sweep import MAX_US, MIN_US, Run
+from ..spec.hardware import Hardware
+from ..spec.kernel import Kernel, usable_configs
+from ..spec.launchable import LaunchableKernel
+from ..spec.routing import IntArray, expert_histogram, generate, repeats_experts
+from ..spec.shapes import MoEShape
 from .journal import (
     AnyEvent,
     BatchRecord,
@@ -49,6 +48,7 @@ from .journal import (
 )
 from .plan import PlannedBatch, plan
 from .pool import Measurer, Warmers
+from .pruning import TOO_FAR, Contest, cover
 from .settings import Environment, MakeBench, Progress, Result, Settings
 from .worker import Died, Failed
 from .writing import Place, all_batches, find_place, measured_configs, write_profile

@@ -15,11 +15,11 @@ from collections.abc import Callable, Sequence
 from multiprocessing.connection import Connection
 from typing import Any, Protocol
 
-from ..device.contract import LaunchableKernel
 from ..errors import KernelError
-from ..plugins import get_registry
-from ..routing import IntArray
-from ..shapes import MoEShape
+from ..registry.registry import get_registry
+from ..spec.launchable import LaunchableKernel
+from ..spec.routing import IntArray
+from ..spec.shapes import MoEShape
 
 START_SECONDS = 600.0
 """For a bench to be made: torch is imported, and up to the whole GPU's memory of weights drawn."""
@@ -64,7 +64,7 @@ class Died(KernelError):
 def make_gpu_bench(shape: MoEShape, hardware: str, kernels: Sequence[str]) -> BenchLike:
     """A Bench of registered kernels and hardware by name. Raises UnknownNameError, and KernelError for a kernel that
     cannot run."""
-    from ..device.bench import Bench
+    from .bench import Bench
 
     registry, found = get_registry(), []
     for name in kernels:

@@ -22,14 +22,10 @@ from pathlib import Path
 import msgspec
 import numpy as np
 
+from ..dispatch.profile_store import relative_path
 from ..errors import ProfileError, RampMoEError
-from ..files import write_atomically
-from ..hardware import Hardware
-from ..kernel import KernelConfig
-from ..routing import IntArray
-from ..shapes import MoEShape
-from ..store import relative_path
-from ..sweep import (
+from ..measurements.json_file import write_atomically
+from ..measurements.sweep import (
     FORMAT,
     PATH,
     VERSION,
@@ -43,6 +39,10 @@ from ..sweep import (
     make_sweep,
     path_key,
 )
+from ..spec.hardware import Hardware
+from ..spec.kernel import KernelConfig
+from ..spec.routing import IntArray
+from ..spec.shapes import MoEShape
 from .journal import Header, Taken
 from .plan import PlannedBatch
 

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from ramp_moe import GridGeometry, Hardware, Kernel, KernelConfig, KernelError, MoEShape, Stage, WeightLayout, hookimpl
-from ramp_moe.device import Batch, LaunchableKernel, MoEWeights, Workspace
+from ramp_moe.spec.launchable import Batch, LaunchableKernel, MoEWeights, Workspace
 
 if TYPE_CHECKING:
     from torch import Tensor

@@ -8,10 +8,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ramp_moe import BuildableKernel, Built, Hardware, KernelConfig, MoEShape, Stage, WeightLayout
-from ramp_moe.device import Batch, LaunchableKernel, MoEWeights, Workspace
 from ramp_moe.errors import KernelError
-from ramp_moe.kernel import LAYOUTS, Progress, is_installed
-from ramp_moe.versions import Place, digest_of
+from ramp_moe.spec.kernel import LAYOUTS, Progress, is_installed
+from ramp_moe.spec.launchable import Batch, LaunchableKernel, MoEWeights, Workspace
+from ramp_moe.spec.versions import Place, digest_of
 
 from ..limits import too_many_experts
 from .config import ELEMENT, UP_ROWS, Config
@@ -42,7 +42,7 @@ class CuteMoE(LaunchableKernel, BuildableKernel):
 
     def version(self) -> str:
         """The library's version and a digest of the code that runs. How objects are built and loaded does not count."""
-        from .objects.cache import COMPILED
+        from .aot.cache import COMPILED
 
         return f"{super().version()}+{digest_of(*RUNS, COMPILED, apart=(HERE / 'objects',))}"
 
@@ -60,7 +60,7 @@ class CuteMoE(LaunchableKernel, BuildableKernel):
         missing = [name for name in ("torch", "triton", "tvm_ffi") if not is_installed(name)]
         if missing:
             return f"the package {missing[0]} is missing: pip install 'ramp-moe[triton,cute]'"
-        from .objects import compilable
+        from .aot import compilable
 
         return compilable()
 
@@ -82,12 +82,12 @@ class CuteMoE(LaunchableKernel, BuildableKernel):
         return KernelConfig(config.name, tuple(stages), params)
 
     def build(self, shape: MoEShape, hardware: Hardware, report: Progress, jobs: int | None = None) -> Built:
-        from .objects import build
+        from .aot import build
 
         return build([*configurations(shape), *polymorphic(shape)], report=report, jobs=jobs)
 
     def prune(self) -> int:
-        from .objects import prune
+        from .aot import prune
 
         return prune()
 
@@ -100,8 +100,8 @@ class CuteMoE(LaunchableKernel, BuildableKernel):
 
     def prepare(self, weights: MoEWeights) -> Prepared:
         """Views of the weights as they are. Raises KernelError for weights or a device that it cannot work with."""
+        from .aot import runtime
         from .launch import prepare  # torch: not needed to describe the kernel
-        from .objects import runtime
 
         if weights.gate_up.is_cuda:
             runtime()  # a tenth of a second, which the first launch would take otherwise

@@ -8,17 +8,17 @@ from dataclasses import dataclass
 
 import torch
 from ramp_moe import MoEShape
-from ramp_moe.device import Batch, MoEWeights, Workspace
-from ramp_moe.device.parts import overlap
 from ramp_moe.errors import KernelError
-from ramp_moe.shapes import SCALE_BLOCK
+from ramp_moe.runtime.parts import overlap
+from ramp_moe.spec.launchable import Batch, MoEWeights, Workspace
+from ramp_moe.spec.shapes import SCALE_BLOCK
 from torch import Tensor
 
 from ..limits import check_tokens
 from ..triton.combine import combine
 from ..triton.schedule import Schedule, buffer_sizes, schedule
+from .aot import load
 from .config import INTERMEDIATES, UP_ROWS, Config
-from .objects import load
 from .space import invalid, most_tokens, one_of
 
 ROW_CHUNK = 8

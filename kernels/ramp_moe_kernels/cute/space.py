@@ -14,7 +14,7 @@ from typing import get_args
 
 from ramp_moe import GridGeometry, MoEShape
 from ramp_moe.errors import KernelError
-from ramp_moe.shapes import SCALE_BLOCK
+from ramp_moe.spec.shapes import SCALE_BLOCK
 
 from ..limits import MAX_ELEMENTS, MAX_TILES, max_ids, max_tokens
 from .config import ADDRESSING, INTERMEDIATES, UP_ROWS, Combine, Config, smem_map

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from ramp_moe import GridGeometry, Hardware, MoEShape
-from ramp_moe.shapes import DTYPE_BYTES, scale_blocks
+from ramp_moe.spec.shapes import DTYPE_BYTES, scale_blocks
 
 Gemm = Literal["up", "down"]
 

@@ -14,10 +14,10 @@ from pathlib import Path as File
 from typing import TYPE_CHECKING, Any
 
 from ramp_moe import Hardware, KernelConfig, MoEShape, Stage, WeightLayout
-from ramp_moe.device import Batch, LaunchableKernel, MoEWeights, Workspace
 from ramp_moe.errors import KernelError
-from ramp_moe.kernel import LAYOUTS, fp8_unsupported
-from ramp_moe.versions import Place, digest_of
+from ramp_moe.spec.kernel import LAYOUTS, fp8_unsupported
+from ramp_moe.spec.launchable import Batch, LaunchableKernel, MoEWeights, Workspace
+from ramp_moe.spec.versions import Place, digest_of
 
 from ..limits import MAX_ELEMENTS, max_tokens, too_many_experts
 from .config import GemmConfig, Path, geometry, invalid_path, quantises_itself, scale_group

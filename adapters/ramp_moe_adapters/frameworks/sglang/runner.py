@@ -1,0 +1,224 @@
+"""The runner of SGLang 0.5 that `--moe-runner-backend ramp_moe` selects: experts computed by dispatched layers. Needs
+SGLang.
+
+To SGLang the backend is a Triton backend: weights lie, and layers are routed, as for `--moe-runner-backend triton`,
+whose runner computes what ramp_moe does not, each reason logged once. Nothing happens where the user selects another
+backend.
+"""
+
+from __future__ import annotations
+
+import inspect
+import logging
+from contextlib import nullcontext
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any
+
+import torch
+from ramp_moe.errors import KernelError
+from ramp_moe.runtime.layer_factory import Builder
+from ramp_moe.runtime.placeholder import Placeholder
+from ramp_moe.spec.launchable import MoEWeights
+from sglang.srt.arg_groups.choices import MOE_RUNNER_BACKEND_CHOICES, add_moe_runner_backend_choices
+from sglang.srt.distributed.device_communicators.pynccl_allocator import (
+    is_symmetric_memory_enabled,
+    use_symmetric_memory,
+)
+from sglang.srt.layers.dp_attention import is_allocation_symmetric
+from sglang.srt.layers.moe.moe_runner import MoeRunner, MoeRunnerConfig, register_moe_runner_core
+from sglang.srt.layers.moe.moe_runner.base import DispatchMoeRunnerCore
+from sglang.srt.layers.moe.moe_runner.triton import TritonMoeQuantInfo
+from sglang.srt.layers.moe.token_dispatcher.standard import StandardCombineInput, StandardDispatchOutput
+from sglang.srt.layers.moe.utils import MoeRunnerBackend, RegisteredMoeRunnerBackend, get_moe_runner_backend
+from sglang.srt.model_executor.runner_utils.capture_mode import get_is_capture_mode
+from sglang.srt.plugins.hook_registry import HookRegistry, HookType
+from sglang.srt.runtime_context import get_flags, get_parallel
+
+from ..engine_errors import both_failed, why
+from ..engine_weights import Parameters, place
+from ..known_fields import new_parameters
+from .checks import ACTIVATIONS, check_batch, check_layer, refusal
+
+if TYPE_CHECKING:
+    from ramp_moe.runtime.layer import MoELayer
+    from torch import Tensor
+
+NAME = "ramp_moe"
+TENSORS = {
+    "w13_weight": "gate_up",
+    "w2_weight": "down",
+    "w13_scale": "gate_up_scale",
+    "w2_scale": "down_scale",
+    "b13": "gate_up_bias",
+    "b2": "down_bias",
+}
+"""Of TritonMoeQuantInfo, and the fields of MoEWeights that they are."""
+_RESOLVE = "sglang.srt.layers.moe.utils.resolve_moe_runner_backend"
+_UNQUANTISED = "sglang.srt.layers.quantization.unquant.UnquantizedFusedMoEMethod.create_moe_runner"
+_logger = logging.getLogger("ramp_moe")
+_builder = Builder()
+"""Of all layers of the process: they share profiles and workspaces."""
+_said: set[str] = set()
+
+
+@dataclass(frozen=True)
+class Backend(RegisteredMoeRunnerBackend):  # type: ignore[misc]
+    """What SGLang asks about a backend; answers as Triton's does."""
+
+    def is_triton(self) -> bool:
+        return True
+
+
+BACKEND = Backend(NAME)
+
+
+def install() -> None:
+    """Make `ramp_moe` a choice of `--moe-runner-backend`. Again, it does nothing. Raises KernelError if this version
+    calls its runners in another way."""
+    if NAME in MOE_RUNNER_BACKEND_CHOICES:
+        return
+    known = inspect.signature(RampRunnerCore.run_from_dispatch).parameters
+    if names := new_parameters(DispatchMoeRunnerCore.run_from_dispatch, known):
+        raise KernelError(f"its runners are called with other arguments ({', '.join(names)})")
+    register_moe_runner_core(NAME, RampRunnerCore)
+    add_moe_runner_backend_choices([NAME])
+    HookRegistry.register(_RESOLVE, _resolved, HookType.AFTER)
+    HookRegistry.register(_UNQUANTISED, _created, HookType.AFTER)
+
+
+def _resolved(found: Any, *_: Any) -> Any:
+    """SGLang's options, once they are read: the name's backend, or Triton's where the whole model must be computed by
+    that."""
+    if found.value != NAME:
+        return None
+    if reason := refusal():
+        _say(f"{reason}: every layer is left to SGLang's Triton runner")
+        return MoeRunnerBackend.TRITON
+    return BACKEND
+
+
+def _created(_: None, method: Any, layer: Any, config: MoeRunnerConfig) -> None:
+    """Unquantised experts, which name Triton's runner themselves, whatever backend like Triton's was asked for."""
+    if get_moe_runner_backend() == BACKEND and method.runner.runner_backend is MoeRunnerBackend.TRITON:
+        method.runner = MoeRunner(BACKEND, config)
+
+
+class RampRunnerCore(DispatchMoeRunnerCore):  # type: ignore[misc]
+    """One layer's experts. Its MoELayer is made when it first runs, of the weights as SGLang has them then.
+
+    SGLang's parameters follow that layer, so there is one copy. What SGLang loads into them later is computed with. A
+    batch that fails is computed by SGLang's Triton runner.
+    """
+
+    def __init__(self, config: MoeRunnerConfig) -> None:
+        super().__init__(config)
+        self._stock = MoeRunner(MoeRunnerBackend.TRITON, config)
+        self._parameters: Parameters | None = None
+        self._refused: object = None
+        """Where the weights are that no layer could be made of."""
+        self._failed: set[int] = set()
+        """Batch sizes whose run before the capture of a graph failed."""
+
+    @property
+    def runner_backend(self) -> Backend:
+        return BACKEND
+
+    def run_from_dispatch(
+        self, dispatch_output: Any, quant_info: Any, runner_config: MoeRunnerConfig, hooks: Any = None
+    ) -> Any:
+        """The weighted sum of this rank's experts `[T, H]` of hidden states `[T, H]` bf16 or fp16, ids `[T, k]` of this
+        rank's experts, of which -1 is skipped, and their weights float32 `[T, k]`. Raises KernelError for LoRA's hooks,
+        if SGLang's runner fails after ramp_moe has, and if a weight update has failed."""
+        if hooks is not None:
+            raise KernelError("ramp_moe's experts run no LoRA; select another --moe-runner-backend")
+        tokens = len(dispatch_output.hidden_states)
+        if tokens in self._failed and _capturing(dispatch_output.hidden_states):
+            return self._by_sglang(dispatch_output, quant_info)
+        try:
+            check_batch(dispatch_output)
+            parameters = self._current(dispatch_output, quant_info)
+            if parameters is not None:
+                return StandardCombineInput(hidden_states=self._run(parameters.layer, dispatch_output))
+        except Exception as e:  # whatever a kernel raises; a server must not end by it
+            self._failed.add(tokens)
+            _say(f"{why(e)}: left to SGLang's Triton runner")
+            try:
+                return self._by_sglang(dispatch_output, quant_info)
+            except Exception as other:
+                raise both_failed(e, "SGLang's Triton runner", other) from e
+        return self._by_sglang(dispatch_output, quant_info)
+
+    def _by_sglang(self, given: Any, info: Any) -> Any:
+        """Weights that ramp_moe has moved are copied into SGLang's order, for this batch alone."""
+        if self._parameters is not None:
+            self._parameters.check()
+        moved = {name: t.values() for name in TENSORS if isinstance(t := getattr(info, name, None), Placeholder)}
+        return self._stock.run(given, replace(info, **moved) if moved else info)
+
+    def _current(self, given: Any, info: TritonMoeQuantInfo) -> Parameters | None:
+        """The layer of SGLang's parameters of now; None if it was refused before. Raises RampMoEError with the reason
+        if it is refused now."""
+        tensors = {field: t for name, field in TENSORS.items() if (t := getattr(info, name)) is not None}
+        if self._parameters is not None:
+            self._parameters.meet(tensors)
+            return self._parameters
+        places = [place(t) for t in tensors.values()]
+        if places != self._refused:
+            if _capturing(info.w13_weight):
+                raise KernelError("the layer first ran in the capture of a CUDA graph")
+            self._refused = places
+            check_layer(self.config, info)
+            detached = {field: t.detach() for field, t in tensors.items()}
+            weights = MoEWeights(**detached, activation=ACTIVATIONS[self.config.activation])
+            layer = _layer(weights, given.topk_output.topk_ids.shape[1], _ranks(self.config))
+            self._parameters = Parameters(self, layer, tensors)
+        return self._parameters
+
+    def _run(self, layer: MoELayer, given: StandardDispatchOutput) -> Tensor:
+        x, topk = given.hidden_states.contiguous(), given.topk_output
+        weights = topk.topk_weights.float().contiguous()
+        if self.config.routed_scaling_factor is not None:
+            weights = weights * self.config.routed_scaling_factor
+        if len(x) and _before_capture(x):
+            layer.warm_up(len(x), x.dtype)
+            layer.ready(len(x), x.dtype)
+        return layer(x, topk.topk_ids.int().contiguous(), weights, _output(x))
+
+
+def _ranks(config: MoeRunnerConfig) -> int:
+    """Over how many the experts are spread."""
+    known = config.num_experts and config.num_local_experts
+    return int(config.num_experts // config.num_local_experts) if known else 1
+
+
+def _output(x: Tensor) -> Tensor:
+    """Like x `[T, H]`; in symmetric memory where SGLang's all-reduce wants it there."""
+    symmetric = is_symmetric_memory_enabled() and is_allocation_symmetric()
+    with use_symmetric_memory(get_parallel().tp_group) if symmetric else nullcontext():
+        return torch.empty_like(x)
+
+
+def _before_capture(x: Tensor) -> bool:
+    """Whether SGLang runs what it is about to capture, as it does twice."""
+    if not x.is_cuda or _capturing(x):
+        return False
+    return bool(get_is_capture_mode() or get_flags().dp.capturing_prefill_graph)
+
+
+def _layer(weights: MoEWeights, top_k: int, ranks: int) -> MoELayer:
+    said = len(_builder.notes)
+    layer = _builder.layer(weights, top_k, ranks)
+    for note in _builder.notes[said:]:
+        _say(note)
+    return layer
+
+
+def _capturing(t: Tensor) -> bool:
+    return t.is_cuda and torch.cuda.is_current_stream_capturing()
+
+
+def _say(line: str) -> None:
+    """Once in a process."""
+    if line not in _said:
+        _said.add(line)
+        _logger.warning("%s", line)

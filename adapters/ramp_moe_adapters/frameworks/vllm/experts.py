@@ -1,0 +1,213 @@
+"""Experts of vLLM 0.33's modular kernel that a dispatched layer computes. Needs vLLM.
+
+A batch that fails is computed by vLLM's own Triton path, so the server lives on.
+"""
+
+from __future__ import annotations
+
+import weakref
+from typing import TYPE_CHECKING, Any
+
+import torch
+from ramp_moe import KernelError
+from ramp_moe.runtime.layer import MoELayer
+from ramp_moe.spec.launchable import MoEWeights
+from vllm.logger import init_logger
+from vllm.model_executor.layers.fused_moe.activation import MoEActivation
+from vllm.model_executor.layers.fused_moe.modular_kernel import FusedMoEActivationFormat, FusedMoEExpertsModular
+from vllm.model_executor.layers.fused_moe.topk_weight_and_reduce import TopKWeightAndReduceNoOP
+from vllm.model_executor.layers.quantization.utils.quant_utils import (
+    GroupShape,
+    create_fp8_quant_key,
+    kFp8Dynamic128Sym,
+)
+from vllm.v1.worker.workspace import current_workspace_manager, is_workspace_manager_initialized
+
+from ...kernels.vllm_triton.launch import prepare
+from ..engine_errors import both_failed, why
+from ..engine_weights import Parameters
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+ACTIVATIONS = {MoEActivation.SILU: "swiglu", MoEActivation.GELU_TANH: "gelu_tanh"}
+BLOCK_SCALES = [create_fp8_quant_key(static=True, group_shape=GroupShape(side, side)) for side in (128, 64, 32)]
+"""vLLM repeats the scales of 128 for smaller blocks, if those of 128 do not divide a tensor-parallel shard."""
+PARAMETERS = {
+    "w13_weight": "gate_up",
+    "w2_weight": "down",
+    "w13_weight_scale_inv": "gate_up_scale",
+    "w2_weight_scale_inv": "down_scale",
+    "w13_bias": "gate_up_bias",
+    "w2_bias": "down_bias",
+}
+"""vLLM's parameters, and the fields of MoEWeights that they are."""
+logger = init_logger("vllm.ramp_moe")
+
+
+def say(message: str, reason: str) -> None:
+    """Log a warning, once in a process for each reason."""
+    logger.warning_once(f"ramp_moe {message}: %s", reason)
+
+
+class RampExperts(FusedMoEExpertsModular):  # type: ignore[misc]
+    """This rank's experts of one layer. The modular kernel gives them hidden states that are not quantised; they return
+    the weighted sum over each token's experts of this rank."""
+
+    layer: MoELayer
+    """The layer of the loaded weights; from `take` on."""
+    local_ids: Tensor | None = None
+    """int32 `[global experts + 1]` with expert parallelism: the id on this rank, or -1 for experts of other ranks. The
+    last place has -1 as well; the ids -1 and `global experts` point to it."""
+
+    def __init__(self, *args: Any, **options: Any) -> None:
+        super().__init__(*args, **options)
+        self._failed: set[int] = set()
+        """Batch sizes whose run before the capture of a graph failed."""
+
+    def take(self, module: Any, parameters: Parameters) -> None:
+        """Compute with the layer of vLLM's parameters; module has them."""
+        self._module, self._parameters, self.layer = weakref.ref(module), parameters, parameters.layer
+        self.local_ids = _local_ids(module)
+
+    def load(self, module: Any) -> None:
+        """Compute with what vLLM has loaded into its parameters since. Raises RampMoEError if it does not fit; the
+        layer then computes no batch until something is loaded that does."""
+        self._parameters.load(parameters_of(module))
+        here = _local_ids(module)
+        if self.local_ids is not None and here is not None:
+            self.local_ids.copy_(here)  # a server that sleeps may lose this memory, too
+
+    @staticmethod
+    def activation_format() -> Any:
+        return FusedMoEActivationFormat.Standard
+
+    @property
+    def expects_unquantized_inputs(self) -> bool:
+        return True
+
+    @property
+    def post_gemm2_hook(self) -> None:
+        return None
+
+    @post_gemm2_hook.setter
+    def post_gemm2_hook(self, hook: Any) -> None:
+        if hook is not None:
+            raise KernelError("ramp_moe's experts run no hook before the weighted sum; unset RAMP_MOE_VLLM to have one")
+
+    @staticmethod
+    def _supports_current_device() -> bool:
+        return True  # the device of the weights decides, once they are loaded
+
+    @staticmethod
+    def _supports_no_act_and_mul() -> bool:
+        return False
+
+    @staticmethod
+    def _supports_quant_scheme(weight_key: Any, activation_key: Any) -> bool:
+        quantised = weight_key in BLOCK_SCALES and activation_key == kFp8Dynamic128Sym
+        return quantised or (weight_key, activation_key) == (None, None)
+
+    @staticmethod
+    def _supports_activation(activation: Any) -> bool:
+        return activation in ACTIVATIONS
+
+    @staticmethod
+    def _supports_parallel_config(moe_parallel_config: Any) -> bool:
+        """With data parallelism only tokens that are gathered unchanged; no experts that move between ranks."""
+        config = moe_parallel_config
+        gathered = not config.use_all2all_kernels or config.use_ag_rs_all2all_kernels
+        return gathered and not config.use_passthrough_all2all and not config.enable_eplb
+
+    def finalize_weight_and_reduce_impl(self) -> Any:
+        return TopKWeightAndReduceNoOP()
+
+    def workspace_shapes(self, M: int, N: int, K: int, *_: Any) -> tuple[tuple[int, ...], ...]:
+        """None but the output `[M, K]`: layers have a workspace of their own."""
+        return (0,), (0,), (M, K)
+
+    def apply(
+        self,
+        output: Tensor,
+        hidden_states: Tensor,
+        w1: Tensor,
+        w2: Tensor,
+        topk_weights: Tensor,
+        topk_ids: Tensor,
+        activation: Any,
+        global_num_experts: int,
+        expert_map: Tensor | None,
+        a1q_scale: Tensor | None,
+        a2_scale: Tensor | None,
+        workspace13: Tensor,
+        workspace2: Tensor,
+        expert_tokens_meta: Any,
+        apply_router_weight_on_input: bool,
+    ) -> None:
+        """Write output `[T, H]` of hidden_states `[T, H]` bf16 or fp16, topk_ids int32 or int64 `[T, k]`, which are
+        global if there is an expert_map, and topk_weights `[T, k]` of any float, which the hidden states were already
+        multiplied by if apply_router_weight_on_input. Weights, scales and workspaces are the layer's own.
+
+        vLLM's Triton path computes a batch that fails. Raises KernelError with both reasons if that fails, too;
+        RampMoEError if parameters were exchanged for others that do not fit, or a reload failed.
+        """
+        self._parameters.meet(parameters_of(self._module()))
+        if expert_map is not None:
+            assert self.local_ids is not None
+            topk_ids = self.local_ids[topk_ids]
+        if apply_router_weight_on_input:
+            topk_weights = torch.ones_like(topk_weights)
+        batch = hidden_states.contiguous(), topk_ids.int().contiguous(), topk_weights.float().contiguous()
+        if self._failed and len(hidden_states) in self._failed and _capturing(output):
+            by_vllm(self._parameters.values(), *batch, output)
+            return
+        try:
+            self._warm_up(len(hidden_states), hidden_states.dtype)
+            self.layer(*batch, out=output)
+        except Exception as e:  # whatever a kernel raises; a server must not end by it
+            say("leaves a batch to vLLM's Triton path", why(e))
+            self._failed.add(len(hidden_states))
+            try:
+                by_vllm(self._parameters.values(), *batch, output)
+            except Exception as other:
+                raise both_failed(e, "vLLM's Triton path", other) from e
+
+    def _warm_up(self, num_tokens: int, dtype: torch.dtype) -> None:
+        """Before a batch size is captured. vLLM runs each once, on the stream of the capture, and locks its workspaces
+        when all are captured."""
+        graphs, moe = self.layer.graphs, self.moe_config
+        if graphs is None or not 0 < num_tokens <= moe.max_capture_size * moe.dp_size * moe.pcp_size:
+            return
+        started = is_workspace_manager_initialized() and current_workspace_manager().is_locked()
+        if not started and not torch.cuda.is_current_stream_capturing():
+            graphs.prepare(num_tokens, dtype)
+            self.layer.ready(num_tokens, dtype)
+
+
+def by_vllm(experts: MoEWeights, x: Tensor, ids: Tensor, weights: Tensor, output: Tensor) -> None:
+    """Write what vLLM's Triton path computes of experts in its order of rows: x `[T, H]`, ids int32 `[T, k]` of this
+    rank's experts, of which any out of range is skipped, weights float32 `[T, k]`, output `[T, H]`."""
+    prepared = prepare(experts)
+    here = (ids >= 0) & (ids < len(experts.gate_up))
+    found = prepared.fused_experts(
+        hidden_states=x,
+        topk_weights=weights.masked_fill(~here, 0.0),
+        topk_ids=ids.masked_fill(~here, 0),
+        **prepared.arguments,
+    )
+    output.copy_(found.masked_fill(~here.any(-1, keepdim=True), 0.0))
+
+
+def parameters_of(module: Any) -> dict[str, Tensor]:
+    """vLLM's parameters of routed experts, by field of MoEWeights."""
+    found = {field: module._parameters.get(name) for name, field in PARAMETERS.items()}
+    return {field: t for field, t in found.items() if t is not None}
+
+
+def _local_ids(module: Any) -> Tensor | None:
+    here = module.expert_map
+    return None if here is None else torch.cat((here, here.new_full((1,), -1))).to(module.w13_weight.device)
+
+
+def _capturing(t: Tensor) -> bool:
+    return t.is_cuda and torch.cuda.is_current_stream_capturing()

@@ -1,0 +1,109 @@
+"""vLLM 0.33's methods for unquantised and fp8 experts, with a dispatched layer in place of the experts. Needs vLLM.
+
+vLLM loads the weights as for its Triton experts: gate rows first, fp8 with float32 scales of [128, 128] blocks. If no
+layer can be made of them, vLLM's own choice of experts takes them.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from ramp_moe import KernelError
+from ramp_moe.runtime.layer_factory import Builder
+from ramp_moe.spec.launchable import MoEWeights
+from vllm.model_executor.layers.fused_moe.oracle.fp8 import Fp8MoeBackend
+from vllm.model_executor.layers.fused_moe.oracle.unquantized import UnquantizedMoeBackend
+from vllm.model_executor.layers.fused_moe.unquantized_fused_moe_method import UnquantizedFusedMoEMethod
+from vllm.model_executor.layers.quantization.fp8 import Fp8MoEMethod
+
+from ..engine_errors import why
+from ..engine_weights import Parameters
+from ..known_fields import misfit
+from .experts import ACTIVATIONS, RampExperts, logger, parameters_of, say
+from .fields import LAYER, PARALLEL, QUANTISATION, TENSORS
+
+_builder = Builder()
+"""Of all layers of the process: they share profiles and workspaces."""
+
+
+def leave(reason: str) -> None:
+    say("leaves experts to vLLM", reason)
+
+
+class _Dispatched:
+    """Mixin for vLLM's methods: the experts are a MoELayer, if one can be made of the loaded weights."""
+
+    backend: str
+    """Attribute with the backend of vLLM that weights are converted for."""
+    unconverted: Any
+    """The backend that they are not converted for."""
+    experts_cls: Any
+    moe_kernel: Any
+    moe: Any
+
+    def process_weights_after_loading(self, layer: Any) -> None:
+        """Make the layer of what was loaded. Again, have it compute with what was loaded since: in CUDA graphs that
+        were captured before, too. Raises RampMoEError if new weights do not fit the layer, which then computes no batch
+        until weights that fit are loaded."""
+        if self.experts_cls is RampExperts:
+            self.moe_kernel.fused_experts.load(layer)
+            return
+        found = None if self.moe_kernel else self._made(layer)
+        if found is not None:
+            self.experts_cls = RampExperts
+            setattr(self, self.backend, self.unconverted)
+        super().process_weights_after_loading(layer)  # type: ignore[misc]
+        if found is not None:
+            self.moe_kernel.fused_experts.take(layer, found)
+
+    def _made(self, layer: Any) -> Parameters | None:
+        """What was loaded, with the layer that holds it alone from then on; None, with a line in the log, if there can
+        be no layer."""
+        said = len(_builder.notes)
+        try:
+            if reason := self._misfit(layer):
+                raise KernelError(reason)
+            ranks = self.moe.num_experts // self.moe.num_local_experts
+            made = _builder.layer(_weights(layer, self.moe), layer.top_k, ranks)
+            found = Parameters(layer, made, parameters_of(layer))
+        except Exception as e:  # whatever a kernel raises: vLLM's experts can have the weights
+            leave(why(e))
+            return None
+        for note in _builder.notes[said:]:
+            logger.warning("ramp_moe: %s", note)
+        kernels, layouts = ", ".join(made.configs()), " and ".join(made.layouts)
+        logger.info_once("ramp_moe: %s by %s; weights in %s", made.shape.slug, kernels, layouts)
+        return found
+
+    def _misfit(self, layer: Any) -> str | None:
+        """A field of vLLM's configurations that ramp_moe does not compute; None if there is none."""
+        converted = getattr(self, self.backend)
+        setattr(self, self.backend, self.unconverted)
+        try:
+            quantisation = self.get_fused_moe_quant_config(layer)  # type: ignore[attr-defined]
+        finally:
+            setattr(self, self.backend, converted)
+        tensors = [(getattr(quantisation, f"_{name}"), TENSORS[name]) for name in TENSORS]
+        configurations = (self.moe, LAYER), (self.moe.moe_parallel_config, PARALLEL), (quantisation, QUANTISATION)
+        reasons = (misfit(config, known) for config, known in (*configurations, *tensors))
+        return next((reason for reason in reasons if reason), None)
+
+
+class DispatchedUnquantizedMethod(_Dispatched, UnquantizedFusedMoEMethod):  # type: ignore[misc]
+    backend, unconverted = "unquantized_backend", UnquantizedMoeBackend.TRITON
+
+
+class DispatchedFp8Method(_Dispatched, Fp8MoEMethod):  # type: ignore[misc]
+    backend, unconverted = "fp8_backend", Fp8MoeBackend.TRITON
+
+
+def _weights(layer: Any, moe: Any) -> MoEWeights:
+    """The layer's parameters themselves. Raises KernelError or ShapeError if they cannot be used."""
+    padded = moe.hidden_dim, moe.intermediate_size_per_partition
+    if padded != (moe.hidden_dim_unpadded, moe.intermediate_size_per_partition_unpadded):
+        raise KernelError(f"vLLM has padded the weights to {padded[0]} and {padded[1]}")
+    kind = layer.w13_weight.dtype
+    if kind.itemsize > 1 and kind != moe.in_dtype:
+        raise KernelError(f"weights are {kind}, activations {moe.in_dtype}")
+    given: dict[str, Any] = {field: t.detach() for field, t in parameters_of(layer).items()}
+    return MoEWeights(**given, activation=ACTIVATIONS[layer.activation])

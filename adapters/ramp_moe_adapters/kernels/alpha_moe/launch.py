@@ -1,0 +1,142 @@
+"""Weights and batches as Alpha-MoE's operator wants them, and its call.
+
+The operator checks no dtype, no device and little else, and ends the process where it has no code for the device; so
+everything that it relies on is checked here.
+"""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from ramp_moe import KernelConfig, MoEShape
+from ramp_moe.errors import KernelError
+from ramp_moe.runtime.parts import overlap
+from ramp_moe.runtime.relayout import relayout
+from ramp_moe.spec.launchable import Batch, MoEWeights, Workspace
+from ramp_moe.spec.shapes import SCALE_BLOCK
+from ramp_moe_kernels.limits import check_tokens
+from torch import Tensor
+
+from .config import CTA_HIDDEN, LAYOUT
+from .kernel import most_tokens
+
+ALIGNMENT = 16
+"""Bytes, for the weights' tensor maps, 16-byte copies of x and bulk additions to out."""
+
+Operator = Callable[..., Any]
+
+
+@dataclass(frozen=True, slots=True)
+class Prepared:
+    """Weights in Alpha-MoE's layout: w fp8 [E, 2 I, H] and its scales float32 [E, 2 I / 128, H / 128] interleaved, w2
+    [E, H, I] and its scales [E, H / 128, I / 128] as they were; and the operator that takes them."""
+
+    w: Tensor
+    w_scale: Tensor
+    w2: Tensor
+    w2_scale: Tensor
+    operator: Operator
+
+
+def operator(device: torch.device) -> Operator:
+    """The operator, for weights on `device`. Raises KernelError where it is absent, was built for another torch, or
+    has no code for the device."""
+    if device.type != "cuda" or torch.cuda.get_device_capability(device) != (9, 0):
+        raise KernelError(
+            f"alpha_moe runs on Hopper (sm_90) only; the weights are on {device}, which is something else"
+        )
+    try:
+        importlib.import_module("alpha_moe")  # registers it; finds libtorch through torch, imported before
+        return torch.ops.alpha_moe.fused_moe_w8a8_up_down
+    except (ImportError, AttributeError, OSError) as e:
+        raise KernelError(f"alpha_moe cannot be loaded ({e}); build it with the torch that is installed") from e
+
+
+def prepare(weights: MoEWeights) -> Prepared:
+    if weights.gate_up_scale is None or weights.down_scale is None:
+        raise KernelError(f"alpha_moe takes fp8 block-scaled weights, not {weights.gate_up.dtype}")
+    if weights.activation != "swiglu":
+        raise KernelError(f"alpha_moe computes swiglu only, not {weights.activation}")
+    if weights.gate_up_bias is not None or weights.down_bias is not None:
+        raise KernelError("alpha_moe adds no biases; the weights have some")
+    if weights.gate_up.shape[2] % CTA_HIDDEN:
+        raise KernelError(f"alpha_moe: hidden_size {weights.gate_up.shape[2]} is not a multiple of {CTA_HIDDEN}")
+    launchable = operator(weights.gate_up.device)
+    _check_aligned("down", weights.down)
+    interleaved = relayout(weights, LAYOUT)
+    _check_aligned("gate_up", interleaved.gate_up)
+    assert interleaved.gate_up_scale is not None
+    return Prepared(interleaved.gate_up, interleaved.gate_up_scale, weights.down, weights.down_scale, launchable)
+
+
+def launch(config: KernelConfig, prepared: Prepared, batch: Batch, out: Tensor, workspace: Workspace) -> None:
+    for _ in launch_steps(config, prepared, batch, out, workspace):
+        pass
+
+
+def launch_steps(
+    config: KernelConfig, prepared: Prepared, batch: Batch, out: Tensor, workspace: Workspace
+) -> Iterator[None]:
+    """`launch`, stopping after the preparation and after the operator."""
+    from ramp_moe_kernels.triton.schedule import Schedule, buffer_sizes, schedule
+
+    p: dict[str, Any] = dict(config.params)
+    x, block, device = batch.hidden_states, p["block_m"], out.device
+    experts, _, hidden = prepared.w.shape
+    _check_batch(batch, out, prepared)
+    shape = MoEShape(experts, batch.top_k, hidden, prepared.w2.shape[2])
+    check_tokens("alpha_moe", config.name, batch.num_tokens, most_tokens(block, shape))
+    sizes = buffer_sizes(batch.topk_ids.numel(), experts, block)
+
+    # Exact sizes: the length of slots sets the operator's grid, and -1 fills expert_of_tile to its end.
+    plan = Schedule(**{name: workspace.get(name, (size,), torch.int32, device) for name, size in sizes.items()})
+    x_fp8 = workspace.get("x", (batch.num_tokens, hidden), torch.float8_e4m3fn, device)
+    x_scale = workspace.get("x_scale", (batch.num_tokens, hidden // SCALE_BLOCK), torch.float32, device)
+    apart = not overlap(x, out)  # in place, x must be read before out is zeroed
+    schedule(batch.topk_ids, experts, block, plan, quantise=(x, x_fp8, x_scale), zero=out if apart else None)
+    if not apart:
+        out.zero_()
+    yield
+    with torch.cuda.device(x.get_device()):  # the operator takes the current device's stream, whichever device x is on
+        prepared.operator(
+            x_fp8,
+            x_scale,
+            prepared.w,
+            prepared.w_scale,
+            prepared.w2,
+            prepared.w2_scale,
+            plan.slots,
+            plan.expert_of_tile,
+            plan.num_slots,
+            batch.topk_weights,
+            out,
+            batch.top_k,
+            block,
+            p["block_n"],
+            p["warp_n"],
+            p["stages"],
+            1.0,  # scaling_factor of all routing weights
+        )
+    yield
+
+
+def _check_batch(batch: Batch, out: Tensor, prepared: Prepared) -> None:
+    x, hidden = batch.hidden_states, prepared.w.shape[2]
+    if x.dtype != torch.bfloat16 or out.dtype != torch.bfloat16:
+        raise KernelError(f"alpha_moe writes bf16 only: hidden_states are {x.dtype}, out is {out.dtype}")
+    if x.shape[1] != hidden or out.shape != x.shape:
+        raise KernelError(f"alpha_moe: hidden_states {list(x.shape)} and out {list(out.shape)} must be [T, {hidden}]")
+    if not x.device == out.device == prepared.w.device:
+        raise KernelError(
+            f"alpha_moe: hidden_states are on {x.device}, out on {out.device}, weights on {prepared.w.device}"
+        )
+    _check_aligned("out", out)
+
+
+def _check_aligned(name: str, t: Tensor) -> None:
+    if not t.is_contiguous() or t.data_ptr() % ALIGNMENT:
+        raise KernelError(f"alpha_moe: {name} must be contiguous and start at a multiple of {ALIGNMENT} bytes")

@@ -1,0 +1,144 @@
+"""A batch through DeepGEMM: dispatch, up, activation, down, combine.
+
+DeepGEMM's settings belong to the process, and are read when a GEMM is launched. So they are set, used and restored
+under a lock, which is DeepGEMM's in this process as far as this library is concerned.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import importlib
+import threading
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from ramp_moe import KernelConfig, MoEShape
+from ramp_moe.errors import KernelError
+from ramp_moe.runtime.relayout import relayout
+from ramp_moe.spec.launchable import Batch, MoEWeights, Workspace
+from ramp_moe_kernels.limits import check_tokens
+from ramp_moe_kernels.permute.permute import dispatch
+from ramp_moe_kernels.permute.unpermute import activate, combine
+from torch import Tensor
+
+from .kernel import most_tokens
+
+NEEDED = (
+    "m_grouped_fp8_gemm_nt_contiguous",
+    "m_grouped_bf16_gemm_nt_contiguous",
+    "set_num_sms",
+    "get_num_sms",
+    "set_mk_alignment_for_contiguous_layout",
+    "get_mk_alignment_for_contiguous_layout",
+    "set_pdl",
+    "get_pdl",
+)
+MULTIPLE = "set_block_size_multiple_of"
+
+_lock = threading.RLock()
+
+
+@dataclass(frozen=True, slots=True)
+class Prepared:
+    weights: MoEWeights
+    library: Any
+
+
+def prepare(weights: MoEWeights) -> Prepared:
+    device = weights.gate_up.device
+    if weights.gate_up.dtype not in (torch.float8_e4m3fn, torch.bfloat16):
+        raise KernelError(f"deep_gemm takes fp8 block-scaled or bf16 weights, not {weights.gate_up.dtype}")
+    if device.type != "cuda" or torch.cuda.get_device_capability(device) != (9, 0):
+        raise KernelError(f"deep_gemm is described for Hopper (sm_90); the weights are on {device}, something else")
+    if weights.gate_up_scale is not None and weights.layout == "gate-up-interleaved-8":
+        weights = relayout(weights, "gate-first")
+    return Prepared(weights, library())
+
+
+def library() -> Any:
+    """The module. Raises KernelError where it cannot be loaded or lacks what is needed."""
+    try:
+        module = importlib.import_module("deep_gemm")
+    except Exception as e:  # it loads a library, looks for a compiler and makes folders
+        raise KernelError(f"deep_gemm cannot be loaded ({type(e).__name__}: {e})") from e
+    if lacking := [name for name in NEEDED if not hasattr(module, name)]:
+        raise KernelError(f"the installed deep_gemm has no {', '.join(lacking)}; install a tested version")
+    return module
+
+
+def launch(config: KernelConfig, prepared: Prepared, batch: Batch, out: Tensor, workspace: Workspace) -> None:
+    for _ in launch_steps(config, prepared, batch, out, workspace):
+        pass
+
+
+def launch_steps(
+    config: KernelConfig, prepared: Prepared, batch: Batch, out: Tensor, workspace: Workspace
+) -> Iterator[None]:
+    """`launch`, stopping after each stage."""
+    p: dict[str, Any] = dict(config.params)
+    w, x = prepared.weights, batch.hidden_states
+    experts, hidden, inter = w.down.shape
+    fp8, block = w.gate_up_scale is not None, p["block_m"]
+    if x.dtype != torch.bfloat16 or out.dtype != torch.bfloat16:
+        raise KernelError(f"deep_gemm writes bf16 only: hidden_states are {x.dtype}, out is {out.dtype}")
+    shape = MoEShape(experts, batch.top_k, hidden, inter, "fp8" if fp8 else "bf16")
+    check_tokens("deep_gemm", config.name, batch.num_tokens, most_tokens(block, shape))
+    rows = dispatch(x, batch.topk_ids, experts, block, fp8, workspace)
+    size = len(rows.values)
+    yield
+    gate_up = workspace.get("rows_gate_up", (size, 2 * inter), x.dtype, x.device)
+    gemm(prepared, p, "up", rows.values, rows.scale, w.gate_up, w.gate_up_scale, gate_up, rows.ends)
+    yield
+    act, act_scale = activate(
+        gate_up, w.gate_up_bias, batch.topk_ids, rows, fp8, w.layout, w.activation, w.limit, workspace
+    )
+    yield
+    values = workspace.get("rows_out", (size, hidden), x.dtype, x.device)
+    gemm(prepared, p, "down", act, act_scale, w.down, w.down_scale, values, rows.ends)
+    yield
+    combine(values, w.down_bias, batch, rows, out)
+    yield
+
+
+def gemm(
+    prepared: Prepared,
+    params: dict[str, Any],
+    which: str,
+    a: Tensor,
+    a_scale: Tensor | None,
+    b: Tensor,
+    b_scale: Tensor | None,
+    out: Tensor,
+    ends: Tensor,
+) -> None:
+    """out `[capacity, N]` = a `[capacity, K]` by each expert's b `[N, K]`, for rows up to the expert's end."""
+    psum = {"use_psum_layout": True, "expected_m_for_psum_layout": params[f"{which}_expected_m"]}
+    dg = prepared.library
+    settings = _settings(dg, params["block_m"], params["num_sms"], params[f"{which}_multiple"])
+    with settings, torch.cuda.device(a.get_device()):  # it takes the current device's stream
+        if a_scale is not None:
+            dg.m_grouped_fp8_gemm_nt_contiguous((a, a_scale.T), (b, b_scale), out, ends, **psum)
+        else:
+            dg.m_grouped_bf16_gemm_nt_contiguous(a, b, out, ends, **psum)
+
+
+@contextlib.contextmanager
+def _settings(dg: Any, block_m: int, num_sms: int, multiple: int) -> Iterator[None]:
+    with _lock:
+        before = dg.get_mk_alignment_for_contiguous_layout(), dg.get_num_sms(), dg.get_pdl()
+        try:
+            dg.set_mk_alignment_for_contiguous_layout(block_m)
+            dg.set_num_sms(num_sms)
+            # Its kernels wait for what they depend on themselves, as ours do: their prologues overlap our ends.
+            dg.set_pdl(True)
+            if multiple > 1:
+                getattr(dg, MULTIPLE)((1, multiple))
+            yield
+        finally:
+            dg.set_mk_alignment_for_contiguous_layout(before[0])
+            dg.set_num_sms(before[1])
+            dg.set_pdl(before[2])
+            if multiple > 1:
+                getattr(dg, MULTIPLE)((1, 1))

@@ -1,0 +1,200 @@
+"""vLLM's `fused_experts` as the library calls a kernel: its arguments, one configuration at a time, ids to be skipped.
+
+It has no argument for its output (vllm 0.33 dropped `inplace`), so the result is copied. This copy and the launch that
+looks after the ids are what a path here takes longer than in vLLM's own layer.
+
+Where an id is out of range, vllm 0.33 goes wrong without a word: up to E / 4 routed ids, its GEMM takes the id for an
+expert as it is (E reads past the weights; -1 alone is seen to); above, `moe_align_block_size` leaves the id out, the
+GEMMs then never write its rows of an uninitialised buffer, and `moe_sum` adds them. So such an id is given an expert
+that its token visits anyway, and weight 0, by one small launch before; a token without any expert is made zero when the
+result is copied, whatever its hidden state holds.
+"""
+# Triton is untyped, and so is every function that it compiles.
+# mypy: disable-error-code="import-untyped, untyped-decorator, no-untyped-def, no-untyped-call"
+
+from __future__ import annotations
+
+import contextlib
+import importlib
+import inspect
+import threading
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+from ramp_moe import KernelConfig
+from ramp_moe.errors import KernelError
+from ramp_moe.spec.launchable import Batch, MoEWeights, Workspace
+from torch import Tensor
+
+PACKAGE = "vllm.model_executor.layers.fused_moe"
+ACTIVATIONS = {"swiglu": "SILU", "gelu_tanh": "GELU_TANH"}
+"""Members of vLLM's MoEActivation for gate-first rows. Its SWIGLUOAI wants them interleaved; that of gate-first rows
+needs a limit that `fused_experts` does not pass on."""
+TOKENS = 64
+"""Of one program of the routing kernel."""
+
+_override = threading.Lock()
+"""Held while vLLM's global configuration is ours."""
+
+
+@dataclass(frozen=True, slots=True)
+class Prepared:
+    """The weights as they are, vLLM's functions, and the arguments of fused_experts that are the same for every batch;
+    `zeros` has a 0-dimensional tensor for each dtype of hidden states."""
+
+    weights: MoEWeights
+    fused_experts: Callable[..., Tensor]
+    override_config: Callable[..., contextlib.AbstractContextManager[Any]]
+    arguments: Mapping[str, Any]
+    zeros: Mapping[torch.dtype, Tensor]
+
+
+def prepare(weights: MoEWeights) -> Prepared:
+    if weights.activation not in ACTIVATIONS:
+        raise KernelError(f"vllm_triton computes {' and '.join(ACTIVATIONS)}, not {weights.activation}")
+    try:
+        package, config = importlib.import_module(PACKAGE), importlib.import_module(f"{PACKAGE}.config")
+    except Exception as e:  # whatever a package does when it is imported without its GPU or with another torch
+        raise KernelError(f"vllm cannot be imported ({type(e).__name__}: {e})") from e
+    arguments = {
+        "w1": weights.gate_up,
+        "w2": weights.down,
+        "activation": getattr(_attribute(package, "MoEActivation"), ACTIVATIONS[weights.activation]),
+        "quant_config": _quant_config(weights, config),
+    }
+    return Prepared(
+        weights,
+        _function(package, "fused_experts", ("hidden_states", "topk_weights", "topk_ids", *arguments)),
+        _function(package, "override_config", ("config",)),
+        arguments,
+        {dtype: torch.zeros((), dtype=dtype, device=weights.down.device) for dtype in (torch.bfloat16, torch.float16)},
+    )
+
+
+def _quant_config(weights: MoEWeights, config: Any) -> Any:
+    """None for weights that have neither scales nor biases."""
+    biases = {"w1_bias": weights.gate_up_bias, "w2_bias": weights.down_bias}
+    if weights.gate_up_scale is not None:
+        given = {"w1_scale": weights.gate_up_scale, "w2_scale": weights.down_scale, **biases}
+        make = _function(config, "fp8_w8a8_moe_quant_config", (*given, "block_shape"))
+        block, inter = weights.scale_block, weights.down.shape[2]
+        if block is None or inter % block:
+            raise KernelError(
+                f"vLLM counts scale blocks over gate and up together: {inter} is not a multiple of {block}"
+            )
+        return make(**given, block_shape=[block, block])
+    if any(b is not None for b in biases.values()):
+        return _function(config, "biased_moe_quant_config", tuple(biases))(**biases)
+    return None
+
+
+def _attribute(module: Any, name: str) -> Any:
+    if not hasattr(module, name):
+        raise KernelError(f"the installed vllm has no {module.__name__}.{name}, which this adapter uses")
+    return getattr(module, name)
+
+
+def _function(module: Any, name: str, passed: tuple[str, ...]) -> Callable[..., Any]:
+    """The function, where it can be called with these arguments by name and no others. KernelError tells what does not
+    fit."""
+    function: Callable[..., Any] = _attribute(module, name)
+    parameters = inspect.signature(function).parameters.values()
+    needed = {p.name for p in parameters if p.default is p.empty}
+    for what, names in (("does not take", set(passed) - {p.name for p in parameters}), ("needs", needed - set(passed))):
+        if names:
+            raise KernelError(
+                f"the installed vllm's {name} {what} {', '.join(sorted(names))}: it is of another version than this "
+                "adapter was written for"
+            )
+    return function
+
+
+def launch(config: KernelConfig, prepared: Prepared, batch: Batch, out: Tensor, workspace: Workspace) -> None:
+    _check(batch, out, prepared.weights)
+    x = batch.hidden_states
+    # Triton and vLLM launch on the current device, whichever x is on.
+    with torch.cuda.device(x.get_device()) if x.is_cuda else contextlib.nullcontext():
+        ids, weights, routed = routing(batch, len(prepared.weights.gate_up), workspace)
+        result = _run(prepared, dict(config.params), hidden_states=x, topk_weights=weights, topk_ids=ids)
+        torch.where(routed[:, None], result, prepared.zeros[x.dtype], out=out)
+
+
+def _run(prepared: Prepared, config: dict[str, Any], **batch: Tensor) -> Tensor:
+    """fused_experts under a configuration. vLLM's override_config does not put the old one back after an exception, so
+    none may pass through it."""
+    outcome: Tensor | BaseException
+    with _override, prepared.override_config(config):
+        try:
+            outcome = prepared.fused_experts(**batch, **prepared.arguments)
+        except BaseException as e:
+            outcome = e
+    if isinstance(outcome, BaseException):
+        raise outcome
+    return outcome
+
+
+def _check(batch: Batch, out: Tensor, weights: MoEWeights) -> None:
+    x, (_, _, hidden) = batch.hidden_states, weights.gate_up.shape
+    if weights.gate_up_scale is None and x.dtype != weights.gate_up.dtype:
+        raise KernelError(f"vllm_triton: hidden_states are {x.dtype}, the weights {weights.gate_up.dtype}")
+    if x.shape[1] != hidden or out.shape != x.shape or out.dtype != x.dtype:
+        raise KernelError(
+            f"vllm_triton: hidden_states {x.dtype} {list(x.shape)} and out {out.dtype} {list(out.shape)} must be "
+            f"of one dtype, [T, {hidden}]"
+        )
+    if not x.device == out.device == weights.gate_up.device:
+        raise KernelError(
+            f"vllm_triton: hidden_states are on {x.device}, out on {out.device}, weights on {weights.gate_up.device}"
+        )
+
+
+@triton.jit(do_not_specialize=["num_tokens", "num_experts"])
+def routing_kernel(
+    topk_ids,  # [tokens, TOP_K]
+    topk_weights,  # [tokens, TOP_K]
+    ids,  # [tokens, TOP_K]
+    weights,  # [tokens, TOP_K]
+    routed,  # uint8 [tokens]
+    num_tokens,
+    num_experts,
+    TOP_K: tl.constexpr,
+    WIDTH: tl.constexpr,  # TOP_K as a power of two
+    BLOCK: tl.constexpr,
+):
+    """Ids out of range become the token's largest valid one (0 where it has none), at weight 0."""
+    token, slot = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK), tl.arange(0, WIDTH)
+    inside = (token < num_tokens)[:, None] & (slot < TOP_K)[None, :]
+    at = token[:, None] * TOP_K + slot[None, :]
+    given = tl.load(topk_ids + at, mask=inside, other=-1)
+    valid = (given >= 0) & (given < num_experts)
+    largest = tl.max(tl.where(valid, given, -1), 1)
+    tl.store(ids + at, tl.where(valid, given, tl.maximum(largest, 0)[:, None]), mask=inside)
+    tl.store(weights + at, tl.load(topk_weights + at, mask=inside & valid, other=0.0), mask=inside)
+    tl.store(routed + token, (largest >= 0).to(tl.uint8), mask=token < num_tokens)
+
+
+def routing(batch: Batch, num_experts: int, workspace: Workspace) -> tuple[Tensor, Tensor, Tensor]:
+    """(ids int32 `[T, k]` all of which are experts, weights float32 `[T, k]`, whether a token has any id bool
+    `[T]`)."""
+    tokens, top_k = batch.topk_ids.shape
+    device = batch.topk_ids.device
+    ids = workspace.get("ids", (tokens, top_k), torch.int32, device)
+    weights = workspace.get("weights", (tokens, top_k), torch.float32, device)
+    routed = workspace.get("routed", (tokens,), torch.uint8, device)
+    routing_kernel[(triton.cdiv(tokens, TOKENS),)](
+        batch.topk_ids,
+        batch.topk_weights,
+        ids,
+        weights,
+        routed,
+        tokens,
+        num_experts,
+        TOP_K=top_k,
+        WIDTH=triton.next_power_of_2(top_k),
+        BLOCK=TOKENS,
+    )
+    return ids, weights, routed.view(torch.bool)

@@ -1,0 +1,175 @@
+"""Fitting the cost model: every part's coefficients from a sweep, by least squares on the relative error, and what they
+leave over."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterator, Sequence
+
+import numpy as np
+
+from ..errors import KernelError, ProfileError
+from ..measurements.sweep import Sweep
+from ..spec.geometry import m_tiles
+from ..spec.hardware import Hardware
+from ..spec.routing import FloatArray
+from .grids import Grids
+from .model import (
+    DEFAULT_FORM,
+    BoolArray,
+    Candidate,
+    CostModel,
+    Form,
+    Part,
+    PartFit,
+    get_form,
+    parts_of,
+    path_bounds,
+    path_times,
+    provenance,
+)
+from .residual import Residual, fit_residual
+
+RESIDENT = (1, 2, 3, 4)
+"""CTAs on an SM at a time that are tried, as multiples of what the kernel's geometry says: how many fit depends on
+registers and shared memory, which a geometry does not know, and moves the steps of the waves."""
+
+CONTEND = 1.15
+"""Candidates that the terms never put within this factor of the fastest, on all batches that were fitted to, are not
+corrected, and not chosen: the terms know them well enough. Without them there is less to store and to evaluate."""
+
+
+def fit_sweep(sweep: Sweep, candidates: Sequence[Candidate], hardware: Hardware, form: str = DEFAULT_FORM) -> CostModel:
+    """Fit every part that the candidates need on the sweep's rows.
+
+    Candidates of which a part has fewer rows, measured or bounded, than the form has terms are dropped. Raises
+    ProfileError where none is left.
+    """
+    spec = get_form(form)
+    by_key = {p.key: p for c in candidates for p in parts_of(c, sweep.stages)}
+    parts = list(by_key.values())
+    column = sweep.column_of
+    if absent := by_key.keys() - column.keys():
+        raise KernelError(f"the sweep of {sweep.kernel} has no column {min(absent)!r}")
+    picked = [column[k] for k in by_key]
+    times, bounded = sweep.times_us[:, picked], sweep.only_bounded[:, picked]
+    found: dict[str, list[tuple[float, PartFit]]] = {}
+    for resident in RESIDENT if spec.resident else (1,):
+        tried = [p.with_residents([resident * g.ctas_per_sm for g in p.grids]) for p in parts]
+        for loss, fit in _fit_parts(tried, sweep, times, bounded, spec, hardware):
+            found.setdefault(fit.part.key, []).append((loss, fit))
+    fits = {k: min(found[k], key=lambda tried: tried[0])[1] for k in by_key if k in found}
+    kept = [c for c in candidates if all(p.key in fits for p in parts_of(c, sweep.stages))]
+    if not kept:
+        raise ProfileError(
+            f"{len(sweep.labels)} batches of {sweep.kernel} for {sweep.shape.label} on {sweep.device} are too few to "
+            f"fit {len(spec.terms)} terms; measure more routings"
+        )
+    measured = [provenance(sweep)]
+    model = CostModel(sweep.shape, hardware, form, kept, fits, sweep.stages, measured, sweep.histograms)
+    residual = _residual(model, sweep) if spec.smooth else None
+    if residual is None:
+        return model
+    return CostModel(sweep.shape, hardware, form, kept, fits, sweep.stages, measured, sweep.histograms, [residual])
+
+
+def _fit_parts(
+    parts: Sequence[Part], sweep: Sweep, times: FloatArray, bounded: BoolArray, spec: Form, hardware: Hardware
+) -> Iterator[tuple[float, PartFit]]:
+    """Of the parts with rows enough, to `times [rows, parts]`; and how far each is off, over all rows: from a time, or
+    below a bound."""
+    grids = Grids([p.grids for p in parts], hardware.num_sms)
+    counts = grids.count(sweep.histograms)
+    ctas = grids.ctas(counts)
+    features = np.stack([grids.by_part(name, counts, ctas) for name in spec.terms], axis=-1)
+    summed, active = grids.by_part("ctas", counts, ctas), grids.by_part("active", counts, ctas)[:, 0]
+    coefficients, relative = least_squares(features, np.where(bounded, np.nan, times), spec.non_negative)
+    if bounded.any():
+        # A bound is no time to fit to, unless the fit is below it there, or has too few batches without it.
+        below = (bounded & (np.einsum("rsn,sn->rs", features, coefficients) < times)).any(0)
+        below |= (np.isfinite(times) & ~bounded).sum(0) < len(spec.terms)
+        with_bounds = least_squares(features[:, below], times[:, below], spec.non_negative)
+        coefficients[below], relative[:, below] = with_bounds
+    off = np.einsum("rsn,sn->rs", features, coefficients) / times - 1
+    loss = np.nansum(np.where(bounded, np.minimum(off, 0), off) ** 2, axis=0)
+    for i, part in enumerate(parts):
+        seen = np.isfinite(relative[:, i])
+        if seen.sum() < len(spec.terms):
+            continue
+        error = relative[seen, i]
+        fit = PartFit(
+            part=part,
+            coefficients=tuple(coefficients[i].tolist()),
+            rows=int(seen.sum()),
+            rms_error=float(np.sqrt(np.mean(error**2))),
+            max_error=float(np.abs(error).max()),
+            ctas_range=(float(summed[seen, i].min()), float(summed[seen, i].max())),
+            active_range=(int(active[seen].min()), int(active[seen].max())),
+            floor_us=float(times[seen, i].min()) / 2,
+        )
+        yield float(loss[i]), fit
+
+
+def _residual(model: CostModel, sweep: Sweep) -> Residual | None:
+    """Of the whole candidates that contend: those which the terms put near the fastest on any of the sweep's rows."""
+    histograms = sweep.histograms
+    rows = np.flatnonzero(histograms.any(-1))
+    predicted = model.cost(histograms[rows])
+    contend = np.flatnonzero((predicted <= CONTEND * predicted.min(1, keepdims=True)).any(0))
+    candidates = [model.candidates[i] for i in contend]
+    times = np.where(path_bounds(sweep, candidates), np.nan, path_times(sweep, candidates))[rows]
+    blocks = [_token_block(parts_of(c, sweep.stages)) for c in candidates]
+    seen = histograms[rows]
+    tiles = {b: m_tiles(seen, b) for b in dict.fromkeys(blocks)}
+    names = [c.name for c in candidates]
+    active = (seen > 0).sum(-1)
+    return fit_residual(seen.sum(-1), active, tiles, names, blocks, times, predicted[:, contend])
+
+
+def _token_block(parts: Sequence[Part]) -> int:
+    """That of the first grid; 1 where there is none, as `Grids` has it."""
+    return next((g.block_tokens for p in parts for g in p.grids), 1)
+
+
+def least_squares(terms: FloatArray, times: FloatArray, non_negative: bool) -> tuple[FloatArray, FloatArray]:
+    """Minimise sum_r ((terms[r, s] @ c[s] - times[r, s]) / times[r, s])**2 for every part s.
+
+    terms `[rows, stages, n]`, times `[rows, stages]` (NaN rows do not count). Returns c `[stages, n]` and the relative
+    residuals `[rows, stages]`. Collinear terms (the literal paper form) get the minimum-norm solution.
+    """
+    seen = np.isfinite(times)
+    weight = np.where(seen, 1 / np.where(seen, times, 1.0), 0.0)
+    a = np.moveaxis(terms * weight[..., None], 0, 1)
+    target = seen.T.astype(np.float64)
+    c = solved(a, target, non_negative)
+    return c, np.where(seen, np.einsum("srn,sn->rs", a, c) - target.T, np.nan)
+
+
+def solved(a: FloatArray, target: FloatArray, non_negative: bool) -> FloatArray:
+    """c `[problems, n]` that minimises |a[s] @ c[s] - target[s]| for every problem s: a `[problems, rows, n]`, target
+    `[problems, rows]`."""
+    # Terms span five orders of magnitude; unit columns keep the pseudo-inverse's cut-off meaningful.
+    scale = np.abs(a).max(axis=1)
+    scale = np.where(scale > 0, scale, 1.0)
+    # A rotation, which changes no distance, leaves as many rows as there are terms, and one.
+    rotated = np.asarray(np.linalg.qr(np.concatenate([a / scale[:, None], target[..., None]], axis=-1), mode="r"))
+    solve = _non_negative if non_negative else _unconstrained
+    return solve(rotated[..., :-1], rotated[..., -1]) / scale
+
+
+def _unconstrained(a: FloatArray, target: FloatArray) -> FloatArray:
+    return np.asarray(np.einsum("snr,sr->sn", np.linalg.pinv(a), target))
+
+
+def _non_negative(a: FloatArray, target: FloatArray) -> FloatArray:
+    """Exact non-negative least squares: the optimum is unconstrained on the support where it is positive, and with
+    four terms there are only fifteen supports to try, with seven 127."""
+    stages, _, n = a.shape
+    best, best_loss = np.zeros((stages, n)), (target**2).sum(1)
+    for support in itertools.chain.from_iterable(itertools.combinations(range(n), k) for k in range(1, n + 1)):
+        c = np.zeros((stages, n))
+        c[:, support] = _unconstrained(a[:, :, support], target)
+        loss = ((np.einsum("srn,sn->sr", a, c) - target) ** 2).sum(1)
+        better = (c >= 0).all(1) & (loss < best_loss)
+        best[better], best_loss[better] = c[better], loss[better]
+    return best

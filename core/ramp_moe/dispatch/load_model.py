@@ -1,0 +1,234 @@
+"""The cost model to dispatch with: stored fits, fits of recorded sweeps, or guesses from other shapes."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager, suppress
+from functools import partial
+
+import numpy as np
+
+from ..cost_model.fit_file import FitRecord, digest, model_from_fit
+from ..cost_model.fitting import fit_sweep
+from ..cost_model.model import (
+    DEFAULT_FORM,
+    CostModel,
+    candidates_of,
+    incomparable,
+    join,
+)
+from ..cost_model.transfer import transfer
+from ..errors import KernelError, ProfileError, RampMoEError
+from ..measurements.sweep import PATH, Sweep
+from ..registry.registry import Registry
+from ..spec.hardware import Hardware
+from ..spec.kernel import Kernel, KernelConfig, usable_configs, why_unsupported
+from ..spec.shapes import MoEShape
+from .profile_store import ProfileStore
+
+
+def nothing_recorded(
+    registry: Registry, store: ProfileStore, kernels: Sequence[str], shape: MoEShape, hardware: Hardware
+) -> RampMoEError:
+    """The error for kernels of which there is no sweep, two lines: KernelError if none of them computes the shape,
+    NoProfileError for those that do."""
+    by_reason: dict[str, list[str]] = {}
+    able = []
+    for name in kernels:
+        try:
+            reason = why_unsupported(registry.kernel(name), shape, hardware)
+        except RampMoEError as e:
+            reason = str(e)
+        if reason is None:
+            able.append(name)
+        else:
+            by_reason.setdefault(reason, []).append(name)
+    reasons = "; ".join(f"{reason} ({', '.join(names)})" for reason, names in by_reason.items())
+    if able or not kernels:
+        aside = f"; other kernels do not compute it: {reasons}" if reasons else ""
+        return store.missing(able, shape, hardware, aside)
+    subject = f"kernel {kernels[0]} does not compute" if len(kernels) == 1 else "no kernel computes"
+    return KernelError(
+        f"{subject} {shape.label} ({shape.slug}) on {hardware.name}: {reasons}",
+        remedy="name another --model, --dtype or --device; `ramp-moe kernels` lists them, and plugins add others",
+    )
+
+
+def _own_first(registry: Registry, names: Iterable[str]) -> list[str]:
+    return sorted(names, key=lambda name: name in registry.third_party)
+
+
+def without_profile(registry: Registry, store: ProfileStore, shape: MoEShape, hardware: Hardware) -> dict[str, str]:
+    """A line for each registered kernel that no command can judge: it has no sweep for this shape and device."""
+    notes = {}
+    for name, kernel in registry.kernels.items():
+        if store.find(name, shape, hardware) is None:
+            try:
+                reason = why_unsupported(kernel, shape, hardware)
+            except RampMoEError as e:
+                reason = str(e)
+            notes[name] = f"{name} left out: {reason or _no_profile(kernel, shape, hardware)}"
+    return notes
+
+
+def _no_profile(kernel: Kernel, shape: MoEShape, hardware: Hardware) -> str:
+    from ..spec.launchable import LaunchableKernel  # which needs this module
+
+    if isinstance(kernel, LaunchableKernel):
+        flags = f"--model {shape.label} --dtype {shape.dtype} --kernel {kernel.name}"
+        remedy = f"measure one with `ramp-moe profile {flags}`"
+    else:
+        remedy = "name a sweep with --profile, since there is nothing to launch"
+    return f"no profile for {shape.title} on {hardware.name}; {remedy}"
+
+
+def view(sweep: Sweep, stages: Sequence[str] = ()) -> Sweep:
+    """The columns of these kinds, with the batches on which they were timed; where none is named, the whole paths, or
+    all stages of a sweep that has no paths. Raises ProfileError where a named kind was not measured."""
+    found = sweep.only(stages or [PATH]) if stages or PATH in sweep.stages else sweep
+    timed = np.isfinite(found.runs_us).any(axis=(0, 2))
+    if not timed.any():
+        what = ", ".join(found.stages)
+        raise ProfileError(f"the sweep of {sweep.kernel} for {sweep.shape.title} has no time of {what}; measure again")
+    return found if timed.all() else found.select(np.flatnonzero(timed).tolist())
+
+
+@contextmanager
+def _left_out(name: str, asked_for: bool, notes: list[str]) -> Iterator[None]:
+    """A kernel that was not asked for and cannot take part is left out with a note."""
+    try:
+        yield
+    except RampMoEError as e:
+        if asked_for:
+            raise
+        notes.append(f"{name} left out: {e}")
+
+
+def load_model(
+    registry: Registry,
+    store: ProfileStore,
+    shape: MoEShape,
+    hardware: Hardware,
+    kernels: Sequence[str] = (),
+    form: str = DEFAULT_FORM,
+) -> tuple[CostModel, list[str]]:
+    """The cost model to dispatch with, and notes on what was left out: each kernel's stored fit where there is one of
+    this form that is not older than its sweep, else a fit of its sweep. Kernels as in `load_replay`, but that plugins'
+    kernels take part where they can be compared with the others.
+
+    Where none of them, or of the library's own, has a profile of this shape, profiles of other shapes are made to do,
+    see `transfer`."""
+    notes: list[str] = []
+    unknown: list[str] = []
+    names = list(dict.fromkeys(kernels) or _own_first(registry, registry.kernels))
+    chosen = {name: registry.kernel(name) for name in names}
+    store.check(names, shape, hardware)
+    models: list[CostModel] = []
+    for name, kernel in chosen.items():
+        with _left_out(name, bool(kernels), notes):
+            recorded, fitted = store.find(name, shape, hardware), store.find_fit(name, shape, hardware)
+            if recorded is None and fitted is None:
+                unknown.append(name)
+                continue
+            configs = usable_configs(kernel, shape, hardware)
+            sweep = None if recorded is None else recorded[1]
+            models.append(_dispatchable(sweep, fitted, configs, shape, hardware, form, notes))
+    needed = names if kernels else [n for n in names if n not in registry.third_party] or names
+    if set(needed) <= set(unknown):
+        models = _transferred(registry, store, shape, hardware, unknown, notes) + models
+    elif kernels and unknown:
+        raise nothing_recorded(registry, store, unknown, shape, hardware)
+    if not models:
+        raise ProfileError("; ".join(notes)) if notes else nothing_recorded(registry, store, names, shape, hardware)
+    if not kernels:
+        models = _comparable(registry, models, notes)
+        known = {c.kernel for m in models for c in m.candidates}
+        missing = without_profile(registry, store, shape, hardware)
+        notes += [missing[name] for name in unknown if name not in known]
+    return join(models), notes
+
+
+def _dispatchable(
+    sweep: Sweep | None,
+    fitted: FitRecord | None,
+    configs: Sequence[KernelConfig],
+    shape: MoEShape,
+    hardware: Hardware,
+    form: str,
+    notes: list[str],
+) -> CostModel:
+    """One kernel's model, by its stored fit where that is of any use, else by its sweep."""
+    if fitted is not None and fitted.form == form and (sweep is None or fitted.sweep == digest(sweep)):
+        histograms = None if sweep is None else fitted_on(sweep).histograms
+        try:
+            return model_from_fit(fitted, shape, hardware, configs, histograms)
+        except ProfileError as e:
+            if sweep is None:
+                raise
+            notes.append(f"{e}; its sweep is fitted anew")
+    if sweep is None:
+        raise ProfileError(f"its fit is of another form than {form}, and its sweep is not here")
+    return fit_recorded(sweep, configs, hardware, form, notes)
+
+
+def _transferred(
+    registry: Registry,
+    store: ProfileStore,
+    shape: MoEShape,
+    hardware: Hardware,
+    kernels: Sequence[str],
+    notes: list[str],
+) -> list[CostModel]:
+    """Of each kernel that runs here and has whole paths of other shapes."""
+    models = []
+    for name in kernels:
+        kernel = registry.kernel(name)
+        sweeps = store.of_other_shapes(name, shape, hardware)
+        if sweeps:
+            with suppress(ProfileError, KernelError):
+                models.append(transfer(sweeps, partial(usable_configs, kernel, hardware=hardware), shape, hardware))
+    if models:
+        notes.append(
+            f"{shape.title} has no profile on {hardware.name}: what is chosen is guessed from other shapes; measure it "
+            f"with `ramp-moe profile --model {shape.label} --dtype {shape.dtype}`"
+        )
+    return models
+
+
+def fit_recorded(
+    sweep: Sweep,
+    configs: Sequence[KernelConfig],
+    hardware: Hardware,
+    form: str = DEFAULT_FORM,
+    notes: list[str] | None = None,
+) -> CostModel:
+    """A fit of what there is to dispatch by."""
+    seen = fitted_on(sweep)
+    return fit_sweep(seen, candidates_of(seen, configs, notes), hardware, form)
+
+
+def fitted_on(sweep: Sweep) -> Sweep:
+    """What `fit_recorded` fits to: the sweep's `view`, its batches to fit on."""
+    seen = view(sweep)
+    tune = seen.rows_of("tune")
+    if not tune:
+        raise ProfileError(f"the sweep of {sweep.kernel} has no batches to fit on, only ones kept for judging")
+    return seen.select(tune)
+
+
+def _comparable(registry: Registry, models: Sequence[CostModel], notes: list[str]) -> list[CostModel]:
+    """Unasked, the models that can be compared with the library's own of the most candidates, and with each other."""
+    kept: list[CostModel] = []
+
+    def order(model: CostModel) -> tuple[bool, int]:
+        return model.candidates[0].kernel in registry.third_party, -len(model.candidates)
+
+    for model in sorted(models, key=order):
+        name = model.candidates[0].kernel
+        if kept and model.form != kept[0].form:
+            notes.append(f"{name} left out: the others are guessed from other shapes; name it with --kernel")
+        elif reason := next((r for k in kept if (r := incomparable(k, model))), None):
+            notes.append(f"{name} left out: {reason}")
+        else:
+            kept.append(model)
+    return kept

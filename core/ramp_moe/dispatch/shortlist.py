@@ -1,0 +1,210 @@
+"""Which few candidates to capture in a CUDA graph, from which the device then chooses.
+
+A graph is captured for a number of tokens; how they spread over the experts is known only when it runs. Every
+candidate in the graph (a body) takes memory and delays the launch, so a graph gets only those that win for some
+spread of its tokens, and a single one where choosing would gain less than the switch costs.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Hashable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import Any
+from weakref import WeakKeyDictionary
+
+import numpy as np
+
+from ..cost_model.model import Candidate, CostModel
+from ..errors import KernelError, RoutingError
+from ..spec.routing import TUNE_KINDS, FloatArray, IntArray, check_histogram, expert_histogram, generate
+
+MOST = 8
+"""Bodies in a graph."""
+
+MARGIN = 0.01
+"""What choosing must save beyond its overhead, as a share of the best single candidate's time. The fastest of several
+predictions flatters: measured savings are well below predicted ones (`examples/shortlists` has both). With this
+margin choices gain most, or nearly, by cross-validation on the batches that shipped profiles were fitted to."""
+
+VALID = (1.0, 0.875, 0.75, 0.625)
+"""Shares of a graph's tokens that are there, the rest being padding. A batch runs in the smallest graph that holds it,
+and engines at most double the size from one graph to the next: half of the tokens or fewer go to a smaller graph."""
+
+DRAWN = 1024
+"""Tokens of which `settled` draws batches: larger ones it takes for so many times the experts' tokens in these."""
+
+MOST_DRAWN = 8192
+"""Tokens of which `representative` draws batches."""
+
+SEEDS = 8
+CELLS = 2**20
+"""Of draws: at most SEEDS a kind, and one, or as many as make so many tokens x experts over all kinds, which takes a
+twentieth of a second. Large batches need no more, theirs are alike."""
+
+_settled: WeakKeyDictionary[CostModel, dict[tuple[int, float, int], Candidate | None]] = WeakKeyDictionary()
+"""By model, size, microseconds and ranks: the layers of a network share theirs."""
+
+
+@dataclass(frozen=True, slots=True)
+class Shortlist:
+    """Candidates to capture for one number of tokens, and what the cost model expects of them: means over routings.
+
+    `columns` are indices into the model's candidates: the best single one, then each that gains most beside those
+    before it. `loss` is the time of the fastest of them over that of the fastest of all candidates, less one, and
+    `single_loss` that of the first alone. `gain_us` is what choosing among them saves over the first, `overhead_us`
+    what having so many adds, and `expected_us` what a launch takes with it, all in microseconds a launch.
+    """
+
+    columns: tuple[int, ...]
+    loss: float
+    single_loss: float
+    gain_us: float
+    overhead_us: float
+    expected_us: float
+
+    @property
+    def pays(self) -> bool:
+        """Whether the device is to choose; else the graph holds the best single candidate and no switch."""
+        return len(self.columns) > 1
+
+
+def shortlist(
+    model: CostModel,
+    num_tokens: int,
+    overhead_us: Mapping[int, float],
+    most: int = MOST,
+    margin: float = MARGIN,
+    histograms: Any = None,
+    groups: Sequence[Hashable | None] | None = None,
+) -> Shortlist:
+    """At most `most` of the model's candidates for a graph of `num_tokens`: as many as have the least expected time,
+    overhead and margin included. Of equals the fewest, and those of the lowest index.
+
+    model: of candidates that a graph can hold (see `CostModel.restrict`).
+    overhead_us: microseconds that a graph of so many bodies takes beyond its candidate's; in between it is
+    interpolated. It must reach from one body to as many as there may be.
+    margin: see MARGIN.
+    histograms: recorded batches that the graph would hold, integers `[batches, num_experts]`, to weigh the candidates
+    on instead of `representative` ones.
+    groups: of each of the model's candidates, where not all can be in a graph together: those of equal groups can, one
+    of None with no other. The first column is then the best of its group.
+
+    Raises KernelError for a number of bodies or an overhead that cannot be, RoutingError for a number of tokens below
+    one, or histograms that do not fit it or the shape.
+    """
+    if most < 1:
+        raise KernelError(f"a graph needs at least one body, not {most}")
+    bodies = min(most, len(model.contenders))
+    overheads = _overheads(overhead_us, bodies)
+    us = model.cost(_batches(model, num_tokens, histograms))[:, model.contenders]
+    found: dict[float, Shortlist] = {}
+    for together in _together(model, groups):
+        order, fastest = _greedy(us[:, together], min(bodies, len(together)))
+        expected = fastest.mean(1)
+        price = overheads[: len(order)] + np.where(np.arange(len(order)) > 0, margin * expected[0], 0.0)
+        last = int((expected + price).argmin())
+        loss = (fastest / us.min(1)).mean(1) - 1
+        gain_us = float(expected[0] - expected[last])
+        columns = tuple(model.contenders[together[order[: last + 1]]].tolist())
+        expected_us = float(expected[last] + overheads[last])
+        short = Shortlist(columns, float(loss[last]), float(loss[0]), gain_us, float(overheads[last]), expected_us)
+        found.setdefault(float((expected + price)[last]), short)
+    return found[min(found)]
+
+
+def settled(model: CostModel, num_tokens: int, read_back_us: float, ranks: int = 1) -> Candidate | None:
+    """The best single candidate for about `num_tokens`, where knowing how they spread is predicted to gain less than
+    `read_back_us`, in which the host would learn it, and MARGIN; None where it gains more. ranks: as in
+    `representative`. Sizes are rounded up by less than a quarter: it takes a few hundredths of a second for each size,
+    once for a model."""
+    step = 1 << max(0, num_tokens.bit_length() - 3)
+    size = -(-num_tokens // step) * step
+    known = _settled.setdefault(model, {})
+    key = size, read_back_us, ranks
+    if key not in known:
+        doublings = max(0, (size - 1).bit_length() - DRAWN.bit_length() + 1)
+        of_fewer = representative(size >> doublings, model.shape.num_experts, model.shape.top_k, ranks)
+        prices = {1: 0.0, 2: read_back_us, MOST: read_back_us} if read_back_us < math.inf else {1: 0.0}
+        short = shortlist(model, size, prices, max(prices), histograms=of_fewer << doublings)
+        known[key] = None if short.pays else model.candidates[short.columns[0]]
+    return known[key]
+
+
+@lru_cache(maxsize=128)
+def representative(num_tokens: int, num_experts: int, top_k: int, ranks: int = 1) -> IntArray:
+    """Histograms int64 `[batches, num_experts]`, read-only, that a graph of so many tokens may meet, always the same:
+    of every kind of routing that profiles are fitted to, full and padded. ranks: over how many the experts are spread,
+    these being one rank's: each token's top_k are of all of them. More than MOST_DRAWN tokens are so many times fewer:
+    they take minutes to draw, and spread no further."""
+    if doublings := max(0, (num_tokens - 1).bit_length() - MOST_DRAWN.bit_length() + 1):
+        scaled = representative(num_tokens >> doublings, num_experts, top_k, ranks) << doublings
+        scaled.flags.writeable = False
+        return scaled
+    # Tokens are drawn one after the other, so that the first rows of a draw are a draw of fewer: all the sizes between
+    # two powers of two share theirs.
+    drawn = _drawn(1 << (num_tokens - 1).bit_length(), num_experts * ranks, top_k)
+    valid = [math.ceil(share * num_tokens) for share in VALID]
+    of_all = (expert_histogram(ids[:n], num_experts * ranks) for ids in drawn for n in valid)
+    histograms = np.stack([histogram[:num_experts] for histogram in of_all])
+    histograms.flags.writeable = False
+    return histograms
+
+
+@lru_cache(maxsize=16)
+def _drawn(num_tokens: int, num_experts: int, top_k: int) -> list[IntArray]:
+    """Top-k ids `[num_tokens, top_k]` of each draw."""
+    seeds = max(1, min(SEEDS, CELLS // (len(TUNE_KINDS) * num_tokens * num_experts)))
+    return [generate(kind, num_tokens, num_experts, top_k, seed) for kind in TUNE_KINDS for seed in range(seeds)]
+
+
+def _together(model: CostModel, groups: Sequence[Hashable | None] | None) -> list[IntArray]:
+    """Indices into the contenders of those that can be in a graph together."""
+    if groups is None:
+        return [np.arange(len(model.contenders))]
+    of_group: dict[Hashable, list[int]] = {}
+    for i, contender in enumerate(model.contenders.tolist()):
+        alone = groups[contender] is None
+        of_group.setdefault((alone, contender if alone else groups[contender]), []).append(i)
+    return [np.array(together) for together in of_group.values()]
+
+
+def _batches(model: CostModel, num_tokens: int, histograms: Any) -> IntArray:
+    """Histograms to weigh candidates on, checked."""
+    shape = model.shape
+    if num_tokens < 1:
+        raise RoutingError(f"a graph is captured for at least one token, not {num_tokens}")
+    if histograms is None:
+        return representative(num_tokens, shape.num_experts, shape.top_k)
+    batches = check_histogram(histograms, shape.num_experts, num_tokens * shape.top_k)
+    if batches.ndim != 2 or not len(batches):
+        raise RoutingError(f"recorded histograms must be [batches, {shape.num_experts}], not {list(batches.shape)}")
+    return batches
+
+
+def _overheads(overhead_us: Mapping[int, float], bodies: int) -> FloatArray:
+    """Microseconds of 1, 2, ... `bodies` bodies."""
+    known = sorted(overhead_us)
+    if not known or known[0] > 1 or known[-1] < bodies:
+        raise KernelError(f"the overhead of 1 to {bodies} bodies is needed, it is given for {known or 'none'}")
+    us = np.array([overhead_us[n] for n in known], np.float64)
+    if not (np.isfinite(us).all() and (us >= 0).all()):
+        raise KernelError(f"overheads are microseconds of at least 0, not {us.tolist()}")
+    return np.interp(np.arange(1, bodies + 1), known, us)
+
+
+def _greedy(us: FloatArray, bodies: int) -> tuple[list[int], FloatArray]:
+    """Of `us [batches, candidates]`, at most `bodies` candidates in the order in which each lowers the mean of the
+    fastest time most, for as long as one does; and that fastest time with so many of them, `[bodies, batches]`."""
+    order: list[int] = []
+    fastest, mean = [np.full(len(us), np.inf)], np.inf
+    while len(order) < bodies:
+        means = np.minimum(us, fastest[-1][:, None]).mean(0)
+        best = int(means.argmin())
+        if means[best] >= mean:
+            break
+        mean = means[best]
+        order.append(best)
+        fastest.append(np.minimum(fastest[-1], us[:, best]))
+    return order, np.stack(fastest[1:])

@@ -1,0 +1,274 @@
+"""One shape's random weights on this GPU, and configurations of kernels over them: run, checked, timed with a cold L2.
+
+A time is taken inside a CUDA graph that is replayed for each launch: 256 MiB are zeroed, which flushes L2, then nodes
+that record events lie around the path, or around each of its stages. So the host's time is in no figure.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..errors import HardwareError, KernelError, RoutingError, UnknownNameError
+from ..runtime.reference import misfit, reference
+from ..runtime.relayout import relayout, to_give
+from ..spec.hardware import Hardware
+from ..spec.kernel import KernelConfig, layouts_of, usable_configs
+from ..spec.launchable import Batch, LaunchableKernel, MoEWeights, Workspace
+from ..spec.routing import IntArray
+from ..spec.shapes import SCALE_BLOCK, MoEShape
+
+FLUSH_BYTES = 256 * 2**20
+LONG_US, LONG_LAUNCHES = 1000.0, 2
+"""A path that takes longer is launched so many times at most: the longest are most of what measuring takes."""
+HOST_AHEAD = 2.0
+"""A launch from the host that took so many times as long as enqueueing it was not held up by the host."""
+
+Spans = dict[str, tuple[torch.cuda.Event, torch.cuda.Event]]
+"""By step, the events before and after it."""
+Timed = tuple[str, str, bool]
+"""Kernel, configuration, whether stage by stage."""
+Launch = Callable[[Timed], dict[str, float]]
+"""Microseconds of each step of one launch."""
+
+
+def random_weights(shape: MoEShape, device: torch.device | str, seed: int) -> MoEWeights:
+    """Normal weights of size columns**-0.5: bf16, fp16, or e4m3 with scales that differ from block to block."""
+    generator = torch.Generator(device).manual_seed(seed)
+    experts, hidden, inter = shape.num_experts, shape.hidden_size, shape.intermediate_size
+
+    def plain(rows: int, columns: int) -> Tensor:
+        dtype = torch.float16 if shape.dtype == "fp16" else torch.bfloat16
+        w = torch.empty(experts, rows, columns, dtype=dtype, device=device)
+        return w.normal_(0, columns**-0.5, generator=generator)
+
+    def scaled(matrices: int, rows: int, columns: int) -> tuple[Tensor, Tensor]:
+        """So many `[rows, columns]` matrices of each expert, one above the other."""
+        w = torch.empty(experts, matrices * rows, columns, dtype=torch.float8_e4m3fn, device=device)
+        for e in range(experts):  # float32 of one expert at a time
+            one = torch.randn(matrices * rows, columns, dtype=torch.float32, device=device, generator=generator)
+            w[e] = (64 * one).to(w.dtype)
+        blocks = experts, matrices * -(-rows // SCALE_BLOCK), -(-columns // SCALE_BLOCK)
+        scale = torch.rand(blocks, dtype=torch.float32, device=device, generator=generator)
+        return w, (scale + 0.5) * columns**-0.5 / 64
+
+    if shape.dtype != "fp8":
+        return MoEWeights(plain(2 * inter, hidden), plain(hidden, inter))
+    (gate_up, gate_up_scale), (down, down_scale) = scaled(2, inter, hidden), scaled(1, hidden, inter)
+    return MoEWeights(gate_up, down, gate_up_scale, down_scale)
+
+
+@dataclass
+class _Opened:
+    """A batch, where its output goes, and what was found out about it: the reference, the graphs by what they time."""
+
+    batch: Batch
+    out: Tensor
+    expected: Tensor | None = None
+    graphs: dict[Timed, tuple[torch.cuda.CUDAGraph, Spans]] = field(default_factory=dict)
+
+
+class Bench:
+    """One shape's random weights on this GPU, prepared for each kernel; runs, checks and times single configurations.
+
+    Without a GPU everything but the times works on the CPU. All work is on one stream, since a workspace has its
+    buffers by stream, and each method returns when it is done. Raises KernelError for a kernel that cannot compute the
+    shape or cannot run here; the methods raise UnknownNameError for a kernel or a configuration that does not exist,
+    RoutingError where no batch is open, and whatever a kernel raises.
+    """
+
+    def __init__(self, shape: MoEShape, hardware: Hardware, kernels: Sequence[LaunchableKernel], seed: int = 0) -> None:
+        gpu = torch.cuda.is_available()
+        self.shape, self._seed = shape, seed
+        self.device = torch.device("cuda", torch.cuda.current_device()) if gpu else torch.device("cpu")
+        configs = {kernel.name: usable_configs(kernel, shape, hardware) for kernel in kernels}
+        for kernel in kernels:
+            if reason := kernel.unavailable():
+                raise KernelError(f"kernel {kernel.name} cannot run here: {reason}")
+        self._stream = torch.cuda.Stream() if gpu else None  # type: ignore[no-untyped-call]
+        self._workspace = Workspace()
+        self._opened: _Opened | None = None
+        self._ran: set[tuple[str, str]] = set()
+        with self._finished():
+            self._flush = torch.empty(FLUSH_BYTES if gpu else 0, dtype=torch.int8, device=self.device)
+            self._weights = random_weights(shape, self.device, seed)
+            layouts = {kernel.name: to_give(layouts_of(kernel, shape)) for kernel in kernels}
+            given = {layout: relayout(self._weights, layout) for layout in set(layouts.values())}
+            self._kernels = {
+                k.name: (k, k.prepare(given[layouts[k.name]]), {c.name: c for c in configs[k.name]}) for k in kernels
+            }
+
+    def open(self, topk_ids: IntArray) -> None:
+        """Work on this routing from now on: int64 `[T, k]`, ids out of range are skipped. Hidden states are normal,
+        bf16 (fp16 for a fp16 shape), routing weights a softmax; both are the same whenever T is."""
+        if topk_ids.ndim != 2 or topk_ids.shape[1] != self.shape.top_k or not len(topk_ids):
+            raise RoutingError(f"topk_ids must be [T, {self.shape.top_k}] with T > 0, not {list(topk_ids.shape)}")
+        # Of the seed itself the weights are made: the first token would be the first expert's first row.
+        generator = torch.Generator(self.device).manual_seed(self._seed + 1)
+        dtype = torch.float16 if self.shape.dtype == "fp16" else torch.bfloat16
+        with self._finished():
+            size = len(topk_ids), self.shape.hidden_size
+            x = torch.randn(size, dtype=torch.float32, device=self.device, generator=generator)
+            scores = torch.randn(topk_ids.shape, dtype=torch.float32, device=self.device, generator=generator)
+            ids = torch.tensor(topk_ids, dtype=torch.int32, device=self.device)
+            batch = Batch(x.to(dtype), ids, scores.softmax(-1))
+            self._opened = _Opened(batch, torch.empty_like(batch.hidden_states))
+
+    def warm(self, kernel: str, config: str) -> None:
+        """Launch once, which compiles."""
+        with self._finished():
+            self._run(kernel, config)
+
+    def check(self, kernel: str, config: str) -> None:
+        """Run on the open batch. Raises KernelError where the output, one token's or one block's of columns, is further
+        from the float32 layer than LIMITS allow, or was not written."""
+        opened = self._batch()
+        with self._finished():
+            opened.out.fill_(float("nan"))
+            self._run(kernel, config)
+            if opened.expected is None:
+                opened.expected = reference(self._weights, opened.batch)
+            wrong = misfit(opened.out, opened.expected, self.shape.dtype)
+        if wrong is not None:
+            raise KernelError(f"{kernel}/{config}: {wrong}")
+
+    def time(self, kernel: str, config: str, launches: int, patience_us: float = math.inf) -> list[float]:
+        """Microseconds of each of `launches` launches of the whole path, or of LONG_LAUNCHES where it is long.
+
+        A path that takes longer than `patience_us`, once it is warm, is left at one figure, unless it was timed on the
+        open batch before. Raises HardwareError without a GPU.
+        """
+        (times,) = self._times(kernel, config, False, launches, patience_us).values()
+        return times
+
+    def time_stages(self, kernel: str, config: str, launches: int) -> dict[str, list[float]]:
+        """Likewise by stage key, each stage alone: none overlaps the one before it. {} for a kernel without steps."""
+        return self._times(kernel, config, True, launches, math.inf)
+
+    def healthy(self) -> bool:
+        """Whether the device still answers: after an illegal access it does not, until the process ends."""
+        try:
+            if self._stream is not None:
+                torch.cuda.synchronize()
+        except RuntimeError:
+            return False
+        return True
+
+    @contextmanager
+    def _finished(self) -> Iterator[None]:
+        """Work on the bench's stream, which is waited for."""
+        with torch.cuda.stream(self._stream):
+            yield
+            if self._stream is not None:
+                self._stream.synchronize()
+
+    def _batch(self) -> _Opened:
+        if self._opened is None:
+            raise RoutingError("no batch is open: call open first")
+        return self._opened
+
+    def _find(self, kernel: str, config: str) -> tuple[LaunchableKernel, Any, KernelConfig]:
+        if kernel not in self._kernels:
+            raise UnknownNameError("kernel", kernel, self._kernels)
+        launchable, prepared, configs = self._kernels[kernel]
+        if config not in configs:
+            raise UnknownNameError(f"configuration of {kernel}", config, configs)
+        return launchable, prepared, configs[config]
+
+    def _steps(self, kernel: str, config: str, staged: bool) -> Iterator[str]:
+        """Launch, stopping after each stage, or at the end only."""
+        launchable, prepared, described = self._find(kernel, config)
+        given = described, prepared, self._batch().batch, self._batch().out, self._workspace
+        if staged:
+            yield from launchable.steps(*given)
+        else:
+            launchable.launch(*given)
+            yield "path"
+
+    def _run(self, kernel: str, config: str, staged: bool = False) -> bool:
+        """Launch once. Whether there were steps to stop after."""
+        return len(list(self._steps(kernel, config, staged))) > 0
+
+    def _times(
+        self, kernel: str, config: str, staged: bool, launches: int, patience_us: float
+    ) -> dict[str, list[float]]:
+        if self._stream is None:
+            raise HardwareError("times need a CUDA device; torch sees none")
+        opened, timed = self._batch(), (kernel, config, staged)
+        with self._finished():
+            if timed in opened.graphs:
+                return _by_step(self._repeated(self._replay, timed, launches, math.inf))
+            if (kernel, config) not in self._ran:
+                self._run(kernel, config)  # which compiles
+                self._ran.add((kernel, config))
+            first, host_us = self._eager(timed)
+            if not first:
+                return {}
+            # Unless the host held it up, which was busy, or had to allocate.
+            if sum(first.values()) > max(patience_us, HOST_AHEAD * host_us):
+                return _by_step([first])
+            if not self._find(kernel, config)[0].graph_safe:
+                return _by_step(self._repeated(lambda t: self._eager(t)[0], timed, launches, patience_us))
+            graph = torch.cuda.CUDAGraph()
+            graph.capture_begin()
+            try:
+                spans = self._enqueue(*timed)
+            finally:
+                graph.capture_end()
+            opened.graphs[timed] = graph, spans
+            self._replay(timed)  # the first replay is slower, and is not looked at
+            return _by_step(self._repeated(self._replay, timed, launches, patience_us))
+
+    def _repeated(self, launch: Launch, timed: Timed, launches: int, patience_us: float) -> list[dict[str, float]]:
+        first = launch(timed)
+        us = sum(first.values())
+        count = 1 if us > patience_us else launches if us <= LONG_US else min(launches, LONG_LAUNCHES)
+        return [first, *(launch(timed) for _ in range(count - 1))]
+
+    def _eager(self, timed: Timed) -> tuple[dict[str, float], float]:
+        """Microseconds of each step of one launch from the host, and those that the host took for it."""
+        began = time.perf_counter()
+        spans = self._enqueue(*timed)
+        host_us = (time.perf_counter() - began) * 1e6
+        return self._measured(spans), host_us
+
+    def _replay(self, timed: Timed) -> dict[str, float]:
+        graph, spans = self._batch().graphs[timed]
+        graph.replay()
+        return self._measured(spans)
+
+    def _measured(self, spans: Spans) -> dict[str, float]:
+        """Microseconds of each step of what was enqueued, once it is done."""
+        assert self._stream is not None
+        self._stream.synchronize()
+        return {step: before.elapsed_time(after) * 1e3 for step, (before, after) in spans.items()}
+
+    def _enqueue(self, kernel: str, config: str, staged: bool) -> Spans:
+        """A launch with the events around its steps, L2 flushed before it."""
+        spans: Spans = {}
+        self._flush.zero_()
+        before = _mark()
+        for step in self._steps(kernel, config, staged):
+            after = _mark()
+            spans[step] = before, after
+            before = after
+        return spans
+
+
+def _by_step(launches: Sequence[dict[str, float]]) -> dict[str, list[float]]:
+    return {step: [times[step] for times in launches] for step in launches[0]}
+
+
+def _mark() -> torch.cuda.Event:
+    # In a capture only an external event becomes a node that records it at each replay.
+    external = torch.cuda.is_current_stream_capturing()
+    event = torch.cuda.Event(enable_timing=True, external=external)  # type: ignore[no-untyped-call]
+    event.record()
+    return event

@@ -1,0 +1,117 @@
+"""Which candidates are worth measuring where, as far as the times so far tell. Kernels are not rivals: a layer may have
+but one of them."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from ..cost_model.model import Candidate
+from ..spec.routing import IntArray
+from .journal import Taken
+
+BEHIND, TOO_FAR = 2.0, 20.0
+"""A candidate is not timed on a batch where it is estimated to take TOO_FAR times as long as its kernel's best, and
+took BEHIND times as long on the batch that the estimate comes from: tiny tiles on thousands of tokens, which would
+otherwise be what most of the time goes into."""
+
+KEPT = 3
+"""Candidates of each kernel, the nearest to the best, that are never pruned."""
+
+
+@dataclass(frozen=True, slots=True)
+class Estimate:
+    """Microseconds, if they grow as the CTAs do: too much where the weights bind, which few CTAs read once. Whether the
+    candidate was behind already."""
+
+    us: float
+    behind: bool
+
+
+class Contest:
+    """The candidates by name, and what a journal has of them. `histogram_of(row)` is int64 `[num_experts]`."""
+
+    def __init__(
+        self, candidates: Mapping[str, Candidate], histogram_of: Callable[[int], IntArray], taken: Taken
+    ) -> None:
+        self._candidates, self._histogram_of, self._taken = candidates, histogram_of, taken
+        self._grids = {n: c.config.gemms[:1] for n, c in candidates.items()}
+        self._blocks = {g[0].block_tokens: g[0] for g in self._grids.values() if g}
+        self._tiles: dict[int, dict[int, int]] = {}
+
+    def kernel_of(self, name: str) -> str:
+        return self._candidates[name].kernel
+
+    def best(self, us: Mapping[str, float]) -> dict[str, float]:
+        """By kernel, the shortest of these times."""
+        best: dict[str, float] = {}
+        for name, t in us.items():
+            kernel = self.kernel_of(name)
+            best[kernel] = min(t, best.get(kernel, math.inf))
+        return best
+
+    def ratios(self, row: int, names: Collection[str], turns: int | None = None) -> dict[str, float]:
+        """By candidate, of these, that was visited on a row, its median time (of so many turns) over its kernel's
+        best."""
+        visits = self._taken.visits.get(row, {})
+        us = {n: float(np.median(np.concatenate(v[:turns]))) for n, v in visits.items() if n in names}
+        best = self.best(us)
+        return {n: t / best[self.kernel_of(n)] for n, t in us.items()}
+
+    def estimates(self, row: int) -> dict[str, Estimate]:
+        """By candidate, what to expect of it on a row, from the batch with the most CTAs, but no more than here, on
+        which it was timed. Candidates that were never timed on so few CTAs have no estimate."""
+        here = self._tiles_of(row)
+        found: dict[str, tuple[int, Estimate]] = {}
+        for other, visits in self._taken.visits.items():
+            if other == row:
+                continue
+            there = self._tiles_of(other)
+            us = {n: of_candidate[0][0] for n, of_candidate in visits.items() if self._grids[n]}
+            best = self.best(us)
+            for name, t in us.items():
+                block = self._grids[name][0].block_tokens
+                if found.get(name, (0,))[0] < there[block] <= here[block]:
+                    behind = t >= BEHIND * best[self.kernel_of(name)]
+                    found[name] = there[block], Estimate(t * here[block] / there[block], behind)
+        return {name: estimate for name, (_, estimate) in found.items()}
+
+    def _tiles_of(self, row: int) -> dict[int, int]:
+        """M-tiles by token block: a candidate's CTAs are in proportion to them."""
+        if row not in self._tiles:
+            histogram = self._histogram_of(row)
+            self._tiles[row] = {block: int(grid.m_tiles(histogram)) for block, grid in self._blocks.items()}
+        return self._tiles[row]
+
+    def losers(self, rows: Sequence[int], factor: float, most: int, spared: Iterable[str]) -> list[str]:
+        """Candidates that on none of these rows are among the `most` fastest of their kernel and within `factor` of its
+        best, in the candidates' order; KEPT of each kernel and those that are `spared` are none."""
+        # With those that were pruned before an interruption, so that the outcome is the same.
+        dropped = self._taken.dropped
+        names = [n for n in self._candidates if n not in dropped or dropped[n].pruned]
+        nearest: dict[str, float] = {}
+        winners = set(spared)
+        for row in rows:
+            ratios = self.ratios(row, names)
+            for kernel in {self.kernel_of(n) for n in ratios}:
+                own = sorted((n for n in ratios if self.kernel_of(n) == kernel), key=ratios.__getitem__)
+                winners.update(n for n in own[:most] if ratios[n] <= factor)
+            for name, ratio in ratios.items():
+                nearest[name] = min(ratio, nearest.get(name, math.inf))
+        for kernel in {self.kernel_of(n) for n in nearest}:
+            winners.update(sorted((n for n in nearest if self.kernel_of(n) == kernel), key=nearest.__getitem__)[:KEPT])
+        return [n for n in names if n in nearest and n not in winners and n not in dropped]
+
+
+def cover(wanted: Mapping[str, Collection[str]]) -> list[str]:
+    """Few names that have all keys between them: always the one next that has the most keys still missing."""
+    missing = {key for keys in wanted.values() for key in keys}
+    chosen = []
+    while missing:
+        name = max(wanted, key=lambda n: len(missing.intersection(wanted[n])))
+        chosen.append(name)
+        missing.difference_update(wanted[name])
+    return chosen

@@ -1,0 +1,50 @@
+"""The models and GPUs that ship with the library, given through the same hooks as a plugin's."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from importlib import resources
+from pathlib import Path
+
+from ..spec.hardware import Hardware
+from ..spec.shapes import Model, MoEShape
+from .gpus import GPUS
+from .hookspecs import hookimpl
+
+# name, experts, top_k, hidden, intermediate of one routed expert, dtype as released, source
+_MODELS: tuple[tuple[str, int, int, int, int, str, str], ...] = (
+    ("olmoe-1b-7b", 64, 8, 2048, 1024, "bf16", "config.json of allenai/OLMoE-1B-7B-0924"),
+    ("mixtral-8x7b", 8, 2, 4096, 14336, "bf16", "config.json of mistralai/Mixtral-8x7B-v0.1"),
+    ("mixtral-8x22b", 8, 2, 6144, 16384, "bf16", "config.json of mistralai/Mixtral-8x22B-v0.1"),
+    ("qwen1.5-moe-a2.7b", 60, 4, 2048, 1408, "bf16", "config.json of Qwen/Qwen1.5-MoE-A2.7B"),
+    ("qwen2-57b-a14b", 64, 8, 3584, 2560, "bf16", "config.json of Qwen/Qwen2-57B-A14B"),
+    ("qwen3-30b-a3b", 128, 8, 2048, 768, "bf16", "config.json of Qwen/Qwen3-30B-A3B"),
+    ("qwen3-235b-a22b", 128, 8, 4096, 1536, "bf16", "config.json of Qwen/Qwen3-235B-A22B"),
+    ("qwen3-next-80b", 512, 10, 2048, 512, "bf16", "config.json of Qwen/Qwen3-Next-80B-A3B-Instruct"),
+    ("qwen3.5-35b-a3b", 256, 8, 2048, 512, "bf16", "config.json of Qwen/Qwen3.5-35B-A3B"),
+    ("deepseek-v2-lite", 64, 6, 2048, 1408, "bf16", "config.json of deepseek-ai/DeepSeek-V2-Lite"),
+    ("deepseek-v3", 256, 8, 7168, 2048, "fp8", "config.json of deepseek-ai/DeepSeek-V3"),
+    ("glm-4.5-air", 128, 8, 4096, 1408, "bf16", "config.json of zai-org/GLM-4.5-Air"),
+    ("glm-4.5", 160, 8, 5120, 1536, "bf16", "config.json of zai-org/GLM-4.5"),
+    ("gpt-oss-20b", 32, 4, 2880, 2880, "bf16", "config.json of openai/gpt-oss-20b (released as mxfp4)"),
+    ("gpt-oss-120b", 128, 4, 2880, 2880, "bf16", "config.json of openai/gpt-oss-120b (released as mxfp4)"),
+    ("phi-3.5-moe", 16, 2, 4096, 6400, "bf16", "config.json of microsoft/Phi-3.5-MoE-instruct"),
+    ("llama-4-scout", 16, 1, 5120, 8192, "bf16", "config.json of meta-llama/Llama-4-Scout-17B-16E"),
+    ("kimi-k2", 384, 8, 7168, 2048, "fp8", "config.json of moonshotai/Kimi-K2-Instruct"),
+)
+
+
+@hookimpl
+def ramp_moe_models() -> Iterable[Model]:
+    for name, experts, top_k, hidden, intermediate, dtype, source in _MODELS:
+        yield Model(MoEShape(experts, top_k, hidden, intermediate, dtype, name), source)
+
+
+@hookimpl
+def ramp_moe_hardware() -> Iterable[Hardware]:
+    return GPUS
+
+
+@hookimpl
+def ramp_moe_profiles() -> Iterable[Path]:
+    yield Path(str(resources.files("ramp_moe_profiles")))

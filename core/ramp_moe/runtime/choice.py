@@ -1,0 +1,106 @@
+"""Which candidate computes an eager batch, among those that have not failed."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Sequence
+
+import numpy as np
+
+from ..cost_model.model import Candidate, CostModel
+from ..dispatch.dispatcher import Dispatcher
+from ..dispatch.shortlist import settled
+from ..errors import KernelError
+from ..spec.hardware import Hardware
+from ..spec.launchable import LaunchableKernel
+from ..spec.routing import IntArray
+from ..spec.shapes import MoEShape
+
+MOST_FAILURES = 3
+"""Candidates of one kernel that may fail before the kernel is dropped as a whole, if there are others."""
+
+
+class Chooser:
+    """Names candidates of a layer's kernels, by a cost model or without.
+
+    Without a model it is the first kernel's static default. So it is for kernels that the model has no candidates of,
+    once all that it has have failed.
+    """
+
+    def __init__(
+        self,
+        shape: MoEShape,
+        hardware: Hardware,
+        kernels: Sequence[LaunchableKernel],
+        model: CostModel | None,
+        ranks: int,
+    ) -> None:
+        self._shape, self._hardware, self._ranks = shape, hardware, ranks
+        self._kernels = {kernel.name: kernel for kernel in kernels}
+        self._failures = Counter[str]()
+        self.dispatcher = None if model is None else Dispatcher(model.restrict(list(self._kernels)))
+        """None if there is no model."""
+        self._latest: dict[int, Candidate] = {}
+        """By number of tokens, what ran last, of the sizes that are not settled."""
+
+    def by_histogram(self, num_tokens: int, histogram: IntArray) -> Candidate:
+        """The fastest by the model, which there must be."""
+        assert self.dispatcher is not None
+        found = self._latest[num_tokens] = self.dispatcher.choose(histogram).candidate
+        return found
+
+    def settled(self, num_tokens: int, read_back_us: float) -> Candidate | None:
+        """The one candidate for a batch size if reading the histogram back would not pay; None if it would."""
+        if self.dispatcher is None:
+            return self._static(num_tokens)
+        if not read_back_us or not num_tokens:
+            return None
+        return settled(self.dispatcher.model, num_tokens, read_back_us, self._ranks)
+
+    def by_size(self, num_tokens: int, read_back_us: float) -> Candidate:
+        """The settled candidate; or what ran last, whose buffers a capture need not allocate; or the model's choice
+        for an even spread."""
+        if known := self.settled(num_tokens, read_back_us) or self._latest.get(num_tokens):
+            return known
+        assert self.dispatcher is not None
+        each, rest = divmod(-(-num_tokens * self._shape.top_k // self._ranks), self._shape.num_experts)
+        return self.dispatcher.choose(each + (np.arange(self._shape.num_experts) < rest)).candidate
+
+    def _static(self, num_tokens: int) -> Candidate:
+        if not self._kernels:
+            raise KernelError("every kernel of the layer computes something else; its `dropped` says what")
+        failed: list[str] = []
+        for kernel in self._kernels.values():
+            try:
+                config = kernel.default_config(self._shape, self._hardware, num_tokens)
+                return Candidate(kernel.name, config)
+            except Exception as e:  # a plugin's own mistake, or a GPU that no configuration fits
+                failed.append(f"{kernel.name}: {type(e).__name__}: {e}")
+        raise KernelError(f"no kernel has a default for {num_tokens} tokens ({'; '.join(failed)})")
+
+    def drop(self, candidate: Candidate, even_last: bool) -> str | None:
+        """Name a candidate no more. Returns what is dropped: its name, or its kernel's if that has failed several times
+        or has nothing else. None if it is the last and stays, since it may do for another batch."""
+        kernel = candidate.kernel
+        if kernel not in self._kernels:
+            return kernel
+        model = None if self.dispatcher is None else self.dispatcher.model
+        known = [] if model is None else list(model.candidates)
+        left = [c for c in known if c.name != candidate.name]
+        if known and len(left) == len(known):
+            return candidate.name
+        self._failures[kernel] += 1
+        own = any(c.kernel == kernel for c in left)
+        others = len(self._kernels) > 1
+        if not own and not others and not even_last:
+            return None
+        whole = not own or (others and self._failures[kernel] >= MOST_FAILURES)
+        if whole:
+            del self._kernels[kernel]
+            left = [c for c in left if c.kernel != kernel]
+        kept = {c.name for c in left}
+        self._latest = {n: c for n, c in self._latest.items() if c.name in kept}
+        if model is not None:
+            gone = {c.name for c in known} - kept
+            self.dispatcher = Dispatcher(model.without(gone)) if left else None
+        return kernel if whole else candidate.name

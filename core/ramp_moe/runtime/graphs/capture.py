@@ -1,0 +1,417 @@
+"""Dispatch inside CUDA graphs: the few candidates that win at a batch size become bodies of the graph, and the batch's
+expert histogram chooses one on the device at every replay.
+
+    nodes    the kernel that chooses switches the bodies' kernels on and off (see `graph`)
+    switch   a conditional node runs one body's graph (see `graph`)
+    inline   the bodies are one: kernels that read the choice and are any of several configurations, of one kernel
+    gated    every body runs, all but the chosen one on a batch whose ids are padding, into an output of its own: where
+             the driver, torch or the GPU has neither of the others
+    single   one body: the best for the batch size
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, Hashable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from functools import cache, partial
+from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
+from weakref import WeakKeyDictionary
+
+import numpy as np
+
+from ...cost_model.model import Candidate, CostModel
+from ...dispatch.shortlist import Shortlist, representative, shortlist
+from ...errors import KernelError
+from ...spec.launchable import Batch, MoEWeights, Workspace, allocate, kernel_ids
+from ..reference import misfit, reference
+from . import conditional as graph
+from .cost_table import CostTable
+from .recorder import Recorder
+from .selector_cuda import MAX_IDS, Selector
+
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor
+
+    from .selector_triton import TritonSelector
+
+MODES = ("nodes", "switch", "inline", "gated", "single")
+"""Cheapest first, for two bodies."""
+OVERHEAD_US: Mapping[str, Mapping[int, float]] = {
+    "nodes": {1: 0.0, 2: 7.0, 4: 9.0, 8: 14.0},
+    "switch": {1: 0.0, 2: 14.0, 8: 14.5},
+    "inline": {1: 0.0, 2: 17.0, 4: 24.0},
+    "gated": {1: 0.0, 2: 30.0, 4: 65.0, 8: 120.0},
+    "single": {1: 0.0},
+}
+"""Of a layer in a graph, by bodies up to the most that there may be, on an H200, the choice included
+(examples/graph_dispatch)."""
+CHECKED_TOKENS = 32
+STATES = 1024
+"""Captures of one layer in mode "nodes"."""
+GUARD = 7.0
+_shortlists: WeakKeyDictionary[CostModel, dict[Hashable, tuple[CostModel | None, Shortlist]]] = WeakKeyDictionary()
+"""Of a model, by what they depend on, each with the part of the model that it is of, None for the whole: the layers of
+a network share theirs, at dozens of batch sizes each."""
+
+_right: WeakKeyDictionary[CostModel, dict[Hashable, set[str]]] = WeakKeyDictionary()
+"""Of a model, by size and dtype, the candidates whose output was right in one of its layers: engines capture dozens of
+sizes of dozens of layers, which run the same code."""
+
+
+class Launches(Protocol):
+    """What runs a candidate: a layer."""
+
+    workspace: Workspace
+
+    def launch(self, candidate: Candidate, batch: Batch, out: Tensor) -> None: ...
+
+    def inline_key(self, candidate: Candidate) -> Hashable | None: ...
+
+    def launch_inline(self, candidates: Sequence[Candidate], choice: Tensor, batch: Batch, out: Tensor) -> None: ...
+
+    def max_tokens(self, candidate: Candidate) -> int | None: ...
+
+    def drop(self, candidate: Candidate, reason: str, wrong: bool = False) -> str | None: ...
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What a graph for `num_tokens` gets. `mode` and why it is that one; the bodies, of which the first is the best for
+    the batch size alone; the shortlist that they are; in mode "nodes", how many kernels they have."""
+
+    num_tokens: int
+    mode: str
+    why: str
+    bodies: tuple[Candidate, ...]
+    shortlist: Shortlist
+    kernels: int = 0
+    selector: Selector | TritonSelector | None = field(default=None, repr=False)
+
+
+class _Fault(NamedTuple):
+    reason: str
+    wrong: bool
+    """Whether it computed something else; else it raised."""
+
+
+class GraphDispatch:
+    """Plans, and captures, one layer's dispatch in CUDA graphs.
+
+    mode: one of MODES; where None, by batch size the one with the least expected time that this machine has. fixed:
+    kernels that mode "nodes" leaves out (see `LaunchableKernel.switchable`). ranks: see `MoELayer`. Raises KernelError
+    for a mode that cannot be had.
+    """
+
+    def __init__(
+        self,
+        launches: Launches,
+        weights: MoEWeights,
+        model: CostModel,
+        top_k: int,
+        mode: str | None = None,
+        fixed: Collection[str] = (),
+        ranks: int = 1,
+    ) -> None:
+        import torch
+
+        if mode is not None and mode not in MODES:
+            raise KernelError(f"there is no mode {mode!r} of dispatch in graphs; take one of {', '.join(MODES)}")
+        self._refused = {m: reason for m in ("nodes", "switch") if (reason := graph.unsupported(m))}
+        if mode in self._refused:
+            raise KernelError(_cannot(f"{mode}: {self._refused[mode]}"))
+        self._modes = MODES if mode is None else (mode,)
+        self._fixed, self._ranks = frozenset(fixed), ranks
+        self.dropped: dict[str, str] = {}
+        self.plans: dict[int, Plan] = {}
+        self.recorder: Recorder | None = None
+        self._recorders: list[Recorder] = []  # graphs write to them for as long as they live
+        self.names = [c.name for c in model.candidates]
+        """By index, what a recorder's entries say was chosen."""
+        self._launches, self._weights, self._model, self._top_k = launches, weights, model, top_k
+        self._device = weights.gate_up.device
+        self._side = _side_stream(self._device)
+        # Engines empty the pool that weights are loaded into while they sleep: this must not be there.
+        self._states = allocate(4 * STATES, self._device).view(torch.int32).view(STATES, 1).fill_(-1)
+        self._captures = 0
+        self._ready: set[tuple[int, int]] = set()
+
+    def drop(self, name: str, reason: str) -> None:
+        """Plan no graph with the candidate of this name, or with those of the kernel, from now on."""
+        gone = {n for n in self.names if name in (n, n.partition("/")[0])}
+        for found in gone:
+            self.dropped.setdefault(found, reason)
+        self.plans = {n: plan for n, plan in self.plans.items() if not gone & {c.name for c in plan.bodies}}
+
+    def record(self, slots: int) -> Recorder:
+        """Keep the latest `slots` batches of the graphs that are captured from now on, and what was chosen for each, on
+        the device: `recorder.write(path, names)` makes a trace of them that `ramp-moe compare --trace` reads. Graphs of
+        one body are not recorded: nothing counts their ids."""
+        experts = self._weights.down.shape[0]
+        self.recorder = Recorder(slots, experts, self._top_k, self._device)
+        self._recorders.append(self.recorder)
+        return self.recorder
+
+    def prepare(self, num_tokens: int, dtype: torch.dtype) -> Plan:
+        """Decide what a graph for `num_tokens` gets, and run every body once: it is compiled, its buffers have their
+        size, and its output is right, or that of another layer of the same cost model was. A candidate that raises,
+        writes outside its output or computes something else is dropped (`dropped` says why) before any capture, and
+        the next best takes its place. What computes something else is run in no eager batch either. Raises KernelError
+        with the reasons if none is left."""
+        if num_tokens in self.plans:
+            return self.plans[num_tokens]
+        batch = self._batch(num_tokens, dtype)
+        expected = cache(lambda: reference(self._weights, _first(batch, CHECKED_TOKENS)))
+        right = _right.setdefault(self._model, {}).setdefault((num_tokens, dtype), set())
+        refused, checked = dict(self._refused), set[str]()
+        if num_tokens * self._top_k > MAX_IDS:
+            refused |= dict.fromkeys(MODES[:-1], f"{num_tokens * self._top_k} routed ids are more than {MAX_IDS}")
+        while True:
+            kernels, selector = 0, None
+            if self._modes == MODES and {c.kernel for c in self._left().candidates} <= self._fixed:
+                refused["nodes"] = "no kernel here is as fast where nodes are switched"
+            offers = {m: self._offer(m, num_tokens) for m in self._modes if m not in refused}
+            if not offers:
+                raise KernelError(_cannot(f"{self._modes[0]}: {refused[self._modes[0]]}"))
+            mode = min(offers, key=lambda m: offers[m][1].expected_us)  # of equal ones the first
+            model, short = offers[mode]
+            bodies = tuple(model.candidates[c] for c in short.columns)
+            for candidate in bodies:
+                if candidate.name in checked:
+                    continue
+                launch = partial(self._launches.launch, candidate)
+                compared = None if candidate.name in right else expected()
+                if found := self._misbehaves(launch, batch, compared):
+                    self.dropped[candidate.name] = found.reason
+                    if found.wrong:  # in an eager batch, too; what raises is dropped when it does
+                        self._launches.drop(candidate, found.reason, wrong=True)
+                else:
+                    right.add(candidate.name)
+                checked.add(candidate.name)
+            if any(c.name in self.dropped for c in bodies):
+                continue
+            if len(bodies) == 1:
+                break
+            problem = None
+            if mode == "nodes":
+                kernels, problem = self._kernels(bodies, batch)
+            elif mode == "inline":
+                problem = self._not_inline(bodies, batch, expected())
+            if problem is None:
+                try:
+                    selector = self._selector(mode, model, short.columns)
+                    break
+                except KernelError as e:
+                    problem = str(e)
+            refused[mode] = problem
+        why = "; ".join(["least expected time", *(f"{m}: {refused[m]}" for m in self._modes if m in refused)])
+        if len(bodies) == 1:
+            mode, why = "single", "one candidate is best, or switching would cost more than it gains"
+        plan = Plan(num_tokens, mode, why, bodies, short, kernels, selector)
+        self.plans[num_tokens] = plan
+        return plan
+
+    def ready(self, num_tokens: int, dtype: torch.dtype) -> None:
+        """Run every body that there is for `num_tokens` once on the current stream, so that its buffers have their size
+        before a capture on it; not again, and not in a capture. For captures that must keep nothing that they
+        allocate."""
+        import torch
+
+        plan, stream = self.plans.get(num_tokens), torch.cuda.current_stream(self._device)
+        key = num_tokens, stream.cuda_stream
+        if plan is None or key in self._ready or torch.cuda.is_current_stream_capturing():
+            return
+        batch = self._batch(num_tokens, dtype)
+        out = torch.empty_like(batch.hidden_states)
+        for candidate in plan.bodies:
+            self._launches.launch(candidate, batch, out)
+        if plan.mode == "gated":
+            self._outs(plan, out)
+        self._kernel_ids(batch.topk_ids)
+        self._ready.add(key)
+
+    def capture(
+        self, plan: Plan, x: Tensor, topk_ids: Tensor, topk_weights: Tensor, out: Tensor, num_valid: Tensor | None
+    ) -> None:
+        """Add the choice and the plan's bodies to the graph that is captured on the current stream. Everything that is
+        given is read, and out written, at every replay; num_valid int32 `[1]`, where given, is how many tokens are
+        none of the padding."""
+        selector = plan.selector
+        assert selector is not None
+        ids = self._kernel_ids(topk_ids)
+        state = None
+        if plan.mode == "nodes":
+            if self._captures == STATES:
+                raise KernelError(
+                    f"one layer can be captured {STATES} times in mode nodes; give mode='switch' for more"
+                )
+            state = self._states[self._captures]
+            self._captures += 1
+
+        batch = Batch(x, ids, topk_weights)
+        bodies = [partial(self._launches.launch, c, batch, out) for c in plan.bodies]
+        if isinstance(selector, Selector):
+            select = partial(selector.launch, topk_ids, num_valid, ids, self.recorder, last=state)
+            if plan.mode == "nodes":
+                graph.capture_nodes(select, selector.function, bodies)
+                return
+            if plan.mode == "switch":
+                graph.capture_switch(select, bodies, self._side)
+                return
+            select(0)
+        else:
+            ids.copy_(kernel_ids(topk_ids, self._weights.down.shape[0], num_valid))
+            selector(topk_ids, num_valid, recorder=self.recorder)
+        if plan.mode == "inline":
+            self._launches.launch_inline(plan.bodies, selector.choice, batch, out)
+        else:
+            self._run_all(plan, batch, out, selector.choice)
+
+    def _selector(self, mode: str, model: CostModel, columns: Sequence[int]) -> Selector | TritonSelector:
+        """Raises KernelError where there is none for the mode."""
+        table, experts = CostTable.of(model, columns), self._weights.down.shape[0]
+        label = [self.names.index(model.candidates[c].name) for c in columns]
+        table = replace(table, label=np.array(label, np.int32))
+        try:
+            return Selector(table, experts, self._device)
+        except KernelError:
+            if mode in ("nodes", "switch"):  # which it alone can act on
+                raise
+        try:
+            from .selector_triton import TritonSelector
+        except ImportError as e:
+            raise KernelError(f"the choice needs NVRTC or Triton ({e})") from e
+        return TritonSelector(table, experts, self._device)
+
+    def _kernel_ids(self, topk_ids: Tensor) -> Tensor:
+        import torch
+
+        return self._launches.workspace.get("kernel_ids", tuple(topk_ids.shape), torch.int32, topk_ids.device)
+
+    def _run_all(self, plan: Plan, batch: Batch, out: Tensor, choice: Tensor) -> None:
+        import torch
+
+        outs = self._outs(plan, out)
+        for i, candidate in enumerate(plan.bodies):
+            ids = torch.where(choice == i, batch.topk_ids, -1)
+            self._launches.launch(candidate, Batch(batch.hidden_states, ids, batch.topk_weights), outs[i])
+        torch.index_select(outs, 0, choice, out=out[None])
+
+    def _outs(self, plan: Plan, out: Tensor) -> Tensor:
+        """Every gated body's own."""
+        return self._launches.workspace.get("gated_out", (len(plan.bodies), *out.shape), out.dtype, out.device)
+
+    def _offer(self, mode: str, num_tokens: int) -> tuple[CostModel, Shortlist]:
+        """The bodies that a mode would have, and the model that they are of."""
+        model, costs = self._left(), OVERHEAD_US[mode]
+        known = _shortlists.setdefault(model, {})
+        key = mode, num_tokens, self._fixed, tuple(costs.items()), self._ranks
+        if key not in known:
+            few = model
+            if mode == "nodes" and (switchable := {c.kernel for c in model.candidates} - self._fixed):
+                few = model.restrict(sorted(switchable))
+            groups = [self._launches.inline_key(c) for c in few.candidates] if mode == "inline" else None
+            met = representative(num_tokens, model.shape.num_experts, self._top_k, self._ranks)
+            short = shortlist(few, num_tokens, costs, max(costs), histograms=met, groups=groups)
+            known[key] = None if few is model else few, short
+        part, short = known[key]
+        return part or model, short
+
+    def _left(self) -> CostModel:
+        """The model of what was not dropped. Raises KernelError with the reasons if that is nothing."""
+        if all(name in self.dropped for name in self.names):
+            reasons = "; ".join(f"{name}: {reason}" for name, reason in self.dropped.items())
+            raise KernelError(f"no candidate is left for a graph ({reasons})")
+        return self._model.without(self.dropped)
+
+    def _kernels(self, bodies: Sequence[Candidate], batch: Batch) -> tuple[int, str | None]:
+        """How many kernels the bodies have, and why they cannot be nodes that are switched."""
+        import torch
+
+        out, counts = torch.empty_like(batch.hidden_states), []
+        for body in bodies:
+            try:
+                counts.append(graph.kernel_nodes(partial(self._launches.launch, body, batch, out), self._side))
+            except Exception as e:  # whatever a kernel raises
+                return 0, f"{body.name} cannot be captured: {e}"
+        kernels = sum(n or 0 for n in counts)
+        if other := [c.name for c, n in zip(bodies, counts, strict=True) if n is None]:
+            return kernels, f"{other[0]} launches more than kernels"
+        if kernels > graph.MAX_NODES:
+            return kernels, f"the bodies have {kernels} kernels, more than {graph.MAX_NODES}"
+        return kernels, None
+
+    def _not_inline(self, bodies: Sequence[Candidate], batch: Batch, expected: Tensor) -> str | None:
+        """Why the bodies cannot be one; None where they can, in which case that has run as each of them."""
+        import torch
+
+        keys = {self._launches.inline_key(c) for c in bodies}
+        if len(keys) > 1 or None in keys:
+            return "no kernel is all of the bodies in one launch"
+        if len(bodies) > max(OVERHEAD_US["inline"]):
+            return f"one launch would be {len(bodies)} bodies, more than {max(OVERHEAD_US['inline'])}"
+        if any((most := self._launches.max_tokens(c)) is not None and most < batch.num_tokens for c in bodies):
+            return f"{batch.num_tokens} tokens are more than one launch takes"
+        for i, body in enumerate(bodies):
+            choice = torch.full((1,), i, dtype=torch.int32, device=self._device)
+            if found := self._misbehaves(partial(self._launches.launch_inline, bodies, choice), batch, expected):
+                return f"as {body.name}: {found.reason}"
+        return None
+
+    def _misbehaves(
+        self, launch: Callable[[Batch, Tensor], None], batch: Batch, expected: Tensor | None
+    ) -> _Fault | None:
+        """Why what this launches must not be captured; None where nothing is wrong with it, as far as is asked: its
+        output is not looked at where nothing is expected."""
+        import torch
+
+        x = batch.hidden_states
+        guarded = torch.full((len(x) + 2, x.shape[1]), GUARD, dtype=x.dtype, device=x.device)
+        try:
+            for stream in (torch.cuda.current_stream(self._device), self._side):
+                # A capture runs on the caller's stream, or on ours: buffers are each stream's own.
+                stream.wait_stream(torch.cuda.current_stream(self._device))
+                with torch.cuda.stream(stream):
+                    launch(batch, guarded[1:-1])
+                torch.cuda.current_stream(self._device).wait_stream(stream)
+            if expected is None:
+                return None
+            torch.cuda.synchronize(self._device)
+        except Exception as e:  # whatever a kernel raises
+            return _Fault(f"raised {type(e).__name__}: {e}", wrong=False)
+        if not (guarded[0] == GUARD).all() or not (guarded[-1] == GUARD).all():
+            return _Fault("wrote outside its output", wrong=True)
+        dtype = {torch.float8_e4m3fn: "fp8", torch.float16: "fp16"}.get(self._weights.gate_up.dtype, "bf16")
+        if wrong := misfit(guarded[1 : 1 + len(expected)], expected, dtype):
+            return _Fault(f"wrong output: {wrong}", wrong=True)
+        return None
+
+    def _batch(self, num_tokens: int, dtype: torch.dtype) -> Batch:
+        """Random, evenly routed."""
+        import torch
+
+        experts, hidden = self._weights.down.shape[:2]
+        generator = torch.Generator(self._device).manual_seed(num_tokens)
+        x = torch.randn(num_tokens, hidden, device=self._device, dtype=dtype, generator=generator)
+        scores = torch.rand(num_tokens, experts, dtype=torch.float32, device=self._device, generator=generator)
+        ids = scores.topk(self._top_k, -1).indices.int()
+        weights = torch.rand(num_tokens, self._top_k, dtype=torch.float32, device=self._device, generator=generator)
+        return Batch(x, ids, weights / weights.sum(-1, keepdim=True))
+
+
+@cache
+def _side_stream(device: torch.device) -> torch.cuda.Stream:
+    """One for all layers, for which a workspace has one set of buffers: graphs with conditional nodes of layers that
+    share a workspace must not run at the same time."""
+    import torch
+
+    return torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
+
+
+def _cannot(mode_and_reason: str) -> str:
+    return f"dispatch in graphs cannot be had in mode {mode_and_reason}; leave the mode out"
+
+
+def _first(batch: Batch, tokens: int) -> Batch:
+    of: Any = (batch.hidden_states, batch.topk_ids, batch.topk_weights)
+    return Batch(*(t[:tokens].contiguous() for t in of))

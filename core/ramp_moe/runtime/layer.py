@@ -1,0 +1,372 @@
+"""A MoE layer over any launchable kernels: weights and a dispatcher in, hidden states out."""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Callable, Hashable, Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+from ..cost_model.model import Candidate, CostModel
+from ..dispatch.weight_layouts import choose_layouts, kernel_times, weighed_batches, why_not_served
+from ..errors import HardwareError, KernelError, RampMoEError, RoutingError, ShapeError
+from ..spec.hardware import Hardware
+from ..spec.kernel import KernelConfig, layouts_of, most_tokens, usable_configs
+from ..spec.launchable import Batch, LaunchableKernel, MoEWeights, Workspace, kernel_ids
+from ..spec.routing import expert_histogram
+from .choice import Chooser
+from .fallback import compute
+from .padding import valid_tokens
+from .parts import parts
+from .relayout import relayout, to_give
+
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor
+
+    from .graphs.capture import GraphDispatch, Plan
+    from .wrapped_experts import RoutedExperts
+
+Router = Callable[["Tensor"], "tuple[Tensor, Tensor]"]
+
+
+class MoELayer:
+    """Computes one MoE layer, choosing kernel and configuration for every batch.
+
+    With a cost model the choice follows the batch's expert histogram, read back from the device: one host
+    synchronisation a call; but for batch sizes for which that is predicted to gain less than `read_back_us`, where it
+    follows the size alone. Without a model so it does always: the first kernel's static default.
+
+    In a CUDA graph the choice is made on the device at every replay: `warm_up` finds the candidates that win at a batch
+    size, checks them, and says how they are dispatched to (`dispatch.Plan`).
+
+    kernels: launchable kernels by preference; those that cannot take the weights, or that read no layout in which they
+    are held, are dropped, and `dropped` says why. So it does of kernels, and of single candidates, that later fail.
+    copies: in how many layouts the weights may be held. In which, `layouts` says: those whose kernels are predicted to
+    lose least, on the batches of the cost model's profile where they are at hand; without a model those that serve the
+    kernels in their order.
+    router: hidden states `[T, H]` -> (topk_ids int32 `[T, k]`, topk_weights float32 `[T, k]`), for `forward_hidden`.
+    checked: read the ids back and raise RoutingError for one out of range, instead of skipping it.
+    ranks: over how many the experts are spread, these being one rank's (expert parallelism): batch sizes are then of
+    tokens whose top_k ids are of all ranks' experts.
+    read_back_us: microseconds that reading the histogram back takes. 0: it is always read. inf: it never is.
+    mode: of dispatch in graphs, one of `dispatch.MODES`; the cheapest that this machine has where None.
+
+    `held` are the weights in those layouts. A layout that the weights are not given in is a copy of gate_up
+    (`relayout`). While the layer is built, and for as long as the caller keeps the weights given, it is there beside
+    theirs: drop them, or give them in that layout.
+    """
+
+    def __init__(
+        self,
+        weights: MoEWeights,
+        top_k: int,
+        hardware: Hardware,
+        kernels: Sequence[LaunchableKernel],
+        model: CostModel | None = None,
+        router: Router | None = None,
+        checked: bool = False,
+        copies: int = 1,
+        mode: str | None = None,
+        read_back_us: float = 0.0,
+        ranks: int = 1,
+    ) -> None:
+        from .torch_op import register  # torch: whoever has weights has it
+
+        self.shape = weights.shape(top_k)
+        self.hardware, self.router, self.checked = hardware, router, checked
+        self.read_back_us, self.ranks = read_back_us, ranks
+        self._device, self._dtype = weights.gate_up.device, weights.gate_up.dtype
+        self.workspace = Workspace()
+        self.layouts: tuple[str, ...] = ()
+        self.held: tuple[MoEWeights, ...] = ()
+        self.dropped: dict[str, str] = {}
+        self.derived = set[str]()
+        """Kernels that launch with something that they made of the weights, in memory of its own."""
+        self.owner: weakref.ref[RoutedExperts] | None = None
+        """What a module calls this layer through; it knows whether the module still has these weights."""
+        self.stale: str | None = None
+        """Why the weights held are not to be computed with."""
+        self._kernels: dict[str, tuple[LaunchableKernel, Any]] = {}
+        if model is not None:
+            self._check(model)
+        usable = self._usable(kernels)
+        # A kernel that refuses the weights once they are in its layout leaves the choice of layouts to the others.
+        while usable and (refusing := self._hold(weights, usable, copies, model)):
+            usable.remove(refusing)
+        if not self._kernels:
+            reasons = "; ".join(f"{k}: {r}" for k, r in self.dropped.items()) or "none was given"
+            raise KernelError(f"no kernel can compute {self.shape.label} on {hardware.name} ({reasons})")
+        self._chooser = Chooser(self.shape, hardware, [kernel for kernel, _ in self._kernels.values()], model, ranks)
+        self._most: dict[str, int | None] = {}
+        """By candidate, the most tokens that it takes in one launch."""
+        self._number = register(self)
+        self.graphs: GraphDispatch | None = None
+        safe = [name for name, (kernel, _) in self._kernels.items() if kernel.graph_safe]
+        if model is not None and safe and self._device.type == "cuda":
+            from .graphs.capture import GraphDispatch
+
+            fixed = {name for name in safe if not self._kernels[name][0].switchable}
+            self.graphs = GraphDispatch(self, next(iter(self.held)), model.restrict(safe), top_k, mode, fixed, ranks)
+
+    def _usable(self, kernels: Sequence[LaunchableKernel]) -> list[LaunchableKernel]:
+        """Those that say that they can compute the shape here; the others are dropped."""
+        usable: dict[str, LaunchableKernel] = {}
+        for kernel in kernels:
+            if kernel.name in usable:
+                raise KernelError(f"two of the layer's kernels are named {kernel.name!r}; give one of them")
+            try:
+                if reason := kernel.unsupported(self.shape, self.hardware) or kernel.unavailable():
+                    raise KernelError(reason)
+                layouts_of(kernel, self.shape)
+                usable[kernel.name] = kernel
+            except RampMoEError as e:
+                self.dropped[kernel.name] = str(e)
+        return list(usable.values())
+
+    def _hold(
+        self, weights: MoEWeights, usable: Sequence[LaunchableKernel], copies: int, model: CostModel | None
+    ) -> LaunchableKernel | None:
+        """Choose the layouts, and prepare the kernels that read one of them; or a kernel that refuses the weights."""
+        times = None
+        if model is not None:
+            names = [k.name for k in usable]
+            times = kernel_times(model.restrict(names), names, weighed_batches(model))
+        chosen = choose_layouts(self.shape, usable, copies, times, weights.layout)
+        from .update import prepare  # torch
+
+        held: dict[str, MoEWeights] = {}
+        self._kernels, self.derived = {}, set[str]()
+        for kernel in usable:
+            if kernel.name not in chosen.kernels:
+                continue
+            layout = to_give([key for key in layouts_of(kernel, self.shape) if key in chosen.layouts])
+            try:
+                if layout not in held:
+                    held[layout] = relayout(weights, layout)
+                prepared, derives = prepare(kernel, held[layout])
+                self._kernels[kernel.name] = kernel, prepared
+                self.derived |= {kernel.name} if derives else set()
+            except RampMoEError as e:
+                self.dropped[kernel.name] = str(e)
+                self._kernels = {}
+                return kernel
+        self.layouts = chosen.layouts
+        self.held = tuple(held.values())
+        self.dropped |= {
+            kernel.name: why_not_served(self.shape, usable, kernel, copies, times, weights.layout)
+            for kernel in usable
+            if kernel.name not in chosen.kernels
+        }
+        return None
+
+    def _check(self, model: CostModel) -> None:
+        """Raises ShapeError or HardwareError for a model of another shape or GPU."""
+        if model.shape != self.shape:
+            raise ShapeError(f"the cost model is for {model.shape.slug}, the weights are {self.shape.slug}")
+        if model.hardware != self.hardware:
+            raise HardwareError(
+                f"the cost model was fitted on {model.hardware.name}, the layer is on {self.hardware.name}"
+            )
+
+    def update(self, weights: MoEWeights) -> None:
+        """Compute with new weights from now on, also in CUDA graphs that were captured before.
+
+        weights: of the shape, dtype, device and activation of those held, with rows in any order of LAYOUTS. They are
+        copied into the memory of those held, which they may share, in the order of the current stream. What kernels
+        derived from the weights is derived again. Raises ShapeError for weights that do not fit, before anything is
+        written; KernelError if a kernel does not take them.
+        """
+        from .update import update
+
+        update(self, weights)
+
+    def kernel(self, name: str) -> tuple[LaunchableKernel, Any]:
+        """The kernel of this name, and what it prepared of the weights."""
+        return self._kernels[name]
+
+    def weights_of(self, kernel: LaunchableKernel) -> MoEWeights:
+        """The weights held that the kernel was given."""
+        layout = to_give([key for key in layouts_of(kernel, self.shape) if key in self.layouts])
+        return next(held for held in self.held if held.layout == layout)
+
+    def choose(self, batch: Batch) -> Candidate:
+        """The kernel and configuration that `forward` would launch for this batch."""
+        if _capturing(batch.topk_ids):
+            return self._blind(batch.num_tokens)
+        if known := self._chooser.settled(batch.num_tokens, self.read_back_us):
+            return known
+        histogram = expert_histogram(_in_range(batch, self.shape.num_experts), self.shape.num_experts)
+        return self._chooser.by_histogram(batch.num_tokens, histogram)
+
+    def _blind(self, num_tokens: int) -> Candidate:
+        """The choice for a batch size alone: the best single one if a graph was planned for it, else the chooser's."""
+        if self.graphs is not None and num_tokens in self.graphs.plans:
+            return self.graphs.plans[num_tokens].bodies[0]
+        return self._chooser.by_size(num_tokens, self.read_back_us)
+
+    def warm_up(self, num_tokens: int, dtype: torch.dtype) -> Plan | None:
+        """Run, on the current stream, what a capture of `num_tokens` would launch, so that everything is compiled and
+        every buffer has its size before. dtype is that of the hidden states. Returns how the captured layer will
+        dispatch, None where it has no model to choose by."""
+        import torch
+
+        if self.graphs is not None:
+            return self.graphs.prepare(num_tokens, dtype)
+        device, shape = self._device, self.shape
+        x = torch.zeros(num_tokens, shape.hidden_size, dtype=dtype, device=device)
+        ids = torch.arange(num_tokens * shape.top_k, dtype=torch.int32, device=device) % shape.num_experts
+        weights = torch.full((num_tokens, shape.top_k), 1 / shape.top_k, dtype=torch.float32, device=device)
+        batch = Batch(x, ids.view(num_tokens, shape.top_k), weights)
+        compute(self, lambda: self._blind(num_tokens), batch, torch.empty_like(x))
+        return None
+
+    def ready(self, num_tokens: int, dtype: torch.dtype) -> None:
+        """Run once on the current stream what a capture of `num_tokens` would launch, where that was warmed up, maybe
+        on another stream: the capture then allocates nothing that must outlive it. Does nothing in a capture."""
+        if self.graphs is not None:
+            self.graphs.ready(num_tokens, dtype)
+
+    def forward(
+        self,
+        hidden_states: Tensor,
+        topk_ids: Tensor,
+        topk_weights: Tensor,
+        out: Tensor | None = None,
+        num_valid: Tensor | int | None = None,
+    ) -> Tensor:
+        """The layer's output `[T, H]` in the dtype of hidden_states (bf16 or fp16).
+
+        topk_ids int32 or int64 `[T, k]`, topk_weights float32 `[T, k]`; ids of -1 or E are skipped. num_valid: tokens
+        from there on are padding, and their output is 0; below 0 it counts as 0, above T as T. An integer tensor of one
+        element on the device, best int32 `[1]`; or outside of captures an int. Runs in the order of the current stream.
+
+        A batch of more tokens than a kernel takes is computed in parts. Outside of captures a candidate that raises is
+        dropped (`dropped` says why), and the next best computes the batch (see `compute`). Raises ShapeError or
+        RoutingError for tensors that do not fit the layer, KernelError if no kernel computes the batch.
+        """
+        import torch
+
+        if self.stale is not None:
+            raise KernelError(self.stale)
+        # First of all: kernels read it by its address.
+        num_valid = valid_tokens(num_valid, len(hidden_states), topk_ids.device)
+        plan = self._plan(hidden_states, topk_ids)
+        if plan is None:
+            batch = Batch(hidden_states, kernel_ids(topk_ids, self.shape.num_experts, num_valid), topk_weights)
+        if hidden_states.shape[1:] != (self.shape.hidden_size,) or topk_ids.shape[1:] != (self.shape.top_k,):
+            raise ShapeError(
+                f"the layer takes hidden_states [T, {self.shape.hidden_size}] and {self.shape.top_k} ids a token, "
+                f"not {list(hidden_states.shape)} and {topk_ids.shape[-1]}"
+            )
+        if hidden_states.device != self._device:
+            raise ShapeError(
+                f"hidden_states is on {hidden_states.device}, the weights on {self._device}; move it there"
+            )
+        if self.shape.dtype != "fp8" and hidden_states.dtype != self._dtype:
+            raise ShapeError(f"hidden_states must be {self._dtype} as the weights are, not {hidden_states.dtype}")
+        if self.checked:
+            expert_histogram(topk_ids, self.shape.num_experts)
+        if out is None:
+            out = torch.empty_like(hidden_states)
+        elif out.shape != hidden_states.shape or out.dtype != hidden_states.dtype or not out.is_contiguous():
+            raise ShapeError(f"out must be contiguous {hidden_states.dtype} {list(hidden_states.shape)}")
+        elif out.device != self._device:
+            raise ShapeError(f"out is on {out.device}, the weights on {self._device}")
+        if plan is not None and self.graphs is not None:
+            self.graphs.capture(plan, hidden_states, topk_ids, topk_weights, out, num_valid)
+        elif batch.num_tokens:
+            compute(self, lambda: self.choose(batch), batch, out)
+        return out
+
+    def _plan(self, hidden_states: Tensor, topk_ids: Tensor) -> Plan | None:
+        """That of a graph in which the device chooses, if one is being captured."""
+        if self.graphs is None or not _capturing(topk_ids):
+            return None
+        plan = self.graphs.plans.get(len(hidden_states))
+        return None if plan is None or plan.selector is None else plan
+
+    def __call__(
+        self,
+        hidden_states: Tensor,
+        topk_ids: Tensor,
+        topk_weights: Tensor,
+        out: Tensor | None = None,
+        num_valid: Tensor | int | None = None,
+    ) -> Tensor:
+        """`forward`; what torch.compile traces is one opaque operator (see `op`), as is what gradients are asked of."""
+        import torch
+
+        differentiable = torch.is_grad_enabled() and (hidden_states.requires_grad or topk_weights.requires_grad)
+        if not differentiable and not torch.compiler.is_compiling():
+            return self.forward(hidden_states, topk_ids, topk_weights, out, num_valid)
+        from .torch_op import moe
+
+        valid = valid_tokens(num_valid, len(hidden_states), topk_ids.device)
+        found = moe(hidden_states, topk_ids, topk_weights, self._number, valid)
+        return found if out is None else out.copy_(found)
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """A copy is another layer, with a number of its own."""
+        from .torch_op import register
+
+        self.__dict__.update(state, _number=register(self))
+
+    def forward_hidden(self, hidden_states: Tensor) -> Tensor:
+        """The whole layer, routing included. Raises RoutingError where the layer has no router."""
+        if self.router is None:
+            raise RoutingError("the layer was built without a router; call forward with top-k ids and weights")
+        return self(hidden_states, *self.router(hidden_states))
+
+    def launch(self, candidate: Candidate, batch: Batch, out: Tensor, most: int | None = None) -> None:
+        """Run one candidate, whatever the dispatcher would have chosen: in parts if the batch has more tokens than it
+        takes in one launch, or than `most`."""
+        kernel, prepared = self._kernels[candidate.kernel]
+        limits = [n for n in (most, self.max_tokens(candidate)) if n is not None]
+        for part, rows in parts(batch, out, min(limits, default=None)):
+            kernel.launch(candidate.config, prepared, part, rows, self.workspace)
+
+    def max_tokens(self, candidate: Candidate) -> int | None:
+        """The most tokens that a candidate takes in one launch; None if any number."""
+        name = candidate.name
+        if name not in self._most:
+            self._most[name] = most_tokens(self._kernels[candidate.kernel][0], candidate.config, self.shape)
+        return self._most[name]
+
+    def drop(self, candidate: Candidate, reason: str, wrong: bool = False) -> str | None:
+        """Choose a candidate no more, in eager batches and in graphs that are planned from now on; `dropped` says why.
+        Returns what is dropped, which after several failures is its kernel; None if it is the last one, which stays
+        unless its output is wrong."""
+        name = self._chooser.drop(candidate, even_last=wrong)
+        if name is not None:
+            self.dropped.setdefault(name, reason)
+            if self.graphs is not None:
+                self.graphs.drop(name, reason)
+        return name
+
+    def inline_key(self, candidate: Candidate) -> Hashable | None:
+        """What candidates must share for `launch_inline` to take them together; None for one that it never takes."""
+        kernel, _ = self._kernels[candidate.kernel]
+        key = kernel.inline_key(candidate.config, self.shape)
+        return None if key is None else (candidate.kernel, key)
+
+    def launch_inline(self, candidates: Sequence[Candidate], choice: Tensor, batch: Batch, out: Tensor) -> None:
+        """Run candidates[choice], two to four of one `inline_key`, as the device reads choice int32 `[1]`."""
+        kernel, prepared = self._kernels[candidates[0].kernel]
+        kernel.launch_inline([c.config for c in candidates], choice, prepared, batch, out, self.workspace)
+
+    def configs(self) -> Mapping[str, Sequence[KernelConfig]]:
+        """Every configuration of every kernel that the layer can launch."""
+        kernels = {name: kernel for name, (kernel, _) in self._kernels.items() if name not in self.dropped}
+        return {name: usable_configs(kernel, self.shape, self.hardware) for name, kernel in kernels.items()}
+
+
+def _capturing(topk_ids: Tensor) -> bool:
+    import torch
+
+    return topk_ids.is_cuda and torch.cuda.is_current_stream_capturing()
+
+
+def _in_range(batch: Batch, num_experts: int) -> Tensor:
+    """Ids with those out of range marked as padding, as the kernels treat them."""
+    ids = batch.topk_ids
+    return ids.masked_fill((ids < 0) | (ids > num_experts), -1)

@@ -1,0 +1,152 @@
+"""The layers of a model, over every kernel that runs here: one cost model for each shape, one workspace for all."""
+
+from __future__ import annotations
+
+import copy
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING
+
+from ..cost_model.model import CostModel
+from ..dispatch.load_model import load_model
+from ..dispatch.profile_store import ProfileStore
+from ..dispatch.weight_layouts import choose_layouts, kernel_times, weighed_batches
+from ..errors import HardwareError, KernelError, ProfileError
+from ..registry.detect import detect
+from ..registry.registry import get_registry
+from ..spec.hardware import Hardware
+from ..spec.launchable import LaunchableKernel, MoEWeights, Workspace
+from ..spec.shapes import MoEShape
+from .layer import MoELayer
+
+if TYPE_CHECKING:
+    import torch
+
+UNMEASURED = "triton"
+"""Of kernels that nothing is known of, the one to run: it takes any layout, and needs nothing but Triton."""
+INTERPRET = "TRITON_INTERPRET"
+READ_BACK_US = 300.0
+"""Of a layer in a model: meanwhile the host launches nothing of what comes after, and the GPU then waits for it. A
+development run, which has no file here, lost 0.4 to 0.5 ms a layer so: OLMoE, eager, on an H200."""
+
+
+@dataclass
+class Plan:
+    """How the layers of one shape are made."""
+
+    hardware: Hardware
+    kernels: list[LaunchableKernel]
+    model: CostModel | None
+
+
+class Builder:
+    """Makes layers of weights. device: name of the hardware, or `auto`. copies: see `MoELayer`. What a person should
+    know of them gathers in `notes`.
+
+    Raises HardwareError for weights on a device that nothing runs on, UnknownNameError for a device that nobody
+    registered, KernelError where no kernel takes the weights, ProfileError for a profile that is damaged.
+    """
+
+    def __init__(self, device: str = "auto", copies: int = 1) -> None:
+        self.device, self.copies = device, copies
+        self.notes: list[str] = []
+        self._plans: dict[tuple[MoEShape, torch.device], Plan] = {}
+        self._workspaces: dict[torch.device, Workspace] = {}
+
+    def layer(self, weights: MoEWeights, top_k: int, ranks: int = 1) -> MoELayer:
+        """A layer of the weights, which are used as they are where a kernel reads them so. ranks: see `MoELayer`."""
+        shape, device = weights.shape(top_k), weights.gate_up.device
+        plan = self._plans.get((shape, device))
+        first = plan is None
+        if plan is None:
+            plan = self._plan(shape, self._hardware(device))
+        wait = READ_BACK_US if device.type == "cuda" else 0.0
+        found = MoELayer(
+            weights,
+            top_k,
+            plan.hardware,
+            plan.kernels,
+            plan.model,
+            copies=self.copies,
+            read_back_us=wait,
+            ranks=ranks,
+        )
+        found.workspace = self._workspaces.setdefault(device, Workspace())
+        if first:
+            self._plans[shape, device] = self._settled(plan, found)
+        return found
+
+    def _hardware(self, device: torch.device) -> Hardware:
+        import torch
+
+        if device.type == "cuda":
+            if (device.index or 0) != torch.cuda.current_device():
+                raise HardwareError(
+                    f"the experts' weights are on {device}, the current device is cuda:{torch.cuda.current_device()}, "
+                    f"where kernels would run; torch.cuda.set_device({device.index}) first"
+                )
+            return detect(index=device.index or 0) if self.device == "auto" else get_registry().device(self.device)
+        if device.type != "cpu":
+            raise HardwareError(f"the experts' weights are on {device}; load the model, and move it to a GPU")
+        if self.device == "auto" or os.environ.get(INTERPRET) != "1":
+            raise HardwareError(
+                "the experts' weights are on the CPU; move the model to a GPU. To try it without one, slowly: set "
+                f"{INTERPRET}=1 before anything imports Triton, and name the device to stand in for, as device='h200'"
+            )
+        return get_registry().device(self.device)
+
+    def _plan(self, shape: MoEShape, hardware: Hardware) -> Plan:
+        """All kernels that run here, and what is recorded of them."""
+        registry = copy.copy(get_registry())
+        kernels = [k for k in registry.kernels.values() if isinstance(k, LaunchableKernel)]
+        usable = [k for k in kernels if not (k.unsupported(shape, hardware) or k.unavailable())]
+        if not usable:
+            reasons = "; ".join(f"{k.name}: {k.unsupported(shape, hardware) or k.unavailable()}" for k in kernels)
+            raise KernelError(f"no kernel can compute {shape.slug} on {hardware.name} ({reasons})")
+        registry.kernels = {k.name: k for k in usable}
+        store = ProfileStore(shipped=registry.profile_dirs)
+        try:
+            model, notes = load_model(registry, store, named(shape), hardware)
+        except ProfileError:
+            if any(store.find(k.name, shape, hardware) for k in usable):
+                raise  # there is a profile, and something is wrong with it
+            static = sorted(usable, key=lambda k: k.name != UNMEASURED)
+            self.notes.append(
+                f"nothing was measured in {shape.dtype} on {hardware.name}: the batch size alone decides; measure with "
+                f"`ramp-moe profile --model {named(shape).label} --dtype {shape.dtype}`"
+            )
+            return Plan(hardware, static[:1], None)
+        self.notes += notes
+        known = {c.kernel for c in model.candidates}
+        return Plan(hardware, [k for k in usable if k.name in known], model)
+
+    def _settled(self, plan: Plan, first: MoELayer) -> Plan:
+        """What the first layer of a shape made of its plan, for the others: nothing is decided twice, and a model that
+        needs no further restriction is one object, which shares what is derived from it."""
+        self.notes += [f"{kernel} left out: {reason}" for kernel, reason in first.dropped.items()]
+        if plan.model is None:
+            return plan
+        if gain := self._gain(plan.model, first.shape, plan.kernels):
+            self.notes.append(gain)
+        kept = [k for k in plan.kernels if k.name not in first.dropped]
+        return replace(plan, kernels=kept, model=plan.model.restrict([k.name for k in kept]))
+
+    def _gain(self, model: CostModel, shape: MoEShape, kernels: Sequence[LaunchableKernel]) -> str | None:
+        """What one more copy of the weights would gain; None where it is nothing."""
+        times = kernel_times(model, [k.name for k in kernels], weighed_batches(model))
+        now, then = (choose_layouts(shape, kernels, copies, times) for copies in (self.copies, self.copies + 1))
+        gain = (1 + now.loss) / (1 + then.loss) - 1
+        if gain < 0.001:
+            return None
+        return (
+            f"copies={self.copies + 1} would hold the weights in {' and '.join(then.layouts)}, "
+            f"{(then.bytes - now.bytes) / 2**20:,.0f} MiB more a layer, for a predicted gain of {gain:.1%}"
+        )
+
+
+def named(shape: MoEShape) -> MoEShape:
+    """The shape with the name of the registered model that has it, if one has."""
+    models = get_registry().models.values()
+    name = next((m.name for m in models if replace(m.shape, dtype=shape.dtype) == shape), None)
+    return replace(shape, name=name)

@@ -1,0 +1,104 @@
+"""The experts of a module of one's own, described by the names of its attributes."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from types import MethodType
+from typing import TYPE_CHECKING, Any, cast
+
+from ..errors import KernelError
+from ..registry.experts_adapter import ExpertsAdapter
+
+if TYPE_CHECKING:
+    from torch import Tensor
+    from torch.nn import Module
+
+    from ..spec.launchable import MoEWeights
+    from .wrapped_experts import RoutedExperts
+
+
+@dataclass(frozen=True)
+class Experts(ExpertsAdapter):
+    """The experts of a module of your own, by the names of its attributes.
+
+    module: its class. gate_up `[E, 2 I, H]` and down `[E, H, I]`, their scales and biases: names of its parameters, as
+    `MoEWeights` describes them; so are activation, layout and limit. top_k: the number, or the name of an attribute.
+    route: the module and hidden states `[T, H]` to (topk_ids `[T, k]` int32 or int64, topk_weights `[T, k]`), where the
+    module's forward takes hidden states `[..., H]` and returns their like. Without it forward takes (hidden states
+    `[T, H]`, topk_ids, topk_weights).
+    """
+
+    module: type[Module]
+    gate_up: str
+    down: str
+    top_k: int | str
+    route: Callable[[Any, Tensor], tuple[Tensor, Tensor]] | None = None
+    gate_up_scale: str | None = None
+    down_scale: str | None = None
+    gate_up_bias: str | None = None
+    down_bias: str | None = None
+    activation: str = "swiglu"
+    layout: str = "gate-first"
+    limit: float | None = None
+
+    @property
+    def name(self) -> str:  # type: ignore[override]
+        return self.module.__name__
+
+    def finds(self, module: Module) -> bool:
+        return isinstance(module, self.module)
+
+    def top_k_of(self, module: Module, parent: Module) -> int:
+        return int(self._attribute(module, self.top_k)) if isinstance(self.top_k, str) else self.top_k
+
+    def weights(self, module: Module) -> MoEWeights:
+        from ..spec.launchable import MoEWeights
+
+        given = {field: self._attribute(module, name).detach() for field, name in self.names(module).items()}
+        return MoEWeights(**given, activation=self.activation, layout=self.layout, limit=self.limit)
+
+    def names(self, module: Module) -> Mapping[str, str]:
+        fields = ("gate_up", "down", "gate_up_scale", "down_scale", "gate_up_bias", "down_bias")
+        return {field: name for field in fields if (name := getattr(self, field)) is not None}
+
+    def install(self, module: Module) -> Any:
+        before = module.__dict__.get("forward")
+        # A method of the module, so that a deep copy of that calls its own experts.
+        module.__dict__["forward"] = MethodType(_as_routed if self.route is None else _routing, module)
+        return before
+
+    def uninstall(self, module: Module, before: Any) -> None:
+        found = module.__dict__.get("forward")
+        if getattr(found, "__func__", None) not in (_as_routed, _routing):
+            return  # what was put over ours since; with nothing beneath, ours calls the class's own
+        del module.__dict__["forward"]
+        if before is not None:
+            module.__dict__["forward"] = before
+
+    def _attribute(self, module: Module, name: str) -> Any:
+        found = getattr(module, name, None)
+        if found is None:
+            raise KernelError(f"{self.name} has no {name}; name its attributes in ramp_moe.Experts")
+        return found
+
+
+def _as_routed(module: Module, *given: Any, **named: Any) -> Any:
+    from .wrapped_experts import experts_of
+
+    experts = experts_of(module)
+    return type(module).forward(module, *given, **named) if experts is None else experts(*given, **named)
+
+
+def _routing(module: Module, *given: Any, **named: Any) -> Any:
+    from .wrapped_experts import experts_of
+
+    experts = experts_of(module)
+    return type(module).forward(module, *given, **named) if experts is None else _routed(experts, module, *given)
+
+
+def _routed(experts: RoutedExperts, module: Module, hidden_states: Tensor) -> Tensor:
+    flat = hidden_states.reshape(-1, hidden_states.shape[-1])
+    route = cast(Experts, experts.adapter).route
+    assert route is not None
+    return experts(flat, *route(module, flat)).view_as(hidden_states)

@@ -1,0 +1,329 @@
+"""A wrapped module's tensors whose values a layer holds in another order, or of which it holds something derived.
+
+Such a tensor becomes a `Placeholder`. It has the module's shape, dtype and device. Reading it computes the values in
+the module's own order. Writing to it, or to a view of it, writes to all that the layer holds. What neither can follow,
+such as its address, raises KernelError.
+"""
+
+from __future__ import annotations
+
+import threading
+import weakref
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, NoReturn
+
+import torch
+from torch import Tensor
+from torch.utils._pytree import tree_leaves, tree_map
+
+from ..errors import KernelError
+from .relayout import ROWS, copy_rows
+from .update import put, storage, writing
+
+if TYPE_CHECKING:
+    from torch.nn import Module
+
+    from ..registry.experts_adapter import ExpertsAdapter
+    from .layer import MoELayer
+
+aten = torch.ops.aten
+ALL = slice(None)
+_writing = threading.RLock()
+"""Held while values are read, changed and written back: engines load the parts of one expert from several threads."""
+MINE = ("_source", "_steps")
+"""Attributes of a Placeholder that a module's tensor does not have."""
+
+
+@dataclass(eq=False)
+class Source:
+    """Where the values of one of a module's tensors are.
+
+    name: of the module's attribute; field: of MoEWeights. order: see `ExpertsAdapter.order`. layout: of the rows that
+    the adapter gives. memory: the module's own memory if the layer reads that, but holds something else besides.
+    """
+
+    layer: MoELayer
+    adapter: ExpertsAdapter
+    module: weakref.ref[Module]
+    name: str
+    field: str
+    order: Any
+    layout: str
+    dtype: torch.dtype
+    memory: Tensor | None = None
+    gone: bool = False
+
+    def read(self, experts: slice = ALL) -> Tensor:
+        """Values of these experts in the module's order, in memory that nothing else has, or in the module's own."""
+        if self.gone:
+            raise KernelError(f"{self.name} is of a model that was unwrapped since; take it from the model again")
+        if self.memory is not None:
+            return self.memory[experts]
+        held = self.layer.held[0]
+        t: Tensor = getattr(held, self.field)[experts]
+        if self.field in ROWS and held.layout != self.layout:
+            out, inter = torch.empty_like(t), self.layer.shape.intermediate_size
+            t = copy_rows(t, held.layout, out, self.layout, inter, scale=self.field == "gate_up_scale")
+        found = self.adapter.own(self.order, self.field, t).to(self.dtype).contiguous()
+        return found.clone() if storage(found) == storage(getattr(held, self.field)) else found
+
+    def write(self, values: Tensor, experts: slice = ALL) -> None:
+        """Have the layer hold these values, in the module's order, of these experts."""
+        held: Tensor = getattr(self.layer.held[0], self.field)
+        with writing(self.layer):
+            given = self.adapter.given(self.order, self.field, values).to(held.dtype)
+            put(self.layer, self.field, given, self.layout, experts)
+
+    def check(self, tensor: Tensor) -> None:
+        """Raises KernelError if the first expert of the module's tensor is not what would be read of it, or written."""
+        first = tensor.detach()[:1].contiguous()
+        written = self.adapter.own(self.order, self.field, self.adapter.given(self.order, self.field, first))
+        for found in (self.read(slice(0, 1)), written.to(self.dtype).contiguous()):
+            if found.shape != first.shape or not torch.equal(found.view(torch.uint8), first.view(torch.uint8)):
+                raise KernelError(
+                    f"{type(self.adapter).__name__}.given and .own do not tell how {self.name} becomes {self.field}"
+                )
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Source:
+        import copy
+
+        found = memo[id(self)] = copy.copy(self)
+        found.layer, found.memory = copy.deepcopy((self.layer, self.memory), memo)
+        found.module = weakref.ref(memo[id(self.module())])
+        return found
+
+
+@dataclass(frozen=True)
+class Step:
+    """One view of a tensor: `function(tensor, *args, **kwargs)`, or with index, an element of that."""
+
+    function: Callable[..., Any]
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any]
+    index: int | None = None
+
+    def __call__(self, t: Tensor) -> Tensor:
+        found = self.function(t, *self.args, **self.kwargs)
+        result: Tensor = found if self.index is None else found[self.index]
+        return result
+
+
+class Placeholder(Tensor):
+    """The tensor of a Source, or with steps, a view of it."""
+
+    _source: Source
+    _steps: tuple[Step, ...]
+
+    __torch_function__ = torch._C._disabled_torch_function_impl  # type: ignore[assignment]
+
+    @staticmethod
+    def __new__(cls, source: Source, like: Tensor, steps: tuple[Step, ...] = ()) -> Placeholder:
+        """like: a tensor of the shape, strides and dtype, on any device."""
+        with torch.inference_mode(False):  # views of a tensor are of its kind
+            # As if on meta, so that torch gives no plain tensor this one's data, which is none. `device` is dispatched.
+            made = Tensor._make_wrapper_subclass(
+                cls, like.shape, like.stride(), dtype=like.dtype, device=torch.device("meta"), dispatch_device=True
+            )
+        made._source, made._steps = source, steps
+        return made
+
+    @classmethod
+    def __torch_dispatch__(  # type: ignore[override]
+        cls, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        if func is torch.ops.prim.device.default:
+            return args[0]._source.layer.held[0].down.device
+        if torch._C._dispatch_has_kernel_for_dispatch_key(func.name(), "CompositeImplicitAutograd"):
+            return func.decompose(*args, **kwargs)  # as above this, but for inference mode
+        if func.namespace == "c10d" or torch.Tag.inplace_view in func.tags or func is aten.as_strided.default:
+            _refuse(_all(args)[0], f"torch's {func.name()} needs the memory of")
+        if func in (aten.detach.default, aten.alias.default):
+            return Placeholder(args[0]._source, args[0], args[0]._steps)
+        if func.is_view and isinstance(args[0], Placeholder):
+            return args[0]._view(func, args[1:], kwargs)
+        return _computed(func, args, kwargs)
+
+    def _view(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        like = func(torch.empty_strided(self.shape, self.stride(), dtype=self.dtype, device="meta"), *args, **kwargs)
+        if isinstance(like, Tensor):
+            return Placeholder(self._source, like, (*self._steps, Step(func, args, kwargs)))
+        steps = [(*self._steps, Step(func, args, kwargs, i)) for i in range(len(like))]
+        return [Placeholder(self._source, t, s) for t, s in zip(like, steps, strict=True)]
+
+    def _part(self) -> tuple[slice, tuple[Step, ...]]:
+        """The experts that the view is of, and the steps that are left from there."""
+        if not self._steps:
+            return ALL, ()
+        first, *rest = self._steps
+        given = dict(zip(("dim", *_NAMES.get(first.function, ())), first.args, strict=False)) | first.kwargs
+        if given.get("dim", 0) != 0 or first.function not in _NAMES:
+            return ALL, self._steps
+        experts = self._source.layer.shape.num_experts
+        if first.function is aten.slice.Tensor:
+            start, end, step = slice(given.get("start"), given.get("end"), given.get("step", 1)).indices(experts)
+            if start >= end:
+                return ALL, self._steps
+            return slice(start, end), (Step(aten.slice.Tensor, (0, 0, None, step), {}), *rest)
+        index = (given["index"] if first.index is None else first.index) % experts
+        return slice(index, index + 1), (Step(aten.select.int, (0, 0), {}), *rest)
+
+    def values(self) -> Tensor:
+        """A plain tensor of them."""
+        with torch.no_grad():
+            experts, steps = self._part()
+            return _through(steps, self._source.read(experts))
+
+    # --- What torch does beside its operators --------------------------------------------------------------------
+
+    @property
+    def data(self) -> Tensor:
+        return self.detach()
+
+    @data.setter
+    def data(self, new: Tensor) -> None:
+        """As for any parameter, but that the values are copied if they fit: what was captured in graphs stays valid.
+        Otherwise this is a plain tensor from now on, which the layer's next call meets."""
+        if isinstance(new, Placeholder) and new._source is self._source and new.shape == self.shape:
+            return
+        if (new.shape, new.dtype, new.device) == (self.shape, self.dtype, self.device):
+            with torch.no_grad():
+                self.detach().copy_(new)
+        elif self._steps:
+            _refuse(self, "other data cannot take the place of a view of")
+        else:
+            become(self, new)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Tensor:
+        import copy
+
+        found: Tensor
+        if id(self) in memo:
+            found = memo[id(self)]
+            return found
+        if id(self._source.module()) in memo and not self._steps:  # with its module
+            found = Placeholder(copy.deepcopy(self._source, memo), self)
+        else:
+            found = self.values().clone()
+        if isinstance(self, torch.nn.Parameter):
+            found = torch.nn.Parameter(found, self.requires_grad)
+        found.__dict__.update({k: copy.deepcopy(v, memo) for k, v in vars(self).items() if k not in MINE})
+        memo[id(self)] = found
+        return found
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        """A plain tensor's: files have no placeholders."""
+        return _like(self, self.values().clone()).__reduce_ex__(protocol)  # type: ignore[no-untyped-call]
+
+    def numpy(self, *, force: bool = False) -> Any:
+        """A copy that cannot be written to."""
+        found = self.values().clone().numpy(force=force)
+        found.flags.writeable = False
+        return found
+
+    def tolist(self) -> Any:
+        return self.values().tolist()
+
+    def data_ptr(self) -> NoReturn:
+        _refuse(self, "there is no address of")
+
+    def untyped_storage(self) -> NoReturn:
+        _refuse(self, "there is no storage of")
+
+    def storage(self) -> NoReturn:
+        _refuse(self, "there is no storage of")
+
+    def share_memory_(self) -> NoReturn:
+        _refuse(self, "other processes cannot share")
+
+    def __dlpack__(self, *args: Any, **options: Any) -> NoReturn:
+        _refuse(self, "other libraries cannot share the memory of")
+
+
+_NAMES: dict[Any, Sequence[str]] = {
+    aten.select.int: ("index",),
+    aten.slice.Tensor: ("start", "end", "step"),
+    aten.unbind.int: (),
+}
+"""Views that may be of some experts alone, and their arguments after the dimension."""
+
+
+def become(t: Tensor, new: Tensor) -> None:
+    """Make the object `t` the tensor `new`, so that whoever has `t` has that. It stays a parameter, and keeps what was
+    noted on it. Raises KernelError if something of torch's depends on what `t` was."""
+    noted = {name: value for name, value in vars(t).items() if name not in (*MINE, "_is_param")}
+    other = _like(t, new)
+    other.__dict__.update(noted)
+    if (
+        t.is_leaf
+        and t.grad is not None
+        and (t.grad.shape, t.grad.dtype, t.grad.device) == (new.shape, new.dtype, new.device)
+    ):
+        other.grad = t.grad
+    try:
+        torch.utils.swap_tensors(t, other)  # type: ignore[no-untyped-call]
+    except RuntimeError as e:
+        raise KernelError(f"its weights cannot be moved while something else refers to them ({e})") from e
+
+
+def _like(t: Tensor, new: Tensor) -> Tensor:
+    """new as a parameter if t is one."""
+    return torch.nn.Parameter(new, t.requires_grad) if isinstance(t, torch.nn.Parameter) else new
+
+
+def _computed(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """An operator on the values; what it writes to is written back."""
+    written = {id(t) for value in _written(func, args, kwargs) for t in _all(value)}
+    if not written:
+        return _on_values(func, args, kwargs, written)
+    with _writing:
+        return _on_values(func, args, kwargs, written)
+
+
+def _on_values(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], written: set[int]) -> Any:
+    groups: dict[Source, list[Placeholder]] = {}
+    for t in {id(t): t for t in _all((args, kwargs))}.values():
+        groups.setdefault(t._source, []).append(t)
+    plain: dict[int, Tensor] = {}
+    back: list[tuple[Source, Tensor, slice]] = []
+    for source, group in groups.items():
+        # Several views of one tensor may overlap: they are views of the same values here, too.
+        experts, steps = group[0]._part() if len(group) == 1 else (ALL, None)
+        values = source.read(experts)
+        for t in group:
+            plain[id(t)] = _through(t._steps if steps is None else steps, values)
+        if any(id(t) in written for t in group):
+            back.append((source, values, experts))
+    out = func(*_swapped(plain, args), **_swapped(plain, kwargs))
+    for source, values, experts in back:
+        source.write(values, experts)
+    given = {id(plain[id(t)]): t for group in groups.values() for t in group if id(t) in written}
+    return _swapped(given, out)
+
+
+def _written(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[Any]:
+    """The arguments that an operator writes to."""
+    given = [(a, args[i] if i < len(args) else kwargs.get(a.name)) for i, a in enumerate(func._schema.arguments)]
+    return [value for a, value in given if a.alias_info is not None and a.alias_info.is_write]
+
+
+def _through(steps: Sequence[Step], t: Tensor) -> Tensor:
+    for step in steps:
+        t = step(t)
+    return t
+
+
+def _all(x: Any) -> list[Placeholder]:
+    return [t for t in tree_leaves(x) if isinstance(t, Placeholder)]
+
+
+def _swapped(by_id: dict[int, Any], x: Any) -> Any:
+    return tree_map(lambda t: by_id.get(id(t), t), x)
+
+
+def _refuse(t: Placeholder, why: str) -> NoReturn:
+    raise KernelError(
+        f"{why} {t._source.name}: its values are held in another order while the model is wrapped. Read or write it "
+        "with torch's operators (copy_, load_state_dict, clone), or ramp_moe.unwrap(model) first"
+    )

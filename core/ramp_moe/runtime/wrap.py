@@ -1,0 +1,197 @@
+"""`ramp_moe.wrap`: have the MoE layers of a model that exists computed by dispatched layers; `unwrap` undoes it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from ..errors import KernelError, RampMoEError, RoutingError
+from ..measurements.trace import write_batches
+from ..registry.experts_adapter import ExpertsAdapter
+from ..registry.registry import get_registry
+from .layer import MoELayer
+from .layer_factory import Builder, named
+from .wrapped_experts import RoutedExperts, experts_of
+
+if TYPE_CHECKING:
+    import torch
+    from torch.nn import Module
+
+
+@dataclass(frozen=True)
+class Wrapped:
+    """What was wrapped: experts by the names of their modules, and notes for a person to read, on kernels left out,
+    profiles that are missing, and what a further copy of the weights would gain. `str` says it all."""
+
+    experts: dict[str, RoutedExperts]
+    notes: tuple[str, ...]
+
+    @property
+    def layers(self) -> dict[str, MoELayer]:
+        return {name: experts.layer for name, experts in self.experts.items()}
+
+    def __str__(self) -> str:
+        first = next(iter(self.layers.values()))
+        shapes = dict.fromkeys(f"{named(layer.shape).label} ({layer.shape.dtype})" for layer in self.layers.values())
+        lines = [
+            f"{len(self.layers)} MoE layers of {', '.join(shapes)} on {first.hardware.name}",
+            f"kernels: {', '.join(first.configs())}; weights in {' and '.join(first.layouts)}",
+        ]
+        return "\n".join([*lines, *(f"note: {note}" for note in self.notes)])
+
+    def warm_up(self, num_tokens: int, dtype: torch.dtype) -> None:
+        """`MoELayer.warm_up` of every layer, before CUDA graphs of so many tokens are captured."""
+        for experts in self.experts.values():
+            experts.layer.warm_up(num_tokens, experts.taken(dtype))
+
+    @contextmanager
+    def record(self) -> Iterator[Recording]:
+        """What is routed while the context lasts, outside CUDA graphs and what torch has compiled. (In graphs,
+        `layer.graphs.record` does.)"""
+        recording = Recording(list(self.experts.values()))
+        for experts in self.experts.values():
+            experts.recorded = []
+        try:
+            yield recording
+        finally:
+            recording.stop()
+
+
+class Recording:
+    """Batches that wrapped layers routed; one batch for each layer and call."""
+
+    def __init__(self, experts: list[RoutedExperts]) -> None:
+        self._experts = experts
+        self._batches: list[tuple[int, list[int]]] = []
+
+    def stop(self) -> None:
+        for experts in self._experts:
+            self._batches += [(tokens, counts.tolist()) for tokens, counts in experts.recorded or () if tokens]
+            experts.recorded = None
+
+    def write(self, path: str | Path, source: str = "") -> None:
+        """Write a trace of batches (see `ramp_moe.measurements.trace`), whole or not at all. Raises RoutingError where nothing was
+        recorded, or where the layers differ in experts or top-k, ProfileError where the file cannot be written."""
+        shapes = {(e.layer.shape.num_experts, e.layer.shape.top_k) for e in self._experts}
+        if len(shapes) > 1:
+            raise RoutingError("a trace is of layers that are alike; these differ in their number of experts or top-k")
+        if not self._batches:
+            raise RoutingError("nothing was recorded; run the model, uncompiled, while it records")
+        write_batches(path, *shapes.pop(), self._batches, source)
+
+
+def wrap(model: Module, *adapters: ExpertsAdapter, device: str = "auto", copies: int = 1) -> Wrapped:
+    """Have every MoE layer of `model` computed by the kernel that is predicted to be fastest for each batch.
+
+    adapters: of modules of your own (`ramp_moe.Experts`), before those of the frameworks that are known. device: the
+    hardware's name where it is not to be detected. copies: of the weights, in as many layouts; with one, a weight is
+    either used as it lies in the model or moved, never doubled.
+
+    Parameters stay the same objects. A moved one is read and written as before, in the model's own order, but it has no
+    address (`device.placeholder`). `state_dict()` has copies of it; writing to those does not reach the model. If a
+    module's weights are replaced, its next call computes with the new ones, or raises KernelError.
+
+    Inference only: a backward pass through a wrapped layer raises KernelError. Raises KernelError where a model has no
+    layer, is wrapped already, lies on several devices, or has weights, activations or layouts that cannot be had, and
+    for any failure on the way, device memory included; HardwareError for weights on the CPU. Whatever is raised, the
+    model is then as it was.
+    """
+    _check_module(model)
+    if strays := [adapter for adapter in adapters if not isinstance(adapter, ExpertsAdapter)]:
+        raise KernelError(f"an adapter is a ramp_moe.Experts, or another ExpertsAdapter, not {strays[0]!r:.60}")
+    found = _find(model, [*adapters, *get_registry().experts.values()])
+    builder, done = Builder(device, copies), dict[str, RoutedExperts]()
+    devices = {str(tensor.device) for _, module, _ in found for tensor in module.parameters()}
+    if len(devices) > 1:
+        raise KernelError(f"the experts' weights lie on {', '.join(sorted(devices))}; wrap a model on one device")
+    from .refusals import check_parents, storages  # torch
+
+    others = storages(model)
+    with _undone(model):
+        for name, module, adapter in found:
+            with _named(name):
+                check_parents(model, module)
+                done[name] = RoutedExperts(module, adapter, adapter.top_k_of(module, _parent(model, name)), builder)
+                done[name].take(module, others)
+        for name, module, _ in found:
+            with _named(name):
+                done[name].install(module)
+    return Wrapped(done, tuple(dict.fromkeys(builder.notes)))
+
+
+def unwrap(model: Module) -> None:
+    """Leave the model as it was before `wrap`, with the weights that it has now. Raises KernelError for one that is not
+    wrapped, and if there is no memory for weights that had been moved: the rest of the model is then wrapped still."""
+    _check_module(model)
+    if not _remove(model):
+        raise KernelError(f"{type(model).__name__} is not wrapped")
+
+
+def attach(module: Module, adapter: ExpertsAdapter, top_k: int, builder: Builder) -> RoutedExperts:
+    """Wrap one module. Raises RampMoEError if its experts cannot be a layer's; it is then as it was."""
+    with _undone(module), _named(type(module).__name__):
+        experts = RoutedExperts(module, adapter, top_k, builder)
+        experts.take(module)
+        experts.install(module)
+    return experts
+
+
+def _parent(model: Module, name: str) -> Module:
+    return model.get_submodule(name.rpartition(".")[0])
+
+
+@contextmanager
+def _undone(model: Module) -> Iterator[None]:
+    """If this fails, at whatever step, the model is as it was."""
+    try:
+        yield
+    except BaseException:
+        _remove(model)
+        raise
+
+
+def _remove(model: Module) -> bool:
+    """Whether something was wrapped. The last one goes first: modules may share what `install` changed."""
+    wrapped = [(name, module) for name, module in model.named_modules() if experts_of(module)]
+    for name, module in reversed(wrapped):
+        experts = experts_of(module)
+        assert experts is not None
+        with _named(name or type(module).__name__):
+            experts.remove(module)
+    return bool(wrapped)
+
+
+def _check_module(model: object) -> None:
+    """Raises KernelError for what is no module: a model's name, or its class."""
+    if not callable(getattr(model, "named_modules", None)) or isinstance(model, type):
+        raise KernelError(f"a model is a torch.nn.Module, not {model!r:.60}; load it first")
+
+
+def _find(model: Module, adapters: list[ExpertsAdapter]) -> list[tuple[str, Module, ExpertsAdapter]]:
+    found = []
+    for name, module in model.named_modules():
+        adapter = next((a for a in adapters if a.finds(module)), None)
+        if adapter is not None:
+            found.append((name or type(module).__name__, module, adapter))
+    if any(experts_of(module) for _, module, _ in found):
+        raise KernelError(f"{type(model).__name__} is wrapped already; ramp_moe.unwrap(model) first")
+    if not found:
+        hints = [hint for a in adapters if (hint := a.hint(model))]
+        reason = hints[0] if hints else "name the experts of a module of your own with ramp_moe.Experts"
+        raise KernelError(f"{type(model).__name__} has no MoE layer that ramp_moe knows: {reason}")
+    return found
+
+
+@contextmanager
+def _named(name: str) -> Iterator[None]:
+    """Errors say of which module they are; they are RampMoEErrors, of whatever kind they were."""
+    try:
+        yield
+    except RampMoEError as e:
+        e.args = (f"{name}: {e}",)
+        raise
+    except Exception as e:
+        raise KernelError(f"{name}: {type(e).__name__}: {e}") from e

@@ -1,0 +1,163 @@
+"""What a Mixture-of-Experts layer computes, independent of any kernel."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+from ..errors import ShapeError, UnknownNameError
+
+DTYPE_BYTES: Mapping[str, int] = {"fp8": 1, "bf16": 2, "fp16": 2}
+"""Weight dtypes and bytes an element. fp8 is e4m3 W8A8 with one float32 scale per block of the weight."""
+
+DEFAULT_DTYPE = "fp8"
+"""Of a model that is named without one: what most servers run, and every kernel has."""
+
+SCALE_BLOCK = 128
+"""Rows, and columns, of a weight that share an fp8 scale in a checkpoint."""
+SMALLEST_SCALE_BLOCK = 32
+"""The same after refining: fp8 tensor cores multiply 32 columns at a time."""
+
+
+def scale_blocks(intermediate_size: int) -> tuple[int, ...]:
+    """Sides of the square blocks that may share an fp8 scale, the largest first.
+
+    128; where it does not divide the intermediate size, also 64 or 32, the larger that does. A tensor-parallel shard
+    may begin in the middle of a block of 128. Repeating the scales for the smaller blocks is exact, and no block then
+    straddles two shards.
+    """
+    finer = math.gcd(SCALE_BLOCK, intermediate_size)
+    return (SCALE_BLOCK, finer) if SMALLEST_SCALE_BLOCK <= finer < SCALE_BLOCK else (SCALE_BLOCK,)
+
+
+MAX_SIZES = {"num_experts": 2**16, "top_k": 2**16, "hidden_size": 2**20, "intermediate_size": 2**20}
+"""Bounds on a layer, tens of times what models have, so that what is computed of it stays small and exact."""
+
+
+@dataclass(frozen=True, slots=True)
+class MoEShape:
+    """One MoE layer: `num_experts` gated experts of which every token visits `top_k`.
+
+    An expert is gate and up projections `[intermediate_size, hidden_size]` each, and a down projection
+    `[hidden_size, intermediate_size]`. `name` is a label; two shapes that differ only in it are equal.
+    Raises ShapeError for a field that cannot be.
+    """
+
+    num_experts: int
+    top_k: int
+    hidden_size: int
+    intermediate_size: int
+    dtype: str = "fp8"
+    name: str | None = field(default=None, compare=False)
+
+    def __post_init__(self) -> None:
+        for what, most in MAX_SIZES.items():
+            value = getattr(self, what)
+            if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+                raise ShapeError(f"{what} must be a positive integer, not {value!r}")
+            if value > most:
+                raise ShapeError(f"{what} {value} is more than any layer has; at most {most} can be")
+        if self.top_k > self.num_experts:
+            raise ShapeError(f"top_k {self.top_k} exceeds num_experts {self.num_experts}")
+        if self.dtype not in DTYPE_BYTES:
+            raise UnknownNameError("dtype", str(self.dtype), DTYPE_BYTES)
+
+    @property
+    def slug(self) -> str:
+        """The shape as a file name: equal shapes have equal slugs."""
+        return f"E{self.num_experts}-k{self.top_k}-h{self.hidden_size}-i{self.intermediate_size}-{self.dtype}"
+
+    @property
+    def label(self) -> str:
+        return self.name or self.slug
+
+    @property
+    def title(self) -> str:
+        """The label, and the dtype beside a name that does not say it."""
+        return f"{self.name} ({self.dtype})" if self.name else self.slug
+
+    @property
+    def gate_up_rows(self) -> int:
+        """Rows of the up-projection's weight, gate and up together (the paper's N)."""
+        return 2 * self.intermediate_size
+
+    def matrix_bytes(self, rows: int, columns: int) -> int:
+        """Bytes of one expert's `[rows, columns]` weight, the scales of its [128, 128] fp8 blocks included."""
+        scales = 4 * -(-rows // SCALE_BLOCK) * -(-columns // SCALE_BLOCK) if self.dtype == "fp8" else 0
+        return rows * columns * DTYPE_BYTES[self.dtype] + scales
+
+    @property
+    def gate_up_bytes(self) -> int:
+        """Bytes of one expert's gate and up projections, each with scale blocks of its own."""
+        return 2 * self.matrix_bytes(self.intermediate_size, self.hidden_size)
+
+    @property
+    def down_bytes(self) -> int:
+        """Bytes of one expert's down projection."""
+        return self.matrix_bytes(self.hidden_size, self.intermediate_size)
+
+    @property
+    def expert_bytes(self) -> int:
+        return self.gate_up_bytes + self.down_bytes
+
+    def shard(self, tensor_parallel: int) -> MoEShape:
+        """This layer on one of `tensor_parallel` ranks: the intermediate size is divided, every expert stays."""
+        if tensor_parallel < 1 or self.intermediate_size % tensor_parallel:
+            raise ShapeError(
+                f"{self.label}: intermediate_size {self.intermediate_size} does not divide over "
+                f"tensor parallel {tensor_parallel}"
+            )
+        name = self.name and f"{self.name}-tp{tensor_parallel}"
+        return dataclasses.replace(self, intermediate_size=self.intermediate_size // tensor_parallel, name=name)
+
+
+@dataclass(frozen=True, slots=True)
+class Model:
+    """A published model's MoE layer, unsharded, in the dtype of its release. `source` says where the sizes stand."""
+
+    shape: MoEShape
+    source: str
+
+    @property
+    def name(self) -> str:
+        assert self.shape.name is not None
+        return self.shape.name
+
+    def __post_init__(self) -> None:
+        if not self.shape.name:
+            raise ShapeError(f"a registered model needs a name: {self.shape.slug}")
+
+
+_SHARD = re.compile(r"(.+)-tp([0-9]{1,9})")
+_SLUG = re.compile(r"e([0-9]{1,9})-k([0-9]{1,9})-h([0-9]{1,9})-i([0-9]{1,9})-(\w+)")
+
+
+def resolve_shape(
+    models: Mapping[str, Model], name: str, dtype: str | None = None, default: str | None = None
+) -> MoEShape:
+    """The shape of `name`, where `NAME-tpN` shards NAME over N ranks. A shape's slug is a name, too, that says its
+    dtype itself. Any other model is in `dtype`, or else in `default`, or else as it was released.
+
+    Raises UnknownNameError for a model that is not in `models`, ShapeError for a shard that does not divide, and for a
+    slug of another dtype than `dtype`.
+    """
+    by_name = {n.lower(): m for n, m in models.items()} | dict(models)
+    wanted = name if name in by_name else name.lower()
+    model, shards = by_name.get(wanted), 1
+    if model is None and (match := _SHARD.fullmatch(wanted)):
+        wanted, shards = match[1], int(match[2])
+        model = by_name.get(wanted)
+    if model is None and (match := _SLUG.fullmatch(wanted)):
+        experts, top_k, hidden, intermediate = map(int, match.groups()[:4])
+        if dtype is not None and dtype != match[5]:
+            raise ShapeError(
+                f"the shape {name} is of dtype {match[5]}, not {dtype}; leave out the dtype, or correct it"
+            )
+        return MoEShape(experts, top_k, hidden, intermediate, match[5]).shard(shards)
+    if model is None:
+        raise UnknownNameError("model", wanted, models, "`ramp-moe models` lists them, -tpN shards one")
+    shape = dataclasses.replace(model.shape, dtype=dtype or default or model.shape.dtype)
+    return shape.shard(shards) if shards != 1 else shape

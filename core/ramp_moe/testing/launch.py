@@ -1,0 +1,486 @@
+"""A kernel's launch on a small layer: what it computes, what else it touches, and how it gets on with streams and
+graphs. Each check returns a note or None, and raises Failure or Skip."""
+
+from __future__ import annotations
+
+import contextlib
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, fields
+from functools import cached_property
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from ..errors import KernelError, describe
+from ..profiler.bench import random_weights
+from ..runtime.reference import misfit, reference
+from ..runtime.relayout import relayout, to_give
+from ..spec.hardware import Hardware
+from ..spec.kernel import LAYOUTS, KernelConfig, layouts_of, usable_configs
+from ..spec.launchable import Batch, LaunchableKernel, MoEWeights, Workspace
+from ..spec.routing import IntArray, generate
+from ..spec.shapes import MoEShape
+from .outcome import MAX_DEFAULT_TOKENS, Failure, Skip, powers_of_two
+
+TOKENS, GPU_TOKENS = (9, 1), (33, 1, 8, 300)
+"""Batch sizes, the first of which the checks take that need one only."""
+GUARD = 1 << 16
+"""Elements on both sides of the output that nobody may write: a tile of 256 tokens by 256."""
+CANARY = 1184.0
+ROUNDING = 2**-7
+"""Relative difference of two runs: sums of some bf16 terms in another order."""
+HOLD_CYCLES = 200_000_000
+"""A tenth of a second, in which the device is kept busy."""
+THREAD_ROUNDS = 8
+INTERPRETED = 2
+"""Configurations without a GPU, beyond those whose outputs are looked at: the interpreter takes a second a launch."""
+
+Replay = Callable[[], None]
+
+
+@dataclass(frozen=True)
+class Case:
+    """One batch and what comes out of it, float32 `[T, H]`."""
+
+    name: str
+    batch: Batch
+    expected: Tensor
+
+
+@dataclass
+class Run:
+    """What one launch did. `raised`, `wrong`: in words; `outside`, `changed`: whether it wrote where it must not."""
+
+    config: KernelConfig
+    case: Case
+    raised: str | None = None
+    wrong: str | None = None
+    outside: bool = False
+    changed: Sequence[str] = ()
+
+    @property
+    def at(self) -> str:
+        return f"configuration {self.config.name} on {self.case.name}"
+
+
+class Filled(Workspace):
+    """Fills every buffer that it hands out with one byte, as any other user of the memory may have done."""
+
+    def __init__(self, byte: int) -> None:
+        super().__init__()
+        self._byte = byte
+
+    def get(self, name: str, shape: Sequence[int], dtype: torch.dtype, device: torch.device) -> Tensor:
+        buffer = super().get(name, shape, dtype, device)
+        buffer.view(-1).view(torch.uint8).fill_(self._byte)
+        return buffer
+
+
+class HostReads(TorchDispatchMode):  # type: ignore[no-untyped-call]
+    """Collects the operations whose result the host must wait for, on any device."""
+
+    def __init__(self) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.found: list[str] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        waits = {torch.Tag.data_dependent_output, torch.Tag.dynamic_output_shape} & set(func.tags)
+        # An index of integers has its own shape; one of truth values must be counted.
+        if func is torch.ops.aten.index.Tensor and not any(i is not None and i.dtype == torch.bool for i in args[1]):
+            waits = set()
+        if waits:
+            self.found.append(str(func))
+        return func(*args, **kwargs or {})
+
+
+class Trial:
+    """A small layer of random weights on this machine's GPU, or on the CPU, and the launches that the checks look at.
+
+    Raises Skip where the kernel refuses to prepare the weights because they are not on a GPU.
+    """
+
+    def __init__(self, kernel: LaunchableKernel, shape: MoEShape, hardware: Hardware, at_most: int) -> None:
+        gpu = torch.cuda.is_available()
+        self.kernel, self.shape, self.hardware = kernel, shape, hardware
+        self.device = torch.device("cuda", torch.cuda.current_device()) if gpu else torch.device("cpu")
+        layouts = layouts_of(kernel, shape)
+        self.weights = relayout(random_weights(shape, self.device, seed=0), to_give(layouts))
+        self._others = [key for key in layouts if key in LAYOUTS and key != self.weights.layout]
+        self._weights_before = _copied(self.weights)
+        self._sizes = GPU_TOKENS if gpu else TOKENS
+        self.configs = _sample(kernel, shape, hardware, at_most, self._sizes)
+        self._some = self.configs if gpu else self.configs[:INTERPRETED]
+        try:
+            self.prepared = kernel.prepare(self.weights)
+        except (KernelError, NotImplementedError) as e:
+            if gpu:
+                raise
+            raise Skip(f"needs a GPU: {describe(e)}") from e
+
+    def healthy(self) -> bool:
+        try:
+            if self.device.type == "cuda":
+                torch.cuda.synchronize()
+        except RuntimeError:
+            return False
+        return True
+
+    @cached_property
+    def cases(self) -> list[Case]:
+        """Every kind of routing in every size. In the first no expert is empty, if there are tokens enough."""
+        found: list[Case] = []
+        for tokens in self._sizes:
+            for kind, ids in _routings(tokens, self.shape):
+                batch = self._batch(ids, seed=len(found) + 1)
+                name = f"{tokens} token{'s' if tokens > 1 else ''}, {kind}"
+                found.append(Case(name, batch, reference(self.weights, batch)))
+        return found
+
+    @cached_property
+    def runs(self) -> list[Run]:
+        """Each configuration on each case."""
+        return [self._watched(config, case) for config in self.configs for case in self.cases]
+
+    def outputs(self) -> str:
+        self._refuse(
+            [f"{r.at}: {r.raised or r.wrong}" for r in self.runs if r.raised or r.wrong],
+            "compare with the layer of ramp_moe_kernels.reference; every element of out must be written, also of "
+            "tokens without an expert",
+        )
+        where = torch.cuda.get_device_name(self.device) if self.device.type == "cuda" else "CPU tensors"
+        return f"{len(self.runs)} launches of {len(self.configs)} configurations, {self.shape.slug} on {where}"
+
+    def layouts(self) -> str:
+        if not self._others:
+            raise Skip("the kernel reads one layout alone, in which it has the weights of the other checks")
+        found, config, case = [], self._sound()[0], self.cases[0]
+        if self._wrong(self._output(config, case, Filled(0)), case) is None:
+            for layout in self._others:
+                prepared, out = self.kernel.prepare(relayout(self.weights, layout)), self._guarded(case)[0]
+                self.kernel.launch(config, prepared, _copy(case.batch), out, Filled(0))
+                self._synchronise()
+                if wrong := self._wrong(out, case):
+                    found.append(f"configuration {config.name} on weights in {layout}: {wrong}")
+        self._refuse(found, "look at weights.layout in prepare(), or leave the layout out of readable_layouts()")
+        return f"also {', '.join(self._others)}"
+
+    def bounds(self) -> None:
+        self._refuse(
+            [f"{r.at} writes beyond its output" for r in self._came_through() if r.outside],
+            "mask the stores to out with the number of tokens and of columns",
+        )
+
+    def inputs(self) -> None:
+        self._refuse(
+            [f"{r.at} changes {', '.join(r.changed)}" for r in self._came_through() if r.changed],
+            "copy what is to be changed into a buffer of the workspace",
+        )
+
+    def repeatable(self) -> None:
+        found = []
+        for config in self._sound():
+            for case in self._first_cases():
+                first, second = (self._output(config, case, Filled(0)).float() for _ in range(2))
+                if not torch.equal(first.isnan(), second.isnan()):
+                    difference = float("nan")
+                else:
+                    first, second = first.nan_to_num(), second.nan_to_num()
+                    difference = float((first - second).norm() / first.norm().clamp(min=1e-30))
+                if not difference <= ROUNDING:
+                    found.append(f"configuration {config.name} on {case.name}: two runs differ by {difference:.3g}")
+        self._refuse(found, "look for a race, and for state that one launch leaves to the next")
+
+    def workspace(self) -> None:
+        found = []
+        for config in self._sound():
+            for case in self._first_cases():
+                clean = self._wrong(self._output(config, case, Filled(0)), case)
+                for byte in (0xFF, 0x7F):
+                    # What is wrong over cleared buffers, too, is wrong for another reason.
+                    wrong = clean is None and self._wrong(self._output(config, case, Filled(byte)), case)
+                    if wrong:
+                        found.append(f"configuration {config.name} on {case.name}, buffers full of {byte:#x}: {wrong}")
+        self._refuse(found, "buffers of the workspace hold anything: set what is added to or counted in, every launch")
+
+    def steps(self) -> None:
+        named, found = False, []
+        for config in self._sound():
+            case, out = self.cases[0], self._guarded(self.cases[0])[0]
+            keys = list(self.kernel.steps(config, self.prepared, _copy(case.batch), out, Filled(0)))
+            named |= bool(keys)
+            wanted = [stage.key for stage in config.stages]
+            if keys and keys != wanted:
+                found.append(f"configuration {config.name}: steps() yields {keys}, the stages are {wanted}")
+            elif keys and self._wrong(self._output(config, case, Filled(0)), case) is None:
+                wrong = self._wrong(out, case)
+                if wrong:
+                    found.append(f"configuration {config.name}: after steps(), {wrong}, after launch() it is right")
+        self._refuse(found, "launch each stage and yield its key, in the order of config.stages")
+        if not named:
+            raise Skip("steps() is not implemented; the profiler times whole paths only")
+
+    def asynchronous(self) -> None:
+        found = []
+        for config in self._sound():
+            launch = self._again(config, _copy(self.cases[0].batch))[0]
+            reads = HostReads()
+            launch()  # which compiles and allocates
+            with reads:
+                launch()
+            if reads.found:
+                found.append(f"configuration {config.name} reads from the device ({reads.found[0]})")
+            elif self.device.type == "cuda" and (how := _waits(launch)):
+                found.append(f"configuration {config.name} {how}")
+        self._refuse(found, "compute sizes and grids from shapes alone, and read counts on the device")
+
+    def graph(self) -> None:
+        if not self.kernel.graph_safe:
+            raise Skip("graph_safe is False: the kernel does not claim it")
+        capture = capture_on(self.device)
+        if capture is None:
+            raise Skip("CUDA graphs need a GPU")
+        found = []
+        for config in self._sound():
+            for tokens in self._sizes:
+                cases = [c for c in self.cases if c.batch.num_tokens == tokens]
+                # Of few experts: what was decided on the host, while it was captured, does not do for the others.
+                given = _copy(min(cases, key=lambda c: len(set(c.batch.topk_ids.flatten().tolist()))).batch)
+                launch, out = self._again(config, given)
+                try:
+                    replay = capture(launch)
+                except Exception as e:
+                    raise Failure(
+                        f"configuration {config.name} cannot be captured on {tokens} tokens: {type(e).__name__}: "
+                        f"{describe(e)}; allocate from the workspace and read nothing on the host, or set graph_safe "
+                        "to False"
+                    ) from e
+                for case in cases:
+                    for mine, new in zip(_tensors(given), _tensors(case.batch), strict=True):
+                        mine.copy_(new)
+                    out.fill_(float("nan"))
+                    self._synchronise()
+                    replay()
+                    self._synchronise()
+                    # What is wrong without a graph is told by the check of outputs.
+                    wrong = self._wrong(out, case)
+                    if wrong and self._wrong(self._output(config, case, Workspace()), case) is None:
+                        found.append(f"configuration {config.name} replayed on {case.name}: {wrong}")
+        self._refuse(found, "nothing of a batch but its sizes may be used on the host, or set graph_safe to False")
+
+    def threads(self) -> None:
+        if self.device.type != "cuda":
+            raise Skip("streams need a GPU")
+        found: list[str] = []
+
+        def work(config: KernelConfig, batch: Batch, outs: list[Tensor]) -> None:
+            try:
+                torch.cuda.set_device(self.device)  # a thread begins with the first
+                stream, workspace = torch.cuda.Stream(), Workspace()  # type: ignore[no-untyped-call]
+                with torch.cuda.stream(stream):
+                    for out in outs:
+                        self.kernel.launch(config, self.prepared, batch, out, workspace)
+                stream.synchronize()
+            except Exception as e:
+                found.append(f"configuration {config.name} in a thread: {type(e).__name__}: {describe(e)}")
+
+        for config in self._sound():
+            pair = self.cases[:2]
+            if any(self._wrong(self._output(config, case, Workspace()), case) for case in pair):
+                continue  # wrong alone, too
+            outs = [[torch.full_like(c.batch.hidden_states, float("nan")) for _ in range(THREAD_ROUNDS)] for c in pair]
+            given = [(config, _copy(case.batch), mine) for case, mine in zip(pair, outs, strict=True)]
+            self._synchronise()  # the threads' streams do not wait for this one
+            workers = [threading.Thread(target=work, args=args) for args in given]
+            for worker in workers:
+                worker.start()
+            for worker in workers:
+                worker.join()
+            for case, mine in zip(pair, outs, strict=True):
+                wrong = next(filter(None, (self._wrong(out, case) for out in mine)), None)
+                if wrong:
+                    found.append(f"configuration {config.name} on {case.name}, beside another thread: {wrong}")
+        self._refuse(found, "keep no buffers outside of the workspace, and launch on the current stream")
+
+    # --- launching ---------------------------------------------------------------------------------------------------
+
+    def _batch(self, ids: IntArray, seed: int) -> Batch:
+        generator = torch.Generator(self.device).manual_seed(seed)
+        dtype = torch.float16 if self.shape.dtype == "fp16" else torch.bfloat16
+        x = torch.randn(len(ids), self.shape.hidden_size, dtype=torch.float32, device=self.device, generator=generator)
+        scores = torch.randn(ids.shape, dtype=torch.float32, device=self.device, generator=generator)
+        return Batch(x.to(dtype), torch.tensor(ids, dtype=torch.int32, device=self.device), scores.softmax(-1))
+
+    def _again(self, config: KernelConfig, batch: Batch) -> tuple[Callable[[], None], Tensor]:
+        """(launch, out): what launches on these very buffers as often as it is called."""
+        out, workspace = torch.empty_like(batch.hidden_states), Workspace()
+        return lambda: self.kernel.launch(config, self.prepared, batch, out, workspace), out
+
+    def _guarded(self, case: Case) -> tuple[Tensor, Tensor]:
+        """(out, all): an output full of NaN in the middle of a buffer full of canaries."""
+        x = case.batch.hidden_states
+        whole = torch.full((x.numel() + 2 * GUARD,), CANARY, dtype=x.dtype, device=x.device)
+        out = whole[GUARD : GUARD + x.numel()].view(x.shape)
+        return out.fill_(float("nan")), whole
+
+    def _watched(self, config: KernelConfig, case: Case) -> Run:
+        run = Run(config, case)
+        out, whole = self._guarded(case)
+        try:
+            run.changed = self._launch(config, case, out, Filled(0))
+        except Exception as e:
+            if self.device.type == "cpu" and isinstance(e, (KernelError, NotImplementedError)):
+                raise Skip(f"needs a GPU: {describe(e)}") from e
+            run.raised = f"{type(e).__name__}: {describe(e)}"
+            return run
+        run.wrong = self._wrong(out, case)
+        run.outside = bool((whole[:GUARD] != CANARY).any() | (whole[-GUARD:] != CANARY).any())
+        return run
+
+    def _launch(self, config: KernelConfig, case: Case, out: Tensor, workspace: Workspace) -> list[str]:
+        """Launch on a copy of the batch. Names of the inputs that are changed; the weights are put right again, so that
+        the next launch is not to blame."""
+        batch = _copy(case.batch)
+        self.kernel.launch(config, self.prepared, batch, out, workspace)
+        self._synchronise()
+        spoilt = _changed(self.weights, self._weights_before)
+        if spoilt:
+            for mine, right in zip(_tensors(self.weights), self._weights_before, strict=True):
+                mine.copy_(right)
+        return [*_changed(batch, _tensors(case.batch)), *(f"the weights' {name}" for name in spoilt)]
+
+    def _came_through(self) -> list[Run]:
+        found = [run for run in self.runs if run.raised is None]
+        if not found:
+            raise Skip(f"no launch came through: {self.runs[0].raised}")
+        return found
+
+    def _sound(self) -> list[KernelConfig]:
+        """Configurations that launch on every case, for checks of something else."""
+        broken = {run.config: run.raised for run in self.runs if run.raised}
+        sound = [config for config in self._some if config not in broken]
+        if not sound:
+            raise Skip(f"no configuration launches on every batch: {next(iter(broken.values()))}")
+        return sound
+
+    def _first_cases(self) -> list[Case]:
+        return [self.cases[0], self.cases[-1]]
+
+    def _output(self, config: KernelConfig, case: Case, workspace: Workspace) -> Tensor:
+        out = self._guarded(case)[0]
+        self._launch(config, case, out, workspace)
+        return out
+
+    def _wrong(self, out: Tensor, case: Case) -> str | None:
+        return misfit(out, case.expected, self.shape.dtype)
+
+    def _synchronise(self) -> None:
+        if self.device.type == "cuda":
+            torch.cuda.synchronize()
+
+    @staticmethod
+    def _refuse(found: Sequence[str], remedy: str) -> None:
+        if found:
+            more = f" (and {len(found) - 1} more)" if len(found) > 1 else ""
+            raise Failure(f"{found[0]}{more}; {remedy}")
+
+
+def capture_on(device: torch.device) -> Callable[[Callable[[], None]], Replay] | None:
+    """What captures a launch in a graph and returns its replay; None where there are no graphs."""
+    return _captured if device.type == "cuda" else None
+
+
+def _captured(launch: Callable[[], None]) -> Replay:
+    side = torch.cuda.Stream()  # type: ignore[no-untyped-call]
+    side.wait_stream(torch.cuda.current_stream())
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.stream(side):
+        launch()  # compiles, and gives the buffers of this stream their sizes
+        side.synchronize()
+        with torch.cuda.graph(graph, stream=side):
+            launch()
+    return graph.replay
+
+
+def _waits(launch: Callable[[], None]) -> str | None:
+    """How a launch on a GPU waits for it; None where it does not."""
+    mode = torch.cuda.get_sync_debug_mode()
+    torch.cuda.synchronize()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        launch()
+    except RuntimeError as e:
+        return f"waits for the device: {describe(e)}"
+    finally:
+        torch.cuda.set_sync_debug_mode(mode)
+    # torch knows of its own waits only: with the device busy, a launch that waits comes back when it is no longer. The
+    # host may be held up by something else, once.
+    if all(_outlasts_the_device(launch) for _ in range(2)):
+        return "comes back only when the device has done what was before it"
+    return None
+
+
+def _outlasts_the_device(launch: Callable[[], None]) -> bool:
+    torch.cuda.synchronize()
+    busy = torch.cuda.Event()  # type: ignore[no-untyped-call]
+    torch.cuda._sleep(HOLD_CYCLES)  # type: ignore[no-untyped-call]
+    busy.record()
+    launch()
+    done = bool(busy.query())  # type: ignore[no-untyped-call]
+    torch.cuda.synchronize()
+    return done
+
+
+def _sample(
+    kernel: LaunchableKernel, shape: MoEShape, hardware: Hardware, at_most: int, sizes: Sequence[int]
+) -> list[KernelConfig]:
+    """About `at_most` configurations (all for 0), evenly spread, after the defaults of these sizes, and after any
+    default that is not among the configurations."""
+    configs, chosen = usable_configs(kernel, shape, hardware), []
+    for tokens in (*sizes, *powers_of_two(MAX_DEFAULT_TOKENS)):
+        with contextlib.suppress(Exception):  # told by the check of defaults
+            config = kernel.default_config(shape, hardware, tokens)
+            if tokens in sizes or config not in configs:
+                chosen.append(config)
+    at = np.linspace(0, len(configs) - 1, min(at_most or len(configs), len(configs))).round().astype(int)
+    return list(dict.fromkeys([*chosen, *(configs[i] for i in at)]))
+
+
+def _routings(tokens: int, shape: MoEShape) -> Iterator[tuple[str, IntArray]]:
+    """Kinds of routing by name, ids int64 `[tokens, top_k]`. One token has no use for all of them."""
+    experts, top_k = shape.num_experts, shape.top_k
+    yield "even routing", (np.arange(tokens * top_k) % experts).reshape(tokens, top_k)
+    padded = generate("uniform", tokens, experts, top_k, seed=1)
+    padded[:, 0] = np.where(np.arange(tokens) % 3 == 0, -1, padded[:, 0])
+    padded[:, -1] = np.where(np.arange(tokens) % 4 == 1, experts, padded[:, -1])
+    padded[tokens // 2] = -1  # a token of zeros
+    if tokens > 1:
+        yield "empty experts", generate("active0.25", tokens, experts, top_k, seed=2)
+        yield "skewed routing", generate("zipf1.5", tokens, experts, top_k, seed=3)
+        yield "duplicate experts", generate("one-hot", tokens, experts, top_k, seed=4)
+    yield "padding (-1 and E)", padded
+
+
+def _tensors(of: Batch | MoEWeights) -> list[Tensor]:
+    return [value for field in fields(of) if isinstance(value := getattr(of, field.name), Tensor)]
+
+
+def _copy(batch: Batch) -> Batch:
+    return Batch(*_copied(batch))
+
+
+def _copied(of: Batch | MoEWeights) -> list[Tensor]:
+    return [tensor.clone() for tensor in _tensors(of)]
+
+
+def _changed(of: Batch | MoEWeights, before: Sequence[Tensor]) -> list[str]:
+    """Names of the tensors that are no longer, bit by bit, what they were."""
+    names = [field.name for field in fields(of) if isinstance(getattr(of, field.name), Tensor)]
+    return [
+        name
+        for name, now, then in zip(names, _tensors(of), before, strict=True)
+        if not torch.equal(now.view(torch.uint8), then.view(torch.uint8))
+    ]

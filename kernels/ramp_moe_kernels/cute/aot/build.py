@@ -1,0 +1,86 @@
+"""Compiling ahead of time what the cache lacks."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import resource
+import tempfile
+import time
+from collections.abc import Callable, Iterable
+from pathlib import Path
+
+from ramp_moe.spec.kernel import Built
+
+from .cache import Cache, Configuration, Damaged
+from .compiler import CUTE, Compiler
+from .pool import Outcome, Pool
+
+COMPILE_SECONDS = 120.0
+"""For one configuration; it takes two to six."""
+MAX_JOBS = 16
+"""Unless more are asked for: each takes 300 MB of memory."""
+
+
+def build(
+    configs: Iterable[Configuration],
+    *,
+    report: Callable[[int, int, str], None] = lambda done, total, name: None,
+    jobs: int | None = None,
+    timeout: float = COMPILE_SECONDS,
+    cache: Cache | None = None,
+    compiler: Compiler = CUTE,
+) -> Built:
+    """Compile what the cache lacks, in `jobs` processes (by default one for each core that this one may use, up to 16).
+
+    A configuration that spills registers, fails to compile, or is not compiled within `timeout` seconds is dropped; the
+    cache remembers why. Damaged entries are made again, which is noted. Other processes may build the same at the same
+    time, and any may be killed. `report` is told, in this thread, how many are settled, of how many, and which was the
+    last ("" at first).
+
+    Raises KernelError where something needed is missing, the message names it, or where the cache cannot be written.
+    Nothing is needed, or written, if the cache holds everything.
+    """
+    start, cpu = time.perf_counter(), _cpu_seconds()
+    cache = cache or Cache.current()
+    every = list({config.name: config for config in configs}.values())
+    done: list[Outcome] = []
+    missing: list[tuple[Configuration, str | None]] = []
+    for config in every:
+        entry, note = None, None
+        try:
+            entry = cache.look_up(config)
+        except Damaged as e:
+            note = f"{e}; compiled again"
+        if entry is not None and entry.settled:
+            done.append(Outcome(config.name, entry, compiled=False))
+        else:
+            missing.append((config, note))
+    if missing:
+        report(len(done), len(every), "")
+        with tempfile.TemporaryDirectory(prefix="ramp-moe-build-") as folder:
+            compiler.check(Path(folder))
+            pool = Pool(cache, compiler, Path(folder), timeout)
+            with contextlib.closing(
+                pool.outcomes(missing, jobs or min(len(os.sched_getaffinity(0)), MAX_JOBS))
+            ) as outcomes:
+                for outcome in outcomes:
+                    done.append(outcome)
+                    report(len(done), len(every), outcome.name)
+    whole = [d for d in done if d.entry.reason is None]
+    return Built(
+        folder=cache.folder,
+        compiled=tuple(d.name for d in whole if d.compiled),
+        reused=tuple(d.name for d in whole if not d.compiled),
+        dropped={d.name: d.entry.reason for d in done if d.entry.reason is not None},
+        notes=tuple(d.note for d in done if d.note is not None),
+        bytes=sum(d.entry.bytes for d in whole),
+        seconds=time.perf_counter() - start,
+        cpu_seconds=_cpu_seconds() - cpu,
+    )
+
+
+def _cpu_seconds() -> float:
+    """Of all processes that this one has started, and whose end it has seen."""
+    used = resource.getrusage(resource.RUSAGE_CHILDREN)
+    return used.ru_utime + used.ru_stime

@@ -1,0 +1,192 @@
+"""Where compiled objects lie: RAMP_MOE_CACHE, or else the user's cache folder.
+
+    cute/v1-sm_90a-SOURCES/dsl4.8.1-cu13-ffi0.1-x86_64-v3/NAME.so     the library of a configuration
+                                                         /NAME.json   its manifest, written last: what has none is
+                                                                      not there
+                                                         /NAME.lock   held by who compiles it; the operating system
+                                                                      releases it with the process, however it ends
+
+SOURCES is a digest of what the kernel is compiled from, so another version of it, of the DSL or of tvm-ffi has another
+folder. Where the DSL is not installed, nothing can be compiled, and any folder of these sources that this machine's
+processor can run will do.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import fcntl
+import hashlib
+import os
+import shutil
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Protocol
+
+import msgspec
+import platformdirs
+from ramp_moe.errors import KernelError, ProfileError
+from ramp_moe.measurements.json_file import read_json, write_atomically, write_json
+from ramp_moe.spec.versions import Place, digest_of
+
+from .cubin import Usage
+from .toolkit import runtime_abis, toolchain
+
+VARIABLE = "RAMP_MOE_CACHE"
+COMPILED = Place(Path(__file__).parents[1] / "moe.py", "compile_config")
+"""What an object is compiled by, and from."""
+ARCHITECTURE = "sm_90a"
+FORMAT = "ramp-moe/object"
+VERSION = 1
+"""Of manifests and of how libraries are linked."""
+MAX_LOST = 2
+"""Compilers lost to a configuration before it is given up: once may be the machine's fault (memory, a signal)."""
+
+ABANDONED_SECONDS = 3600
+"""Age from which an unfinished file is no other process's."""
+
+
+class Configuration(Protocol):
+    """Its name is unique, and safe as the name of a file and of a function; its repr says all that is compiled."""
+
+    @property
+    def name(self) -> str: ...
+
+
+class Entry(msgspec.Struct, kw_only=True):
+    """What is known of a configuration: its library, or the reason why it has none; and how many compilers it has ended
+    or kept longer than they may take."""
+
+    format: str = FORMAT
+    version: int = VERSION
+    config: str
+    sha256: str | None = None
+    bytes: int = 0
+    usage: Usage | None = None
+    reason: str | None = None
+    lost: int = 0
+
+    @property
+    def settled(self) -> bool:
+        """Whether compiling it again would be in vain."""
+        return self.lost == 0 or self.lost >= MAX_LOST
+
+
+class Damaged(KernelError):
+    """An entry that is not what was written."""
+
+
+def cache_folder() -> Path:
+    """Root of the cache."""
+    named = os.environ.get(VARIABLE)
+    return Path(named).absolute() if named else Path(platformdirs.user_cache_dir("ramp-moe", appauthor=False))
+
+
+@dataclass(frozen=True)
+class Cache:
+    """The objects in one folder."""
+
+    folder: Path
+
+    @classmethod
+    def current(cls, compiled: Place = COMPILED) -> Cache:
+        """That of what is compiled, on this machine. Raises KernelError without tvm-ffi."""
+        of_sources, abis, chain = _of_sources(compiled), runtime_abis(), toolchain()
+        try:
+            for abi in abis:
+                found = sorted(of_sources.glob(f"{chain or '*'}-{abi}"), key=lambda f: (f.stat().st_mtime, f.name))
+                if found:
+                    return cls(found[-1])
+        except OSError as e:
+            raise KernelError(f"cannot read the cache folder {of_sources}: {e.strerror}") from None
+        return cls(of_sources / f"{chain or 'any'}-{abis[0]}")
+
+    def library(self, config: Configuration) -> Path:
+        return self.folder / f"{config.name}.so"
+
+    def look_up(self, config: Configuration) -> Entry | None:
+        """The entry, checked; None where there is none. Raises Damaged where it is not what was written."""
+        manifest = self._manifest(config)
+        if not os.path.lexists(manifest):
+            return None
+        try:
+            entry = read_json(manifest, Entry, FORMAT, VERSION, {})
+        except ProfileError as e:
+            raise Damaged(str(e)) from None
+        if entry.config != repr(config):
+            raise Damaged(f"{manifest} is of {entry.config}, not of {config!r}")
+        if entry.reason is None:
+            self._check(self.library(config), entry)
+        return entry
+
+    def _check(self, library: Path, entry: Entry) -> None:
+        try:
+            data = library.read_bytes()
+        except OSError as e:
+            raise Damaged(f"cannot read {library}: {e.strerror}") from None
+        if hashlib.sha256(data).hexdigest() != entry.sha256:
+            raise Damaged(f"{library} is corrupt: its checksum is not that of its manifest")
+
+    def store(self, config: Configuration, entry: Entry, library: bytes | None = None) -> None:
+        """Write an entry, whole or not at all. Raises KernelError where the folder cannot be written, or is full."""
+        if library is not None:
+            entry.sha256, entry.bytes = hashlib.sha256(library).hexdigest(), len(library)
+        try:
+            if library is not None:
+                write_atomically(self.library(config), library)
+            write_json(self._manifest(config), entry)
+        except ProfileError as e:
+            raise KernelError(f"{e}; make room, or name another cache folder with {VARIABLE}") from None
+
+    @contextlib.contextmanager
+    def lock(self, config: Configuration) -> Iterator[bool]:
+        """Whether this process, and nobody else, may compile the configuration meanwhile. Does not wait. Raises
+        KernelError where the folder cannot be written."""
+        path = self.folder / f"{config.name}.lock"
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
+        except OSError as e:
+            raise KernelError(
+                f"cannot write to the cache folder {self.folder}: {e.strerror}; name another with {VARIABLE}"
+            ) from None
+        try:
+            try:
+                fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                held = True
+            except OSError as e:
+                if e.errno not in (errno.EWOULDBLOCK, errno.EACCES):
+                    raise KernelError(
+                        f"cannot lock {path}: {e.strerror}; name another folder with {VARIABLE}"
+                    ) from None
+                held = False
+            yield held
+        finally:
+            os.close(descriptor)  # releases the lock
+
+    def _manifest(self, config: Configuration) -> Path:
+        return self.folder / f"{config.name}.json"
+
+
+def prune(compiled: Place = COMPILED) -> int:
+    """Delete the objects of every other version of the kernel and its compiler, and what interrupted writes left;
+    returns the bytes freed. Raises KernelError where they cannot be deleted."""
+    current = Cache.current(compiled).folder
+    others = [f for f in current.parent.parent.glob(f"v*-{ARCHITECTURE}-*") if f != current.parent]
+    others += [f for f in current.parent.glob(f"*-{runtime_abis()[0]}") if f != current]
+    freed = 0
+    try:
+        others += [f for f in current.glob(".*.tmp") if time.time() - f.stat().st_mtime > ABANDONED_SECONDS]
+        for path in others:
+            files = [path] if path.is_file() else [f for f in path.rglob("*") if f.is_file()]
+            freed += sum(f.stat().st_size for f in files)
+            shutil.rmtree(path) if path.is_dir() else path.unlink()
+    except OSError as e:
+        raise KernelError(f"cannot delete {e.filename}: {e.strerror}") from None
+    return freed
+
+
+def _of_sources(compiled: Place) -> Path:
+    return cache_folder() / "cute" / f"v{VERSION}-{ARCHITECTURE}-{digest_of(compiled)}"

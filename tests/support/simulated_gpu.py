@@ -1,0 +1,58 @@
+"""A machine whose GPU exists in its state alone, for tests of the commands that measure on it."""
+
+from __future__ import annotations
+
+import functools
+from pathlib import Path
+from typing import Any
+
+import pytest
+from click.testing import CliRunner, Result
+from ramp_moe import Kernel, Model, Registry
+from ramp_moe.cli import compare, drift, gpu, main, profile
+from ramp_moe.dispatch.profile_store import relative_path
+from ramp_moe.profiler import pool
+from ramp_moe.profiler.gpu import GpuState
+from simulated_bench import HARDWARE, SHAPE, Here, Script, Simulated, make_bench
+
+IDLE = GpuState("NVIDIA H200", "580.1", "GPU-01234567-89ab", 100 * 2**30, 0, 0.0, ())
+
+
+class Unavailable(Simulated):
+    def unavailable(self) -> str | None:
+        return "its package is missing: pip install it"
+
+
+class Described(Kernel):
+    name = "described"
+
+    def configs(self, shape: Any, hardware: Any) -> Any:
+        return Simulated().configs(shape, hardware)
+
+    def weight_layout(self, shape: Any) -> Any:
+        return Simulated().weight_layout(shape)
+
+
+class Machine:
+    """A registry and a GPU that a test may change before it runs a command. Benches have no processes."""
+
+    def __init__(self, log: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.registry = Registry(load_entry_points=False)
+        self.registry.models["tiny"] = Model(SHAPE, "a test")
+        self.registry.kernels |= {"sim": Simulated()}
+        self.state, self.log, self.patch = IDLE, log, monkeypatch
+        for command in (compare, drift, profile):
+            monkeypatch.setattr(command, "get_registry", lambda: self.registry)
+        monkeypatch.setattr(gpu, "gpu_state", lambda: self.state)
+        monkeypatch.setattr(pool, "Worker", Here)
+        self.acts({})
+
+    def acts(self, acts: dict[str, str], noise: float = 0.0) -> None:
+        self.patch.setattr(gpu, "_make_bench", functools.partial(make_bench, Script(self.log, acts, noise)))
+
+    def run(self, command: str, *args: object) -> Result:
+        return CliRunner().invoke(main, [command, "--model", "tiny", "--dtype", "bf16", *map(str, args)])
+
+
+def place(folder: Path, kernel: str = "sim") -> Path:
+    return folder / relative_path(kernel, SHAPE, HARDWARE)

@@ -1,0 +1,131 @@
+"""Routed experts as vLLM itself makes, loads and runs them, for one rank of a layer of random weights.
+
+Where it finds no GPU, or none of its compiled operators, which experts like ours do without, it is told that it is on
+Hopper, once its modules are imported, some of which ask those operators what they can. Import this before vLLM.
+"""
+
+from __future__ import annotations
+
+from contextlib import ExitStack
+from typing import Any
+from unittest import mock
+
+import torch
+import vllm.platforms
+from ramp_moe.spec.launchable import Batch, MoEWeights
+from vllm.platforms.interface import DeviceCapability, Platform, PlatformEnum
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+
+
+class Hopper(Platform):
+    _enum = PlatformEnum.UNSPECIFIED
+    device_name = "cuda"
+    device_type = DEVICE
+    dispatch_key = DEVICE.upper()
+
+    @classmethod
+    def get_device_capability(cls, device_id: int = 0) -> DeviceCapability:
+        return DeviceCapability(9, 0)
+
+    @classmethod
+    def supports_fp8(cls) -> bool:
+        return True
+
+    @classmethod
+    def import_kernels(cls) -> None:
+        pass
+
+
+try:
+    found = vllm.platforms.current_platform.is_cuda()
+except ImportError:
+    found = False
+if not found:
+    vllm.platforms._current_platform = Hopper()
+
+import vllm.model_executor.layers.quantization.online.fp8  # noqa: E402
+from vllm.config import LoadConfig, VllmConfig, set_current_vllm_config  # noqa: E402
+from vllm.model_executor.layers.fused_moe import RoutedExperts  # noqa: E402
+from vllm.model_executor.layers.fused_moe.activation import MoEActivation  # noqa: E402
+from vllm.model_executor.layers.fused_moe.config import (  # noqa: E402
+    FusedMoEConfig,
+    FusedMoEParallelConfig,
+    RoutingMethodType,
+)
+from vllm.model_executor.layers.fused_moe.expert_map_manager import ExpertMapManager  # noqa: E402
+from vllm.model_executor.layers.quantization.fp8 import Fp8Config  # noqa: E402
+from vllm.model_executor.model_loader.reload import record_metadata_for_reloading  # noqa: E402
+from vllm.v1.worker.workspace import init_workspace_manager, is_workspace_manager_initialized  # noqa: E402
+
+Hopper._enum = PlatformEnum.CUDA
+if DEVICE == "cpu":
+    torch.accelerator.empty_cache = lambda: None  # torch raises where there is no accelerator
+
+
+def experts_of(
+    full: MoEWeights,
+    top_k: int,
+    tp: tuple[int, int] = (1, 0),
+    ep: tuple[int, int] = (1, 0),
+    dtype: torch.dtype = torch.bfloat16,
+    moe_options: dict[str, Any] | None = None,
+    parallel_options: dict[str, Any] | None = None,
+    load_format: str = "auto",
+    **options: Any,
+) -> Any:
+    """vLLM's routed experts of a rank, (size, rank) of tp or ep, with its part of the weights loaded and processed."""
+    if not is_workspace_manager_initialized():
+        init_workspace_manager(torch.device(DEVICE))
+    experts, rows, hidden = full.gate_up.shape
+    parallel = FusedMoEParallelConfig.make_no_parallel()
+    parallel.tp_size, parallel.tp_rank = tp
+    parallel.ep_size, parallel.ep_rank = ep
+    parallel.use_ep = ep[0] > 1
+    for name, value in (parallel_options or {}).items():
+        setattr(parallel, name, value)
+    fp8 = full.gate_up_scale is not None
+    activation = {"swiglu": MoEActivation.SILU, "gelu_tanh": MoEActivation.GELU_TANH}[full.activation]
+    whole = VllmConfig(load_config=LoadConfig(load_format=load_format))
+    with set_current_vllm_config(whole), torch.device(DEVICE), ExitStack() as ranks:
+        for module in ("vllm.distributed", "vllm.model_executor.layers.quantization.fp8"):
+            name = f"{module}.get_tensor_model_parallel_world_size"
+            ranks.enter_context(mock.patch(name, return_value=tp[0]))
+        manager = ExpertMapManager(8192, top_k, experts, 0, None, parallel, "linear", False)
+        config = FusedMoEConfig(
+            num_experts=experts, experts_per_token=top_k, hidden_dim=hidden, intermediate_size=rows // 2,
+            num_local_experts=manager.local_num_experts, num_logical_experts=experts, activation=activation,
+            device=DEVICE, routing_method=RoutingMethodType.Default, moe_parallel_config=parallel, in_dtype=dtype,
+            has_bias=full.gate_up_bias is not None, max_capture_size=512, **(moe_options or {}),
+        )  # fmt: skip
+        quant = Fp8Config(weight_block_size=[128, 128]) if fp8 else None
+        routed = RoutedExperts("layer", dtype, config, quant, expert_map_manager=manager, **options)
+        record_metadata_for_reloading(routed)
+        load(routed, full)
+        routed.quant_method.process_weights_after_loading(routed)
+    return routed
+
+
+def load(routed: Any, full: MoEWeights) -> None:
+    """By vLLM's loader, each projection of each expert, as they stand in a checkpoint."""
+    given = {"weight": (full.gate_up, full.down), "weight_scale_inv": (full.gate_up_scale, full.down_scale)}
+    for kind, (gate_up, down) in given.items():
+        if gate_up is None:
+            continue
+        for expert in range(len(gate_up)):
+            gate, up = gate_up[expert].chunk(2)
+            for shard, tensor in (("w1", gate), ("w3", up), ("w2", down[expert])):
+                name = f"{'w2' if shard == 'w2' else 'w13'}_{kind}"
+                parameter = getattr(routed, name)
+                parameter.weight_loader(parameter, tensor, f"experts.{name}", shard, expert)
+    if full.gate_up_bias is not None and full.down_bias is not None:
+        for expert in range(len(full.gate_up_bias)):
+            gate, up = full.gate_up_bias[expert].chunk(2)
+            for shard, tensor in (("w1", gate), ("w3", up), ("w2", full.down_bias[expert])):
+                parameter = routed.w2_bias if shard == "w2" else routed.w13_bias
+                parameter.weight_loader(parameter, tensor, f"experts.{shard}_bias", shard, expert)
+
+
+@torch.inference_mode()
+def run(routed: Any, batch: Batch) -> torch.Tensor:
+    return routed.forward_modular(x=batch.hidden_states, topk_weights=batch.topk_weights, topk_ids=batch.topk_ids)

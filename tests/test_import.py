@@ -1,0 +1,54 @@
+"""`import ramp_moe` is light: no GPU library, and quick enough for a command line."""
+
+from __future__ import annotations
+
+import ast
+import subprocess
+import sys
+from pathlib import Path
+
+
+def _run(code: str) -> str:
+    return subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True).stdout.strip()
+
+
+def test_imports_no_gpu_library() -> None:
+    heavy = "{'torch', 'triton', 'cutlass', 'cuda', 'flashinfer', 'deep_gemm', 'matplotlib', 'rich', 'click'}"
+    code = f"import sys, ramp_moe; ramp_moe.get_registry(); print(sorted({heavy} & set(sys.modules)))"
+    assert _run(code) == "[]"
+
+
+def test_public_names_exist() -> None:
+    import ramp_moe
+
+    assert all(hasattr(ramp_moe, name) for name in ramp_moe.__all__)
+
+
+def test_every_public_name_can_be_the_first_to_be_imported() -> None:
+    """Modules that need each other are told apart by none of them."""
+    code = """
+import sys, ramp_moe
+for name in ramp_moe.__all__:
+    for module in [m for m in sys.modules if m.partition(".")[0] == "ramp_moe"]:
+        del sys.modules[module]
+    import ramp_moe
+    getattr(ramp_moe, name)
+    assert name in dir(ramp_moe)
+print("all")
+"""
+    assert _run(code) == "all"
+
+
+def test_type_checkers_see_the_same_names() -> None:
+    import ramp_moe
+
+    tree = ast.parse(Path(ramp_moe.__file__).read_text())
+    imports = [node for node in ast.walk(tree) if isinstance(node, ast.ImportFrom) and node.level == 1]
+    assert {alias.name: node.module for node in imports for alias in node.names} == ramp_moe._HOME
+    assert sorted(ramp_moe._HOME) == sorted(ramp_moe.__all__)
+
+
+def test_submodules_are_found_and_other_names_are_not() -> None:
+    assert _run("import ramp_moe; print(ramp_moe.spec.routing.__name__, hasattr(ramp_moe, 'nothing'))") == (
+        "ramp_moe.spec.routing False"
+    )
