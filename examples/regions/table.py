@@ -52,7 +52,7 @@ FUSED_MARGIN = 0.03
 """The same of the fused kernel, whose configurations were screened by three launches each."""
 
 CONSTANTS = ("L2_OVER_HBM", "ACHIEVED_PEAK", "LOADED_LATENCY_S", "NOOP_LAUNCH_S", "PIPELINE_STAGES")
-"""Of `ramp_moe.cost_model.regions`, what no data sheet gives and the advice hangs on. Moved by a fifth; a count by one."""
+"""Of `cost_model.regions`, what no data sheet gives and the advice hangs on. Moved by a fifth; a count by one."""
 
 UNMEASURED = "Nothing is measured yet."
 

@@ -1,1 +1,1 @@
-"""Recorded sweeps, laid out as DEVICE/KERNEL/SHAPE.json. Data only; `ramp_moe.measurements.sweep` documents the format."""
+"""Recorded sweeps, laid out as DEVICE/KERNEL/SHAPE.json. Data only; `measurements/sweep.py` has the format."""

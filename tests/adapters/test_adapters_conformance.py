@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 from ramp_moe import MoEShape
-from ramp_moe.testing.pytest_cases import KernelConformance
+from ramp_moe.testing import KernelConformance
 from ramp_moe_adapters.kernels.alpha_moe.kernel import AlphaMoE
 from ramp_moe_adapters.kernels.deep_gemm.kernel import DeepGEMM
 from ramp_moe_adapters.kernels.flashinfer_cutlass.kernel import FlashInferCutlass

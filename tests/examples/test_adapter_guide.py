@@ -11,7 +11,7 @@ from typing import Any
 import click
 from ramp_moe import MoEShape
 from ramp_moe.cli import main
-from ramp_moe.testing.pytest_cases import KernelConformance
+from ramp_moe.testing import KernelConformance
 
 EXAMPLES = Path(__file__).parents[2] / "examples"
 sys.path.insert(0, str(EXAMPLES / "simple_triton_plugin"))

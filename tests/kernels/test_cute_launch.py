@@ -15,7 +15,7 @@ from ramp_moe import KernelConfig, KernelError, MoEShape
 from ramp_moe.runtime.relayout import relayout
 from ramp_moe.spec.kernel import LAYOUTS
 from ramp_moe.spec.launchable import Batch, MoEWeights, Workspace
-from ramp_moe.testing.pytest_cases import KernelConformance
+from ramp_moe.testing import KernelConformance
 from ramp_moe_kernels.cute import kernel as kernel_module
 from ramp_moe_kernels.cute import launch
 from ramp_moe_kernels.cute.config import Config

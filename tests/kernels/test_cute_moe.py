@@ -18,7 +18,7 @@ from ramp_moe import KernelError, MoEShape
 from ramp_moe.runtime.relayout import relayout
 from ramp_moe.spec.kernel import LAYOUTS, usable_configs
 from ramp_moe.spec.launchable import Batch, MoEWeights, Workspace
-from ramp_moe.testing.pytest_cases import KernelConformance
+from ramp_moe.testing import KernelConformance
 from ramp_moe_adapters.kernels.alpha_moe.kernel import AlphaMoE
 from ramp_moe_kernels.cute.aot import Cache, load
 from ramp_moe_kernels.cute.aot.toolkit import dsl_folder

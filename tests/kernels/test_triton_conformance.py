@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 from ramp_moe import MoEShape, get_registry
-from ramp_moe.testing.pytest_cases import KernelConformance
+from ramp_moe.testing import KernelConformance
 from ramp_moe_kernels.triton.kernel import TritonMoE
 
 MODEL = "olmoe-1b-7b"

@@ -1,1 +1,1 @@
-"""TODO."""
+"""Models and servers whose MoE layers are replaced by dispatched ones."""

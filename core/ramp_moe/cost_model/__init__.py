@@ -1,1 +1,1 @@
-"""TODO."""
+"""How long a candidate will take."""

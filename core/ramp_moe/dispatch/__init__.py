@@ -1,1 +1,1 @@
-"""TODO."""
+"""Which candidate computes a batch."""

@@ -1,1 +1,1 @@
-"""TODO."""
+"""How good choices were."""

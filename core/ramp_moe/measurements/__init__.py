@@ -1,1 +1,1 @@
-"""TODO."""
+"""What was measured, and the files that hold it."""

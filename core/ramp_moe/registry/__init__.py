@@ -1,1 +1,1 @@
-"""TODO."""
+"""Who provides kernels, models, hardware and adapters."""

@@ -14,12 +14,12 @@ from .parts import ALIGNED_TOKENS, overlap
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from .layer import MoELayer
+    from .protocols import Launching
 
 _logger = logging.getLogger("ramp_moe")
 
 
-def compute(layer: MoELayer, choose: Callable[[], Candidate], batch: Batch, out: Tensor) -> None:
+def compute(layer: Launching, choose: Callable[[], Candidate], batch: Batch, out: Tensor) -> None:
     """Run what `choose` names. A candidate that raises is dropped, with one line in the log, and what is then named
     runs, until the batch is computed: candidates write all of out, and only read the batch.
 

@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from .graphs.capture import GraphDispatch, Plan
-    from .wrapped_experts import RoutedExperts
+    from .protocols import Owner
 
 Router = Callable[["Tensor"], "tuple[Tensor, Tensor]"]
 
@@ -82,7 +82,7 @@ class MoELayer:
         self.dropped: dict[str, str] = {}
         self.derived = set[str]()
         """Kernels that launch with something that they made of the weights, in memory of its own."""
-        self.owner: weakref.ref[RoutedExperts] | None = None
+        self.owner: weakref.ref[Owner] | None = None
         """What a module calls this layer through; it knows whether the module still has these weights."""
         self.stale: str | None = None
         """Why the weights held are not to be computed with."""

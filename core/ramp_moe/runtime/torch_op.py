@@ -12,39 +12,14 @@ launches, and the device then chooses at every replay. Without it such a graph h
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable
-from typing import Any, Protocol
+from typing import Any
 from weakref import WeakValueDictionary
 
 import torch
 from torch import Tensor
 
 from ..errors import KernelError
-
-
-class Owner(Protocol):
-    """What a wrapped module calls its layer through."""
-
-    def current(self) -> Layer: ...
-
-
-class Layer(Protocol):
-    """What the operator asks of a `MoELayer`."""
-
-    @property
-    def owner(self) -> Callable[[], Owner | None] | None: ...
-
-    def ready(self, num_tokens: int, dtype: torch.dtype) -> None: ...
-
-    def forward(
-        self,
-        hidden_states: Tensor,
-        topk_ids: Tensor,
-        topk_weights: Tensor,
-        out: Tensor | None = None,
-        num_valid: Tensor | int | None = None,
-    ) -> Tensor: ...
-
+from .protocols import Layer
 
 _layers: WeakValueDictionary[int, Layer] = WeakValueDictionary()
 _numbers = itertools.count()

@@ -21,13 +21,13 @@ from ..spec.launchable import LaunchableKernel, MoEWeights
 from .relayout import ROWS, copy_rows
 
 if TYPE_CHECKING:
-    from .layer import MoELayer
+    from .protocols import Holding
 
 FIELDS = ("gate_up", "down", "gate_up_scale", "down_scale", "gate_up_bias", "down_bias")
 """Tensors of MoEWeights."""
 
 
-def update(layer: MoELayer, weights: MoEWeights) -> None:
+def update(layer: Holding, weights: MoEWeights) -> None:
     """Have `layer` compute with `weights` from now on; see `MoELayer.update`."""
     check_fits(layer.held[0], weights)
     with writing(layer):
@@ -37,7 +37,7 @@ def update(layer: MoELayer, weights: MoEWeights) -> None:
 
 
 @contextmanager
-def writing(layer: MoELayer) -> Iterator[None]:
+def writing(layer: Holding) -> Iterator[None]:
     """Let the weights held be changed, then have kernels derive from them again what they did. If that fails the layer
     raises KernelError in every `forward` until an update succeeds."""
     layer.stale = "an update of the layer's weights failed; update it again, or build another layer"
@@ -67,7 +67,7 @@ def check_fits(held: MoEWeights, weights: MoEWeights) -> None:
                 )
 
 
-def put(layer: MoELayer, name: str, tensor: Tensor, layout: str, experts: slice = slice(None)) -> None:
+def put(layer: Holding, name: str, tensor: Tensor, layout: str, experts: slice = slice(None)) -> None:
     """Write the field `name` of new weights, of these experts, into every layout that is held, within `writing`.
 
     tensor: as MoEWeights describes the field, its rows in the order `layout`. It may share memory with what is held.
@@ -86,7 +86,7 @@ def put(layer: MoELayer, name: str, tensor: Tensor, layout: str, experts: slice 
                 copy_rows(tensor, layout, place, order, layer.shape.intermediate_size, scale=name == "gate_up_scale")
 
 
-def refresh(layer: MoELayer) -> None:
+def refresh(layer: Holding) -> None:
     """Derive again what kernels derived from the weights held, which have changed, and copy it in place. Raises
     KernelError if a kernel now derives something that does not fit the place of the old."""
     for name in layer.derived:

@@ -73,8 +73,10 @@ class Recording:
             experts.recorded = None
 
     def write(self, path: str | Path, source: str = "") -> None:
-        """Write a trace of batches (see `ramp_moe.measurements.trace`), whole or not at all. Raises RoutingError where nothing was
-        recorded, or where the layers differ in experts or top-k, ProfileError where the file cannot be written."""
+        """Write a trace of batches (see `measurements.trace`), whole or not at all.
+
+        Raises RoutingError if nothing was recorded, or if the layers differ in experts or top-k; ProfileError if the
+        file cannot be written."""
         shapes = {(e.layer.shape.num_experts, e.layer.shape.top_k) for e in self._experts}
         if len(shapes) > 1:
             raise RoutingError("a trace is of layers that are alike; these differ in their number of experts or top-k")

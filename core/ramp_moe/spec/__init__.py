@@ -1,1 +1,1 @@
-"""TODO."""
+"""What is computed, on what hardware, and by which grid of CTAs."""

@@ -1,7 +1,7 @@
 """Whether a kernel keeps the library's contract: named checks, each of which passes, fails with one line that names the
 configuration and the remedy, or is skipped with a reason.
 
-`ramp-moe check-kernel` runs them over a registered kernel, `ramp_moe.testing.pytest_cases` makes them tests. Those of the
+`ramp-moe check-kernel` runs them over a registered kernel, `ramp_moe.testing` makes them tests. Those of the
 description need nothing but the kernel; those of the launch, in `device.conformance`, need torch, and a GPU or Triton's
 interpreter.
 """

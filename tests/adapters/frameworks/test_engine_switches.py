@@ -10,9 +10,8 @@ from importlib import metadata
 from pathlib import Path
 
 import pytest
-from ramp_moe_adapters.frameworks.sglang import plugin as sglang
+from ramp_moe_adapters.frameworks import sglang, vllm
 from ramp_moe_adapters.frameworks.switches import OFF, ON, switched_on
-from ramp_moe_adapters.frameworks.vllm import plugin as vllm
 from ramp_moe_adapters.kernels.vllm_triton import static_table as vllm_static
 from ramp_moe_adapters.kernels.vllm_triton.kernel import VllmTriton
 

@@ -26,8 +26,8 @@ from ramp_moe.runtime.layer_factory import Builder
 from ramp_moe.runtime.placeholder import Placeholder
 from ramp_moe.runtime.relayout import relayout
 from ramp_moe.spec.launchable import Batch, MoEWeights
+from ramp_moe_adapters.frameworks import sglang
 from ramp_moe_adapters.frameworks.sglang import fields as sglang_fields
-from ramp_moe_adapters.frameworks.sglang import plugin as sglang
 from ramp_moe_adapters.frameworks.sglang import runner as plugin
 from sglang.srt.layers.moe.moe_runner.base import FusedOpPool
 from sglang.srt.layers.moe.moe_runner.triton import TritonRunnerCore

@@ -194,7 +194,7 @@ def test_loaded_by_name(
 
 def test_a_name_is_registered_without_a_model() -> None:
     code = (
-        "import sys, ramp_moe; assert 'transformers' not in sys.modules; import ramp_moe_adapters.frameworks.transformers.registration; "
+        "import sys, ramp_moe; assert 'transformers' not in sys.modules; import ramp_moe_adapters.transformers; "
         "from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS as a; "
         "from transformers.integrations.finegrained_fp8 import ALL_FP8_EXPERTS_FUNCTIONS as b; "
         "print('ramp_moe' in a, 'ramp_moe' in b)"

@@ -20,7 +20,7 @@ from ramp_moe.runtime.layer_factory import Builder, Plan
 from ramp_moe.runtime.placeholder import Placeholder
 from ramp_moe.runtime.relayout import relayout
 from ramp_moe.spec.launchable import Batch, MoEWeights
-from ramp_moe_adapters.frameworks.vllm import plugin
+from ramp_moe_adapters.frameworks import vllm as plugin
 from ramp_moe_kernels import reference
 from ramp_moe_kernels.triton.kernel import TritonMoE
 from vllm import logger as vllm_logger

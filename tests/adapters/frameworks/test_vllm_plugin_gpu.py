@@ -19,7 +19,7 @@ from graph_cases import SHAPE, priced, triton_of
 from moe_cases import ROUTINGS, batch, error, expected, weights
 from ramp_moe.runtime.layer_factory import Builder, Plan
 from ramp_moe.spec.launchable import Batch, MoEWeights
-from ramp_moe_adapters.frameworks.vllm import plugin
+from ramp_moe_adapters.frameworks import vllm as plugin
 from ramp_moe_kernels.triton.kernel import TritonMoE
 from vllm.model_executor.custom_op import op_registry_oot
 from vllm.model_executor.model_loader.reload import finalize_layerwise_reload, initialize_layerwise_reload
@@ -211,7 +211,7 @@ def test_weights_are_not_doubled(dtype: str) -> None:
 
 def test_registering_leaves_cuda_alone() -> None:
     """vLLM may fork its workers from a process that has loaded plugins."""
-    code = "import sys; sys.path[:0] = sys.argv[1:]; import vllm_cases, torch; from ramp_moe_adapters import vllm"
-    done = "vllm.register(); assert 'ramp_moe_adapters.frameworks.vllm.layer' in sys.modules; print(torch.cuda.is_initialized())"
+    code = "import sys; sys.path[:0] = sys.argv[1:]; import vllm_cases, torch; import ramp_moe_adapters.frameworks.vllm as v"
+    done = "v.register(); assert v.__name__ + '.layer' in sys.modules; print(torch.cuda.is_initialized())"
     run = subprocess.run([sys.executable, "-c", f"{code}; {done}", *sys.path], capture_output=True, text=True)
     assert run.stdout.splitlines()[-1:] == ["False"], run.stderr[-2000:]

@@ -17,7 +17,7 @@ from moe_cases import batch, error, expected, weights
 from ramp_moe import KernelError, RampMoEError
 from ramp_moe.runtime.layer_factory import Builder, Plan
 from ramp_moe.spec.launchable import Batch, MoEWeights
-from ramp_moe_adapters.frameworks.vllm import plugin
+from ramp_moe_adapters.frameworks import vllm as plugin
 from ramp_moe_kernels.triton.kernel import TritonMoE
 from torch import Tensor
 from vllm.model_executor.custom_op import op_registry_oot

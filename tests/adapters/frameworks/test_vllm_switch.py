@@ -8,20 +8,22 @@ import sys
 from importlib.metadata import EntryPoint
 
 import pytest
-from ramp_moe_adapters.frameworks.vllm import plugin as vllm
+from ramp_moe_adapters.frameworks import vllm
 from ramp_moe_adapters.kernels.vllm_triton.kernel import VllmTriton
 
 
 def test_the_entry_point_names_it() -> None:
     assert (
-        EntryPoint("ramp_moe", "ramp_moe_adapters.frameworks.vllm.plugin:register", "vllm.general_plugins").load()
+        EntryPoint("ramp_moe", "ramp_moe_adapters.frameworks.vllm:register", "vllm.general_plugins").load()
         is vllm.register
     )
 
 
 def test_off_it_imports_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv(vllm.SWITCH, raising=False)
-    code = "import sys, ramp_moe_adapters.frameworks.vllm.plugin as v; v.register(); print({'torch', 'vllm'} & set(sys.modules))"
+    code = (
+        "import sys, ramp_moe_adapters.frameworks.vllm as v; v.register(); print({'torch', 'vllm'} & set(sys.modules))"
+    )
     run = subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True)
     assert run.stdout.strip() == "set()"
 

@@ -11,10 +11,10 @@ import pytest
 import torch
 from plain_kernel import Plain, conformance, gridded
 from ramp_moe import Kernel, KernelError, MoEShape, get_registry
+from ramp_moe.testing import KernelConformance
 from ramp_moe.testing import launch as launching
 from ramp_moe.testing.description import CHECKS, Conformance, _generic, run_all, run_apart, supported_shape
 from ramp_moe.testing.outcome import Outcome
-from ramp_moe.testing.pytest_cases import KernelConformance
 from simulated_gpu import Described
 
 GPU = torch.cuda.is_available()

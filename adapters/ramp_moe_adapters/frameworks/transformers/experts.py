@@ -1,8 +1,8 @@
 """The experts of Hugging Face Transformers 5: every class that its experts interface serves (about 50 families).
 
 Such a class holds `gate_up_proj [E, 2 I, H]` and `down_proj [E, H, I]`, gate rows first; gpt-oss holds them transposed,
-with biases, gate and up columns in turn. Beside this: `transformers_activation.py` finds out which activation it has,
-`transformers_flags.py` what else it has, `transformers_hints.py` why a model has none, and `transformers.py` registers
+with biases, gate and up columns in turn. Beside this: `activation.py` finds out which activation it has,
+`flags.py` what else it has, `hints.py` why a model has none, and `registration.py` registers
 the name with Transformers.
 """
 
@@ -15,6 +15,7 @@ from ramp_moe.errors import KernelError
 from ramp_moe.spec.launchable import MoEWeights
 from ramp_moe.spec.shapes import SCALE_BLOCK, scale_blocks
 
+from . import NAME
 from .activation import activation_of
 from .flags import check_count, check_flags
 from .hints import hint_of
@@ -23,8 +24,6 @@ if TYPE_CHECKING:
     from torch import Tensor
     from torch.nn import Module
 
-NAME = "ramp_moe"
-"""Of the implementation, as `experts_implementation=` takes it."""
 DEFAULT = "grouped_mm"
 """What Transformers takes where nobody names an implementation."""
 MARKS = ("has_gate", "has_bias", "is_transposed", "is_concatenated", "_apply_gate")
@@ -86,8 +85,9 @@ class TransformersExperts(ExpertsAdapter):
         )
 
     def weights(self, module: Any) -> MoEWeights:
-        from . import registration as registers  # noqa: F401  # an error where there is no interface to ask
+        from .registration import register
 
+        register(self)  # an error if there is no interface to ask
         check_flags(module)
         if not module.has_gate:
             raise KernelError("its experts have no gate; ramp_moe computes activation(gate) * up")
@@ -139,8 +139,9 @@ class TransformersExperts(ExpertsAdapter):
     def install(self, module: Any) -> str | None:
         """Through the configuration that the module's forward asks for the implementation: all modules that share it
         take it together, and one of them that is not wrapped is wrapped when it is called."""
-        from . import registration as registers  # noqa: F401
+        from .registration import register
 
+        register(self)
         before: str | None = module.config._experts_implementation
         module.config._experts_implementation = NAME
         return before

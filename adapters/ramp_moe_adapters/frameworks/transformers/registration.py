@@ -1,8 +1,6 @@
-"""Importing this registers `ramp_moe` with Transformers 5, for `experts_implementation="ramp_moe"` in `from_pretrained`
-and for `model.set_experts_implementation("ramp_moe")`. (`ramp_moe.wrap(model)` does so by itself.)
+"""The name `ramp_moe` in the experts interfaces of Transformers 5.
 
-A model that is loaded so is wrapped layer by layer when it first runs, as `ramp_moe.wrap` does by default; errors are
-raised then, and what `wrap` would report is logged. Raises KernelError where Transformers has no experts interface.
+Importing this raises KernelError if Transformers has no experts interface.
 """
 
 from __future__ import annotations
@@ -11,12 +9,12 @@ import logging
 from typing import TYPE_CHECKING
 
 import torch
-from ramp_moe import KernelError
+from ramp_moe import ExpertsAdapter, KernelError
 from ramp_moe.runtime.layer_factory import Builder
 from ramp_moe.runtime.wrap import attach
 from ramp_moe.runtime.wrapped_experts import RoutedExperts, experts_of
 
-from .experts import NAME, TransformersExperts
+from . import NAME
 
 try:
     from transformers.integrations.finegrained_fp8 import FP8ExpertsInterface
@@ -31,6 +29,8 @@ if TYPE_CHECKING:
 _logger = logging.getLogger("ramp_moe")
 _builder = Builder()
 """Of layers that are wrapped when they first run: they share profiles and workspaces while the process lives."""
+_adapters: list[ExpertsAdapter] = []
+"""The one that was registered."""
 
 
 def experts_forward(module: Module, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
@@ -43,11 +43,15 @@ def experts_forward(module: Module, hidden_states: Tensor, top_k_index: Tensor, 
 @torch.compiler.disable  # type: ignore[untyped-decorator]
 def _attached(module: Module, top_k: int) -> RoutedExperts:
     said = len(_builder.notes)
-    found = attach(module, TransformersExperts(), top_k, _builder)
+    found = attach(module, _adapters[0], top_k, _builder)
     for note in _builder.notes[said:]:
         _logger.warning("%s", note)
     return found
 
 
-for interface in (ExpertsInterface, FP8ExpertsInterface):  # a name that the second lacks fails only when it is called
-    interface.register(NAME, experts_forward)
+def register(adapter: ExpertsAdapter) -> None:
+    """Make the name a choice of `experts_implementation=`, for modules that `adapter` knows. Again, it does nothing."""
+    if not _adapters:
+        _adapters.append(adapter)
+        for interface in (ExpertsInterface, FP8ExpertsInterface):  # the second's lack of a name shows in a call only
+            interface.register(NAME, experts_forward)

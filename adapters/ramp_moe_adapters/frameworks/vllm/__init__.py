@@ -1,1 +1,35 @@
-"""TODO."""
+"""The plugin of vLLM 0.33 that the entry point `vllm.general_plugins` names.
+
+It does nothing unless RAMP_MOE_VLLM is 1, true, yes or on: vLLM's own option for this, `--moe-backend`, knows vLLM's
+backends alone. What needs vLLM itself is in `vllm_layer.py` and the files that it imports.
+"""
+
+from __future__ import annotations
+
+import logging
+
+from ...kernels.vllm_triton.kernel import VllmTriton
+from ..switches import switched_on
+
+SWITCH = "RAMP_MOE_VLLM"
+_logger = logging.getLogger("vllm.ramp_moe")
+"""Below vLLM's logger, the only one that vLLM configures."""
+
+
+def register() -> None:
+    """Have MoE layers that vLLM makes from now on in this process computed by dispatched layers, if switched on.
+
+    vLLM calls this in every process, in some of them more than once. Another version than 0.33, one whose interface
+    differs, and one whose experts another plugin has replaced, are left alone, with one line in the log.
+    """
+    if not switched_on(SWITCH, _logger):
+        return
+    if reason := VllmTriton().unavailable():
+        _logger.warning("%s is set, but %s", SWITCH, reason)
+        return
+    try:
+        from .layer import install
+
+        install()
+    except Exception as e:  # a plugin that raises ends the server
+        _logger.warning("%s is set, but vllm's experts cannot be replaced (%s: %s)", SWITCH, type(e).__name__, e)

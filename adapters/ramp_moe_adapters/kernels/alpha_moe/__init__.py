@@ -1,1 +1,1 @@
-"""TODO."""
+"""Alpha-MoE (Aleph-Alpha/Alpha-MoE): both projections in one fused fp8 kernel for Hopper."""

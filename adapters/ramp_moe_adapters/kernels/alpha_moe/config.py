@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+import functools
 
-if TYPE_CHECKING:
-    pass
-
+from ramp_moe import MoEShape
+from ramp_moe_kernels.limits import MAX_ELEMENTS, MAX_TILES, max_ids, max_tokens
 
 LAYOUT = "gate-up-interleaved-8"
-
-
 CTA_HIDDEN = 256
 """Output columns that a CTA writes at a time; a remainder would stay unwritten."""
+
+
+@functools.cache
+def most_tokens(block_m: int, shape: MoEShape) -> int:
+    """The most tokens of one launch: the schedule's ids, the grid's tiles, and x with offsets of 32 bits."""
+    of_elements = MAX_ELEMENTS // shape.hidden_size * shape.top_k
+    return max_tokens(shape, max_ids(MAX_TILES, shape.num_experts, block_m), of_elements)

@@ -9,16 +9,15 @@ Grid: x = N / 256, y = the padded tokens' upper bound / block_m; CTAs past the d
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
 from ramp_moe import GridGeometry, Hardware, KernelConfig, MoEShape, Stage, WeightLayout
 from ramp_moe.spec.kernel import is_installed, version_of
 from ramp_moe.spec.launchable import Batch, LaunchableKernel, MoEWeights, Workspace
-from ramp_moe_kernels.limits import MAX_ELEMENTS, MAX_TILES, max_ids, max_tokens, too_many_experts
+from ramp_moe_kernels.limits import too_many_experts
 
-from .config import CTA_HIDDEN, LAYOUT
+from .config import CTA_HIDDEN, LAYOUT, most_tokens
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -38,13 +37,6 @@ DEFAULT_LARGE = (80, 4)
 def _valid(block_m: int, stages: int) -> bool:
     """Five pipeline stages fit into shared memory only up to a token block of 100."""
     return stages < 5 or block_m <= 100
-
-
-@functools.cache
-def most_tokens(block_m: int, shape: MoEShape) -> int:
-    """The most tokens of one launch: the schedule's ids, the grid's tiles, and x with offsets of 32 bits."""
-    of_elements = MAX_ELEMENTS // shape.hidden_size * shape.top_k
-    return max_tokens(shape, max_ids(MAX_TILES, shape.num_experts, block_m), of_elements)
 
 
 class AlphaMoE(LaunchableKernel):

@@ -21,8 +21,7 @@ from ramp_moe.spec.shapes import SCALE_BLOCK
 from ramp_moe_kernels.limits import check_tokens
 from torch import Tensor
 
-from .config import CTA_HIDDEN, LAYOUT
-from .kernel import most_tokens
+from .config import CTA_HIDDEN, LAYOUT, most_tokens
 
 ALIGNMENT = 16
 """Bytes, for the weights' tensor maps, 16-byte copies of x and bulk additions to out."""

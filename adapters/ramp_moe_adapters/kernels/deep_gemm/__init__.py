@@ -1,1 +1,1 @@
-"""TODO."""
+"""DeepGEMM (deepseek-ai/DeepGEMM): two persistent grouped GEMMs for Hopper."""

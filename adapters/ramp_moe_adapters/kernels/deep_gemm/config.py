@@ -8,11 +8,15 @@ set, and that is how a configuration pins a tile. What follows is `get_best_conf
 
 from __future__ import annotations
 
+import functools
 import itertools
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cache
+
+from ramp_moe import MoEShape
+from ramp_moe_kernels.limits import MAX_ELEMENTS, max_ids, max_tokens
 
 SMEM_BYTES = 232_448
 MAX_STAGES = 16
@@ -120,3 +124,10 @@ def pinned(
 
 EXPECTED_TILES = (1, 2, 3, 4, 6, 8, 16)
 """Tiles of an expert to pretend."""
+
+
+@functools.cache
+def most_tokens(block: int, shape: MoEShape) -> int:
+    """The most tokens of one launch: the schedule's ids, and matrices of padded rows with offsets of 32 bits."""
+    rows = MAX_ELEMENTS // max(shape.hidden_size, 2 * shape.intermediate_size)
+    return max_tokens(shape, max_ids(rows // block, shape.num_experts, block))

@@ -7,7 +7,7 @@ does sum_e ceil(h_e / block_m) * ceil(N / block_n) tiles, over num_sms persisten
 tiles and needs rows for every expert's worst case; the plain contiguous one also walks over the tiles beyond the last
 row: neither is offered.
 
-What a configuration pins, and how, is in `deep_gemm_choice`.
+What a configuration pins, and how, is in `config.py`.
 """
 
 from __future__ import annotations
@@ -26,16 +26,16 @@ from ramp_moe.errors import KernelError
 from ramp_moe.spec.kernel import LAYOUTS, fp8_unsupported, is_installed, version_of
 from ramp_moe.spec.launchable import Batch, LaunchableKernel, MoEWeights, Workspace
 from ramp_moe.spec.versions import Place, digest_of
-from ramp_moe_kernels.limits import MAX_ELEMENTS, max_ids, max_tokens, too_many_experts
+from ramp_moe_kernels.limits import too_many_experts
 
-from .config import Pinned, pinned
+from .config import Pinned, most_tokens, pinned
 
 if TYPE_CHECKING:
     from torch import Tensor
 
     from .launch import Prepared
 
-LAUNCH = Path(__file__).with_name("deep_gemm_launch.py")
+LAUNCH = Path(__file__).with_name("launch.py")
 RUNS = (Place(LAUNCH, "prepare"), Place(LAUNCH, "launch_steps"))
 """What is ours of what decides the times."""
 BLOCKS = (64, 128)
@@ -47,13 +47,6 @@ TESTED = ("0.1.4.post1",)
 INSTALL = "pip install 'ramp-moe[deep-gemm]'"
 SMALL_LOAD = 64.0
 """Mean tokens of an active expert up to which the small token block is the default."""
-
-
-@functools.cache
-def most_tokens(block: int, shape: MoEShape) -> int:
-    """The most tokens of one launch: the schedule's ids, and matrices of padded rows with offsets of 32 bits."""
-    rows = MAX_ELEMENTS // max(shape.hidden_size, 2 * shape.intermediate_size)
-    return max_tokens(shape, max_ids(rows // block, shape.num_experts, block))
 
 
 class DeepGEMM(LaunchableKernel):

@@ -23,7 +23,7 @@ from ramp_moe_kernels.permute.permute import dispatch
 from ramp_moe_kernels.permute.unpermute import activate, combine
 from torch import Tensor
 
-from .kernel import most_tokens
+from .config import most_tokens
 
 NEEDED = (
     "m_grouped_fp8_gemm_nt_contiguous",

@@ -1,1 +1,1 @@
-"""TODO."""
+"""FlashInfer's CUTLASS path: fused grouped GEMMs with a choice of tactics."""

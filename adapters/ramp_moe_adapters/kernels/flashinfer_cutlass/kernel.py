@@ -34,7 +34,7 @@ if TYPE_CHECKING:
 
     from .launch import Prepared
 
-LAUNCH = Path(__file__).with_name("flashinfer_cutlass_launch.py")
+LAUNCH = Path(__file__).with_name("launch.py")
 RUNS = (Place(LAUNCH, "prepare"), Place(LAUNCH, "launch"))
 """What is ours of what decides the times."""
 AMPERE_STEP = 64

@@ -1,1 +1,1 @@
-"""TODO."""
+"""vLLM's Triton path: two grouped GEMMs, activation and sum."""

@@ -1,1 +1,1 @@
-"""TODO."""
+"""The choice of a candidate inside CUDA graphs."""

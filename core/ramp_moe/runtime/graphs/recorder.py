@@ -75,7 +75,7 @@ class Recorder:
         return Recording(entries[:, 0], entries[:, 1], entries[:, 2:], total - kept)
 
     def write(self, path: str | Path, candidates: Sequence[str], source: str = "") -> None:
-        """Write a routing trace (see `ramp_moe.measurements.trace`), whole or not at all: a header with `source`, how often each
+        """Write a routing trace (see `measurements.trace`), whole or not at all: a header with `source`, how often each
         candidate was chosen and how many batches were lost; then the batches with a token.
 
         candidates: names by label in the cost table. Raises RoutingError where nothing was recorded, ProfileError where
