@@ -1,8 +1,9 @@
-"""Reading and writing the library's files: regular files alone, atomic writes, errors that name file and field,
-migration.
+"""Reading and writing the library's JSON files.
+
+Only regular files are read, and writes are atomic. Errors name the file and the field.
 
 Every file is one JSON object that begins with `"format"` and `"version"`. A file of an older version is migrated in
-memory when it is read (the file stays as it was); one of a newer version is refused.
+memory when it is read, and stays unchanged on disk. A file of a newer version is refused.
 """
 
 from __future__ import annotations
@@ -23,12 +24,15 @@ T = TypeVar("T")
 Migration = Callable[[dict[str, Any]], dict[str, Any]]
 
 MAX_BYTES = 2**28
-"""Of a file that is read whole: no profile, table or histogram comes near it."""
+"""Largest file that is read whole; profiles, tables and histograms are far smaller."""
 _KINDS = {stat.S_IFDIR: "folder", stat.S_IFIFO: "pipe", stat.S_IFCHR: "device", stat.S_IFBLK: "device"}
 
 
 def open_file(path: Path) -> BinaryIO:
-    """Open a regular file for reading. Raises OSError for anything else: a pipe may never begin, a device never end."""
+    """Open a regular file for reading.
+
+    Raises OSError for anything else: a pipe may never begin, a device never end.
+    """
     try:
         descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
     except ValueError:
@@ -42,7 +46,7 @@ def open_file(path: Path) -> BinaryIO:
 
 
 def read_file(path: Path) -> bytes:
-    """The content of a regular file of at most MAX_BYTES. Raises OSError, whose `strerror` says why not."""
+    """Read a regular file of at most MAX_BYTES. Raises OSError, whose `strerror` says why not."""
     with open_file(path) as file:
         known = os.fstat(file.fileno()).st_size  # 0 for files that the kernel makes up
         data = b"" if known > MAX_BYTES else file.read(MAX_BYTES + 1)
@@ -52,7 +56,7 @@ def read_file(path: Path) -> bytes:
 
 
 def peek_format(path: Path) -> str | None:
-    """What a JSON file's `format` field says, None where it has none or cannot be read (reading it tells why)."""
+    """Read a JSON file's `format` field. None if it has none or cannot be read; reading the whole file tells why."""
     try:
         return msgspec.json.decode(read_file(path), type=_Header).format
     except (OSError, ValueError, RecursionError, msgspec.DecodeError):
@@ -71,10 +75,10 @@ def read_json(
     migrations: Mapping[int, Migration],
     version_of: Callable[[dict[str, Any]], int | None] = lambda raw: None,
 ) -> T:
-    """Decode `path` into the msgspec Struct `kind`; raises ProfileError for whatever is wrong with it.
+    """Decode `path` into the msgspec Struct `kind`. Raises ProfileError for whatever is wrong with it.
 
-    `migrations[v]` turns the raw object of version v into that of v + 1; `version_of` recognises files from before
-    the header existed.
+    `migrations[v]` turns the raw object of version v into that of v + 1. `version_of` recognises files from before the
+    header existed.
     """
     try:
         data = read_file(path)
@@ -106,14 +110,17 @@ def read_json(
 
 
 def write_json(path: Path, record: msgspec.Struct) -> None:
-    """Write `record` to `path` atomically, one line for each top-level field and each item of a top-level list, so
-    that a diff shows what changed."""
+    """Write `record` to `path` atomically. Each top-level field, and each item of a top-level list, has a line of its
+    own, so that a diff shows what changed."""
     write_atomically(path, _layout(msgspec.to_builtins(record)))
 
 
 def check_target(path: Path) -> tuple[Path, int | None]:
-    """Where writing to `path` leads, links followed, and the mode of the file that is there, None where there is none.
-    Raises ProfileError for a name that cannot be, and for anything but a regular file."""
+    """Find the path that writing to `path` reaches through links, and the mode of the file there, None if there is
+    none.
+
+    Raises ProfileError for a name that cannot exist, and for anything but a regular file.
+    """
     try:
         target = Path(os.path.realpath(path))
         mode = target.lstat().st_mode
@@ -133,8 +140,8 @@ def check_target(path: Path) -> tuple[Path, int | None]:
 def write_atomically(path: Path, data: bytes) -> None:
     """Write `data` to `path`, whole or not at all: a temporary file beside it is flushed, then renamed over it.
 
-    A link is followed and a file's mode is kept. Raises ProfileError for anything but a regular file, when the folder
-    cannot be written, or when the disk is full; the old file then stays as it was.
+    A link is followed and a file's mode is kept. Raises ProfileError for anything but a regular file, if the folder
+    cannot be written, or if the disk is full. The old file then stays as it was.
     """
     path, mode = check_target(path)
     try:

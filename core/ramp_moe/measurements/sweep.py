@@ -48,9 +48,11 @@ Split = Literal["tune", "test"]
 MIN_US, MAX_US = 1e-3, 1e9
 """Times outside are mistakes of unit; squares of what is inside stay finite in a fit."""
 MAX_CELLS = 2**24
-"""Runs x rows x columns: a hundred times what the largest sweep has. A run that a row lacks is one word in the file."""
+"""Most runs x rows x columns: a hundred times what the largest sweep has. A row that lacks a run holds one null for it.
+"""
 SPOILT = 1.25
-"""What disturbs a measurement makes it longer, and seldom twice: runs repeat to a few per cent otherwise."""
+"""Ratio to the shortest run from which on a time counts as disturbed. Disturbances only lengthen a measurement, and
+seldom hit twice; undisturbed runs repeat to a few per cent."""
 
 
 class ShapeRecord(msgspec.Struct, forbid_unknown_fields=True):
@@ -129,7 +131,7 @@ class Sweep:
     histograms: IntArray
     """int64 `[rows, num_experts]`"""
     runs_us: FloatArray
-    """float64 `[runs, rows, columns]`, NaN where nothing was measured, the bound where that is what is known"""
+    """float64 `[runs, rows, columns]`: the time or its bound in microseconds, NaN if neither is known"""
 
     @property
     def kernel(self) -> str:
@@ -141,33 +143,35 @@ class Sweep:
 
     @property
     def labels(self) -> list[tuple[int, str]]:
-        """(tokens, routing label) of each row."""
+        """Pairs (tokens, routing label), one for each row."""
         return [(r.num_tokens, r.routing) for r in self.record.rows]
 
     @cached_property
     def times_us(self) -> FloatArray:
-        """float64 `[rows, columns]`: the geometric mean over the runs that measured a cell, without times of over
-        SPOILT times the shortest; over the bounds of a cell that has only those (see `only_bounded`); NaN where there
-        is neither."""
+        """Times float64 `[rows, columns]` in microseconds: the geometric mean over the runs that measured a cell.
+
+        Times longer than SPOILT times the shortest do not count. A cell that has only bounds gets their mean (see
+        `only_bounded`). It is NaN if there is neither.
+        """
         measured = np.isfinite(self.runs_us) & (~self.bounded | self.only_bounded)
         shortest = np.where(measured, self.runs_us, np.inf).min(0)
         measured &= self.runs_us <= SPOILT * shortest
         logs = np.where(measured, np.log(np.where(measured, self.runs_us, 1.0)), 0.0).sum(0)
         count = measured.sum(0)
-        # What was measured once stays as it is in the file.
+        # A cell that was measured once keeps the exact value of the file.
         once = np.where(count == 1, np.where(measured, self.runs_us, 0.0).sum(0), np.nan)
         return np.where(count > 1, np.exp(logs / np.maximum(count, 1)), once)
 
     @cached_property
     def bounded(self) -> NDArray[np.bool_]:
-        """`[runs, rows, columns]`: which of `runs_us` are bounds."""
+        """Mask `[runs, rows, columns]` of the `runs_us` that are bounds."""
         columns = len(self.record.columns)
         rows = [[[t is not None and t < 0 for t in u or [None] * columns] for u in r.runs_us] for r in self.record.rows]
         return np.array(rows, bool).swapaxes(0, 1)
 
     @cached_property
     def only_bounded(self) -> NDArray[np.bool_]:
-        """`[rows, columns]`: which of `times_us` are bounds, since no run measured the cell."""
+        """Mask `[rows, columns]` of the `times_us` that are bounds, since no run measured the cell."""
         measured = np.isfinite(self.runs_us) & ~self.bounded
         return np.asarray(self.bounded.any(0) & ~measured.any(0))
 
@@ -187,13 +191,13 @@ class Sweep:
         return [i for i, r in enumerate(self.record.rows) if r.split == split]
 
     def select(self, rows: Sequence[int]) -> Sweep:
-        """The same sweep with these rows, in this order."""
+        """Keep these rows, in this order."""
         record = msgspec.structs.replace(self.record, rows=[self.record.rows[i] for i in rows])
         index = np.asarray(rows, np.intp)
         return Sweep(record, self.shape, self.histograms[index], self.runs_us[:, index])
 
     def only(self, stages: Sequence[str]) -> Sweep:
-        """The same sweep with the columns of these kinds. Raises ProfileError where one of them has none."""
+        """Keep the columns of these kinds. Raises ProfileError if one of the kinds has no column."""
         if missing := [k for k in stages if k not in self.stages]:
             raise ProfileError(
                 f"the sweep of {self.kernel} for {self.shape.label} on {self.device} has no times of "
@@ -202,7 +206,7 @@ class Sweep:
         return self._columns([i for i, c in enumerate(self.record.columns) if c.stage in stages])
 
     def without(self, keys: Collection[str]) -> Sweep:
-        """The same sweep without the columns of these keys."""
+        """Drop the columns of these keys."""
         return self._columns([i for i, c in enumerate(self.record.columns) if c.key not in keys])
 
     def _columns(self, index: Sequence[int]) -> Sweep:
@@ -214,7 +218,7 @@ class Sweep:
         return Sweep(record, self.shape, self.histograms, self.runs_us[:, :, index])
 
     def extended(self, other: Sweep) -> Sweep:
-        """These batches and then those of `other`, over the columns that both have, the runs of both side by side."""
+        """Append the batches of `other`, over the columns that both have. The runs of both stand side by side."""
         keys = [c.key for c in self.record.columns if c.key in other.column_of]
         mine, theirs = ([s.column_of[k] for k in keys] for s in (self, other))
 
@@ -245,7 +249,10 @@ class Sweep:
 
 
 def make_sweep(record: SweepRecord, source: str = "sweep") -> Sweep:
-    """Check a record's meaning (lengths, counts, signs) and make its arrays; errors name `source` and the field."""
+    """Check a record's meaning (lengths, counts, signs) and make its arrays.
+
+    Raises ProfileError, which names `source` and the field.
+    """
 
     def wrong(field: str, message: str) -> ProfileError:
         return ProfileError(f"{source}: {message} - at `$.{field}`")
@@ -314,7 +321,8 @@ def _recognise_version_0(raw: dict[str, Any]) -> int | None:
 
 
 def _from_version_0(raw: dict[str, Any]) -> dict[str, Any]:
-    """The first Alpha-MoE measurements: fields flat, configurations as four numbers, routing and argument apart."""
+    """Migrate the first Alpha-MoE measurements: flat fields, four numbers a configuration, routing apart from its
+    argument."""
     if not str(raw["dtype"]).startswith("fp8_w8a8"):
         raise ValueError(f"dtype {raw['dtype']!r}")
 
@@ -350,7 +358,7 @@ def _from_version_0(raw: dict[str, Any]) -> dict[str, Any]:
 
 
 def _from_version_1(raw: dict[str, Any]) -> dict[str, Any]:
-    """One run, and every batch of it to fit on."""
+    """Migrate a file of one run, all of whose batches were fitted on."""
     run = {k: raw.pop(k) for k in ("measured", "device_name", "driver", "software", "method")}
     rows = [{**row, "runs_us": [row["median_us"]]} for row in raw.pop("rows")]
     for row in rows:

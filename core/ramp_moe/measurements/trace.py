@@ -4,14 +4,15 @@ A trace file is either one JSON object
 
     {"num_experts": 64, "top_k": 8, "topk_ids": [[...], ...], "request": [...], "model": "...", "source": "..."}
 
-or JSON lines, one token a line, either a list of ids or `{"topk_ids": [...], "request": ...}`; a first line without
-`topk_ids` may carry the header fields. `request` (optional) names the sequence that a token belongs to.
+or JSON lines, one token a line. A line is a list of ids or `{"topk_ids": [...], "request": ...}`. A first line without
+`topk_ids` may carry the header fields. `request` is optional and names the sequence that a token belongs to.
 
-Or the batches as a layer saw them, which `device.recorder` writes: JSON lines, first a header with top_k, then a batch
-a line, `{"tokens": 17, "histogram": [...]}`. Which token named which experts is not kept.
+A third form holds the batches that a layer saw. The recorder of a layer's routing writes it as JSON lines: first a
+header with top_k, then a batch a line, `{"tokens": 17, "histogram": [...]}`. It does not say which token chose which
+experts.
 
-JSON lines are read one by one, and of batches the histograms are kept alone: a file takes about the memory of what it
-holds, however many tokens its batches have.
+JSON lines are read one by one, and a batch keeps its histogram alone. So a trace takes about the memory of its ids or
+histograms, however many tokens its batches have.
 """
 
 from __future__ import annotations
@@ -33,19 +34,22 @@ from .json_file import MAX_BYTES, open_file, write_atomically
 
 MAX_EXPERTS = 65_536
 MAX_LINE = MAX_BYTES // 4
-"""Bytes of one line, or of a file that is one JSON value: its numbers take many times the memory of their digits."""
+"""Longest line, or longest file that is one JSON value. Decoded numbers take many times the memory of their digits."""
 
 
 @dataclass(frozen=True, slots=True)
 class RecordedBatch:
-    """A batch as a layer saw it: how many tokens, and the histogram int64 `[num_experts]` of the experts they named."""
+    """A batch as a layer saw it: its number of tokens, and the histogram int64 `[num_experts]` of the chosen experts."""
 
     tokens: int
     histogram: IntArray
 
     def topk_ids(self, top_k: int) -> IntArray:
-        """Ids int64 `[tokens, top_k]` with this histogram; -1 for what it does not count. Which token named which
-        expert is not known: experts are dealt to the tokens in turn, so that none gets one twice that need not."""
+        """Make up ids int64 `[tokens, top_k]` that have this histogram; -1 fills what it does not count.
+
+        The recorded assignment of experts to tokens is unknown. Experts are dealt to the tokens in turn, so that a
+        token gets an expert twice only if the counts force it.
+        """
         dealt = np.full(self.tokens * top_k, -1, np.int64)
         dealt[: self.histogram.sum()] = np.repeat(np.arange(len(self.histogram)), self.histogram)
         return dealt.reshape(top_k, self.tokens).T
@@ -53,9 +57,9 @@ class RecordedBatch:
 
 @dataclass(frozen=True)
 class Trace:
-    """Top-k ids int64 `[tokens, top_k]` in the order they were produced; `requests` int64 `[tokens]` or None.
+    """Top-k ids int64 `[tokens, top_k]` in the order they were produced; `requests` is int64 `[tokens]` or None.
 
-    num_experts is None where the file does not say: ids alone do not tell of experts that were never chosen. A trace of
+    `num_experts` is None if the file does not say: ids alone do not tell of experts that were never chosen. A trace of
     `batches` has no ids.
     """
 
@@ -74,7 +78,7 @@ class Trace:
         return int(self.topk_ids.shape[1])
 
     def require(self, shape: MoEShape) -> None:
-        """Raises RoutingError where the trace is of another shape."""
+        """Raise RoutingError if the trace is of another shape."""
         if (self.num_experts or shape.num_experts, self.top_k) != (shape.num_experts, shape.top_k):
             raise RoutingError(
                 f"the trace names {self.top_k} of {self.num_experts or 'so many'} experts a token, "
@@ -82,16 +86,16 @@ class Trace:
             )
 
     def prefill(self, tokens: int) -> Iterator[IntArray]:
-        """Batches of `tokens` consecutive tokens, as a prefill chunk holds them; a shorter rest is left out."""
+        """Yield batches of `tokens` consecutive tokens, as a prefill chunk holds them. A shorter rest is left out."""
         _check_size("prefill", tokens, len(self.topk_ids), "tokens")
         for start in range(0, len(self.topk_ids) - tokens + 1, tokens):
             yield self.topk_ids[start : start + tokens]
 
     def decode(self, requests: int) -> Iterator[IntArray]:
-        """Batches of one token of each of `requests` sequences, as a decode step holds them.
+        """Yield batches of one token of each of `requests` sequences, as a decode step holds them.
 
-        With recorded requests: as many sequences run side by side as asked for, and the next recorded one takes the
-        place of one that ended; steps with a free place are left out. Without them, the trace is cut into that many
+        With recorded requests, `requests` sequences run side by side, and the next recorded one takes the place of one
+        that ended. Steps with a free place are left out. Without recorded requests, the trace is cut into `requests`
         equal consecutive runs.
         """
         if self.requests is None:
@@ -120,8 +124,7 @@ class Trace:
             yield self.topk_ids[tokens]
 
     def cut(self, decode: Iterable[int], prefill: Iterable[int]) -> Iterator[tuple[str, list[IntArray]]]:
-        """ "decode" or "prefill", and all batches of one size, for each of the sizes that the trace is long enough
-        for."""
+        """Yield "decode" or "prefill" with all batches of one size, for each size that the trace is long enough for."""
         for kind, cut, sizes in (("decode", self.decode, decode), ("prefill", self.prefill, prefill)):
             for size in sizes:
                 try:
@@ -132,8 +135,8 @@ class Trace:
                     yield kind, batches
 
     def recorded(self) -> Iterator[list[RecordedBatch]]:
-        """The batches of a trace of batches, the small ones first: those together whose numbers of tokens have the same
-        next power of two. Of another trace, nothing."""
+        """Yield the batches of a trace of batches, the small ones first. Those whose numbers of tokens have the same
+        next power of two come together. Any other trace yields nothing."""
         of_size: dict[int, list[RecordedBatch]] = {}
         for batch in self.batches:
             of_size.setdefault((batch.tokens - 1).bit_length(), []).append(batch)
@@ -142,7 +145,7 @@ class Trace:
 
 
 def spread_out(count: int, most: int) -> list[int]:
-    """At most so many of range(count), evenly spread, the first and the last among them."""
+    """Pick at most `most` of range(count), evenly spread, the first and the last among them."""
     index: list[int] = np.unique(np.linspace(0, count - 1, min(most, count)).round().astype(int)).tolist()
     return index
 
@@ -153,7 +156,7 @@ def _check_size(kind: str, size: int, available: int, unit: str) -> None:
 
 
 def load_trace(path: str | Path) -> Trace:
-    """Read a trace file (the formats are in this module's docstring). Raises RoutingError naming file and place."""
+    """Read a trace file in one of the formats of this module's docstring. Raises RoutingError naming file and place."""
     path = Path(path)
     try:
         with open_file(path) as file:
@@ -172,15 +175,17 @@ def load_trace(path: str | Path) -> Trace:
 def write_batches(
     path: str | Path, num_experts: int, top_k: int, batches: Iterable[tuple[int, list[int]]], source: str = ""
 ) -> None:
-    """Write a trace of batches, each its tokens and its histogram `[num_experts]`, whole or not at all. Raises
-    ProfileError where the file cannot be written."""
+    """Write a trace of batches, each its tokens and its histogram `[num_experts]`, whole or not at all.
+
+    Raises ProfileError if the file cannot be written.
+    """
     header = {"num_experts": num_experts, "top_k": top_k, "source": source}
     lines = [{"tokens": tokens, "histogram": histogram} for tokens, histogram in batches]
     write_atomically(Path(path), msgspec.json.Encoder().encode_lines([header, *lines]))
 
 
 def _parse(path: Path, file: BinaryIO) -> tuple[dict[str, Any], Iterator[Any]]:
-    """The header's fields, and the tokens or batches, as they come."""
+    """Parse the header's fields, and iterate over the tokens or batches as they are read."""
     first = _line(path, file)
     while first and not first.strip():
         first = _line(path, file)
