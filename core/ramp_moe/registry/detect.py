@@ -9,10 +9,10 @@ from ..spec.hardware import Hardware, confirm, identify
 
 
 def detect(known: Iterable[Hardware] | None = None, index: int = 0, named: Hardware | None = None) -> Hardware:
-    """The constants of CUDA (or ROCm) device `index`, read through torch, out of `known` (the registry if None).
+    """Find the constants of CUDA (or ROCm) device `index`, read through torch, in `known` (the registry if None).
 
-    With `named` these are what the user says that it is, as far as the GPU does not contradict, see `confirm`.
-    Raises HardwareError if there is no such GPU, no constants for it, or it is not the one named.
+    `named` is what the user says that the GPU is. It is returned unless the GPU contradicts (see `confirm`). Raises
+    HardwareError if there is no such GPU, no constants for it, or it is not the one named.
     """
     if known is None:
         from .registry import get_registry

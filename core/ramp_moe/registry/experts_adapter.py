@@ -1,4 +1,4 @@
-"""How a model's modules hold their experts, so that `wrap` can have a layer compute them instead."""
+"""How a model's modules hold their experts, so that `wrap` can replace them by a layer."""
 
 from __future__ import annotations
 
@@ -14,41 +14,47 @@ if TYPE_CHECKING:
 
 
 class ExpertsAdapter(ABC):
-    """One kind of module that holds experts. Importing and finding must need no GPU library.
+    """One kind of module that holds experts. Importing an adapter and finding modules must need no GPU library.
 
-    name: for messages.
+    name: appears in messages.
     """
 
     name: str
 
     @abstractmethod
     def finds(self, module: Module) -> bool:
-        """Whether the module is of this kind."""
+        """Tell whether the module is of this kind."""
 
     def hint(self, model: Module) -> str | None:
-        """Why nothing was found in a model, for a person to read, where the adapter can tell."""
+        """Explain to a person why nothing was found in a model. None if the adapter cannot tell."""
         return None
 
     @abstractmethod
     def top_k_of(self, module: Module, parent: Module) -> int:
-        """Experts a token. parent: the module that holds this one, itself for a model that is its own experts. Raises
-        KernelError if neither tells."""
+        """Number of experts a token visits.
+
+        parent: the module that holds this one, or the module itself if the model is its own experts. Raises KernelError
+        if neither tells.
+        """
 
     @abstractmethod
     def weights(self, module: Module) -> MoEWeights:
-        """The parameters themselves where they lie as MoEWeights wants them, copies of them where not. Raises
-        RampMoEError with the reason why they cannot be used."""
+        """The weights: the parameters themselves if their layout is one of MoEWeights, copies otherwise.
+
+        Raises RampMoEError with the reason if they cannot be used.
+        """
 
     @abstractmethod
     def names(self, module: Module) -> Mapping[str, str]:
-        """By field of what `weights` gives, the name of the module's attribute that it is made of."""
+        """The module's attribute that each field of `weights` is made of, by field."""
 
     def order(self, module: Module) -> Any:
         """What `given` and `own` must know of the module; nothing by default. It does not change."""
         return None
 
     def given(self, order: Any, field: str, tensor: Tensor) -> Tensor:
-        """The module's tensor of some experts `[e, ...]`, as `weights` gives the field: as it is by default."""
+        """Convert the module's tensor of some experts `[e, ...]` to the order that `weights` uses for the field; the
+        same order by default."""
         return tensor
 
     def own(self, order: Any, field: str, tensor: Tensor) -> Tensor:
@@ -57,7 +63,7 @@ class ExpertsAdapter(ABC):
 
     @abstractmethod
     def install(self, module: Module) -> Any:
-        """Have the module's forward call `experts_of(module)` from now on. Returns what `uninstall` needs."""
+        """Make the module's forward call `experts_of(module)` from now on. Returns what `uninstall` needs."""
 
     @abstractmethod
     def uninstall(self, module: Module, before: Any) -> None:

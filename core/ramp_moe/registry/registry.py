@@ -1,5 +1,6 @@
-"""Plugin loading: the library's own rooms first, then every installed plugin, one by one, so that a broken one is
-reported by `ramp-moe plugins` and stops nothing else."""
+"""Loading plugins: the library's own rooms first, then every installed plugin, one by one.
+
+A broken plugin is reported by `ramp-moe plugins` and stops nothing else."""
 
 from __future__ import annotations
 
@@ -44,7 +45,7 @@ class Plugin:
     version: str
     origin: str
     own: bool = False
-    """Whether it is the library's, not a third party's."""
+    """True for the library's own plugins, False for third parties'."""
     loaded: bool = False
     hooks: list[str] = field(default_factory=list)
     seconds: float = 0.0
@@ -67,11 +68,11 @@ class Plugin:
 
 
 class Registry:
-    """Kernels, models, hardware, adapters of modules with experts, and shipped profile folders of the built-ins and of
-    every plugin, by name.
+    """Kernels, models, hardware, experts' adapters and shipped profile folders of every plugin, by name.
 
-    Where two plugins give the same name, the first keeps it and the second is reported. With the environment variable
-    RAMP_MOE_PLUGINS set, only the third-party entry points that it names (comma-separated) are loaded.
+    The built-ins are a plugin, too. If two plugins give the same name, the first keeps it and the second is reported.
+    If the environment variable RAMP_MOE_PLUGINS is set, only the third-party entry points that it names
+    (comma-separated) are loaded.
     """
 
     def __init__(self, load_entry_points: bool = True) -> None:
@@ -106,11 +107,11 @@ class Registry:
                 )
 
     def kernel(self, name: str) -> Kernel:
-        """The kernel of that name, or UnknownNameError."""
+        """Look up a kernel. Raises UnknownNameError if there is none of that name."""
         return _look_up("kernel", name, self.kernels, "`ramp-moe kernels` lists them")
 
     def device(self, name: str) -> Hardware:
-        """The hardware of that name. Raises UnknownNameError, or HardwareError where GPUs of several names go by it."""
+        """Look up hardware. Raises UnknownNameError, or HardwareError if GPUs of several names go by it."""
         variants = sorted(n for n in self.hardware if n.lower().startswith(f"{name.lower()}-"))
         if len(variants) > 1 and name.lower() not in map(str.lower, self.hardware):
             reported = (f"{n} ({self.hardware[n].device_names[0]})" for n in variants)
@@ -122,7 +123,7 @@ class Registry:
         return resolve_shape(self.models, model, dtype, default)
 
     def diagnostics(self) -> list[Diagnostic]:
-        """What the plugins tell a bug report; a plugin that fails at it has a problem more."""
+        """Ask the plugins what a bug report should say of them. One that fails at it gets another problem."""
         found = []
         for plugin, item in self._answers("ramp_moe_diagnostics"):
             if isinstance(item, Diagnostic):
@@ -163,8 +164,8 @@ class Registry:
                 plugin.problems.append("implements no hook of ramp_moe; decorate its functions with ramp_moe.hookimpl")
 
     def _answers(self, hook: str) -> Iterator[tuple[Plugin, Any]]:
-        """Each plugin's items for a hook, in registration order; pluggy's own call would stop at the first error."""
-        # Not in pluggy's order, in which tryfirst and trylast would let a plugin take a built-in name.
+        """Yield each plugin's items for a hook, in registration order. pluggy's own call would stop at the first error."""
+        # pluggy's own order has tryfirst and trylast, which would let a plugin take a built-in name.
         impls = {impl.plugin_name: impl for impl in getattr(self._manager.hook, hook).get_hookimpls()}
         for name, plugin in self._registered.items():
             if name not in impls:
