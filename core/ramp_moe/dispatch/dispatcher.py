@@ -17,8 +17,10 @@ from .profile_store import ProfileStore
 
 @dataclass(frozen=True, slots=True)
 class Choice:
-    """The candidate with the lowest predicted time; the first of several equal ones. `extrapolated`: the batch lies
-    outside those that the fit saw."""
+    """The candidate with the lowest predicted time; the first of several equal ones.
+
+    extrapolated: the batch lies outside the batches that the cost model was fitted to.
+    """
 
     candidate: Candidate
     index: int
@@ -34,13 +36,13 @@ class Dispatcher:
 
     @classmethod
     def for_model(cls, model: str, device: str, kernels: Sequence[str] = (), dtype: str | None = None) -> Dispatcher:
-        """A dispatcher over what is recorded for a named model and device, of these kernels (of all where empty). A
-        model whose dtype is not said is in DEFAULT_DTYPE, fp8.
+        """Make a dispatcher over what is recorded for a named model and device, of these kernels (of all if empty).
 
-        Where these kernels have no profile of the shape, profiles of other shapes are made to do (see `transfer`): then
-        `model.measured` says so, and every choice is extrapolated.
+        dtype: of the weights; DEFAULT_DTYPE (fp8) if neither this nor the model's name says it. If these kernels have
+        no profile of the shape, profiles of other shapes are used (see `transfer`). Then `model.measured` says so, and
+        every choice is extrapolated.
 
-        Raises UnknownNameError for a name nobody registered, ProfileError where nothing is recorded.
+        Raises UnknownNameError for a name nobody registered, ProfileError if nothing is recorded.
         """
         registry = get_registry()
         store = ProfileStore(shipped=registry.profile_dirs)
@@ -49,10 +51,10 @@ class Dispatcher:
         return cls(found)
 
     def choose(self, histogram: Any, num_tokens: int | None = None) -> Choice:
-        """The fastest candidate for one batch, about 50 us for 152 configurations and 64 experts.
+        """Choose the fastest candidate for one batch. Takes about 50 us for 152 configurations and 64 experts.
 
-        histogram: tokens per expert, integers `[num_experts]`, on the host. num_tokens, where given, bounds the sum by
-        tokens x top_k. Raises RoutingError for a histogram that does not fit the shape.
+        histogram: tokens per expert, integers `[num_experts]`, on the host. num_tokens: bounds the sum by tokens x
+        top_k, if given. Raises RoutingError for a histogram that does not fit the shape.
         """
         shape = self.model.shape
         max_ids = None if num_tokens is None else num_tokens * shape.top_k

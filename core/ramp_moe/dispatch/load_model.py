@@ -30,8 +30,10 @@ from .profile_store import ProfileStore
 def nothing_recorded(
     registry: Registry, store: ProfileStore, kernels: Sequence[str], shape: MoEShape, hardware: Hardware
 ) -> RampMoEError:
-    """The error for kernels of which there is no sweep, two lines: KernelError if none of them computes the shape,
-    NoProfileError for those that do."""
+    """Make the error for kernels without a sweep, two lines long.
+
+    It is KernelError if none of them computes the shape, else NoProfileError for those that do.
+    """
     by_reason: dict[str, list[str]] = {}
     able = []
     for name in kernels:
@@ -59,7 +61,7 @@ def _own_first(registry: Registry, names: Iterable[str]) -> list[str]:
 
 
 def without_profile(registry: Registry, store: ProfileStore, shape: MoEShape, hardware: Hardware) -> dict[str, str]:
-    """A line for each registered kernel that no command can judge: it has no sweep for this shape and device."""
+    """Name each registered kernel that no command can judge, and why: it has no sweep for this shape and device."""
     notes = {}
     for name, kernel in registry.kernels.items():
         if store.find(name, shape, hardware) is None:
@@ -83,8 +85,11 @@ def _no_profile(kernel: Kernel, shape: MoEShape, hardware: Hardware) -> str:
 
 
 def view(sweep: Sweep, stages: Sequence[str] = ()) -> Sweep:
-    """The columns of these kinds, with the batches on which they were timed; where none is named, the whole paths, or
-    all stages of a sweep that has no paths. Raises ProfileError where a named kind was not measured."""
+    """Keep the columns of these kinds, and the batches on which they were timed.
+
+    Without kinds it keeps the whole paths, or all stages if the sweep has no paths. Raises ProfileError if a named kind
+    was not measured.
+    """
     found = sweep.only(stages or [PATH]) if stages or PATH in sweep.stages else sweep
     timed = np.isfinite(found.runs_us).any(axis=(0, 2))
     if not timed.any():
@@ -95,7 +100,7 @@ def view(sweep: Sweep, stages: Sequence[str] = ()) -> Sweep:
 
 @contextmanager
 def _left_out(name: str, asked_for: bool, notes: list[str]) -> Iterator[None]:
-    """A kernel that was not asked for and cannot take part is left out with a note."""
+    """Leave a kernel out with a note if it fails and was not asked for."""
     try:
         yield
     except RampMoEError as e:
@@ -112,12 +117,15 @@ def load_model(
     kernels: Sequence[str] = (),
     form: str = DEFAULT_FORM,
 ) -> tuple[CostModel, list[str]]:
-    """The cost model to dispatch with, and notes on what was left out: each kernel's stored fit where there is one of
-    this form that is not older than its sweep, else a fit of its sweep. Kernels as in `load_replay`, but that plugins'
-    kernels take part where they can be compared with the others.
+    """Load the cost model to dispatch with, and notes on what was left out.
 
-    Where none of them, or of the library's own, has a profile of this shape, profiles of other shapes are made to do,
-    see `transfer`."""
+    Each kernel contributes its stored fit if that has this form and is not older than its sweep, else a fit of its
+    sweep. Kernels are chosen as in `load_replay`, except that plugins' kernels take part if they can be compared with
+    the others.
+
+    If no such kernel, of the library's own if none is named, has a profile of this shape, profiles of other shapes are
+    used (see `transfer`).
+    """
     notes: list[str] = []
     unknown: list[str] = []
     names = list(dict.fromkeys(kernels) or _own_first(registry, registry.kernels))
@@ -157,7 +165,7 @@ def _dispatchable(
     form: str,
     notes: list[str],
 ) -> CostModel:
-    """One kernel's model, by its stored fit where that is of any use, else by its sweep."""
+    """Make one kernel's model from its stored fit if that is usable, else from its sweep."""
     if fitted is not None and fitted.form == form and (sweep is None or fitted.sweep == digest(sweep)):
         histograms = None if sweep is None else fitted_on(sweep).histograms
         try:
@@ -179,7 +187,7 @@ def _transferred(
     kernels: Sequence[str],
     notes: list[str],
 ) -> list[CostModel]:
-    """Of each kernel that runs here and has whole paths of other shapes."""
+    """Predict each kernel that runs here from its whole paths of other shapes."""
     models = []
     for name in kernels:
         kernel = registry.kernel(name)
@@ -202,13 +210,13 @@ def fit_recorded(
     form: str = DEFAULT_FORM,
     notes: list[str] | None = None,
 ) -> CostModel:
-    """A fit of what there is to dispatch by."""
+    """Fit the stages or paths by which this sweep can be dispatched."""
     seen = fitted_on(sweep)
     return fit_sweep(seen, candidates_of(seen, configs, notes), hardware, form)
 
 
 def fitted_on(sweep: Sweep) -> Sweep:
-    """What `fit_recorded` fits to: the sweep's `view`, its batches to fit on."""
+    """Select what `fit_recorded` fits to: the sweep's `view`, restricted to the batches to fit on."""
     seen = view(sweep)
     tune = seen.rows_of("tune")
     if not tune:
@@ -217,7 +225,8 @@ def fitted_on(sweep: Sweep) -> Sweep:
 
 
 def _comparable(registry: Registry, models: Sequence[CostModel], notes: list[str]) -> list[CostModel]:
-    """Unasked, the models that can be compared with the library's own of the most candidates, and with each other."""
+    """Keep the models to use if no kernel is named: those comparable with each other, and with the library's own model
+    of the most candidates."""
     kept: list[CostModel] = []
 
     def order(model: CostModel) -> tuple[bool, int]:

@@ -1,6 +1,7 @@
-"""Where profiles lie, and which one is used: an explicit path, then the user's data folder, then what ships.
+"""The folders that hold profiles, and which profile is used: an explicit path, then the user's data folder, then what
+ships.
 
-In a folder of profiles a sweep is DEVICE/KERNEL/SHAPE.json and a fit DEVICE/KERNEL/SHAPE.fit.json, where SHAPE is
+In a folder of profiles a sweep is DEVICE/KERNEL/SHAPE.json and a fit DEVICE/KERNEL/SHAPE.fit.json. SHAPE is
 `MoEShape.slug`: device and shape match exactly or not at all.
 """
 
@@ -22,7 +23,7 @@ from ..spec.shapes import MoEShape
 
 FIT_SUFFIX = ".fit.json"
 MAX_NAMED = 4
-"""Recorded shapes that a message names."""
+"""Most recorded shapes that a message names."""
 _logger = logging.getLogger("ramp_moe")
 
 
@@ -36,7 +37,7 @@ def relative_path(kernel: str, shape: MoEShape, hardware: Hardware, suffix: str 
 
 
 def _is_dir(path: Path) -> bool:
-    """Path.is_dir(), which raises where a folder on the way may not be entered."""
+    """Call `Path.is_dir()`. Raises ProfileError if a folder on the way may not be entered."""
     try:
         return path.is_dir()
     except OSError as e:
@@ -44,7 +45,7 @@ def _is_dir(path: Path) -> bool:
 
 
 def _listed(folder: Path, pattern: str) -> list[Path]:
-    """The files of `folder` by a glob pattern, in order; of a folder that cannot be read, none, with a note."""
+    """List the files of `folder` by a glob pattern, in order. A folder that cannot be read has none, with a note."""
     try:
         return sorted(folder.glob(pattern))
     except OSError as e:
@@ -55,10 +56,10 @@ def _listed(folder: Path, pattern: str) -> list[Path]:
 class ProfileStore:
     """Finds sweeps and fits. `explicit` are files or folders that the user named, `shipped` folders that plugins gave.
 
-    What cannot be used (truncated, foreign, of a newer version, for something else than its place says) is an error in
-    what the user named. In the user's data folder, and in what ships, it is passed over: a warning of the logger
-    `ramp_moe` names it, and the next place is looked at. Raises ProfileError for an explicit path that does not exist
-    or is not a profile.
+    A file is unusable if it is truncated, foreign, of a newer version, or for something else than its place says. In
+    what the user named, that is an error. In the user's data folder, and in what ships, the file is passed over: a
+    warning of the logger `ramp_moe` names it, and the next place is looked at. Raises ProfileError for an explicit path
+    that does not exist or is not a profile.
     """
 
     def __init__(self, explicit: Sequence[Path] = (), shipped: Iterable[Path] = ()) -> None:
@@ -69,7 +70,7 @@ class ProfileStore:
         for path in map(Path, explicit):
             if _is_dir(path):
                 folders.append(path)
-            # A file is read at once: what is wrong with it must not wait for a look-up that may never come.
+            # A file is read at once: no later look-up may ever reach it, and its errors must not wait for one.
             elif peek_format(path) == fit_file.FORMAT:
                 self._fits.append((path, load_fit(path)))
             else:
@@ -78,8 +79,10 @@ class ProfileStore:
         self.folders = [*folders, user_data_dir(), *shipped]
 
     def check(self, kernels: Iterable[str], shape: MoEShape, hardware: Hardware) -> None:
-        """Raises ProfileError for something the user named that has no part in this: a file for another kernel, shape
-        or device, or a folder without a profile for any of these kernels. Otherwise it would be passed over silently.
+        """Raise ProfileError for something the user named that this look-up does not use.
+
+        That is a file for another kernel, shape or device, or a folder without a profile for any of these kernels.
+        Otherwise it would be passed over silently.
         """
         names = list(kernels)
         for path, k, s, d in (
@@ -99,9 +102,9 @@ class ProfileStore:
                 raise ProfileError(f"{folder} has no profile for this model and device, such as {places[0]}")
 
     def find(self, kernel: str, shape: MoEShape, hardware: Hardware) -> tuple[Path, Sweep] | None:
-        """The first sweep for exactly this kernel, shape and device, with where it lies; None where there is none.
+        """Find the first sweep for exactly this kernel, shape and device, with its path. None if there is none.
 
-        Raises ProfileError for one in a folder that the user named which cannot be used.
+        Raises ProfileError if that sweep is in a folder that the user named, and unusable.
         """
         for path, sweep in self._sweeps:
             if (sweep.kernel, sweep.shape, sweep.device) == (kernel, shape, hardware.name):
@@ -114,7 +117,7 @@ class ProfileStore:
         return None
 
     def of_other_shapes(self, kernel: str, shape: MoEShape, hardware: Hardware) -> list[Sweep]:
-        """The sweeps in the folders, the first of each shape, for this kernel, device and dtype."""
+        """Find the sweeps of other shapes in the folders, the first of each shape, for this kernel, device and dtype."""
         found = dict[str, Sweep]()
         for folder in self.folders:
             for path in _listed(folder / hardware.name / kernel, f"*-{shape.dtype}.json"):
@@ -125,7 +128,7 @@ class ProfileStore:
         return list(found.values())
 
     def find_fit(self, kernel: str, shape: MoEShape, hardware: Hardware) -> FitRecord | None:
-        """The first fit for exactly this kernel, shape and device, as `find`."""
+        """Find the first fit for exactly this kernel, shape and device, like `find`."""
         for _, fit in self._fits:
             if (fit.kernel, fit.shape.shape(), fit.device) == (kernel, shape, hardware.name):
                 return fit
@@ -136,7 +139,7 @@ class ProfileStore:
         return None
 
     def _load(self, folder: Path, path: Path) -> Sweep | FitRecord | None:
-        """The profile at `path`, a place of `folder`, read once; None where there is none that can be used."""
+        """Read the profile at `path`, a place of `folder`, once. None if there is none that can be used."""
         if path not in self._known:
             try:
                 self._known[path] = _read(path)
@@ -148,14 +151,17 @@ class ProfileStore:
         return self._known[path]
 
     def require(self, kernel: str, shape: MoEShape, hardware: Hardware) -> tuple[Path, Sweep]:
-        """As `find`, but raises ProfileError saying what is missing and what is there."""
+        """Find a sweep like `find`, or raise ProfileError saying what is missing and what is there."""
         found = self.find(kernel, shape, hardware)
         if found is None:
             raise self.missing([kernel], shape, hardware)
         return found
 
     def missing(self, kernels: Iterable[str], shape: MoEShape, hardware: Hardware, aside: str = "") -> NoProfileError:
-        """No sweep for these kernels, shape and device, and `aside`; the remedy, and what is recorded."""
+        """Make the error for kernels without a sweep of this shape and device, with the remedy and what is recorded.
+
+        aside: follows the shape and device in the message.
+        """
         names = list(kernels)
         known = [(d, s) for d, k, s in self.recorded() if k in names]
         shapes = sorted({s for d, s in known if d == hardware.name})
@@ -173,14 +179,16 @@ class ProfileStore:
         return NoProfileError(f"no sweep of {what}{aside}", remedy=remedy)
 
     def recorded(self) -> set[tuple[str, str, str]]:
-        """(device, kernel, shape slug) of every sweep in the folders, by their places; the files are not read."""
+        """List (device, kernel, shape slug) of every sweep in the folders, by their places. The files are not read."""
         paths = [p for folder in self.folders for p in _listed(folder, "*/*/*.json")]
         return {(p.parts[-3], p.parts[-2], p.stem) for p in paths if not p.name.endswith(FIT_SUFFIX)}
 
 
 def _read(path: Path) -> Sweep | FitRecord | None:
-    """The profile that lies at DEVICE/KERNEL/SHAPE of a folder; None where nothing lies there. Raises ProfileError for
-    what cannot be used, or is for something else than its place says."""
+    """Read the profile at DEVICE/KERNEL/SHAPE of a folder. None if there is no file.
+
+    Raises ProfileError if it is unusable, or is for something else than its place says.
+    """
     try:
         path.lstat()
     except (FileNotFoundError, NotADirectoryError):

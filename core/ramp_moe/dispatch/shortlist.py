@@ -1,8 +1,8 @@
-"""Which few candidates to capture in a CUDA graph, from which the device then chooses.
+"""Choosing the few candidates to capture in a CUDA graph, among which the device then chooses.
 
-A graph is captured for a number of tokens; how they spread over the experts is known only when it runs. Every
-candidate in the graph (a body) takes memory and delays the launch, so a graph gets only those that win for some
-spread of its tokens, and a single one where choosing would gain less than the switch costs.
+A graph is captured for a number of tokens. How they spread over the experts is known only when it runs. Every candidate
+in the graph (a body) takes memory and delays the launch. So a graph gets only candidates that win for some spread of
+its tokens, and a single one if choosing would gain less than the switch costs.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from ..errors import KernelError, RoutingError
 from ..spec.routing import TUNE_KINDS, FloatArray, IntArray, check_histogram, expert_histogram, generate
 
 MOST = 8
-"""Bodies in a graph."""
+"""Most bodies in a graph."""
 
 MARGIN = 0.01
 """What choosing must save beyond its overhead, as a share of the best single candidate's time. The fastest of several
@@ -29,32 +29,34 @@ predictions flatters: measured savings are well below predicted ones (`examples/
 margin choices gain most, or nearly, by cross-validation on the batches that shipped profiles were fitted to."""
 
 VALID = (1.0, 0.875, 0.75, 0.625)
-"""Shares of a graph's tokens that are there, the rest being padding. A batch runs in the smallest graph that holds it,
-and engines at most double the size from one graph to the next: half of the tokens or fewer go to a smaller graph."""
+"""Shares of a graph's tokens that are valid; the rest is padding. A batch runs in the smallest graph that holds it.
+Engines at most double the size from one graph to the next, so half of the tokens or fewer go to a smaller graph."""
 
 DRAWN = 1024
-"""Tokens of which `settled` draws batches: larger ones it takes for so many times the experts' tokens in these."""
+"""Most tokens for which `settled` draws batches. A larger batch is a multiple of the experts' tokens in one of these.
+"""
 
 MOST_DRAWN = 8192
-"""Tokens of which `representative` draws batches."""
+"""Most tokens for which `representative` draws batches."""
 
 SEEDS = 8
 CELLS = 2**20
-"""Of draws: at most SEEDS a kind, and one, or as many as make so many tokens x experts over all kinds, which takes a
-twentieth of a second. Large batches need no more, theirs are alike."""
+"""Bounds the number of draws, in tokens x experts over all kinds, to a twentieth of a second. There are at least one
+and at most SEEDS of a kind. Large batches need few, since theirs are alike."""
 
 _settled: WeakKeyDictionary[CostModel, dict[tuple[int, float, int], Candidate | None]] = WeakKeyDictionary()
-"""By model, size, microseconds and ranks: the layers of a network share theirs."""
+"""Keyed by model, then size, microseconds and ranks: the layers of a network share their entries."""
 
 
 @dataclass(frozen=True, slots=True)
 class Shortlist:
-    """Candidates to capture for one number of tokens, and what the cost model expects of them: means over routings.
+    """Candidates to capture for one number of tokens, and what the cost model expects of them. All figures are means
+    over routings.
 
     `columns` are indices into the model's candidates: the best single one, then each that gains most beside those
-    before it. `loss` is the time of the fastest of them over that of the fastest of all candidates, less one, and
-    `single_loss` that of the first alone. `gain_us` is what choosing among them saves over the first, `overhead_us`
-    what having so many adds, and `expected_us` what a launch takes with it, all in microseconds a launch.
+    before it. `loss` is the time of the fastest of them over that of the fastest of all candidates, less one.
+    `single_loss` is the same of the first alone. Three figures are microseconds a launch: `gain_us` is what choosing
+    among them saves over the first, `overhead_us` what the further bodies add, and `expected_us` the whole launch.
     """
 
     columns: tuple[int, ...]
@@ -66,7 +68,7 @@ class Shortlist:
 
     @property
     def pays(self) -> bool:
-        """Whether the device is to choose; else the graph holds the best single candidate and no switch."""
+        """True if the device should choose. Otherwise the graph holds the best single candidate and no switch."""
         return len(self.columns) > 1
 
 
@@ -79,20 +81,26 @@ def shortlist(
     histograms: Any = None,
     groups: Sequence[Hashable | None] | None = None,
 ) -> Shortlist:
-    """At most `most` of the model's candidates for a graph of `num_tokens`: as many as have the least expected time,
-    overhead and margin included. Of equals the fewest, and those of the lowest index.
+    """Choose at most `most` of the model's candidates for a graph of `num_tokens`.
 
-    model: of candidates that a graph can hold (see `CostModel.restrict`).
-    overhead_us: microseconds that a graph of so many bodies takes beyond its candidate's; in between it is
-    interpolated. It must reach from one body to as many as there may be.
+    Their number is the one with the least expected time, overhead and margin included. Among equals it takes the
+    fewest, and those of the lowest index.
+
+    model: has only candidates that a graph can hold (see `CostModel.restrict`).
+
+    overhead_us: microseconds beyond its candidate's that a graph takes, by its number of bodies. Numbers in between are
+    interpolated. It must reach from one body to the most that there may be.
+
     margin: see MARGIN.
-    histograms: recorded batches that the graph would hold, integers `[batches, num_experts]`, to weigh the candidates
-    on instead of `representative` ones.
-    groups: of each of the model's candidates, where not all can be in a graph together: those of equal groups can, one
-    of None with no other. The first column is then the best of its group.
 
-    Raises KernelError for a number of bodies or an overhead that cannot be, RoutingError for a number of tokens below
-    one, or histograms that do not fit it or the shape.
+    histograms: recorded batches that the graph would hold, integers `[batches, num_experts]`. They replace the
+    `representative` ones for weighing the candidates.
+
+    groups: one for each of the model's candidates, if not all can be in a graph together. Candidates of equal groups
+    can; one of None can be with no other. The first column is then the best of its group.
+
+    Raises KernelError for a number of bodies or an overhead that cannot be. Raises RoutingError for a number of tokens
+    below one, or histograms that do not fit it or the shape.
     """
     if most < 1:
         raise KernelError(f"a graph needs at least one body, not {most}")
@@ -115,10 +123,12 @@ def shortlist(
 
 
 def settled(model: CostModel, num_tokens: int, read_back_us: float, ranks: int = 1) -> Candidate | None:
-    """The best single candidate for about `num_tokens`, where knowing how they spread is predicted to gain less than
-    `read_back_us`, in which the host would learn it, and MARGIN; None where it gains more. ranks: as in
-    `representative`. Sizes are rounded up by less than a quarter: it takes a few hundredths of a second for each size,
-    once for a model."""
+    """The best single candidate for about `num_tokens`, if the histogram is not worth reading back. None if it is.
+
+    Reading it back takes the host `read_back_us`. It is worth that if knowing the histogram is predicted to gain more
+    than `read_back_us` and MARGIN. ranks: as in `representative`. Sizes are rounded up by less than a quarter. Each
+    size takes a few hundredths of a second, once for a model.
+    """
     step = 1 << max(0, num_tokens.bit_length() - 3)
     size = -(-num_tokens // step) * step
     known = _settled.setdefault(model, {})
@@ -134,16 +144,19 @@ def settled(model: CostModel, num_tokens: int, read_back_us: float, ranks: int =
 
 @lru_cache(maxsize=128)
 def representative(num_tokens: int, num_experts: int, top_k: int, ranks: int = 1) -> IntArray:
-    """Histograms int64 `[batches, num_experts]`, read-only, that a graph of so many tokens may meet, always the same:
-    of every kind of routing that profiles are fitted to, full and padded. ranks: over how many the experts are spread,
-    these being one rank's: each token's top_k are of all of them. More than MOST_DRAWN tokens are so many times fewer:
-    they take minutes to draw, and spread no further."""
+    """Histograms int64 `[batches, num_experts]`, read-only, that a graph of `num_tokens` may meet; always the same
+    ones.
+
+    They cover every kind of routing that profiles are fitted to, full and padded. ranks: how many ranks share the
+    experts, of which these are one rank's. Each token's top_k are spread over all of them. For more than MOST_DRAWN
+    tokens a smaller batch is drawn and scaled: larger ones take minutes to draw, and spread no further.
+    """
     if doublings := max(0, (num_tokens - 1).bit_length() - MOST_DRAWN.bit_length() + 1):
         scaled = representative(num_tokens >> doublings, num_experts, top_k, ranks) << doublings
         scaled.flags.writeable = False
         return scaled
-    # Tokens are drawn one after the other, so that the first rows of a draw are a draw of fewer: all the sizes between
-    # two powers of two share theirs.
+    # Tokens are drawn one after the other, so that the first rows of a draw are a draw of fewer. All sizes between two
+    # powers of two share one draw.
     drawn = _drawn(1 << (num_tokens - 1).bit_length(), num_experts * ranks, top_k)
     valid = [math.ceil(share * num_tokens) for share in VALID]
     of_all = (expert_histogram(ids[:n], num_experts * ranks) for ids in drawn for n in valid)
@@ -154,13 +167,13 @@ def representative(num_tokens: int, num_experts: int, top_k: int, ranks: int = 1
 
 @lru_cache(maxsize=16)
 def _drawn(num_tokens: int, num_experts: int, top_k: int) -> list[IntArray]:
-    """Top-k ids `[num_tokens, top_k]` of each draw."""
+    """Top-k ids `[num_tokens, top_k]`, one array for each draw."""
     seeds = max(1, min(SEEDS, CELLS // (len(TUNE_KINDS) * num_tokens * num_experts)))
     return [generate(kind, num_tokens, num_experts, top_k, seed) for kind in TUNE_KINDS for seed in range(seeds)]
 
 
 def _together(model: CostModel, groups: Sequence[Hashable | None] | None) -> list[IntArray]:
-    """Indices into the contenders of those that can be in a graph together."""
+    """Indices into the contenders, one array for each set that can be in a graph together."""
     if groups is None:
         return [np.arange(len(model.contenders))]
     of_group: dict[Hashable, list[int]] = {}
@@ -171,7 +184,7 @@ def _together(model: CostModel, groups: Sequence[Hashable | None] | None) -> lis
 
 
 def _batches(model: CostModel, num_tokens: int, histograms: Any) -> IntArray:
-    """Histograms to weigh candidates on, checked."""
+    """The checked histograms on which candidates are weighed."""
     shape = model.shape
     if num_tokens < 1:
         raise RoutingError(f"a graph is captured for at least one token, not {num_tokens}")
@@ -184,7 +197,7 @@ def _batches(model: CostModel, num_tokens: int, histograms: Any) -> IntArray:
 
 
 def _overheads(overhead_us: Mapping[int, float], bodies: int) -> FloatArray:
-    """Microseconds of 1, 2, ... `bodies` bodies."""
+    """Microseconds of overhead for 1, 2, ... `bodies` bodies."""
     known = sorted(overhead_us)
     if not known or known[0] > 1 or known[-1] < bodies:
         raise KernelError(f"the overhead of 1 to {bodies} bodies is needed, it is given for {known or 'none'}")
@@ -195,8 +208,12 @@ def _overheads(overhead_us: Mapping[int, float], bodies: int) -> FloatArray:
 
 
 def _greedy(us: FloatArray, bodies: int) -> tuple[list[int], FloatArray]:
-    """Of `us [batches, candidates]`, at most `bodies` candidates in the order in which each lowers the mean of the
-    fastest time most, for as long as one does; and that fastest time with so many of them, `[bodies, batches]`."""
+    """Choose greedily from `us [batches, candidates]` in microseconds: at most `bodies` candidates, while each lowers
+    the mean of the fastest time.
+
+    Returns their indices in that order, and the fastest time with the first of them, the first two and so on, `[bodies,
+    batches]`.
+    """
     order: list[int] = []
     fastest, mean = [np.full(len(us), np.inf)], np.inf
     while len(order) < bodies:

@@ -1,4 +1,4 @@
-"""Which layouts to hold the weights in, where kernels read different ones and memory allows few copies."""
+"""Choosing the layouts in which to hold the weights, if kernels read different ones and memory allows few copies."""
 
 from __future__ import annotations
 
@@ -15,15 +15,15 @@ from ..spec.routing import FloatArray, IntArray, expert_histogram, generate
 from ..spec.shapes import MoEShape
 
 UNIFORM_TOKENS = tuple(2**i for i in range(13))
-"""Batch sizes, 1 to 4096, that layouts are weighed on where the batches of a profile are not at hand."""
+"""Batch sizes, 1 to 4096, on which layouts are weighed if the batches of a profile are not at hand."""
 
 
 @dataclass(frozen=True, slots=True)
 class LayoutChoice:
-    """Layouts to hold the weights in, a copy each, and the kernels that read one of them.
+    """Layouts in which to hold the weights, a copy each, and the kernels that read one of them.
 
-    `bytes` are those of all copies: those in LAYOUTS share the down projection. `loss` is the mean of the time of the
-    best of these kernels relative to that of the best of all, less one; 0 where there are no times.
+    `bytes` counts all copies; those in LAYOUTS share the down projection. `loss` is the mean of the time of the best of
+    these kernels relative to that of the best of all, less one. It is 0 if there are no times.
     """
 
     layouts: tuple[str, ...]
@@ -39,13 +39,13 @@ def choose_layouts(
     times_us: FloatArray | None = None,
     given: str = "gate-first",
 ) -> LayoutChoice:
-    """The best set of at most `copies` layouts for these kernels, which are listed by preference.
+    """Choose the best set of at most `copies` layouts for these kernels, which are listed by preference.
 
-    With `times_us [batches, kernels]`, microseconds of each kernel's best configuration (infinite where it is not
-    known), the set that loses least; of equal ones that of the fewest copies, then that which serves the first kernel,
-    then the second, and so on. Without, serving the kernels in their order comes first. The layout in which the weights
-    are `given` is preferred where all else is equal. Raises KernelError without kernels or copies, or for a kernel that
-    does not name its layouts.
+    `times_us [batches, kernels]` holds the microseconds of each kernel's best configuration, infinite if unknown. With
+    it, the set that loses least is chosen. Among equals, the fewest copies win, then the set that serves the first
+    kernel, then the second, and so on. Without it, serving the kernels in their order comes first. If all else is
+    equal, the layout in which the weights are `given` is preferred. Raises KernelError without kernels or copies, or
+    for a kernel that does not name its layouts.
     """
     if not kernels:
         raise KernelError("there is no kernel to choose weight layouts for")
@@ -77,7 +77,7 @@ def why_not_served(
     times_us: FloatArray | None,
     given: str,
 ) -> str:
-    """Why `choose_layouts`, given the same, serves one of the kernels not, and how many copies would."""
+    """Explain why `choose_layouts`, given the same arguments, does not serve `kernel`, and how many copies would."""
     held = choose_layouts(shape, kernels, copies, times_us, given).layouts
     layouts = layouts_of(kernel, shape)
     most = len({key for k in kernels for key in layouts_of(k, shape)})
@@ -96,8 +96,11 @@ def why_not_served(
 
 
 def weighed_batches(model: CostModel) -> IntArray:
-    """The histograms int64 `[batches, num_experts]` to weigh layouts on: those that the model was fitted to, or evenly
-    drawn batches of UNIFORM_TOKENS where they are not at hand."""
+    """Histograms int64 `[batches, num_experts]` on which layouts are weighed.
+
+    They are the batches that the model was fitted to, or evenly drawn batches of UNIFORM_TOKENS if those are not at
+    hand.
+    """
     if model.histograms is not None:
         return model.histograms
     shape = model.shape
@@ -106,8 +109,11 @@ def weighed_batches(model: CostModel) -> IntArray:
 
 
 def kernel_times(model: CostModel, kernels: Iterable[str], histograms: IntArray) -> FloatArray:
-    """Predicted microseconds `[batches, kernels]` of each kernel's best candidate; infinite for one that the model does
-    not have. histograms: checked, int64 `[batches, num_experts]`."""
+    """Predicted microseconds `[batches, kernels]` of each kernel's best candidate; infinite if the model does not have
+    the kernel.
+
+    histograms: checked, int64 `[batches, num_experts]`.
+    """
     us = model.cost(histograms)
     of = np.array([c.kernel for c in model.candidates])
     return np.stack([us[:, of == kernel].min(1, initial=np.inf) for kernel in kernels], axis=1)
