@@ -117,7 +117,7 @@ class ProfileStore:
         return None
 
     def of_other_shapes(self, kernel: str, shape: MoEShape, hardware: Hardware) -> list[Sweep]:
-        """Find the sweeps of other shapes in the folders, the first of each shape, for this kernel, device and dtype."""
+        """Find the sweeps of other shapes in the folders, the first of each, for this kernel, device and dtype."""
         found = dict[str, Sweep]()
         for folder in self.folders:
             for path in _listed(folder / hardware.name / kernel, f"*-{shape.dtype}.json"):

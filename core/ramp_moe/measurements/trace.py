@@ -39,7 +39,7 @@ MAX_LINE = MAX_BYTES // 4
 
 @dataclass(frozen=True, slots=True)
 class RecordedBatch:
-    """A batch as a layer saw it: its number of tokens, and the histogram int64 `[num_experts]` of the chosen experts."""
+    """A batch as a layer saw it: number of tokens, and the histogram int64 `[num_experts]` of the chosen experts."""
 
     tokens: int
     histogram: IntArray

@@ -164,7 +164,7 @@ class Registry:
                 plugin.problems.append("implements no hook of ramp_moe; decorate its functions with ramp_moe.hookimpl")
 
     def _answers(self, hook: str) -> Iterator[tuple[Plugin, Any]]:
-        """Yield each plugin's items for a hook, in registration order. pluggy's own call would stop at the first error."""
+        """Yield each plugin's items for a hook, as registered. pluggy's own call would stop at the first error."""
         # pluggy's own order has tryfirst and trylast, which would let a plugin take a built-in name.
         impls = {impl.plugin_name: impl for impl in getattr(self._manager.hook, hook).get_hookimpls()}
         for name, plugin in self._registered.items():
