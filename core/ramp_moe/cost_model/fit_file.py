@@ -43,7 +43,7 @@ VERSION = 2
 
 
 class PartRecord(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """A `PartFit` by its part's key, and CTAs an SM by grid; the other fields are the same."""
+    """A `PartFit` under its part's key, with CTAs an SM by grid. The other fields are the same."""
 
     key: str
     coefficients: tuple[float, ...]
@@ -57,7 +57,7 @@ class PartRecord(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
 
 class ResidualRecord(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """A `Residual`, its token blocks as JSON's keys have to be."""
+    """A `Residual`, whose token blocks are strings, since they are keys of a JSON object."""
 
     ids: list[int]
     active: list[int]
@@ -76,7 +76,7 @@ class ResidualRecord(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
         return Residual(np.array(self.ids), np.array(self.active), tiles, weights)
 
     def flaw(self) -> str | None:
-        """What is wrong with it."""
+        """Describe what is wrong with the record; None if nothing is."""
         rows, columns = len(self.ids), [self.ids, self.active, *self.tiles.values()]
         if rows == 0 or any(len(column) != rows or min(column) < 1 for column in columns):
             return "the batches' numbers are not positive, or not as many as the batches"
@@ -175,10 +175,10 @@ def model_from_fit(
     configs: Sequence[KernelConfig],
     histograms: IntArray | None = None,
 ) -> CostModel:
-    """The cost model of a fit, over those of the kernel's configurations that it covers; `histograms` are those that it
-    was fitted to, which the file does not have.
+    """Make the cost model of a fit, over those of the kernel's configurations that it covers.
 
-    Raises ProfileError where it covers none: the kernel's configurations have changed since.
+    histograms: the batches that were fitted to, int64 `[batches, num_experts]`, which the file does not have. Raises
+    ProfileError if the fit covers none of the configurations: they have changed since.
     """
     by_key = {f.key: f for f in record.fits}
     candidates, fits = [], {}

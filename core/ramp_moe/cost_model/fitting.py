@@ -1,5 +1,5 @@
-"""Fitting the cost model: every part's coefficients from a sweep, by least squares on the relative error, and what they
-leave over."""
+"""Fitting the cost model: every part's coefficients by least squares on the relative error, then the residual that they
+leave."""
 
 from __future__ import annotations
 
@@ -31,19 +31,19 @@ from .model import (
 from .residual import Residual, fit_residual
 
 RESIDENT = (1, 2, 3, 4)
-"""CTAs on an SM at a time that are tried, as multiples of what the kernel's geometry says: how many fit depends on
-registers and shared memory, which a geometry does not know, and moves the steps of the waves."""
+"""Numbers of resident CTAs an SM that are tried, as multiples of what the kernel's geometry says. How many fit depends
+on registers and shared memory, which a geometry does not know. It moves the steps of the waves."""
 
 CONTEND = 1.15
-"""Candidates that the terms never put within this factor of the fastest, on all batches that were fitted to, are not
-corrected, and not chosen: the terms know them well enough. Without them there is less to store and to evaluate."""
+"""Candidates that the terms never put within this factor of the fastest, on any fitted batch, are neither corrected nor
+chosen: the terms know them well enough. Leaving them out makes the fit smaller and faster to evaluate."""
 
 
 def fit_sweep(sweep: Sweep, candidates: Sequence[Candidate], hardware: Hardware, form: str = DEFAULT_FORM) -> CostModel:
     """Fit every part that the candidates need on the sweep's rows.
 
-    Candidates of which a part has fewer rows, measured or bounded, than the form has terms are dropped. Raises
-    ProfileError where none is left.
+    A candidate is dropped if one of its parts has fewer rows, measured or bounded, than the form has terms. Raises
+    ProfileError if none is left.
     """
     spec = get_form(form)
     by_key = {p.key: p for c in candidates for p in parts_of(c, sweep.stages)}
@@ -76,8 +76,10 @@ def fit_sweep(sweep: Sweep, candidates: Sequence[Candidate], hardware: Hardware,
 def _fit_parts(
     parts: Sequence[Part], sweep: Sweep, times: FloatArray, bounded: BoolArray, spec: Form, hardware: Hardware
 ) -> Iterator[tuple[float, PartFit]]:
-    """Of the parts with rows enough, to `times [rows, parts]`; and how far each is off, over all rows: from a time, or
-    below a bound."""
+    """Fit the parts that have enough rows in `times [rows, parts]`, microseconds.
+
+    Yields the error of each over all rows, too: the distance from a time, or the distance below a bound.
+    """
     grids = Grids([p.grids for p in parts], hardware.num_sms)
     counts = grids.count(sweep.histograms)
     ctas = grids.ctas(counts)
@@ -85,7 +87,7 @@ def _fit_parts(
     summed, active = grids.by_part("ctas", counts, ctas), grids.by_part("active", counts, ctas)[:, 0]
     coefficients, relative = least_squares(features, np.where(bounded, np.nan, times), spec.non_negative)
     if bounded.any():
-        # A bound is no time to fit to, unless the fit is below it there, or has too few batches without it.
+        # A bound enters the fit only if the fit lies below it there, or has too few batches without it.
         below = (bounded & (np.einsum("rsn,sn->rs", features, coefficients) < times)).any(0)
         below |= (np.isfinite(times) & ~bounded).sum(0) < len(spec.terms)
         with_bounds = least_squares(features[:, below], times[:, below], spec.non_negative)
@@ -111,7 +113,8 @@ def _fit_parts(
 
 
 def _residual(model: CostModel, sweep: Sweep) -> Residual | None:
-    """Of the whole candidates that contend: those which the terms put near the fastest on any of the sweep's rows."""
+    """Fit the residual of the contending candidates: those that the terms put near the fastest on any of the sweep's
+    rows."""
     histograms = sweep.histograms
     rows = np.flatnonzero(histograms.any(-1))
     predicted = model.cost(histograms[rows])
@@ -127,14 +130,14 @@ def _residual(model: CostModel, sweep: Sweep) -> Residual | None:
 
 
 def _token_block(parts: Sequence[Part]) -> int:
-    """That of the first grid; 1 where there is none, as `Grids` has it."""
+    """Token block of the first grid; 1 if there is none, as in `Grids`."""
     return next((g.block_tokens for p in parts for g in p.grids), 1)
 
 
 def least_squares(terms: FloatArray, times: FloatArray, non_negative: bool) -> tuple[FloatArray, FloatArray]:
     """Minimise sum_r ((terms[r, s] @ c[s] - times[r, s]) / times[r, s])**2 for every part s.
 
-    terms `[rows, stages, n]`, times `[rows, stages]` (NaN rows do not count). Returns c `[stages, n]` and the relative
+    terms: `[rows, stages, n]`. times: `[rows, stages]`; NaN rows do not count. Returns c `[stages, n]` and the relative
     residuals `[rows, stages]`. Collinear terms (the literal paper form) get the minimum-norm solution.
     """
     seen = np.isfinite(times)
@@ -146,12 +149,14 @@ def least_squares(terms: FloatArray, times: FloatArray, non_negative: bool) -> t
 
 
 def solved(a: FloatArray, target: FloatArray, non_negative: bool) -> FloatArray:
-    """c `[problems, n]` that minimises |a[s] @ c[s] - target[s]| for every problem s: a `[problems, rows, n]`, target
-    `[problems, rows]`."""
-    # Terms span five orders of magnitude; unit columns keep the pseudo-inverse's cut-off meaningful.
+    """Solve for c `[problems, n]` that minimises |a[s] @ c[s] - target[s]| for every problem s.
+
+    a: `[problems, rows, n]`. target: `[problems, rows]`.
+    """
+    # Terms span five orders of magnitude. Unit columns keep the pseudo-inverse's cut-off meaningful.
     scale = np.abs(a).max(axis=1)
     scale = np.where(scale > 0, scale, 1.0)
-    # A rotation, which changes no distance, leaves as many rows as there are terms, and one.
+    # A rotation changes no distance, and leaves one row more than there are terms.
     rotated = np.asarray(np.linalg.qr(np.concatenate([a / scale[:, None], target[..., None]], axis=-1), mode="r"))
     solve = _non_negative if non_negative else _unconstrained
     return solve(rotated[..., :-1], rotated[..., -1]) / scale
@@ -162,8 +167,11 @@ def _unconstrained(a: FloatArray, target: FloatArray) -> FloatArray:
 
 
 def _non_negative(a: FloatArray, target: FloatArray) -> FloatArray:
-    """Exact non-negative least squares: the optimum is unconstrained on the support where it is positive, and with
-    four terms there are only fifteen supports to try, with seven 127."""
+    """Solve non-negative least squares exactly, by trying every support.
+
+    The optimum is the unconstrained one on the support where it is positive. Four terms have only fifteen supports,
+    seven have 127.
+    """
     stages, _, n = a.shape
     best, best_loss = np.zeros((stages, n)), (target**2).sum(1)
     for support in itertools.chain.from_iterable(itertools.combinations(range(n), k) for k in range(1, n + 1)):

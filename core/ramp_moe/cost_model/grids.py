@@ -1,10 +1,12 @@
 """Many parts' grids as arrays, so that all are evaluated at once for one histogram or a batch of them.
 
-`counts [..., blocks]` of a histogram are the M-tiles of every distinct token block, in ascending order: the first is of
-blocks of one token, which are the routed ids; the last of blocks that hold any expert's tokens, which are the active
-experts. Parts with grids alike count alike, and are counted once: a *launch* is what they have in common. CTA counts
-are float64 here: `GridGeometry` counts in integers, but the division of doubles is several times faster, and exact for
-every count below 2**52 / block.
+`counts [..., blocks]` of a histogram are the M-tiles of every distinct token block, in ascending order. The first is
+for blocks of one token, and counts the routed ids. The last is for blocks that hold any expert's tokens, and counts the
+active experts.
+
+Parts with equal grids have equal counts, and are counted once: a *launch* is what they have in common. CTA counts are
+float64 here. `GridGeometry` counts in integers, but dividing doubles is several times faster, and exact for every count
+below 2**52 / block.
 """
 
 from __future__ import annotations
@@ -21,20 +23,21 @@ from ..spec.routing import MAX_COUNT, FloatArray, IntArray
 class Grids:
     """The grids of parts, each given as its GEMMs' grids.
 
-    A part of several adds them up, each CTA and wave counted by the work of a CTA relative to the first grid's. A part
-    of none counts routed ids: blocks of one token, one tile along the weights, endless slots.
+    A part of several grids adds them up. Each CTA and wave counts by the work of a CTA relative to the first grid's. A
+    part without a grid counts routed ids: blocks of one token, one tile along the weights, endless slots.
     """
 
     def __init__(self, parts: Sequence[tuple[GridGeometry, ...]], num_sms: int) -> None:
         seen = [_launch(grids, num_sms) for grids in parts]
         self.launches = launches = list(dict.fromkeys(seen))
-        """Of each launch's grids: token block, CTAs an M-tile, M-tiles a cluster, slots, relative work of a CTA."""
+        """For each grid of each launch: token block, CTAs an M-tile, M-tiles a cluster, slots, relative work of a CTA.
+       """
         self.launch_of = np.array([launches.index(launch) for launch in seen], np.intp)
         grids = [grid for launch in launches for grid in launch]
         blocks, ctas_per_m_tile, cluster_m, slots, work = zip(*grids, strict=True)
         self.blocks = np.unique(np.array([1, *blocks, MAX_COUNT]))
         self._blocks = self.blocks[:, None].astype(np.float64)
-        # CTAs are an M-tile's times M-tiles: one product with a matrix, which is exact, since all else in it is 0.
+        # CTAs are M-tiles times the CTAs of one. A product with a matrix of that number and zeros is exact.
         self._ctas = np.zeros((len(self.blocks), len(grids)))
         self._ctas[np.searchsorted(self.blocks, blocks), np.arange(len(grids))] = ctas_per_m_tile
         self._clustered = np.flatnonzero(np.array(cluster_m) > 1)
@@ -46,30 +49,31 @@ class Grids:
         self._one_grid_each = len(grids) == len(launches)
 
     def count(self, histograms: IntArray) -> FloatArray:
-        """`counts [..., blocks]` of histograms `[..., num_experts]`."""
-        # To floats before the broadcast, which would convert every element once a block.
+        """Count the M-tiles `counts [..., blocks]` of histograms `[..., num_experts]`."""
+        # Converts to floats before the broadcast, which would convert every element once a block.
         shares = histograms.astype(np.float64)[..., None, :] / self._blocks
         return np.asarray(np.add.reduce(np.ceil(shares, out=shares), axis=-1))
 
     def ctas(self, counts: FloatArray) -> FloatArray:
-        """CTAs that do work, or wait in a cluster for others that do, `[..., grids]`."""
+        """Count the CTAs `[..., grids]` that do work, or wait in a cluster for others that do."""
         ctas = np.asarray(counts.dot(self._ctas))
         if len(self._clustered):
             ctas[..., self._clustered] = np.ceil(ctas[..., self._clustered] / self._cluster) * self._cluster
         return ctas
 
     def sum(self, per_grid: FloatArray) -> FloatArray:
-        """`[..., grids]` -> `[..., launches]`, weighted by work."""
+        """Sum `[..., grids]` to `[..., launches]`, weighted by work."""
         if self._one_grid_each:
             return per_grid
         return np.asarray(np.add.reduceat(per_grid * self._work, self._starts, axis=-1))
 
     def features(self, terms: Sequence[str], counts: FloatArray, ctas: FloatArray) -> FloatArray:
-        """Each named term's values side by side, `[..., features]`: one for each launch, or one for all."""
+        """List each named term's values side by side, `[..., features]`: one for each launch, or one for all."""
         return np.concatenate([self._term(name, counts, ctas) for name in terms], axis=-1)
 
     def matrix(self, terms: Sequence[str], coefficients: FloatArray) -> FloatArray:
-        """`[features, parts]` by which `features` become the parts' sums, of `coefficients [parts, terms]`."""
+        """Arrange `coefficients [parts, terms]` as the matrix `[features, parts]` that turns `features` into the parts'
+        sums."""
         parts = np.arange(len(self.launch_of))
         rows = [np.zeros((self._width(name), len(parts))) for name in terms]
         for name, row, c in zip(terms, rows, coefficients.T, strict=True):
@@ -77,7 +81,7 @@ class Grids:
         return np.concatenate(rows)
 
     def by_part(self, term: str, counts: FloatArray, ctas: FloatArray) -> FloatArray:
-        """One term `[..., parts]`."""
+        """Compute one term, `[..., parts]`."""
         return np.asarray(self._term(term, counts, ctas)[..., self._feature_of(term)])
 
     def _term(self, name: str, counts: FloatArray, ctas: FloatArray) -> FloatArray:
@@ -100,13 +104,15 @@ class Grids:
         return 1 if term in ("one", "active") else len(self._starts)
 
     def _feature_of(self, term: str) -> IntArray:
-        """Which of the term's features each part has."""
+        """Index, for each part, the one of the term's features that it uses."""
         return self.launch_of * 0 if self._width(term) == 1 else self.launch_of
 
 
 def _launch(grids: Sequence[GridGeometry], num_sms: int) -> tuple[tuple[int, int, int, float, float], ...]:
-    """What counts of each grid: token block, CTAs an M-tile, M-tiles a cluster, slots, and a CTA's work (weight rows
-    times share of the reduction) in that of the first grid's."""
+    """Summarise each grid: token block, CTAs an M-tile, M-tiles a cluster, slots, and a CTA's work.
+
+    Work is weight rows times the share of the reduction, relative to the first grid's.
+    """
     work = [g.block_weights * g.reduction / g.split_k for g in grids]
     return tuple(
         (g.block_tokens, g.ctas_per_m_tile, g.cluster_m, float(g.slots(num_sms)), w / work[0])

@@ -1,13 +1,14 @@
-"""The wave cost model: a handful of parameters a part, fitted from a sweep, that turn an expert histogram into the
-predicted time of every candidate.
+"""The wave cost model: it turns an expert histogram into the predicted time of every candidate, by a handful of
+parameters a part that are fitted from a sweep.
 
-A candidate is one configuration of one kernel; its time is the sum over its parts: one for each stage, or a single one
-where the sweep measured the path as a whole. A part is seen through the grids of its GEMMs alone: g CTAs that do work,
-in ceil(g / slots) waves. A path of two GEMMs adds up both grids, each CTA and wave counted by the work of a CTA
-relative to the first grid's (weight rows times its share of the reduction). Parts without a grid (quantise, schedule,
-...) are seen as one work item a routed id, with no waves. FORMS lists which terms a form combines; each part has one
-coefficient a term, found (in `fitting`) by least squares on the relative error (rows weighted by 1 / time: 3% count the
-same at 30 us and at 3 ms).
+A candidate is one configuration of one kernel. Its time is the sum over its parts: one for each stage, or a single one
+if the sweep measured the path as a whole. A part is described by the grids of its GEMMs alone: g CTAs that do work, in
+ceil(g / slots) waves. A path of two GEMMs adds up both grids. Each CTA and wave counts by the work of a CTA relative to
+the first grid's (weight rows times its share of the reduction). Parts without a grid (quantise, schedule, ...) have one
+work item a routed id, and no waves.
+
+FORMS lists the terms that each form combines. Each part has one coefficient a term, found in `fitting` by least squares
+on the relative error. Rows are weighted by 1 / time, so that 3% count the same at 30 us and at 3 ms.
 """
 
 from __future__ import annotations
@@ -35,16 +36,16 @@ BoolArray = NDArray[np.bool_]
 
 @dataclass(frozen=True, slots=True)
 class Form:
-    """Terms of T = sum_i c_i * term_i, by name (see `grids`), "one" first. A non-negative fit cannot predict a
+    """The terms of T = sum_i c_i * term_i, by name (see `grids`), "one" first. A non-negative fit cannot predict a
     negative time."""
 
     terms: tuple[str, ...]
     non_negative: bool
     why: str
     resident: bool = False
-    """Whether the CTAs resident on an SM at a time are fitted, too (see `fitting`)."""
+    """True if the number of CTAs resident on an SM is fitted, too (see `fitting`)."""
     smooth: bool = False
-    """Whether what the terms leave over is corrected (see `residual`)."""
+    """True if a residual corrects what the terms leave over (see `residual`)."""
 
 
 FORMS: Mapping[str, Form] = {
@@ -77,7 +78,7 @@ DEFAULT_FORM = "smooth"
 
 
 def get_form(name: str) -> Form:
-    """The form of that name, or UnknownNameError."""
+    """Look up a form. Raises UnknownNameError if there is none of that name."""
     if name not in FORMS:
         raise UnknownNameError("cost model form", name, FORMS)
     return FORMS[name]
@@ -97,23 +98,23 @@ class Candidate:
 
 @dataclass(frozen=True, slots=True)
 class Part:
-    """What is measured and fitted as one: a stage, or a whole path. `key` is that of its column in a sweep."""
+    """A stage or a whole path, measured and fitted as one. `key` is that of its column in a sweep."""
 
     key: str
     grids: tuple[GridGeometry, ...]
 
     def with_residents(self, ctas_per_sm: Sequence[int]) -> Part:
-        """The same with so many CTAs on an SM at a time, by grid."""
+        """Set the number of resident CTAs an SM, by grid."""
         grids = (replace(g, ctas_per_sm=n) for g, n in zip(self.grids, ctas_per_sm, strict=True))
         return Part(self.key, tuple(grids))
 
 
 IDS = "ids"
-"""Beside PATH: a part of a path that goes with the routed ids alone. No sweep has it; a model of other shapes does."""
+"""Kind of a path's part that grows with the routed ids alone. No sweep measures it; a model of other shapes has it."""
 
 
 def parts_of(candidate: Candidate, stages: Sequence[str]) -> list[Part]:
-    """The parts that times of these kinds of columns are the sum of."""
+    """List the parts whose times add up to what columns of these kinds measure."""
     config = candidate.config
     if PATH in stages:
         key = path_key(candidate.kernel, config.name)
@@ -125,10 +126,10 @@ def parts_of(candidate: Candidate, stages: Sequence[str]) -> list[Part]:
 class PartFit:
     """What a fit knows of one part.
 
-    `part` is the candidate's, but for the CTAs an SM of its grids, where the form fits them. `coefficients` follow the
-    form's terms, in microseconds a unit. `max_error` and `rms_error` are relative, on the
-    fitted rows. The ranges are those of the fitted rows; outside them a prediction is an extrapolation. `floor_us` is
-    half the fastest fitted time: no prediction goes below it.
+    `part` is the candidate's, except for its CTAs an SM, if the form fits them. `coefficients` follow the form's terms,
+    in microseconds a unit. `max_error` and `rms_error` are relative, on the fitted rows. The ranges are those of the
+    fitted rows; outside them a prediction is an extrapolation. `floor_us` is half the fastest fitted time, and no
+    prediction goes below it.
     """
 
     part: Part
@@ -150,7 +151,7 @@ class Prediction:
 
 
 class _Sums:
-    """Candidates as sums of their parts' terms, `candidates` by their parts' keys."""
+    """Candidates as sums of their parts' terms. `candidates` lists each candidate's parts by key."""
 
     def __init__(
         self, candidates: Sequence[Sequence[str]], fits: Mapping[str, PartFit], terms: Sequence[str], num_sms: int
@@ -169,7 +170,7 @@ class _Sums:
         # Candidate c sums parts _flat[_starts[c] : _starts[c + 1]].
         self._flat = np.array([i for parts in self._parts_of for i in parts], np.intp)
         self._starts = np.cumsum([0, *(len(parts) for parts in self._parts_of[:-1])])
-        # The commonest case, one measured part a candidate, needs no summing in the hot path.
+        # One measured part a candidate is the commonest case. It needs no summing in the hot path.
         self._one_part_each = np.array_equal(self._flat, np.arange(len(candidates)))
         self._limits = [
             (int(launch), *f.ctas_range, *f.active_range)
@@ -177,7 +178,7 @@ class _Sums:
         ]
 
     def us(self, counts: FloatArray, ctas: FloatArray) -> FloatArray:
-        """Microseconds `[..., candidates]`."""
+        """Predict microseconds `[..., candidates]`."""
         us: FloatArray = self.grids.features(self._terms, counts, ctas).dot(self._matrix)
         us += self._constant
         np.maximum(us, self._floor, out=us)
@@ -186,14 +187,14 @@ class _Sums:
         return np.asarray(np.add.reduceat(us[..., self._flat], self._starts, axis=-1))
 
     def outside(self, counts: FloatArray, ctas: FloatArray) -> BoolArray:
-        """Which candidates have a part outside its fitted rows, `[..., candidates]`."""
+        """Mask `[..., candidates]` of those that have a part outside its fitted rows."""
         (ctas_low, ctas_high), (active_low, active_high) = self._ctas_range, self._active_range
         summed, active = self.grids.sum(ctas)[..., self.grids.launch_of], counts[..., -1:]
         outside = (summed < ctas_low) | (summed > ctas_high) | (active < active_low) | (active > active_high)
         return np.logical_or.reduceat(outside[..., self._flat], self._starts, axis=-1)
 
     def is_outside(self, candidate: int, counts: FloatArray, ctas: FloatArray) -> bool:
-        """The same of one candidate and one batch, faster."""
+        """Tell the same for one candidate and one batch, faster."""
         summed, active = self.grids.sum(ctas), counts[-1]
         for i in self._parts_of[candidate]:
             launch, low, high, fewest, most = self._limits[i]
@@ -205,7 +206,7 @@ class _Sums:
 class CostModel:
     """Fitted parts and the candidates that are sums of them.
 
-    Raises KernelError where a candidate needs a part that has no fit.
+    Raises KernelError if a candidate needs a part that has no fit.
     """
 
     def __init__(
@@ -220,10 +221,12 @@ class CostModel:
         histograms: IntArray | None = None,
         residuals: Sequence[Residual] = (),
     ) -> None:
-        """`stages` are the kinds of columns that the times are made of ("path" for whole paths); a candidate's other
-        stages are left out. `measured` says, a line each, where and when the times were recorded. `histograms` are
-        those of the batches that were fitted to, `[batches, num_experts]`, where they are at hand; `residuals` correct
-        the candidates that they know."""
+        """Combine fits into candidates.
+
+        stages: kinds of columns that the times are made of ("path" for whole paths). A candidate's other stages are
+        left out. measured: says, a line each, where and when the times were recorded. histograms: the batches that were
+        fitted to, `[batches, num_experts]`, if they are at hand. residuals: correct the candidates that they know.
+        """
         if not candidates:
             raise KernelError(f"no candidate to predict for {shape.label} on {hardware.name}")
         self.shape, self.hardware, self.form = shape, hardware, form
@@ -240,7 +243,8 @@ class CostModel:
         self.contenders = np.array(
             [i for i, c in enumerate(candidates) if c.name in known or c.kernel not in corrected], np.intp
         )
-        """Indices of the candidates that can be chosen: of a kernel with a residual, those that it corrects."""
+        """Indices of the candidates that can be chosen. If a kernel has a residual, only those that it corrects are
+        among them."""
         terms = get_form(form).terms
         self._sums = _Sums(keys, self.fits, terms, hardware.num_sms)
         self._contending = _Sums([keys[i] for i in self.contenders], self.fits, terms, hardware.num_sms)
@@ -255,18 +259,20 @@ class CostModel:
 
     @property
     def covered(self) -> tuple[str, ...]:
-        """Kinds of columns that the times are of."""
+        """Kinds of columns that the times contain."""
         return tuple(s for s in self.stages if s != IDS)
 
     def cost(self, histograms: IntArray) -> FloatArray:
-        """Microseconds `[..., candidates]` for checked histograms int64 `[..., num_experts]`."""
+        """Predict microseconds `[..., candidates]` for checked histograms int64 `[..., num_experts]`."""
         counts = self._sums.grids.count(histograms)
         return self._cost(histograms, self._sums.us(counts, self._sums.grids.ctas(counts)))
 
     def choose(self, histogram: IntArray) -> tuple[int, float, bool]:
-        """Index of the fastest candidate for one checked histogram (the first of equal ones), its predicted
-        microseconds, and whether that extrapolates: the hot path, which evaluates what `cost` does only as far as it
-        decides."""
+        """Choose the fastest candidate for one checked histogram int64 `[num_experts]`, the first of equal ones.
+
+        Returns its index, its predicted microseconds, and whether that extrapolates. This is the hot path: it evaluates
+        only what decides.
+        """
         contending = self._contending
         counts = contending.grids.count(histogram)
         ctas = contending.grids.ctas(counts)
@@ -277,17 +283,17 @@ class CostModel:
         return int(self.contenders[best]), float(us[best]), contending.is_outside(best, counts, ctas)
 
     def predict(self, histograms: IntArray) -> Prediction:
-        """As `cost`, and which predictions lie outside the rows that the fit saw."""
+        """Predict like `cost`, and mark the predictions that lie outside the rows that were fitted to."""
         counts = self._sums.grids.count(histograms)
         ctas = self._sums.grids.ctas(counts)
         return Prediction(self._cost(histograms, self._sums.us(counts, ctas)), self._sums.outside(counts, ctas))
 
     def restrict(self, kernels: Sequence[str]) -> CostModel:
-        """The same model with the candidates of these kernels only."""
+        """Keep the candidates of these kernels only."""
         return self._with([c for c in self.candidates if c.kernel in kernels])
 
     def without(self, names: Collection[str]) -> CostModel:
-        """The same model less the candidates of these names. Raises KernelError where none is left."""
+        """Drop the candidates of these names. Raises KernelError if none is left."""
         return self._with([c for c in self.candidates if c.name not in names])
 
     def _with(self, kept: Sequence[Candidate]) -> CostModel:
@@ -306,7 +312,8 @@ class CostModel:
         )
 
     def _cost(self, histograms: IntArray, us: FloatArray) -> FloatArray:
-        """`us` by the terms alone, corrected; who is no contender stays behind the fastest who is."""
+        """Correct `us`, the times by the terms alone. A candidate that is no contender stays behind the fastest
+        contender."""
         if self._correction is None:
             return us
         counts = self._contending.grids.count(histograms)
@@ -320,10 +327,10 @@ class CostModel:
 def candidates_of(
     sweep: Sweep, configs: Sequence[KernelConfig], notes: list[str] | None = None
 ) -> tuple[Candidate, ...]:
-    """The configurations of the sweep's kernel that have a column for each of their parts. `notes` gains a line where
-    some have not that the sweep does not say to have been left out.
+    """List the configurations of the sweep's kernel that have a column for each of their parts.
 
-    Raises ProfileError where there is none: the plugin's configurations have changed since the sweep was taken.
+    `notes` gains a line if others lack a column, unless the sweep says why it left them out. Raises ProfileError if
+    none is left: the plugin's configurations have changed since the sweep was taken.
     """
     measured = sweep.column_of
     candidates = tuple(
@@ -347,7 +354,7 @@ def candidates_of(
 
 
 def provenance(sweep: Sweep) -> str:
-    """Which kernel a sweep measured, where and when, in one line."""
+    """Describe in one line which kernel a sweep measured, where and when."""
     record, runs = sweep.record, sweep.record.runs
     days = list(dict.fromkeys(run.measured[:10] for run in runs))
     where = " and ".join(dict.fromkeys(run.device_name for run in runs))
@@ -356,8 +363,10 @@ def provenance(sweep: Sweep) -> str:
 
 
 def path_times(sweep: Sweep, candidates: Sequence[Candidate], runs: bool = False) -> FloatArray:
-    """Measured microseconds `[rows, candidates]`: each candidate's columns summed, NaN where one is missing. With
-    `runs`, of each run by itself, `[runs, rows, candidates]`."""
+    """Measured microseconds `[rows, candidates]`: each candidate's columns summed, NaN if one is missing.
+
+    With `runs`, each run stands by itself, `[runs, rows, candidates]`.
+    """
     times = sweep.runs_us if runs else sweep.times_us
     column = sweep.column_of
     picked = [[column[p.key] for p in parts_of(c, sweep.stages)] for c in candidates]
@@ -365,16 +374,16 @@ def path_times(sweep: Sweep, candidates: Sequence[Candidate], runs: bool = False
 
 
 def path_bounds(sweep: Sweep, candidates: Sequence[Candidate]) -> BoolArray:
-    """Which of `path_times` are bounds, or contain one: `[rows, candidates]`."""
+    """Mask `[rows, candidates]` of the `path_times` that are bounds, or contain one."""
     column, bounded = sweep.column_of, sweep.only_bounded
     return np.stack([bounded[:, [column[p.key] for p in parts_of(c, sweep.stages)]].any(1) for c in candidates], 1)
 
 
 def join(models: Sequence[CostModel]) -> CostModel:
-    """One model over the candidates of several kernels for one shape and device.
+    """Join the candidates of several kernels, for one shape and device, in one model.
 
-    A part that two of them share is taken from the first, the histograms from the first that has some. Raises
-    ProfileError where their times cannot be compared.
+    A part that two models share is taken from the first, and the histograms from the first that has some. Raises
+    ProfileError if their times cannot be compared.
     """
     first = models[0]
     fits: dict[str, PartFit] = {}
@@ -404,15 +413,15 @@ class Timed(Protocol):
 
 
 def left_out(timed: Timed) -> list[str]:
-    """Kinds of stages that the candidates run and their times do not contain."""
+    """Kinds of stages that the candidates run, but their times do not contain."""
     run = {s.kind for c in timed.candidates for s in c.config.stages}
     return [] if PATH in timed.stages else [k for k in STAGE_KINDS if k in run and k not in timed.stages]
 
 
 def incomparable(a: Timed, b: Timed) -> str | None:
-    """Why two kernels' times must not be compared; None where they may be.
+    """Explain why two kernels' times must not be compared; None if they may be.
 
-    Both may leave out preparation (see PREPARATION), nothing else, and neither may contain what the other leaves out.
+    Both may leave out preparation (see PREPARATION) and nothing else. Neither may contain what the other leaves out.
     """
     for one, other in ((a, b), (b, a)):
         name = one.candidates[0].kernel

@@ -33,27 +33,27 @@ from ..spec.shapes import DTYPE_BYTES, MoEShape
 MIB = 1024**2
 
 L2_SHARE_FOR_WEIGHTS = 0.9
-"""Of L2, the part that weights can keep beside activations and outputs. With it, 50 MiB and 32 KiB tiles give 1440,
-RaMP's threshold of lambda * kappa on Hopper. It tells apart why a swizzle pays, not whether."""
+"""Share of L2 that weights can keep beside activations and outputs. With it, 50 MiB and 32 KiB tiles give 1440, RaMP's
+threshold of lambda * kappa on Hopper. It decides why a swizzle pays, not whether."""
 
 LOADED_LATENCY_S = 0.8e-6
-"""From a weight load's issue to its arrival when HBM is busy, order of magnitude on Hopper."""
+"""Seconds from a weight load's issue to its arrival while HBM is busy; order of magnitude on Hopper."""
 
 NOOP_LAUNCH_S = 2.0e-6
-"""A dependent kernel launch that does nothing, inside a CUDA graph, order of magnitude on Hopper."""
+"""Seconds of a dependent kernel launch that does nothing, inside a CUDA graph; order of magnitude on Hopper."""
 
 PIPELINE_STAGES = 3
-"""Buffers of a CTA's pipeline, as many as the Triton path has unless told otherwise: while it computes on one, loads
-are under way to the others."""
+"""Buffers of a CTA's pipeline, by default as many as in the Triton path. While it computes on one, loads are under way
+to the others."""
 
 TILE_ROWS, TILE_K_BYTES = 256, 128
-"""The tile against which the regions are stated: 256 weight rows (the widest tile of the Triton path in fp8; a narrow
-one has half), and a step along the reduction of one 128-byte swizzled row, which is 128 fp8 or 64 bf16 elements."""
+"""The tile for which the regions are stated. It has 256 weight rows, the widest tile of the Triton path in fp8; a
+narrow one has half. A step along the reduction is one 128-byte swizzled row: 128 fp8 or 64 bf16 elements."""
 
 L2_OVER_HBM = 1.3
-"""Bytes that L2 hands to the SMs, HBM's among them, while HBM delivers one. Of the rates from 1 to 3 that with which
-the blocks advised lose least on the shipped Alpha-MoE sweeps: 4.8% over the best block on average, up to 5.4% for
-rates to 1.6, and from 7% on outside."""
+"""Bytes that L2 hands to the SMs, HBM's among them, while HBM delivers one. Among the rates from 1 to 3, the blocks
+advised with this one lose least on the shipped Alpha-MoE sweeps: 4.8% over the best block on average. It is up to 5.4%
+for rates to 1.6, and from 7% on outside."""
 
 ACHIEVED_PEAK = 0.2
 """Share of peak arithmetic that block-scaled MoE tiles reach. Alpha-MoE's best reaches 0.22 on an H200 (olmoe-1b-7b,
@@ -61,13 +61,13 @@ ACHIEVED_PEAK = 0.2
 
 TOKEN_BLOCKS = np.arange(8, 129, 8)
 SMALL_BLOCK, LARGE_BLOCK = 16, 32
-"""A block is small up to the first, large from the second on."""
+"""Token blocks up to the first are small, and from the second on large."""
 
 
 @dataclass(frozen=True, slots=True)
 class Advice:
-    """Whether one optimisation should pay: the number looked at, the threshold from which on it does and where that
-    comes from, and why."""
+    """Advice on one optimisation: the number looked at, the threshold from which on it pays, the threshold's origin,
+    and why."""
 
     optimisation: str
     pays: bool
@@ -80,7 +80,7 @@ class Advice:
 
 @dataclass(frozen=True, slots=True)
 class Regions:
-    """Where a batch stands, and the advice that follows. `token_block` is the block advised."""
+    """Where a batch stands, and the advice that follows. `token_block` is the advised block."""
 
     metrics: Mapping[str, float]
     token_block: int
@@ -90,8 +90,8 @@ class Regions:
 def analyse(shape: MoEShape, hardware: Hardware, histogram: IntArray) -> Regions:
     """Place one batch (its checked expert histogram, int64 `[num_experts]`, at least one token) on `hardware`.
 
-    Stated for the up-projection, N = 2 x intermediate_size rows by K = hidden_size, the larger of the two GEMMs.
-    Raises RoutingError for a batch without tokens, or several batches.
+    The regions are stated for the up-projection, N = 2 x intermediate_size rows by K = hidden_size, the larger of the
+    two GEMMs. Raises RoutingError for a batch without tokens, or several batches.
     """
     if histogram.ndim != 1:
         raise RoutingError(f"regions are stated for one expert histogram, not a batch of shape {histogram.shape}")
@@ -129,18 +129,20 @@ def analyse(shape: MoEShape, hardware: Hardware, histogram: IntArray) -> Regions
 
 
 def _group_m(hardware: Hardware, m: Mapping[str, float], token_block: int) -> Advice:
-    """Walking several M-tiles side by side before the next weight rows, against one M-tile after the other.
+    """Compare walking several M-tiles side by side, before the next weight rows, with one M-tile after the other.
 
-    One after the other, CTAs that start together share activations and read different weights; those that share a
-    weight tile start lambda CTAs apart. An expert's first M-tile waits for HBM while L2 could hand out more, its second
-    reads L2 while HBM idles, or HBM again where the expert is larger than L2. Side by side, those that share a weight
-    tile start together: one load from HBM serves them all, their reads are close enough for Hopper to merge before L2
-    (the L2 request coalescer of Nsight Compute's documentation), and HBM and L2 work at the same time. The weight tile
-    is the operand to share, being the larger: 256 rows against at most 128 tokens.
+    One after the other, CTAs that start together share activations and read different weights. Those that share a
+    weight tile start lambda CTAs apart. An expert's first M-tile waits for HBM while L2 could hand out more. Its second
+    reads L2 while HBM idles, or HBM again if the expert is larger than L2.
 
-    The CTAs are the same in either order, so it costs nothing, and it pays as soon as any weight is read twice. How
-    much is another matter: most where an expert does not fit L2, little where so few CTAs lie between M-tiles (lambda
-    far below the number of SMs) that they run together in any order.
+    Side by side, those that share a weight tile start together: one load from HBM serves them all. Their reads are
+    close enough for Hopper to merge before L2 (the L2 request coalescer of Nsight Compute's documentation). HBM and L2
+    work at the same time. The weight tile is the operand to share, being the larger: 256 rows against at most 128
+    tokens.
+
+    The CTAs are the same in either order, so the swizzle costs nothing, and it pays as soon as any weight is read
+    twice. It gains most if an expert does not fit L2. It gains little if the few CTAs between M-tiles (lambda far below
+    the number of SMs) run together in any order.
     """
     tiles = -(-int(m["hottest_expert_tokens"]) // token_block)
     tile_bytes = TILE_ROWS * TILE_K_BYTES
@@ -169,8 +171,8 @@ def _group_m(hardware: Hardware, m: Mapping[str, float], token_block: int) -> Ad
 
 
 def _loads(hardware: Hardware) -> int:
-    """Steps that a CTA has under way while it computes on another one: the pipeline's other buffers, as far as shared
-    memory has room."""
+    """Steps that a CTA has under way while it computes on another one: the pipeline's other buffers, if shared memory
+    has room for them."""
     return max(1, min(PIPELINE_STAGES, hardware.smem_per_sm_bytes // (TILE_ROWS * TILE_K_BYTES)) - 1)
 
 
@@ -186,7 +188,7 @@ def _busy_derivation(hardware: Hardware) -> str:
 
 
 def _split_k(hardware: Hardware, m: Mapping[str, float]) -> Advice:
-    """Several CTAs for one output tile, each with a part of the reduction, against one.
+    """Compare several CTAs for one output tile, each with a part of the reduction, with a single CTA.
 
     A CTA that waits for latency, not for bandwidth, makes a step each latency / loads under way. Parts shorten that
     until memory is busy: of kappa steps a share omega / busy remains, however many parts. What is saved must exceed one
@@ -215,13 +217,14 @@ def _split_k(hardware: Hardware, m: Mapping[str, float]) -> Advice:
 
 
 def _wide_tile(hardware: Hardware, m: Mapping[str, float]) -> Advice:
-    """CTAs of 256 weight rows against twice as many of 128.
+    """Compare CTAs of 256 weight rows with twice as many of 128.
 
-    Each wide CTA has twice the bytes in flight, so that half as many keep memory as busy: SMs without a CTA are no loss
-    while it is busy. Then what counts is that activations are read, and tiles set up, half as often. With fewer CTAs a
-    step takes one latency and then what its SM needs to take the tile in and multiply: for half of each tile the idle
-    SMs would need half of that. Bytes in flight, and so the advice, are the same for 512 rows against 256, as far as
-    shared memory holds as many stages.
+    Each wide CTA has twice the bytes in flight, so that half as many keep memory as busy. SMs without a CTA are no loss
+    while memory is busy. Then the wide tile wins, since activations are read, and tiles set up, half as often.
+
+    With fewer CTAs a step takes one latency, and then what its SM needs to load the tile and multiply. For half of each
+    tile the idle SMs would need half of that. Bytes in flight, and so the advice, are the same for 512 rows against
+    256, if shared memory holds as many stages.
     """
     busy = _busy(hardware)
     pays = m["omega"] >= busy
@@ -249,12 +252,12 @@ def _balance(shape: MoEShape, hardware: Hardware) -> float:
 
 
 def _block_times(shape: MoEShape, hardware: Hardware, histogram: IntArray) -> FloatArray:
-    """The roofline of each of TOKEN_BLOCKS, in units of one expert's weights from HBM: whichever takes longest of every
-    active expert's weights once from HBM, all M-tiles' weights from L2, and the arithmetic of all M-tiles with their
-    padding.
+    """The roofline of each of TOKEN_BLOCKS, in units of one expert's weights from HBM.
 
-    HBM and L2 work at the same time: M-tiles of one expert run side by side, or beside other experts' that still wait
-    for HBM. So a few re-reads cost nothing. A tie goes to the smaller block (`argmin`), which pads less.
+    It is the longest of three times: every active expert's weights once from HBM, all M-tiles' weights from L2, and the
+    arithmetic of all M-tiles with their padding. HBM and L2 work at the same time: M-tiles of one expert run side by
+    side, or beside other experts' that still wait for HBM. So a few re-reads cost nothing. A tie goes to the smaller
+    block (`argmin`), which pads less.
     """
     tiles, active = m_tiles(histogram, TOKEN_BLOCKS), active_experts(histogram)
     arithmetic = tiles * TOKEN_BLOCKS / _balance(shape, hardware)
@@ -263,8 +266,10 @@ def _block_times(shape: MoEShape, hardware: Hardware, histogram: IntArray) -> Fl
 
 
 def _blocks(hardware: Hardware, shape: MoEShape, m: Mapping[str, float], times: FloatArray) -> tuple[Advice, Advice]:
-    """Small and large token blocks, one question: the best of either against the best of the other, whatever lies
-    between. A tie is the small one's, which pads less."""
+    """Advise small or large token blocks: the best of either against the best of the other, whatever lies between.
+
+    A tie goes to the small one, which pads less.
+    """
     mean = m["mean_tokens_per_active_expert"]
     small, large = float(times[TOKEN_BLOCKS <= SMALL_BLOCK].min()), float(times[TOKEN_BLOCKS >= LARGE_BLOCK].min())
     pays = large < small

@@ -1,19 +1,19 @@
-"""What the wave model leaves over, as a smooth function of the batch.
+"""The residual of the wave model, as a smooth function of the batch.
 
-The wave model's error is not noise: batches alike are wrong alike. So the logarithm of measured over predicted time is
-smoothed over three numbers of a batch, those that the wave model sees: routed ids, active experts, and M-tiles of the
-candidate's token block. They are points z by their logarithms, in units of their spread over the fitted batches, times
-SCALES. Through the fitted batches z_n goes the spline
+The wave model's error is not noise: similar batches have similar errors. So the logarithm of measured over predicted
+time is smoothed over three numbers of a batch, the ones that the wave model uses: routed ids, active experts, and
+M-tiles of the candidate's token block. A batch is a point z: the logarithms of the three, divided by their spread over
+the fitted batches, times SCALES. Through the fitted batches z_n goes the spline
 
-    log correction(z) = constant + sum_n weight_n |z - z_n|,    sum_n weight_n = 0,
+    log correction(z) = constant + sum_n weight_n |z - z_n|,    sum_n weight_n = 0.
 
-which minimises the bending, as a thin rod does in one dimension, plus the squared misses over `noise`; or, the same,
-the expectation of an intrinsic Gaussian process whose increments have variance 2 |z - z'| and whose measurements have
-variance `noise`. It has no length to choose, a cusp at each batch (as time has, where a wave fills), and levels off
-beyond them. A root a batch and token block is all that it costs to evaluate.
+It minimises the bending, as a thin rod does in one dimension, plus the squared misses over `noise`. Equivalently, it is
+the expectation of an intrinsic Gaussian process. The increments of that process have variance 2 |z - z'|, and its
+measurements have variance `noise`. The spline has no length to choose. It has a cusp at each batch, as time has when a
+wave fills, and levels off beyond the batches. Evaluating it costs one square root a batch and token block.
 
-All candidates of a kernel share the noise. It is chosen by leaving out each batch in turn, in closed form: by the mean
-square of the errors that decide, which are those of candidates near the batch's best, less what all have in common.
+All candidates of a kernel share the noise. It is chosen by leaving out each batch in turn, in closed form. What counts
+is the mean square of the errors that decide: those of candidates near the batch's best, less what all have in common.
 """
 
 from __future__ import annotations
@@ -27,19 +27,23 @@ from numpy.typing import NDArray
 from ..spec.routing import FloatArray, IntArray
 
 SCALES = (0.25, 0.5, 1.0)
-"""Of routed ids, active experts and M-tiles. Chosen by the error of leaving out each batch, over the batches to fit on
-of the profiles that ship: M-tiles say most of how a candidate differs from the others."""
+"""Scales of routed ids, active experts and M-tiles. They minimise the error of leaving out each batch, over the batches
+to fit on of the shipped profiles. M-tiles say most of how a candidate differs from the others."""
 NOISES = (0.01, 0.03, 0.1, 0.3)
-"""Tried: how far apart two batches are that differ as much as two measurements of one."""
+"""Candidate noise variances of the spline, of which cross-validation picks one. Each equals the distance
+between two batches that differ as much as two measurements of one."""
 NEAR_BEST = 0.15
-"""An error's weight falls by e for each so much that its candidate is behind the batch's best."""
+"""Share of the batch's best time that a candidate must be behind for its error's weight to fall by a factor of e."""
 FEWEST_ROWS = 8
 
 
 @dataclass(frozen=True)
 class Residual:
-    """The batches that were fitted to: routed `ids`, `active` experts and, by token block, M-tiles, each int `[rows]`;
-    and by candidate, its token block, the constant, and the weights float64 `[rows]` of the spline."""
+    """The fitted batches, and each candidate's spline over them.
+
+    The batches have routed `ids`, `active` experts and, by token block, M-tiles, each int `[rows]`. A candidate has its
+    token block, the spline's constant, and its weights float64 `[rows]`.
+    """
 
     ids: IntArray
     active: IntArray
@@ -56,8 +60,10 @@ def fit_residual(
     times_us: FloatArray,
     predicted_us: FloatArray,
 ) -> Residual | None:
-    """Fit to times `[rows, candidates]`, NaN where there is none, and what the wave model says of them. `tiles` has the
-    token block of every candidate. None where there are too few rows."""
+    """Fit the residual to measured times `[rows, candidates]`, NaN if there is none, and the wave model's predictions.
+
+    `tiles` has the token block of every candidate. None if there are too few rows.
+    """
     if len(ids) < FEWEST_ROWS:
         return None
     known = np.isfinite(times_us)
@@ -68,7 +74,7 @@ def fit_residual(
     apart = {b: _distances(ids, active, t) for b, t in tiles.items()}
     columns = {b: np.flatnonzero(np.asarray(blocks) == b) for b in tiles}
 
-    # Adding to all covariances changes no spline whose weights have no sum, and makes the matrix definite.
+    # Adding a constant to all covariances changes no spline whose weights sum to zero, and makes the matrix definite.
     rows, everywhere = len(ids), np.ones(len(ids))
     most = rows * max(float(d.max()) for d in apart.values())
 
@@ -89,31 +95,35 @@ def fit_residual(
 
 
 class Correction:
-    """Residuals of one kernel or several for candidates `names` of a cost model; a candidate that none knows stays as
-    it is. `blocks` are those of the model's counts, see `grids`."""
+    """Residuals of one kernel or several, for candidates `names` of a cost model.
+
+    A candidate that no residual knows is not corrected. `blocks` are the token blocks of the model's counts (see
+    `grids`).
+    """
 
     def __init__(self, residuals: Sequence[Residual], names: Sequence[str], blocks: Sequence[int]) -> None:
-        # Distances are those of a residual and a token block; `sharing` one are the candidates of these indices.
+        # Each residual and token block has distances of its own. `sharing` lists the indices of the candidates that use
+        # them.
         sharing: dict[tuple[int, int], list[int]] = {}
         for i, name in enumerate(names):
             for j, residual in enumerate(residuals):
                 if name in residual.weights:
                     sharing.setdefault((j, residual.weights[name][0]), []).append(i)
-        # A row of points for each residual's ids, for each one's active experts, then for the M-tiles of each distance.
+        # Rows of points: each residual's ids, then each one's active experts, then the M-tiles of each distance.
         rows = [(0, 0, r.ids) for r in residuals] + [(len(blocks) - 1, 1, r.active) for r in residuals]
         rows += [(blocks.index(b), 2, residuals[j].tiles[b]) for j, b in sharing]
         most, widest = max(len(r.ids) for r in residuals), max(map(len, sharing.values()))
         self._residuals = len(residuals)
         self._residual_of = np.array([j for j, _ in sharing])
-        # Single precision: an error of a millionth. Zeros where a residual has fewer batches than another, or a
-        # distance fewer candidates.
+        # Single precision causes an error of a millionth. Zeros pad a residual with fewer batches than another, and a
+        # distance with fewer candidates.
         self._units = np.zeros((len(blocks), len(rows)), np.float32)
         self._points = np.zeros((len(rows), most), np.float32)
         for i, (count, number, counts) in enumerate(rows):
             self._units[count, i], self._points[i, : len(counts)] = in_units(counts, SCALES[number])
         self._weights = np.zeros((len(sharing), most, widest + 1), np.float32)
         self._constant = np.zeros(len(names), np.float32)
-        # Where each candidate is among those of all distances; the last place of one is nobody's.
+        # Position of each candidate among those of all distances. The last place of one belongs to no candidate.
         self._place = np.full(len(names), widest)
         for row, ((j, _), members) in enumerate(sharing.items()):
             for column, i in enumerate(members):
@@ -122,7 +132,7 @@ class Correction:
                 self._place[i] = row * (widest + 1) + column
 
     def factors(self, counts: FloatArray) -> NDArray[np.float32]:
-        """What to multiply the wave model's times by, `[..., names]`, for `counts [..., blocks]`, none 0."""
+        """Compute the factors `[..., names]` of the wave model's times, for `counts [..., blocks]`, none of them 0."""
         z = np.log(counts.astype(np.float32)).dot(self._units)
         square = self._points - z[..., None]
         square *= square
@@ -137,7 +147,7 @@ class Correction:
 
 
 def in_units(counts: IntArray, scale: float) -> tuple[float, FloatArray]:
-    """The unit by which logarithms become a coordinate of points, and the points' coordinates."""
+    """The unit that turns logarithms into a coordinate of points, and the points' coordinates."""
     logs = np.log(counts)
     unit = scale / max(float(logs.std()), 1e-9)
     return unit, logs * unit

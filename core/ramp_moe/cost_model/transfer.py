@@ -35,19 +35,20 @@ TERMS = ("launch", "wave", "bytes of an expert", "expert", "hidden", "intermedia
 """In units of 1, millions of weights, megabytes, 1, thousands of elements, the same, and millions; the last three for
 each routed id."""
 PULL = 0.5
-"""Of the common coefficients on a configuration's own: as a share of its batches. From 0.3 to 1 all serve alike."""
+"""Weight of the common coefficients in a configuration's own, as a share of its batches. All values from 0.3 to 1 serve
+equally well."""
 NEAR = 2.0
-"""The common coefficients are fitted to times of at most so many times the batch's fastest."""
+"""The common coefficients are fitted to times of at most this factor of the batch's fastest."""
 FEWEST = 8
-"""Batches of a configuration; one with fewer counts as never timed."""
+"""Fewest batches of a configuration; one with fewer counts as never timed."""
 
 ConfigsOf = Callable[[MoEShape], Sequence[KernelConfig]]
 
 
 @dataclass(frozen=True)
 class _Seen:
-    """A sweep's batches to fit on: `terms [rows, candidates, TERMS]`, `times [rows, candidates]`, NaN where there is
-    none, and the candidates' names."""
+    """A sweep's batches to fit on: `terms [rows, candidates, TERMS]`, `times [rows, candidates]` in microseconds, NaN
+    if there is none, and the candidates' names."""
 
     terms: FloatArray
     times: FloatArray
@@ -55,7 +56,8 @@ class _Seen:
 
 
 class _Fit(NamedTuple):
-    """Coefficients `[TERMS]`, the relative errors that they leave, and on how many of the candidate's own batches."""
+    """Coefficients `[TERMS]`, the relative errors that they leave, and how many of the candidate's own batches they are
+    fitted to."""
 
     coefficients: FloatArray
     rms_error: float
@@ -64,11 +66,13 @@ class _Fit(NamedTuple):
 
 
 def transfer(sweeps: Sequence[Sweep], configs_of: ConfigsOf, shape: MoEShape, hardware: Hardware) -> CostModel:
-    """A model for `shape`, fitted to sweeps of other shapes: of the kernel's configurations there that one of them has
-    timed as a whole path, and of those that none of their shapes has, where the kernel's tiles follow the shape.
-    `configs_of` gives a shape's. What other shapes have, and did not time, was too slow for them.
+    """Make a model for `shape`, fitted to sweeps of other shapes.
 
-    Raises ProfileError where there is no configuration.
+    It has those of the kernel's configurations for `shape` that one of the sweeps has timed as a whole path. It also
+    has those that no other shape has, if the kernel's tiles follow the shape. What other shapes have, and did not time,
+    was too slow for them. `configs_of` lists a shape's configurations.
+
+    Raises ProfileError if there is no configuration.
     """
     known = [s.only([PATH]) for s in sweeps if PATH in s.stages and s.rows_of("tune")]
     candidates = [Candidate(sweeps[0].kernel, c) for c in configs_of(shape)] if known else []
@@ -91,7 +95,7 @@ def transfer(sweeps: Sequence[Sweep], configs_of: ConfigsOf, shape: MoEShape, ha
 
 
 def _seen(sweep: Sweep, configs: Sequence[KernelConfig], hardware: Hardware, resident: int) -> _Seen | None:
-    """None where the sweep has no time of a configuration that there still is."""
+    """Collect the sweep's batches. None if it has no time of a configuration that still exists."""
     tune = sweep.select(sweep.rows_of("tune"))
     try:
         there = candidates_of(tune, configs)
@@ -111,7 +115,7 @@ def _seen(sweep: Sweep, configs: Sequence[KernelConfig], hardware: Hardware, res
 
 
 def _fitted(seen: Sequence[_Seen], names: Sequence[str], new: Collection[str]) -> dict[str, _Fit]:
-    """Of the candidates that were timed, or are new, by name."""
+    """Fit the candidates that were timed, or are new, by name."""
     common = _common(seen)
     place = {name: i for i, name in enumerate(names)}
     terms = np.zeros((sum(len(s.times) for s in seen), len(names), len(TERMS)))
@@ -139,7 +143,7 @@ def _fitted(seen: Sequence[_Seen], names: Sequence[str], new: Collection[str]) -
 
 
 def _common(seen: Sequence[_Seen]) -> _Fit:
-    """Of all configurations together, every sweep of the same weight."""
+    """Fit the coefficients of all configurations together. Every sweep has the same weight."""
     rows, weights = [], []
     for s in seen:
         a, timed = _relative(s.terms, s.times)
@@ -154,20 +158,21 @@ def _common(seen: Sequence[_Seen]) -> _Fit:
 
 
 def _relative(terms: FloatArray, times: FloatArray) -> tuple[FloatArray, FloatArray]:
-    """`[candidates, rows, TERMS]` and `[candidates, rows]`: a time's error relative to it is a row's difference."""
+    """Scale to `[candidates, rows, TERMS]` and `[candidates, rows]`, so that a row's difference is the time's relative
+    error."""
     timed = np.isfinite(times)
     weight = np.where(timed, 1 / np.where(timed, times, 1.0), 0.0)
     return (terms * weight[..., None]).swapaxes(0, 1), timed.T.astype(np.float64)
 
 
 def _path(candidate: Candidate, resident: int) -> Part:
-    """Its path, with so many times the CTAs on an SM at a time."""
+    """The candidate's path, with `resident` times the CTAs on an SM."""
     part = parts_of(candidate, [PATH])[0]
     return part.with_residents([resident * g.ctas_per_sm for g in part.grids])
 
 
 def _units(part: Part, shape: MoEShape) -> list[float]:
-    """What the coefficients of TERMS go with."""
+    """The units of the coefficients of TERMS for this part and shape."""
     first = part.grids[0]
     weights = first.block_weights * first.reduction / first.split_k / 1e6
     hidden, inter = shape.hidden_size / 1e3, shape.intermediate_size / 1e3
@@ -175,7 +180,7 @@ def _units(part: Part, shape: MoEShape) -> list[float]:
 
 
 def _parts(candidate: Candidate, shape: MoEShape, fit: _Fit, resident: int) -> list[PartFit]:
-    """The path's part, and the one that goes with the routed ids: a part without a grid has one CTA an id."""
+    """The path's part, and the part that grows with the routed ids: a part without a grid has one CTA an id."""
     path, ids = _path(candidate, resident), parts_of(candidate, [PATH, IDS])[1]
     launch, wave, size, expert, *an_id = (fit.coefficients * _units(path, shape)).tolist()
     return [
@@ -185,7 +190,7 @@ def _parts(candidate: Candidate, shape: MoEShape, fit: _Fit, resident: int) -> l
             rows=fit.rows,
             rms_error=fit.rms_error,
             max_error=fit.max_error,
-            # No batch of this shape was fitted to: all are outside.
+            # No batch of this shape was fitted to, so all are outside.
             ctas_range=(np.inf, -np.inf),
             active_range=(1, 0),
             floor_us=floor,
