@@ -1,4 +1,4 @@
-"""The main job: the same batches with static dispatch, with retrofitted dispatch, and with the best in hindsight."""
+"""Comparing dispatch policies on the same batches: static, by histogram (retrofitted), and the best in hindsight."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ Mode = Literal["replay", "live", "predicted"]
 
 
 def percent(value: float | None) -> str:
-    """A fraction for a person to read; nothing where it was not measured."""
+    """Format a fraction for a person to read; empty if it was not measured."""
     return "" if value is None else f"{value:.1%}"
 
 
@@ -61,10 +61,10 @@ class Pick:
 
 @dataclass(frozen=True, slots=True)
 class Batch:
-    """One batch, or `steps` batches of one kind from a trace (times are then means, picks the commonest, and `tokens`
-    the most that one of them has).
+    """One batch, or `steps` batches of one kind from a trace.
 
-    `best` is None where nothing was measured.
+    For several steps, times are means, picks are the commonest, and `tokens` is the most that one of them has. `best`
+    is None if nothing was measured.
     """
 
     tokens: int
@@ -75,7 +75,7 @@ class Batch:
     best: Pick | None
     steps: int = 1
     changed: float = 0.0
-    """Share of the steps for which the retrofitted choice is not the static one."""
+    """Share of the steps whose retrofitted choice differs from the static one."""
 
     @property
     def speedup(self) -> float:
@@ -107,9 +107,10 @@ class Ratios:
 
 @dataclass(frozen=True, slots=True)
 class Noise:
-    """What repeated measurements say of the regrets: `selection` is the regret of choosing the best on one run and
-    judging it on another; `regret` each policy's mean regret against the best so chosen, which noise does not flatter.
-    `batches` were measured twice.
+    """What repeated measurements say of the regrets, on the `batches` that were measured twice.
+
+    `selection` is the regret of choosing the best on one run and judging it on another. `regret` is each policy's mean
+    regret against the best so chosen, which noise does not flatter.
     """
 
     batches: int
@@ -119,8 +120,10 @@ class Noise:
 
 @dataclass(frozen=True, slots=True)
 class Row:
-    """A comparison in one line: its kernels, how many batches all of them share, the speed-up over static dispatch of
-    the retrofitted one and of the best in hindsight, and the mean regrets."""
+    """A comparison in one line: its kernels, the number of batches that all of them share, speed-ups and mean regrets.
+
+    The speed-ups are over static dispatch: of the retrofitted one, and of the best in hindsight.
+    """
 
     kernels: tuple[str, ...]
     batches: int
@@ -131,7 +134,7 @@ class Row:
 
     @classmethod
     def of(cls, result: Comparison) -> Row:
-        """Of a comparison on measured times."""
+        """Make the row of a comparison on measured times."""
         assert result.best_over_static is not None
         means = (result.baselines[policy].mean for policy in ("retrofitted", "static"))
         ratios = result.speedup_over_static, result.best_over_static
@@ -140,7 +143,7 @@ class Row:
 
 @dataclass(frozen=True)
 class Comparison:
-    """What `ramp-moe compare` shows. Regrets are fractions, None where they were not measured."""
+    """What `ramp-moe compare` shows. Regrets are fractions, None if they were not measured."""
 
     mode: Mode
     device: str
@@ -151,25 +154,25 @@ class Comparison:
     sources: list[dict[str, Any]]
     stages: list[str]
     stages_left_out: Mapping[str, list[str]]
-    """By kernel, the kinds of stages that its times do not contain."""
+    """Kinds of stages that the times do not contain, by kernel."""
     batches: list[Batch]
     baselines: Mapping[str, Summary]
-    """Regret of each policy by name; empty where nothing was measured."""
+    """Regret of each policy by name; empty if nothing was measured."""
     speedup_over_static: Ratios
-    """Of the retrofitted dispatch."""
+    """Speed-ups of the retrofitted dispatch."""
     best_over_static: Ratios | None
-    """Of the best in hindsight: more than this no choice can gain. None where nothing was measured."""
+    """Speed-ups of the best in hindsight, which no choice can exceed. None if nothing was measured."""
     notes: list[str]
     noise: Noise | None = None
-    """None where batches were measured once only."""
+    """None if no batch was measured more than once."""
     static_table: Mapping[str, Any] | None = None
-    """A table of vLLM's format that was judged, too: its file, the kernel on whose times, and what each entry is
-    there."""
+    """A table of vLLM's format that was judged, too: its file, the kernel on whose times, and what each entry became
+    among the recorded candidates."""
     plugins: Sequence[Row] = ()
     """Plugins' kernels, which have no part in the figures above: each alone, and beside the library's own."""
 
     def provenance(self) -> str:
-        """Where the numbers come from, and what they cover, in two sentences."""
+        """Say in two sentences where the numbers come from, and what they cover."""
         what = "; ".join(s["summary"] for s in self.sources)
         origin = {
             "replay": f"Replay of recorded measurements, nothing was run on this machine: {what}.",
@@ -207,7 +210,7 @@ class Comparison:
 
 
 def sources_of(replay: Replay) -> list[dict[str, Any]]:
-    """Where the replay's sweeps are from, as `Comparison.sources` has it."""
+    """Describe where the replay's sweeps are from, as `Comparison.sources` has it."""
     return [
         {
             "summary": provenance(r.sweep),
@@ -222,15 +225,17 @@ def sources_of(replay: Replay) -> list[dict[str, Any]]:
 
 @dataclass(frozen=True, slots=True)
 class _Policies:
-    """Choices `[rows]` of each policy on the judged batches, one array for each way of dealing folds (one where the
-    batches are held out anyway), and what a reader must know of them."""
+    """Choices `[rows]` of each policy on the judged batches, and what a reader must know of them.
+
+    There is one array for each way of dealing folds, or a single one if the batches are held out anyway.
+    """
 
     choices: Mapping[str, list[IndexArray]]
     notes: list[str]
 
 
 def _held_out_policies(tune: Replay, test: Replay, form: str) -> _Policies:
-    """Everything is fitted and tuned on `tune`, and chooses for the batches of `test`."""
+    """Fit and tune every policy on `tune`, and let it choose for the batches of `test`."""
     table = static_table(tune.times_us, tune.labels)
     choices = {
         "retrofitted": tune.fit(form=form).cost(test.histograms).argmin(1),
@@ -270,9 +275,12 @@ def _cross_validated_policies(replay: Replay, form: str) -> _Policies:
 def compare_recorded(
     replay: Replay, form: str = DEFAULT_FORM, mode: Mode = "replay", table: VllmTable | None = None
 ) -> Comparison:
-    """Judge every policy on measured times: those of the replay's test batches, with everything fitted and tuned on the
-    others; or, where it has no test batches, of all of them, with the retrofitted choices cross-validated. mode "live"
-    says that the test batches were measured just now. `table` is one more policy, see `vllm_table.judge`."""
+    """Judge every policy on measured times.
+
+    The replay's test batches are judged, with everything fitted and tuned on the others. If it has no test batches, all
+    of them are judged, and the retrofitted choices are cross-validated. Mode "live" says that the test batches were
+    measured just now. `table` is one more policy (see `vllm_table.judge`).
+    """
     tune, test = replay.of("tune"), replay.of("test")
     if tune is None:
         raise ProfileError(f"{replay.shape.title} on {replay.hardware.name}: no batches to fit on; measure some first")
@@ -333,8 +341,10 @@ def compare_plugins(
     stages: Sequence[str] = (),
     form: str = DEFAULT_FORM,
 ) -> tuple[list[Row], list[str]]:
-    """For each plugin's kernel with a sweep: a row of its own, and one with all kernels of `beside`, on the batches
-    that they share. Notes say which rows there cannot be, and why."""
+    """Compare each plugin's kernel that has a sweep: a row of its own, and one with all kernels of `beside`.
+
+    Each row is over the batches that its kernels share. Notes say which rows are missing, and why.
+    """
     rows, notes = [], []
     for name in of_plugins(registry, store, shape, hardware):
         for kernels in ([name], [*beside, name]) if name not in beside else ():
@@ -347,7 +357,7 @@ def compare_plugins(
 
 
 def _bounds(judged: Replay, policies: _Policies) -> list[str]:
-    """A line where a policy is judged by times that are only bounds."""
+    """Write a line if a policy is judged by times that are only bounds."""
     rows = np.arange(len(judged.labels))
     count = {k: int(sum(judged.bounded[rows, c].sum() for c in deals)) for k, deals in policies.choices.items()}
     chosen = ", ".join(f"{n} of {name}" for name, n in count.items() if n)
@@ -355,7 +365,7 @@ def _bounds(judged: Replay, policies: _Policies) -> list[str]:
 
 
 def _noise(judged: Replay, policies: _Policies) -> Noise | None:
-    """None where no batch was measured twice."""
+    """Estimate the noise of the regrets. None if no batch was measured twice."""
     rows, runs = judged.repeated()
     if not len(rows):
         return None
@@ -370,14 +380,14 @@ def _noise(judged: Replay, policies: _Policies) -> Noise | None:
 DECODE_SIZES = (1, 4, 16, 64, 256)
 PREFILL_SIZES = (64, 256, 1024, 4096)
 STEPS = 1024
-"""Batches of one kind and size in a trace that are judged, at most."""
+"""Most batches of one kind and size in a trace that are judged."""
 
 
 def compare_trace(replay: Replay, trace: Trace, form: str = DEFAULT_FORM) -> Comparison:
-    """Predict what each policy would cost on a recorded trace: nothing here is measured on these batches.
+    """Predict what each policy would cost on a recorded trace. Nothing here is measured on these batches.
 
-    Static dispatch is the table tuned on the replay's measured uniform batches. Raises RoutingError where the trace is
-    of another shape.
+    Static dispatch is the table tuned on the replay's measured uniform batches. Raises RoutingError if the trace is of
+    another shape.
     """
     shape = replay.shape
     trace.require(shape)
@@ -423,8 +433,10 @@ def compare_trace(replay: Replay, trace: Trace, form: str = DEFAULT_FORM) -> Com
 
 
 def _trace_batches(trace: Trace, num_experts: int) -> Iterator[tuple[str, int, list[int], IntArray]]:
-    """(kind, how many there are, tokens of each that is judged, their histograms): recorded batches, or those of the
-    sizes that the trace is long enough for."""
+    """Yield (kind, number of batches, tokens of each judged one, their histograms).
+
+    They are the recorded batches, or those of the sizes that the trace is long enough for.
+    """
     for of_size in trace.recorded():
         batches = [of_size[i] for i in spread_out(len(of_size), STEPS)]
         yield "trace recorded", len(of_size), [b.tokens for b in batches], np.stack([b.histogram for b in batches])

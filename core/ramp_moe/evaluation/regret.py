@@ -1,9 +1,11 @@
 """How good a choice is, judged on measured times: regret against exhaustive search, and the policies to beat.
 
-Regret of choosing c for a batch is time(c) / time(fastest) - 1, a fraction. The retrofitted choice of a row never
-comes from a fit that saw the row: it is a test row, or rows are split into folds, and each fold is chosen for by a fit
-on the others. The fastest of many noisy cells flatters the hindsight that everything is compared with. Where batches
-were measured in several runs, `selection_noise` tells how much: it chooses on one run and judges on another.
+Regret of choosing c for a batch is time(c) / time(fastest) - 1, a fraction. The retrofitted choice of a row never comes
+from a fit that saw the row. Either it is a test row, or rows are split into folds, and a fit on the other folds chooses
+for each.
+
+The fastest of many noisy cells flatters the hindsight that everything is compared with. If batches were measured in
+several runs, `selection_noise` tells how much: it chooses on one run and judges on another.
 """
 
 from __future__ import annotations
@@ -21,10 +23,11 @@ from ..spec.routing import FloatArray, IntArray
 
 IndexArray = NDArray[np.intp]
 Labels = Sequence[tuple[int, str]]
-"""(tokens, routing label) of each row."""
+"""Pairs (tokens, routing label), one for each row."""
 
 DEALS = 5
-"""Ways of dealing rows into folds over which a cross-validated figure is pooled: one way alone moves it by a tenth."""
+"""Ways of dealing rows into folds over which a cross-validated figure is pooled. A single way would move it by a tenth.
+"""
 
 TABLE_SIZES = (1, 4, 16, 64, 256, 1024, 4096)
 """Batch sizes of the nearest-batch table: tuned at every fourth power of two, as shipped tables are at a few sizes."""
@@ -56,8 +59,10 @@ def regret(times_us: FloatArray, choices: IndexArray) -> FloatArray:
 
 
 def folds(rows: int, num_folds: int = 5, seed: int = 0) -> list[IndexArray]:
-    """Row indices dealt at random into `num_folds` parts (fewer where there are fewer rows). Raises ProfileError below
-    two rows."""
+    """Deal row indices at random into `num_folds` parts, fewer if there are fewer rows.
+
+    Raises ProfileError below two rows.
+    """
     if rows < 2:
         raise ProfileError(f"cross-validation needs at least two batches, there is {rows}; measure more routings")
     order = np.random.default_rng(seed).permutation(rows)
@@ -68,7 +73,7 @@ def folds(rows: int, num_folds: int = 5, seed: int = 0) -> list[IndexArray]:
 def cross_validated_choices(
     histograms: IntArray, fit: Callable[[IndexArray], CostModel], num_folds: int = 5, seed: int = 0
 ) -> IndexArray:
-    """For each row the candidate that a model fitted on the other folds predicts to be fastest.
+    """Choose for each row the candidate that a model fitted on the other folds predicts to be fastest.
 
     `fit(rows)` fits on those rows and must keep the order of candidates.
     """
@@ -80,12 +85,13 @@ def cross_validated_choices(
 
 
 def pooled_regret(times_us: FloatArray, deals: Sequence[IndexArray]) -> FloatArray:
-    """Regret of every row under every way of dealing the folds, `[deals * rows]`."""
+    """Regret `[deals * rows]` of every row under every way of dealing the folds."""
     return np.concatenate([regret(times_us, choices) for choices in deals])
 
 
 def static_table(times_us: FloatArray, labels: Labels) -> dict[int, int]:
-    """Fastest candidate by batch size on uniform routing: what a stack that sees the batch size alone would tune."""
+    """Tune a static table: the fastest candidate by batch size on uniform routing, for a stack that sees the batch size
+    alone."""
     uniform: dict[int, list[int]] = {}
     for i, (tokens, routing) in enumerate(labels):
         if routing == "uniform":
@@ -96,27 +102,27 @@ def static_table(times_us: FloatArray, labels: Labels) -> dict[int, int]:
 
 
 def table_choice(table: dict[int, int], tokens: int) -> int:
-    """The entry of the nearest batch size, the smaller one in a tie, as vLLM and Alpha-MoE look theirs up."""
+    """Look up the nearest batch size, the smaller one in a tie, as vLLM and Alpha-MoE do."""
     return table[min(sorted(table), key=lambda size: abs(size - tokens))]
 
 
 def sparse_table(table: dict[int, int]) -> dict[int, int]:
-    """The entries at TABLE_SIZES only (all where none was measured there)."""
+    """Keep the entries at TABLE_SIZES only, or all if none was measured there."""
     return {tokens: c for tokens, c in table.items() if tokens in TABLE_SIZES} or table
 
 
 def table_choices(table: dict[int, int], labels: Labels) -> IndexArray:
-    """Static dispatch: the table's choice for each row."""
+    """Choose for each row by the table: static dispatch."""
     return np.array([table_choice(table, tokens) for tokens, _ in labels], np.intp)
 
 
 def single_choice(times_us: FloatArray) -> int:
-    """One candidate for everything: the best on geometric mean."""
+    """Choose one candidate for everything: the best on geometric mean."""
     return int(np.log(times_us).mean(0).argmin())
 
 
 def single_choices(times_us: FloatArray, num_folds: int = 5, seed: int = 0) -> IndexArray:
-    """One candidate for everything, for each fold the best on the others."""
+    """Choose one candidate for each fold: the best on the other folds."""
     choices = np.empty(len(times_us), np.intp)
     for held_out in folds(len(times_us), num_folds, seed):
         choices[held_out] = single_choice(times_us[np.setdiff1d(np.arange(len(times_us)), held_out)])
@@ -124,14 +130,19 @@ def single_choices(times_us: FloatArray, num_folds: int = 5, seed: int = 0) -> I
 
 
 def selection_noise(runs_us: FloatArray) -> FloatArray:
-    """Regret, within one run, of what was fastest in another: `[ordered pairs of runs, rows]` of `[runs, rows,
-    candidates]`. It is what the noise of measuring alone costs; no pairs where there is one run."""
+    """Regret, within one run, of what was fastest in another: what the noise of measuring alone costs.
+
+    runs_us: `[runs, rows, candidates]`. Returns `[ordered pairs of runs, rows]`, without pairs if there is one run.
+    """
     return np.array([regret(runs_us[judge], runs_us[chosen_on].argmin(1)) for chosen_on, judge in _pairs(runs_us)])
 
 
 def split_half_regret(runs_us: FloatArray, choices: IndexArray) -> FloatArray:
-    """time(choice) / time(best) - 1 within one run, the best being that of another run: `[ordered pairs, rows]`. An
-    estimate of regret against a hindsight that noise does not flatter; single values can be negative."""
+    """Regret of choices within one run against the best of another run, `[ordered pairs, rows]`.
+
+    It estimates time(choice) / time(best) - 1 against a hindsight that noise does not flatter. Single values can be
+    negative.
+    """
     rows = np.arange(runs_us.shape[1])
     return np.array(
         [

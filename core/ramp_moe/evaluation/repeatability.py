@@ -16,15 +16,16 @@ from ..spec.kernel import KernelConfig
 from ..spec.routing import FloatArray
 
 RANGES_US = (30.0, 100.0, 300.0, 1000.0)
-"""Bounds of the ranges of latency by which the spread is told: a launch weighs on the first, clocks on the last."""
+"""Bounds of the ranges of latency for which the spread is told. Launches dominate the lowest range, clocks the highest.
+"""
 
 
 @dataclass(frozen=True, slots=True)
 class Spread:
     """Cells of one range of latency (microseconds, from `low` up to `high`), each measured in two runs.
 
-    median and p95 are of |b / a - 1|, b the later run; `offset` is the median of b / a - 1, which a faster or slower
-    chip shifts.
+    median and p95 are of |b / a - 1|, b being the later run. `offset` is the median of b / a - 1, which a faster or
+    slower chip shifts.
     """
 
     low: float
@@ -36,9 +37,11 @@ class Spread:
 
 
 def spread(sweep: Sweep, close: float = math.inf) -> list[Spread]:
-    """By range of latency, how far two runs of a sweep's whole paths (of its stages, where it has no paths) differ;
-    every pair of runs counts, on cells within `close` times their batch's best. The last entry is over all; empty where
-    cells were measured once."""
+    """Tell how far two runs of a sweep's whole paths differ, by range of latency. If it has no paths, its stages count.
+
+    Every pair of runs counts, on cells within `close` times their batch's best. The last entry is over all ranges. The
+    list is empty if cells were measured once.
+    """
     seen = view(sweep)
     near = seen.times_us <= close * np.nanmin(seen.times_us, axis=1, keepdims=True)
     times = np.where(seen.bounded | ~near, np.nan, seen.runs_us)
@@ -62,8 +65,10 @@ def _spread(low: float, high: float, cells: FloatArray) -> Spread:
 
 
 def stage_bias(sweep: Sweep, configs: Sequence[KernelConfig]) -> FloatArray:
-    """Sum of a path's stages, timed one by one, over the whole path, less 1: a value for each batch and configuration
-    that has both; empty where there are none."""
+    """Sum of a path's stages, timed one by one, over the whole path, less 1.
+
+    Returns a value for each batch and configuration that has both; empty if there are none.
+    """
     kinds = [k for k in sweep.stages if k != PATH]
     if PATH not in sweep.stages or not kinds:
         return np.empty(0)

@@ -1,5 +1,4 @@
-"""Recorded sweeps of one shape on one device, brought together so that several kernels can be judged on one set of
-batches, and the cost model fitted on them."""
+"""Recorded sweeps of one shape on one device, aligned so that several kernels are judged on one set of batches."""
 
 from __future__ import annotations
 
@@ -37,7 +36,7 @@ from .regret import IndexArray
 
 @dataclass(frozen=True)
 class Recording:
-    """One kernel's sweep, where it lies, and its candidates in the kernel's own order."""
+    """One kernel's sweep, its path, and its candidates in the kernel's own order."""
 
     path: Path
     sweep: Sweep
@@ -52,9 +51,9 @@ class Recording:
 class Replay:
     """Measured times of every candidate on the batches that all recordings share.
 
-    `times_us` is float64 `[batches, candidates]` without gaps; `bounded` marks those of them that are bounds; `runs_us`
-    `[runs, batches, candidates]` has them run by run, NaN where a batch has fewer runs. `notes` says what was left out
-    and why.
+    `times_us` is float64 `[batches, candidates]` without gaps. `bounded` marks those of them that are bounds. `runs_us
+    [runs, batches, candidates]` holds single runs, NaN if a batch has fewer runs. `notes` says what was left out and
+    why.
     """
 
     shape: MoEShape
@@ -82,11 +81,11 @@ class Replay:
 
     @property
     def stages_left_out(self) -> dict[str, list[str]]:
-        """By kernel, the kinds of stages that its paths run and its times do not contain."""
+        """Kinds of stages that a kernel's paths run and its times do not contain, by kernel."""
         return {r.sweep.kernel: left_out(r) for r in self.recordings}
 
     def of(self, split: Split) -> Replay | None:
-        """The batches to fit on ("tune") or those kept for judging ("test"); None where there is none."""
+        """Select the batches to fit on ("tune") or those kept for judging ("test"). None if there is none."""
         rows = self.recordings[0].sweep.rows_of(split)
         if not rows:
             return None
@@ -101,8 +100,11 @@ class Replay:
         )
 
     def repeated(self) -> tuple[IndexArray, FloatArray]:
-        """The batches that were measured twice, and their times in the first two runs, `[2, rows, candidates]`:
-        infinite for a candidate that either did not time, or that one of them spoilt (see `Sweep.times_us`)."""
+        """Select the batches that were measured twice, with their times in the first two runs, `[2, rows, candidates]`.
+
+        A time is infinite if either run did not measure the candidate, or if one of them spoilt it (see
+        `Sweep.times_us`).
+        """
         rows = np.flatnonzero(np.isfinite(self.runs_us[:2]).any(axis=2).sum(0) == 2)
         pair = self.runs_us[:2, rows]
         both = np.isfinite(pair).all(0) & (pair.max(0) <= SPOILT * pair.min(0))
@@ -110,7 +112,7 @@ class Replay:
         return rows[seen], np.where(both, pair, np.inf)[:, seen]
 
     def fit(self, rows: IndexArray | None = None, form: str = DEFAULT_FORM) -> CostModel:
-        """A cost model over all candidates, in their order, fitted on these rows (all where None)."""
+        """Fit a cost model over all candidates, in their order, on these rows (all if None)."""
         return join(
             [
                 fit_sweep(r.sweep if rows is None else r.sweep.select(rows.tolist()), r.candidates, self.hardware, form)
@@ -127,13 +129,14 @@ def load_replay(
     kernels: Sequence[str] = (),
     stages: Sequence[str] = (),
 ) -> Replay:
-    """Bring together the recorded sweeps of `kernels`, whole paths where they were measured, or the times of these
-    kinds of stages alone. Where no kernel is named: those of the library's own kernels that have one, so that no plugin
-    changes what they show, or else those of the plugins' kernels.
+    """Bring together the recorded sweeps of `kernels`.
 
-    Kernels that were asked for must have a sweep and share batches; of the others, those that cannot be compared with
-    the kernel of the most batches, or have no sweep, are left out with a note. Raises UnknownNameError, KernelError or
-    ProfileError.
+    Their whole paths count if they were measured, or the times of the kinds in `stages` alone. If no kernel is named,
+    the library's own kernels that have a sweep are taken, so that no plugin changes what they show. If they have none,
+    the plugins' kernels are taken.
+
+    Named kernels must have a sweep and share batches. Others are left out with a note if they have no sweep, or cannot
+    be compared with the kernel of the most batches. Raises UnknownNameError, KernelError or ProfileError.
     """
     notes: list[str] = []
     names = list(dict.fromkeys(kernels) or registry.kernels)
@@ -209,15 +212,17 @@ def _align(shape: MoEShape, hardware: Hardware, found: Sequence[Recording], stri
 
 
 def _measured_first(runs_us: FloatArray) -> FloatArray:
-    """`[runs, rows, candidates]` with each row's runs moved up, so that those that did not measure it come last:
-    kernels may have been profiled in different runs. Runs that are then empty are left out."""
+    """Move up the runs of each row in `[runs, rows, candidates]`, so that those that did not measure it come last.
+
+    Kernels may have been profiled in different runs. Runs that are then empty are left out.
+    """
     measured = np.isfinite(runs_us).any(axis=2)
     order = np.argsort(~measured, axis=0, kind="stable")
     return np.take_along_axis(runs_us, order[..., None], axis=0)[: measured.sum(0).max()]
 
 
 def _rows(sweep: Sweep) -> dict[tuple[int, bytes, int], int]:
-    """Row index by batch: its tokens, its histogram, and how often the two stood in the sweep before."""
+    """Index the rows by batch: its tokens, its histogram, and how often the two occurred in the sweep before."""
     seen: Counter[tuple[int, bytes]] = Counter()
     rows = {}
     for i, (row, histogram) in enumerate(zip(sweep.record.rows, sweep.histograms, strict=True)):

@@ -20,8 +20,8 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 SETTINGS = {"svg.fonttype": "none", "svg.hashsalt": "ramp-moe", "font.size": 10, "text.parse_math": False}
-"""Text stays text, so that the page can be searched, and no label is a formula; a fixed salt makes the same result give
-the same file."""
+"""Settings of the plots. Text stays text, so that the page can be searched, and no label is a formula. A fixed salt
+makes the same result give the same file."""
 
 STATIC, RETROFITTED, BEST = "#b3541e", "#1f6fb4", "#4d4d4d"
 
@@ -38,13 +38,13 @@ svg { max-width: 100%; height: auto }
 
 
 def check_report(path: Path) -> None:
-    """Raises what `write_report` would without matplotlib, or for a folder: it is known before minutes of measuring."""
+    """Raise what `write_report` would raise without matplotlib, or for a folder, before minutes of measuring."""
     _matplotlib()
     check_target(path)
 
 
 def write_report(result: Comparison, path: Path) -> None:
-    """Write the page, atomically. Raises RampMoEError without matplotlib, ProfileError where it cannot be written."""
+    """Write the page, atomically. Raises RampMoEError without matplotlib, ProfileError if it cannot be written."""
     check_report(path)
     matplotlib = _matplotlib()
     with matplotlib.rc_context():
@@ -56,7 +56,8 @@ def write_report(result: Comparison, path: Path) -> None:
 
 
 def _matplotlib() -> Any:
-    """The module. The backend that the environment asks for, a notebook's say, is for windows: none is opened here."""
+    """Import matplotlib, without the backend that the environment asks for (a notebook's, for one): no window is opened
+    here."""
     asked = os.environ.pop("MPLBACKEND", None)
     try:
         import matplotlib
@@ -103,7 +104,7 @@ Kernels: {html.escape(", ".join(result.kernels))}.</p>
 
 
 def _table(head: Sequence[str], rows: Sequence[Sequence[str]], left: Sequence[int]) -> str:
-    """Cells are HTML already; columns in `left` are text."""
+    """Make a table of cells that are HTML already. Columns in `left` are text."""
 
     def cells(tag: str, values: Sequence[str]) -> str:
         return "".join(f'<{tag} class="{"l" if i in left else ""}">{v}</{tag}>' for i, v in enumerate(values))
@@ -178,7 +179,7 @@ def _token_axis(axes: Any, sizes: Sequence[int]) -> None:
 
 
 def _by_size(batches: Sequence[Batch], kinds: Sequence[str]) -> dict[str, dict[int, list[float]]]:
-    """us by dispatch and batch size; every routing of a size counts once."""
+    """Microseconds by dispatch and batch size. Every routing of a size counts once."""
     found: dict[str, dict[int, list[float]]] = {kind: {} for kind in kinds}
     for b in batches:
         for kind, p in (("static", b.static), ("retrofitted", b.retrofitted), ("best in hindsight", b.best)):
@@ -233,8 +234,11 @@ def _regret(batches: Sequence[Batch]) -> Figure:
 
 
 def _winners(batches: Sequence[Batch]) -> Figure:
-    """Batch size by routing, coloured by the token block of the winner: the best in hindsight, or, where nothing was
-    measured, the retrofitted choice. A cross marks where the retrofitted choice is over 2% slower."""
+    """Plot batch size by routing, coloured by the token block of the winner.
+
+    The winner is the best in hindsight, or the retrofitted choice if nothing was measured. A cross marks a retrofitted
+    choice that is over 2% slower.
+    """
     from matplotlib.colors import LogNorm
     from matplotlib.figure import Figure
 
@@ -249,7 +253,7 @@ def _winners(batches: Sequence[Batch]) -> Figure:
         y, x = routings.index(b.routing), sizes.index(b.tokens)
         blocks[y, x] = winner.token_block
         missed = (b.regret_of(b.retrofitted) or 0.0) > 0.02
-        # Letters tell kernels apart where several compete.
+        # Letters tell kernels apart if several compete.
         letter = f"{chr(ord('A') + kernels.index(winner.kernel))} " if len(kernels) > 1 else ""
         text = f"{letter}{winner.token_block}{' ×' if missed else ''}"
         axes.text(

@@ -17,15 +17,15 @@ from ..spec.hardware import Hardware
 from ..spec.shapes import SCALE_BLOCK, MoEShape
 
 SIXTEEN_BIT = {"bf16": "bf16", "bfloat16": "bf16", "fp16": "fp16", "float16": "fp16"}
-"""What tables call the 16-bit dtypes, if they name them at all."""
+"""Names that tables have for the 16-bit dtypes, if they name them at all."""
 FP8 = ("fp8_w8a8", "float8")
 FIELDS = ("E", "N", "device_name", "dtype", "block_shape", "per_channel_quant")
 
 
 @dataclass(frozen=True, slots=True)
 class TableName:
-    """What the name of one table says. `device` is the driver's name of the GPU with underscores; `down` is set for
-    a table of the down projection alone."""
+    """The content of one table's name. `device` is the driver's name of the GPU with underscores; `down` is set for a
+    table of the down projection alone."""
 
     num_experts: int
     intermediate_size: int
@@ -37,7 +37,7 @@ class TableName:
 
     @classmethod
     def parse(cls, name: str) -> TableName:
-        """What a file of this name is for. Raises ProfileError for a name of another form, with the field at fault."""
+        """Parse a file's name. Raises ProfileError for a name of another form, with the field at fault."""
         stem = name.removesuffix(".json")
         down = stem.endswith("_down")
         fields: dict[str, str] = {}
@@ -64,7 +64,7 @@ class TableName:
         )
 
     def format(self, space: str = "") -> str:
-        """The file's name; `space` comes before a block shape's second number (vLLM has none, SGLang one)."""
+        """Compose the file's name. `space` precedes a block shape's second number: vLLM has none, SGLang has one."""
         dtype = "" if self.dtype is None else f",dtype={self.dtype}"
         block = "" if self.block_shape is None else f",block_shape=[{self.block_shape[0]},{space}{self.block_shape[1]}]"
         per_channel = ",per_channel_quant=True" if self.per_channel_quant else ""
@@ -73,7 +73,7 @@ class TableName:
         return f"{layer}{dtype}{block}{per_channel}{ending}.json"
 
     def dtypes(self) -> tuple[str, ...]:
-        """The weight dtypes of `MoEShape` that the table is for. Raises ProfileError for a format that is none."""
+        """Weight dtypes of `MoEShape` that the table is for. Raises ProfileError for a format that none of them has."""
         if foreign := self._foreign():
             raise ProfileError(
                 f"{foreign}, which is not a format of ramp-moe yet: those are bf16, fp16, and fp8 with "
@@ -84,7 +84,7 @@ class TableName:
         return ("fp8",) if self.dtype in FP8 else (SIXTEEN_BIT[self.dtype],)
 
     def _foreign(self) -> str | None:
-        """What of the weights' format ramp-moe has not; None if it has it."""
+        """The part of the weights' format that ramp-moe does not have; None if it has it all."""
         named = f"dtype={self.dtype}"
         if self.per_channel_quant:
             return "per_channel_quant=True, one scale for each output channel"
@@ -97,7 +97,7 @@ class TableName:
         return None if self.block_shape == (SCALE_BLOCK, SCALE_BLOCK) else f"block_shape={list(self.block_shape)}"
 
     def elsewhere(self, shape: MoEShape, hardware: Hardware) -> str | None:
-        """Why the table is for another layer or device, whatever the weights; None if it is not."""
+        """Explain why the table is for another layer or device, whatever the weights; None if it is not."""
         if self.num_experts != shape.num_experts:
             return f"it is for E={self.num_experts}"
         if self.intermediate_size != shape.intermediate_size:
@@ -107,7 +107,7 @@ class TableName:
         return None
 
     def mismatch(self, shape: MoEShape, hardware: Hardware) -> str | None:
-        """Why the table is not for this shape on this device; None if it is. `down` is no reason."""
+        """Explain why the table is not for this shape on this device; None if it is. `down` is no reason."""
         if reason := self.elsewhere(shape, hardware):
             return reason
         try:
@@ -144,13 +144,13 @@ def _reported(hardware: Hardware) -> list[str]:
 
 
 def device_names(hardware: Hardware) -> list[str]:
-    """The hardware's names as vLLM looks for them: every H200 goes by NVIDIA_H200 there."""
+    """The hardware's names as vLLM looks for them. Every H200 is NVIDIA_H200 there."""
     names = ("NVIDIA_H200" if "H200" in n.split("_") else n for n in _reported(hardware))
     return list(dict.fromkeys(names))
 
 
 def file_names(shape: MoEShape, hardware: Hardware) -> list[str]:
-    """The name of the file that vLLM looks for, one for each name that the device may go by."""
+    """The names of the files that vLLM looks for, one for each name that the device may have."""
     fp8 = shape.dtype == "fp8"
     weights = (FP8[0], (SCALE_BLOCK, SCALE_BLOCK)) if fp8 else (None, None)
     return [

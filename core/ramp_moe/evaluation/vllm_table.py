@@ -1,11 +1,11 @@
 """Static tables in vLLM's format: JSON files that name a configuration of its Triton fused MoE for some batch sizes.
 
 The format is that of `get_moe_configs` in vllm 0.33's `fused_moe.py` and in SGLang 0.5.23, and of the files which their
-tuning scripts write: `{"1": {"BLOCK_SIZE_M": 16, ...}, "64": {...}}`, with `triton_version` beside the batch sizes at
-most. `table_names` has the files' names. Neither need be installed to read one.
+tuning scripts write: `{"1": {"BLOCK_SIZE_M": 16, ...}, "64": {...}}`. Beside the batch sizes there may be
+`triton_version` and nothing else. `table_names` has the files' names. Neither engine must be installed to read one.
 
-SGLang keeps a folder for each version of Triton, and tunes the down projection apart in some: such a table is two
-files, of which the second's name ends in `_down`.
+SGLang keeps a folder for each version of Triton. Some of its tables tune the down projection apart: such a table is two
+files, and the second's name ends in `_down`.
 """
 
 from __future__ import annotations
@@ -33,30 +33,30 @@ from .regret import IndexArray, Labels
 from .table_names import TableName, file_names
 
 POLICY = "vllm-static"
-"""The name of dispatch by such a table among the baselines."""
+"""Name of this policy among the baselines."""
 
 JUDGED_ON = ("vllm_triton", "triton")
-"""Kernels on whose recorded times a table can be judged, the first that was recorded: vLLM's own, or one with the same
-parameters."""
+"""Kernels on whose recorded times a table can be judged, of which the first that was recorded is used. They are vLLM's
+own, and one with the same parameters."""
 
 TUNED = ("BLOCK_SIZE_M", "BLOCK_SIZE_N", "BLOCK_SIZE_K", "GROUP_SIZE_M")
 TRITON_DEFAULTS = {"num_warps": 4, "num_stages": 3}
-"""What Triton takes where an entry leaves these out."""
+"""Triton's values for parameters that an entry leaves out."""
 IGNORED = {"SPLIT_K": None, "num_ctas": 1, "USE_TMA": False}
-"""Keys that say nothing: vLLM sets SPLIT_K to 1 whatever a file says, and the others are what Triton does anyway."""
+"""Keys without effect: vLLM sets SPLIT_K to 1 whatever a file says, and the others are what Triton does anyway."""
 
 POWERS_OF_TWO = ("BLOCK_SIZE_M", "BLOCK_SIZE_N", "BLOCK_SIZE_K", "num_warps")
-"""Triton compiles nothing else."""
+"""Parameters that must be powers of two: Triton compiles nothing else."""
 MAX_WARPS, MAX_ELEMENTS = 32, 2**20
-"""Of a CTA, and of a block of Triton's."""
+"""Most warps of a CTA, and most elements of a block of Triton's."""
 
 MOST_NAMED = 3
-"""Files that an error names as those that are there and not used."""
+"""Most unused files that an error names."""
 
 
 @dataclass(frozen=True, slots=True)
 class Launch:
-    """One entry: the parameters of both GEMM launches. `extra` are those of other compilers (AMD's waves_per_eu)."""
+    """One entry: the parameters of both GEMM launches. `extra` has those of other compilers (AMD's waves_per_eu)."""
 
     block_m: int
     block_n: int
@@ -75,14 +75,17 @@ class Launch:
 
     @property
     def params(self) -> tuple[tuple[str, ParamValue], ...]:
-        """As vLLM spells them."""
+        """The parameters with vLLM's names."""
         values = (self.block_m, self.block_n, self.block_k, self.group_m, self.warps, self.stages)
         return (*zip((*TUNED, *TRITON_DEFAULTS), values, strict=True), *self.extra)
 
     @classmethod
     def of(cls, entry: Mapping[str, ParamValue], shape: MoEShape) -> Launch:
-        """Under block scales a deeper step runs as one of the scale block, so the two are the same launch. Raises
-        KeyError for a key that is missing, ValueError for a value that cannot be."""
+        """Make a launch of an entry. Under block scales a step deeper than the scale block runs as one of the scale
+        block, so the two are the same launch.
+
+        Raises KeyError for a missing key, ValueError for an impossible value.
+        """
         values = TRITON_DEFAULTS | dict(entry)
         found = []
         for key in (*TUNED, *TRITON_DEFAULTS):
@@ -103,7 +106,7 @@ class Launch:
 
 
 Pair = tuple[Launch, Launch]
-"""What runs the up projection and the down projection."""
+"""Launches of the up projection and of the down projection."""
 
 
 @dataclass(frozen=True)
@@ -116,13 +119,18 @@ class VllmTable:
     down: VllmTable | None = None
 
     def lookup(self, tokens: int) -> Launch:
-        """The entry of the nearest batch size; of two equally near the one that stands first in the file (the smaller
-        in every file that is sorted), as `try_get_optimal_moe_config` in vLLM's `fused_moe.py` has it."""
+        """Look up the entry of the nearest batch size, as `try_get_optimal_moe_config` in vLLM's `fused_moe.py` does.
+
+        Of two equally near ones it takes the first in the file, which is the smaller one in every sorted file.
+        """
         return self.entries[min(self.entries, key=lambda size: abs(size - tokens))]
 
     def pair(self, tokens: int) -> Pair:
-        """The entries of both projections. They share one schedule, so the down projection's has the token block of the
-        up projection's, whatever its own, as in SGLang."""
+        """Look up the entries of both projections.
+
+        They share one schedule. So the down projection's entry gets the token block of the up projection's, whatever
+        its own, as in SGLang.
+        """
         up = self.lookup(tokens)
         return up, up if self.down is None else replace(self.down.lookup(tokens), block_m=up.block_m)
 
@@ -132,7 +140,7 @@ class VllmTable:
         return list(dict.fromkeys([*self.entries, *(self.down.entries if self.down else ())]))
 
     def pairs(self) -> list[Pair]:
-        """Every pair that some batch size has: they change halfway between two sizes of a file alone."""
+        """Every pair that some batch size has. Pairs change only halfway between two sizes of a file."""
         tokens = set(self.sizes)
         for table in (self, self.down):
             sizes = sorted(table.entries) if table else []
@@ -141,8 +149,11 @@ class VllmTable:
 
 
 def read_table(path: Path, shape: MoEShape) -> VllmTable:
-    """The file's entries, whatever it is called; read anew only where it has changed, since a static choice is made for
-    every batch. Raises ProfileError, in one line, for what vLLM could not use."""
+    """Read the file's entries, whatever its name. It is read anew only if it has changed, since every batch asks for a
+    static choice.
+
+    Raises ProfileError, in one line, for what vLLM could not use.
+    """
     try:
         return _read(path, path.stat().st_mtime_ns, shape)
     except OSError as e:
@@ -174,8 +185,10 @@ def _read(path: Path, changed: int, shape: MoEShape) -> VllmTable:
 
 
 def find_table(folders: Sequence[Path], shape: MoEShape, hardware: Hardware) -> VllmTable | None:
-    """The table that vLLM would take out of these folders, the first folder first; None if none has one. vLLM looks
-    for no down projection's."""
+    """Find the table that vLLM would take out of these folders, the first folder first; None if none has one.
+
+    vLLM looks for no table of the down projection.
+    """
     for folder in folders:
         for name in file_names(shape, hardware):
             if (folder / name).exists():
@@ -184,10 +197,10 @@ def find_table(folders: Sequence[Path], shape: MoEShape, hardware: Hardware) -> 
 
 
 def open_table(place: Path, shape: MoEShape, hardware: Hardware) -> VllmTable:
-    """The table for this shape and device: `place` itself, or the file of its name in the folder `place`, where vLLM or
-    SGLang would find it, with the down projection's beside it if there is one.
+    """Open the table for this shape and device: the file `place`, or the file of its name in the folder `place`.
 
-    Raises ProfileError if there is none, or the file is for another shape, device or format.
+    A folder is searched as vLLM or SGLang would. A table of the down projection beside the file belongs to it. Raises
+    ProfileError if there is none, or the file is for another shape, device or format.
     """
     wanted = " or ".join(file_names(shape, hardware))
     if place.is_dir():
@@ -208,7 +221,7 @@ def open_table(place: Path, shape: MoEShape, hardware: Hardware) -> VllmTable:
 
 
 def _other(name: str, shape: MoEShape, hardware: Hardware) -> str | None:
-    """Why a file of this name is not the table; None if it is."""
+    """Explain why a file of this name is not the table; None if it is."""
     try:
         parsed = TableName.parse(name)
     except ProfileError as e:
@@ -219,9 +232,11 @@ def _other(name: str, shape: MoEShape, hardware: Hardware) -> str | None:
 
 
 def _search(place: Path, shape: MoEShape, hardware: Hardware) -> tuple[list[Path], list[Path], list[str]]:
-    """The tables for the shape and device in a folder and in its folders by version of Triton, those of the up
-    projection and those of the down projection alone, the first that is taken first; and why others for this layer and
-    device are not used."""
+    """Search a folder, and its folders by version of Triton, for tables of the shape and device.
+
+    Returns those of the up projection, those of the down projection alone, in the order in which they are taken, and
+    why others for this layer and device are not used.
+    """
     vllms = file_names(shape, hardware)
     ups: list[Path] = []
     downs: list[Path] = []
@@ -243,7 +258,7 @@ def _search(place: Path, shape: MoEShape, hardware: Hardware) -> tuple[list[Path
 
 
 def _by_version(place: Path) -> list[Path]:
-    """SGLang's folders triton_X_Y_Z: first that of the installed Triton, then the newest, as SGLang has it."""
+    """SGLang's folders triton_X_Y_Z: first that of the installed Triton, then the newest, as SGLang orders them."""
     folders = (p for p in place.glob("triton_*") if re.fullmatch(r"triton(_[0-9]{1,9})+", p.name))
     found = [(tuple(map(int, p.name.split("_")[1:])), p) for p in folders]
     return [p for _, p in sorted(found, key=lambda f: (f[0] == _installed_triton(), f[0]), reverse=True)]
@@ -266,22 +281,22 @@ def _installed_triton() -> tuple[int, ...] | None:
 
 @dataclass(frozen=True)
 class Judged:
-    """A table's entries as recorded candidates: `picks` has the candidate's index by pair of entries."""
+    """A table's entries as recorded candidates. `picks` has the candidate's index by pair of entries."""
 
     table: VllmTable
     kernel: str
     picks: Mapping[Pair, int]
     recorded: frozenset[Pair]
-    """Those that were recorded as they are."""
+    """Pairs that were recorded exactly."""
     unjudged: tuple[str, ...]
-    """Parameters that the picked configurations do not have, such as USE_TMA."""
+    """Parameters that the picked configurations do not have, USE_TMA for one."""
 
     def choices(self, labels: Labels) -> IndexArray:
         return np.array([self.picks[self.table.pair(tokens)] for tokens, _ in labels], np.intp)
 
     @property
     def exact(self) -> int:
-        """How many entries were recorded as they are."""
+        """Number of entries that were recorded exactly."""
         return sum(self.table.pair(size) in self.recorded for size in self.table.sizes)
 
     def note(self) -> str:
@@ -310,12 +325,15 @@ class Judged:
 
 
 def judge(table: VllmTable, candidates: Sequence[Candidate]) -> Judged:
-    """Find each pair of entries among the recorded configurations of the first of JUDGED_ON that has some; of the last,
-    whose projections each have their own parameters, if the down projection has a table of its own.
+    """Find each pair of entries among the recorded configurations of the first of JUDGED_ON that has some.
 
-    The nearest has the token block nearest to the entry's; of those, the smallest sum of distances in the other
-    parameters over its GEMMs (weight rows and depth of a tile, GROUP_M, warps, stages; split-K, which vLLM has not),
-    all distances in log2; of those, the kernel's first. Raises ProfileError where no such kernel was recorded.
+    If the down projection has a table of its own, it is the last of JUDGED_ON, whose projections each have their own
+    parameters.
+
+    The nearest configuration has the token block nearest to the entry's. Among those it has the smallest sum of
+    distances in the other parameters over its GEMMs, and among those it is the kernel's first. The other parameters are
+    weight rows and depth of a tile, GROUP_M, warps, stages, and split-K, which vLLM does not have. All distances are in
+    log2. Raises ProfileError if no such kernel was recorded.
     """
     preferred = JUDGED_ON if table.down is None else JUDGED_ON[::-1]
     kernel = next((k for k in preferred if any(c.kernel == k for c in candidates)), None)
@@ -336,7 +354,7 @@ def judge(table: VllmTable, candidates: Sequence[Candidate]) -> Judged:
 
 
 def _distance(config: KernelConfig, pair: Pair) -> tuple[float, float]:
-    """(of the token blocks, of everything else), in log2 and summed over the GEMMs."""
+    """Distances (of the token blocks, of everything else), in log2 and summed over the GEMMs."""
     block = other = 0.0
     per_gemm = zip(
         *(_values(config, ends) for ends in (("group_m", "group_size_m"), ("warps",), ("stages",))), strict=True
@@ -354,6 +372,6 @@ def _log2(a: int, b: int) -> float:
 
 
 def _values(config: KernelConfig, ends: tuple[str, ...]) -> list[int]:
-    """A parameter's value for each GEMM, where both share one or each has its own."""
+    """A parameter's value for each GEMM, whether both share one or each has its own."""
     found = [int(v) for k, v in config.params if k.lower().endswith(ends)]
     return found * (len(config.gemms) // len(found))
