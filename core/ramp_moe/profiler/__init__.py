@@ -1,1 +1,1 @@
-"""Measuring kernels on the GPU at hand: what to measure, whether the GPU is fit for it, and the measurement."""
+"""Measuring kernels on this machine's GPU: what to measure, whether the GPU is fit for it, and the measurement."""

@@ -1,7 +1,8 @@
-"""One shape's random weights on this GPU, and configurations of kernels over them: run, checked, timed with a cold L2.
+"""The bench: one shape's random weights on this GPU, and configurations of kernels that are run on them, checked and
+timed with a cold L2.
 
-A time is taken inside a CUDA graph that is replayed for each launch: 256 MiB are zeroed, which flushes L2, then nodes
-that record events lie around the path, or around each of its stages. So the host's time is in no figure.
+Times are taken inside a CUDA graph that is replayed for each launch. The graph first zeroes 256 MiB, which flushes L2.
+Nodes that record events surround the path, or each of its stages. So no time contains the host's.
 """
 
 from __future__ import annotations
@@ -27,20 +28,21 @@ from ..spec.shapes import SCALE_BLOCK, MoEShape
 
 FLUSH_BYTES = 256 * 2**20
 LONG_US, LONG_LAUNCHES = 1000.0, 2
-"""A path that takes longer is launched so many times at most: the longest are most of what measuring takes."""
+"""A path that takes longer than LONG_US microseconds is launched at most LONG_LAUNCHES times. The longest paths take
+most of the time of measuring."""
 HOST_AHEAD = 2.0
-"""A launch from the host that took so many times as long as enqueueing it was not held up by the host."""
+"""A launch from the host was not held up by the host if it took this factor of the time of enqueueing it."""
 
 Spans = dict[str, tuple[torch.cuda.Event, torch.cuda.Event]]
-"""By step, the events before and after it."""
+"""The events before and after each step, by step."""
 Timed = tuple[str, str, bool]
-"""Kernel, configuration, whether stage by stage."""
+"""Kernel, configuration, and whether stages are timed one by one."""
 Launch = Callable[[Timed], dict[str, float]]
 """Microseconds of each step of one launch."""
 
 
 def random_weights(shape: MoEShape, device: torch.device | str, seed: int) -> MoEWeights:
-    """Normal weights of size columns**-0.5: bf16, fp16, or e4m3 with scales that differ from block to block."""
+    """Draw normal weights of size columns**-0.5: bf16, fp16, or e4m3 with scales that differ from block to block."""
     generator = torch.Generator(device).manual_seed(seed)
     experts, hidden, inter = shape.num_experts, shape.hidden_size, shape.intermediate_size
 
@@ -50,7 +52,7 @@ def random_weights(shape: MoEShape, device: torch.device | str, seed: int) -> Mo
         return w.normal_(0, columns**-0.5, generator=generator)
 
     def scaled(matrices: int, rows: int, columns: int) -> tuple[Tensor, Tensor]:
-        """So many `[rows, columns]` matrices of each expert, one above the other."""
+        """Draw `matrices` `[rows, columns]` matrices of each expert, one above the other."""
         w = torch.empty(experts, matrices * rows, columns, dtype=torch.float8_e4m3fn, device=device)
         for e in range(experts):  # float32 of one expert at a time
             one = torch.randn(matrices * rows, columns, dtype=torch.float32, device=device, generator=generator)
@@ -67,7 +69,7 @@ def random_weights(shape: MoEShape, device: torch.device | str, seed: int) -> Mo
 
 @dataclass
 class _Opened:
-    """A batch, where its output goes, and what was found out about it: the reference, the graphs by what they time."""
+    """The open batch, its output, and what is known of it: the reference, and the graphs by what they time."""
 
     batch: Batch
     out: Tensor
@@ -76,12 +78,14 @@ class _Opened:
 
 
 class Bench:
-    """One shape's random weights on this GPU, prepared for each kernel; runs, checks and times single configurations.
+    """One shape's random weights on this GPU, prepared for each kernel. It runs, checks and times single
+    configurations.
 
     Without a GPU everything but the times works on the CPU. All work is on one stream, since a workspace has its
-    buffers by stream, and each method returns when it is done. Raises KernelError for a kernel that cannot compute the
-    shape or cannot run here; the methods raise UnknownNameError for a kernel or a configuration that does not exist,
-    RoutingError where no batch is open, and whatever a kernel raises.
+    buffers by stream. Each method returns when its work is done.
+
+    Raises KernelError for a kernel that cannot compute the shape or cannot run here. The methods raise UnknownNameError
+    for a kernel or a configuration that does not exist, RoutingError if no batch is open, and whatever a kernel raises.
     """
 
     def __init__(self, shape: MoEShape, hardware: Hardware, kernels: Sequence[LaunchableKernel], seed: int = 0) -> None:
@@ -106,11 +110,15 @@ class Bench:
             }
 
     def open(self, topk_ids: IntArray) -> None:
-        """Work on this routing from now on: int64 `[T, k]`, ids out of range are skipped. Hidden states are normal,
-        bf16 (fp16 for a fp16 shape), routing weights a softmax; both are the same whenever T is."""
+        """Work on this routing from now on: int64 `[T, k]`, ids out of range are skipped.
+
+        Hidden states are normal, bf16 (fp16 for an fp16 shape), and routing weights a softmax. Both are the same for
+        every routing of T tokens.
+        """
         if topk_ids.ndim != 2 or topk_ids.shape[1] != self.shape.top_k or not len(topk_ids):
             raise RoutingError(f"topk_ids must be [T, {self.shape.top_k}] with T > 0, not {list(topk_ids.shape)}")
-        # Of the seed itself the weights are made: the first token would be the first expert's first row.
+        # The weights are drawn from the seed itself. With it, the first token would equal the first row of the first
+        # expert.
         generator = torch.Generator(self.device).manual_seed(self._seed + 1)
         dtype = torch.float16 if self.shape.dtype == "fp16" else torch.bfloat16
         with self._finished():
@@ -127,8 +135,11 @@ class Bench:
             self._run(kernel, config)
 
     def check(self, kernel: str, config: str) -> None:
-        """Run on the open batch. Raises KernelError where the output, one token's or one block's of columns, is further
-        from the float32 layer than LIMITS allow, or was not written."""
+        """Run on the open batch and compare with the float32 layer.
+
+        Raises KernelError if the output of one token, or of one block of columns, is further off than LIMITS allow, or
+        was not written.
+        """
         opened = self._batch()
         with self._finished():
             opened.out.fill_(float("nan"))
@@ -140,20 +151,20 @@ class Bench:
             raise KernelError(f"{kernel}/{config}: {wrong}")
 
     def time(self, kernel: str, config: str, launches: int, patience_us: float = math.inf) -> list[float]:
-        """Microseconds of each of `launches` launches of the whole path, or of LONG_LAUNCHES where it is long.
+        """Time `launches` launches of the whole path, in microseconds; LONG_LAUNCHES if it is long.
 
-        A path that takes longer than `patience_us`, once it is warm, is left at one figure, unless it was timed on the
-        open batch before. Raises HardwareError without a GPU.
+        A path that, once warm, takes longer than `patience_us` gets one figure only, unless it was timed on the open
+        batch before. Raises HardwareError without a GPU.
         """
         (times,) = self._times(kernel, config, False, launches, patience_us).values()
         return times
 
     def time_stages(self, kernel: str, config: str, launches: int) -> dict[str, list[float]]:
-        """Likewise by stage key, each stage alone: none overlaps the one before it. {} for a kernel without steps."""
+        """Time each stage alone, by stage key: none overlaps the one before it. {} for a kernel without steps."""
         return self._times(kernel, config, True, launches, math.inf)
 
     def healthy(self) -> bool:
-        """Whether the device still answers: after an illegal access it does not, until the process ends."""
+        """Tell whether the device still answers. After an illegal access it does not, until the process ends."""
         try:
             if self._stream is not None:
                 torch.cuda.synchronize()
@@ -163,7 +174,7 @@ class Bench:
 
     @contextmanager
     def _finished(self) -> Iterator[None]:
-        """Work on the bench's stream, which is waited for."""
+        """Do the work on the bench's stream, and wait for it."""
         with torch.cuda.stream(self._stream):
             yield
             if self._stream is not None:
@@ -183,7 +194,7 @@ class Bench:
         return launchable, prepared, configs[config]
 
     def _steps(self, kernel: str, config: str, staged: bool) -> Iterator[str]:
-        """Launch, stopping after each stage, or at the end only."""
+        """Launch, and stop after each stage, or at the end only."""
         launchable, prepared, described = self._find(kernel, config)
         given = described, prepared, self._batch().batch, self._batch().out, self._workspace
         if staged:
@@ -193,7 +204,7 @@ class Bench:
             yield "path"
 
     def _run(self, kernel: str, config: str, staged: bool = False) -> bool:
-        """Launch once. Whether there were steps to stop after."""
+        """Launch once. Returns whether there were steps to stop after."""
         return len(list(self._steps(kernel, config, staged))) > 0
 
     def _times(
@@ -211,7 +222,7 @@ class Bench:
             first, host_us = self._eager(timed)
             if not first:
                 return {}
-            # Unless the host held it up, which was busy, or had to allocate.
+            # The figure stands unless the host held the launch up: it was busy, or had to allocate.
             if sum(first.values()) > max(patience_us, HOST_AHEAD * host_us):
                 return _by_step([first])
             if not self._find(kernel, config)[0].graph_safe:
@@ -233,7 +244,7 @@ class Bench:
         return [first, *(launch(timed) for _ in range(count - 1))]
 
     def _eager(self, timed: Timed) -> tuple[dict[str, float], float]:
-        """Microseconds of each step of one launch from the host, and those that the host took for it."""
+        """Time each step of one launch from the host, in microseconds, and the host's own time for it."""
         began = time.perf_counter()
         spans = self._enqueue(*timed)
         host_us = (time.perf_counter() - began) * 1e6
@@ -251,7 +262,7 @@ class Bench:
         return {step: before.elapsed_time(after) * 1e3 for step, (before, after) in spans.items()}
 
     def _enqueue(self, kernel: str, config: str, staged: bool) -> Spans:
-        """A launch with the events around its steps, L2 flushed before it."""
+        """Enqueue a launch with the events around its steps, L2 flushed before it."""
         spans: Spans = {}
         self._flush.zero_()
         before = _mark()

@@ -1,8 +1,9 @@
-"""`ramp-moe check`: a few cells of the recorded profiles, measured again here, tell whether the profiles still hold.
+"""`ramp-moe check`: a few cells of the recorded profiles are measured again here, to tell whether the profiles still
+hold.
 
-Times may all change by one factor (another clock), which changes no choice. They may change by different factors
-(another driver, a kernel that was rebuilt), which does. How far a cell may be off without a cause, the profile's own
-runs say: the 95th percentile of their differences is the tolerance of every figure here.
+All times may change by one factor (another clock), which changes no choice. They may change by different factors
+(another driver, a rebuilt kernel), which does. The profile's own runs say how far a cell may be off without a cause:
+the 95th percentile of their differences is the tolerance of every figure here.
 """
 
 from __future__ import annotations
@@ -36,22 +37,24 @@ BATCHES = 6
 """Batches to measure again, evenly spread over the recorded ones by their fastest time."""
 
 CELLS = 3
-"""Configurations on each of them, at least, where there are so many: dispatch's choice and close rivals."""
+"""Fewest configurations on each batch, if it has enough: dispatch's choice and close rivals."""
 
 MAX_TOKENS = max(*TUNE_SIZES, *TEST_SIZES)
-"""Of a batch to measure again."""
+"""Most tokens of a batch to measure again."""
 
 UNREPEATED = 0.045
-"""Tolerance for a profile of one run, which cannot tell how well it repeats: the 95th percentile of the shipped H200
-profile that repeats least."""
+"""Tolerance for a profile of one run, which cannot tell how well it repeats. It is the 95th percentile of the shipped
+H200 profile that repeats least."""
 
 Verdict = Literal["holds", "shifted", "does not hold"]
 
 
 @dataclass(frozen=True, slots=True)
 class Cell:
-    """One configuration on one batch, in microseconds. `chosen`: dispatch would launch it. `measured_us` is None where
-    it `failed`, which then says how."""
+    """One configuration on one batch, in microseconds.
+
+    chosen: dispatch would launch it. measured_us: None if it failed; `failed` then says how.
+    """
 
     tokens: int
     routing: str
@@ -65,7 +68,7 @@ class Cell:
 
 @dataclass(frozen=True, slots=True)
 class Change:
-    """Something that has a part in the times, and is another here than in any run of the profile."""
+    """Something that influences the times, and differs here from every run of the profile."""
 
     what: str
     recorded: str
@@ -74,13 +77,15 @@ class Change:
 
 @dataclass(frozen=True, slots=True)
 class Drift:
-    """What `check_profiles` found; all figures but times and counts are fractions.
+    """What `check_profiles` found. All figures but times and counts are fractions.
 
-    verdict: "holds"; "shifted" where all times changed by one factor, so that the choices still hold; "does not hold"
-    for the `reasons`, with the commands that mend it as `remedy`. offset: median of measured / recorded - 1. spread:
-    mean of what is off besides. loss: mean of what dispatch's choices lose against their rivals here, less what they
-    lost when recorded. tolerance: what any of the three may be by the noise of measuring alone. still_best of
-    `batches`: where the fastest recorded cell is still the fastest.
+    verdict: "holds"; "shifted" if all times changed by one factor, so that the choices still hold; "does not hold" for
+    the `reasons`, with the commands that mend it as `remedy`.
+
+    offset: median of measured / recorded - 1. spread: mean deviation besides the offset. loss: mean of what dispatch's
+    choices lose against their rivals here, less what they lost when recorded. tolerance: how large any of the three may
+    be by the noise of measuring alone. still_best of `batches`: on how many the fastest recorded cell is still the
+    fastest.
     """
 
     model: str
@@ -115,11 +120,13 @@ def check_profiles(
     make_bench: MakeBench,
     progress: Progress,
 ) -> Drift:
-    """Measure about a dozen cells of these kernels' profiles again, as the profiles did, and compare. Takes seconds,
-    most of which start the process that measures (`make_bench` makes its bench there).
+    """Measure about a dozen cells of these kernels' profiles again, as the profiles did, and compare.
 
-    Raises ProfileError where a kernel has no profile of whole paths, none of its batches can be drawn again, or the GPU
-    cannot be measured on, and KernelError where every cell fails. Nothing is kept.
+    This takes seconds, most of which start the process that measures; `make_bench` makes its bench there. Nothing is
+    kept.
+
+    Raises ProfileError if a kernel has no profile of whole paths, none of its batches can be drawn again, or the GPU
+    cannot be measured on. Raises KernelError if every cell fails.
     """
     began = time.monotonic()
     recorded = load_replay(registry, store, shape, hardware, kernels)
@@ -148,7 +155,7 @@ def check_profiles(
 
 
 def _rows(recorded: Replay) -> dict[int, PlannedBatch]:
-    """The batches to measure again by their row, the shortest first."""
+    """Choose the batches to measure again, by row, the shortest first."""
     recording = recorded.recordings[0]
     rows = recording.sweep.record.rows
     by_time = np.argsort(recorded.times_us.min(1), kind="stable").tolist()
@@ -162,7 +169,7 @@ def _rows(recorded: Replay) -> dict[int, PlannedBatch]:
 
 
 def _choices(recorded: Replay, rows: list[int]) -> list[int]:
-    """What dispatch by the profile launches on these rows."""
+    """List what dispatch by the profile launches on these rows."""
     tune = recorded.of("tune")
     if tune is None:
         raise ProfileError(
@@ -173,7 +180,7 @@ def _choices(recorded: Replay, rows: list[int]) -> list[int]:
 
 
 def _columns(recorded: Replay, row: int, choice: int) -> list[int]:
-    """The candidates to measure on a row: the choice, the fastest of each kernel, then the next fastest."""
+    """Choose a row's candidates to measure: dispatch's choice, the fastest of each kernel, then the next fastest."""
     us = np.where(recorded.bounded[row], np.inf, recorded.times_us[row])
     order = [i for i in np.argsort(us, kind="stable").tolist() if math.isfinite(us[i])]
     fastest: dict[str, int] = {}
@@ -183,8 +190,10 @@ def _columns(recorded: Replay, row: int, choice: int) -> list[int]:
 
 
 def _measure(measurer: Measurer, candidates: Sequence[Candidate]) -> list[float | str]:
-    """By candidate, the median microseconds on the open batch, in the interleaved rounds of a profile's run, once all
-    are compiled; or why it failed."""
+    """Measure each candidate on the open batch: its median microseconds, or why it failed.
+
+    All are compiled first. Rounds are interleaved, as in a profile's run.
+    """
     times: dict[str, list[float]] = {c.name: [] for c in candidates}
     failed: dict[str, str] = {}
     for turn in range(1 + Settings.rounds):
@@ -263,8 +272,11 @@ def _judge(
 
 
 def _tolerance(repeats: Sequence[Spread], us: float) -> float:
-    """How far a cell that takes so long may be off: the 95th percentile of what two runs of its profile differ by, on
-    cells of that latency which, as the ones here, were near the best and so measured in every round."""
+    """The tolerance of a cell that takes `us` microseconds: the 95th percentile of what two runs of its profile differ
+    by.
+
+    It counts cells of that latency which were near the best, and so measured in every round, as the ones here.
+    """
     return next((s.p95 for s in repeats if s.low <= us < s.high), UNREPEATED)
 
 
@@ -285,8 +297,8 @@ def _changes(registry: Registry, recorded: Replay, environment: Environment) -> 
 
 
 def _remedy(registry: Registry, recorded: Replay) -> tuple[str, ...]:
-    """Commands that measure the profiles anew. A file that a run would extend, and so mix with what does not hold, is
-    first moved out of its way."""
+    """List commands that measure the profiles again. A file that a run would extend, and so mix with what does not
+    hold, is first moved out of its way."""
     shape = recorded.shape
     moves = []
     for recording in recorded.recordings:

@@ -1,6 +1,7 @@
-"""What the driver says of the GPU, read from nvidia-smi, and whether a profile fits into its memory.
+"""The driver's view of the GPU, read from nvidia-smi, and whether a profile fits into its memory.
 
-No torch here: the process that starts and watches the measurements must not have a CUDA context of its own.
+torch is not imported here: the process that starts and watches the measurements must not have a CUDA context of its
+own.
 """
 
 from __future__ import annotations
@@ -15,30 +16,34 @@ from ..spec.kernel import WeightLayout
 from ..spec.shapes import SCALE_BLOCK, MoEShape
 
 TIMEOUT_SECONDS = 30.0
-"""nvidia-smi answers in tens of milliseconds; without the persistence daemon it first starts the driver, in seconds."""
+"""Seconds until nvidia-smi counts as hung. It answers in tens of milliseconds. Without the persistence daemon it first
+starts the driver, in seconds."""
 
 BUSY_BYTES = 2**30
-"""Memory in use from which on somebody computes here. A desktop, or a context that nothing runs in (0.5 GiB on an
-H200), takes less; an idle server GPU reports none."""
+"""Memory in use from which on somebody computes here. A desktop, or a context in which nothing runs (0.5 GiB on an
+H200), takes less. An idle server GPU reports none."""
 
 BUSY_UTILISATION = 0.05
-"""Share of the last sampling period (1/6 to 1 s) in which kernels ran; a desktop's odd redraw stays below."""
+"""Share of the last sampling period (1/6 to 1 s) in which kernels ran. A desktop's odd redraw stays below."""
 
 L2_FLUSH_BYTES = 256 * 2**20
 """Several times the largest L2 cache, so that writing it leaves no weights there."""
 
 CONTEXT_BYTES = 3 * 2**29
-"""The CUDA context (0.5 GiB on an H200) and the code of several hundred compiled kernels."""
+"""Bytes of the CUDA context (0.5 GiB on an H200) and the code of several hundred compiled kernels."""
 
 WORKSPACE_GROWTH = 4
-"""device.Workspace gives buffers of a power of two bytes and keeps those that it outgrew: up to four times the need."""
+"""Factor by which a Workspace may exceed its need. Its buffers have a power of two bytes, and outgrown ones are kept."""
 
 
 @dataclass(frozen=True, slots=True)
 class GpuState:
-    """One GPU at one moment. `total_bytes` leaves out what the driver keeps for itself; `utilisation` is a fraction, 0
-    where the GPU does not count it; `processes` are (pid, bytes) of the other processes that compute there, as far as
-    the driver shows them (a container may hide them), with 0 bytes where it does not say."""
+    """One GPU at one moment.
+
+    `total_bytes` leaves out what the driver keeps for itself. `utilisation` is a fraction, 0 if the GPU does not count
+    it. `processes` are (pid, bytes) of the other processes that compute there, as far as the driver shows them: a
+    container may hide them. A process has 0 bytes if the driver does not say.
+    """
 
     name: str
     driver: str
@@ -53,7 +58,7 @@ class GpuState:
         return self.total_bytes - self.used_bytes
 
     def busy(self) -> str | None:
-        """What shows that somebody else uses the GPU, for a person to read; None where it is idle."""
+        """Describe to a person what shows that somebody else uses the GPU; None if it is idle."""
         signs = [f"process {pid}" + (f" with {_gib(b)} GiB" if b else "") for pid, b in self.processes]
         if self.used_bytes >= BUSY_BYTES:
             signs.append(f"{_gib(self.used_bytes)} GiB of memory in use")
@@ -76,9 +81,9 @@ def installed_gpus() -> list[tuple[str, str]]:
 
 
 def gpu_state(index: int = 0) -> GpuState:
-    """The state of CUDA device `index`, among those that CUDA_VISIBLE_DEVICES leaves.
+    """Read the state of CUDA device `index`, among those that CUDA_VISIBLE_DEVICES leaves.
 
-    Raises HardwareError where nvidia-smi is missing, fails, hangs or is not understood, or there is no such GPU.
+    Raises HardwareError if nvidia-smi is missing, fails, hangs or is not understood, or there is no such GPU.
     """
     gpus = _query("--query-gpu=uuid,driver_version,memory.used,memory.free,utilization.gpu,name", 6)
     row = gpus[_physical(index, [row[0] for row in gpus])]
@@ -97,7 +102,7 @@ def gpu_state(index: int = 0) -> GpuState:
 
 
 def _query(query: str, columns: int) -> list[list[str]]:
-    """The rows of one nvidia-smi query; its last column may contain commas."""
+    """Read the rows of one nvidia-smi query. Its last column may contain commas."""
     command = ["nvidia-smi", query, "--format=csv,noheader,nounits"]
     try:
         done = subprocess.run(command, capture_output=True, text=True, errors="replace", timeout=TIMEOUT_SECONDS)
@@ -121,17 +126,17 @@ def _query(query: str, columns: int) -> list[list[str]]:
 
 
 def _physical(index: int, uuids: list[str]) -> int:
-    """Which of the GPUs in nvidia-smi's order is CUDA device `index`.
+    """Index, in nvidia-smi's order, of the GPU that is CUDA device `index`.
 
-    As in CUDA, the first entry of CUDA_VISIBLE_DEVICES that names no GPU ends the list (-1 and an empty one, too).
+    As in CUDA, the first entry of CUDA_VISIBLE_DEVICES that names no GPU ends the list; -1 and an empty one do, too.
     """
     visible = list(range(len(uuids)))
     setting = os.environ.get("CUDA_VISIBLE_DEVICES")
     if setting is not None:
         visible = []
         for entry in (e.strip() for e in setting.split(",")):
-            # CUDA counts in nvidia-smi's order (the PCI bus's) with CUDA_DEVICE_ORDER=PCI_BUS_ID only. By default it
-            # puts the fastest first, which is the same order where all GPUs of the machine are of one model.
+            # CUDA counts in nvidia-smi's order (the PCI bus's) only with CUDA_DEVICE_ORDER=PCI_BUS_ID. By default it
+            # puts the fastest first. That is the same order if all GPUs of the machine are of one model.
             if entry.isdecimal():
                 found = [int(entry)] if int(entry) < len(uuids) else []
             else:  # a UUID may be cut short
@@ -146,20 +151,21 @@ def _physical(index: int, uuids: list[str]) -> int:
 
 
 def memory_needed(shape: MoEShape, layouts: Collection[WeightLayout], max_tokens: int) -> dict[str, int]:
-    """Bytes of GPU memory that profiling kernels with these weight layouts on up to `max_tokens` takes, by purpose.
+    """Bytes of GPU memory that profiling kernels with these weight layouts takes, by purpose, on up to `max_tokens`
+    tokens.
 
-    The weights as given are gate-first; each further layout is a copy. The workspace is an upper estimate.
+    The weights as given are gate-first, and each further layout is a copy. The workspace is an upper estimate.
     """
     hidden, inter = shape.hidden_size, shape.intermediate_size
     needed = {"weights": shape.num_experts * shape.expert_bytes}
     for layout in layouts:
         if layout.key != "gate-first":
             needed[f"weights as {layout.key}"] = layout.bytes
-    # A token: input and output in bf16; workspace for a float32 sum, and for fp8 values with their scales.
+    # A token has input and output in bf16, and workspace for a float32 sum and for fp8 values with their scales.
     batch = (2 + 2) * hidden
     token = 4 * hidden + hidden + 4 * hidden // SCALE_BLOCK
-    # A routed id: gate and up in float32 (split-K sums more of them, but of small batches only), their product in bf16
-    # and in fp8 with scales, the expert's output in bf16, and a gathered input in fp8.
+    # A routed id has gate and up in float32 (split-K sums more of them, but of small batches only), their product in
+    # bf16 and in fp8 with scales, the expert's output in bf16, and a gathered input in fp8.
     routed = 4 * 2 * inter + 2 * inter + inter + 4 * inter // SCALE_BLOCK + 2 * hidden + hidden
     workspace = WORKSPACE_GROWTH * (token + shape.top_k * routed)
     needed["batch and workspace"] = max_tokens * (batch + workspace)
@@ -169,7 +175,7 @@ def memory_needed(shape: MoEShape, layouts: Collection[WeightLayout], max_tokens
 
 
 def check_memory(shape: MoEShape, layouts: Collection[WeightLayout], max_tokens: int, state: GpuState) -> None:
-    """Raises HardwareError where what `memory_needed` lists does not fit into the GPU's free memory."""
+    """Raise HardwareError if what `memory_needed` lists does not fit into the GPU's free memory."""
     needed = memory_needed(shape, layouts, max_tokens)
     total = sum(needed.values())
     if total <= state.free_bytes:

@@ -1,7 +1,7 @@
-"""The journal of a profile that is being measured: what a killed run has measured so far, so that none of it is lost.
+"""The journal of a profile that is being measured. It keeps what a killed run has measured, so that none of it is lost.
 
-JSON lines: a `Header`, then one event a line, appended as it happens. It lies in the folder of profiles as
-DEVICE/SHAPE.journal, is locked while a run has it open, and is deleted when the profiles are written.
+It is JSON lines: a `Header`, then one event a line, appended as it happens. Its path is DEVICE/SHAPE.journal in the
+folder of profiles. It is locked while a run has it open, and deleted when the profiles are written.
 """
 
 from __future__ import annotations
@@ -29,11 +29,11 @@ from .plan import PlannedBatch
 FORMAT = "ramp-moe/journal"
 VERSION = 1
 SYNC_SECONDS = 1.0
-"""A power cut loses at most this much; a kill loses nothing that was appended."""
+"""A power cut loses at most this many seconds; a kill loses nothing that was appended."""
 
 
 class Stopped(ProfileError):
-    """A run that cannot go on: `what` happened, and the `remedy` where its journal is kept."""
+    """A run that cannot go on: `what` happened, and the `remedy`, which names the journal if there is one."""
 
     def __init__(self, what: str, remedy: str) -> None:
         super().__init__(f"{what}; {remedy}")
@@ -55,7 +55,8 @@ class BatchRecord(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
 
 class KernelRecord(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """`base` is the digest of the recorded sweep that the run extends, None where a new one begins."""
+    """A kernel's part of a header. `base` is the digest of the recorded sweep that the run extends, None if a new one
+    begins."""
 
     version: str
     candidates: list[str]
@@ -63,9 +64,9 @@ class KernelRecord(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
 
 class Header(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """All that must be equal for a run to go on with what an earlier one measured, and when the first one began.
+    """What must be equal for a run to go on with what an earlier one measured, and when the first one began.
 
-    `run` is what the sweeps will say of it; when it was measured may differ, and notes are events.
+    `run` is what the sweeps will say of it. The time at which it was measured may differ, and notes are events.
     """
 
     format: str
@@ -100,7 +101,8 @@ class Header(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
 
 class Event(msgspec.Struct, frozen=True, forbid_unknown_fields=True, tag_field="event", tag=str.lower):
-    """`spent` counts the seconds of all runs so far. A candidate is named KERNEL/CONFIG, a row by its batch's index."""
+    """Something that happened. `spent` counts the seconds of all runs so far. A candidate is named KERNEL/CONFIG, a row
+    by its batch's index."""
 
     spent: float
 
@@ -131,7 +133,7 @@ class Visit(Event, frozen=True):
 
 
 class Bounded(Event, frozen=True):
-    """The candidate is not worth timing on the row: it is too far behind."""
+    """The candidate is too far behind to be worth timing on the row."""
 
     row: int
     candidate: str
@@ -150,19 +152,19 @@ class Row(Event, frozen=True):
 
 
 class Noted(Event, frozen=True):
-    """What the profiles' notes will say."""
+    """A line for the profiles' notes."""
 
     text: str
 
 
 class Judged(Event, frozen=True):
-    """Pruning has taken place on so many tune batches; what was pruned stands before it."""
+    """Pruning has taken place on this number of tune batches; what was pruned stands before it."""
 
     batches: int
 
 
 class Complete(Event, frozen=True):
-    """All is measured; what remains is to write the profiles."""
+    """Everything is measured; what remains is to write the profiles."""
 
 
 AnyEvent = Passed | Dropped | Restored | Visit | Bounded | Stages | Row | Noted | Judged | Complete
@@ -170,21 +172,21 @@ AnyEvent = Passed | Dropped | Restored | Visit | Bounded | Stages | Row | Noted 
 
 @dataclass
 class Taken:
-    """What has been measured so far, as the events tell."""
+    """What has been measured so far, according to the events."""
 
     spent: float = 0.0
     passed: dict[str, set[str]] = field(default_factory=lambda: {"warm": set(), "check": set()})
     dropped: dict[str, Dropped] = field(default_factory=dict)
     visits: dict[int, dict[str, list[list[float]]]] = field(default_factory=dict)
-    """By row and candidate, the microseconds of each visit's launches."""
+    """Microseconds of each visit's launches, by row and candidate."""
     bounded: dict[int, set[str]] = field(default_factory=dict)
-    """By row, the candidates that are not timed there."""
+    """Candidates that are not timed on a row, by row."""
     stages: dict[int, dict[str, list[float]]] = field(default_factory=dict)
-    """By row and stage key, microseconds."""
+    """Microseconds, by row and stage key."""
     staged: dict[int, set[str]] = field(default_factory=dict)
-    """By row, the candidates whose stages were asked for."""
+    """Candidates whose stages were asked for, by row."""
     stageless: set[str] = field(default_factory=set)
-    """Kernels that do not tell their stages apart."""
+    """Kernels that do not time their stages one by one."""
     rows: set[int] = field(default_factory=set)
     notes: list[str] = field(default_factory=list)
     judged: int = 0
@@ -233,7 +235,7 @@ class Journal:
         return self
 
     def append(self, event: AnyEvent) -> None:
-        """Keep the event. Raises Stopped where it cannot be written; the journal is then as it was before."""
+        """Keep the event. Raises Stopped if it cannot be written; the journal is then as it was before."""
         self._write(msgspec.json.encode(event) + b"\n")
         self.taken.add(event)
 
@@ -254,12 +256,12 @@ class Journal:
             ) from None
 
     def _cut_back(self) -> None:
-        """Remove what a failed write left of its line; where even that fails, reading drops it."""
+        """Remove what a failed write left of its line. If even that fails, reading drops it."""
         with contextlib.suppress(OSError):
             os.ftruncate(self._descriptor, self._size)
 
     def delete(self) -> None:
-        """Remove the file: all that it held is written elsewhere."""
+        """Remove the file, once all that it held is written elsewhere."""
         self.path.unlink(missing_ok=True)
 
     def close(self) -> None:
@@ -270,16 +272,16 @@ class Journal:
 
 
 def journal_path(folder: Path, shape: MoEShape, hardware: Hardware) -> Path:
-    """One for all kernels, so that two runs never measure or write one profile at the same time."""
+    """Path of the journal: one for all kernels, so that two runs never measure or write one profile at once."""
     return folder / hardware.name / f"{shape.slug}.journal"
 
 
 def open_journal(path: Path, make_header: Callable[[Header | None], Header], note: Callable[[str], None]) -> Journal:
     """Open the journal at `path`, to go on with it or to begin one.
 
-    `make_header` says which header the run needs, given the one that is there or None to begin. A journal of another
-    header is moved aside, and `note` told. Raises ProfileError where another run has it open, where it is corrupt (with
-    file and line), or where it cannot be written.
+    `make_header` makes the header that the run needs, given the one that is there, or None to begin. A journal of
+    another header is moved aside, and `note` told. Raises ProfileError if another run has it open, if it is corrupt
+    (with file and line), or if it cannot be written.
     """
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -305,7 +307,7 @@ def open_journal(path: Path, make_header: Callable[[Header | None], Header], not
 
 
 def _locked(path: Path) -> int:
-    """The file, open and locked. Raises OSError, or ProfileError where another process has the lock."""
+    """Open and lock the file. Raises OSError, or ProfileError if another process has the lock."""
     while True:
         descriptor = os.open(path, os.O_RDWR | os.O_APPEND | os.O_CREAT | os.O_CLOEXEC, 0o644)
         try:
@@ -328,8 +330,11 @@ class _Peek(msgspec.Struct):
 
 
 def _read(path: Path) -> tuple[Header | None, list[bytes], int]:
-    """The header (None for an empty file or another version's), the lines of events, and the bytes that whole lines
-    take: what follows the last line end is of a write that a kill cut off."""
+    """Read the header (None for an empty file or another version's), the lines of events, and the bytes that whole
+    lines take.
+
+    What follows the last line end belongs to a write that a kill cut off.
+    """
     data = path.read_bytes()
     size = data.rfind(b"\n") + 1
     if not size:

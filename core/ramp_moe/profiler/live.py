@@ -26,16 +26,16 @@ from .session import profile
 from .settings import Environment, MakeBench, Progress, Result, Settings
 
 RUNS = 2
-"""The batches are measured so many times, so that the noise of measuring can be told from regret."""
+"""Number of times that the batches are measured, so that the noise of measuring can be told from regret."""
 
 FIRST_SEED = 1000
-"""Of the held-out batches: no profile draws from these seeds."""
+"""First seed of the held-out batches: no profile draws from these seeds."""
 
 STEPS = 3
 """Batches of each kind and size that a trace gives, evenly spread over it."""
 
 MAX_TOKENS = max(*TEST_SIZES, *DECODE_SIZES, *PREFILL_SIZES)
-"""Of the largest batch."""
+"""Tokens of the largest batch."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,8 +49,11 @@ class TraceBatch(PlannedBatch):
 
 
 def trace_batches(trace: Trace, shape: MoEShape) -> list[PlannedBatch]:
-    """STEPS batches of each kind and size that the trace is long enough for; or of each size that it recorded, up to
-    MAX_TOKENS. Raises RoutingError for a trace of another shape."""
+    """Cut STEPS batches of each kind and size that the trace is long enough for, or of each size that it recorded, up
+    to MAX_TOKENS.
+
+    Raises RoutingError for a trace of another shape.
+    """
     trace.require(shape)
     found: list[list[PlannedBatch]] = []
 
@@ -66,7 +69,7 @@ def trace_batches(trace: Trace, shape: MoEShape) -> list[PlannedBatch]:
 
 
 def _in_turns(lists: Sequence[Sequence[PlannedBatch]]) -> list[PlannedBatch]:
-    """The first of each list, then the second of each: if time is up early, all had their share."""
+    """Take the first of each list, then the second of each. If time is up early, all had their share."""
     return [batch for turn in itertools.zip_longest(*lists) for batch in turn if batch is not None]
 
 
@@ -84,11 +87,11 @@ def compare_live(
     trace: Trace | None = None,
     form: str = DEFAULT_FORM,
 ) -> Comparison:
-    """Measure the profiled candidates of these kernels on held-out batches, and on batches of the trace, and judge what
-    the profiles' cost model and static table choose for them. Each of the RUNS may take its part of `minutes`.
+    """Measure the profiled candidates of these kernels, and judge what the profiles' cost model and static table
+    choose.
 
-    Raises ProfileError where a kernel has no profile of whole paths, and whatever `profile` raises. Nothing that is
-    measured is kept.
+    The batches are held out, or cut from the trace. Each of the RUNS may take its part of `minutes`. Nothing that is
+    measured is kept. Raises ProfileError if a kernel has no profile of whole paths, and whatever `profile` raises.
     """
     recorded = load_replay(registry, store, shape, hardware, kernels)
     if recorded.stages != (PATH,):
@@ -98,7 +101,7 @@ def compare_live(
         )
     tuned = {r.sweep.kernel: _profiled(r.sweep) for r in recorded.recordings}
     seen = {(r.num_tokens, *r.histogram) for sweep in tuned.values() for r in sweep.record.rows}
-    # Few experts leave small batches little to differ in.
+    # With few experts, small batches can hardly differ.
     unseen = [b for b in held_out(shape, FIRST_SEED) if (b.num_tokens, *b.histogram(shape).tolist()) not in seen]
     batches = _in_turns([unseen, trace_batches(trace, shape) if trace else []])
     names = {k: [c.config.name for c in recorded.candidates if c.kernel == k] for k in recorded.kernels}
@@ -127,7 +130,7 @@ def compare_live(
 
 
 def _changed(registry: Registry, recorded: Replay) -> list[str]:
-    """A note on each kernel whose profile is of another version than what is measured now."""
+    """Note each kernel whose profile is of another version than what is measured now."""
     notes = []
     for recording in recorded.recordings:
         sweep = recording.sweep
@@ -138,7 +141,7 @@ def _changed(registry: Registry, recorded: Replay) -> list[str]:
 
 
 def _failed(result: Result, notes: list[str]) -> set[str]:
-    """Keys of the columns of what failed, which the notes gain."""
+    """Keys of the columns that failed; `notes` gains a line for each."""
     failed: set[str] = set()
     for of_kernel in result.profiles:
         for reason, configs in of_kernel.failed.items():
@@ -150,7 +153,7 @@ def _failed(result: Result, notes: list[str]) -> set[str]:
 
 
 def _profiled(sweep: Sweep) -> Sweep:
-    """What the profile knows, without the batches that it kept for judging."""
+    """Restrict a sweep to what the profile fits on, without the batches that it kept for judging."""
     tune = sweep.rows_of("tune")
     if not tune:
         raise ProfileError(f"the profile of {sweep.kernel} has no batches to fit on; run `ramp-moe profile` first")

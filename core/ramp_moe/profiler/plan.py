@@ -1,4 +1,5 @@
-"""Which batches a profile measures, and in which order, so that stopping anywhere leaves a good choice."""
+"""The plan of a profile: which batches are measured, and in which order, so that stopping anywhere leaves a good
+choice."""
 
 from __future__ import annotations
 
@@ -17,23 +18,26 @@ TUNE_SEEDS = (1, 2)
 
 TEST_SIZES = (1, 3, 12, 24, 48, 96, 192, 384, 768, 1536, 3072, 6144)
 TEST_KINDS = ("uniform", "dirichlet0.3", "distinct0.5", "zipf2.0")
-"""But for uniform, which every deployment meets, kinds that tuning never sees: the test is of new skews."""
+"""Kinds of test batches. Apart from uniform, which every deployment meets, tuning never sees them: the test is of new
+skews."""
 
 FIRST_TEST_SEED = 100
 """Each test size has a seed of its own, so that the sizes of dirichlet do not share one draw of probabilities."""
 
 REDRAWN_TOKENS = 1024
-"""Largest batch that is drawn on its own. Drawing larger ones is what planning costs, and there two draws of a kind lie
-within 0.03 of each other: tune kinds have one, and test sizes share a seed, so that one draw serves them."""
+"""Tokens of the largest batch that is drawn on its own. Drawing larger ones would take most of planning's time, and two
+draws of a kind lie within 0.03 of each other there. So tune kinds have one draw, and test sizes share a seed, so that
+one draw serves them."""
 
 MAX_TUNE = 90
-"""Every batch of the pool that is left out lies within 0.05 of a measured one, where each feature spans 1."""
+"""Most tune batches. Every batch of the pool that is left out lies within 0.05 of a measured one; each feature spans 1.
+"""
 
 START = 64
 """Tokens of the uniform batch that comes first: a usual decoding step, in the middle of the sizes."""
 
 HEAD_START = 6
-"""Tune batches before the first test batch: a fit from fewer is not worth testing."""
+"""Tune batches before the first test batch. A fit from fewer is not worth testing."""
 
 TUNE_PER_TEST = 2
 
@@ -43,8 +47,10 @@ FEATURE_BLOCKS = np.array([8, 16, 32, 64, 128])
 
 @dataclass(frozen=True, slots=True)
 class PlannedBatch:
-    """One batch to measure: `num_tokens` routed as `routing` (see routing.KINDS) by `seed`. Fits see "tune" batches
-    only; "test" batches tell how good they are."""
+    """One batch to measure: `num_tokens` routed as `routing` (see routing.KINDS) by `seed`.
+
+    Fits see "tune" batches only. "test" batches tell how good the fits are.
+    """
 
     num_tokens: int
     routing: str
@@ -64,9 +70,10 @@ Drawn = tuple[PlannedBatch, IntArray]
 
 
 def plan(shape: MoEShape) -> list[PlannedBatch]:
-    """The batches to measure, best first: at most MAX_TUNE of "tune" and all of "test", no two of them the same.
+    """Plan the batches to measure, best first: at most MAX_TUNE of "tune" and all of "test", no two of them the same.
 
-    It depends on the experts and top_k of the shape alone, so that kernels profiled on different days share batches.
+    The plan depends on the experts and top_k of the shape alone, so that kernels profiled on different days share
+    batches.
     """
     tune = _ordered(_distinct(_draw(_tune_pool(), shape)))[:MAX_TUNE]
     merged: list[PlannedBatch] = []
@@ -79,7 +86,8 @@ def plan(shape: MoEShape) -> list[PlannedBatch]:
 
 
 def held_out(shape: MoEShape, first_seed: int, known: Iterable[Drawn] = ()) -> list[PlannedBatch]:
-    """Test batches, none of them the same as one of `known`, shuffled: the first of them judge as all would."""
+    """Draw test batches, none of them the same as one of `known`. They are shuffled, so that the first ones judge like
+    all."""
     batches = [batch for batch, _ in _distinct(_draw(_test_pool(first_seed), shape), known)]
     return [batches[i] for i in np.random.default_rng(first_seed).permutation(len(batches))]
 
@@ -102,8 +110,9 @@ def _test_pool(first_seed: int) -> list[PlannedBatch]:
 
 
 def _draw(pool: Sequence[PlannedBatch], shape: MoEShape) -> list[Drawn]:
-    """Each batch with its histogram, as PlannedBatch.histogram gives it, but with one draw a kind and seed."""
-    # Token is drawn after token, so that the ids of a smaller batch are the first rows of the largest.
+    """Pair each batch with its histogram. It equals that of PlannedBatch.histogram, but each kind and seed is drawn
+    once."""
+    # Tokens are drawn one after the other, so that the ids of a smaller batch are the first rows of the largest.
     largest: dict[tuple[str, int], PlannedBatch] = {}
     for batch in sorted(pool, key=lambda b: b.num_tokens):
         largest[batch.routing, batch.seed] = batch
@@ -112,7 +121,7 @@ def _draw(pool: Sequence[PlannedBatch], shape: MoEShape) -> list[Drawn]:
 
 
 def _distinct(drawn: Iterable[Drawn], known: Iterable[Drawn] = ()) -> list[Drawn]:
-    """Those of `drawn` that equal none before them and none of `known`: few experts leave kinds little to differ in."""
+    """Keep those of `drawn` that equal none before them and none of `known`. Few experts leave kinds alike."""
     seen = {(batch.num_tokens, histogram.tobytes()) for batch, histogram in known}
     kept = []
     for batch, histogram in drawn:
@@ -124,9 +133,10 @@ def _distinct(drawn: Iterable[Drawn], known: Iterable[Drawn] = ()) -> list[Drawn
 
 
 def features(num_tokens: IntArray, histograms: IntArray) -> FloatArray:
-    """Batches as the cost model sees them, float64 `[batches, 8]`, each column scaled to [0, 1] over them.
+    """Features of batches as the cost model sees them, float64 `[batches, 8]`, each column scaled to [0, 1] over them.
 
-    Logarithms of the tokens, the active experts, the M-tiles of each of FEATURE_BLOCKS, the hottest expert's tokens.
+    They are logarithms of the tokens, the active experts, the M-tiles of each of FEATURE_BLOCKS, and the hottest
+    expert's tokens.
     """
     counts = (num_tokens, active_experts(histograms), m_tiles(histograms, FEATURE_BLOCKS), histograms.max(-1))
     columns = np.log2(np.column_stack(counts))
@@ -135,13 +145,13 @@ def features(num_tokens: IntArray, histograms: IntArray) -> FloatArray:
 
 
 def _ordered(drawn: Sequence[Drawn]) -> list[Drawn]:
-    """`drawn` in farthest-point order: next is always what lies farthest from the nearest batch before it.
+    """Order `drawn` by farthest points: next comes the batch farthest from the nearest batch before it.
 
-    One uniform batch of the first seed precedes every two others, farthest from the uniform batches before it: static
-    dispatch tables are tuned on them, so all sizes must come early.
+    One uniform batch of the first seed precedes every two others, farthest from the uniform batches before it. Static
+    dispatch tables are tuned on the uniform batches, so all sizes must come early.
     """
     f = features(np.array([batch.num_tokens for batch, _ in drawn]), np.array([histogram for _, histogram in drawn]))
-    # Rounded, so that the last bit of another machine's logarithms does not break a tie the other way.
+    # Distances are rounded, so that the last bit of another machine's logarithms does not break a tie the other way.
     distances = np.linalg.norm(f[:, None] - f, axis=-1).round(9)
 
     def take(among: list[int], before: list[int]) -> int:

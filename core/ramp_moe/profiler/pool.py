@@ -1,4 +1,4 @@
-"""Workers in use: one that measures and is replaced when it is lost, and several that compile at the same time."""
+"""Workers in use: one that measures and is replaced if it is lost, and several that compile at the same time."""
 
 from __future__ import annotations
 
@@ -14,11 +14,11 @@ from .journal import Stopped
 from .worker import BenchLike, Died, Failed, Worker
 
 MAX_LOST = 20
-"""Workers lost one after another: it is then not the configurations that are at fault."""
+"""Workers lost one after another from which on the configurations are not at fault."""
 
 
 def _start(make_bench: Callable[[], BenchLike], topk_ids: IntArray, timeout: float) -> Worker:
-    """A worker with a batch open. Raises Failed or Died."""
+    """Start a worker with a batch open. Raises Failed or Died."""
     worker = Worker(make_bench)
     try:
         worker.call("open", topk_ids, timeout=timeout)
@@ -33,7 +33,7 @@ def _lost(error: Failed | Died) -> bool:
 
 
 class Measurer:
-    """A worker with a batch open. One that is lost is replaced, and the batch opened there again."""
+    """A worker with a batch open. A lost worker is replaced, and the batch opened there again."""
 
     def __init__(self, make_bench: Callable[[], BenchLike], timeout: float) -> None:
         self._make_bench, self._timeout = make_bench, timeout
@@ -41,7 +41,7 @@ class Measurer:
         self._lost = 0
 
     def open(self, topk_ids: IntArray) -> None:
-        """Raises Stopped where no worker can be made that opens the batch within `timeout` seconds."""
+        """Open a batch. Raises Stopped if no worker can be made that opens it within `timeout` seconds."""
         self._topk_ids = topk_ids
         if self._worker is not None:
             try:
@@ -52,8 +52,8 @@ class Measurer:
         self._replace()
 
     def call(self, method: str, candidate: Candidate, *args: object, timeout: float) -> Any:
-        """What the bench answers. Raises Failed or Died, after which the next call may follow, or Stopped where
-        there is no going on."""
+        """Call a method of the bench. Raises Failed or Died, after which the next call may follow, or Stopped if the
+        run cannot go on."""
         assert self._worker is not None
         try:
             answer = self._worker.call(method, candidate.kernel, candidate.config.name, *args, timeout=timeout)
@@ -88,7 +88,7 @@ class Measurer:
 
 
 class Warmers:
-    """Several workers, each of which launches once whatever candidate is next on its batch, so that it is compiled."""
+    """Several workers that compile: each launches the next candidate once, on its batch."""
 
     def __init__(
         self,
@@ -107,10 +107,12 @@ class Warmers:
         self._error = ""
 
     def outcomes(self) -> Generator[tuple[Candidate, str | None]]:
-        """Each candidate as it is done, with the reason where it failed. Raises Stopped where no worker can be made.
-        Closed early, the workers end with the candidate that they are at."""
+        """Yield each candidate when it is done, with the reason if it failed. Raises Stopped if no worker can be made.
+
+        If the generator is closed early, the workers end with the candidate that they are at.
+        """
         for _ in range(self._count):
-            # A daemon: Ctrl-C must not wait for a compiler.
+            # The thread is a daemon: Ctrl-C must not wait for a compiler.
             threading.Thread(target=self._work, daemon=True).start()
         running = self._count
         try:
@@ -133,7 +135,7 @@ class Warmers:
         opened: IntArray | None = None
         try:
             while self._todo:
-                # Before a task is taken: what cannot be started must not cost a candidate.
+                # The worker starts before a task is taken: one that cannot be started must not cost a candidate.
                 worker = worker or _start(self._make_bench, self._todo[0][0], self._timeout)
                 try:
                     topk_ids, candidate = self._todo.popleft()

@@ -1,5 +1,6 @@
-"""Which candidates are worth measuring where, as far as the times so far tell. Kernels are not rivals: a layer may have
-but one of them."""
+"""Choosing which candidates are worth measuring on which batches, as far as the times so far tell.
+
+Kernels are not rivals: a layer may have but one of them."""
 
 from __future__ import annotations
 
@@ -14,9 +15,9 @@ from ..spec.routing import IntArray
 from .journal import Taken
 
 BEHIND, TOO_FAR = 2.0, 20.0
-"""A candidate is not timed on a batch where it is estimated to take TOO_FAR times as long as its kernel's best, and
-took BEHIND times as long on the batch that the estimate comes from: tiny tiles on thousands of tokens, which would
-otherwise be what most of the time goes into."""
+"""A candidate is not timed on a batch if it is estimated to take TOO_FAR times as long as its kernel's best there, and
+took BEHIND times as long on the batch that the estimate comes from. These are tiny tiles on thousands of tokens, which
+would otherwise take most of the time."""
 
 KEPT = 3
 """Candidates of each kernel, the nearest to the best, that are never pruned."""
@@ -24,8 +25,10 @@ KEPT = 3
 
 @dataclass(frozen=True, slots=True)
 class Estimate:
-    """Microseconds, if they grow as the CTAs do: too much where the weights bind, which few CTAs read once. Whether the
-    candidate was behind already."""
+    """An estimated time in microseconds, and whether the candidate was behind already.
+
+    It assumes that time grows as the CTAs do. That is too much if the weights bind, which few CTAs read once.
+    """
 
     us: float
     behind: bool
@@ -46,7 +49,7 @@ class Contest:
         return self._candidates[name].kernel
 
     def best(self, us: Mapping[str, float]) -> dict[str, float]:
-        """By kernel, the shortest of these times."""
+        """The shortest of these times, by kernel."""
         best: dict[str, float] = {}
         for name, t in us.items():
             kernel = self.kernel_of(name)
@@ -54,16 +57,19 @@ class Contest:
         return best
 
     def ratios(self, row: int, names: Collection[str], turns: int | None = None) -> dict[str, float]:
-        """By candidate, of these, that was visited on a row, its median time (of so many turns) over its kernel's
-        best."""
+        """Median time of each visited candidate on a row, over that of its kernel's best. `turns` limits the visits
+        that count."""
         visits = self._taken.visits.get(row, {})
         us = {n: float(np.median(np.concatenate(v[:turns]))) for n, v in visits.items() if n in names}
         best = self.best(us)
         return {n: t / best[self.kernel_of(n)] for n, t in us.items()}
 
     def estimates(self, row: int) -> dict[str, Estimate]:
-        """By candidate, what to expect of it on a row, from the batch with the most CTAs, but no more than here, on
-        which it was timed. Candidates that were never timed on so few CTAs have no estimate."""
+        """Estimate each candidate's time on a row, from the timed batch with the most CTAs that has no more than this
+        row.
+
+        A candidate that was never timed on a batch with few enough CTAs has no estimate.
+        """
         here = self._tiles_of(row)
         found: dict[str, tuple[int, Estimate]] = {}
         for other, visits in self._taken.visits.items():
@@ -80,16 +86,19 @@ class Contest:
         return {name: estimate for name, (_, estimate) in found.items()}
 
     def _tiles_of(self, row: int) -> dict[int, int]:
-        """M-tiles by token block: a candidate's CTAs are in proportion to them."""
+        """M-tiles by token block: a candidate's CTAs are proportional to them."""
         if row not in self._tiles:
             histogram = self._histogram_of(row)
             self._tiles[row] = {block: int(grid.m_tiles(histogram)) for block, grid in self._blocks.items()}
         return self._tiles[row]
 
     def losers(self, rows: Sequence[int], factor: float, most: int, spared: Iterable[str]) -> list[str]:
-        """Candidates that on none of these rows are among the `most` fastest of their kernel and within `factor` of its
-        best, in the candidates' order; KEPT of each kernel and those that are `spared` are none."""
-        # With those that were pruned before an interruption, so that the outcome is the same.
+        """List the candidates to prune, in the candidates' order.
+
+        On none of these rows they are among the `most` fastest of their kernel and within `factor` of its best. KEPT of
+        each kernel, and those that are `spared`, stay.
+        """
+        # Those that were pruned before an interruption count, too, so that the outcome is the same.
         dropped = self._taken.dropped
         names = [n for n in self._candidates if n not in dropped or dropped[n].pruned]
         nearest: dict[str, float] = {}
@@ -107,7 +116,7 @@ class Contest:
 
 
 def cover(wanted: Mapping[str, Collection[str]]) -> list[str]:
-    """Few names that have all keys between them: always the one next that has the most keys still missing."""
+    """Choose few names that have all keys between them: next is always the name with the most keys still missing."""
     missing = {key for keys in wanted.values() for key in keys}
     chosen = []
     while missing:

@@ -1,8 +1,8 @@
-"""One profiling run: what is compiled, checked, timed and dropped, in which order, and that nothing of it is lost.
+"""One profiling run: what is compiled, checked, timed and dropped, and in which order. Nothing of it is lost.
 
-Every result goes into the journal before the next measurement starts. The same call after an interruption, of whatever
-kind, goes on behind the journal's last line; the time spent before it counts. Orders are drawn from seeds, so that they
-are the same then.
+Every result goes into the journal before the next measurement starts. After any interruption, the same call goes on
+behind the journal's last line, and the time spent before it counts. Orders are drawn from seeds, so that they are the
+same then.
 """
 
 from __future__ import annotations
@@ -54,27 +54,28 @@ from .worker import Died, Failed
 from .writing import Place, all_batches, find_place, measured_configs, write_profile
 
 FIRST_ROWS = 8
-"""Tune batches before candidates are pruned; batches measured in any case. The plan spreads its first ones over what
+"""Tune batches before candidates are pruned. They are measured in any case. The plan spreads its first ones over what
 the cost model sees."""
 
 MORE_ROWS, CLOSER = 16, 1 / 3
-"""Tune batches after which they are pruned again, by this part of the margin."""
+"""Tune batches after which candidates are pruned again, by this part of the margin."""
 
 MOST, FEWER = 24, 8
-"""Candidates of a kernel that one batch can keep, the first and the second time: on few tokens nearly all of them may
-be within the margin, and any of those will do."""
+"""Most candidates of a kernel that one batch can keep, the first and the second time. On few tokens nearly all of them
+may be within the margin, and any of those will do."""
 
 STAGES_EVERY = 3
-"""Stages are timed on every test batch, and on one tune batch in so many: they cost as much as the paths, by which
-dispatch goes."""
+"""Stages are timed on every test batch, and on one of this number of tune batches. They cost as much as the paths, by
+which dispatch goes."""
 
 PATIENCE, MIN_PATIENCE_US = 3.0, 500.0
-"""A path that takes so many times as long as its kernel's best so far on a batch is timed once, unless that saves
-little."""
+"""A path that takes this factor of its kernel's best so far on a batch is timed only once, unless that saves little.
+"""
 
 MAX_STATIC_TOKENS = 8192
 CHECK_TOKENS, CHECK_ROUTING = 33, "balancedness0.5"
-"""A batch with a hot expert, experts without a token, an expert twice in a token, and no round number of tokens."""
+"""The batch for checks: a hot expert, experts without a token, an expert twice in a token, and no round number of
+tokens."""
 
 FAILURES = {
     "warm": "cannot be compiled",
@@ -97,11 +98,11 @@ def profile(
     batches: Sequence[PlannedBatch] | None = None,
     only: Mapping[str, Collection[str]] | None = None,
 ) -> Result:
-    """Measure these kernels on `batches` (the plan for the shape, where None) and write a profile of each. `only` names
-    the configurations to measure, by kernel; all of them where None.
+    """Measure these kernels on `batches` (the plan for the shape if None) and write a profile of each.
 
-    Raises ProfileError for a profile or journal that cannot be used or written, or where nothing could be measured, and
-    KernelError for a kernel without configurations. An exception or Ctrl-C leaves the journal, to go on from.
+    `only` names the configurations to measure, by kernel; None measures all. Raises ProfileError for a profile or
+    journal that cannot be used or written, or if nothing could be measured. Raises KernelError for a kernel without
+    configurations. An exception or Ctrl-C leaves the journal, to go on from.
     """
     planned = plan(shape) if batches is None else batches
     session = _open(shape, hardware, kernels, settings, environment, make_bench, progress, planned, only)
@@ -164,7 +165,7 @@ def _open(
 
 
 def _defaults(kernel: Kernel, shape: MoEShape, hardware: Hardware) -> set[str]:
-    """Names of the configurations that the kernel runs where there is no profile."""
+    """Names of the configurations that the kernel runs without a profile."""
     if not isinstance(kernel, LaunchableKernel):
         return set()
     try:
@@ -197,7 +198,7 @@ class _Session:
         self._places, self._static, self._progress, self._make_bench = places, static, progress, make_bench
         self._candidates, self._batches, self._merging = {c.name: c for c in candidates}, batches, merging
         self._failing: list[str] = []
-        """Candidates dropped since one last succeeded."""
+        """Candidates that failed since one last succeeded."""
         self._covered: tuple[dict[str, set[str]], list[str]] | None = None
         self._measurer = Measurer(make_bench, settings.call_s)
         self._contest = Contest(self._candidates, lambda row: batches[row].histogram(shape), self._taken)
@@ -237,8 +238,10 @@ class _Session:
         return [name for name in self._candidates if name not in self._taken.dropped]
 
     def _attempt(self, method: str, name: str, *args: object, timeout: float) -> Any:
-        """What the bench answers; None where the candidate failed, which is kept, unless so many fail one after another
-        that it is not the candidates that are at fault."""
+        """Call the bench for a candidate. None if the candidate failed, which is kept.
+
+        Raises Stopped if too many fail one after another for the candidates to be at fault.
+        """
         try:
             answer = self._measurer.call(method, self._candidates[name], *args, timeout=timeout)
         except (Failed, Died) as e:
@@ -258,9 +261,10 @@ class _Session:
     def _warm(self) -> None:
         """Launch once whatever may have to be compiled, in several processes: they share the compilers' caches on disk.
 
-        Every candidate on one batch; then, for each size of batch that is going to be measured, enough candidates for
-        all stages besides the GEMMs, which may be compiled for sizes: different ones at the same time, so that no two
-        processes compile the same."""
+        Every candidate runs on one batch. Then, for each size of batch to be measured, enough candidates run to cover
+        all stages besides the GEMMs, which may be compiled for sizes. Different candidates run at the same time, so
+        that no two processes compile the same.
+        """
         passed = self._taken.passed
         todo = [n for n in self._live if n not in passed["warm"] and n not in passed["check"]]
         if self._settings.warmers < 2 or not todo:
@@ -300,7 +304,10 @@ class _Session:
 
     def _probe(self) -> None:
         """Visit the candidates on the first tune batches, the smallest first, and prune those that are near the best on
-        none of them. Not where all kernels extend a recorded sweep, of which nothing is pruned."""
+        none.
+
+        If all kernels extend a recorded sweep, nothing is probed, since nothing of it is pruned.
+        """
         tune = self._first_tune(FIRST_ROWS)
         extends = all(k.base for k in self._journal.header.kernels.values())
         if self._taken.judged or extends or math.isinf(self._settings.prune) or len(tune) < FIRST_ROWS:
@@ -357,15 +364,18 @@ class _Session:
         self._expected = self._contest.estimates(row)
 
     def _turn(self, row: int, turn: int) -> list[str]:
-        """The candidates to visit in one turn of a row, less those that an interrupted run visited: shuffled, but that
-        which is expected to be its kernel's best comes first, for the others to be compared with."""
+        """The candidates to visit in one turn of a row, less those that an interrupted run visited.
+
+        They are shuffled. Only the one expected to be its kernel's best comes first, for the others to be compared
+        with.
+        """
         visits, bounded = self._taken.visits.get(row, {}), self._taken.bounded.get(row, ())
         left = {n for n in self._live if len(visits.get(n, [])) == turn and n not in bounded}
         left = {n for n in left if self._kernel_of(n) not in self._uncounted}
         if turn:
             ratios = self._contest.ratios(row, self._live, turn)
             left = {n for n in left if ratios[n] <= self._settings.close}
-        # Over all candidates, so that the order of the others stays when one is dropped.
+        # The shuffle is over all candidates, so that the order of the others stays if one is dropped.
         names = list(self._candidates)
         order = [names[i] for i in np.random.default_rng((row, turn)).permutation(len(names))]
         # Likewise, what an interrupted run visited first stays the first.
@@ -393,15 +403,17 @@ class _Session:
             self._keep(Stages(self._spent, row, name, us))
 
     def _plausible(self, method: str, name: str, us: list[float]) -> bool:
-        """Whether a sweep can hold these times; a candidate that has others is dropped."""
+        """Tell whether a sweep can hold these times. A candidate with others is dropped."""
         if us and all(MIN_US <= t <= MAX_US for t in us):
             return True
         self._drop(name, method, f"{us} are no times in microseconds")
         return False
 
     def _stages_to_time(self, row: int) -> list[str]:
-        """A cover of the stages without a time on the row. Of a new row it is that of all stages, which takes a while
-        to find, and changes only where candidates are dropped."""
+        """Choose candidates that cover the stages without a time on the row.
+
+        For a new row they cover all stages. That takes a while to find, and changes only if candidates are dropped.
+        """
         untimed = self._untimed(row)
         if row in self._taken.staged:
             return cover(untimed)
@@ -410,7 +422,7 @@ class _Session:
         return self._covered[1]
 
     def _untimed(self, row: int) -> dict[str, set[str]]:
-        """By candidate that is not far behind on the row, the keys of its stages that have no time there."""
+        """Keys of the stages that have no time on the row, by candidate that is not far behind there."""
         taken = self._taken
         asked = taken.staged.get(row, set())
         known = {*taken.stages.get(row, {}), *(s.key for n in asked for s in self._candidates[n].config.stages)}
@@ -421,7 +433,7 @@ class _Session:
         }
 
     def _prune(self, rows: Sequence[int], factor: float, most: int) -> None:
-        """Drop the candidates that are behind on all of these rows, but for those of profiles that are extended."""
+        """Drop the candidates that are behind on all of these rows, except those of profiles that are extended."""
         spared = set(self._static)
         for kernel, record in self._journal.header.kernels.items():
             if record.base:

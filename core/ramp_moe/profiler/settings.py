@@ -1,4 +1,4 @@
-"""What a profiling run is given, what it tells while it runs, and what it returns."""
+"""A profiling run's settings, the progress that it reports, and its result."""
 
 from __future__ import annotations
 
@@ -14,22 +14,28 @@ from .writing import Profile
 MAX_WARMERS = 14
 
 MakeBench = Callable[[], BenchLike]
-"""What makes a bench in the worker; it must pickle."""
+"""Makes a bench in the worker; it must pickle."""
 
 
 def default_warmers() -> int:
-    """Processes that compile at the same time: this one and the driver have their share of the CPUs."""
+    """Processes that compile at the same time. This one and the driver keep their share of the CPUs."""
     return max(1, min((os.cpu_count() or 1) - 2, MAX_WARMERS))
 
 
 @dataclass(frozen=True)
 class Settings:
-    """minutes: what the whole run may take; a batch that is begun is finished, and eight are measured in any case.
-    folder: of profiles, to write to. prune: candidates that do not come within this factor of their kernel's best on
-    any of the first eight tune batches are pruned, after 16 by a third of the margin; infinite to keep all. launches:
-    of each visit to a candidate. rounds: visits on a batch, at most, of candidates within `close` of their kernel's
-    best. stages: whether they are timed, besides whole paths. warmers: processes that compile. first_call_s, call_s:
-    seconds after which a call that may compile, or another, counts as hung."""
+    """Settings of a profiling run.
+
+    minutes: the whole run's time. A batch that is begun is finished, and eight are measured in any case. folder: the
+    folder of profiles to write to.
+
+    prune: candidates that do not come within this factor of their kernel's best on any of the first eight tune batches
+    are pruned, after 16 by a third of the margin. Infinite keeps all.
+
+    launches: of each visit to a candidate. rounds: most visits on a batch, for candidates within `close` of their
+    kernel's best. stages: whether stages are timed besides whole paths. warmers: processes that compile. first_call_s,
+    call_s: seconds after which a call that may compile, or another, counts as hung.
+    """
 
     minutes: float
     folder: Path
@@ -57,7 +63,7 @@ class Settings:
 
 @dataclass(frozen=True)
 class Environment:
-    """What the profile says of the machine. gpu: the start of the GPU's UUID; software: versions by name."""
+    """The machine, as the profile describes it. gpu: the start of the GPU's UUID. software: versions by name."""
 
     device_name: str
     driver: str
@@ -67,21 +73,22 @@ class Environment:
 
 
 class Progress(Protocol):
-    """Who is told how the run goes."""
+    """Receives the progress of a run."""
 
     def phase(self, name: str, steps: int) -> None:
-        """A phase of so many steps begins."""
+        """Begin a phase of `steps` steps."""
 
     def at(self, done: int, doing: str, spent: float) -> None:
-        """Of the phase's steps so many are done; what is being done; seconds that the run has taken."""
+        """Report the phase's finished steps, what is being done, and the seconds that the run has taken."""
 
     def note(self, text: str) -> None:
-        """Something that the user should know."""
+        """Tell the user something."""
 
 
 @dataclass(frozen=True)
 class Result:
-    """What a run wrote: a profile for each kernel; batches measured of those planned; seconds of all its sittings."""
+    """What a run wrote: a profile for each kernel, the number of measured and of planned batches, and the seconds of
+    all its sittings."""
 
     profiles: list[Profile]
     batches: int

@@ -1,7 +1,7 @@
-"""The process that owns the GPU, and the handle by which its parent tells it what to do.
+"""The process that owns the GPU, and the handle through which its parent commands it.
 
-A kernel may break the CUDA context, hang, or end its process. So the process that plans and records has no GPU: it
-starts a worker, sends it one command at a time, and starts another where one is lost.
+A kernel may break the CUDA context, hang, or end its process. So the process that plans and records has no GPU. It
+starts a worker, sends it one command at a time, and starts another if one is lost.
 """
 
 from __future__ import annotations
@@ -22,21 +22,21 @@ from ..spec.routing import IntArray
 from ..spec.shapes import MoEShape
 
 START_SECONDS = 600.0
-"""For a bench to be made: torch is imported, and up to the whole GPU's memory of weights drawn."""
+"""Seconds to make a bench: torch is imported, and up to the whole GPU's memory of weights drawn."""
 GRACE_SECONDS = 10.0
-"""For a worker that has nothing left to do, to end: torch and the driver take a second or two."""
+"""Seconds for an idle worker to end: torch and the driver take one or two."""
 MAX_REASON = 300
-"""Characters of a reason; some exceptions print whole sources."""
+"""Most characters of a reason; some exceptions print whole sources."""
 
 
 class Served(Protocol):
-    """What a worker needs of the object whose methods it calls."""
+    """The object whose methods a worker calls."""
 
     def healthy(self) -> bool: ...
 
 
 class BenchLike(Served, Protocol):
-    """What measuring needs of `device.bench.Bench`."""
+    """The methods of `profiler.bench.Bench` that measuring needs."""
 
     def open(self, topk_ids: IntArray) -> None: ...
 
@@ -50,7 +50,7 @@ class BenchLike(Served, Protocol):
 
 
 class Failed(KernelError):
-    """A command that raised in the worker, which lives. `healthy`: the GPU still answers it; else it is of no use."""
+    """A command that raised in the worker, which lives. `healthy`: the GPU still answers it; else it is useless."""
 
     def __init__(self, reason: str, healthy: bool) -> None:
         super().__init__(reason)
@@ -58,12 +58,14 @@ class Failed(KernelError):
 
 
 class Died(KernelError):
-    """The worker ended before it answered, or was killed because it did not; a new one is needed."""
+    """The worker ended before it answered, or was killed because it did not. A new one is needed."""
 
 
 def make_gpu_bench(shape: MoEShape, hardware: str, kernels: Sequence[str]) -> BenchLike:
-    """A Bench of registered kernels and hardware by name. Raises UnknownNameError, and KernelError for a kernel that
-    cannot run."""
+    """Make a Bench of registered kernels and hardware by name.
+
+    Raises UnknownNameError, and KernelError for a kernel that cannot run.
+    """
     from .bench import Bench
 
     registry, found = get_registry(), []
@@ -78,7 +80,7 @@ def make_gpu_bench(shape: MoEShape, hardware: str, kernels: Sequence[str]) -> Be
 def serve(connection: Connection, make_bench: Callable[[], Served]) -> None:
     """Make the bench, then run the commands (method, args) that arrive, until the parent is gone.
 
-    Each is answered, as the making is, by ("ok", value) or ("failed", reason, healthy).
+    Making the bench and every command is answered by ("ok", value) or ("failed", reason, healthy).
     """
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches every process of the terminal; the parent decides
     answer: tuple[Any, ...]
@@ -99,13 +101,13 @@ def serve(connection: Connection, make_bench: Callable[[], Served]) -> None:
 
 
 def _reason(error: Exception) -> str:
-    """One line: the type, and the first line of the message."""
+    """Summarise an error in one line: the type, and the first line of the message."""
     first = next((line.strip() for line in str(error).splitlines() if line.strip()), "")
     return f"{type(error).__name__}: {first}"[:MAX_REASON] if first else type(error).__name__
 
 
 def _main(connection: Connection, make_bench: Callable[[], Served], output: str) -> None:
-    """`serve`, with what it and its libraries print in a file: it must not get into what the parent prints."""
+    """Serve, with the output of `serve` and its libraries in a file: it must not get into what the parent prints."""
     descriptor = os.open(output, os.O_WRONLY | os.O_APPEND)
     for stream in (1, 2):
         os.dup2(descriptor, stream)
@@ -114,7 +116,7 @@ def _main(connection: Connection, make_bench: Callable[[], Served], output: str)
 
 
 class Worker:
-    """Starts the process and waits until its bench is made. Raises Failed where that raises, Died where it ends.
+    """Starts the process and waits until its bench is made. Raises Failed if that raises, Died if the process ends.
 
     make_bench must pickle, as a functools.partial of a module's function does.
     """
@@ -133,8 +135,11 @@ class Worker:
             raise
 
     def call(self, method: str, *args: Any, timeout: float) -> Any:
-        """What this method of the bench returns. Raises Failed where it raised; Died where the process ended, or gave
-        no answer within `timeout` seconds and was killed."""
+        """Call this method of the bench and return its result.
+
+        Raises Failed if it raised. Raises Died if the process ended, or gave no answer within `timeout` seconds and was
+        killed.
+        """
         try:
             self._connection.send((method, args))
         except OSError:
@@ -142,7 +147,7 @@ class Worker:
         return self._answer(timeout)
 
     def close(self) -> None:
-        """End the process. Closing twice, or what has died, is fine."""
+        """End the process. Closing twice, or closing a worker that has died, is fine."""
         self._connection.close()
         self._end()
         self._output.close()

@@ -49,14 +49,16 @@ from .plan import PlannedBatch
 SUPERSEDED = "superseded"
 
 BOUND = 3.0
-"""What is not timed, since it is too far behind (see `contest`), is said to take at least so many times as long as its
-kernel's best."""
+"""A candidate that was not timed, since it is too far behind (see `pruning`), is recorded with a bound: this factor of
+its kernel's best."""
 
 
 @dataclass(frozen=True)
 class Place:
-    """Where a kernel's profile goes, and what is there: `base` is the same where the run extends it, else None;
-    `written` says that the run is in it already."""
+    """The place of a kernel's profile, and what is there.
+
+    `base` is the same sweep if the run extends it, else None. `written` says that the run is in it already.
+    """
 
     path: Path
     there: Sweep | None
@@ -66,8 +68,11 @@ class Place:
 
 @dataclass(frozen=True)
 class Profile:
-    """What a run has made of one kernel. `path` is None where no configuration was left to write; `run` counts from 1,
-    `failed` and `pruned` name configurations, the former by reason."""
+    """A kernel's profile as a run made it.
+
+    `path` is None if no configuration was left to write. `run` counts from 1. `failed` and `pruned` name
+    configurations, the former by reason.
+    """
 
     kernel: str
     path: Path | None
@@ -88,8 +93,10 @@ def find_place(
     hardware: Hardware,
     run: Run | None,
 ) -> Place:
-    """Look at what is where the profile goes. Raises ProfileError for a file that is corrupt, from a newer version, or
-    of something else than its place says."""
+    """Find what exists at the profile's place.
+
+    Raises ProfileError for a file that is corrupt, from a newer version, or of something else than its place says.
+    """
     path = folder / relative_path(kernel, shape, hardware)
     if not path.exists():
         return Place(path, None, None, False)
@@ -112,7 +119,7 @@ def measured_configs(base: Sweep, configs: Sequence[KernelConfig]) -> list[str]:
 
 
 def all_batches(bases: Sequence[Sweep], planned: Sequence[PlannedBatch]) -> list[PlannedBatch]:
-    """The batches of recorded sweeps that can be drawn again, in their order, then the plan's others."""
+    """List the batches of recorded sweeps that can be drawn again, in their order, then the plan's others."""
     given = {(b.num_tokens, b.routing, b.seed): b for b in planned}
     found: dict[tuple[int, str, int], PlannedBatch] = {}
     for base in bases:
@@ -127,7 +134,7 @@ def all_batches(bases: Sequence[Sweep], planned: Sequence[PlannedBatch]) -> list
 
 
 def _drawn(batch: PlannedBatch, shape: MoEShape) -> list[int] | None:
-    """The batch's histogram, None for a routing that this library does not know."""
+    """Draw the batch's histogram; None for a routing that this library does not know."""
     try:
         return [int(count) for count in batch.histogram(shape)]
     except RampMoEError:
@@ -143,8 +150,11 @@ def write_profile(
     taken: Taken,
     batches: Mapping[int, tuple[PlannedBatch, IntArray]],
 ) -> Profile:
-    """Write one kernel's sweep, atomically. `configs` are its candidates by name, `batches` the complete rows with
-    their histograms. Raises ProfileError where it cannot be written."""
+    """Write one kernel's sweep, atomically.
+
+    `configs` are its candidates by name, `batches` the complete rows with their histograms. Raises ProfileError if it
+    cannot be written.
+    """
     pruned, failed, reasons = [], dict[str, list[str]](), dict[str, list[str]]()
     for name in configs:
         if drop := taken.dropped.get(f"{kernel}/{name}"):
@@ -199,8 +209,10 @@ Times = list[float | None]
 def _times(
     kernel: str, kept: Mapping[str, KernelConfig], taken: Taken, rows: Mapping[int, object]
 ) -> tuple[list[Column], dict[int, Times]]:
-    """The columns of these configurations, and by row their times: medians over all launches; what was not timed since
-    it is far behind has a bound."""
+    """Collect the columns of these configurations, and their times by row: medians over all launches.
+
+    What was not timed, since it is far behind, has a bound.
+    """
     columns = [Column(PATH, path_key(kernel, n), dict(c.params)) for n, c in kept.items()]
     timed = {key for row in rows for key in taken.stages.get(row, {})}
     stages = {s.key: Column(s.kind, s.key) for c in kept.values() for s in c.stages if s.key in timed}
@@ -223,7 +235,7 @@ def _median(us: Sequence[float]) -> float | None:
 
 
 def _merged(base: SweepRecord, run: Run, columns: Sequence[Column], measured: Sequence[Row]) -> SweepRecord:
-    """`base` with another run, which has these columns and rows."""
+    """Extend `base` by another run, which has these columns and rows."""
     union = {c.key: c for c in (*base.columns, *columns)}
     index = {c.key: i for i, c in enumerate(columns)}
     added: Times = [None] * (len(union) - len(base.columns))
