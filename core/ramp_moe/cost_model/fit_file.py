@@ -5,17 +5,17 @@
     sweep, measured               digest of the sweep it was fitted on; what that measured, where and when
     stages                        kinds of stages that the predicted times contain ("path": all of them)
     quality                       regret {mean, median, p95, max} of choosing by this form: on the sweep's test batches,
-                                  or cross-validated where it has none
-    fits                          a stage or path each: key, coefficients (us a unit), rms_error and max_error
+                                  or cross-validated if it has none
+    fits                          one for each stage or path: key, coefficients (us a unit), rms_error and max_error
                                   (relative), the fitted rows, the ranges of CTAs and active experts they cover,
-                                  floor_us, below which no prediction goes, and of each grid the CTAs on an SM at a time
-    residual                      what corrects the sums (see `residual`), null for forms without: routed ids, active
-                                  experts and, by token block, M-tiles of the fitted batches; by configuration its token
-                                  block, the spline's constant, and a weight for each batch. A configuration that it
-                                  does not name is never chosen
+                                  floor_us, below which no prediction goes, and each grid's CTAs on an SM at a time
+    residual                      corrects the sums (see `residual`); null if the form has none. For the fitted batches:
+                                  routed ids, active experts and, by token block, M-tiles. For each configuration: its
+                                  token block, the spline's constant, and a weight for each batch. A configuration that
+                                  it does not name is never chosen
 
-A fit whose digest is not that of the sweep found beside it is out of date and is not used. Version 1 had
-other coefficients, which have to be fitted again.
+A fit is out of date, and not used, if its digest is not that of the sweep found beside it. Version 1 had other
+coefficients, which must be fitted again.
 """
 
 from __future__ import annotations

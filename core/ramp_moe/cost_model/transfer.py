@@ -1,11 +1,12 @@
 """A cost model for a shape that nobody has measured, from the same kernel's sweeps of other shapes.
 
-What a path takes is seen as a sum of TERMS, each with what the shape makes of it: a wave goes with the weights that one
-CTA multiplies (its weight rows times its share of the reduction), an active expert with its bytes, a routed id with its
-hidden and intermediate elements, which are read and written between launches, and with their products. In these units
-one set of coefficients is fitted to the batches of all shapes and configurations together, and each configuration's
-own, to its own batches, are drawn towards it: few shapes leave some directions open, in which a configuration is then
-as its kernel is, and kernels can be held against each other.
+A path's time is a sum of TERMS, each in units that the shape gives. A wave counts the weights that one CTA multiplies:
+its weight rows times its share of the reduction. An active expert counts its bytes. A routed id counts its hidden and
+intermediate elements, which are read and written between launches, and their products.
+
+In these units one set of coefficients is fitted to the batches of all shapes and configurations together. Each
+configuration's own coefficients, fitted to its own batches, are drawn towards the common ones. Few shapes leave some
+directions open. In these a configuration behaves as its kernel does, so that kernels remain comparable.
 
 It is a first guess, which nothing corrects: for shapes that were left out, choices among all kernels lose 1.6% to 5.8%,
 1.3 to 11 times what a profile does, as far as they can be judged (`examples/study`; the terms were chosen by these
@@ -32,8 +33,8 @@ from .model import IDS, Candidate, CostModel, Part, PartFit, candidates_of, part
 
 FORM = "active"
 TERMS = ("launch", "wave", "bytes of an expert", "expert", "hidden", "intermediate", "products")
-"""In units of 1, millions of weights, megabytes, 1, thousands of elements, the same, and millions; the last three for
-each routed id."""
+"""The terms' units are 1, millions of weights, megabytes, 1, thousands of elements, the same, and millions. The last
+three are for each routed id."""
 PULL = 0.5
 """Weight of the common coefficients in a configuration's own, as a share of its batches. All values from 0.3 to 1 serve
 equally well."""
@@ -134,7 +135,7 @@ def _fitted(seen: Sequence[_Seen], names: Sequence[str], new: Collection[str]) -
     own = solved(
         np.concatenate([a, drawn], 1), np.concatenate([target, pull * common.coefficients], 1), non_negative=True
     )
-    off = abs(np.einsum("srn,sn->sr", a, own) - target)  # 0 where there is no time
+    off = abs(np.einsum("srn,sn->sr", a, own) - target)  # 0 if there is no time
     found = {
         names[i]: _Fit(c, float(np.sqrt((e**2).sum() / t.sum())), float(e.max()), int(t.sum()))
         for i, c, e, t in zip(timed.tolist(), own, off, target, strict=True)

@@ -234,8 +234,8 @@ def _other(name: str, shape: MoEShape, hardware: Hardware) -> str | None:
 def _search(place: Path, shape: MoEShape, hardware: Hardware) -> tuple[list[Path], list[Path], list[str]]:
     """Search a folder, and its folders by version of Triton, for tables of the shape and device.
 
-    Returns those of the up projection, those of the down projection alone, in the order in which they are taken, and
-    why others for this layer and device are not used.
+    Returns those of the up projection and those of the down projection alone, the first that is taken first. The third
+    list says why others for this layer and device are not used.
     """
     vllms = file_names(shape, hardware)
     ups: list[Path] = []

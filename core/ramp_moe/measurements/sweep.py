@@ -6,19 +6,22 @@ A sweep file (format "ramp-moe/sweep", version 2) is one JSON object:
     shape                            num_experts, top_k, hidden_size, intermediate_size, dtype, name
     runs                             each time that the batches were measured: {"measured" (ISO 8601), "device_name",
                                      "gpu" (start of its UUID), "driver", "software" (versions), "method",
-                                     "seconds" (that the run took, all its kernels together), "notes"}
+                                     "seconds" (of the run, all its kernels together), "notes"}
     columns                          what was timed: {"stage": kind or "path", "key": stage key, "params": {...}}
-    left_out                         configurations without a column, by why: {"reason", "configs"}
-    rows                             a batch each: {"num_tokens", "routing" (a label), "histogram" [E], "seed" (of the
-                                     label's generator), "split", "runs_us" [runs][columns]}
+    left_out                         configurations without a column, by reason: {"reason", "configs"}
+    rows                             one for each batch: {"num_tokens", "routing" (a label), "histogram" [E],
+                                     "seed" (of the label's generator), "split", "runs_us" [runs][columns]}
 
-Times are microseconds, the median over launches; null marks a cell, or a whole run of a row, that was not measured or
-failed. A negative time is a bound: at least so much, not measured, since the configuration was far behind on smaller
-batches already. A column's `key` is that of the kernel's `Stage`, or `path_key` of a configuration for "path": the
-whole of it, from top-k ids to output. What a sweep has no column for (quantisation, say) is not in its times: `stages`
-tells.
+Times are microseconds, the median over launches. null marks a cell, or a whole run of a row, that was not measured or
+failed. A negative time is a bound: the configuration takes at least its absolute value. It was not measured, since it
+was far behind on smaller batches already.
+
+A column's `key` is that of the kernel's `Stage`, or `path_key` of a configuration for "path": the whole of it, from
+top-k ids to output. A stage without a column (quantisation, for one) is not in the sweep's times; `stages` tells.
+
 `split` is "tune" for batches to fit and to tune static tables on, "test" for those that are kept for judging.
-Version 1 had one run, its fields beside the others, and no splits; version 0 is the headerless form of the first
+
+Version 1 had one run, its fields beside the others, and no splits. Version 0 is the headerless form of the first
 measurements.
 """
 

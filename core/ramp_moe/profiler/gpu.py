@@ -33,7 +33,7 @@ CONTEXT_BYTES = 3 * 2**29
 """Bytes of the CUDA context (0.5 GiB on an H200) and the code of several hundred compiled kernels."""
 
 WORKSPACE_GROWTH = 4
-"""Factor by which a Workspace may exceed its need. Its buffers have a power of two bytes, and outgrown ones are kept."""
+"""Factor by which a Workspace may exceed its need: buffers have a power of two bytes, and outgrown ones are kept."""
 
 
 @dataclass(frozen=True, slots=True)

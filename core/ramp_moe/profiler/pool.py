@@ -66,7 +66,7 @@ class Measurer:
                         "the driver's messages (dmesg)",
                         "the same command then goes on with what was measured so far",
                     ) from None
-                self._replace()  # where that is impossible, the candidate is not to blame
+                self._replace()  # if that is impossible, the candidate is not to blame
             raise
         self._lost = 0
         return answer

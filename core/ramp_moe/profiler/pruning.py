@@ -15,9 +15,10 @@ from ..spec.routing import IntArray
 from .journal import Taken
 
 BEHIND, TOO_FAR = 2.0, 20.0
-"""A candidate is not timed on a batch if it is estimated to take TOO_FAR times as long as its kernel's best there, and
-took BEHIND times as long on the batch that the estimate comes from. These are tiny tiles on thousands of tokens, which
-would otherwise take most of the time."""
+"""A candidate is not timed on a batch if two things hold. There it is estimated to take TOO_FAR times as long as its
+kernel's best. On the batch that the estimate comes from it took BEHIND times as long. These are tiny tiles on thousands
+of tokens, which would otherwise take most of the time.
+"""
 
 KEPT = 3
 """Candidates of each kernel, the nearest to the best, that are never pruned."""

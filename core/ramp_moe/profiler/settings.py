@@ -29,8 +29,8 @@ class Settings:
     minutes: the whole run's time. A batch that is begun is finished, and eight are measured in any case. folder: the
     folder of profiles to write to.
 
-    prune: candidates that do not come within this factor of their kernel's best on any of the first eight tune batches
-    are pruned, after 16 by a third of the margin. Infinite keeps all.
+    prune: a factor. Candidates further than this from their kernel's best on all of the first eight tune batches are
+    pruned. After 16 batches a third of the margin counts. Infinite keeps all.
 
     launches: of each visit to a candidate. rounds: most visits on a batch, for candidates within `close` of their
     kernel's best. stages: whether stages are timed besides whole paths. warmers: processes that compile. first_call_s,

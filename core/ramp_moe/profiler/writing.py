@@ -1,13 +1,13 @@
 """What a run's measurements become: one sweep file a kernel, at DEVICE/KERNEL/SHAPE.json in the folder of profiles.
 
-Where a sweep of the kernel's present version lies there, with times of whole paths, the run becomes another run of it:
+If a sweep of the kernel's present version is there, with times of whole paths, the run becomes another run of it:
 
-- its candidates are those of the file's "path" columns; nothing is pruned, what fails is null in this run;
-- its batches are those of the file, in the file's order, then the plan's others; a row without a seed, or whose seed
-  draws another histogram today, cannot be measured again;
-- the file then has the union of rows and columns, null where a run did not measure.
+- Its candidates are those of the file's "path" columns. Nothing is pruned, and what fails is null in this run.
+- Its batches are those of the file, in the file's order, then the plan's others. A row without a seed, or whose seed
+  draws another histogram today, cannot be measured again.
+- The file then has the union of rows and columns, with null for what a run did not measure.
 
-A sweep of another version of the kernel, or without times of whole paths, makes way for a new one: it is kept as
+A sweep of another version of the kernel, or without times of whole paths, makes way for a new one. It is kept as
 superseded/DEVICE/KERNEL/SHAPE.DATE.json, where no look-up finds it.
 """
 

@@ -1,0 +1,33 @@
+"""Docstrings begin with what they document, and do without the turns that have to be read twice."""
+
+from __future__ import annotations
+
+import ast
+import re
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+CORE = Path(__file__).parents[1] / "core" / "ramp_moe"
+ROOMS = ("measurements", "registry", "dispatch", "evaluation", "cost_model", "profiler")
+"""Rooms that were read by the rule so far."""
+FILES = [path for room in ROOMS for path in sorted((CORE / room).glob("*.py"))]
+TURNS = re.compile(r"\A\s*Of\b|\b(so many|the like|be had|as they lie|None where)\b|\bRaises? \w+ where\b")
+
+
+def docstrings(tree: ast.AST) -> Iterator[ast.Constant]:
+    """Every string that stands by itself: of modules, classes, functions, and below constants and fields."""
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant) and isinstance(node.value.value, str):
+            yield node.value
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda path: f"{path.parent.name}/{path.name}")
+def test_docstrings_read_once(path: Path) -> None:
+    found = [
+        f"line {text.lineno}: {turn.group().strip()!r}"
+        for text in docstrings(ast.parse(path.read_text()))
+        if (turn := TURNS.search(str(text.value)))
+    ]
+    assert not found
