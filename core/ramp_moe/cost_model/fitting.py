@@ -128,7 +128,7 @@ def _residual(model: CostModel, sweep: Sweep) -> Residual | None:
 
 def _token_block(parts: Sequence[Part]) -> int:
     """That of the first grid; 1 where there is none, as `Grids` has it."""
-    return next((g.block_tokens for p in parts for g in p.grids), 1)
+    return next((g.block_m for p in parts for g in p.grids), 1)
 
 
 def least_squares(terms: FloatArray, times: FloatArray, non_negative: bool) -> tuple[FloatArray, FloatArray]:

@@ -107,8 +107,8 @@ class Grids:
 def _launch(grids: Sequence[GridGeometry], num_sms: int) -> tuple[tuple[int, int, int, float, float], ...]:
     """What counts of each grid: token block, CTAs an M-tile, M-tiles a cluster, slots, and a CTA's work (weight rows
     times share of the reduction) in that of the first grid's."""
-    work = [g.block_weights * g.reduction / g.split_k for g in grids]
+    work = [g.block_n * g.k / g.split_k for g in grids]
     return tuple(
-        (g.block_tokens, g.ctas_per_m_tile, g.cluster_m, float(g.slots(num_sms)), w / work[0])
+        (g.block_m, g.ctas_per_m_tile, g.cluster_m, float(g.slots(num_sms)), w / work[0])
         for g, w in zip(grids, work, strict=True)
     ) or ((1, 1, 1, np.inf, 1.0),)

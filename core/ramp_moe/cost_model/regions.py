@@ -102,14 +102,7 @@ def analyse(shape: MoEShape, hardware: Hardware, histogram: IntArray) -> Regions
     times = _block_times(shape, hardware, histogram)
     token_block = int(TOKEN_BLOCKS[times.argmin()])
     tile_k = TILE_K_BYTES // DTYPE_BYTES[shape.dtype]
-    grid = GridGeometry(
-        block_tokens=token_block,
-        block_weights=TILE_ROWS,
-        block_k=tile_k,
-        weight_rows=shape.gate_up_rows,
-        reduction=shape.hidden_size,
-        expert_bytes=shape.gate_up_bytes,
-    )
+    grid = GridGeometry.gate_up(shape, block_m=token_block, block_n=TILE_ROWS, block_k=tile_k)
     metrics = {
         "rho": shape.gate_up_rows * shape.hidden_size / (TILE_ROWS * tile_k),
         "lambda": float(grid.tiles_n),

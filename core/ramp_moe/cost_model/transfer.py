@@ -169,7 +169,7 @@ def _path(candidate: Candidate, resident: int) -> Part:
 def _units(part: Part, shape: MoEShape) -> list[float]:
     """What the coefficients of TERMS go with."""
     first = part.grids[0]
-    weights = first.block_weights * first.reduction / first.split_k / 1e6
+    weights = first.block_n * first.k / first.split_k / 1e6
     hidden, inter = shape.hidden_size / 1e3, shape.intermediate_size / 1e3
     return [1.0, weights, shape.expert_bytes / 1e6, 1.0, hidden, inter, hidden * inter]
 

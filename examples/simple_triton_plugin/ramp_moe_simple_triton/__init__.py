@@ -34,10 +34,9 @@ class SimpleTriton(LaunchableKernel):
         return [self._config(shape, bm, bn) for bm in (16, 32, 64) for bn in (64, 128)]
 
     def _config(self, shape: MoEShape, bm: int, bn: int) -> KernelConfig:
-        hidden, intermediate = shape.hidden_size, shape.intermediate_size
         # A CTA of the first launch computes bn rows of gate and the same of up: 2 * bn weight rows.
-        up = GridGeometry(bm, 2 * bn, SCALE_BLOCK, 2 * intermediate, hidden, shape.gate_up_bytes)
-        down = GridGeometry(bm, bn, SCALE_BLOCK, hidden, intermediate, shape.down_bytes)
+        up = GridGeometry.gate_up(shape, block_m=bm, block_n=2 * bn, block_k=SCALE_BLOCK)
+        down = GridGeometry.down(shape, block_m=bm, block_n=bn, block_k=SCALE_BLOCK)
         name = f"bm{bm}-bn{bn}"
         stages = (
             Stage("schedule", f"schedule/bm{bm}"),
@@ -45,7 +44,7 @@ class SimpleTriton(LaunchableKernel):
             Stage("gemm", f"{self.name}/up/{name}", up),
             Stage("gemm", f"{self.name}/down/{name}", down),
         )
-        return KernelConfig(name, stages, (("block_tokens", bm), ("block_weights", bn)))
+        return KernelConfig(name, stages, (("block_m", bm), ("block_n", bn)))
 
     def weight_layout(self, shape: MoEShape) -> WeightLayout:
         return WeightLayout("gate-first", shape.num_experts * shape.expert_bytes)

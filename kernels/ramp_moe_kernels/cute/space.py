@@ -114,13 +114,11 @@ def configurations(shape: MoEShape) -> list[Config]:
 
 def geometry(c: Config, shape: MoEShape) -> GridGeometry:
     """The grid of a launch."""
-    return GridGeometry(
-        block_tokens=c.block,
-        block_weights=c.wide * UP_ROWS,
+    return GridGeometry.fused(
+        shape,
+        block_m=c.block,
+        block_n=c.wide * UP_ROWS,
         block_k=c.step,
-        weight_rows=shape.gate_up_rows,
-        reduction=shape.hidden_size,
-        expert_bytes=shape.expert_bytes,
         split_k=c.split_k,
         ctas_per_sm=c.ctas,
         cluster_m=1 + c.pair,

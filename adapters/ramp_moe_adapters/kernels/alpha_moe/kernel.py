@@ -70,14 +70,7 @@ class AlphaMoE(LaunchableKernel):
 
     def _config(self, shape: MoEShape, block_m: int, block_n: int, warp_n: int, stages: int) -> KernelConfig:
         name = f"bm{block_m}-bn{block_n}-wn{warp_n}-st{stages}"
-        grid = GridGeometry(
-            block_tokens=block_m,
-            block_weights=CTA_WEIGHT_ROWS,
-            block_k=BLOCK_K,
-            weight_rows=shape.gate_up_rows,
-            reduction=shape.hidden_size,
-            expert_bytes=shape.expert_bytes,
-        )
+        grid = GridGeometry.fused(shape, block_m=block_m, block_n=CTA_WEIGHT_ROWS, block_k=BLOCK_K)
         return KernelConfig(
             name,
             (

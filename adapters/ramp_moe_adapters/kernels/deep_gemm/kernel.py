@@ -90,19 +90,14 @@ class DeepGEMM(LaunchableKernel):
     def _config(self, shape: MoEShape, block: int, sms: int, up: Pinned, down: Pinned) -> KernelConfig:
         name = f"bm{block}-sm{sms}-up({up.tile.name})-down({down.tile.name})"
         gemms = [
-            GridGeometry(
-                block_tokens=block,
-                block_weights=gemm.tile.block_n,
+            describe(
+                shape,
+                block_m=block,
+                block_n=gemm.tile.block_n,
                 block_k=128 if shape.dtype == "fp8" else 64,
-                weight_rows=rows,
-                reduction=reduction,
-                expert_bytes=shape.matrix_bytes(rows, reduction),
                 persistent_ctas=sms,
             )
-            for gemm, rows, reduction in (
-                (up, shape.gate_up_rows, shape.hidden_size),
-                (down, shape.hidden_size, shape.intermediate_size),
-            )
+            for describe, gemm in ((GridGeometry.gate_up, up), (GridGeometry.down, down))
         ]
         params: list[tuple[str, int]] = [("block_m", block), ("num_sms", sms)]
         for which, gemm in (("up", up), ("down", down)):

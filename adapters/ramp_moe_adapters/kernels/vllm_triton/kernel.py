@@ -122,19 +122,14 @@ class VllmTriton(LaunchableKernel):
     def describe(self, launch: Launch, shape: MoEShape) -> KernelConfig:
         """A launch as the library sees it."""
         up, down = (
-            GridGeometry(
-                block_tokens=launch.block_m,
-                block_weights=launch.block_n,
+            describe(
+                shape,
+                block_m=launch.block_m,
+                block_n=launch.block_n,
                 block_k=launch.block_k,
-                weight_rows=rows,
-                reduction=reduction,
-                expert_bytes=shape.matrix_bytes(rows, reduction),
                 align_block_size=True,
             )
-            for rows, reduction in (
-                (shape.gate_up_rows, shape.hidden_size),
-                (shape.hidden_size, shape.intermediate_size),
-            )
+            for describe in (GridGeometry.gate_up, GridGeometry.down)
         )
         quantise = (Stage("quantise", "quantise/group128"),) if shape.dtype == "fp8" else ()
         activation = "activation/silu-quantise" if shape.dtype == "fp8" else "activation/silu"
