@@ -5,7 +5,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
-from ramp_moe import ExpertsAdapter, Kernel, hookimpl
+from ramp_moe.plugin import ExpertsAdapter, Kernel, hookimpl
 
 from .frameworks.transformers.experts import TransformersExperts
 from .kernels.alpha_moe.kernel import AlphaMoE

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
-from ramp_moe import Kernel, hookimpl
+from ramp_moe.plugin import Kernel, hookimpl
 
 from .cute.kernel import CuteMoE
 from .triton.kernel import TritonMoE

@@ -11,8 +11,21 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from ramp_moe import GridGeometry, Hardware, Kernel, KernelConfig, KernelError, MoEShape, Stage, WeightLayout, hookimpl
-from ramp_moe.spec.launchable import Batch, LaunchableKernel, MoEWeights, Workspace
+from ramp_moe.plugin import (
+    Batch,
+    GridGeometry,
+    Hardware,
+    Kernel,
+    KernelConfig,
+    KernelError,
+    LaunchableKernel,
+    MoEShape,
+    MoEWeights,
+    Stage,
+    WeightLayout,
+    Workspace,
+    hookimpl,
+)
 
 if TYPE_CHECKING:
     from torch import Tensor

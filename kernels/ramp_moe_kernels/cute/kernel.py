@@ -7,11 +7,25 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ramp_moe import BuildableKernel, Built, Hardware, KernelConfig, MoEShape, Stage, WeightLayout
-from ramp_moe.errors import KernelError
-from ramp_moe.spec.kernel import LAYOUTS, Progress, is_installed
-from ramp_moe.spec.launchable import Batch, LaunchableKernel, MoEWeights, Workspace
-from ramp_moe.spec.versions import Place, digest_of
+from ramp_moe.plugin import (
+    LAYOUTS,
+    Batch,
+    BuildableKernel,
+    Built,
+    Hardware,
+    KernelConfig,
+    KernelError,
+    LaunchableKernel,
+    MoEShape,
+    MoEWeights,
+    Place,
+    Progress,
+    Stage,
+    WeightLayout,
+    Workspace,
+    digest_of,
+    is_installed,
+)
 
 from ..limits import too_many_experts
 from .config import ELEMENT, UP_ROWS, Config

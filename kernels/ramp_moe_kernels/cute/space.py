@@ -12,9 +12,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from typing import get_args
 
-from ramp_moe import GridGeometry, MoEShape
-from ramp_moe.errors import KernelError
-from ramp_moe.spec.shapes import SCALE_BLOCK
+from ramp_moe.plugin import SCALE_BLOCK, GridGeometry, KernelError, MoEShape
 
 from ..limits import MAX_ELEMENTS, MAX_TILES, max_ids, max_tokens
 from .config import ADDRESSING, INTERMEDIATES, UP_ROWS, Combine, Config, smem_map

@@ -7,8 +7,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Literal
 
-from ramp_moe import GridGeometry, Hardware, MoEShape
-from ramp_moe.spec.shapes import DTYPE_BYTES, scale_blocks
+from ramp_moe.plugin import DTYPE_BYTES, GridGeometry, Hardware, MoEShape, scale_blocks
 
 Gemm = Literal["up", "down"]
 

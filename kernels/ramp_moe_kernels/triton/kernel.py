@@ -13,11 +13,22 @@ from dataclasses import asdict, replace
 from pathlib import Path as File
 from typing import TYPE_CHECKING, Any
 
-from ramp_moe import Hardware, KernelConfig, MoEShape, Stage, WeightLayout
-from ramp_moe.errors import KernelError
-from ramp_moe.spec.kernel import LAYOUTS, fp8_unsupported
-from ramp_moe.spec.launchable import Batch, LaunchableKernel, MoEWeights, Workspace
-from ramp_moe.spec.versions import Place, digest_of
+from ramp_moe.plugin import (
+    LAYOUTS,
+    Batch,
+    Hardware,
+    KernelConfig,
+    KernelError,
+    LaunchableKernel,
+    MoEShape,
+    MoEWeights,
+    Place,
+    Stage,
+    WeightLayout,
+    Workspace,
+    digest_of,
+    fp8_unsupported,
+)
 
 from ..limits import MAX_ELEMENTS, max_tokens, too_many_experts
 from .config import GemmConfig, Path, geometry, invalid_path, quantises_itself, scale_group

@@ -12,9 +12,20 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
-from ramp_moe import GridGeometry, Hardware, KernelConfig, MoEShape, Stage, WeightLayout
-from ramp_moe.spec.kernel import is_installed, version_of
-from ramp_moe.spec.launchable import Batch, LaunchableKernel, MoEWeights, Workspace
+from ramp_moe.plugin import (
+    Batch,
+    GridGeometry,
+    Hardware,
+    KernelConfig,
+    LaunchableKernel,
+    MoEShape,
+    MoEWeights,
+    Stage,
+    WeightLayout,
+    Workspace,
+    is_installed,
+    version_of,
+)
 from ramp_moe_kernels.limits import too_many_experts
 
 from .config import CTA_HIDDEN, LAYOUT, most_tokens

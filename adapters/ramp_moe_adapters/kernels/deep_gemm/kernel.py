@@ -21,11 +21,25 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ramp_moe import GridGeometry, Hardware, KernelConfig, MoEShape, Stage, WeightLayout
-from ramp_moe.errors import KernelError
-from ramp_moe.spec.kernel import LAYOUTS, fp8_unsupported, is_installed, version_of
-from ramp_moe.spec.launchable import Batch, LaunchableKernel, MoEWeights, Workspace
-from ramp_moe.spec.versions import Place, digest_of
+from ramp_moe.plugin import (
+    LAYOUTS,
+    Batch,
+    GridGeometry,
+    Hardware,
+    KernelConfig,
+    KernelError,
+    LaunchableKernel,
+    MoEShape,
+    MoEWeights,
+    Place,
+    Stage,
+    WeightLayout,
+    Workspace,
+    digest_of,
+    fp8_unsupported,
+    is_installed,
+    version_of,
+)
 from ramp_moe_kernels.limits import too_many_experts
 
 from .config import Pinned, most_tokens, pinned

@@ -20,10 +20,26 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ramp_moe import BuildableKernel, Built, GridGeometry, Hardware, KernelConfig, MoEShape, Stage, WeightLayout
-from ramp_moe.spec.kernel import Progress, fp8_unsupported, is_installed, version_of
-from ramp_moe.spec.launchable import Batch, LaunchableKernel, MoEWeights, Workspace
-from ramp_moe.spec.versions import Place, digest_of
+from ramp_moe.plugin import (
+    Batch,
+    BuildableKernel,
+    Built,
+    GridGeometry,
+    Hardware,
+    KernelConfig,
+    LaunchableKernel,
+    MoEShape,
+    MoEWeights,
+    Place,
+    Progress,
+    Stage,
+    WeightLayout,
+    Workspace,
+    digest_of,
+    fp8_unsupported,
+    is_installed,
+    version_of,
+)
 from ramp_moe_kernels.limits import MAX_ELEMENTS, max_tokens
 
 from . import build
@@ -194,8 +210,8 @@ def _grid(
     tile: Tactic | Fp8Tile,
     halves: int = 1,
 ) -> GridGeometry:
-    """The grid of a projection, `GridGeometry.gate_up` or `.down`. halves 2: a CTA takes `tile.weights` rows of gate and
-    as many of up."""
+    """The grid of a projection, `GridGeometry.gate_up` or `.down`. halves 2: a CTA takes `tile.weights` rows of gate
+    and as many of up."""
     resident = 1
     if isinstance(tile, Tactic) and tile.stages:
         stage = (tile.tokens + halves * tile.weights) * BLOCK_K["bf16"] * 2

@@ -17,11 +17,23 @@ from collections.abc import Sequence
 from importlib import metadata
 from typing import TYPE_CHECKING, Any
 
-from ramp_moe import GridGeometry, Hardware, KernelConfig, MoEShape, Stage, WeightLayout
 from ramp_moe.evaluation.vllm_table import Launch
-from ramp_moe.spec.kernel import fp8_unsupported, version_of
-from ramp_moe.spec.launchable import Batch, LaunchableKernel, MoEWeights, Workspace
-from ramp_moe.spec.shapes import DTYPE_BYTES, SCALE_BLOCK
+from ramp_moe.plugin import (
+    DTYPE_BYTES,
+    SCALE_BLOCK,
+    Batch,
+    GridGeometry,
+    Hardware,
+    KernelConfig,
+    LaunchableKernel,
+    MoEShape,
+    MoEWeights,
+    Stage,
+    WeightLayout,
+    Workspace,
+    fp8_unsupported,
+    version_of,
+)
 from ramp_moe_kernels.limits import MAX_ELEMENTS, max_tokens
 
 from . import static_table as vllm_static
