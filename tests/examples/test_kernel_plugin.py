@@ -18,7 +18,7 @@ from ramp_moe.runtime.layer import MoELayer
 from ramp_moe.spec.kernel import usable_configs
 from ramp_moe.spec.launchable import Batch, LaunchableKernel, MoEWeights, Workspace
 
-PLUGIN = Path(__file__).parents[2] / "examples" / "simple_triton_plugin"
+PLUGIN = Path(__file__).parents[2] / "examples" / "kernel_plugin"
 GPU = torch.cuda.is_available()
 DEVICE = "cuda" if GPU else "cpu"
 HALF = torch.bfloat16 if GPU else torch.float16  # the interpreter truncates where a GPU rounds to bf16
