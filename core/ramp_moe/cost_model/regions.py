@@ -13,8 +13,8 @@ bandwidth (Little's law). Split-K is for launches below it, the wide tile for th
 
 Every threshold is derived in the functions below, and printed with its derivation. What data sheets do not give is
 named here: PIPELINE_STAGES (as in the Triton path), LOADED_LATENCY_S and NOOP_LAUNCH_S (orders of magnitude on Hopper,
-used for every GPU), L2_OVER_HBM and ACHIEVED_PEAK (chosen on the shipped Alpha-MoE sweeps). `examples/regions` holds
-the advice against measurements, and says what a fifth more or less of each constant would change.
+used for every GPU), L2_OVER_HBM and ACHIEVED_PEAK (chosen on the shipped Alpha-MoE sweeps). `profiles/studies/regions`
+holds the advice against measurements, and says what a fifth more or less of each constant would change.
 """
 
 from __future__ import annotations

@@ -8,8 +8,8 @@ own, to its own batches, are drawn towards it: few shapes leave some directions 
 as its kernel is, and kernels can be held against each other.
 
 It is a first guess, which nothing corrects: for shapes that were left out, choices among all kernels lose 1.6% to 5.8%,
-1.3 to 11 times what a profile does, as far as they can be judged (`examples/study`; the terms were chosen by these
-shapes). Every choice by it says that it extrapolates.
+1.3 to 11 times what a profile does, as far as they can be judged (`profiles/studies/cost_model`; the terms were chosen
+by these shapes). Every choice by it says that it extrapolates.
 """
 
 from __future__ import annotations

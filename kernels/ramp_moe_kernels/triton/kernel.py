@@ -139,7 +139,7 @@ class TritonMoE(LaunchableKernel):
         return self.describe(self._default_path(shape, hardware, num_tokens), shape)
 
     def _default_path(self, shape: MoEShape, hardware: Hardware, num_tokens: int) -> Path:
-        """What mostly wins on an H200 (examples/benchmarks), then ever smaller tiles, for less shared memory."""
+        """What mostly wins on an H200 (profiles/benchmarks), then ever smaller tiles, for less shared memory."""
         ids, fp8 = num_tokens * shape.top_k, shape.dtype == "fp8"
         widest = scale_group(shape) if fp8 else 128
         if num_tokens <= DIRECT_TOKENS:

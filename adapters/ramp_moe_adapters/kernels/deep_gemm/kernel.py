@@ -67,7 +67,7 @@ class DeepGEMM(LaunchableKernel):
     """Takes bf16 hidden states; fp8 block-scaled or bf16 weights, biases, any activation. Deterministic."""
 
     name = "deep_gemm"
-    # Layers took 1.5 to 1.8 times as long there (examples/graph_dispatch); why is not understood.
+    # Layers took 1.5 to 1.8 times as long there (profiles/benchmarks/graph_dispatch); why is not understood.
     switchable = False
 
     def unsupported(self, shape: MoEShape, hardware: Hardware) -> str | None:
