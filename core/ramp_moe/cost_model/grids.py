@@ -1,5 +1,7 @@
 """Many parts' grids as arrays, so that all are evaluated at once for one histogram or a batch of them.
 
+This is the numpy evaluator of steps 1 to 3 of `formula`, which defines the counts and the terms.
+
 `counts [..., blocks]` of a histogram are the M-tiles of every distinct token block, in ascending order: the first is of
 blocks of one token, which are the routed ids; the last of blocks that hold any expert's tokens, which are the active
 experts. Parts with grids alike count alike, and are counted once: a *launch* is what they have in common. CTA counts

@@ -3,11 +3,9 @@ predicted time of every candidate.
 
 A candidate is one configuration of one kernel; its time is the sum over its parts: one for each stage, or a single one
 where the sweep measured the path as a whole. A part is seen through the grids of its GEMMs alone: g CTAs that do work,
-in ceil(g / slots) waves. A path of two GEMMs adds up both grids, each CTA and wave counted by the work of a CTA
-relative to the first grid's (weight rows times its share of the reduction). Parts without a grid (quantise, schedule,
-...) are seen as one work item a routed id, with no waves. FORMS lists which terms a form combines; each part has one
-coefficient a term, found (in `fitting`) by least squares on the relative error (rows weighted by 1 / time: 3% count the
-same at 30 us and at 3 ms).
+in ceil(g / slots) waves. `formula` defines every step from the histogram to the choice; `CostModel` is its numpy
+evaluator for steps 4 to 9. FORMS lists which terms a form combines; each part has one coefficient a term, found (in
+`fitting`) by least squares on the relative error (rows weighted by 1 / time: 3% count the same at 30 us and at 3 ms).
 """
 
 from __future__ import annotations
@@ -35,7 +33,7 @@ BoolArray = NDArray[np.bool_]
 
 @dataclass(frozen=True, slots=True)
 class Form:
-    """Terms of T = sum_i c_i * term_i, by name (see `grids`), "one" first. A non-negative fit cannot predict a
+    """Terms of T = sum_i c_i * term_i, by name (see `formula`), "one" first. A non-negative fit cannot predict a
     negative time."""
 
     terms: tuple[str, ...]

@@ -11,6 +11,7 @@ which minimises the bending, as a thin rod does in one dimension, plus the squar
 the expectation of an intrinsic Gaussian process whose increments have variance 2 |z - z'| and whose measurements have
 variance `noise`. It has no length to choose, a cusp at each batch (as time has, where a wave fills), and levels off
 beyond them. A root a batch and token block is all that it costs to evaluate.
+`formula` defines the evaluation as its step 6; `Correction` is its numpy evaluator.
 
 All candidates of a kernel share the noise. It is chosen by leaving out each batch in turn, in closed form: by the mean
 square of the errors that decide, which are those of candidates near the batch's best, less what all have in common.

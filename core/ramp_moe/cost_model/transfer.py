@@ -2,7 +2,8 @@
 
 What a path takes is seen as a sum of TERMS, each with what the shape makes of it: a wave goes with the weights that one
 CTA multiplies (its weight rows times its share of the reduction), an active expert with its bytes, a routed id with its
-hidden and intermediate elements, which are read and written between launches, and with their products. In these units
+hidden and intermediate elements, which are read and written between launches, and with their products. Waves, active
+experts and routed ids are those of `formula`, by whose terms the found coefficients are then evaluated. In these units
 one set of coefficients is fitted to the batches of all shapes and configurations together, and each configuration's
 own, to its own batches, are drawn towards it: few shapes leave some directions open, in which a configuration is then
 as its kernel is, and kernels can be held against each other.
