@@ -69,6 +69,6 @@ def test_type_checkers_see_the_same_names() -> None:
 
 
 def test_submodules_are_found_and_other_names_are_not() -> None:
-    assert _run("import ramp_moe; print(ramp_moe.spec.__name__, hasattr(ramp_moe, 'nothing'))") == (
-        "ramp_moe.spec False"
+    assert _run("import ramp_moe; print(ramp_moe.errors.__name__, hasattr(ramp_moe, 'nothing'))") == (
+        "ramp_moe.errors False"
     )

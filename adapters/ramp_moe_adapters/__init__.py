@@ -5,11 +5,14 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
+from ramp_moe import Diagnostic
 from ramp_moe.plugin import ExpertsAdapter, Kernel, hookimpl
 
+from .frameworks import sglang, vllm
 from .frameworks.transformers.experts import TransformersExperts
 from .kernels.alpha_moe.kernel import AlphaMoE
 from .kernels.deep_gemm.kernel import DeepGEMM
+from .kernels.flashinfer_cutlass.build import cache
 from .kernels.flashinfer_cutlass.kernel import FlashInferCutlass
 from .kernels.vllm_triton.kernel import VllmTriton
 
@@ -25,3 +28,10 @@ def ramp_moe_kernels() -> Iterable[Kernel]:
 @hookimpl
 def ramp_moe_experts() -> Iterable[ExpertsAdapter]:
     yield TransformersExperts()
+
+
+@hookimpl
+def ramp_moe_diagnostics() -> Iterable[Diagnostic]:
+    yield from vllm.diagnostics()
+    yield from sglang.diagnostics()
+    yield Diagnostic("cache", "what FlashInfer compiled", str(cache()))

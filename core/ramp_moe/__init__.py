@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from .measurements.sweep import Sweep, load_sweep
     from .measurements.trace import Trace, load_trace
     from .registry.detect import detect
+    from .registry.diagnostics import Diagnostic
     from .registry.experts_adapter import ExpertsAdapter
     from .registry.hookspecs import hookimpl
     from .registry.registry import Registry, get_registry
@@ -34,6 +35,7 @@ if TYPE_CHECKING:
     from .spec.kernel import BuildableKernel, Built, Kernel, KernelConfig, Stage, WeightLayout
     from .spec.routing import expert_histogram, generate
     from .spec.shapes import Model, MoEShape
+    from .version import __version__
 
 _NAMES = {
     "cost_model.fitting": "fit_sweep",
@@ -44,6 +46,7 @@ _NAMES = {
     "measurements.sweep": "Sweep load_sweep",
     "measurements.trace": "Trace load_trace",
     "registry.detect": "detect",
+    "registry.diagnostics": "Diagnostic",
     "registry.experts_adapter": "ExpertsAdapter",
     "registry.hookspecs": "hookimpl",
     "registry.registry": "Registry get_registry",
@@ -54,6 +57,7 @@ _NAMES = {
     "spec.kernel": "BuildableKernel Built Kernel KernelConfig Stage WeightLayout",
     "spec.routing": "expert_histogram generate",
     "spec.shapes": "MoEShape Model",
+    "version": "__version__",
 }
 _HOME = {name: module for module, names in _NAMES.items() for name in names.split()}
 
@@ -64,6 +68,7 @@ __all__ = [
     "Candidate",
     "Choice",
     "CostModel",
+    "Diagnostic",
     "Dispatcher",
     "Experts",
     "ExpertsAdapter",
@@ -88,6 +93,7 @@ __all__ = [
     "UnknownNameError",
     "WeightLayout",
     "Wrapped",
+    "__version__",
     "detect",
     "expert_histogram",
     "fit_sweep",

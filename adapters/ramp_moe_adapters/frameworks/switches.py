@@ -7,13 +7,21 @@ import os
 
 ON = ("1", "true", "yes", "on")
 OFF = ("0", "false", "no", "off", "")
+NEITHER = f"says neither on ({', '.join(ON)}) nor off ({', '.join(word for word in OFF if word)}): off"
+
+
+def state_of(variable: str) -> bool | None:
+    """Whether an environment variable is one of ON, in any case of letters; None if it is in neither ON nor OFF.
+
+    An unset variable is off.
+    """
+    value = os.environ.get(variable, "").strip().lower()
+    return value in ON if value in ON + OFF else None
 
 
 def switched_on(variable: str, logger: logging.Logger) -> bool:
-    """Whether the variable is one of ON, in any case of letters. Unset it is off; so it is with one line in the log for
-    a value that is neither in ON nor in OFF."""
-    value = os.environ.get(variable, "").strip().lower()
-    if value not in ON + OFF:
-        off = ", ".join(word for word in OFF if word)
-        logger.warning("%s=%s says neither on (%s) nor off (%s): off", variable, value, ", ".join(ON), off)
-    return value in ON
+    """Whether the variable is on. A value that is neither on nor off is off, with one line in the log."""
+    state = state_of(variable)
+    if state is None:
+        logger.warning("%s=%s %s", variable, os.environ[variable].strip().lower(), NEITHER)
+    return bool(state)

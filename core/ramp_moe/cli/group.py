@@ -8,7 +8,8 @@ import click
 
 from ..errors import RampMoEError
 from ..terminal import printable
-from . import INTERRUPTED, build, check, choose, compare, drift, listing, profile
+from ..version import __version__
+from . import INTERRUPTED, build, check, choose, compare, drift, env, listing, profile
 from .output import notes_on_stderr, written_out
 
 
@@ -41,7 +42,7 @@ class _Group(click.Group):
 
 
 @click.group(cls=_Group, context_settings={"help_option_names": ["-h", "--help"]})
-@click.version_option(package_name="ramp-moe")
+@click.version_option(__version__, prog_name="ramp-moe")
 def main() -> None:
     """Pick the fastest MoE kernel for every batch from its expert histogram."""
 
@@ -59,5 +60,6 @@ for _command in (
     choose.explain,
     compare.compare,
     profile.profile_command,
+    env.env,
 ):
     main.add_command(_command)

@@ -67,6 +67,14 @@ class GpuState:
         )
 
 
+def installed_gpus() -> list[tuple[str, str]]:
+    """(name, driver version) of every GPU that nvidia-smi lists, whatever CUDA_VISIBLE_DEVICES hides.
+
+    Raises HardwareError if nvidia-smi is missing, fails, hangs or is not understood.
+    """
+    return [(name, driver) for driver, name in _query("--query-gpu=driver_version,name", 2)]
+
+
 def gpu_state(index: int = 0) -> GpuState:
     """The state of CUDA device `index`, among those that CUDA_VISIBLE_DEVICES leaves.
 

@@ -11,6 +11,7 @@ import pluggy
 from ..spec.hardware import Hardware
 from ..spec.kernel import Kernel
 from ..spec.shapes import Model
+from .diagnostics import Diagnostic
 from .experts_adapter import ExpertsAdapter
 
 GROUP = "ramp_moe"
@@ -41,3 +42,8 @@ def ramp_moe_profiles() -> Iterable[Path]:  # type: ignore[empty-body]
 @hookspec
 def ramp_moe_experts() -> Iterable[ExpertsAdapter]:  # type: ignore[empty-body]
     """How modules of a framework hold their experts, for `ramp_moe.wrap`. Building them must not import it."""
+
+
+@hookspec
+def ramp_moe_diagnostics() -> Iterable[Diagnostic]:  # type: ignore[empty-body]
+    """What a bug report should say of the plugin, asked by `ramp-moe env` alone. Must not import a GPU library."""

@@ -22,11 +22,12 @@ from ..errors import HardwareError, UnknownNameError, describe
 from ..spec.hardware import Hardware
 from ..spec.kernel import Kernel
 from ..spec.shapes import Model, MoEShape, resolve_shape
+from ..version import DISTRIBUTION, __version__
 from . import builtin, hookspecs
+from .diagnostics import Diagnostic
 from .experts_adapter import ExpertsAdapter
 from .hookspecs import GROUP
 
-DISTRIBUTION = "ramp-moe"
 ALLOW_LIST = "RAMP_MOE_PLUGINS"
 SLOW_SECONDS = 1.0
 
@@ -87,7 +88,7 @@ class Registry:
         self._registered: dict[str, Plugin] = {}
         self._owner: dict[tuple[str, str], str] = {}
 
-        own = Plugin("built-in", _version(DISTRIBUTION), DISTRIBUTION, own=True)
+        own = Plugin("built-in", __version__, DISTRIBUTION, own=True)
         self._register(own, lambda: builtin)
         if load_entry_points:
             self._load_entry_points()
@@ -119,6 +120,16 @@ class Registry:
     def shape(self, model: str, dtype: str | None = None, default: str | None = None) -> MoEShape:
         """The shape of a registered model, NAME or NAME-tpN (see `resolve_shape`)."""
         return resolve_shape(self.models, model, dtype, default)
+
+    def diagnostics(self) -> list[Diagnostic]:
+        """What the plugins tell a bug report; a plugin that fails at it has a problem more."""
+        found = []
+        for plugin, item in self._answers("ramp_moe_diagnostics"):
+            if isinstance(item, Diagnostic):
+                found.append(item)
+            else:
+                plugin.problems.append(f"ramp_moe_diagnostics: {describe(item)} is not a Diagnostic")
+        return found
 
     def _load_entry_points(self) -> None:
         allowed = os.environ.get(ALLOW_LIST)
@@ -203,10 +214,3 @@ def _look_up(what: str, name: str, known: dict[str, T], remedy: str) -> T:
 
 def _is_own(entry: metadata.EntryPoint) -> bool:
     return entry.dist is not None and entry.dist.name == DISTRIBUTION
-
-
-def _version(distribution: str) -> str:
-    try:
-        return metadata.version(distribution)
-    except metadata.PackageNotFoundError:  # run from a source tree that is not installed
-        return "?"

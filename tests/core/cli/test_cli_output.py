@@ -199,8 +199,8 @@ SHAPED = {
     "profiles": ("--model", "olmoe-1b-7b", "--kernel", "triton"),
     "regions": ("--model", "olmoe-1b-7b"),
 }
-ELSEWHERE = {"models", "plugins", "check", "check-kernel", "profile"}
-"""Models' rows name each model's own, plugins have none. The others are tried on a simulated GPU."""
+ELSEWHERE = {"models", "plugins", "check", "check-kernel", "env", "profile"}
+"""Models' rows name each model's own; plugins and `env` have none. The others are tried on a simulated GPU."""
 
 
 def test_every_command_is_named_here() -> None:

@@ -1,19 +1,41 @@
 """The plugin of vLLM 0.33 that the entry point `vllm.general_plugins` names.
 
 It does nothing unless RAMP_MOE_VLLM is 1, true, yes or on: vLLM's own option for this, `--moe-backend`, knows vLLM's
-backends alone. What needs vLLM itself is in `vllm_layer.py` and the files that it imports.
+backends alone. What needs vLLM itself is in `layer.py` and the files that it imports.
 """
 
 from __future__ import annotations
 
 import logging
+from collections.abc import Iterator
+from importlib import metadata
+
+from ramp_moe import Diagnostic
 
 from ...kernels.vllm_triton.kernel import VllmTriton
-from ..switches import switched_on
+from ..switches import NEITHER, state_of, switched_on
 
 SWITCH = "RAMP_MOE_VLLM"
 _logger = logging.getLogger("vllm.ramp_moe")
 """Below vLLM's logger, the only one that vLLM configures."""
+
+
+def diagnostics() -> Iterator[Diagnostic]:
+    """What the switch says, and what the plugin would do in vLLM. Imports nothing of it."""
+    on = state_of(SWITCH)
+    yield Diagnostic("variable", SWITCH, NEITHER if on is None else "on" if on else "off")
+    try:
+        version = metadata.version("vllm")
+    except metadata.PackageNotFoundError:
+        yield Diagnostic("engine", "vllm", "not installed")
+        return
+    if not on:
+        state = f"left alone; set {SWITCH}=1 to have its MoE layers dispatched"
+    elif reason := VllmTriton().unavailable():
+        state = f"left alone, although {SWITCH} is set: {reason}"
+    else:
+        state = "MoE layers are dispatched"
+    yield Diagnostic("engine", f"vllm {version}", state)
 
 
 def register() -> None:
