@@ -72,3 +72,24 @@ def test_submodules_are_found_and_other_names_are_not() -> None:
     assert _run("import ramp_moe; print(ramp_moe.errors.__name__, hasattr(ramp_moe, 'nothing'))") == (
         "ramp_moe.errors False"
     )
+
+
+def test_the_command_line_needs_the_declared_dependencies_alone() -> None:
+    """No module of it asks for what only tests or extras install, or has Triton interpret what it would compile."""
+    extras = "('pytest', 'hypothesis', 'matplotlib', 'torch', 'triton', 'transformers', 'cutlass', 'cuda')"
+    code = f"""
+import os, pkgutil, sys
+os.environ.pop("TRITON_INTERPRET", None)
+for name in {extras}:
+    sys.modules[name] = None
+import ramp_moe.cli
+for module in pkgutil.iter_modules(ramp_moe.cli.__path__, "ramp_moe.cli."):
+    if not module.name.endswith("__main__"):
+        __import__(module.name)
+assert "TRITON_INTERPRET" not in os.environ
+try:
+    ramp_moe.cli.main(["models", "--json"])
+except SystemExit as e:
+    assert not e.code
+"""
+    assert '"olmoe-1b-7b"' in _run(code)
