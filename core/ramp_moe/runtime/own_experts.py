@@ -8,10 +8,7 @@ from types import MethodType
 from typing import TYPE_CHECKING, Any, cast
 
 from ..errors import KernelError
-from ..registry.experts_adapter import ExpertsAdapter
-
-HOOK = "_hf_hook"
-"""Attribute in which accelerate keeps a module's hook, which it calls in a forward put over the module's."""
+from ..registry.experts_adapter import HOOK, ExpertsAdapter
 
 if TYPE_CHECKING:
     from torch import Tensor

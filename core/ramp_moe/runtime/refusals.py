@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.nn.utils import parametrize
 
 from ..errors import KernelError
-from .own_experts import HOOK
+from ..registry.experts_adapter import HOOK
 from .placeholder import Placeholder
 
 if TYPE_CHECKING:
