@@ -42,9 +42,10 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
             item.add_marker(pytest.mark.skip(reason="needs a CUDA device"))
 
 
-# Helpers that tests in several folders share; and, without a GPU, Triton's kernels run in its interpreter, which must
-# be said before Triton is imported.
-sys.path[:0] = [str(Path(__file__).parent), str(Path(__file__).parent / "support")]
+# Helpers that tests in several folders share, and the studies; and, without a GPU, Triton's kernels run in its
+# interpreter, which must be said before Triton is imported.
+TESTS = Path(__file__).parent
+sys.path[:0] = [str(TESTS), str(TESTS / "support"), str(TESTS.parent / "profiles")]
 if not _has_gpu():
     os.environ["TRITON_INTERPRET"] = "1"
 

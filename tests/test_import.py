@@ -12,10 +12,31 @@ def _run(code: str) -> str:
     return subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True).stdout.strip()
 
 
+HEAVY = "{'torch', 'triton', 'cutlass', 'cuda', 'flashinfer', 'deep_gemm', 'matplotlib', 'rich', 'click'}"
+
+
 def test_imports_no_gpu_library() -> None:
-    heavy = "{'torch', 'triton', 'cutlass', 'cuda', 'flashinfer', 'deep_gemm', 'matplotlib', 'rich', 'click'}"
-    code = f"import sys, ramp_moe; ramp_moe.get_registry(); print(sorted({heavy} & set(sys.modules)))"
+    code = f"import sys, ramp_moe; ramp_moe.get_registry(); print(sorted({HEAVY} & set(sys.modules)))"
     assert _run(code) == "[]"
+
+
+def test_a_plugin_s_import_is_as_light() -> None:
+    assert _run(f"import sys, ramp_moe.plugin; print(sorted({HEAVY} & set(sys.modules)))") == "[]"
+
+
+def test_a_plugin_s_names_are_the_library_s() -> None:
+    """Under both names the same object, so that a plugin's error is caught as ours."""
+    import ramp_moe
+    from ramp_moe import plugin
+
+    assert all(getattr(plugin, name) is getattr(ramp_moe, name) for name in {*plugin.__all__} & {*ramp_moe.__all__})
+    imported = {alias.asname or alias.name for node in _imports(plugin.__file__) for alias in node.names}
+    assert sorted(imported) == sorted(plugin.__all__)
+
+
+def _imports(file: str | None) -> list[ast.ImportFrom]:
+    tree = ast.parse(Path(file or "").read_text())
+    return [node for node in ast.walk(tree) if isinstance(node, ast.ImportFrom) and node.level == 1]
 
 
 def test_public_names_exist() -> None:
@@ -42,8 +63,7 @@ print("all")
 def test_type_checkers_see_the_same_names() -> None:
     import ramp_moe
 
-    tree = ast.parse(Path(ramp_moe.__file__).read_text())
-    imports = [node for node in ast.walk(tree) if isinstance(node, ast.ImportFrom) and node.level == 1]
+    imports = _imports(ramp_moe.__file__)
     assert {alias.name: node.module for node in imports for alias in node.names} == ramp_moe._HOME
     assert sorted(ramp_moe._HOME) == sorted(ramp_moe.__all__)
 
@@ -52,3 +72,24 @@ def test_submodules_are_found_and_other_names_are_not() -> None:
     assert _run("import ramp_moe; print(ramp_moe.errors.__name__, hasattr(ramp_moe, 'nothing'))") == (
         "ramp_moe.errors False"
     )
+
+
+def test_the_command_line_needs_the_declared_dependencies_alone() -> None:
+    """No module of it asks for what only tests or extras install, or has Triton interpret what it would compile."""
+    extras = "('pytest', 'hypothesis', 'matplotlib', 'torch', 'triton', 'transformers', 'cutlass', 'cuda')"
+    code = f"""
+import os, pkgutil, sys
+os.environ.pop("TRITON_INTERPRET", None)
+for name in {extras}:
+    sys.modules[name] = None
+import ramp_moe.cli
+for module in pkgutil.iter_modules(ramp_moe.cli.__path__, "ramp_moe.cli."):
+    if not module.name.endswith("__main__"):
+        __import__(module.name)
+assert "TRITON_INTERPRET" not in os.environ
+try:
+    ramp_moe.cli.main(["models", "--json"])
+except SystemExit as e:
+    assert not e.code
+"""
+    assert '"olmoe-1b-7b"' in _run(code)

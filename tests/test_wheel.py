@@ -11,6 +11,16 @@ ROOT = Path(__file__).parents[1]
 CODE = {".py", ".cu", ".typed"}
 
 
+def test_only_the_packages_are_installed() -> None:
+    """Benchmarks and studies lie beside a package, and are not part of one."""
+    files = [file.distribution_path for file in WheelBuilder(str(ROOT)).recurse_included_files()]
+    assert {Path(file).parts[0] for file in files} == {
+        "ramp_moe", "ramp_moe_adapters", "ramp_moe_kernels", "ramp_moe_profiles"
+    }  # fmt: skip
+    modules = {f.relative_to(ROOT / "profiles") for f in (ROOT / "profiles").glob("**/__init__.py")}
+    assert {module.parts[0] for module in modules} == {"ramp_moe_profiles"}
+
+
 def test_the_wheel_holds_what_commands_look_up() -> None:
     files = [file.distribution_path for file in WheelBuilder(str(ROOT)).recurse_included_files()]
     assert "ramp_moe/__init__.py" in files

@@ -5,7 +5,8 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
-from ramp_moe import Diagnostic, ExpertsAdapter, Kernel, hookimpl
+from ramp_moe import Diagnostic
+from ramp_moe.plugin import ExpertsAdapter, Kernel, hookimpl
 
 from .frameworks import sglang, vllm
 from .frameworks.transformers.experts import TransformersExperts

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
-from ramp_moe import Diagnostic, Kernel, hookimpl
+from ramp_moe import Diagnostic
+from ramp_moe.plugin import Kernel, hookimpl
 
 from .cute.aot.cache import VARIABLE, cache_folder
 from .cute.kernel import CuteMoE

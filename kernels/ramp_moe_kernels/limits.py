@@ -5,8 +5,7 @@ The schedule sorts up to MAX_IDS routed ids of up to MAX_EXPERTS experts, so eve
 
 from __future__ import annotations
 
-from ramp_moe import MoEShape
-from ramp_moe.errors import KernelError
+from ramp_moe.plugin import KernelError, MoEShape
 
 MAX_IDS = 2**20
 """Routed ids of one batch: tokens * top_k."""

@@ -7,9 +7,15 @@ the products follow `torch.get_float32_matmul_precision()`; leave it at its defa
 from __future__ import annotations
 
 import torch
-from ramp_moe.errors import KernelError, RoutingError, ShapeError, UnknownNameError
-from ramp_moe.spec.launchable import ROW_CHUNK, check_layout
-from ramp_moe.spec.shapes import scale_blocks
+from ramp_moe.plugin import (
+    ROW_CHUNK,
+    KernelError,
+    RoutingError,
+    ShapeError,
+    UnknownNameError,
+    check_layout,
+    scale_blocks,
+)
 from torch import Tensor
 from torch.nn.functional import pad
 

@@ -49,7 +49,7 @@ def test_vllm_launches_what_its_aligned_buffer_needs(registry: Registry, h200: H
             em = 512 * 8 + 64 * (p["BLOCK_SIZE_M"] - 1)
             ctas = math.ceil(em / p["BLOCK_SIZE_M"]) * math.ceil(rows / p["BLOCK_SIZE_N"])
             assert grid.launched(512 * 8, 64) == ctas
-    assert {g.block_weights for c in configs for g in c.gemms} == {32, 64, 128, 256}
+    assert {g.block_n for c in configs for g in c.gemms} == {32, 64, 128, 256}
 
 
 def test_vllm_configurations_fit_into_shared_memory(registry: Registry) -> None:

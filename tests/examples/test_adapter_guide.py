@@ -14,11 +14,11 @@ from ramp_moe.cli import main
 from ramp_moe.testing import KernelConformance
 
 EXAMPLES = Path(__file__).parents[2] / "examples"
-sys.path.insert(0, str(EXAMPLES / "simple_triton_plugin"))
+sys.path.insert(0, str(EXAMPLES / "kernel_plugin"))
 
 from ramp_moe_simple_triton import SimpleTriton  # noqa: E402 - the plugin is on the path, not installed
 
-GUIDE = (EXAMPLES / "adapter_guide.md").read_text()
+GUIDE = (EXAMPLES / "kernel_plugin" / "adapter_guide.md").read_text()
 KERNEL, TESTS = re.findall(r"```python\n(.*?)```", GUIDE, re.DOTALL)
 NAMES: dict[str, Any] = {"__name__": "guide"}
 exec(compile(KERNEL + TESTS, "adapter_guide.md", "exec"), NAMES)

@@ -190,7 +190,7 @@ def test_zeroing_stays_inside() -> None:
 def test_max_tiles_is_the_geometry_s_bound(num_ids: int) -> None:
     for experts in (1, 8, 257):
         for block in (1, 16, 200):
-            geometry = GridGeometry(block, 1, 1, 1, 1, 1)
+            geometry = GridGeometry(block_m=block, block_n=1, block_k=1, n=1, k=1, expert_bytes=1)
             assert max_tiles(num_ids, experts, block) == geometry.max_m_tiles(num_ids, experts)
 
 

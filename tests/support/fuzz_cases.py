@@ -364,7 +364,7 @@ class Fuzz:
             by_block: dict[int, KernelConfig] = {}
             for tokens in (4096, 64, 8, 1):
                 config = variant.kernel.default_config(shape, self.hardware, tokens)
-                by_block.setdefault(config.gemms[0].block_tokens, config)
+                by_block.setdefault(config.gemms[0].block_m, config)
             prices = {Candidate(variant.kernel.name, c): 50.0 + block for block, c in by_block.items()}
             self._models[variant.name, shape] = priced(self.hardware, prices, shape)
         return self._models[variant.name, shape]

@@ -58,4 +58,4 @@ def priced(hardware: Hardware, us_a_tile: Mapping[Candidate, float], shape: MoES
 
 
 def _block(candidate: Candidate) -> int:
-    return candidate.config.gemms[0].block_tokens
+    return candidate.config.gemms[0].block_m

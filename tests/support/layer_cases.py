@@ -61,7 +61,7 @@ class FakeKernel(LaunchableKernel):
         return self.missing
 
     def config(self, block: int) -> KernelConfig:
-        grid = GridGeometry(block, 2 * I, H, 2 * I, H, 1)
+        grid = GridGeometry(block_m=block, block_n=2 * I, block_k=H, n=2 * I, k=H, expert_bytes=1)
         return KernelConfig(f"bm{block}", (Stage("gemm", f"{self.name}/bm{block}", grid),), (("block", block),))
 
     def configs(self, shape: MoEShape, hardware: Hardware) -> Sequence[KernelConfig]:

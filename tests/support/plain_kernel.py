@@ -31,7 +31,7 @@ class Plain(LaunchableKernel):
         return "takes bf16 and fp16 weights, not fp8" if shape.dtype == "fp8" else None
 
     def grid(self, shape: MoEShape, block: int) -> GridGeometry:
-        return GridGeometry(block, 64, 32, shape.gate_up_rows, shape.hidden_size, shape.expert_bytes)
+        return GridGeometry.fused(shape, block_m=block, block_n=64, block_k=32)
 
     def configs(self, shape: MoEShape, hardware: Hardware) -> Sequence[KernelConfig]:
         return [self.config(shape, block) for block in (16, 64)]
@@ -142,7 +142,7 @@ class HalfOfTheRows(Plain):
     """Forgets that gate and up both have rows."""
 
     def grid(self, shape: MoEShape, block: int) -> GridGeometry:
-        return replace(super().grid(shape, block), weight_rows=shape.intermediate_size)
+        return replace(super().grid(shape, block), n=shape.intermediate_size)
 
 
 class UpOnly(Plain):
@@ -153,7 +153,7 @@ class UpOnly(Plain):
 @dataclass(frozen=True)
 class TooShort(GridGeometry):
     def launched(self, max_ids: int, num_experts: int) -> int:
-        return -(-max_ids // self.block_tokens) * self.ctas_per_m_tile
+        return -(-max_ids // self.block_m) * self.ctas_per_m_tile
 
 
 @dataclass(frozen=True)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 import torch
+from ramp_moe.cost_model.formula import TERMS
 from ramp_moe.runtime.graphs.cost_table import (
     LARGEST_BLOCK,
     MAX_BLOCKS,
@@ -11,7 +12,6 @@ from ramp_moe.runtime.graphs.cost_table import (
     MAX_DISTANCES,
     MAX_LAUNCHES,
     MAX_PARTS,
-    TERMS,
     CostTable,
 )
 from ramp_moe.spec.routing import FloatArray, IntArray, generate
@@ -20,7 +20,7 @@ ROUTINGS = ("uniform", "zipf1.2", "active0.1", "one-hot", "padded", "empty", "ga
 
 
 def by_hand(table: CostTable, histogram: IntArray) -> FloatArray:
-    """Microseconds of the table's candidates, as its docstring says."""
+    """Microseconds of the table's candidates: the table evaluator of `ramp_moe.cost_model.formula`."""
     counts = np.ceil(histogram / table.blocks[:, None].astype(np.float64)).sum(-1)
     ctas = np.ceil(counts[table.grid_block] / table.grid_cluster) * table.grid_cluster * table.grid_ctas
     waves = ctas / table.grid_slots

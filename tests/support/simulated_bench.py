@@ -55,7 +55,7 @@ class Simulated(LaunchableKernel):
 
     @functools.cache  # noqa: B019 - a few objects in a test
     def _config(self, shape: MoEShape, block: int, kind: str) -> KernelConfig:
-        grid = GridGeometry(block, 64, 64, shape.gate_up_rows, shape.hidden_size, shape.expert_bytes)
+        grid = GridGeometry.fused(shape, block_m=block, block_n=64, block_k=64)
         name = f"bm{block}-{kind}"
         stages = (
             Stage("schedule", f"schedule/bm{block}"),
@@ -81,7 +81,7 @@ class Simulated(LaunchableKernel):
         factor = {"a": 1.0, "b": 1.1, "slow": SLOW}[str(dict(config.params)["kind"])] * self.slower
         gemm = config.stages[1].geometry
         assert gemm is not None
-        us = 5 + gemm.block_tokens / 8 + 0.25 * int(gemm.logical(histogram))
+        us = 5 + gemm.block_m / 8 + 0.25 * int(gemm.logical(histogram))
         return {
             config.stages[0].key: 2.0,
             config.stages[1].key: factor * us,

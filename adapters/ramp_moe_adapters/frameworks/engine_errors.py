@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from ramp_moe import KernelError, RampMoEError
+from ramp_moe.plugin import KernelError, RampMoEError
 
 
 def why(error: Exception) -> str:

@@ -13,12 +13,11 @@ from dataclasses import replace
 from typing import Any
 
 import torch
-from ramp_moe import KernelError, ShapeError
+from ramp_moe.plugin import KernelError, MoEWeights, ShapeError
 from ramp_moe.runtime.layer import MoELayer
 from ramp_moe.runtime.placeholder import Placeholder, Source, become
 from ramp_moe.runtime.relayout import ROWS, relayout
 from ramp_moe.runtime.update import check_fits, put, storage, writing
-from ramp_moe.spec.launchable import MoEWeights
 from torch import Tensor
 
 LAYOUT = "gate-first"

@@ -24,7 +24,7 @@ def grid_figures(config: KernelConfig, histogram: IntArray, num_sms: int) -> lis
     """What each GEMM of a configuration launches for a batch."""
     return [
         {
-            "token_block": g.block_tokens,
+            "token_block": g.block_m,
             "m_tiles": int(g.m_tiles(histogram)),
             "ctas": int(g.logical(histogram)),
             "waves": int(g.waves(histogram, num_sms)),

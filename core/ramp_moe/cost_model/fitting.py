@@ -131,7 +131,7 @@ def _residual(model: CostModel, sweep: Sweep) -> Residual | None:
 
 def _token_block(parts: Sequence[Part]) -> int:
     """Token block of the first grid; 1 if there is none, as in `Grids`."""
-    return next((g.block_tokens for p in parts for g in p.grids), 1)
+    return next((g.block_m for p in parts for g in p.grids), 1)
 
 
 def least_squares(terms: FloatArray, times: FloatArray, non_negative: bool) -> tuple[FloatArray, FloatArray]:

@@ -1,5 +1,7 @@
 """Many parts' grids as arrays, so that all are evaluated at once for one histogram or a batch of them.
 
+This is the numpy evaluator of steps 1 to 3 of `formula`, which defines the counts and the terms.
+
 `counts [..., blocks]` of a histogram are the M-tiles of every distinct token block, in ascending order. The first is
 for blocks of one token, and counts the routed ids. The last is for blocks that hold any expert's tokens, and counts the
 active experts.
@@ -113,8 +115,8 @@ def _launch(grids: Sequence[GridGeometry], num_sms: int) -> tuple[tuple[int, int
 
     Work is weight rows times the share of the reduction, relative to the first grid's.
     """
-    work = [g.block_weights * g.reduction / g.split_k for g in grids]
+    work = [g.block_n * g.k / g.split_k for g in grids]
     return tuple(
-        (g.block_tokens, g.ctas_per_m_tile, g.cluster_m, float(g.slots(num_sms)), w / work[0])
+        (g.block_m, g.ctas_per_m_tile, g.cluster_m, float(g.slots(num_sms)), w / work[0])
         for g, w in zip(grids, work, strict=True)
     ) or ((1, 1, 1, np.inf, 1.0),)

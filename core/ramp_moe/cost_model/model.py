@@ -3,9 +3,8 @@ parameters a part that are fitted from a sweep.
 
 A candidate is one configuration of one kernel. Its time is the sum over its parts: one for each stage, or a single one
 if the sweep measured the path as a whole. A part is described by the grids of its GEMMs alone: g CTAs that do work, in
-ceil(g / slots) waves. A path of two GEMMs adds up both grids. Each CTA and wave counts by the work of a CTA relative to
-the first grid's (weight rows times its share of the reduction). Parts without a grid (quantise, schedule, ...) have one
-work item a routed id, and no waves.
+ceil(g / slots) waves. `formula` defines every step from the histogram to the choice. `CostModel` is its numpy evaluator
+for steps 4 to 9.
 
 FORMS lists the terms that each form combines. Each part has one coefficient a term, found in `fitting` by least squares
 on the relative error. Rows are weighted by 1 / time, so that 3% count the same at 30 us and at 3 ms.
@@ -36,7 +35,7 @@ BoolArray = NDArray[np.bool_]
 
 @dataclass(frozen=True, slots=True)
 class Form:
-    """The terms of T = sum_i c_i * term_i, by name (see `grids`), "one" first. A non-negative fit cannot predict a
+    """The terms of T = sum_i c_i * term_i, by name (see `formula`), "one" first. A non-negative fit cannot predict a
     negative time."""
 
     terms: tuple[str, ...]

@@ -13,8 +13,8 @@ bandwidth (Little's law). Split-K is for launches below it, the wide tile for th
 
 Every threshold is derived in the functions below, and printed with its derivation. What data sheets do not give is
 named here: PIPELINE_STAGES (as in the Triton path), LOADED_LATENCY_S and NOOP_LAUNCH_S (orders of magnitude on Hopper,
-used for every GPU), L2_OVER_HBM and ACHIEVED_PEAK (chosen on the shipped Alpha-MoE sweeps). `examples/regions` holds
-the advice against measurements, and says what a fifth more or less of each constant would change.
+used for every GPU), L2_OVER_HBM and ACHIEVED_PEAK (chosen on the shipped Alpha-MoE sweeps). `profiles/studies/regions`
+holds the advice against measurements, and says what a fifth more or less of each constant would change.
 """
 
 from __future__ import annotations
@@ -102,14 +102,7 @@ def analyse(shape: MoEShape, hardware: Hardware, histogram: IntArray) -> Regions
     times = _block_times(shape, hardware, histogram)
     token_block = int(TOKEN_BLOCKS[times.argmin()])
     tile_k = TILE_K_BYTES // DTYPE_BYTES[shape.dtype]
-    grid = GridGeometry(
-        block_tokens=token_block,
-        block_weights=TILE_ROWS,
-        block_k=tile_k,
-        weight_rows=shape.gate_up_rows,
-        reduction=shape.hidden_size,
-        expert_bytes=shape.gate_up_bytes,
-    )
+    grid = GridGeometry.gate_up(shape, block_m=token_block, block_n=TILE_ROWS, block_k=tile_k)
     metrics = {
         "rho": shape.gate_up_rows * shape.hidden_size / (TILE_ROWS * tile_k),
         "lambda": float(grid.tiles_n),

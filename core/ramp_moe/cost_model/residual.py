@@ -11,6 +11,7 @@ It minimises the bending, as a thin rod does in one dimension, plus the squared 
 the expectation of an intrinsic Gaussian process. The increments of that process have variance 2 |z - z'|, and its
 measurements have variance `noise`. The spline has no length to choose. It has a cusp at each batch, as time has when a
 wave fills, and levels off beyond the batches. Evaluating it costs one square root a batch and token block.
+`formula` defines the evaluation as its step 6; `Correction` is its numpy evaluator.
 
 All candidates of a kernel share the noise. It is chosen by leaving out each batch in turn, in closed form. What counts
 is the mean square of the errors that decide: those of candidates near the batch's best, less what all have in common.

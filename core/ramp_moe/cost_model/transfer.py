@@ -2,15 +2,16 @@
 
 A path's time is a sum of TERMS, each in units that the shape gives. A wave counts the weights that one CTA multiplies:
 its weight rows times its share of the reduction. An active expert counts its bytes. A routed id counts its hidden and
-intermediate elements, which are read and written between launches, and their products.
+intermediate elements, which are read and written between launches, and their products. Waves,
+active experts and routed ids are those of `formula`, by whose terms the fitted coefficients are evaluated.
 
 In these units one set of coefficients is fitted to the batches of all shapes and configurations together. Each
 configuration's own coefficients, fitted to its own batches, are drawn towards the common ones. Few shapes leave some
 directions open. In these a configuration behaves as its kernel does, so that kernels remain comparable.
 
-It is a first guess, which nothing corrects: for shapes that were left out, choices among all kernels lose 1.6% to 5.8%,
-1.3 to 11 times what a profile does, as far as they can be judged (`examples/study`; the terms were chosen by these
-shapes). Every choice by it says that it extrapolates.
+It is a first guess, which nothing corrects. For shapes that were left out, choices among all kernels lose 1.6% to 5.8%,
+as far as they can be judged. That is 1.3 to 11 times what a profile loses (`profiles/studies/cost_model`; the terms
+were chosen by these shapes). Every choice by it says that it extrapolates.
 """
 
 from __future__ import annotations
@@ -175,7 +176,7 @@ def _path(candidate: Candidate, resident: int) -> Part:
 def _units(part: Part, shape: MoEShape) -> list[float]:
     """The units of the coefficients of TERMS for this part and shape."""
     first = part.grids[0]
-    weights = first.block_weights * first.reduction / first.split_k / 1e6
+    weights = first.block_n * first.k / first.split_k / 1e6
     hidden, inter = shape.hidden_size / 1e3, shape.intermediate_size / 1e3
     return [1.0, weights, shape.expert_bytes / 1e6, 1.0, hidden, inter, hidden * inter]
 

@@ -25,7 +25,7 @@ MOST = 8
 
 MARGIN = 0.01
 """What choosing must save beyond its overhead, as a share of the best single candidate's time. The fastest of several
-predictions flatters: measured savings are well below predicted ones (`examples/shortlists` has both). With this
+predictions flatters: measured savings are well below predicted ones (`profiles/studies/shortlists` has both). With this
 margin choices gain most, or nearly, by cross-validation on the batches that shipped profiles were fitted to."""
 
 VALID = (1.0, 0.875, 0.75, 0.625)

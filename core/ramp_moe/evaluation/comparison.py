@@ -56,7 +56,7 @@ class Pick:
 
     @classmethod
     def of(cls, candidate: Candidate, us: float) -> Pick:
-        return cls(candidate.kernel, candidate.config.name, candidate.config.gemms[0].block_tokens, float(us))
+        return cls(candidate.kernel, candidate.config.name, candidate.config.gemms[0].block_m, float(us))
 
 
 @dataclass(frozen=True, slots=True)

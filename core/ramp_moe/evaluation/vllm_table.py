@@ -360,8 +360,8 @@ def _distance(config: KernelConfig, pair: Pair) -> tuple[float, float]:
         *(_values(config, ends) for ends in (("group_m", "group_size_m"), ("warps",), ("stages",))), strict=True
     )
     for grid, launch, values in zip(config.gemms, pair, per_gemm, strict=True):
-        block += _log2(grid.block_tokens, launch.block_m)
-        own = (grid.block_weights, grid.block_k, grid.split_k, *values)
+        block += _log2(grid.block_m, launch.block_m)
+        own = (grid.block_n, grid.block_k, grid.split_k, *values)
         wanted = (launch.block_n, launch.block_k, 1, launch.group_m, launch.warps, launch.stages)
         other += sum(_log2(a, b) for a, b in zip(own, wanted, strict=True))
     return block, other

@@ -43,7 +43,7 @@ class Contest:
     ) -> None:
         self._candidates, self._histogram_of, self._taken = candidates, histogram_of, taken
         self._grids = {n: c.config.gemms[:1] for n, c in candidates.items()}
-        self._blocks = {g[0].block_tokens: g[0] for g in self._grids.values() if g}
+        self._blocks = {g[0].block_m: g[0] for g in self._grids.values() if g}
         self._tiles: dict[int, dict[int, int]] = {}
 
     def kernel_of(self, name: str) -> str:
@@ -80,7 +80,7 @@ class Contest:
             us = {n: of_candidate[0][0] for n, of_candidate in visits.items() if self._grids[n]}
             best = self.best(us)
             for name, t in us.items():
-                block = self._grids[name][0].block_tokens
+                block = self._grids[name][0].block_m
                 if found.get(name, (0,))[0] < there[block] <= here[block]:
                     behind = t >= BEHIND * best[self.kernel_of(name)]
                     found[name] = there[block], Estimate(t * here[block] / there[block], behind)

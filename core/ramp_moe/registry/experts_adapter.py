@@ -13,6 +13,10 @@ if TYPE_CHECKING:
     from ..spec.launchable import MoEWeights
 
 
+HOOK = "_hf_hook"
+"""Attribute in which accelerate keeps a module's hook, which it calls in a forward put over the module's."""
+
+
 class ExpertsAdapter(ABC):
     """One kind of module that holds experts. Importing an adapter and finding modules must need no GPU library.
 

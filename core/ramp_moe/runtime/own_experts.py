@@ -8,7 +8,7 @@ from types import MethodType
 from typing import TYPE_CHECKING, Any, cast
 
 from ..errors import KernelError
-from ..registry.experts_adapter import ExpertsAdapter
+from ..registry.experts_adapter import HOOK, ExpertsAdapter
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -25,8 +25,11 @@ class Experts(ExpertsAdapter):
     module: its class. gate_up `[E, 2 I, H]` and down `[E, H, I]`, their scales and biases: names of its parameters, as
     `MoEWeights` describes them; so are activation, layout and limit. top_k: the number, or the name of an attribute.
     route: the module and hidden states `[T, H]` to (topk_ids `[T, k]` int32 or int64, topk_weights `[T, k]`), where the
-    module's forward takes hidden states `[..., H]` and returns their like. Without it forward takes (hidden states
-    `[T, H]`, topk_ids, topk_weights).
+    module's forward takes hidden states `[..., H]` alone and returns their like. Without it forward takes (hidden
+    states `[T, H]`, topk_ids, topk_weights).
+
+    Wrapping raises KernelError for a module of a subclass that has a forward of its own, or whose forward was replaced:
+    it computes something else.
     """
 
     module: type[Module]
@@ -63,7 +66,14 @@ class Experts(ExpertsAdapter):
         return {field: name for field in fields if (name := getattr(self, field)) is not None}
 
     def install(self, module: Module) -> Any:
-        before = module.__dict__.get("forward")
+        kind, before = type(module), module.__dict__.get("forward")
+        if kind.forward is not self.module.forward:
+            raise KernelError(
+                f"{kind.__name__} has a forward of its own, which may do more than {self.name}'s; if it does not, "
+                f"give ramp_moe.Experts({kind.__name__}, ...)"
+            )
+        if before is not None and not hasattr(module, HOOK):
+            raise KernelError(f"its forward was replaced by {before!r:.60}, which would not be called; undo that")
         # A method of the module, so that a deep copy of that calls its own experts.
         module.__dict__["forward"] = MethodType(_as_routed if self.route is None else _routing, module)
         return before
@@ -94,7 +104,12 @@ def _routing(module: Module, *given: Any, **named: Any) -> Any:
     from .wrapped_experts import experts_of
 
     experts = experts_of(module)
-    return type(module).forward(module, *given, **named) if experts is None else _routed(experts, module, *given)
+    if experts is None:
+        return type(module).forward(module, *given, **named)
+    if len(given) + len(named) != 1:
+        known = ", ".join([f"{len(given)} without a name", *named])
+        raise KernelError(f"a wrapped {type(module).__name__} takes hidden states alone, not arguments {known}")
+    return _routed(experts, module, *given, *named.values())
 
 
 def _routed(experts: RoutedExperts, module: Module, hidden_states: Tensor) -> Tensor:

@@ -11,6 +11,7 @@ from torch import Tensor
 from torch.nn.utils import parametrize
 
 from ..errors import KernelError
+from ..registry.experts_adapter import HOOK
 from .placeholder import Placeholder
 
 if TYPE_CHECKING:
@@ -18,9 +19,6 @@ if TYPE_CHECKING:
 
     from ..registry.experts_adapter import ExpertsAdapter
     from .layer import MoELayer
-
-HOOK = "_hf_hook"
-"""Attribute in which accelerate keeps a module's hook."""
 
 
 def _function(kind: type[Tensor]) -> Any:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -147,17 +147,19 @@ def _parent(model: Module, name: str) -> Module:
 
 @contextmanager
 def _undone(model: Module) -> Iterator[None]:
-    """If this fails, at whatever step, the model is as it was."""
+    """If this fails, at whatever step, the model is as it was; what was wrapped before stays wrapped."""
+    before = {id(module) for module in model.modules() if experts_of(module)}
     try:
         yield
     except BaseException:
-        _remove(model)
+        _remove(model, before)
         raise
 
 
-def _remove(model: Module) -> bool:
-    """Whether something was wrapped. The last one goes first: modules may share what `install` changed."""
-    wrapped = [(name, module) for name, module in model.named_modules() if experts_of(module)]
+def _remove(model: Module, kept: Collection[int] = ()) -> bool:
+    """Whether something was wrapped. The last one goes first: modules may share what `install` changed. kept: ids of
+    modules that stay wrapped."""
+    wrapped = [(name, m) for name, m in model.named_modules() if experts_of(m) and id(m) not in kept]
     for name, module in reversed(wrapped):
         experts = experts_of(module)
         assert experts is not None

@@ -7,7 +7,7 @@ import weakref
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any, NoReturn
 
-from ..errors import KernelError, RampMoEError
+from ..errors import KernelError, RampMoEError, RoutingError
 from ..registry.experts_adapter import ExpertsAdapter
 from .relayout import ROWS
 
@@ -53,6 +53,8 @@ class RoutedExperts:
         backward pass, and if the module's tensors have become such that no layer can be made of them."""
         import torch
 
+        if topk_ids.is_floating_point():
+            raise RoutingError(f"topk_ids are {topk_ids.dtype}, not integers; a route gives (topk_ids, topk_weights)")
         layer = self.layer
         if not torch.compiler.is_compiling():
             layer = self.current()

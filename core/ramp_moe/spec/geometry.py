@@ -1,26 +1,28 @@
 """Grid geometry: how many CTAs a kernel launches, and how many of them do work, for an expert histogram.
 
-This is all that the library knows of a kernel's inside. An expert with h_e tokens costs ceil(h_e / block_tokens)
-tiles along the tokens ("M-tiles"); each of them meets ceil(weight_rows / block_weights) tiles along the weight rows.
+This is all that the library knows of a kernel's inside. An expert with h_e tokens costs ceil(h_e / block_m)
+tiles along the tokens ("M-tiles"); each of them meets ceil(n / block_n) tiles along the weight rows.
 Histograms are int64 `[num_experts]` or, for a batch of them, `[..., num_experts]`; results then have the leading axes.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import TypedDict, Unpack
 
 import numpy as np
 from numpy.typing import NDArray
 
 from ..errors import ShapeError
 from .routing import FloatArray, IntArray, active_experts
+from .shapes import MoEShape
 
 MAX_TILE = 2**20
 """Outputs of one CTA's tile: several times what the registers and tensor memory of any SM hold."""
 
 MAX_FIELDS = {
-    **dict.fromkeys(("block_tokens", "block_weights", "block_k"), 2**20),
-    **dict.fromkeys(("weight_rows", "reduction"), 2**24),
+    **dict.fromkeys(("block_m", "block_n", "block_k"), 2**20),
+    **dict.fromkeys(("n", "k"), 2**24),
     "expert_bytes": 2**48,
     **dict.fromkeys(("split_k", "persistent_ctas", "ctas_per_sm", "cluster_m"), 2**20),
 }
@@ -38,14 +40,28 @@ def m_tiles(histogram: IntArray, blocks: NDArray[np.int64] | int) -> IntArray:
     return tiles
 
 
-@dataclass(frozen=True, slots=True)
-class GridGeometry:
-    """The grid of one launch that multiplies routed tokens with expert weights `[weight_rows, reduction]`.
+class LaunchOptions(TypedDict, total=False):
+    """What the constructors for the projections pass on: the fields of GridGeometry that have a default."""
 
-    block_tokens, block_weights: one CTA's output tile, in tokens of one expert and weight rows.
-    block_k: depth of one step along the reduction.
+    split_k: int
+    persistent_ctas: int | None
+    ctas_per_sm: int
+    cluster_m: int
+    align_block_size: bool
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class GridGeometry:
+    """The grid of one launch that multiplies routed tokens with expert weights `[n, k]`. Fields are given by name.
+
+    `gate_up`, `down` and `fused` take the weights' sizes from the shape. Raises ShapeError for a field that is no
+    integer or out of bounds, and for a tile that no CTA can hold.
+
+    block_m, block_n: one CTA's output tile, in tokens of one expert and weight rows.
+    block_k: depth of one step along k.
+    n, k: rows and columns of one expert's weights; the columns are summed over.
     expert_bytes: bytes of one expert's weights that the launch reads (a fused kernel reads up and down projection).
-    split_k: CTAs that share one output tile, each with a part of the reduction.
+    split_k: CTAs that share one output tile, each with a part of k.
     persistent_ctas: CTAs of a persistent launch, which walk over the tiles; None launches one CTA a tile.
     ctas_per_sm: CTAs resident on one SM at a time.
     cluster_m: M-tiles that run as one cluster of CTAs, 1, 2, 4, 8 or 16. CTAs that are left without an M-tile in the
@@ -54,11 +70,11 @@ class GridGeometry:
         filled where the tokens do not divide, instead of the tightest upper bound.
     """
 
-    block_tokens: int
-    block_weights: int
+    block_m: int
+    block_n: int
     block_k: int
-    weight_rows: int
-    reduction: int
+    n: int
+    k: int
     expert_bytes: int
     split_k: int = 1
     persistent_ctas: int | None = None
@@ -75,25 +91,52 @@ class GridGeometry:
                 raise ShapeError(f"grid geometry: {what} must be an integer, not {value!r}")
             if not 1 <= value <= most:
                 raise ShapeError(f"grid geometry: {what} must lie between 1 and {most}, not {value}")
-        if self.block_tokens * self.block_weights > MAX_TILE:
+        if self.block_m * self.block_n > MAX_TILE:
             raise ShapeError(
-                f"grid geometry: a tile of {self.block_tokens} tokens by {self.block_weights} weight rows has more "
+                f"grid geometry: a tile of {self.block_m} tokens by {self.block_n} weight rows has more "
                 f"than the {MAX_TILE} sums that a CTA can hold"
             )
         if self.cluster_m not in (1, 2, 4, 8, 16):
             raise ShapeError(f"grid geometry: cluster_m must be 1, 2, 4, 8 or 16, not {self.cluster_m}")
         if self.split_k > self.tiles_k:
-            raise ShapeError(f"grid geometry: split_k {self.split_k} exceeds the {self.tiles_k} steps of the reduction")
+            raise ShapeError(f"grid geometry: split_k {self.split_k} exceeds the {self.tiles_k} steps along k")
+
+    @classmethod
+    def gate_up(
+        cls, shape: MoEShape, *, block_m: int, block_n: int, block_k: int, **options: Unpack[LaunchOptions]
+    ) -> GridGeometry:
+        """The grid of the gate and up projections, `[2 * intermediate_size, hidden_size]` for each expert.
+
+        block_n counts rows of gate and of up: a CTA that computes 64 of each has a block_n of 128.
+        """
+        n, k, read = shape.gate_up_rows, shape.hidden_size, shape.gate_up_bytes
+        return cls(block_m=block_m, block_n=block_n, block_k=block_k, n=n, k=k, expert_bytes=read, **options)
+
+    @classmethod
+    def down(
+        cls, shape: MoEShape, *, block_m: int, block_n: int, block_k: int, **options: Unpack[LaunchOptions]
+    ) -> GridGeometry:
+        """The grid of the down projection, `[hidden_size, intermediate_size]` for each expert."""
+        n, k, read = shape.hidden_size, shape.intermediate_size, shape.down_bytes
+        return cls(block_m=block_m, block_n=block_n, block_k=block_k, n=n, k=k, expert_bytes=read, **options)
+
+    @classmethod
+    def fused(
+        cls, shape: MoEShape, *, block_m: int, block_n: int, block_k: int, **options: Unpack[LaunchOptions]
+    ) -> GridGeometry:
+        """The grid of one launch of all projections: that of `gate_up`, but it reads all of an expert's bytes."""
+        n, k, read = shape.gate_up_rows, shape.hidden_size, shape.expert_bytes
+        return cls(block_m=block_m, block_n=block_n, block_k=block_k, n=n, k=k, expert_bytes=read, **options)
 
     @property
     def tiles_n(self) -> int:
-        """Tiles along the weight rows, ceil(weight_rows / block_weights) (the paper's lambda)."""
-        return -(-self.weight_rows // self.block_weights)
+        """Tiles along the weight rows, ceil(n / block_n) (the paper's lambda)."""
+        return -(-self.n // self.block_n)
 
     @property
     def tiles_k(self) -> int:
-        """Steps along the reduction, ceil(reduction / block_k) (the paper's kappa, rounded up)."""
-        return -(-self.reduction // self.block_k)
+        """Steps along k, ceil(k / block_k) (the paper's kappa, rounded up)."""
+        return -(-self.k // self.block_k)
 
     @property
     def ctas_per_m_tile(self) -> int:
@@ -101,7 +144,7 @@ class GridGeometry:
 
     def m_tiles(self, histogram: IntArray) -> IntArray:
         """Tiles along the tokens that hold at least one token."""
-        return m_tiles(histogram, self.block_tokens)
+        return m_tiles(histogram, self.block_m)
 
     def logical(self, histogram: IntArray) -> IntArray:
         """CTAs (output tiles, for a persistent launch) that do work, or wait in a cluster for others that do: what the
@@ -118,7 +161,7 @@ class GridGeometry:
         if max_ids <= num_experts:
             return max_ids
         rest = max_ids - num_experts
-        return num_experts + (-(-rest // self.block_tokens) if self.align_block_size else rest // self.block_tokens)
+        return num_experts + (-(-rest // self.block_m) if self.align_block_size else rest // self.block_m)
 
     def launched(self, max_ids: int, num_experts: int) -> int:
         """CTAs in the launch for at most `max_ids` = tokens x top_k routed ids: what a profiler counts."""
@@ -144,7 +187,7 @@ class GridGeometry:
 
     def padding_waste(self, histogram: IntArray) -> FloatArray:
         """Share of the token rows of all M-tiles that no token fills, in [0, 1); 0 for a batch without tokens."""
-        rows = self.m_tiles(histogram) * self.block_tokens
+        rows = self.m_tiles(histogram) * self.block_m
         return np.where(rows > 0, 1 - histogram.sum(-1) / np.maximum(rows, 1), 0.0)
 
     def weight_bytes(self, histogram: IntArray) -> IntArray:

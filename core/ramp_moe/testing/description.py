@@ -386,11 +386,11 @@ def _check_grid(geometry: GridGeometry, histograms: IntArray, at: str) -> None:
 def _check_coverage(gemms: Sequence[GridGeometry], shape: MoEShape, layout: WeightLayout, at: str) -> None:
     """The launches together multiply with all of an expert's weights, and read no more bytes than there are. One fused
     launch is described along the up projection alone."""
-    work = sum(g.weight_rows * g.reduction for g in gemms)
+    work = sum(g.n * g.k for g in gemms)
     least = _elements(shape) if len(gemms) > 1 else shape.gate_up_rows * shape.hidden_size
     if work < least:
         raise Failure(
-            f"{at}: the gemm stages cover {work} weights of an expert (weight_rows * reduction), it has {least}; "
+            f"{at}: the gemm stages cover {work} weights of an expert (n * k), it has {least}; "
             "gate and up rows both count, and each projection needs its own stage unless one launch does all"
         )
     # A layout that is too small is told by its own check.

@@ -7,11 +7,25 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ramp_moe import BuildableKernel, Built, Hardware, KernelConfig, MoEShape, Stage, WeightLayout
-from ramp_moe.errors import KernelError
-from ramp_moe.spec.kernel import LAYOUTS, Progress, is_installed
-from ramp_moe.spec.launchable import Batch, LaunchableKernel, MoEWeights, Workspace
-from ramp_moe.spec.versions import Place, digest_of
+from ramp_moe.plugin import (
+    LAYOUTS,
+    Batch,
+    BuildableKernel,
+    Built,
+    Hardware,
+    KernelConfig,
+    KernelError,
+    LaunchableKernel,
+    MoEShape,
+    MoEWeights,
+    Place,
+    Progress,
+    Stage,
+    WeightLayout,
+    Workspace,
+    digest_of,
+    is_installed,
+)
 
 from ..limits import too_many_experts
 from .config import ELEMENT, UP_ROWS, Config
@@ -44,7 +58,7 @@ class CuteMoE(LaunchableKernel, BuildableKernel):
         """The library's version and a digest of the code that runs. How objects are built and loaded does not count."""
         from .aot.cache import COMPILED
 
-        return f"{super().version()}+{digest_of(*RUNS, COMPILED, apart=(HERE / 'objects',))}"
+        return f"{super().version()}+{digest_of(*RUNS, COMPILED, apart=(HERE / 'aot',))}"
 
     def unsupported(self, shape: MoEShape, hardware: Hardware) -> str | None:
         if hardware.arch != "sm_90":

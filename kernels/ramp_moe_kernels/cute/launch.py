@@ -7,11 +7,8 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
-from ramp_moe import MoEShape
-from ramp_moe.errors import KernelError
+from ramp_moe.plugin import SCALE_BLOCK, Batch, KernelError, MoEShape, MoEWeights, Workspace
 from ramp_moe.runtime.parts import overlap
-from ramp_moe.spec.launchable import Batch, MoEWeights, Workspace
-from ramp_moe.spec.shapes import SCALE_BLOCK
 from torch import Tensor
 
 from ..limits import check_tokens

@@ -12,9 +12,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from typing import get_args
 
-from ramp_moe import GridGeometry, MoEShape
-from ramp_moe.errors import KernelError
-from ramp_moe.spec.shapes import SCALE_BLOCK
+from ramp_moe.plugin import SCALE_BLOCK, GridGeometry, KernelError, MoEShape
 
 from ..limits import MAX_ELEMENTS, MAX_TILES, max_ids, max_tokens
 from .config import ADDRESSING, INTERMEDIATES, UP_ROWS, Combine, Config, smem_map
@@ -114,13 +112,11 @@ def configurations(shape: MoEShape) -> list[Config]:
 
 def geometry(c: Config, shape: MoEShape) -> GridGeometry:
     """The grid of a launch."""
-    return GridGeometry(
-        block_tokens=c.block,
-        block_weights=c.wide * UP_ROWS,
+    return GridGeometry.fused(
+        shape,
+        block_m=c.block,
+        block_n=c.wide * UP_ROWS,
         block_k=c.step,
-        weight_rows=shape.gate_up_rows,
-        reduction=shape.hidden_size,
-        expert_bytes=shape.expert_bytes,
         split_k=c.split_k,
         ctas_per_sm=c.ctas,
         cluster_m=1 + c.pair,

@@ -19,8 +19,7 @@ from dataclasses import dataclass
 import torch
 import triton
 import triton.language as tl
-from ramp_moe.errors import KernelError
-from ramp_moe.spec.launchable import Workspace
+from ramp_moe.plugin import KernelError, Workspace
 from torch import Tensor
 
 from ..limits import MAX_EXPERTS, MAX_IDS

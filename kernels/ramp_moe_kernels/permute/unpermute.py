@@ -7,7 +7,7 @@ from __future__ import annotations
 import torch
 import triton
 import triton.language as tl
-from ramp_moe.spec.launchable import Batch, Workspace
+from ramp_moe.plugin import Batch, Workspace
 from torch import Tensor
 
 from ..triton.gemm import CHUNK, _activate, _gate_row

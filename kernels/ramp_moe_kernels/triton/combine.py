@@ -7,7 +7,7 @@ from __future__ import annotations
 import torch
 import triton
 import triton.language as tl
-from ramp_moe.errors import KernelError, ShapeError
+from ramp_moe.plugin import KernelError, ShapeError
 from torch import Tensor
 
 from .launch import dependent_launch

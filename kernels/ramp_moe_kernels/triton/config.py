@@ -7,8 +7,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Literal
 
-from ramp_moe import GridGeometry, Hardware, MoEShape
-from ramp_moe.spec.shapes import DTYPE_BYTES, scale_blocks
+from ramp_moe.plugin import DTYPE_BYTES, GridGeometry, Hardware, MoEShape, scale_blocks
 
 Gemm = Literal["up", "down"]
 
@@ -121,13 +120,6 @@ def space(gemm: Gemm, shape: MoEShape, hardware: Hardware) -> Iterator[GemmConfi
 def geometry(gemm: Gemm, config: GemmConfig, shape: MoEShape, direct: bool = False) -> GridGeometry:
     """The grid of one launch. A CTA of the up projection covers `rows` of gate and as many of up; on the direct path
     each routed id is an M-tile."""
-    up = gemm == "up"
-    return GridGeometry(
-        block_tokens=1 if direct else config.block,
-        block_weights=2 * config.rows if up else config.rows,
-        block_k=config.step,
-        weight_rows=shape.gate_up_rows if up else shape.hidden_size,
-        reduction=shape.hidden_size if up else shape.intermediate_size,
-        expert_bytes=shape.gate_up_bytes if up else shape.down_bytes,
-        split_k=config.split_k,
-    )
+    describe, wide = (GridGeometry.gate_up, 2) if gemm == "up" else (GridGeometry.down, 1)
+    block_m = 1 if direct else config.block
+    return describe(shape, block_m=block_m, block_n=wide * config.rows, block_k=config.step, split_k=config.split_k)

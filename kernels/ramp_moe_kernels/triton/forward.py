@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 
 import torch
-from ramp_moe.spec.launchable import Batch, MoEWeights, Workspace
+from ramp_moe.plugin import Batch, MoEWeights, Workspace
 from torch import Tensor
 
 from . import ops

@@ -28,7 +28,7 @@ from __future__ import annotations
 
 import triton
 import triton.language as tl
-from ramp_moe.spec.launchable import ROW_CHUNK
+from ramp_moe.plugin import ROW_CHUNK
 
 from .quantise import _to_fp8
 

@@ -13,11 +13,22 @@ from dataclasses import asdict, replace
 from pathlib import Path as File
 from typing import TYPE_CHECKING, Any
 
-from ramp_moe import Hardware, KernelConfig, MoEShape, Stage, WeightLayout
-from ramp_moe.errors import KernelError
-from ramp_moe.spec.kernel import LAYOUTS, fp8_unsupported
-from ramp_moe.spec.launchable import Batch, LaunchableKernel, MoEWeights, Workspace
-from ramp_moe.spec.versions import Place, digest_of
+from ramp_moe.plugin import (
+    LAYOUTS,
+    Batch,
+    Hardware,
+    KernelConfig,
+    KernelError,
+    LaunchableKernel,
+    MoEShape,
+    MoEWeights,
+    Place,
+    Stage,
+    WeightLayout,
+    Workspace,
+    digest_of,
+    fp8_unsupported,
+)
 
 from ..limits import MAX_ELEMENTS, max_tokens, too_many_experts
 from .config import GemmConfig, Path, geometry, invalid_path, quantises_itself, scale_group
@@ -128,7 +139,7 @@ class TritonMoE(LaunchableKernel):
         return self.describe(self._default_path(shape, hardware, num_tokens), shape)
 
     def _default_path(self, shape: MoEShape, hardware: Hardware, num_tokens: int) -> Path:
-        """What mostly wins on an H200 (examples/benchmarks), then ever smaller tiles, for less shared memory."""
+        """What mostly wins on an H200 (profiles/benchmarks), then ever smaller tiles, for less shared memory."""
         ids, fp8 = num_tokens * shape.top_k, shape.dtype == "fp8"
         widest = scale_group(shape) if fp8 else 128
         if num_tokens <= DIRECT_TOKENS:

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
-from ramp_moe.spec.launchable import MoEWeights
+from ramp_moe.plugin import MoEWeights
 from torch import Tensor
 
 from .config import GemmConfig

@@ -15,7 +15,7 @@ from __future__ import annotations
 import torch
 import triton
 import triton.language as tl
-from ramp_moe.errors import KernelError, ShapeError
+from ramp_moe.plugin import KernelError, ShapeError
 from torch import Tensor
 
 from ..reference import FP8, FP8_MAX, GROUP, TINY

@@ -19,7 +19,7 @@ from dataclasses import dataclass
 import torch
 import triton
 import triton.language as tl
-from ramp_moe.errors import KernelError, ShapeError
+from ramp_moe.plugin import KernelError, ShapeError
 
 from ..reference import WEIGHT_SUM_FLOOR, check_routing
 

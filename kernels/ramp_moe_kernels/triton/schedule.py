@@ -23,7 +23,7 @@ from dataclasses import dataclass
 import torch
 import triton
 import triton.language as tl
-from ramp_moe.errors import KernelError, ShapeError
+from ramp_moe.plugin import KernelError, ShapeError
 from torch import Tensor
 
 from ..limits import MAX_EXPERTS, MAX_IDS

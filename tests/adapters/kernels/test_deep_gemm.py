@@ -224,9 +224,9 @@ def test_grids_count_tiles(registry: Registry, h200: Hardware, model: str, dtype
             config.gemms, (shape.gate_up_rows, shape.hidden_size), ("up", "down"), strict=True
         ):
             tiles = sum(math.ceil(h / p["block_m"]) for h in histogram.tolist())
-            assert int(grid.logical(histogram)) == tiles * math.ceil(rows / grid.block_weights)
+            assert int(grid.logical(histogram)) == tiles * math.ceil(rows / grid.block_n)
             assert grid.launched(800, shape.num_experts) == p["num_sms"] <= h200.num_sms
-            assert f"{which}(bn{grid.block_weights}-" in config.name
+            assert f"{which}(bn{grid.block_n}-" in config.name
     assert KERNEL.default_config(shape, h200, 64) in found
     assert KERNEL.default_config(shape, h200, 8192) in found
 
@@ -412,7 +412,7 @@ PRINT = """
     sys.path[:0] = {path!r}
     from moe_cases import H200, batch, weights
     from ramp_moe import get_registry
-    from ramp_moe.device import Workspace
+    from ramp_moe.spec.launchable import Workspace
     from ramp_moe.kernel import usable_configs
     from ramp_moe_adapters.deep_gemm import DeepGEMM
     kernel = DeepGEMM()

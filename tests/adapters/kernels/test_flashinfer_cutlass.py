@@ -177,7 +177,7 @@ def test_the_fp8_grid_has_the_tokens_tiles_of_any_batch(model: str, registry: Re
             ids = generate(kind, tokens, shape.num_experts, shape.top_k, seed=tokens)
             histogram = expert_histogram(ids, shape.num_experts).clip(max=tokens)
             for grid in config.gemms:
-                tile = fp8_tile(tokens, grid.weight_rows, shape.num_experts, h200.num_sms)
+                tile = fp8_tile(tokens, grid.n, shape.num_experts, h200.num_sms)
                 assert int(grid.m_tiles(histogram)) == sum(-(-h // tile.tokens) for h in histogram.tolist())
 
 
@@ -210,7 +210,7 @@ def test_default_is_one_of_the_configurations(tokens: int, block: int, registry:
     shape = registry.shape("olmoe-1b-7b", "bf16")
     config = KERNEL.default_config(shape, h200, tokens)
     assert config in KERNEL.configs(shape, h200)
-    assert {g.block_tokens for g in config.gemms} == {block}
+    assert {g.block_m for g in config.gemms} == {block}
     assert "zero" in [s.kind for s in config.stages]
 
 

@@ -39,8 +39,8 @@ from ramp_moe.measurements.sweep import (
 )
 
 SHAPE = MoEShape(16, 2, 256, 256)
-UP = GridGeometry(16, 128, 128, 512, 256, 1)
-DOWN = GridGeometry(16, 64, 128, 256, 256, 1)
+UP = GridGeometry(block_m=16, block_n=128, block_k=128, n=512, k=256, expert_bytes=1)
+DOWN = GridGeometry(block_m=16, block_n=64, block_k=128, n=256, k=256, expert_bytes=1)
 
 
 def histograms() -> list[tuple[int, np.ndarray]]:
@@ -67,7 +67,7 @@ def synthetic(hardware: Hardware, stages: dict[str, tuple[Stage, tuple[float, ..
             if stage.geometry is None:
                 g, waves = int(h.sum()), 0
             else:
-                g = sum(math.ceil(n / stage.geometry.block_tokens) for n in h.tolist()) * stage.geometry.tiles_n
+                g = sum(math.ceil(n / stage.geometry.block_m) for n in h.tolist()) * stage.geometry.tiles_n
                 waves = math.ceil(g / hardware.num_sms) if form != "paper" else g / hardware.num_sms
             last = int((h > 0).sum()) if form == "active" else math.log(g + 1)
             times.append(a + b * waves + c * g + d * last)
@@ -258,7 +258,7 @@ def test_candidates_need_their_stages(h200: Hardware) -> None:
 
 
 def test_persistent_grids_wait_in_waves_of_their_own_ctas(h200: Hardware) -> None:
-    grid = GridGeometry(16, 128, 128, 512, 256, 1, persistent_ctas=8)
+    grid = GridGeometry(block_m=16, block_n=128, block_k=128, n=512, k=256, expert_bytes=1, persistent_ctas=8)
     c = config("p", Stage("gemm", "k/p", grid))
     known = (5.0, 3.0, 0.0, 0.0)
     rows = [(t, h, 5.0 + 3.0 * math.ceil(int(grid.logical(h)) / 8)) for t, h in histograms()]
@@ -271,7 +271,7 @@ def test_persistent_grids_wait_in_waves_of_their_own_ctas(h200: Hardware) -> Non
 def test_a_whole_path_adds_up_its_grids_by_work(h200: Hardware) -> None:
     """One column for the path of two GEMMs: a CTA of the second does a quarter of the work of one of the first (half
     the weight rows, half the reduction)."""
-    down = GridGeometry(16, 64, 128, 256, 128, 1)
+    down = GridGeometry(block_m=16, block_n=64, block_k=128, n=256, k=128, expert_bytes=1)
     path = config("a", TWO_GEMMS.stages[0], TWO_GEMMS.stages[1], Stage("gemm", "k/down/a", down))
     a, b, c, d = known = (7.0, 3.0, 0.02, 0.4)
     times = []

@@ -122,7 +122,7 @@ def test_the_advised_block_against_measurements(registry: Registry, h200: Hardwa
     """Without any measurement the advice does as well as the best single configuration does with all of them."""
     shape = registry.shape(model, "fp8")
     replay = load_replay(registry, exhaustive(shape), shape, h200, ["alpha_moe"])
-    block = np.array([c.config.gemms[0].block_tokens for c in replay.candidates])
+    block = np.array([c.config.gemms[0].block_m for c in replay.candidates])
     lost = []
     for histogram, times in zip(replay.histograms, replay.times_us, strict=True):
         advised = analyse(replay.shape, h200, histogram).token_block

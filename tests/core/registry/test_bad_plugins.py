@@ -31,7 +31,7 @@ class Odd(LaunchableKernel):
     name = "odd"
 
     def configs(self, shape: MoEShape, hardware: Any) -> Any:
-        grid = GridGeometry(16, 256, 128, shape.gate_up_rows, shape.hidden_size, shape.expert_bytes)
+        grid = GridGeometry.fused(shape, block_m=16, block_n=256, block_k=128)
         return [KernelConfig("a", (Stage("gemm", "odd/a", grid),))]
 
     def weight_layout(self, shape: MoEShape) -> WeightLayout:
@@ -129,16 +129,16 @@ def test_a_kernel_without_a_profile_is_named(odd: type[Odd]) -> None:
 @pytest.mark.parametrize(
     ("change", "failed"),
     [
-        ({"block_tokens": 1.5}, "block_tokens must be an integer, not 1.5"),
-        ({"block_weights": 10**30}, "block_weights must lie between 1 and 1048576"),
+        ({"block_m": 1.5}, "block_m must be an integer, not 1.5"),
+        ({"block_n": 10**30}, "block_n must lie between 1 and 1048576"),
         ({"expert_bytes": 1e6}, "expert_bytes must be an integer"),
-        ({"block_tokens": True}, "block_tokens must be an integer, not True"),
+        ({"block_m": True}, "block_m must be an integer, not True"),
     ],
 )
 def test_check_kernel_fails_for_grids_that_cannot_be(odd: type[Odd], change: dict[str, Any], failed: str) -> None:
     def configs(shape: MoEShape, hardware: Any) -> Any:
-        fields = {"block_tokens": 16, "block_weights": 256, "expert_bytes": shape.expert_bytes} | change
-        grid = GridGeometry(block_k=128, weight_rows=shape.gate_up_rows, reduction=shape.hidden_size, **fields)
+        fields = {"block_m": 16, "block_n": 256, "block_k": 128, "expert_bytes": shape.expert_bytes} | change
+        grid = GridGeometry(n=shape.gate_up_rows, k=shape.hidden_size, **fields)
         return [KernelConfig("a", (Stage("gemm", "odd/a", grid),))]
 
     odd.configs = staticmethod(configs)  # type: ignore[method-assign]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -153,13 +154,50 @@ def test_a_copy_calls_its_own_experts() -> None:
     assert len(wrapped.layers) == 1
 
 
-def test_a_forward_that_something_else_has_put_there_comes_back() -> None:
+def test_a_forward_that_accelerate_has_put_there_comes_back() -> None:
     block = Block()
     block.forward = hooked = lambda x: x  # type: ignore[method-assign]
+    block._hf_hook = SimpleNamespace(offload=False)
     wrap(block, BLOCK)
     assert not torch.equal(run(block), X)
     ramp_moe.unwrap(block)
     assert block.forward is hooked
+
+
+def test_a_forward_that_does_something_else_is_refused() -> None:
+    class More(Block):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return x + super().forward(x)
+
+    class Same(Block):
+        pass
+
+    patched, plain = Block(), Block.forward
+    patched.forward = lambda x: 2 * plain(patched, x)  # type: ignore[method-assign]
+    for block, reason in ((More(), "More has a forward of its own"), (patched, "its forward was replaced")):
+        expected = run(block)
+        with pytest.raises(KernelError, match=reason):
+            wrap(Model(Block(), block), BLOCK)
+        assert torch.equal(run(block), expected)
+    wrap(Same(), BLOCK)
+
+
+def test_arguments_that_the_experts_do_not_take_are_refused() -> None:
+    block = Block()
+    wrap(block, BLOCK)
+    expected = run(block)
+    with torch.no_grad():
+        assert torch.equal(block(x=X), expected)
+        for given, named in (((X,), {"scale": 2.0}), ((X, 2.0), {}), ((), {})):
+            with pytest.raises(KernelError, match="takes hidden states alone"):
+                block(*given, **named)
+
+
+def test_a_route_that_gives_weights_first_is_refused() -> None:
+    block = Block()
+    wrap(block, Experts(Block, "w13", "w2", "k", lambda b, x: b.route(x)[::-1]))
+    with pytest.raises(RoutingError, match=r"topk_ids are torch.float32, not integers"):
+        run(block)
 
 
 def test_it_compiles_whole() -> None:

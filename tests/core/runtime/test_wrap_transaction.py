@@ -11,7 +11,7 @@ import pytest
 import ramp_moe
 import torch
 from layer_cases import FakeKernel, H
-from ramp_moe import KernelError
+from ramp_moe import KernelError, RampMoEError
 from ramp_moe.runtime import layer as layers
 from ramp_moe.runtime import layer_factory as building
 from ramp_moe.runtime import placeholder, refusals
@@ -234,3 +234,18 @@ def test_a_forward_that_was_put_over_ours(kernel: FakeKernel) -> None:
     assert model(X, IDS, SCORES).shape == X.shape
     ramp_moe.unwrap(model)
     assert torch.equal(model(X, IDS, SCORES), torch.full((1, H), 8.0))
+
+
+def test_what_was_wrapped_before_stays_wrapped_if_more_is_refused(kernel: FakeKernel) -> None:
+    class Other(Bank):
+        pass
+
+    model = nn.ModuleList([Bank(turned=True), Other(turned=True)])
+    model[1].w2 = nn.Parameter(model[1].w2.float())
+    ramp_moe.wrap(model[0], ADAPTER, device="h200")
+    wrapped, expected = model[0]._ramp_moe, model[0](X, IDS, SCORES)
+    more = Turned(Other, "w13", "w2", K, gate_up_bias="b13", down_bias="b2")
+    with pytest.raises(RampMoEError):
+        ramp_moe.wrap(model, more, device="h200")
+    assert model[0]._ramp_moe is wrapped
+    assert torch.equal(model[0](X, IDS, SCORES), expected)

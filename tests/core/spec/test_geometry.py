@@ -10,10 +10,11 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from ramp_moe import GridGeometry, ShapeError
+from ramp_moe import GridGeometry, MoEShape, ShapeError
 from ramp_moe.cost_model.grids import Grids
 from ramp_moe.spec.geometry import MAX_FIELDS, m_tiles
 
+CONSTRUCTORS = GridGeometry.gate_up, GridGeometry.down, GridGeometry.fused
 histograms = st.lists(st.integers(0, 300), min_size=1, max_size=24).map(lambda h: np.array(h, np.int64))
 
 
@@ -22,11 +23,11 @@ def geometries(draw: st.DrawFn) -> GridGeometry:
     block_k = draw(st.sampled_from([32, 64, 128]))
     reduction = draw(st.integers(1, 1024))
     return GridGeometry(
-        block_tokens=draw(st.integers(1, 130)),
-        block_weights=draw(st.integers(1, 512)),
+        block_m=draw(st.integers(1, 130)),
+        block_n=draw(st.integers(1, 512)),
         block_k=block_k,
-        weight_rows=draw(st.integers(1, 4096)),
-        reduction=reduction,
+        n=draw(st.integers(1, 4096)),
+        k=reduction,
         expert_bytes=draw(st.integers(1, 10**6)),
         split_k=draw(st.integers(1, -(-reduction // block_k))),
         persistent_ctas=draw(st.none() | st.integers(1, 300)),
@@ -39,13 +40,13 @@ def geometries(draw: st.DrawFn) -> GridGeometry:
 def brute_force_ctas(g: GridGeometry, histogram: np.ndarray) -> int:
     """Every CTA named by (cluster, M-tile within, first row, part of the reduction), of M-tiles that are named by
     (expert, first token)."""
-    tiles = {(e, token // g.block_tokens) for e, count in enumerate(histogram.tolist()) for token in range(count)}
+    tiles = {(e, token // g.block_m) for e, count in enumerate(histogram.tolist()) for token in range(count)}
     return len(
         {
             (i // g.cluster_m, within, row, part)
             for i in range(len(tiles))
             for within in range(g.cluster_m)
-            for row in range(0, g.weight_rows, g.block_weights)
+            for row in range(0, g.n, g.block_n)
             for part in range(g.split_k)
         }
     )
@@ -106,7 +107,7 @@ def test_the_launch_covers_every_routing(histogram: np.ndarray, g: GridGeometry)
 
 @given(st.integers(0, 400), st.integers(1, 24), st.integers(1, 130))
 def test_the_tight_bound_is_reached(ids: int, experts: int, block: int) -> None:
-    g = GridGeometry(block, 64, 64, 64, 64, 1)
+    g = GridGeometry(block_m=block, block_n=64, block_k=64, n=64, k=64, expert_bytes=1)
     worst = np.zeros(experts, np.int64)
     worst[: min(ids, experts)] = 1
     worst[0] += max(0, ids - experts)
@@ -118,7 +119,7 @@ def test_aligned_bound_is_vllms_buffer(ids: int, experts: int, block: int) -> No
     padded = ids + experts * (block - 1)
     if ids < experts:
         padded = min(ids * block, padded)
-    g = GridGeometry(block, 64, 64, 64, 64, 1, align_block_size=True)
+    g = GridGeometry(block_m=block, block_n=64, block_k=64, n=64, k=64, expert_bytes=1, align_block_size=True)
     # vLLM also caps the grid at one tile an id for batches below the block; no buffer is longer than that here
     assert g.max_m_tiles(ids, experts) == min(ids, math.ceil(padded / block))
 
@@ -134,12 +135,12 @@ def test_waves_tail_and_padding(histogram: np.ndarray, g: GridGeometry, sms: int
         assert float(g.padding_waste(histogram)) == 0.0
         return
     assert float(g.tail_utilisation(histogram, sms)) == pytest.approx(ctas / slots / math.ceil(ctas / slots))
-    filled = float(histogram.sum()) / (int(g.m_tiles(histogram)) * g.block_tokens)
+    filled = float(histogram.sum()) / (int(g.m_tiles(histogram)) * g.block_m)
     assert float(g.padding_waste(histogram)) == pytest.approx(1 - filled)
 
 
 def test_bytes_of_weights() -> None:
-    g = GridGeometry(16, 128, 128, 256, 512, expert_bytes=1000)
+    g = GridGeometry(block_m=16, block_n=128, block_k=128, n=256, k=512, expert_bytes=1000)
     histogram = np.array([0, 1, 16, 17])
     assert int(g.weight_bytes(histogram)) == 3 * 1000
     assert int(g.weight_traffic(histogram)) == 4 * 1000
@@ -157,14 +158,34 @@ WRONG: list[Any] = [1.5, 2.0, True, "1", float("nan")]
             for field, most in MAX_FIELDS.items()
         ),
         *(({field: value}, f"{field} must be an integer, not {value!r}") for field in MAX_FIELDS for value in WRONG),
-        ({"block_weights": 10**30}, "block_weights must lie between 1 and 1048576"),
-        ({"block_tokens": 2**11, "block_weights": 2**10}, "a tile of 2048 tokens by 1024 weight rows has more than"),
+        ({"block_n": 10**30}, "block_n must lie between 1 and 1048576"),
+        ({"block_m": 2**11, "block_n": 2**10}, "a tile of 2048 tokens by 1024 weight rows has more than"),
         ({"split_k": 5}, "split_k 5 exceeds the 4 steps"),
         ({"cluster_m": 3}, "cluster_m must be 1, 2, 4, 8 or 16, not 3"),
     ],
 )
 def test_impossible_grids(change: dict[str, Any], message: str) -> None:
     assert {f.name for f in dataclasses.fields(GridGeometry)} == {*MAX_FIELDS, "align_block_size"}
-    g = GridGeometry(16, 128, 128, 256, 512, 1)
+    g = GridGeometry(block_m=16, block_n=128, block_k=128, n=256, k=512, expert_bytes=1)
     with pytest.raises(ShapeError, match=message):
         dataclasses.replace(g, **change)
+
+
+@pytest.mark.parametrize("dtype", ["bf16", "fp8"])
+@pytest.mark.parametrize("inter", [768, 320])
+def test_constructors_for_the_projections(dtype: str, inter: int) -> None:
+    shape = MoEShape(8, 2, 2048, inter, dtype)
+    tile = {"block_m": 16, "block_n": 128, "block_k": 64}
+    up, down, fused = (make(shape, **tile, split_k=2) for make in CONSTRUCTORS)
+    assert (up.n, up.k, up.expert_bytes) == (2 * inter, 2048, shape.gate_up_bytes)
+    assert (down.n, down.k, down.expert_bytes) == (2048, inter, shape.down_bytes)
+    assert (fused.n, fused.k, fused.expert_bytes) == (2 * inter, 2048, shape.expert_bytes)
+    assert {(g.block_m, g.block_n, g.block_k, g.split_k) for g in (up, down, fused)} == {(16, 128, 64, 2)}
+
+
+def test_fields_are_given_by_name() -> None:
+    with pytest.raises(TypeError):
+        GridGeometry(16, 128, 128, 256, 512, 1)  # type: ignore[misc]
+    for make in CONSTRUCTORS:
+        with pytest.raises(TypeError):
+            make(MoEShape(8, 2, 128, 128, "bf16"), 16, 128, 64)  # type: ignore[misc]

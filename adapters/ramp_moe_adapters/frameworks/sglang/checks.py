@@ -4,8 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from ramp_moe.errors import KernelError
-from ramp_moe.spec.shapes import SCALE_BLOCK
+from ramp_moe.plugin import SCALE_BLOCK, KernelError
 from sglang.srt.environ import envs
 from sglang.srt.layers.moe.moe_runner import MoeRunnerConfig
 from sglang.srt.layers.moe.moe_runner.triton import TritonMoeQuantInfo

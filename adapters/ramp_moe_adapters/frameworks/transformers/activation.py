@@ -5,8 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from ramp_moe.errors import KernelError
-from ramp_moe.spec.launchable import ACTIVATIONS
+from ramp_moe.plugin import ACTIVATIONS, KernelError
 
 if TYPE_CHECKING:
     from torch import Tensor

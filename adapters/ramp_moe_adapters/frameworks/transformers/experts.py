@@ -10,10 +10,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from ramp_moe import ExpertsAdapter
-from ramp_moe.errors import KernelError
-from ramp_moe.spec.launchable import MoEWeights
-from ramp_moe.spec.shapes import SCALE_BLOCK, scale_blocks
+from ramp_moe.plugin import SCALE_BLOCK, ExpertsAdapter, KernelError, MoEWeights, scale_blocks
 
 from . import NAME
 from .activation import activation_of

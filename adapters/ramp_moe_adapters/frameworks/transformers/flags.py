@@ -11,7 +11,7 @@ import inspect
 from importlib import metadata
 from typing import TYPE_CHECKING, Any
 
-from ramp_moe.errors import KernelError
+from ramp_moe.plugin import KernelError
 
 if TYPE_CHECKING:
     from torch.nn import Module

@@ -9,7 +9,7 @@ import logging
 from typing import TYPE_CHECKING
 
 import torch
-from ramp_moe import ExpertsAdapter, KernelError
+from ramp_moe.plugin import ExpertsAdapter, KernelError
 from ramp_moe.runtime.layer_factory import Builder
 from ramp_moe.runtime.wrap import attach
 from ramp_moe.runtime.wrapped_experts import RoutedExperts, experts_of

@@ -9,9 +9,8 @@ import weakref
 from typing import TYPE_CHECKING, Any
 
 import torch
-from ramp_moe import KernelError
+from ramp_moe.plugin import KernelError, MoEWeights
 from ramp_moe.runtime.layer import MoELayer
-from ramp_moe.spec.launchable import MoEWeights
 from vllm.logger import init_logger
 from vllm.model_executor.layers.fused_moe.activation import MoEActivation
 from vllm.model_executor.layers.fused_moe.modular_kernel import FusedMoEActivationFormat, FusedMoEExpertsModular

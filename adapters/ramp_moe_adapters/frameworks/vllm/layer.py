@@ -6,7 +6,7 @@ import inspect
 from typing import Any
 
 import torch
-from ramp_moe import KernelError
+from ramp_moe.plugin import KernelError
 from vllm.config import get_current_vllm_config
 from vllm.model_executor.custom_op import PluggableLayer, op_registry_oot
 from vllm.model_executor.layers.fused_moe.modular_kernel import FusedMoEActivationFormat, FusedMoEExpertsModular

@@ -8,9 +8,8 @@ from __future__ import annotations
 
 from typing import Any
 
-from ramp_moe import KernelError
+from ramp_moe.plugin import KernelError, MoEWeights
 from ramp_moe.runtime.layer_factory import Builder
-from ramp_moe.spec.launchable import MoEWeights
 from vllm.model_executor.layers.fused_moe.oracle.fp8 import Fp8MoeBackend
 from vllm.model_executor.layers.fused_moe.oracle.unquantized import UnquantizedMoeBackend
 from vllm.model_executor.layers.fused_moe.unquantized_fused_moe_method import UnquantizedFusedMoEMethod

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 
-from ramp_moe import MoEShape
+from ramp_moe.plugin import MoEShape
 from ramp_moe_kernels.limits import MAX_ELEMENTS, MAX_TILES, max_ids, max_tokens
 
 LAYOUT = "gate-up-interleaved-8"

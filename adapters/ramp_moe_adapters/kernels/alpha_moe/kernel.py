@@ -12,9 +12,20 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
-from ramp_moe import GridGeometry, Hardware, KernelConfig, MoEShape, Stage, WeightLayout
-from ramp_moe.spec.kernel import is_installed, version_of
-from ramp_moe.spec.launchable import Batch, LaunchableKernel, MoEWeights, Workspace
+from ramp_moe.plugin import (
+    Batch,
+    GridGeometry,
+    Hardware,
+    KernelConfig,
+    LaunchableKernel,
+    MoEShape,
+    MoEWeights,
+    Stage,
+    WeightLayout,
+    Workspace,
+    is_installed,
+    version_of,
+)
 from ramp_moe_kernels.limits import too_many_experts
 
 from .config import CTA_HIDDEN, LAYOUT, most_tokens
@@ -70,14 +81,7 @@ class AlphaMoE(LaunchableKernel):
 
     def _config(self, shape: MoEShape, block_m: int, block_n: int, warp_n: int, stages: int) -> KernelConfig:
         name = f"bm{block_m}-bn{block_n}-wn{warp_n}-st{stages}"
-        grid = GridGeometry(
-            block_tokens=block_m,
-            block_weights=CTA_WEIGHT_ROWS,
-            block_k=BLOCK_K,
-            weight_rows=shape.gate_up_rows,
-            reduction=shape.hidden_size,
-            expert_bytes=shape.expert_bytes,
-        )
+        grid = GridGeometry.fused(shape, block_m=block_m, block_n=CTA_WEIGHT_ROWS, block_k=BLOCK_K)
         return KernelConfig(
             name,
             (

@@ -12,12 +12,9 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from ramp_moe import KernelConfig, MoEShape
-from ramp_moe.errors import KernelError
+from ramp_moe.plugin import SCALE_BLOCK, Batch, KernelConfig, KernelError, MoEShape, MoEWeights, Workspace
 from ramp_moe.runtime.parts import overlap
 from ramp_moe.runtime.relayout import relayout
-from ramp_moe.spec.launchable import Batch, MoEWeights, Workspace
-from ramp_moe.spec.shapes import SCALE_BLOCK
 from ramp_moe_kernels.limits import check_tokens
 from torch import Tensor
 

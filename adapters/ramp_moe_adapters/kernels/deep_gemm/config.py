@@ -15,7 +15,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cache
 
-from ramp_moe import MoEShape
+from ramp_moe.plugin import MoEShape
 from ramp_moe_kernels.limits import MAX_ELEMENTS, max_ids, max_tokens
 
 SMEM_BYTES = 232_448

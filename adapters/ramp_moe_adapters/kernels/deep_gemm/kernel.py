@@ -21,11 +21,25 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ramp_moe import GridGeometry, Hardware, KernelConfig, MoEShape, Stage, WeightLayout
-from ramp_moe.errors import KernelError
-from ramp_moe.spec.kernel import LAYOUTS, fp8_unsupported, is_installed, version_of
-from ramp_moe.spec.launchable import Batch, LaunchableKernel, MoEWeights, Workspace
-from ramp_moe.spec.versions import Place, digest_of
+from ramp_moe.plugin import (
+    LAYOUTS,
+    Batch,
+    GridGeometry,
+    Hardware,
+    KernelConfig,
+    KernelError,
+    LaunchableKernel,
+    MoEShape,
+    MoEWeights,
+    Place,
+    Stage,
+    WeightLayout,
+    Workspace,
+    digest_of,
+    fp8_unsupported,
+    is_installed,
+    version_of,
+)
 from ramp_moe_kernels.limits import too_many_experts
 
 from .config import Pinned, most_tokens, pinned
@@ -53,7 +67,7 @@ class DeepGEMM(LaunchableKernel):
     """Takes bf16 hidden states; fp8 block-scaled or bf16 weights, biases, any activation. Deterministic."""
 
     name = "deep_gemm"
-    # Layers took 1.5 to 1.8 times as long there (examples/graph_dispatch); why is not understood.
+    # Layers took 1.5 to 1.8 times as long there (profiles/benchmarks/graph_dispatch); why is not understood.
     switchable = False
 
     def unsupported(self, shape: MoEShape, hardware: Hardware) -> str | None:
@@ -90,19 +104,14 @@ class DeepGEMM(LaunchableKernel):
     def _config(self, shape: MoEShape, block: int, sms: int, up: Pinned, down: Pinned) -> KernelConfig:
         name = f"bm{block}-sm{sms}-up({up.tile.name})-down({down.tile.name})"
         gemms = [
-            GridGeometry(
-                block_tokens=block,
-                block_weights=gemm.tile.block_n,
+            describe(
+                shape,
+                block_m=block,
+                block_n=gemm.tile.block_n,
                 block_k=128 if shape.dtype == "fp8" else 64,
-                weight_rows=rows,
-                reduction=reduction,
-                expert_bytes=shape.matrix_bytes(rows, reduction),
                 persistent_ctas=sms,
             )
-            for gemm, rows, reduction in (
-                (up, shape.gate_up_rows, shape.hidden_size),
-                (down, shape.hidden_size, shape.intermediate_size),
-            )
+            for describe, gemm in ((GridGeometry.gate_up, up), (GridGeometry.down, down))
         ]
         params: list[tuple[str, int]] = [("block_m", block), ("num_sms", sms)]
         for which, gemm in (("up", up), ("down", down)):

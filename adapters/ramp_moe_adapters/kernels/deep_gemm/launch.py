@@ -14,10 +14,8 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from ramp_moe import KernelConfig, MoEShape
-from ramp_moe.errors import KernelError
+from ramp_moe.plugin import Batch, KernelConfig, KernelError, MoEShape, MoEWeights, Workspace
 from ramp_moe.runtime.relayout import relayout
-from ramp_moe.spec.launchable import Batch, MoEWeights, Workspace
 from ramp_moe_kernels.limits import check_tokens
 from ramp_moe_kernels.permute.permute import dispatch
 from ramp_moe_kernels.permute.unpermute import activate, combine

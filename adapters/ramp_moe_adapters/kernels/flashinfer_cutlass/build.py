@@ -21,9 +21,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import IO, Any
 
-from ramp_moe import Built
-from ramp_moe.errors import KernelError
-from ramp_moe.spec.kernel import Progress, version_of
+from ramp_moe.plugin import Built, KernelError, Progress, version_of
 
 MODULE = "fused_moe_90"
 """And with a suffix on an H20."""

@@ -15,15 +15,31 @@ with TRTLLM_DG_ENABLED=0 in the environment a fixed tile. That copy's tile depen
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ramp_moe import BuildableKernel, Built, GridGeometry, Hardware, KernelConfig, MoEShape, Stage, WeightLayout
-from ramp_moe.spec.kernel import Progress, fp8_unsupported, is_installed, version_of
-from ramp_moe.spec.launchable import Batch, LaunchableKernel, MoEWeights, Workspace
-from ramp_moe.spec.versions import Place, digest_of
+from ramp_moe.plugin import (
+    Batch,
+    BuildableKernel,
+    Built,
+    GridGeometry,
+    Hardware,
+    KernelConfig,
+    LaunchableKernel,
+    MoEShape,
+    MoEWeights,
+    Place,
+    Progress,
+    Stage,
+    WeightLayout,
+    Workspace,
+    digest_of,
+    fp8_unsupported,
+    is_installed,
+    version_of,
+)
 from ramp_moe_kernels.limits import MAX_ELEMENTS, max_tokens
 
 from . import build
@@ -91,8 +107,8 @@ class FlashInferCutlass(LaunchableKernel, BuildableKernel):
         """Any pair of bf16 tactics as the library sees it, of the first GEMM's and of the second's."""
         fused = up.stages > 0  # gate and up in one CTA
         grids = (
-            _grid(shape, hardware, shape.gate_up_rows, shape.hidden_size, up, halves=2 if fused else 1),
-            _grid(shape, hardware, shape.hidden_size, shape.intermediate_size, down),
+            _grid(GridGeometry.gate_up, shape, hardware, up, halves=2 if fused else 1),
+            _grid(GridGeometry.down, shape, hardware, down),
         )
         stages = [
             Stage("schedule", f"{self.name}/route"),  # and copies the tokens' rows
@@ -112,15 +128,12 @@ class FlashInferCutlass(LaunchableKernel, BuildableKernel):
         deep_gemm = os.environ.get("TRTLLM_DG_ENABLED", "1") != "0"
         name = "deepgemm" if deep_gemm else f"t{WITHOUT_DEEP_GEMM.tokens}w{WITHOUT_DEEP_GEMM.weights}"
         grids = []
-        for rows, reduction in (
-            (shape.gate_up_rows, shape.hidden_size),
-            (shape.hidden_size, shape.intermediate_size),
-        ):
+        for projection, rows in ((GridGeometry.gate_up, shape.gate_up_rows), (GridGeometry.down, shape.hidden_size)):
             if deep_gemm:
                 tile = fp8_tile(MANY_TOKENS, rows, shape.num_experts, hardware.num_sms)
-                grids.append(_grid(shape, hardware, rows, reduction, tile))
+                grids.append(_grid(projection, shape, hardware, tile))
             else:  # a CTA for each expert and tile of weights, which walks over the expert's tokens
-                grid = _grid(shape, hardware, rows, reduction, WITHOUT_DEEP_GEMM)
+                grid = _grid(projection, shape, hardware, WITHOUT_DEEP_GEMM)
                 grids.append(replace(grid, persistent_ctas=shape.num_experts * grid.tiles_n))
         return KernelConfig(
             name,
@@ -191,20 +204,23 @@ class FlashInferCutlass(LaunchableKernel, BuildableKernel):
 
 
 def _grid(
-    shape: MoEShape, hardware: Hardware, rows: int, reduction: int, tile: Tactic | Fp8Tile, halves: int = 1
+    projection: Callable[..., GridGeometry],
+    shape: MoEShape,
+    hardware: Hardware,
+    tile: Tactic | Fp8Tile,
+    halves: int = 1,
 ) -> GridGeometry:
-    """`halves` 2: a CTA takes `tile.weights` rows of gate and as many of up."""
+    """The grid of a projection, `GridGeometry.gate_up` or `.down`. halves 2: a CTA takes `tile.weights` rows of gate
+    and as many of up."""
     resident = 1
     if isinstance(tile, Tactic) and tile.stages:
         stage = (tile.tokens + halves * tile.weights) * BLOCK_K["bf16"] * 2
         resident = min(MAX_RESIDENT, hardware.smem_per_sm_bytes // (tile.stages * stage + SMEM_OF_CTA))
-    return GridGeometry(
-        block_tokens=tile.tokens,
-        block_weights=halves * tile.weights,
+    return projection(
+        shape,
+        block_m=tile.tokens,
+        block_n=halves * tile.weights,
         block_k=BLOCK_K[shape.dtype],
-        weight_rows=rows,
-        reduction=reduction,
-        expert_bytes=shape.matrix_bytes(rows, reduction),
         persistent_ctas=hardware.num_sms * resident,
         ctas_per_sm=resident,
     )

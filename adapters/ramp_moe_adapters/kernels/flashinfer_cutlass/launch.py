@@ -20,10 +20,8 @@ from typing import Any
 import torch
 import triton
 import triton.language as tl
-from ramp_moe import KernelConfig
-from ramp_moe.errors import KernelError
+from ramp_moe.plugin import Batch, KernelConfig, KernelError, MoEWeights, Workspace
 from ramp_moe.runtime.relayout import relayout
-from ramp_moe.spec.launchable import Batch, MoEWeights, Workspace
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 

@@ -17,11 +17,23 @@ from collections.abc import Sequence
 from importlib import metadata
 from typing import TYPE_CHECKING, Any
 
-from ramp_moe import GridGeometry, Hardware, KernelConfig, MoEShape, Stage, WeightLayout
 from ramp_moe.evaluation.vllm_table import Launch
-from ramp_moe.spec.kernel import fp8_unsupported, version_of
-from ramp_moe.spec.launchable import Batch, LaunchableKernel, MoEWeights, Workspace
-from ramp_moe.spec.shapes import DTYPE_BYTES, SCALE_BLOCK
+from ramp_moe.plugin import (
+    DTYPE_BYTES,
+    SCALE_BLOCK,
+    Batch,
+    GridGeometry,
+    Hardware,
+    KernelConfig,
+    LaunchableKernel,
+    MoEShape,
+    MoEWeights,
+    Stage,
+    WeightLayout,
+    Workspace,
+    fp8_unsupported,
+    version_of,
+)
 from ramp_moe_kernels.limits import MAX_ELEMENTS, max_tokens
 
 from . import static_table as vllm_static
@@ -122,19 +134,14 @@ class VllmTriton(LaunchableKernel):
     def describe(self, launch: Launch, shape: MoEShape) -> KernelConfig:
         """A launch as the library sees it."""
         up, down = (
-            GridGeometry(
-                block_tokens=launch.block_m,
-                block_weights=launch.block_n,
+            describe(
+                shape,
+                block_m=launch.block_m,
+                block_n=launch.block_n,
                 block_k=launch.block_k,
-                weight_rows=rows,
-                reduction=reduction,
-                expert_bytes=shape.matrix_bytes(rows, reduction),
                 align_block_size=True,
             )
-            for rows, reduction in (
-                (shape.gate_up_rows, shape.hidden_size),
-                (shape.hidden_size, shape.intermediate_size),
-            )
+            for describe in (GridGeometry.gate_up, GridGeometry.down)
         )
         quantise = (Stage("quantise", "quantise/group128"),) if shape.dtype == "fp8" else ()
         activation = "activation/silu-quantise" if shape.dtype == "fp8" else "activation/silu"

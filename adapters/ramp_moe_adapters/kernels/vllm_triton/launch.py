@@ -25,9 +25,7 @@ from typing import Any
 import torch
 import triton
 import triton.language as tl
-from ramp_moe import KernelConfig
-from ramp_moe.errors import KernelError
-from ramp_moe.spec.launchable import Batch, MoEWeights, Workspace
+from ramp_moe.plugin import Batch, KernelConfig, KernelError, MoEWeights, Workspace
 from torch import Tensor
 
 PACKAGE = "vllm.model_executor.layers.fused_moe"

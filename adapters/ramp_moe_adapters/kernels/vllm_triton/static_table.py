@@ -11,9 +11,8 @@ import os
 from collections.abc import Iterator
 from pathlib import Path
 
-from ramp_moe import Hardware, MoEShape
 from ramp_moe.evaluation.vllm_table import Launch, VllmTable, find_table
-from ramp_moe.spec.shapes import SCALE_BLOCK
+from ramp_moe.plugin import SCALE_BLOCK, Hardware, MoEShape
 
 SHIPPED = Path("model_executor", "layers", "fused_moe", "configs")
 """Within the package."""

@@ -45,7 +45,7 @@ OVERHEAD_US: Mapping[str, Mapping[int, float]] = {
     "single": {1: 0.0},
 }
 """Of a layer in a graph, by bodies up to the most that there may be, on an H200, the choice included
-(examples/graph_dispatch)."""
+(profiles/benchmarks/graph_dispatch)."""
 CHECKED_TOKENS = 32
 STATES = 1024
 """Captures of one layer in mode "nodes"."""

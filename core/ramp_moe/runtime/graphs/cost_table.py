@@ -1,4 +1,4 @@
-"""A cost model as arrays, for kernels that evaluate it where the histogram is."""
+"""A cost model as arrays, for kernels that evaluate `ramp_moe.cost_model.formula` where the histogram is."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
+from ...cost_model.formula import TERMS
 from ...cost_model.grids import Grids
 from ...cost_model.model import CostModel, get_form, parts_of
 from ...cost_model.residual import SCALES, in_units
@@ -18,8 +19,6 @@ if TYPE_CHECKING:
     import torch
     from torch import Tensor
 
-TERMS = ("one", "waves", "ceil_waves", "ctas", "log_ctas", "active")
-"""Those that forms are made of; a form that has not one of them has zeros for it."""
 MAX_BLOCKS, MAX_LAUNCHES, MAX_PARTS, MAX_CANDIDATES, MAX_DISTANCES = 64, 256, 1024, 512, 6144
 """Limits of the kernels, which keep all of these in shared memory."""
 LARGEST_BLOCK = 2**30
@@ -31,9 +30,8 @@ class CostTable:
     """B distinct token blocks, L launches of up to G grids (see `grids`), P parts, C candidates that are sums of parts,
     Q sets of R points from which distances are taken (see `residual`). int32 and float32.
 
-    A part costs max(floor, sum of coefficients times its launch's TERMS), a candidate the sum of its parts, times
-    exp(constant + sum over r of weights[r] * |z - points[q, :, r]|), where q is its set of points and z the logarithms
-    of (routed ids, active experts, M-tiles of the set's block), none taken for less than 1, times the set's units. Only
+    `ramp_moe.cost_model.formula` defines how they become a cost. In its step 6, candidate c has the set of points
+    q = set_of[c]: weight[r] is weights[r, c], z[r] is points[q, :, r], and its block is blocks[set_block[q]]. Only
     candidates that the model would ever choose are in it.
     """
 

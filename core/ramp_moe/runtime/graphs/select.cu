@@ -1,15 +1,17 @@
-// Chooses a candidate for a batch: top-k ids -> expert histogram -> cost of every candidate (see table.py) -> the
-// cheapest, of equal ones the first; and acts on the graph that it runs in. One CTA of 1024 threads.
+// Chooses a candidate for a batch: top-k ids -> expert histogram -> cost of every candidate -> the cheapest, of
+// equal ones the first; and acts on the graph that it runs in. One CTA of 1024 threads. The cost is that of
+// ramp_moe/cost_model/formula.py, whose steps are named below; the table's arrays are CostTable's.
 //
 // Little is computed: the time is that of waiting. So the table is on its way to shared memory from the beginning, and
 // is there when the histogram is; everything else that is read from global memory is asked for at once, too. Between
 // barriers,
 //
 //   threads    an id each              -> hist[], by atomics; ids as kernels take them
-//   a warp     a token block           -> counts[]: its M-tiles
-//   a thread   a candidate             -> us[] by the terms; others, a point of a set -> away[], how far the batch is
-//   a column of threads   a candidate  -> share[]: of the sum of weights times distances
-//   a warp     candidates              -> the cheapest of them
+//   a warp     a token block           -> counts[]: its M-tiles (step 1)
+//   a thread   a candidate             -> us[] by the terms (steps 2 to 5); others, a point of a set -> away[], how far
+//                                         the batch is
+//   a column of threads   a candidate  -> share[]: of the sum of weights times distances (step 6)
+//   a warp     candidates              -> the cheapest of them (step 7)
 //   a thread   a node of the graph     -> on if its body is chosen, else off
 
 constexpr int THREADS = 1024, WARPS = THREADS / 32, EXPERTS = 1024, BLOCKS = 64, CANDIDATES = 512, DISTANCES = 6144;

@@ -1,13 +1,16 @@
 """Choosing a candidate where the routing is: top-k ids -> histogram -> cost of every candidate -> the cheapest.
 
+The cost is that of `ramp_moe.cost_model.formula`, whose steps are named below.
+
 One program, since a launch costs more than what is computed here. Code that runs once a layer comes from memory each
 time: it is kept short by many warps, by tiles of at most 4096 elements and by loops that are not unrolled.
 
     count       int32   [BINS]        ids of each expert
     tiles       float32 [BLOCKS]      M-tiles of each token block: of the first routed ids, of the last active experts
-    part_us     float32 [PARTS]
-    us          float32 [CANDIDATES]  sums of parts; infinite past the last
-    corrected   float32 [STEP]        STEP at a time in their order
+                                      (step 1)
+    part_us     float32 [PARTS]       (steps 2 to 4)
+    us          float32 [CANDIDATES]  sums of parts; infinite past the last (step 5)
+    corrected   float32 [STEP]        STEP at a time in their order (step 6)
 """
 # Triton is untyped, and so is every function that it compiles.
 # mypy: disable-error-code="import-untyped, untyped-decorator, no-untyped-def, no-untyped-call"

@@ -10,7 +10,7 @@ import time
 from collections.abc import Callable, Iterable
 from pathlib import Path
 
-from ramp_moe.spec.kernel import Built
+from ramp_moe.plugin import Built
 
 from .cache import Cache, Configuration, Damaged
 from .compiler import CUTE, Compiler

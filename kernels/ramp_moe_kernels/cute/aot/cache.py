@@ -27,9 +27,8 @@ from typing import Protocol
 
 import msgspec
 import platformdirs
-from ramp_moe.errors import KernelError, ProfileError
 from ramp_moe.measurements.json_file import read_json, write_atomically, write_json
-from ramp_moe.spec.versions import Place, digest_of
+from ramp_moe.plugin import KernelError, Place, ProfileError, digest_of
 
 from .cubin import Usage
 from .toolkit import runtime_abis, toolchain

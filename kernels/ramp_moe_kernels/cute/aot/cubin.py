@@ -6,7 +6,7 @@ import struct
 from collections.abc import Iterator
 
 import msgspec
-from ramp_moe.errors import KernelError
+from ramp_moe.plugin import KernelError
 
 _MAGIC = b"\x7fELF\x02\x01"  # 64 bits, little-endian
 _MACHINE = 190  # EM_CUDA

@@ -11,7 +11,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from ramp_moe.errors import KernelError
+from ramp_moe.plugin import KernelError
 
 from .build import build
 from .cache import Cache, Configuration, Damaged

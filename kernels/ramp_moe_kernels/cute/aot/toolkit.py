@@ -12,7 +12,7 @@ import subprocess
 from importlib import metadata
 from pathlib import Path
 
-from ramp_moe.errors import KernelError
+from ramp_moe.plugin import KernelError
 
 INSTALL = "pip install 'ramp-moe[cute]'"
 _LINK_SECONDS = 60

@@ -21,7 +21,7 @@ from multiprocessing import Pipe
 from multiprocessing.connection import Connection
 from pathlib import Path
 
-from ramp_moe.errors import KernelError
+from ramp_moe.plugin import KernelError
 
 from .cache import Configuration
 from .cubin import Usage

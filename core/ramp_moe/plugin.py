@@ -1,0 +1,83 @@
+"""What a kernel plugin imports: `from ramp_moe.plugin import Kernel, KernelConfig, Stage, ...`.
+
+Describing a kernel takes Kernel or LaunchableKernel, KernelConfig, Stage, GridGeometry and WeightLayout. Running one
+takes Batch, MoEWeights and Workspace besides. `hookimpl` marks the function through which the library finds it.
+Importing this imports no torch.
+"""
+
+from .errors import (
+    HardwareError,
+    KernelError,
+    ProfileError,
+    RampMoEError,
+    RoutingError,
+    ShapeError,
+    UnknownNameError,
+)
+from .registry.experts_adapter import ExpertsAdapter
+from .registry.hookspecs import hookimpl
+from .spec.geometry import GridGeometry
+from .spec.hardware import Hardware
+from .spec.kernel import (
+    LAYOUTS,
+    BuildableKernel,
+    Built,
+    Kernel,
+    KernelConfig,
+    Progress,
+    Stage,
+    WeightLayout,
+    fp8_unsupported,
+    is_installed,
+    version_of,
+)
+from .spec.launchable import (
+    ACTIVATIONS,
+    ROW_CHUNK,
+    Batch,
+    LaunchableKernel,
+    MoEWeights,
+    Workspace,
+    check_layout,
+)
+from .spec.shapes import DTYPE_BYTES, SCALE_BLOCK, Model, MoEShape, scale_blocks
+from .spec.versions import Place, digest_of
+
+__all__ = [
+    "ACTIVATIONS",
+    "DTYPE_BYTES",
+    "LAYOUTS",
+    "ROW_CHUNK",
+    "SCALE_BLOCK",
+    "Batch",
+    "BuildableKernel",
+    "Built",
+    "ExpertsAdapter",
+    "GridGeometry",
+    "Hardware",
+    "HardwareError",
+    "Kernel",
+    "KernelConfig",
+    "KernelError",
+    "LaunchableKernel",
+    "MoEShape",
+    "MoEWeights",
+    "Model",
+    "Place",
+    "ProfileError",
+    "Progress",
+    "RampMoEError",
+    "RoutingError",
+    "ShapeError",
+    "Stage",
+    "UnknownNameError",
+    "WeightLayout",
+    "Workspace",
+    "check_layout",
+    "digest_of",
+    "fp8_unsupported",
+    "hookimpl",
+    "is_installed",
+    "scale_blocks",
+    "version_of",
+]

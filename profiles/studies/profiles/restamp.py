@@ -1,0 +1,56 @@
+"""Write the version of today's code into shipped profiles whose times still hold, and change no other byte.
+
+python restamp.py --check KERNEL...   on an H200: stamp what `ramp-moe check` finds to hold, say what does not
+python restamp.py KERNEL[/DTYPE]...   stamp without measuring: after changes that leave what the GPU runs as it was
+
+The digest after the `+` is what changes. The tables of versions follow by `python profiles/pages.py --write profiles`.
+"""
+
+from __future__ import annotations
+
+import re
+import subprocess
+import sys
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+import ramp_moe_profiles
+from ramp_moe import get_registry, load_sweep
+
+SHIPPED = Path(ramp_moe_profiles.__file__).parent / "h200"
+VERSION = re.compile(rb'"kernel_version": "([^"+]*)\+[0-9a-f]{8}"')
+
+
+def outdated(kernels: Sequence[str], folder: Path = SHIPPED) -> Iterator[tuple[Path, bytes]]:
+    """Profiles of the kernels, or of a dtype of one, that record another digest than today's, and what they should
+    hold."""
+    for path in sorted(folder.glob("*/*.json")):
+        shape, name = load_sweep(path).shape, path.parent.name
+        if name in kernels or f"{name}/{shape.dtype}" in kernels:
+            today = get_registry().kernel(name).version().partition("+")[2].encode()
+            stamped = VERSION.sub(rb'"kernel_version": "\1+%b"' % today, before := path.read_bytes(), count=1)
+            if stamped != before:
+                yield path, stamped
+
+
+def holds(path: Path) -> bool:
+    """Whether a profile's times hold on this machine's GPU, by `ramp-moe check`, which says what it found."""
+    shape = load_sweep(path).shape
+    asked = ["--model", shape.name or shape.slug, "--dtype", shape.dtype, "--kernel", path.parent.name]
+    return subprocess.run([sys.executable, "-m", "ramp_moe.cli", "check", *asked], check=False).returncode == 0
+
+
+def main(arguments: Sequence[str]) -> int:
+    failed = 0
+    for path, stamped in outdated([a for a in arguments if a != "--check"]):
+        if "--check" in arguments and not holds(path):
+            failed += 1
+            print(f"{path} does not hold: measure it again")
+            continue
+        path.write_bytes(stamped)
+        print(f"{path} stamped")
+    return int(failed > 0)
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
