@@ -12,7 +12,9 @@ import pytest
 ROOT = Path(__file__).parents[1]
 PAGE = (ROOT / "CONTRIBUTING.md").read_text()
 ROOMS = [f"core/ramp_moe/{path.parent.name}" for path in sorted(ROOT.glob("core/ramp_moe/*/__init__.py"))]
-NAMED = sorted(set(re.findall(r"`((?:core|kernels|adapters|tests|\.ci)/[^` ]*)`", PAGE)))
+README = (ROOT / "README.md").read_text()
+PATH = re.compile(r"(?<![\w/])(?:(?:core|kernels|adapters|profiles|examples|tests)/|\.ci/)[\w./-]*\w")
+NAMED = sorted({path for page in (PAGE, README) for path in PATH.findall(page)})
 TOOLS = ("ruff", "mypy", "import-linter")
 HOOKS = re.findall(r"entry: ([\w -]+?),", (ROOT / ".pre-commit-config.yaml").read_text())
 
@@ -27,13 +29,13 @@ def test_the_map_has_every_room_of_core_in_the_order_of_the_layers() -> None:
 
 
 @pytest.mark.parametrize("path", NAMED)
-def test_a_path_that_the_page_names_exists(path: str) -> None:
+def test_a_path_that_a_page_names_exists(path: str) -> None:
     assert (ROOT / path).exists()
 
 
 @pytest.mark.parametrize("room", ROOMS)
 def test_the_readme_names_every_room(room: str) -> None:
-    assert f"`{Path(room).name}`" in (ROOT / "README.md").read_text()
+    assert f"`{Path(room).name}`" in README
 
 
 @pytest.mark.parametrize("tool", TOOLS)
