@@ -29,8 +29,9 @@ import triton
 from ramp_moe import MoEShape, get_registry
 from ramp_moe.profiler.bench import random_weights
 from ramp_moe.spec.launchable import Batch, MoEWeights, Workspace
-from ramp_moe_kernels.triton import forward, ops
+from ramp_moe_kernels.triton import ops
 from ramp_moe_kernels.triton.config import GemmConfig, Path, invalid_path, quantises_itself, space
+from ramp_moe_kernels.triton.kernel import TritonMoE
 from ramp_moe_kernels.triton.schedule import allocate, schedule
 
 MODELS = {"olmoe": "olmoe-1b-7b", "qwen3": "qwen3-30b-a3b", "dsv3tp8": "deepseek-v3-tp8", "mixtral": "mixtral-8x7b"}
@@ -217,9 +218,12 @@ def measure(
     ids, topk_weights = routing(kind, tokens, shape)
     x = torch.randn(tokens, shape.hidden_size, device=DEVICE, dtype=torch.bfloat16)
     batch = Batch(x, ids.to(DEVICE).int(), topk_weights.to(DEVICE))
-    out, workspace = torch.empty_like(x), Workspace()
+    out, workspace, kernel = torch.empty_like(x), Workspace(), TritonMoE()
     paths = [p for _, p in sorted(candidates(weights, batch, shape), key=lambda v: v[0])[:FINALISTS]]
-    times = [(graph_us(partial(forward.forward, p, weights, batch, out, workspace)), p.name) for p in paths]
+    times = [
+        (graph_us(partial(kernel.launch, kernel.describe(p, shape), weights, batch, out, workspace)), p.name)
+        for p in paths
+    ]
     us, best = min(times)
     peer = graph_us(partial(grouped_mm, batch, plain))
     return {"tokens": tokens, "routing": kind, "us": us, "config": best, "torch_grouped_mm": peer}

@@ -7,6 +7,7 @@ import math
 import numpy as np
 import pytest
 from ramp_moe import Hardware, Kernel, KernelError, Registry, expert_histogram, generate
+from ramp_moe.plugin import LaunchableKernel
 from ramp_moe.spec.kernel import usable_configs
 
 KERNELS = ("alpha_moe", "vllm_triton")
@@ -23,6 +24,15 @@ def test_names_and_keys_are_distinct_and_configs_hashable(kernel: Kernel, regist
     keys = [s.key for c in configs for s in c.stages if s.kind == "gemm"]
     assert len(set(keys)) == len(keys)
     assert list(configs) == list(kernel.configs(registry.shape("qwen3-30b-a3b", "fp8"), h200))
+
+
+def test_every_kernel_says_in_one_place_what_it_launches(registry: Registry) -> None:
+    """`launch` and `steps` follow from `run`, so that they cannot differ."""
+    found = [kernel for kernel in registry.kernels.values() if isinstance(kernel, LaunchableKernel)]
+    assert len(found) >= 6
+    for kernel in found:
+        assert type(kernel).launch is LaunchableKernel.launch, kernel.name
+        assert type(kernel).steps is LaunchableKernel.steps, kernel.name
 
 
 def test_alpha_moe_grid(registry: Registry, h200: Hardware) -> None:

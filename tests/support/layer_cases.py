@@ -84,9 +84,7 @@ class FakeKernel(LaunchableKernel):
     def default_config(self, shape: MoEShape, hardware: Hardware, num_tokens: int) -> KernelConfig:
         return self.config(8 if num_tokens < 64 else 128)
 
-    def launch(
-        self, config: KernelConfig, prepared: Any, batch: Batch, out: torch.Tensor, workspace: Workspace
-    ) -> None:
+    def run(self, config: KernelConfig, prepared: Any, batch: Batch, out: torch.Tensor, workspace: Workspace) -> None:
         assert batch.num_tokens > 0
         self.launched.append((config.name, batch.num_tokens))
         gate_up, down = prepared

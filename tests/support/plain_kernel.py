@@ -50,18 +50,10 @@ class Plain(LaunchableKernel):
     def default_config(self, shape: MoEShape, hardware: Hardware, num_tokens: int) -> KernelConfig:
         return self.config(shape, 16 if num_tokens < 64 else 64)
 
-    def launch(self, config: KernelConfig, prepared: Any, batch: Batch, out: Tensor, workspace: Workspace) -> None:
-        for _ in self.passes(prepared, batch, out, workspace):
-            pass
-
-    def steps(
+    def run(
         self, config: KernelConfig, prepared: Any, batch: Batch, out: Tensor, workspace: Workspace
-    ) -> Iterator[str]:
-        for stage, _ in zip(config.stages, self.passes(prepared, batch, out, workspace), strict=True):
-            yield stage.key
-
-    def passes(self, w: MoEWeights, batch: Batch, out: Tensor, workspace: Workspace) -> Iterator[None]:
-        x = batch.hidden_states.float()
+    ) -> Iterator[None]:
+        w, x = prepared, batch.hidden_states.float()
         yield self.zero(total := workspace.get("total", x.shape, torch.float32, x.device))
         for e in self.experts(w, batch):
             share = (batch.topk_weights * (batch.topk_ids == e)).sum(1, keepdim=True)
@@ -171,7 +163,7 @@ class Shrinking(GridGeometry):
 def gridded(kind: type[GridGeometry]) -> Plain:
     class Gridded(Plain):
         def grid(self, shape: MoEShape, block: int) -> GridGeometry:
-            return kind(block, 64, 32, shape.gate_up_rows, shape.hidden_size, shape.expert_bytes)
+            return kind.fused(shape, block_m=block, block_n=64, block_k=32)
 
     return Gridded()
 
@@ -198,9 +190,11 @@ class EmptyExpertsCount(Plain):
 class ForgetsPadding(Plain):
     """Takes -1 for the last expert, as an index would."""
 
-    def passes(self, w: MoEWeights, batch: Batch, out: Tensor, workspace: Workspace) -> Iterator[None]:
-        ids = torch.where(batch.topk_ids == -1, len(w.down) - 1, batch.topk_ids)
-        return super().passes(w, replace(batch, topk_ids=ids), out, workspace)
+    def run(
+        self, config: KernelConfig, prepared: Any, batch: Batch, out: Tensor, workspace: Workspace
+    ) -> Iterator[None]:
+        ids = torch.where(batch.topk_ids == -1, len(prepared.down) - 1, batch.topk_ids)
+        return super().run(config, prepared, replace(batch, topk_ids=ids), out, workspace)
 
 
 class Raises(Plain):
@@ -227,9 +221,11 @@ class ConsumesInputs(Plain):
 
 
 class ConsumesWeights(Plain):
-    def passes(self, w: MoEWeights, batch: Batch, out: Tensor, workspace: Workspace) -> Iterator[None]:
-        yield from super().passes(w, batch, out, workspace)
-        w.down.mul_(2)
+    def run(
+        self, config: KernelConfig, prepared: Any, batch: Batch, out: Tensor, workspace: Workspace
+    ) -> Iterator[None]:
+        yield from super().run(config, prepared, batch, out, workspace)
+        prepared.down.mul_(2)
 
 
 class Wavers(Plain):
@@ -253,6 +249,28 @@ class StepsBackwards(Plain):
     ) -> Iterator[str]:
         keys = list(super().steps(config, prepared, batch, out, workspace))
         yield from reversed(keys)
+
+
+class StopsTooOften(Plain):
+    def run(
+        self, config: KernelConfig, prepared: Any, batch: Batch, out: Tensor, workspace: Workspace
+    ) -> Iterator[None]:
+        yield from super().run(config, prepared, batch, out, workspace)
+        yield
+
+
+class StopsTooRarely(Plain):
+    def run(
+        self, config: KernelConfig, prepared: Any, batch: Batch, out: Tensor, workspace: Workspace
+    ) -> Iterator[None]:
+        yield from list(super().run(config, prepared, batch, out, workspace))[1:]
+
+
+class ReturnsOut(Plain):
+    def run(self, config: KernelConfig, prepared: Any, batch: Batch, out: Tensor, workspace: Workspace) -> Any:
+        for _ in super().run(config, prepared, batch, out, workspace):
+            pass
+        return out
 
 
 class StopsEarly(Plain):

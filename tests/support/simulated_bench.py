@@ -73,7 +73,7 @@ class Simulated(LaunchableKernel):
     def prepare(self, weights: Any) -> Any:
         raise AssertionError
 
-    def launch(self, config: Any, prepared: Any, batch: Any, out: Any, workspace: Any) -> None:
+    def run(self, config: Any, prepared: Any, batch: Any, out: Any, workspace: Any) -> None:
         raise AssertionError
 
     def stage_us(self, config: KernelConfig, histogram: Any) -> dict[str, float]:

@@ -1,4 +1,4 @@
-"""The hooks a plugin may implement. Export functions of these names, decorated with `ramp_moe.hookimpl`, from a
+"""The hooks a plugin may implement. Export functions of these names, decorated with `ramp_moe.plugin.hookimpl`, from a
 module that an entry point of the group `ramp_moe` names."""
 
 from __future__ import annotations

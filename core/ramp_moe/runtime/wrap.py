@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Collection, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -24,10 +24,21 @@ if TYPE_CHECKING:
 @dataclass(frozen=True)
 class Wrapped:
     """What was wrapped: experts by the names of their modules, and notes for a person to read, on kernels left out,
-    profiles that are missing, and what a further copy of the weights would gain. `str` says it all."""
+    profiles that are missing, and what a further copy of the weights would gain. `str` says it all. As a
+    context manager it unwraps the model in the end, after an error, too."""
 
     experts: dict[str, RoutedExperts]
     notes: tuple[str, ...]
+    model: Module = field(repr=False, compare=False)
+
+    def __enter__(self) -> Wrapped:
+        return self
+
+    def __exit__(self, *raised: object) -> None:
+        """As `unwrap`, but what was unwrapped already, or wrapped anew, is left alone."""
+        mine = list(self.experts.values())
+        if any(experts_of(module) in mine for module in self.model.modules()):
+            unwrap(self.model)
 
     @property
     def layers(self) -> dict[str, MoELayer]:
@@ -88,6 +99,8 @@ class Recording:
 def wrap(model: Module, *adapters: ExpertsAdapter, device: str = "auto", copies: int = 1) -> Wrapped:
     """Have every MoE layer of `model` computed by the kernel that is predicted to be fastest for each batch.
 
+    It stays so until `unwrap(model)`; or for the length of a block, `with ramp_moe.wrap(model) as wrapped:`.
+
     adapters: of modules of your own (`ramp_moe.Experts`), before those of the frameworks that are known. device: the
     hardware's name where it is not to be detected. copies: of the weights, in as many layouts; with one, a weight is
     either used as it lies in the model or moved, never doubled.
@@ -121,7 +134,7 @@ def wrap(model: Module, *adapters: ExpertsAdapter, device: str = "auto", copies:
         for name, module, _ in found:
             with _named(name):
                 done[name].install(module)
-    return Wrapped(done, tuple(dict.fromkeys(builder.notes)))
+    return Wrapped(done, tuple(dict.fromkeys(builder.notes)), model)
 
 
 def unwrap(model: Module) -> None:

@@ -8,7 +8,7 @@ Histograms are int64 `[num_experts]` or, for a batch of them, `[..., num_experts
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TypedDict, Unpack
+from typing import Self, TypedDict, Unpack
 
 import numpy as np
 from numpy.typing import NDArray
@@ -104,7 +104,7 @@ class GridGeometry:
     @classmethod
     def gate_up(
         cls, shape: MoEShape, *, block_m: int, block_n: int, block_k: int, **options: Unpack[LaunchOptions]
-    ) -> GridGeometry:
+    ) -> Self:
         """The grid of the gate and up projections, `[2 * intermediate_size, hidden_size]` for each expert.
 
         block_n counts rows of gate and of up: a CTA that computes 64 of each has a block_n of 128.
@@ -115,7 +115,7 @@ class GridGeometry:
     @classmethod
     def down(
         cls, shape: MoEShape, *, block_m: int, block_n: int, block_k: int, **options: Unpack[LaunchOptions]
-    ) -> GridGeometry:
+    ) -> Self:
         """The grid of the down projection, `[hidden_size, intermediate_size]` for each expert."""
         n, k, read = shape.hidden_size, shape.intermediate_size, shape.down_bytes
         return cls(block_m=block_m, block_n=block_n, block_k=block_k, n=n, k=k, expert_bytes=read, **options)
@@ -123,7 +123,7 @@ class GridGeometry:
     @classmethod
     def fused(
         cls, shape: MoEShape, *, block_m: int, block_n: int, block_k: int, **options: Unpack[LaunchOptions]
-    ) -> GridGeometry:
+    ) -> Self:
         """The grid of one launch of all projections: that of `gate_up`, but it reads all of an expert's bytes."""
         n, k, read = shape.gate_up_rows, shape.hidden_size, shape.expert_bytes
         return cls(block_m=block_m, block_n=block_n, block_k=block_k, n=n, k=k, expert_bytes=read, **options)

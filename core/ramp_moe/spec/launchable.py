@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from ..errors import KernelError, RoutingError, ShapeError, UnknownNameError
 from .hardware import Hardware
-from .kernel import LAYOUTS, Kernel, KernelConfig
+from .kernel import LAYOUTS, Kernel, KernelConfig, is_installed
 from .shapes import SCALE_BLOCK, MoEShape, scale_blocks
 
 if TYPE_CHECKING:
@@ -23,7 +23,6 @@ if TYPE_CHECKING:
 ACTIVATIONS = ("swiglu", "gelu_tanh", "swiglu_oai", "swiglu_clamped")
 """silu(gate) * up; gelu(gate, tanh) * up; gpt-oss: gate cut off above 7 and up at -7 and 7, then gate *
 sigmoid(1.702 gate) * (up + 1); DeepSeek-V4: the same cut at a limit that the weights name, then silu(gate) * up."""
-
 
 _logger = logging.getLogger("ramp_moe")
 
@@ -256,17 +255,23 @@ def allocate(size: int, device: torch.device) -> Tensor:
 
 
 class LaunchableKernel(Kernel):
-    """A kernel that can run here, not only be described."""
+    """A kernel that can run here, not only be described. It implements `prepare`, `default_config` and `run`."""
 
+    requires: tuple[str, ...] = ()
+    """Packages that `run` imports, as `requires = ("triton",)`: by the name of the import, which pip must know, too."""
     graph_safe = True
     """Whether `launch` may be captured in a CUDA graph, once it has run on the same stream with the same sizes."""
     switchable = True
     """Whether its kernels are as fast as nodes of a graph that other kernels can switch on and off."""
 
     def unavailable(self) -> str | None:
-        """Why this kernel cannot run here although its description is fine: a package that is missing or too old, with
-        the remedy. None where it can. Imports nothing heavy: `importlib.util.find_spec` tells."""
-        return None
+        """Why this kernel cannot run here although its description is fine, with the remedy; None if it can. By default
+        the packages of `requires` that are missing. Another reason is a package that is too old. Imports nothing heavy.
+        """
+        if isinstance(self.requires, str):
+            return f"requires = {self.requires!r} names no packages; write requires = ({self.requires!r},)"
+        missing = [name for name in self.requires if not is_installed(name)]
+        return f"{' and '.join(missing)} missing: pip install {' '.join(missing)}" if missing else None
 
     @abstractmethod
     def prepare(self, weights: MoEWeights) -> Any:
@@ -281,9 +286,50 @@ class LaunchableKernel(Kernel):
         """The static choice for a batch size, for where there is no profile."""
 
     @abstractmethod
-    def launch(self, config: KernelConfig, prepared: Any, batch: Batch, out: Tensor, workspace: Workspace) -> None:
+    def run(
+        self, config: KernelConfig, prepared: Any, batch: Batch, out: Tensor, workspace: Workspace
+    ) -> Iterator[None] | None:
         """Write out `[T, H]` for a batch with at least one token, in the order of the current stream, without
-        synchronising with the host."""
+        synchronising with the host.
+
+        A generator yields after each stage of `config.stages`, in their order, once the stage is launched; `launch`
+        and `steps` follow from it. A function that yields nothing is timed as a whole. For one that returns something
+        `launch` and `steps` raise TypeError.
+        """
+
+    def launch(self, config: KernelConfig, prepared: Any, batch: Batch, out: Tensor, workspace: Workspace) -> None:
+        """All of `run`."""
+        for _ in self._running(config, prepared, batch, out, workspace) or ():
+            pass
+
+    def steps(
+        self, config: KernelConfig, prepared: Any, batch: Batch, out: Tensor, workspace: Workspace
+    ) -> Iterator[str]:
+        """`run`, stage by stage: launches one and yields its key, then the next. A profiler times the stages so. A
+        `run` that yields nothing is one step without a key. Raises KernelError if `run` yields more or less often than
+        the configuration has stages."""
+        running = self._running(config, prepared, batch, out, workspace)
+        if running is None:
+            return
+        yielded = 0
+        for _ in running:
+            yielded += 1
+            if yielded <= len(config.stages):
+                yield config.stages[yielded - 1].key
+        if yielded != len(config.stages):
+            raise KernelError(
+                f"{self.name}.run yields {yielded} times, {config.name} has {len(config.stages)} stages; yield after "
+                "each of them"
+            )
+
+    def _running(self, *given: Any) -> Iterator[None] | None:
+        running: object = self.run(*given)
+        if running is not None and not isinstance(running, Iterator):
+            raise TypeError(
+                f"{self.name}.run returned {type(running).__name__}; it writes to out, and returns nothing or is a "
+                "generator"
+            )
+        return running
 
     def inline_key(self, config: KernelConfig, shape: MoEShape) -> Hashable | None:
         """What configurations must share for `launch_inline` to take them together. None for one that it never takes,
@@ -303,11 +349,3 @@ class LaunchableKernel(Kernel):
         and in a CUDA graph may differ at every replay. configs are two to four of one `inline_key`. Raises KernelError
         where the kernel has no such launch."""
         raise KernelError(f"{self.name} cannot be several configurations in one launch")
-
-    def steps(
-        self, config: KernelConfig, prepared: Any, batch: Batch, out: Tensor, workspace: Workspace
-    ) -> Iterator[str]:
-        """`launch`, stopping after each stage: launches one and yields its key, then the next. A profiler times the
-        stages so. By default the path is one step that has no key of its own."""
-        self.launch(config, prepared, batch, out, workspace)
-        yield from ()

@@ -55,8 +55,8 @@ CHECKS: Mapping[str, str] = {
     "inputs": "hidden states, ids, routing weights and weights stay as they were",
     "repeatable": "two runs agree within bf16 rounding",
     "workspace": "what the workspace's buffers held before does not matter",
-    "steps": "steps() yields the keys of the stages, in order",
-    "asynchronous": "launch() does not wait for the device",
+    "steps": "run() yields once after each stage, in order",
+    "asynchronous": "run() does not wait for the device",
     "graph": "a CUDA graph of the launch follows new inputs, where graph_safe says so",
     "threads": "two threads with streams and workspaces of their own do not disturb each other",
 }

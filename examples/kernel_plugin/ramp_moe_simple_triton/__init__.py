@@ -6,8 +6,7 @@ launch.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
-from importlib.util import find_spec
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -35,6 +34,7 @@ SCALE_BLOCK = 128
 
 class SimpleTriton(LaunchableKernel):
     name = "simple_triton"
+    requires = ("torch", "triton")
 
     def unsupported(self, shape: MoEShape, hardware: Hardware) -> str | None:
         if shape.dtype != "fp8" or hardware.fp8_flops is None:
@@ -52,19 +52,15 @@ class SimpleTriton(LaunchableKernel):
         down = GridGeometry.down(shape, block_m=bm, block_n=bn, block_k=SCALE_BLOCK)
         name = f"bm{bm}-bn{bn}"
         stages = (
-            Stage("schedule", f"schedule/bm{bm}"),
-            Stage("zero", "zero/f32"),
+            Stage("schedule", f"{self.name}/schedule-zero/bm{bm}"),
             Stage("gemm", f"{self.name}/up/{name}", up),
             Stage("gemm", f"{self.name}/down/{name}", down),
+            Stage("combine", f"{self.name}/cast"),
         )
         return KernelConfig(name, stages, (("block_m", bm), ("block_n", bn)))
 
     def weight_layout(self, shape: MoEShape) -> WeightLayout:
         return WeightLayout("gate-first", shape.num_experts * shape.expert_bytes)
-
-    def unavailable(self) -> str | None:
-        missing = [name for name in ("torch", "triton") if find_spec(name) is None]
-        return f"missing: pip install {' '.join(missing)}" if missing else None
 
     def prepare(self, weights: MoEWeights) -> MoEWeights:
         if weights.gate_up_scale is None or weights.activation != "swiglu":
@@ -77,12 +73,12 @@ class SimpleTriton(LaunchableKernel):
         mean = num_tokens * shape.top_k / shape.num_experts
         return self._config(shape, *((16, 64) if mean <= 8 else (32, 64) if mean <= 16 else (64, 128)))
 
-    def launch(
+    def run(
         self, config: KernelConfig, prepared: MoEWeights, batch: Batch, out: Tensor, workspace: Workspace
-    ) -> None:
-        from .kernel import forward
+    ) -> Iterator[None]:
+        from .kernel import stages
 
-        forward(*(value for _, value in config.params), prepared, batch, out, workspace)
+        return stages(*(value for _, value in config.params), prepared, batch, out, workspace)
 
 
 @hookimpl

@@ -95,34 +95,24 @@ def down_kernel(
     tl.atomic_add(out, part, mask=live[:, None], sem="relaxed")
 
 
-def gemms(bm, bn, weights, batch, plan, act, total):
-    """Both launches, for the caller to run in this order: act [T * k, I] from the hidden states, total [T, H] += act.
-
-    plan: the batch's Schedule with exactly as many tiles as its buffers were sized for; total: float32, zero.
-    """
-    _, hidden, inter = weights.down.shape
-    tiles, ids = plan.expert_of_tile.numel(), batch.topk_ids.numel()
-    tiling = (plan.slots, plan.expert_of_tile)
+def stages(bm, bn, weights, batch, out, workspace):
+    """A whole layer into out [T, H] on the current stream. Yields after the schedule, which zeroes the sums beside it,
+    after up, after down, and after the cast to out."""
+    x, (experts, hidden, inter), ids = batch.hidden_states, weights.down.shape, batch.topk_ids.numel()
+    sizes = buffer_sizes(ids, experts, bm)
+    plan = Schedule(**{name: workspace.get(name, (size,), torch.int32, x.device) for name, size in sizes.items()})
+    act = workspace.get("act", (ids, inter), x.dtype, x.device)
+    total = workspace.get("total", x.shape, torch.float32, x.device)
+    schedule(batch.topk_ids, experts, bm, plan, zero=total)
+    yield
+    tiles, tiling = plan.expert_of_tile.numel(), (plan.slots, plan.expert_of_tile)
     const = {"HIDDEN": hidden, "INTER": inter, "BM": bm, "BN": bn}
     # Triton's interpreter, for where there is no GPU, multiplies float32 only.
     const["EMULATE"] = not isinstance(up_kernel, triton.JITFunction)
-    up, down = (weights.gate_up, weights.gate_up_scale), (weights.down, weights.down_scale)
-    return (
-        lambda: up_kernel[tiles, inter // bn](batch.hidden_states, *up, *tiling, act, ids, batch.top_k, **const),
-        lambda: down_kernel[tiles, hidden // bn](
-            act, *down, *tiling, batch.topk_weights, total, ids, batch.top_k, **const
-        ),
-    )
-
-
-def forward(bm, bn, weights, batch, out, workspace):
-    """A whole layer into out [T, H], all on the current stream: schedule and zeroing, up, down, the cast to out."""
-    x, experts, ids = batch.hidden_states, weights.down.shape[0], batch.topk_ids.numel()
-    sizes = buffer_sizes(ids, experts, bm)
-    plan = Schedule(**{name: workspace.get(name, (size,), torch.int32, x.device) for name, size in sizes.items()})
-    act = workspace.get("act", (ids, weights.down.shape[2]), x.dtype, x.device)
-    total = workspace.get("total", x.shape, torch.float32, x.device)
-    schedule(batch.topk_ids, experts, bm, plan, zero=total)
-    for launch in gemms(bm, bn, weights, batch, plan, act, total):
-        launch()
+    gate_up, down = (weights.gate_up, weights.gate_up_scale), (weights.down, weights.down_scale)
+    up_kernel[tiles, inter // bn](x, *gate_up, *tiling, act, ids, batch.top_k, **const)
+    yield
+    down_kernel[tiles, hidden // bn](act, *down, *tiling, batch.topk_weights, total, ids, batch.top_k, **const)
+    yield
     out.copy_(total)
+    yield

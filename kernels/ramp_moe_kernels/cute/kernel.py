@@ -138,14 +138,15 @@ class CuteMoE(LaunchableKernel, BuildableKernel):
             found = min(valid, key=lambda c: (abs(c.block - found.block), c.wide, c.ctas, c.split_k, -c.stages))
         return self.describe(found, shape)
 
-    def launch(self, config: KernelConfig, prepared: Any, batch: Batch, out: Tensor, workspace: Workspace) -> None:
+    def run(
+        self, config: KernelConfig, prepared: Any, batch: Batch, out: Tensor, workspace: Workspace
+    ) -> Iterator[None]:
         """Two launches up to 4096 routed ids, three above, one more for a combine in float32 or in order. Raises
         KernelError for hidden states that are not bf16, for batches beyond the schedule's or the grid's limits, and
         where the configuration is not compiled."""
         from .launch import launch_steps
 
-        for _ in launch_steps([_config(config)], prepared, batch, out, workspace):
-            pass
+        return launch_steps([_config(config)], prepared, batch, out, workspace)
 
     def inline_key(self, config: KernelConfig, shape: MoEShape) -> Hashable | None:
         """The name of the polymorphic launch that can be this configuration."""
@@ -164,15 +165,6 @@ class CuteMoE(LaunchableKernel, BuildableKernel):
 
         for _ in launch_steps([_config(c) for c in configs], prepared, batch, out, workspace, choice):
             pass
-
-    def steps(
-        self, config: KernelConfig, prepared: Any, batch: Batch, out: Tensor, workspace: Workspace
-    ) -> Iterator[str]:
-        from .launch import launch_steps
-
-        steps = launch_steps([_config(config)], prepared, batch, out, workspace)
-        for stage, _ in zip(config.stages, steps, strict=True):
-            yield stage.key
 
 
 def _config(config: KernelConfig) -> Config:

@@ -14,20 +14,6 @@ from .config import GemmConfig, Path, quantises_itself
 from .schedule import Schedule, buffer_sizes, schedule
 
 
-def forward(
-    paths: Sequence[Path],
-    weights: MoEWeights,
-    batch: Batch,
-    out: Tensor,
-    workspace: Workspace,
-    choice: Tensor | None = None,
-) -> None:
-    """[prepare], up, [activate], down, combine: of one path, or of that of several (of one `inline_key`) whose index
-    choice int32 `[1]` holds."""
-    for _ in forward_steps(paths, weights, batch, out, workspace, choice):
-        pass
-
-
 def forward_steps(
     paths: Sequence[Path],
     weights: MoEWeights,
@@ -36,7 +22,8 @@ def forward_steps(
     workspace: Workspace,
     choice: Tensor | None = None,
 ) -> Iterator[None]:
-    """`forward`, stopping after each stage of the path's description."""
+    """[prepare], up, [activate], down, combine, stopping after each stage of the path's description: of one path, or of
+    that of several (of one `inline_key`) whose index choice int32 `[1]` holds."""
     device, n = out.device, batch.topk_ids.numel()
     experts, hidden, inter = weights.down.shape
     path, ups, downs = paths[0], [p.up for p in paths], [p.down for p in paths]  # what follows of `path`, all share

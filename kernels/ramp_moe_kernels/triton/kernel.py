@@ -6,7 +6,6 @@ direct      up, down: no schedule; for tiny batches
 
 from __future__ import annotations
 
-import importlib.util
 import itertools
 from collections.abc import Hashable, Iterator, Sequence
 from dataclasses import asdict, replace
@@ -53,6 +52,7 @@ class TritonMoE(LaunchableKernel):
     """
 
     name = "triton"
+    requires = ("torch", "triton")
 
     def version(self) -> str:
         """The library's version and a digest of the code that runs."""
@@ -75,10 +75,6 @@ class TritonMoE(LaunchableKernel):
         gate_up = path.up.split_k * shape.gate_up_rows if path.up.split_k > 1 else shape.intermediate_size
         widest = max(gate_up, path.down.split_k * shape.hidden_size)
         return max_tokens(shape, MAX_ELEMENTS // widest)
-
-    def unavailable(self) -> str | None:
-        missing = [name for name in ("torch", "triton") if importlib.util.find_spec(name) is None]
-        return f"the package {missing[0]} is missing: pip install 'ramp-moe[triton]'" if missing else None
 
     def paths(self, shape: MoEShape, hardware: Hardware) -> list[Path]:
         """Every configuration, as what it launches."""
@@ -166,10 +162,12 @@ class TritonMoE(LaunchableKernel):
                 return path
         raise KernelError(f"no configuration of {self.name} fits {hardware.name}")
 
-    def launch(self, config: KernelConfig, prepared: Any, batch: Batch, out: Tensor, workspace: Workspace) -> None:
-        from .forward import forward  # torch and Triton: not needed to describe the kernel
+    def run(
+        self, config: KernelConfig, prepared: Any, batch: Batch, out: Tensor, workspace: Workspace
+    ) -> Iterator[None]:
+        from .forward import forward_steps  # torch and Triton: not needed to describe the kernel
 
-        forward([_path(config)], prepared, batch, out, workspace)
+        return forward_steps([_path(config)], prepared, batch, out, workspace)
 
     def inline_key(self, config: KernelConfig, shape: MoEShape) -> Hashable | None:
         """Threads, and what decides which launches there are and what one leaves to the next: the rest may differ. The
@@ -189,18 +187,10 @@ class TritonMoE(LaunchableKernel):
         out: Tensor,
         workspace: Workspace,
     ) -> None:
-        from .forward import forward
-
-        forward([_path(config) for config in configs], prepared, batch, out, workspace, choice)
-
-    def steps(
-        self, config: KernelConfig, prepared: Any, batch: Batch, out: Tensor, workspace: Workspace
-    ) -> Iterator[str]:
         from .forward import forward_steps
 
-        steps = forward_steps([_path(config)], prepared, batch, out, workspace)
-        for stage, _ in zip(config.stages, steps, strict=True):
-            yield stage.key
+        for _ in forward_steps([_path(config) for config in configs], prepared, batch, out, workspace, choice):
+            pass
 
 
 def _path(config: KernelConfig) -> Path:

@@ -46,7 +46,7 @@ class Odd(LaunchableKernel):
     def prepare(self, weights: Any) -> Any:
         return weights
 
-    def launch(self, *args: Any) -> None:
+    def run(self, *args: Any) -> None:
         pass
 
 

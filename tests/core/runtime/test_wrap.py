@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 from pathlib import Path
 from types import SimpleNamespace
@@ -342,3 +343,28 @@ def test_what_is_no_model(model: Any) -> None:
 def test_what_is_no_adapter() -> None:
     with pytest.raises(KernelError, match=r"an adapter is a ramp_moe.Experts, or another ExpertsAdapter, not 'h200'"):
         ramp_moe.wrap(nn.Linear(1, 1), "h200")  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("fails", [False, True])
+def test_for_the_length_of_a_block(fails: bool) -> None:
+    """As a context manager: the model is as it was afterwards, after an error, too."""
+    model = Model(Block(), Block())
+    expected, weight = model(X).detach(), model.blocks[0].w13
+    with pytest.raises(ZeroDivisionError) if fails else contextlib.nullcontext(), wrap(model, BLOCK) as wrapped:
+        assert len(wrapped.layers) == 2
+        assert 0 < error(model(X).detach(), expected.float()) < TOLERANCE
+        if fails:
+            raise ZeroDivisionError
+    assert torch.equal(model(X).detach(), expected)
+    assert model.blocks[0].w13 is weight
+    assert all("forward" not in block.__dict__ for block in model.blocks)
+
+
+def test_a_block_ends_quietly_if_the_model_was_unwrapped_in_it() -> None:
+    model = Model(Block())
+    with wrap(model, BLOCK):
+        ramp_moe.unwrap(model)
+    with wrap(model, BLOCK):
+        ramp_moe.unwrap(model)
+        wrap(model, BLOCK)
+    ramp_moe.unwrap(model)  # what another call wrapped is that call's

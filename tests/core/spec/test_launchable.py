@@ -337,9 +337,18 @@ def test_a_launchable_kernel_is_available_unless_it_says_otherwise() -> None:
         def default_config(self, shape: MoEShape, hardware: object, num_tokens: int) -> KernelConfig:
             return KernelConfig("only", ())
 
-        def launch(self, *args: Any) -> None: ...
+        def run(self, *args: Any) -> None: ...
 
     assert Described().unavailable() is None
     assert Described().graph_safe
+
+    class Lacking(Described):
+        requires = ("torch", "no_such_package", "nor_this")
+
+    class Comma(Described):
+        requires = "triton"  # type: ignore[assignment]
+
+    assert Lacking().unavailable() == ("no_such_package and nor_this missing: pip install no_such_package nor_this")
+    assert Comma().unavailable() == "requires = 'triton' names no packages; write requires = ('triton',)"
     with pytest.raises(TypeError, match="abstract"):
         LaunchableKernel()  # type: ignore[abstract]

@@ -67,6 +67,8 @@ BROKEN: dict[str, tuple[Kernel, str, str]] = {
     "another result": (cases.Wavers(), "repeatable", "two runs differ by 0.012"),
     "no zeroing": (cases.TrustsItsBuffers(), "workspace", "bm16 on 9 tokens, even routing, buffers full of 0xff"),
     "steps backwards": (cases.StepsBackwards(), "steps", r"yields \['plain/cast'"),
+    "a yield too many": (cases.StopsTooOften(), "steps", "plain.run yields 4 times, bm16 has 3 stages"),
+    "a yield too few": (cases.StopsTooRarely(), "steps", "plain.run yields 2 times, bm16 has 3 stages"),
     "steps without launches": (cases.StopsEarly(), "steps", r"after steps\(\), relative error nan"),
     "a wait": (cases.Waits(), "asynchronous", "reads from the device .*aten._local_scalar_dense"),
 }
@@ -115,6 +117,8 @@ def test_what_raises_fails() -> None:
     found = failed(cases.Raises())
     assert list(found) == ["outputs"]
     assert "1 token, even routing: IndexError: no second token" in found["outputs"]
+
+    assert "plain.run returned Tensor; it writes to out" in failed(cases.ReturnsOut())["outputs"]
 
     class Broken(Plain):
         def unsupported(self, shape: MoEShape, hardware: object) -> str | None:

@@ -116,17 +116,11 @@ class AlphaMoE(LaunchableKernel):
         block_m, stages = next(((m, st) for most, m, st in DEFAULTS if mean <= most), DEFAULT_LARGE)
         return self._config(shape, block_m, 32, 8, stages)
 
-    def launch(self, config: KernelConfig, prepared: Any, batch: Batch, out: Tensor, workspace: Workspace) -> None:
+    def run(
+        self, config: KernelConfig, prepared: Any, batch: Batch, out: Tensor, workspace: Workspace
+    ) -> Iterator[None]:
         """Two launches up to 4096 routed ids, three above: the schedule, which quantises and zeroes beside it, then
         the operator. Raises KernelError for fp16 hidden states and for batches beyond the operator's limits."""
-        from .launch import launch
-
-        launch(config, prepared, batch, out, workspace)
-
-    def steps(
-        self, config: KernelConfig, prepared: Any, batch: Batch, out: Tensor, workspace: Workspace
-    ) -> Iterator[str]:
         from .launch import launch_steps
 
-        for stage, _ in zip(config.stages, launch_steps(config, prepared, batch, out, workspace), strict=True):
-            yield stage.key
+        return launch_steps(config, prepared, batch, out, workspace)

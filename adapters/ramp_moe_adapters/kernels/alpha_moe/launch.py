@@ -69,15 +69,10 @@ def prepare(weights: MoEWeights) -> Prepared:
     return Prepared(interleaved.gate_up, interleaved.gate_up_scale, weights.down, weights.down_scale, launchable)
 
 
-def launch(config: KernelConfig, prepared: Prepared, batch: Batch, out: Tensor, workspace: Workspace) -> None:
-    for _ in launch_steps(config, prepared, batch, out, workspace):
-        pass
-
-
 def launch_steps(
     config: KernelConfig, prepared: Prepared, batch: Batch, out: Tensor, workspace: Workspace
 ) -> Iterator[None]:
-    """`launch`, stopping after the preparation and after the operator."""
+    """The launches of a layer, stopping after the preparation and after the operator."""
     from ramp_moe_kernels.triton.schedule import Schedule, buffer_sizes, schedule
 
     p: dict[str, Any] = dict(config.params)

@@ -168,19 +168,13 @@ class DeepGEMM(LaunchableKernel):
             raise KernelError(f"{self.name} has no tile for {shape.label} on {hardware.name}")
         return self._config(shape, block, sms, up[0], down[0])
 
-    def launch(self, config: KernelConfig, prepared: Any, batch: Batch, out: Tensor, workspace: Workspace) -> None:
-        """Up to 2048 routed ids three launches beside DeepGEMM's two, six above. Raises KernelError for fp16."""
-        from .launch import launch
-
-        launch(config, prepared, batch, out, workspace)
-
-    def steps(
+    def run(
         self, config: KernelConfig, prepared: Any, batch: Batch, out: Tensor, workspace: Workspace
-    ) -> Iterator[str]:
+    ) -> Iterator[None]:
+        """Up to 2048 routed ids three launches beside DeepGEMM's two, six above. Raises KernelError for fp16."""
         from .launch import launch_steps
 
-        for stage, _ in zip(config.stages, launch_steps(config, prepared, batch, out, workspace), strict=True):
-            yield stage.key
+        return launch_steps(config, prepared, batch, out, workspace)
 
 
 def _sm_counts(hardware: Hardware) -> list[int]:

@@ -66,15 +66,10 @@ def library() -> Any:
     return module
 
 
-def launch(config: KernelConfig, prepared: Prepared, batch: Batch, out: Tensor, workspace: Workspace) -> None:
-    for _ in launch_steps(config, prepared, batch, out, workspace):
-        pass
-
-
 def launch_steps(
     config: KernelConfig, prepared: Prepared, batch: Batch, out: Tensor, workspace: Workspace
 ) -> Iterator[None]:
-    """`launch`, stopping after each stage."""
+    """The launches of a layer, stopping after each stage."""
     p: dict[str, Any] = dict(config.params)
     w, x = prepared.weights, batch.hidden_states
     experts, hidden, inter = w.down.shape

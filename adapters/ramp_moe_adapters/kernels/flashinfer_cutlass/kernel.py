@@ -195,7 +195,7 @@ class FlashInferCutlass(LaunchableKernel, BuildableKernel):
 
         return self.describe(of(1), of(2), shape, hardware)
 
-    def launch(self, config: KernelConfig, prepared: Any, batch: Batch, out: Tensor, workspace: Workspace) -> None:
+    def run(self, config: KernelConfig, prepared: Any, batch: Batch, out: Tensor, workspace: Workspace) -> None:
         """FlashInfer's launches, and before them one of ours for batches that it would route wrongly if a token named
         an expert twice. Raises KernelError for hidden states or an output that are not bf16, aligned, of one shape."""
         from .launch import launch

@@ -172,7 +172,7 @@ class VllmTriton(LaunchableKernel):
         """vLLM's own static choice."""
         return self.describe(vllm_static.static_launch(shape, hardware, num_tokens), shape)
 
-    def launch(self, config: KernelConfig, prepared: Any, batch: Batch, out: Tensor, workspace: Workspace) -> None:
+    def run(self, config: KernelConfig, prepared: Any, batch: Batch, out: Tensor, workspace: Workspace) -> None:
         """vLLM allocates its result, which is copied to `out`; hidden_states are only read, and `out` may be the same.
         Raises KernelError for a batch that does not fit the weights."""
         from .launch import launch
