@@ -1,21 +1,16 @@
-"""The Mixture-of-Experts layer in plain torch, float32: the oracle that every kernel is tested against.
+"""What our kernels compute, in plain torch: how they quantise, the router, and the layer with what they round.
 
-T tokens, k experts a token, E experts, hidden size H, intermediate size I. Nothing here is meant to be fast. On a GPU
-the products follow `torch.get_float32_matmul_precision()`; leave it at its default, "highest", for an oracle.
+The layer itself is `ramp_moe.runtime.reference`. T tokens, k experts per token, E experts, hidden size H, intermediate
+size I. Nothing here is meant to be fast. On a GPU the products follow `torch.get_float32_matmul_precision()`; leave it
+at its default, "highest", for an oracle.
 """
 
 from __future__ import annotations
 
 import torch
-from ramp_moe.plugin import (
-    ROW_CHUNK,
-    KernelError,
-    RoutingError,
-    ShapeError,
-    UnknownNameError,
-    check_layout,
-    scale_blocks,
-)
+from ramp_moe.plugin import KernelError, RoutingError, ShapeError, UnknownNameError, check_layout
+from ramp_moe.runtime import reference as layer
+from ramp_moe.spec.shapes import SCALE_BLOCK, scale_block, scale_blocks
 from torch import Tensor
 from torch.nn.functional import pad
 
@@ -27,26 +22,11 @@ TINY = 1e-10
 """Smallest amax that a scale is made of, so that a group of zeros has a scale."""
 WEIGHT_SUM_FLOOR = 1e-20
 """Added to the sum that renormalised weights are divided by: sigmoid scores can all underflow to zero."""
-OAI_LIMIT = 7.0
-OAI_SLOPE = 1.702
 
-ACTIVATIONS = ("swiglu", "gelu_tanh", "swiglu_oai", "swiglu_clamped")
 SCORINGS = ("softmax", "sigmoid")
 
 
 # --- fp8 -------------------------------------------------------------------------------------------------------------
-
-
-def dequantise(w: Tensor, scale: Tensor, block: int = GROUP) -> Tensor:
-    """float32 `[..., R, C]` of fp8 `w [..., R, C]` and `scale [..., ceil(R/B), ceil(C/B)]`; value = fp8 * scale.
-
-    B is `block`; the last blocks may be short. Raises ShapeError for a scale of another shape.
-    """
-    rows, columns = w.shape[-2:]
-    expected = (*w.shape[:-2], -(-rows // block), -(-columns // block))
-    if scale.shape != expected:
-        raise ShapeError(f"the scale of a weight {list(w.shape)} must be {list(expected)}, not {list(scale.shape)}")
-    return w.float() * _expanded(scale.float(), rows, columns, block)
 
 
 def quantise_weights(w: Tensor, block: int = GROUP) -> tuple[Tensor, Tensor]:
@@ -59,7 +39,7 @@ def quantise_weights(w: Tensor, block: int = GROUP) -> tuple[Tensor, Tensor]:
     deep, wide = (size // block for size in padded.shape[-2:])
     blocks = padded.reshape(*w.shape[:-2], deep, block, wide, block)
     scale = _scale(blocks.abs().amax((-3, -1)))
-    return _to_fp8(w.float() / _expanded(scale, rows, columns, block)), scale
+    return _to_fp8(w.float() / layer.expanded(scale, rows, columns, block)), scale
 
 
 def quantise_activations(x: Tensor, group: int = GROUP) -> tuple[Tensor, Tensor]:
@@ -72,11 +52,6 @@ def quantise_activations(x: Tensor, group: int = GROUP) -> tuple[Tensor, Tensor]
     groups = pad(x.float(), (0, -columns % group)).reshape(len(x), -(-columns // group), group)
     scale = _scale(groups.abs().amax(-1))
     return _to_fp8(x.float() / scale.repeat_interleave(group, 1)[:, :columns]), scale
-
-
-def _expanded(scale: Tensor, rows: int, columns: int, block: int) -> Tensor:
-    """`[..., rows, columns]`: each element's scale."""
-    return scale.repeat_interleave(block, -2)[..., :rows, :].repeat_interleave(block, -1)[..., :columns]
 
 
 def _scale(amax: Tensor) -> Tensor:
@@ -182,28 +157,6 @@ def _best(values: Tensor, count: int, among: Tensor | None = None) -> Tensor:
 # --- Experts ---------------------------------------------------------------------------------------------------------
 
 
-def activate(gate: Tensor, up: Tensor, kind: str, limit: float | None = None) -> Tensor:
-    """The gated activation of two tensors of one shape. Raises UnknownNameError for a `kind` not in ACTIVATIONS,
-    KernelError for swiglu_clamped without a limit.
-
-    swiglu: silu(gate) * up. gelu_tanh: gelu(gate), by its tanh form, * up. swiglu_oai (gpt-oss): gate is cut off
-    above 7 and up to [-7, 7], then gate * sigmoid(1.702 * gate) * (up + 1). swiglu_clamped (DeepSeek-V4): gate is cut
-    off above `limit` and up to [-limit, limit], then silu(gate) * up.
-    """
-    if kind == "swiglu":
-        return torch.nn.functional.silu(gate) * up
-    if kind == "gelu_tanh":
-        return torch.nn.functional.gelu(gate, approximate="tanh") * up
-    if kind == "swiglu_oai":
-        gate, up = gate.clamp(max=OAI_LIMIT), up.clamp(-OAI_LIMIT, OAI_LIMIT)
-        return gate * torch.sigmoid(OAI_SLOPE * gate) * (up + 1)
-    if kind == "swiglu_clamped":
-        if limit is None:
-            raise KernelError("swiglu_clamped needs a limit")
-        return torch.nn.functional.silu(gate.clamp(max=limit)) * up.clamp(-limit, limit)
-    raise UnknownNameError("activation", kind, ACTIVATIONS)
-
-
 def experts(
     x: Tensor,
     gate_up: Tensor,
@@ -258,32 +211,24 @@ def experts(
             f"expert id {int(outside[0])} is outside [0, {num_experts}); only -1 and {num_experts} are skipped"
         )
 
+    for name, weight, scale in (("gate_up", gate_up, gate_up_scale), ("down", down, down_scale)):
+        _check_scaled(name, weight, scale)
     group = scale_blocks(rows // 2)[-1] if quantise else None
-    x = x.float() if group is None else _through_fp8(x, group)
-    out = torch.zeros(len(x), hidden, dtype=torch.float32, device=x.device)
-    for e in range(num_experts):
-        token, slot = (topk_ids == e).nonzero(as_tuple=True)
-        if not len(token):
-            continue
-        y = _mlp(
-            x[token],
-            _plain(
-                _gate_first(gate_up[e], layout, ROW_CHUNK),
-                None if gate_up_scale is None else _gate_first(gate_up_scale[e], layout, 1),
-                block,
-                "gate_up",
-                matrices=2,
-            ),
-            _plain(down[e], None if down_scale is None else down_scale[e], block, "down"),
-            activation,
-            limit,
-            None if gate_up_bias is None else _gate_first(gate_up_bias[e], layout, ROW_CHUNK),
-            None if down_bias is None else down_bias[e],
-            group,
-            stored_as,
-        )
-        out.index_add_(0, token, topk_weights[token, slot, None].float() * y)
-    return out
+    return layer.experts(
+        x.float() if group is None else _through_fp8(x, group),
+        gate_up,
+        down,
+        topk_ids,
+        topk_weights,
+        activation=activation,
+        limit=limit,
+        gate_up_scale=gate_up_scale,
+        down_scale=down_scale,
+        gate_up_bias=gate_up_bias,
+        down_bias=down_bias,
+        layout=layout,
+        rounding=_rounding(group, stored_as),
+    )
 
 
 def shared(
@@ -304,14 +249,18 @@ def shared(
     `quantise` are those of `experts`, as are the errors.
     """
     _, rows, hidden = _check_weights(x, gate_up[None], down[None])
+    for name, weight, scale, matrices in (("gate_up", gate_up, gate_up_scale, 2), ("down", down, down_scale, 1)):
+        _check_scaled(name, weight, scale)
+        if scale is not None and (scale.ndim != 2 or len(scale) % matrices):
+            raise ShapeError(f"{name}_scale must have as many rows for each of {matrices}, not {list(scale.shape)}")
     block, group = _block(gate_up_scale, rows // 2, hidden), scale_blocks(rows // 2)[-1] if quantise else None
-    y = _mlp(
+    y = layer.mlp(
         x.float() if group is None else _through_fp8(x, group),
-        _plain(gate_up, gate_up_scale, block, "gate_up", matrices=2),
-        _plain(down, down_scale, block, "down"),
+        layer.plain(gate_up, gate_up_scale, block, matrices=2),
+        layer.plain(down, down_scale, block),
         activation,
         limit,
-        group=group,
+        rounding=_rounding(group),
     )
     if gate_weight is None:
         return y
@@ -320,58 +269,24 @@ def shared(
     return torch.sigmoid(x.float() @ gate_weight.float().reshape(-1, 1)) * y
 
 
-def _mlp(
-    x: Tensor,
-    gate_up: Tensor,
-    down: Tensor,
-    activation: str,
-    limit: float | None,
-    gate_up_bias: Tensor | None = None,
-    down_bias: Tensor | None = None,
-    group: int | None = None,
-    stored_as: torch.dtype = torch.float32,
-) -> Tensor:
-    """One expert, in float32. With a `group`, x is rounded to fp8 already, and the intermediate is, too."""
-    h = x @ gate_up.T
-    if gate_up_bias is not None:
-        h = h + gate_up_bias.float()
-    gate, up = h.chunk(2, -1)
-    h = activate(gate, up, activation, limit)
-    h = h.to(stored_as).float()
-    y = (h if group is None else _through_fp8(h, group)) @ down.T
-    return y if down_bias is None else y + down_bias.float()
+def _rounding(group: int | None, stored_as: torch.dtype = torch.float32) -> layer.Rounding:
+    """What the intermediate goes through: `stored_as`, and fp8 if there is a `group`."""
 
+    def rounded(intermediate: Tensor) -> Tensor:
+        h = intermediate.to(stored_as).float()
+        return h if group is None else _through_fp8(h, group)
 
-def _gate_first(t: Tensor, layout: str, chunk: int) -> Tensor:
-    """One expert's `t [2 R, ...]` with its gate rows first; `chunk` rows of each come in turn where interleaved."""
-    if layout == "gate-first":
-        return t
-    row = torch.arange(len(t) // 2, dtype=torch.int64, device=t.device)
-    if layout == "up-first":
-        gate, up = row + len(row), row
-    else:
-        gate = row // chunk * 2 * chunk + row % chunk
-        up = gate + chunk
-    plain = t.view(torch.uint8) if t.dtype == FP8 else t
-    return plain[torch.cat((gate, up))].view(t.dtype)
+    return rounded
 
 
 def _block(gate_up_scale: Tensor | None, inter: int, hidden: int) -> int:
-    """Rows, and columns, that share a scale; GROUP if the scale's shape says nothing."""
-    columns = 0 if gate_up_scale is None else gate_up_scale.shape[-1]
-    return next((b for b in scale_blocks(inter) if b * columns == hidden), GROUP)
+    """Rows, and columns, that share a scale; SCALE_BLOCK without scales."""
+    return SCALE_BLOCK if gate_up_scale is None else scale_block(gate_up_scale.shape[-1], hidden, inter)
 
 
-def _plain(w: Tensor, scale: Tensor | None, block: int, name: str, matrices: int = 1) -> Tensor:
-    """float32 of so many matrices, one above the other, with scale blocks of their own."""
-    if scale is not None:
-        if scale.ndim != 2 or len(scale) % matrices:
-            raise ShapeError(f"{name}_scale must have as many rows for each of {matrices}, not {list(scale.shape)}")
-        pairs = zip(w.chunk(matrices), scale.chunk(matrices), strict=True)
-        return torch.cat([dequantise(part, blocks, block) for part, blocks in pairs])
-    if w.dtype == FP8:
+def _check_scaled(name: str, weight: Tensor, scale: Tensor | None) -> None:
+    if scale is None and weight.dtype == FP8:
         raise KernelError(f"{name} is fp8: pass {name}_scale")
-    return w.float()
 
 
 def _check_weights(x: Tensor, gate_up: Tensor, down: Tensor) -> tuple[int, int, int]:

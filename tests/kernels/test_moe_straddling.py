@@ -12,14 +12,13 @@ from moe_cases import H200, ROUTINGS, batch, error, expected, weights
 from ramp_moe import MoEShape, get_registry
 from ramp_moe.profiler.bench import random_weights
 from ramp_moe.runtime.layer import MoELayer
-from ramp_moe.runtime.reference import reference as bench_reference
+from ramp_moe.runtime.reference import activate, reference
 from ramp_moe.runtime.relayout import relayout
 from ramp_moe.spec.kernel import LAYOUTS
 from ramp_moe.spec.launchable import Batch, MoEWeights, Workspace
 from ramp_moe.spec.shapes import scale_blocks
 from ramp_moe_adapters.kernels.deep_gemm.kernel import DeepGEMM
 from ramp_moe_kernels.cute.kernel import CuteMoE
-from ramp_moe_kernels.reference import activate
 from ramp_moe_kernels.triton.config import GemmConfig, Path, quantises_itself, scale_group
 from ramp_moe_kernels.triton.kernel import TritonMoE, _path
 
@@ -130,6 +129,7 @@ def test_every_routing(routing: str) -> None:
 def test_references_look_scales_up_alike(inter: int, block: int) -> None:
     plain, given = layer_of(inter, block), batch(4, TOP_K, EXPERTS, HIDDEN, "uniform", DEVICE, DTYPE)
     assert error(expected(plain, given, quantise=False), oracle(plain, given)) < 1e-5
+    assert error(reference(plain, given), oracle(plain, given)) < 1e-5
     for layout in LAYOUTS:
         assert torch.equal(expected(relayout(plain, layout), given, False), expected(plain, given, False))
 
@@ -138,7 +138,7 @@ def test_references_look_scales_up_alike(inter: int, block: int) -> None:
 def test_random_layers_of_the_profiler(inter: int) -> None:
     plain = random_weights(MoEShape(EXPERTS, TOP_K, HIDDEN, inter), DEVICE, 0)
     given = batch(4, TOP_K, EXPERTS, HIDDEN, "uniform", DEVICE, torch.bfloat16)
-    assert error(bench_reference(plain, given), oracle(plain, given)) < 1e-5
+    assert error(reference(plain, given), oracle(plain, given)) < 1e-5
 
 
 def test_a_wrong_block_would_show() -> None:

@@ -7,8 +7,10 @@ import math
 import numpy as np
 import pytest
 from ramp_moe import KernelError, RoutingError, ShapeError, UnknownNameError
+from ramp_moe.spec.launchable import ACTIVATIONS
 
 torch = pytest.importorskip("torch")
+layer_reference = pytest.importorskip("ramp_moe.runtime.reference")
 reference = pytest.importorskip("ramp_moe_kernels.reference")
 
 NAN, INF = math.nan, math.inf
@@ -87,7 +89,7 @@ def test_weights_have_a_scale_a_block() -> None:
     values, scale = reference.quantise_weights(w)
     assert values.shape == w.shape
     assert scale.shape == (2, 2, 3)
-    plain = reference.dequantise(values, scale)
+    plain = layer_reference.dequantise(values, scale)
     assert plain.dtype == torch.float32
     for e, r, c in np.ndindex(2, 2, 3):
         block = w[e, 128 * r : 128 * (r + 1), 128 * c : 128 * (c + 1)]
@@ -98,7 +100,7 @@ def test_weights_have_a_scale_a_block() -> None:
         assert float(out.abs().max()) == pytest.approx(float(block.abs().max()))
     flat, flat_scale = reference.quantise_weights(w[1])
     assert torch.equal(flat.float(), values[1].float())
-    assert torch.equal(reference.dequantise(flat, flat_scale), plain[1])
+    assert torch.equal(layer_reference.dequantise(flat, flat_scale), plain[1])
 
 
 @pytest.mark.parametrize(("block", "last_row", "last_column"), [(128, 128, 0), (64, 192, 64)])
@@ -107,7 +109,7 @@ def test_the_last_block_may_be_short(block: int, last_row: int, last_column: int
     values, scale = reference.quantise_weights(w, block)
     assert scale.shape == (2, -(-200 // block), -(-80 // block))
     assert torch.equal(scale[:, -1, -1], w[:, last_row:, last_column:].abs().amax((1, 2)) / 448)
-    plain = reference.dequantise(values, scale, block)
+    plain = layer_reference.dequantise(values, scale, block)
     assert ((plain - w).abs() <= w.abs() / 16 * 1.0001 + 2.0**-10 * scale.amax()).all()
     of_groups = reference.quantise_activations(w[0], block)[1]
     assert of_groups.shape == (200, -(-80 // block))
@@ -116,7 +118,7 @@ def test_the_last_block_may_be_short(block: int, last_row: int, last_column: int
 
 def test_a_scale_of_another_shape_is_refused() -> None:
     with pytest.raises(ShapeError, match=r"must be \[1, 2\], not \[2, 1\]"):
-        reference.dequantise(torch.zeros(128, 256).to(torch.float8_e4m3fn), torch.ones(2, 1))
+        layer_reference.dequantise(torch.zeros(128, 256).to(torch.float8_e4m3fn), torch.ones(2, 1))
 
 
 # --- Routing ---------------------------------------------------------------------------------------------------------
@@ -315,7 +317,7 @@ def layer(tokens, num_experts, top_k, hidden, inter, dtype, seed=0):
     return x, gate_up, down, ids, weights, *biases
 
 
-@pytest.mark.parametrize("activation", reference.ACTIVATIONS)
+@pytest.mark.parametrize("activation", ACTIVATIONS)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize("biased", [False, True])
 def test_experts_against_loops(activation, dtype, biased) -> None:
@@ -332,7 +334,7 @@ def test_experts_against_loops(activation, dtype, biased) -> None:
     assert not out[3].any()
 
 
-@pytest.mark.parametrize("activation", reference.ACTIVATIONS)
+@pytest.mark.parametrize("activation", ACTIVATIONS)
 @pytest.mark.parametrize("quantise", [False, True])
 @pytest.mark.parametrize("biased", [False, True])
 def test_fp8_experts_against_loops(activation, quantise, biased) -> None:
@@ -416,7 +418,7 @@ def test_experts_refuse_tensors_that_do_not_fit() -> None:
 
 def test_shared_expert() -> None:
     x, gate_up, down, _, _, _, _ = layer(4, 1, 1, 8, 6, torch.bfloat16)
-    for activation in reference.ACTIVATIONS:
+    for activation in ACTIVATIONS:
         plain = [t.double().numpy() for t in (x, gate_up, down)]
         ones = np.ones((4, 1))
         expected = brute_experts(*plain, np.zeros((4, 1), int), ones, activation, None, None, quantise=False)

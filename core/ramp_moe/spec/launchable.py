@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 from ..errors import KernelError, RoutingError, ShapeError, UnknownNameError
 from .hardware import Hardware
 from .kernel import LAYOUTS, Kernel, KernelConfig, is_installed
-from .shapes import SCALE_BLOCK, MoEShape, scale_blocks
+from .shapes import SCALE_BLOCK, MoEShape, scale_block, scale_blocks
 
 if TYPE_CHECKING:
     import torch
@@ -114,9 +114,7 @@ class MoEWeights:
         """Rows, and columns, that share an fp8 scale, by the columns of gate_up_scale; None without scales."""
         if self.gate_up_scale is None:
             return None
-        hidden, inter = self.gate_up.shape[2], self.gate_up.shape[1] // 2
-        columns = self.gate_up_scale.shape[-1]
-        return next((b for b in scale_blocks(inter) if columns * b == hidden), SCALE_BLOCK)
+        return scale_block(self.gate_up_scale.shape[-1], self.gate_up.shape[2], self.gate_up.shape[1] // 2)
 
     def shape(self, top_k: int, name: str | None = None) -> MoEShape:
         """The layer's shape, for a router that names `top_k` experts a token."""

@@ -33,6 +33,12 @@ def scale_blocks(intermediate_size: int) -> tuple[int, ...]:
     return (SCALE_BLOCK, finer) if SMALLEST_SCALE_BLOCK <= finer < SCALE_BLOCK else (SCALE_BLOCK,)
 
 
+def scale_block(scale_columns: int, hidden_size: int, intermediate_size: int) -> int:
+    """Side of the blocks that share an fp8 scale, by the columns of gate_up's scale, hidden size / side. SCALE_BLOCK if
+    no side of `scale_blocks` fits."""
+    return next((b for b in scale_blocks(intermediate_size) if scale_columns * b == hidden_size), SCALE_BLOCK)
+
+
 MAX_SIZES = {"num_experts": 2**16, "top_k": 2**16, "hidden_size": 2**20, "intermediate_size": 2**20}
 """Bounds on a layer, tens of times what models have, so that what is computed of it stays small and exact."""
 

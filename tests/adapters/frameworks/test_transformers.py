@@ -20,9 +20,9 @@ from moe_cases import error
 from ramp_moe import HardwareError, KernelError, ShapeError
 from ramp_moe.runtime.layer_factory import Builder
 from ramp_moe.runtime.placeholder import Placeholder
+from ramp_moe.runtime.reference import dequantise
 from ramp_moe.runtime.relayout import relayout
 from ramp_moe.runtime.wrapped_experts import experts_of
-from ramp_moe_kernels import reference
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.tensor import DTensor, Shard
 from transformers import AutoModelForCausalLM
@@ -268,15 +268,15 @@ def test_scales_that_are_powers_of_two() -> None:
 def test_scale_blocks_that_hold_gate_and_up(inter: int, block: int) -> None:
     """Transformers counts the blocks over the rows of both together."""
     module = fp8_experts(inter=inter)
-    together = reference.dequantise(module.gate_up_proj, module.gate_up_proj_scale_inv)
-    down = reference.dequantise(module.down_proj, module.down_proj_scale_inv)
+    together = dequantise(module.gate_up_proj, module.gate_up_proj_scale_inv)
+    down = dequantise(module.down_proj, module.down_proj_scale_inv)
     (layer,) = wrap(module).layers.values()
     held = relayout(layer.held[0], "gate-first")
     assert held.scale_block == block
     assert held.gate_up_scale is not None
     assert held.down_scale is not None
-    assert torch.equal(reference.dequantise(held.gate_up, held.gate_up_scale, block), together)
-    assert torch.equal(reference.dequantise(held.down, held.down_scale, block), down)
+    assert torch.equal(dequantise(held.gate_up, held.gate_up_scale, block), together)
+    assert torch.equal(dequantise(held.down, held.down_scale, block), down)
     ramp_moe.unwrap(module)
 
 

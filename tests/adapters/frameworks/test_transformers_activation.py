@@ -14,8 +14,8 @@ import ramp_moe
 import torch
 from moe_cases import error
 from ramp_moe import KernelError
+from ramp_moe.runtime.reference import activate
 from ramp_moe_adapters.frameworks.transformers.activation import Activation, activation_of
-from ramp_moe_kernels.reference import activate
 from torch.nn.functional import gelu, silu
 from transformers_cases import DEVICE, GPU, HALF, computed, fp8_experts
 

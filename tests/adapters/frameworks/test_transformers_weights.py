@@ -16,9 +16,9 @@ from moe_cases import error
 from ramp_moe import KernelError
 from ramp_moe.runtime.layer_factory import Builder
 from ramp_moe.runtime.placeholder import Placeholder
+from ramp_moe.runtime.reference import dequantise
 from ramp_moe.runtime.relayout import relayout
 from ramp_moe.runtime.wrapped_experts import experts_of
-from ramp_moe_kernels.reference import dequantise
 from torch import nn
 from torch.nn.utils import parametrize
 from transformers import AutoModelForCausalLM

@@ -18,10 +18,10 @@ from moe_cases import H200, batch, error, expected, weights
 from ramp_moe import KernelError
 from ramp_moe.runtime.layer_factory import Builder, Plan
 from ramp_moe.runtime.placeholder import Placeholder
+from ramp_moe.runtime.reference import dequantise
 from ramp_moe.runtime.relayout import relayout
 from ramp_moe.spec.launchable import Batch, MoEWeights
 from ramp_moe_adapters.frameworks import vllm as plugin
-from ramp_moe_kernels import reference
 from ramp_moe_kernels.triton.kernel import TritonMoE
 from vllm import logger as vllm_logger
 from vllm import plugins
@@ -248,8 +248,8 @@ def dequantised(of: MoEWeights) -> tuple[torch.Tensor, torch.Tensor]:
     assert block is not None
     assert of.gate_up_scale is not None
     assert of.down_scale is not None
-    gate_up = reference.dequantise(of.gate_up.unflatten(1, apart), of.gate_up_scale.unflatten(1, apart), block)
-    return gate_up, reference.dequantise(of.down, of.down_scale, block).mT[:, None]
+    gate_up = dequantise(of.gate_up.unflatten(1, apart), of.gate_up_scale.unflatten(1, apart), block)
+    return gate_up, dequantise(of.down, of.down_scale, block).mT[:, None]
 
 
 @pytest.mark.parametrize(("inter", "ranks", "block"), [(384, 2, 64), (128, 2, 64), (384, 4, 32)])

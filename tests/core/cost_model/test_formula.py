@@ -60,8 +60,8 @@ class Grid(NamedTuple):
 
     def geometry(self, resident: int) -> GridGeometry:
         return GridGeometry(
-            block_tokens=self.block, block_weights=self.tile_rows, block_k=32, weight_rows=self.rows,
-            reduction=self.reduction, expert_bytes=1, split_k=self.split, persistent_ctas=self.persistent,
+            block_m=self.block, block_n=self.tile_rows, block_k=32, n=self.rows,
+            k=self.reduction, expert_bytes=1, split_k=self.split, persistent_ctas=self.persistent,
             ctas_per_sm=resident, cluster_m=self.cluster,
         )  # fmt: skip
 

@@ -64,7 +64,7 @@ def _limit(module: Any, rows: int, alternating: bool, device: Any) -> float | No
 
 
 def _activated(gate: Tensor, up: Tensor, activation: Activation) -> Tensor:
-    from ramp_moe_kernels.reference import activate
+    from ramp_moe.runtime.reference import activate
 
     return activate(gate, up, activation.name, activation.limit)
 
