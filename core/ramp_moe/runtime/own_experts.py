@@ -76,9 +76,7 @@ class Experts(ExpertsAdapter):
                 f"give ramp_moe.Experts({kind.__name__}, ...)"
             )
         if before is not None and not hasattr(module, HOOK):
-            raise KernelError(
-                f"its forward was replaced by {before!r:.60}, which would not be called; undo that"
-            )
+            raise KernelError(f"its forward was replaced by {before!r:.60}, which would not be called; undo that")
         # A method of the module, so that a deep copy of that calls its own experts.
         module.__dict__["forward"] = MethodType(_as_routed if self.route is None else _routing, module)
         return before

@@ -93,7 +93,7 @@ def wrap(model: Module, *adapters: ExpertsAdapter, device: str = "auto", copies:
     either used as it lies in the model or moved, never doubled.
 
     Parameters stay the same objects. A moved one is read and written as before, in the model's own order, but it has no
-    address (`device.placeholder`). `state_dict()` has copies of it; writing to those does not reach the model. If a
+    address (`runtime.placeholder`). `state_dict()` has copies of it; writing to those does not reach the model. If a
     module's weights are replaced, its next call computes with the new ones, or raises KernelError.
 
     Inference only: a backward pass through a wrapped layer raises KernelError. Raises KernelError where a model has no

@@ -211,7 +211,8 @@ def test_weights_are_not_doubled(dtype: str) -> None:
 
 def test_registering_leaves_cuda_alone() -> None:
     """vLLM may fork its workers from a process that has loaded plugins."""
-    code = "import sys; sys.path[:0] = sys.argv[1:]; import vllm_cases, torch; import ramp_moe_adapters.frameworks.vllm as v"
+    code = "import sys; sys.path[:0] = sys.argv[1:]; import vllm_cases, torch"
+    code += "; import ramp_moe_adapters.frameworks.vllm as v"
     done = "v.register(); assert v.__name__ + '.layer' in sys.modules; print(torch.cuda.is_initialized())"
     run = subprocess.run([sys.executable, "-c", f"{code}; {done}", *sys.path], capture_output=True, text=True)
     assert run.stdout.splitlines()[-1:] == ["False"], run.stderr[-2000:]

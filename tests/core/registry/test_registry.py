@@ -68,7 +68,7 @@ def ramp_moe_models():
 
 @hookimpl
 def ramp_moe_hardware():
-    from ramp_moe.gpus import GPUS
+    from ramp_moe.registry.gpus import GPUS
     yield dataclasses.replace(GPUS[0], name="my-gpu")
 """,
     )
