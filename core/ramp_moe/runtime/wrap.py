@@ -50,7 +50,9 @@ class Wrapped:
     @contextmanager
     def record(self) -> Iterator[Recording]:
         """What is routed while the context lasts, outside CUDA graphs and what torch has compiled. (In graphs,
-        `layer.graphs.record` does.)"""
+        `layer.graphs.record` does.) Raises RoutingError within another recording of the same layers."""
+        if any(experts.recorded is not None for experts in self.experts.values()):
+            raise RoutingError("the model is being recorded already; one recording at a time")
         recording = Recording(list(self.experts.values()))
         for experts in self.experts.values():
             experts.recorded = []

@@ -23,7 +23,9 @@ from typing import IO, Any
 
 from ramp_moe import Built
 from ramp_moe.errors import KernelError
-from ramp_moe.spec.kernel import Progress, version_of
+from ramp_moe.spec.kernel import Progress, is_installed, version_of
+
+INSTALL = "pip install 'ramp-moe[flashinfer]'"
 
 MODULE = "fused_moe_90"
 """And with a suffix on an H20."""
@@ -86,6 +88,8 @@ def ready() -> bool:
 def build(configs: tuple[str, ...], report: Progress, jobs: int | None) -> Built:
     """Compile what FlashInfer's cache lacks, in `jobs` processes (None: ninja decides). `configs` are the names of what
     the module holds. Raises KernelError where something is missing or does not compile."""
+    if not is_installed("flashinfer"):
+        raise KernelError(f"flashinfer missing; {INSTALL}")
     if reason := problem():
         raise KernelError(reason)
     start, cpu = time.perf_counter(), _cpu_seconds()
