@@ -26,8 +26,8 @@ OTHER_BUILD = """
 import sys
 from pathlib import Path
 from fake_compiler import Fake, Machine
-from ramp_moe_kernels.cute.objects.build import build
-from ramp_moe_kernels.cute.objects.cache import Cache
+from ramp_moe_kernels.cute.aot.build import build
+from ramp_moe_kernels.cute.aot.cache import Cache
 cache, folder, timeout, *names = sys.argv[1:]
 machine = Machine(Path(folder), {n: "hangs" if n == "hangs" else "is slow" for n in names})
 built = build(map(Fake, names), cache=Cache(Path(cache)), compiler=machine.compiler, jobs=2, timeout=float(timeout))

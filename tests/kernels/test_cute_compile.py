@@ -33,7 +33,7 @@ LOAD = """
 import sys, time
 import tvm_ffi
 from ramp_moe_kernels.cute.config import Config
-from ramp_moe_kernels.cute.objects import load
+from ramp_moe_kernels.cute.aot import load
 for config in {configs!r}:
     start = time.perf_counter()
     function = load(config)

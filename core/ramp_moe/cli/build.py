@@ -49,20 +49,32 @@ def build_command(
     prune: bool,
     as_json: bool,
 ) -> None:
-    """Compile kernels for a model ahead of time; needs no GPU. What is compiled already is left as it is.
+    """Compile kernels for a model ahead of time; needs no GPU. What is compiled already is left as it is. Without
+    --kernel one that cannot be compiled here is left out, with its reason, if another can.
 
     Exit code 1 where a kernel is left without any configuration.
     """
     registry = get_registry()
     shape, hardware = resolve_model(registry, model, dtype), resolve_device(registry, device)
-    rows = []
+    rows, failed = [], list[str]()
     try:
-        for kernel in _buildable(registry, kernels, shape, hardware):
-            built = _build(kernel, shape, hardware, jobs)
+        buildable = _buildable(registry, kernels, shape, hardware)
+        for kernel in buildable:
+            try:
+                built = _build(kernel, shape, hardware, jobs)
+            except RampMoEError as e:
+                if kernels or len(buildable) == 1:
+                    raise
+                failed.append(f"{kernel.name} left out: {e}")
+                continue
             rows.append((kernel.name, built, kernel.prune() if prune else 0))
     except KeyboardInterrupt:
         say("interrupted: what was compiled is kept, the same command goes on from it", err=True)
         ctx.exit(INTERRUPTED)
+    if failed and not rows:
+        raise KernelError(f"nothing was built for {shape.title} on {hardware.name}: {'; '.join(failed)}")
+    for line in failed:
+        say(f"note: {line}", err=True)
     if as_json:
         print_json([{"model": shape.label, "dtype": shape.dtype} | _as_dict(*row) for row in rows])
     else:

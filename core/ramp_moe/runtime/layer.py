@@ -37,7 +37,7 @@ class MoELayer:
     follows the size alone. Without a model so it does always: the first kernel's static default.
 
     In a CUDA graph the choice is made on the device at every replay: `warm_up` finds the candidates that win at a batch
-    size, checks them, and says how they are dispatched to (`dispatch.Plan`).
+    size, checks them, and says how they are dispatched to (`graphs.capture.Plan`).
 
     kernels: launchable kernels by preference; those that cannot take the weights, or that read no layout in which they
     are held, are dropped, and `dropped` says why. So it does of kernels, and of single candidates, that later fail.
@@ -49,7 +49,7 @@ class MoELayer:
     ranks: over how many the experts are spread, these being one rank's (expert parallelism): batch sizes are then of
     tokens whose top_k ids are of all ranks' experts.
     read_back_us: microseconds that reading the histogram back takes. 0: it is always read. inf: it never is.
-    mode: of dispatch in graphs, one of `dispatch.MODES`; the cheapest that this machine has where None.
+    mode: of dispatch in graphs, one of `graphs.capture.MODES`; the cheapest that this machine has where None.
 
     `held` are the weights in those layouts. A layout that the weights are not given in is a copy of gate_up
     (`relayout`). While the layer is built, and for as long as the caller keeps the weights given, it is there beside
@@ -207,9 +207,13 @@ class MoELayer:
     def warm_up(self, num_tokens: int, dtype: torch.dtype) -> Plan | None:
         """Run, on the current stream, what a capture of `num_tokens` would launch, so that everything is compiled and
         every buffer has its size before. dtype is that of the hidden states. Returns how the captured layer will
-        dispatch, None where it has no model to choose by."""
+        dispatch, None where it has no model to choose by. Raises ShapeError for no tokens, or a dtype that the layer
+        does not take."""
         import torch
 
+        if num_tokens < 1:
+            raise ShapeError(f"a layer is warmed up for one token or more, not {num_tokens}")
+        self._check_dtype(dtype)
         if self.graphs is not None:
             return self.graphs.prepare(num_tokens, dtype)
         device, shape = self._device, self.shape
@@ -262,8 +266,7 @@ class MoELayer:
             raise ShapeError(
                 f"hidden_states is on {hidden_states.device}, the weights on {self._device}; move it there"
             )
-        if self.shape.dtype != "fp8" and hidden_states.dtype != self._dtype:
-            raise ShapeError(f"hidden_states must be {self._dtype} as the weights are, not {hidden_states.dtype}")
+        self._check_dtype(hidden_states.dtype)
         if self.checked:
             expert_histogram(topk_ids, self.shape.num_experts)
         if out is None:
@@ -277,6 +280,16 @@ class MoELayer:
         elif batch.num_tokens:
             compute(self, lambda: self.choose(batch), batch, out)
         return out
+
+    def _check_dtype(self, dtype: torch.dtype) -> None:
+        """Raises ShapeError for hidden states of a dtype that the layer does not take."""
+        import torch
+
+        if self.shape.dtype == "fp8":
+            if dtype not in (torch.bfloat16, torch.float16):
+                raise ShapeError(f"hidden_states must be bf16 or fp16, not {dtype}")
+        elif dtype != self._dtype:
+            raise ShapeError(f"hidden_states must be {self._dtype} as the weights are, not {dtype}")
 
     def _plan(self, hidden_states: Tensor, topk_ids: Tensor) -> Plan | None:
         """That of a graph in which the device chooses, if one is being captured."""
@@ -293,7 +306,8 @@ class MoELayer:
         out: Tensor | None = None,
         num_valid: Tensor | int | None = None,
     ) -> Tensor:
-        """`forward`; what torch.compile traces is one opaque operator (see `op`), as is what gradients are asked of."""
+        """`forward`; what torch.compile traces is one opaque operator (see `torch_op`), as is what gradients are
+        asked of."""
         import torch
 
         differentiable = torch.is_grad_enabled() and (hidden_states.requires_grad or topk_weights.requires_grad)
@@ -322,8 +336,9 @@ class MoELayer:
         takes in one launch, or than `most`."""
         kernel, prepared = self._kernels[candidate.kernel]
         limits = [n for n in (most, self.max_tokens(candidate)) if n is not None]
-        for part, rows in parts(batch, out, min(limits, default=None)):
-            kernel.launch(candidate.config, prepared, part, rows, self.workspace)
+        with self.workspace.lock:
+            for part, rows in parts(batch, out, min(limits, default=None)):
+                kernel.launch(candidate.config, prepared, part, rows, self.workspace)
 
     def max_tokens(self, candidate: Candidate) -> int | None:
         """The most tokens that a candidate takes in one launch; None if any number."""
@@ -352,7 +367,8 @@ class MoELayer:
     def launch_inline(self, candidates: Sequence[Candidate], choice: Tensor, batch: Batch, out: Tensor) -> None:
         """Run candidates[choice], two to four of one `inline_key`, as the device reads choice int32 `[1]`."""
         kernel, prepared = self._kernels[candidates[0].kernel]
-        kernel.launch_inline([c.config for c in candidates], choice, prepared, batch, out, self.workspace)
+        with self.workspace.lock:
+            kernel.launch_inline([c.config for c in candidates], choice, prepared, batch, out, self.workspace)
 
     def configs(self) -> Mapping[str, Sequence[KernelConfig]]:
         """Every configuration of every kernel that the layer can launch."""

@@ -61,7 +61,9 @@ class Wrapped:
     @contextmanager
     def record(self) -> Iterator[Recording]:
         """What is routed while the context lasts, outside CUDA graphs and what torch has compiled. (In graphs,
-        `layer.graphs.record` does.)"""
+        `layer.graphs.record` does.) Raises RoutingError within another recording of the same layers."""
+        if any(experts.recorded is not None for experts in self.experts.values()):
+            raise RoutingError("the model is being recorded already; one recording at a time")
         recording = Recording(list(self.experts.values()))
         for experts in self.experts.values():
             experts.recorded = []
@@ -106,7 +108,7 @@ def wrap(model: Module, *adapters: ExpertsAdapter, device: str = "auto", copies:
     either used as it lies in the model or moved, never doubled.
 
     Parameters stay the same objects. A moved one is read and written as before, in the model's own order, but it has no
-    address (`device.placeholder`). `state_dict()` has copies of it; writing to those does not reach the model. If a
+    address (`runtime.placeholder`). `state_dict()` has copies of it; writing to those does not reach the model. If a
     module's weights are replaced, its next call computes with the new ones, or raises KernelError.
 
     Inference only: a backward pass through a wrapped layer raises KernelError. Raises KernelError where a model has no

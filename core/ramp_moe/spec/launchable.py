@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import logging
 import math
+import threading
 from abc import abstractmethod
 from collections.abc import Hashable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -201,13 +202,18 @@ class Workspace:
 
     A buffer is valid until the next `get` of its name on the same stream, which is the order that the stream runs in.
     One that was outgrown is kept, since a captured graph may still use it; sizes double, so that all of them together
-    are at most twice the largest.
+    are at most twice the largest. Threads that launch on one stream would write to each other's: a layer holds `lock`
+    until all of a batch is launched. A copy has buffers of its own.
     """
 
     _buffers: dict[tuple[str, int], Tensor] = field(default_factory=dict)
     _latest: dict[tuple[str, int], Tensor] = field(default_factory=dict)
     """As they were last asked for: the layers of a model ask alike, and making a view takes microseconds."""
     _outgrown: list[Tensor] = field(default_factory=list)
+    lock: threading.RLock = field(default_factory=threading.RLock, repr=False, compare=False)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Workspace:
+        return Workspace()
 
     def get(self, name: str, shape: Sequence[int], dtype: torch.dtype, device: torch.device) -> Tensor:
         """An uninitialised tensor of this shape and dtype."""

@@ -2,7 +2,7 @@
 configuration and the remedy, or is skipped with a reason.
 
 `ramp-moe check-kernel` runs them over a registered kernel, `ramp_moe.testing` makes them tests. Those of the
-description need nothing but the kernel; those of the launch, in `device.conformance`, need torch, and a GPU or Triton's
+description need nothing but the kernel; those of the launch, in `testing.launch`, need torch, and a GPU or Triton's
 interpreter.
 """
 

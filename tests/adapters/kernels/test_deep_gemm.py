@@ -413,8 +413,8 @@ PRINT = """
     from moe_cases import H200, batch, weights
     from ramp_moe import get_registry
     from ramp_moe.spec.launchable import Workspace
-    from ramp_moe.kernel import usable_configs
-    from ramp_moe_adapters.deep_gemm import DeepGEMM
+    from ramp_moe.spec.kernel import usable_configs
+    from ramp_moe_adapters.kernels.deep_gemm.kernel import DeepGEMM
     kernel = DeepGEMM()
     w = weights({experts}, {hidden}, {inter}, {dtype!r}, "cuda")
     prepared, b = kernel.prepare(w), batch(32, 2, {experts}, {hidden}, "uniform", "cuda", torch.bfloat16)
@@ -437,7 +437,12 @@ MOST = 16
 @pytest.mark.parametrize(("experts", "hidden", "inter"), [(8, 1024, 896), (64, 512, 384)])
 def test_gpu_choice_is_what_it_prints(dtype: str, experts: int, hidden: int, inter: int) -> None:
     code = textwrap.dedent(PRINT).format(
-        path=[str(Path(__file__).parents[2])], experts=experts, hidden=hidden, inter=inter, dtype=dtype, most=MOST
+        path=[str(Path(__file__).parents[2] / "support")],
+        experts=experts,
+        hidden=hidden,
+        inter=inter,
+        dtype=dtype,
+        most=MOST,
     )
     env = os.environ | {"DG_PRINT_CONFIGS": "1"}
     done = subprocess.run([sys.executable, "-c", code], env=env, capture_output=True, text=True, timeout=500)

@@ -394,6 +394,14 @@ def test_build_from_the_command_line(source: Path) -> None:
     assert "finds none" in result.output
 
 
+def test_a_build_without_the_package_says_how_to_install_it(
+    source: Path, registry: Registry, h200: Hardware, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(flashinfer_cutlass_build, "is_installed", lambda name: name != "flashinfer")
+    with pytest.raises(KernelError, match=r"^flashinfer missing; pip install 'ramp-moe\[flashinfer\]'$"):
+        KERNEL.build(registry.shape("olmoe-1b-7b", "bf16"), h200, lambda *progress: None)
+
+
 def test_a_unit_that_does_not_compile(source: Path, registry: Registry, h200: Hardware) -> None:
     (source / "base").mkdir()
     (source / "base" / "bad").touch()

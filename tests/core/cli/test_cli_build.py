@@ -135,3 +135,22 @@ def test_options_of_the_listing_do_not_get_lost(kernel: Buildable) -> None:
     result = CliRunner().invoke(main, ["kernels", "--json", "--model", "x", "build", "--model", "olmoe-1b-7b"])
     assert result.exit_code == 2
     assert "--json, --model must come after `main kernels build`" in result.stderr
+
+
+def test_one_that_cannot_be_built_leaves_the_others(kernel: Buildable, monkeypatch: pytest.MonkeyPatch) -> None:
+    class Missing(Buildable):
+        name = "missing"
+
+    missing = Missing()
+    missing.answer = KernelError("a package is missing; install it")
+    registry = build.get_registry()
+    monkeypatch.setattr(registry, "kernels", {"missing": missing, **registry.kernels})
+    result = run("--json")
+    assert (result.exit_code, [row["kernel"] for row in json.loads(result.stdout)]) == (0, ["buildable"])
+    assert "missing left out: a package is missing; install it" in result.stderr
+    assert run("--kernel", "missing").exit_code == 2
+    kernel.answer = KernelError("so is another")
+    result = run()
+    assert result.exit_code == 2
+    assert "missing left out: a package is missing" in result.output
+    assert "buildable left out: so is another" in result.output.replace("\n", " ")

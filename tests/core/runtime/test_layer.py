@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
+import copy
 import math
 import re
+import threading
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import numpy as np
@@ -413,3 +417,33 @@ def test_an_int_is_refused_in_a_capture(monkeypatch: pytest.MonkeyPatch) -> None
     given = torch.ones(1, dtype=torch.int32)
     assert valid_tokens(given, 4, given.device) is not None
     assert valid_tokens(given, 4, given.device).data_ptr() == given.data_ptr()
+
+
+def test_threads_launch_one_after_the_other(h200: Hardware) -> None:
+    """Layers that share a workspace write to the same buffers."""
+    together = threading.Barrier(2)
+
+    class Waiting(FakeKernel):
+        def launch(self, *given: Any) -> None:
+            with contextlib.suppress(threading.BrokenBarrierError):
+                together.wait(0.1)
+                overlapped.append(given)
+            super().launch(*given)
+
+    overlapped: list[Any] = []
+    layers = [layer(h200, Waiting()) for _ in range(2)]
+    layers[1].workspace = layers[0].workspace
+    with ThreadPoolExecutor(2) as pool:
+        outs = [pool.submit(moe, *inputs(3)) for moe in layers]
+        assert all(torch.equal(out.result(), layers[0](*inputs(3))) for out in outs)
+    assert not overlapped
+    assert copy.deepcopy(layers[0].workspace).lock is not layers[0].workspace.lock
+
+
+@pytest.mark.parametrize(("tokens", "dtype"), [(0, torch.bfloat16), (-1, torch.bfloat16), (4, torch.float16)])
+def test_warming_up_for_what_a_layer_does_not_take(tokens: int, dtype: torch.dtype, h200: Hardware) -> None:
+    moe = layer(h200)
+    with pytest.raises(ShapeError, match=r"one token or more|must be torch.bfloat16"):
+        moe.warm_up(tokens, dtype)
+    assert not moe.dropped
+    assert moe(*inputs(4)).shape == (4, H)

@@ -83,6 +83,8 @@ def test_a_block_with_its_router() -> None:
     assert list(wrapped.layers) == ["blocks.0", "blocks.1"]
     with wrapped.record() as recording:
         found = run(model)
+        with pytest.raises(RoutingError, match="one recording at a time"), wrapped.record():
+            pass
     assert len(recording._batches) == 2
     assert 0 < error(found, expected.float()) < TOLERANCE
     first, second = wrapped.layers.values()

@@ -21,7 +21,9 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import IO, Any
 
-from ramp_moe.plugin import Built, KernelError, Progress, version_of
+from ramp_moe.plugin import Built, KernelError, Progress, is_installed, version_of
+
+INSTALL = "pip install 'ramp-moe[flashinfer]'"
 
 MODULE = "fused_moe_90"
 """And with a suffix on an H20."""
@@ -84,6 +86,8 @@ def ready() -> bool:
 def build(configs: tuple[str, ...], report: Progress, jobs: int | None) -> Built:
     """Compile what FlashInfer's cache lacks, in `jobs` processes (None: ninja decides). `configs` are the names of what
     the module holds. Raises KernelError where something is missing or does not compile."""
+    if not is_installed("flashinfer"):
+        raise KernelError(f"flashinfer missing; {INSTALL}")
     if reason := problem():
         raise KernelError(reason)
     start, cpu = time.perf_counter(), _cpu_seconds()

@@ -64,7 +64,6 @@ MAX_RESIDENT = 2
 """CTAs of Ampere's kernels on an SM, at most."""
 KNOWN = ("0.7.2.post1",)
 """Versions whose order of tactics is known."""
-INSTALL = "pip install 'ramp-moe[flashinfer]'"
 DEFAULT_TOKENS = (16, 32, 64, 128)
 """In a tile of the defaults."""
 
@@ -158,9 +157,9 @@ class FlashInferCutlass(LaunchableKernel, BuildableKernel):
     def unavailable(self) -> str | None:
         missing = [name for name in ("torch", "triton", "flashinfer", "tvm_ffi") if not is_installed(name)]
         if missing:
-            return f"{' and '.join(missing)} missing; {INSTALL}"
+            return f"{' and '.join(missing)} missing; {build.INSTALL}"
         if (found := version_of("flashinfer")) not in KNOWN:
-            return f"the tactics of flashinfer {found} are not known, those of {', '.join(KNOWN)} are; {INSTALL}"
+            return f"the tactics of flashinfer {found} are not known, those of {', '.join(KNOWN)} are; {build.INSTALL}"
         return build.problem()
 
     def build(self, shape: MoEShape, hardware: Hardware, report: Progress, jobs: int | None = None) -> Built:

@@ -1,0 +1,40 @@
+"""Modules and files that documents and code name, in strings too, are there."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+FOLDERS = ("core", "adapters", "kernels", "profiles", "tests", "examples")
+PACKAGES = {"ramp_moe": "core", "ramp_moe_adapters": "adapters", "ramp_moe_kernels": "kernels"}
+IMPORT = re.compile(r"(?m)^\s*(?:>>> )?(?:from|import) ((?:ramp_moe|ramp_moe_adapters|ramp_moe_kernels)(?:\.\w+)+)")
+FILE = re.compile(rf"\b(?:{'|'.join(FOLDERS)})/[\w/]+\.(?:py|md|json|png|csv)\b")
+
+
+def texts(*suffixes: str) -> Iterator[Path]:
+    yield from (path for path in ROOT.iterdir() if path.suffix in suffixes)
+    for folder in FOLDERS:
+        yield from (path for path in (ROOT / folder).rglob("*") if path.suffix in suffixes)
+
+
+def there(module: str) -> bool:
+    """Whether a dotted name is a module's. One that a package's own `__getattr__` finds is not looked for here."""
+    path = (ROOT / PACKAGES[module.partition(".")[0]]).joinpath(*module.split("."))
+    return path.with_suffix(".py").is_file() or (path / "__init__.py").is_file()
+
+
+def test_modules_that_are_imported_anywhere_are_there() -> None:
+    found = [(path, module) for path in texts(".py", ".md") for module in IMPORT.findall(path.read_text())]
+    missing = {f"{path.relative_to(ROOT)}: {module}" for path, module in found if not there(module)}
+    assert len(found) > 500
+    assert not missing
+
+
+@pytest.mark.parametrize("path", [*texts(".md")], ids=lambda path: str(path.relative_to(ROOT)))
+def test_files_that_documents_name_are_there(path: Path) -> None:
+    named = FILE.findall(path.read_text())
+    assert not [name for name in named if not (ROOT / name).is_file() and not (path.parent / name).is_file()]
