@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any, NoReturn
 
 from ..errors import KernelError, RampMoEError, RoutingError
 from ..registry.experts_adapter import ExpertsAdapter
+from ..spec.launchable import kernel_ids
 from .relayout import ROWS
 
 if TYPE_CHECKING:
@@ -62,9 +63,12 @@ class RoutedExperts:
             trains = torch.is_grad_enabled() and any(p.requires_grad for p in self._tensors.values())
             if trains and not hidden_states.requires_grad:
                 hidden_states = hidden_states.detach().requires_grad_()  # their gradients, too, are refused
-        # The layer itself would need two launches for int64, since it allows for ids that 32 bits do not hold.
+        if topk_ids.is_floating_point() or topk_ids.is_complex() or topk_ids.dtype == torch.bool:
+            raise RoutingError(f"topk_ids are {topk_ids.dtype}, not integers")
         x = hidden_states.to(self.taken(hidden_states.dtype)).contiguous()
-        return layer(x, topk_ids.int().contiguous(), topk_weights.float().contiguous()).to(hidden_states.dtype)
+        ids = topk_ids if topk_ids.dtype == torch.int64 else topk_ids.int()
+        ids = kernel_ids(ids, layer.shape.num_experts, None).contiguous()
+        return layer(x, ids, topk_weights.float().contiguous()).to(hidden_states.dtype)
 
     def taken(self, dtype: torch.dtype) -> torch.dtype:
         """The dtype in which the layer takes hidden states of this one: its weights', or bf16 if fp8 weights come with

@@ -81,7 +81,7 @@ class StudiedTriton(TritonMoE):
 
 
 class Timer(Protocol):
-    """What measuring needs of `device.bench.Bench`."""
+    """What measuring needs of `profiler.bench.Bench`."""
 
     def open(self, topk_ids: Any) -> None: ...
 

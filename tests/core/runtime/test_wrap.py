@@ -105,6 +105,15 @@ def test_a_module_that_is_given_its_routing() -> None:
     wrap(module, Experts(Bare, "w13", "w2", K))
     with torch.no_grad():
         assert 0 < error(module(x, ids, scores), expected) < TOLERANCE
+        beyond = ids.long().clone()
+        beyond[0, 0] += 2**32
+        skipped = module(x, beyond.masked_fill(beyond > E, -1), scores)
+        assert torch.equal(module(x, beyond, scores), skipped)
+        for strange in (ids.float(), ids > 0):
+            with pytest.raises(RoutingError, match="not integers"):
+                module(x, strange, scores)
+        with pytest.raises(KernelError, match="jit.trace cannot record a ramp_moe layer"):
+            torch.jit.trace(lambda x: module(x, ids, scores), x)
 
 
 @pytest.mark.parametrize("layout", ["up-first", "gate-up-interleaved-8"])

@@ -37,7 +37,9 @@ if not torch.cuda.is_available():
     os.environ.setdefault("FLASHINFER_CUDA_ARCH_LIST", "{TARGET}")
 from flashinfer.jit.fused_moe import gen_cutlass_fused_moe_sm90_module
 spec = gen_cutlass_fused_moe_sm90_module()
-about = {{"library": str(spec.get_library_path()), "units": len(spec.sources), "prebuilt": bool(spec.is_aot)}}
+library = spec.get_library_path()
+about = {{"library": str(library), "units": len(spec.sources), "prebuilt": bool(spec.is_aot)}}
+about["stamp"] = os.stat(library).st_mtime_ns if os.path.isfile(library) else None
 print(json.dumps(about), flush=True)
 if not spec.is_aot:
     spec.build(verbose=False, need_lock=True)
@@ -94,7 +96,6 @@ def build(configs: tuple[str, ...], report: Progress, jobs: int | None) -> Built
     with tempfile.TemporaryFile() as errors, _compiler(jobs, errors) as process:
         about = _first_line(process)
         library = Path(about.get("library", ""))
-        before = _stamp(library)
         while process.poll() is None:
             if not about.get("prebuilt"):
                 done = len(list(library.parent.glob("*.o")))
@@ -105,7 +106,7 @@ def build(configs: tuple[str, ...], report: Progress, jobs: int | None) -> Built
             errors.seek(0)
             lines = errors.read().decode(errors="replace").strip().splitlines()
             raise KernelError("flashinfer's module cannot be compiled:\n" + "\n".join(lines[-TOLD_LINES:]))
-    compiled = _stamp(library) != before
+    compiled = library.stat().st_mtime_ns != about["stamp"]
     return Built(
         folder=library.parent,
         compiled=configs if compiled else (),
@@ -198,10 +199,6 @@ def _writable(folder: Path) -> bool:
     while not folder.exists() and folder != folder.parent:
         folder = folder.parent
     return folder.is_dir() and os.access(folder, os.W_OK)
-
-
-def _stamp(path: Path) -> int | None:
-    return path.stat().st_mtime_ns if path.is_file() else None
 
 
 def _cpu_seconds() -> float:
