@@ -8,7 +8,7 @@ Histograms are int64 `[num_experts]` or, for a batch of them, `[..., num_experts
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Self, TypedDict, Unpack
+from typing import NotRequired, Self, TypedDict, Unpack
 
 import numpy as np
 from numpy.typing import NDArray
@@ -40,14 +40,17 @@ def m_tiles(histogram: IntArray, blocks: NDArray[np.int64] | int) -> IntArray:
     return tiles
 
 
-class LaunchOptions(TypedDict, total=False):
-    """What the constructors for the projections pass on: the fields of GridGeometry that have a default."""
+class GridFields(TypedDict):
+    """The fields of GridGeometry that the weights' sizes do not give."""
 
-    split_k: int
-    persistent_ctas: int | None
-    ctas_per_sm: int
-    cluster_m: int
-    align_block_size: bool
+    block_m: int
+    block_n: int
+    block_k: int
+    split_k: NotRequired[int]
+    persistent_ctas: NotRequired[int | None]
+    ctas_per_sm: NotRequired[int]
+    cluster_m: NotRequired[int]
+    align_block_size: NotRequired[bool]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -102,31 +105,22 @@ class GridGeometry:
             raise ShapeError(f"grid geometry: split_k {self.split_k} exceeds the {self.tiles_k} steps along k")
 
     @classmethod
-    def gate_up(
-        cls, shape: MoEShape, *, block_m: int, block_n: int, block_k: int, **options: Unpack[LaunchOptions]
-    ) -> Self:
+    def gate_up(cls, shape: MoEShape, **grid: Unpack[GridFields]) -> Self:
         """The grid of the gate and up projections, `[2 * intermediate_size, hidden_size]` for each expert.
 
         block_n counts rows of gate and of up: a CTA that computes 64 of each has a block_n of 128.
         """
-        n, k, read = shape.gate_up_rows, shape.hidden_size, shape.gate_up_bytes
-        return cls(block_m=block_m, block_n=block_n, block_k=block_k, n=n, k=k, expert_bytes=read, **options)
+        return cls(n=shape.gate_up_rows, k=shape.hidden_size, expert_bytes=shape.gate_up_bytes, **grid)
 
     @classmethod
-    def down(
-        cls, shape: MoEShape, *, block_m: int, block_n: int, block_k: int, **options: Unpack[LaunchOptions]
-    ) -> Self:
+    def down(cls, shape: MoEShape, **grid: Unpack[GridFields]) -> Self:
         """The grid of the down projection, `[hidden_size, intermediate_size]` for each expert."""
-        n, k, read = shape.hidden_size, shape.intermediate_size, shape.down_bytes
-        return cls(block_m=block_m, block_n=block_n, block_k=block_k, n=n, k=k, expert_bytes=read, **options)
+        return cls(n=shape.hidden_size, k=shape.intermediate_size, expert_bytes=shape.down_bytes, **grid)
 
     @classmethod
-    def fused(
-        cls, shape: MoEShape, *, block_m: int, block_n: int, block_k: int, **options: Unpack[LaunchOptions]
-    ) -> Self:
+    def fused(cls, shape: MoEShape, **grid: Unpack[GridFields]) -> Self:
         """The grid of one launch of all projections: that of `gate_up`, but it reads all of an expert's bytes."""
-        n, k, read = shape.gate_up_rows, shape.hidden_size, shape.expert_bytes
-        return cls(block_m=block_m, block_n=block_n, block_k=block_k, n=n, k=k, expert_bytes=read, **options)
+        return cls(n=shape.gate_up_rows, k=shape.hidden_size, expert_bytes=shape.expert_bytes, **grid)
 
     @property
     def tiles_n(self) -> int:

@@ -12,7 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from ramp_moe import GridGeometry, MoEShape, ShapeError
 from ramp_moe.cost_model.grids import Grids
-from ramp_moe.spec.geometry import MAX_FIELDS, m_tiles
+from ramp_moe.spec.geometry import MAX_FIELDS, GridFields, m_tiles
 
 CONSTRUCTORS = GridGeometry.gate_up, GridGeometry.down, GridGeometry.fused
 histograms = st.lists(st.integers(0, 300), min_size=1, max_size=24).map(lambda h: np.array(h, np.int64))
@@ -189,3 +189,8 @@ def test_fields_are_given_by_name() -> None:
     for make in CONSTRUCTORS:
         with pytest.raises(TypeError):
             make(MoEShape(8, 2, 128, 128, "bf16"), 16, 128, 64)  # type: ignore[misc]
+
+
+def test_constructors_take_every_field_that_the_shape_does_not_give() -> None:
+    fields = {f.name for f in dataclasses.fields(GridGeometry)}
+    assert {*GridFields.__annotations__, "n", "k", "expert_bytes"} == fields
