@@ -3,7 +3,7 @@
 CI runs the installed version. Another one, the oldest that is supported say, is tried so:
 
     pip install --target older --no-deps transformers==5.17.0 'huggingface-hub>=1.5,<2' httpx httpcore h11 anyio
-    PYTHONPATH=older python -m pytest tests/adapters/test_transformers_*.py
+    PYTHONPATH=older python -m pytest tests/adapters/frameworks/test_transformers_*.py
 """
 
 from __future__ import annotations

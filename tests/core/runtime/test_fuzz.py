@@ -1,6 +1,6 @@
 """Random layers, each right or refused: a few in Triton's interpreter here, many on a GPU.
 
-pytest tests/device/test_fuzz.py --fuzz-layers 3000 --fuzz-seed 7
+pytest tests/core/runtime/test_fuzz.py --fuzz-layers 3000 --fuzz-seed 7
 """
 
 from __future__ import annotations
