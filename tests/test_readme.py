@@ -4,16 +4,18 @@ from __future__ import annotations
 
 import itertools
 import re
+from functools import cache
 from pathlib import Path
 from typing import Any
 
 import pytest
 from conftest import RECORDED
 from pages import assert_says
-from ramp_moe import Hardware, ProfileStore, Registry
+from ramp_moe import Hardware, Registry
 from ramp_moe.cli.listing import describe_kernel
+from ramp_moe.cost_model.model import DEFAULT_FORM
 from ramp_moe.evaluation.comparison import Comparison, compare_recorded
-from ramp_moe.evaluation.replay import load_replay
+from studies.shipped import replay
 
 README = (Path(__file__).parents[1] / "README.md").read_text()
 
@@ -22,16 +24,17 @@ ALL = ("alpha_moe", "cute", "deep_gemm", "flashinfer_cutlass", "triton")
 KERNELS = (("alpha_moe",), ("cute",), ("deep_gemm",), ("triton",), ALL)
 
 
-def compared(registry: Registry, shipped: ProfileStore, hardware: Hardware, model: str, *kernels: str) -> Comparison:
-    return compare_recorded(load_replay(registry, shipped, registry.shape(model, "fp8"), hardware, kernels))
+@cache
+def compared(model: str, kernels: tuple[str, ...], form: str = DEFAULT_FORM) -> Comparison:
+    return compare_recorded(replay(model, "fp8", kernels), form)
 
 
+@pytest.mark.slow
+@pytest.mark.xdist_group("pages")
 @pytest.mark.parametrize("kernels", KERNELS, ids=" + ".join)
 @pytest.mark.parametrize("model", RECORDED)
-def test_the_table_is_recomputed(
-    registry: Registry, shipped: ProfileStore, h200: Hardware, model: str, kernels: tuple[str, ...]
-) -> None:
-    found = compared(registry, shipped, h200, model, *kernels)
+def test_the_table_is_recomputed(model: str, kernels: tuple[str, ...]) -> None:
+    found = compared(model, kernels)
     s, best = found.speedup_over_static, found.best_over_static
     assert best is not None
     cells = [
@@ -47,18 +50,20 @@ def test_the_table_is_recomputed(
     assert_says(README, f"| {' | '.join(cells)} |")
 
 
-def test_the_shares_of_gains_and_losses(registry: Registry, shipped: ProfileStore, h200: Hardware) -> None:
-    found = [compared(registry, shipped, h200, m, *k) for m in RECORDED for k in KERNELS]
+@pytest.mark.slow
+@pytest.mark.xdist_group("pages")
+def test_the_shares_of_gains_and_losses() -> None:
+    found = [compared(m, k) for m in RECORDED for k in KERNELS]
     speedups = [b.speedup for c in found for b in c.batches]
     gain, loss = (sum(test) / len(speedups) for test in ([s > 1.1 for s in speedups], [s < 0.98 for s in speedups]))
     assert_says(README, f"{gain:.0%} of all {len(speedups)} gain more than 10%, {loss:.0%} lose more than 2%")
 
 
-def test_the_range_of_regrets_without_the_correction(registry: Registry, shipped: ProfileStore, h200: Hardware) -> None:
-    regrets = []
-    for model, kernels in itertools.product(RECORDED, KERNELS):
-        replay = load_replay(registry, shipped, registry.shape(model, "fp8"), h200, kernels)
-        regrets.append(compare_recorded(replay, "active").baselines["retrofitted"].mean)
+@pytest.mark.slow
+@pytest.mark.xdist_group("pages")
+def test_the_range_of_regrets_without_the_correction() -> None:
+    cases = itertools.product(RECORDED, KERNELS)
+    regrets = [compared(model, kernels, "active").baselines["retrofitted"].mean for model, kernels in cases]
     assert_says(README, f"the regret in these rows is {min(regrets):.1%} to {max(regrets):.1%}")
 
 

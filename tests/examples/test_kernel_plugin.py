@@ -39,6 +39,7 @@ def ramp_moe(tmp_path_factory: pytest.TempPathFactory):
     return run
 
 
+@pytest.mark.slow
 def test_it_is_listed(ramp_moe) -> None:
     plugins = {p["name"]: p for p in ramp_moe("plugins")}
     assert plugins["simple_triton"]["problems"] == []
@@ -52,6 +53,7 @@ def test_it_is_listed(ramp_moe) -> None:
     assert "fp8" in bf16["simple_triton"]["unsupported"]
 
 
+@pytest.mark.slow
 def test_it_takes_part_in_compare(ramp_moe) -> None:
     default = ramp_moe("compare", "--model", "olmoe-1b-7b", "--device", "h200")
     alone, beside = default["plugins"]
@@ -70,6 +72,7 @@ def test_it_takes_part_in_compare(ramp_moe) -> None:
         assert joint["best"]["us"] <= single["best"]["us"]
 
 
+@pytest.mark.slow
 def test_it_changes_nothing_that_the_library_s_own_kernels_show(ramp_moe, monkeypatch: pytest.MonkeyPatch) -> None:
     model = ("--model", "olmoe-1b-7b")
     shown = {command: ramp_moe(command, *model) for command in ("compare", "explain", "profiles", "kernels")}

@@ -12,7 +12,7 @@ pytestmark = [pytest.mark.slow, pytest.mark.xdist_group("pages")]
 
 def test_choices_for_unseen_shapes_among_several_kernels() -> None:
     unseen = [
-        tables.transferred(model, dtype, kernels, tables.shipped(model, dtype, kernels)[1])[0].mean()
+        tables.transferred(model, dtype, kernels, tables.split(model, dtype, kernels)[1])[0].mean()
         for dtype, kernels in tables.UNSEEN
         for model in tables.MODELS
         if len(kernels) > 1

@@ -14,6 +14,7 @@ BAR = 0.005
 
 
 @pytest.mark.slow
+@pytest.mark.xdist_group("pages")
 def test_pruning_keeps_to_its_bar() -> None:
     assert "| **mean** |" in PAGE
     assert tables.FEWER[0] == 8

@@ -190,9 +190,7 @@ def kernel_ids(topk_ids: Tensor, num_experts: int, num_valid: Tensor | None) -> 
 
     ids = topk_ids
     if ids.dtype == torch.int64:  # beyond 32 bits they would wrap around to an expert: they stay out of range
-        # In one launch, but where torch traces, which makes one of two by itself.
-        into = None if torch.compiler.is_compiling() else torch.empty(ids.shape, dtype=torch.int32, device=ids.device)
-        ids = torch.clamp(ids, -2, num_experts + 1, out=into).to(torch.int32)
+        ids = ids.clamp(-2, num_experts + 1).to(torch.int32)
     if num_valid is not None:
         ids = ids.where(torch.arange(len(ids), dtype=torch.int32, device=ids.device)[:, None] < num_valid, -1)
     return ids

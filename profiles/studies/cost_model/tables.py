@@ -12,7 +12,7 @@ from pathlib import Path
 
 import numpy as np
 from pages import table
-from ramp_moe import ProfileError, ProfileStore, get_registry
+from ramp_moe import ProfileStore
 from ramp_moe.cost_model.model import FORMS, CostModel
 from ramp_moe.cost_model.transfer import transfer
 from ramp_moe.evaluation.regret import (
@@ -26,9 +26,9 @@ from ramp_moe.evaluation.regret import (
 )
 from ramp_moe.evaluation.replay import Replay, load_replay
 from ramp_moe.spec.kernel import usable_configs
+from studies.shipped import MODELS, fitted, h200, registry, split, store
 
 HERE = Path(__file__).parent
-MODELS = ("olmoe-1b-7b", "qwen3-30b-a3b", "deepseek-v3-tp8", "mixtral-8x7b-tp4")
 KERNELS = (
     ("fp8", ("alpha_moe",)),
     ("fp8", ("cute",)),
@@ -65,10 +65,6 @@ DEALS = 5
 COUNTS = (8, 12, 16, 24, 32, 48)
 """Batches after which the learning curve is told."""
 
-registry = get_registry()
-h200 = registry.device("h200")
-store = ProfileStore(shipped=registry.profile_dirs)
-
 
 def percent(value: float) -> str:
     return f"{value:.2%}"
@@ -82,30 +78,11 @@ def first_sweep(model: str) -> Replay:
     return load_replay(registry, ProfileStore([file]), shape, h200, ["alpha_moe"])
 
 
-@cache
-def shipped(model: str, dtype: str, kernels: tuple[str, ...]) -> tuple[Replay, Replay] | None:
-    """Batches to fit on and to judge, of whole paths; None where one of the kernels has no profile."""
-    try:
-        replay = load_replay(registry, store, registry.shape(model, dtype), h200, kernels)
-    except ProfileError:
-        return None
-    tune, test = replay.of("tune"), replay.of("test")
-    return None if tune is None or test is None else (tune, test)
-
-
-@cache
-def fitted(model: str, dtype: str, kernels: tuple[str, ...], form: str) -> CostModel:
-    found = shipped(model, dtype, kernels)
-    assert found is not None
-    return found[0].fit(form=form)
-
-
 def cases() -> Iterator[tuple[str, str, tuple[str, ...], Replay, Replay]]:
     """(model, dtype, kernels, batches to fit on, batches to judge) of all that ships."""
     for dtype, kernels in KERNELS:
         for model in MODELS:
-            if found := shipped(model, dtype, kernels):
-                yield model, dtype, kernels, *found
+            yield model, dtype, kernels, *split(model, dtype, kernels)
 
 
 def cross_validated(model: str, form: str, deals: int = DEALS) -> np.ndarray:
@@ -121,9 +98,7 @@ def cross_validated(model: str, form: str, deals: int = DEALS) -> np.ndarray:
 def held_out(model: str, dtype: str, kernels: tuple[str, ...], form: str) -> tuple[np.ndarray, float]:
     """Regret `[batches]` on the batches to judge, and its mean against the best of one run judged on the other: NaN
     where there is one run."""
-    found = shipped(model, dtype, kernels)
-    assert found is not None
-    test = found[1]
+    _, test = split(model, dtype, kernels)
     choices = fitted(model, dtype, kernels, form).cost(test.histograms).argmin(1)
     rows, runs = test.repeated()
     against = split_half_regret(runs, choices[rows])
@@ -261,9 +236,7 @@ def shapes() -> str:
     """Leave one shape out."""
     rows = []
     for (dtype, kernels), model in itertools.product(UNSEEN, MODELS):
-        found = shipped(model, dtype, kernels)
-        assert found is not None
-        tune, test = found
+        tune, test = split(model, dtype, kernels)
         lost, known, judged = transferred(model, dtype, kernels, test)
         own, _ = held_out(model, dtype, kernels, "smooth")
         static = regret(test.times_us, table_choices(static_table(tune.times_us, tune.labels), test.labels))

@@ -10,16 +10,14 @@ from functools import cache, cached_property
 from pathlib import Path
 
 import numpy as np
-from ramp_moe import ProfileStore, get_registry
 from ramp_moe.dispatch.load_model import load_model
 from ramp_moe.dispatch.weight_layouts import LayoutChoice, choose_layouts, kernel_times
 from ramp_moe.evaluation.regret import Labels, single_choice, static_table, table_choice, table_choices
-from ramp_moe.evaluation.replay import load_replay
 from ramp_moe.spec.launchable import LaunchableKernel
 from ramp_moe.spec.routing import FloatArray, IntArray
+from studies.shipped import MODELS, h200, registry, split, store
 
 OVERHEADS = Path(__file__).parents[2] / "benchmarks" / "graph_dispatch"
-MODELS = ("olmoe-1b-7b", "qwen3-30b-a3b", "deepseek-v3-tp8", "mixtral-8x7b-tp4")
 DTYPES = ("fp8", "bf16")
 FAMILIES = ("alpha_moe", "deep_gemm", "flashinfer_cutlass", "vllm_triton", "triton", "cute")
 OURS = ("triton", "cute")
@@ -27,9 +25,6 @@ REGIMES = {"up to 16": (1, 16), "17 to 512": (17, 512), "513 and more": (513, 1 
 CHOOSE_AMONG = 8
 """Candidates whose choice on the device is counted."""
 
-registry = get_registry()
-h200 = registry.device("h200")
-store = ProfileStore(shipped=registry.profile_dirs)
 present = [f for f in FAMILIES if any(store.find(f, registry.shape(m, d), h200) for m in MODELS for d in DTYPES)]
 
 
@@ -87,11 +82,7 @@ class Case:
     def __init__(self, model: str, dtype: str) -> None:
         self.model, self.dtype, self.shape = model, dtype, registry.shape(model, dtype)
         names = [f for f in FAMILIES if store.find(f, self.shape, h200)]
-        both = load_replay(registry, store, self.shape, h200, names)
-        tune, test = both.of("tune"), both.of("test")
-        assert tune is not None
-        assert test is not None
-        self.tune, self.test = tune, test
+        self.tune, self.test = tune, test = split(model, dtype, tuple(names))
         # As a user's dispatch has it: each kernel's is of all batches that it was measured on to be fitted.
         self.fit, _ = load_model(registry, store, self.shape, h200, names)
         at = {c.name: i for i, c in enumerate(self.fit.candidates)}
@@ -176,11 +167,11 @@ class Case:
 
     def cells(self) -> Iterator[Cell]:
         chosen = self.dispatched(self.families)
-        for split in (self.test, self.tune):
-            for i, ((tokens, routing), best) in enumerate(zip(split.labels, split.times_us.argmin(1), strict=True)):
-                ran = split.candidates[chosen[i]].name if split is self.test else ""
+        for batches in (self.test, self.tune):
+            for i, ((tokens, routing), best) in enumerate(zip(batches.labels, batches.times_us.argmin(1), strict=True)):
+                ran = batches.candidates[chosen[i]].name if batches is self.test else ""
                 us = {name: float(times[i]) for name, times in self.policies.items()} if ran else {}
-                yield Cell(self.model, self.dtype, tokens, routing, split.candidates[best].name, ran, us)
+                yield Cell(self.model, self.dtype, tokens, routing, batches.candidates[best].name, ran, us)
 
 
 @cache

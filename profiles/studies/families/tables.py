@@ -18,20 +18,17 @@ from studies.families.policies import (
     CHOOSE_AMONG,
     DTYPES,
     FAMILIES,
-    MODELS,
     REGIMES,
     Cell,
     cases,
     cells,
     choosing_us,
-    h200,
     judged,
     present,
-    registry,
-    store,
     switching_us,
 )
 from studies.families.unseen import unseen_cells
+from studies.shipped import MODELS, h200, registry, store
 
 HERE = Path(__file__).parent
 DECODE = 512

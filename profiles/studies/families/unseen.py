@@ -10,7 +10,8 @@ from typing import Any
 
 import numpy as np
 from ramp_moe.spec.routing import IntArray
-from studies.families.policies import DTYPES, MODELS, Case, Cell, cases, choosing_us
+from studies.families.policies import DTYPES, Case, Cell, cases, choosing_us
+from studies.shipped import MODELS
 
 HELD_OUT = Path(__file__).parents[1] / "heldout"
 

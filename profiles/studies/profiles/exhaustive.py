@@ -17,7 +17,8 @@ import numpy as np
 from ramp_moe import ProfileStore
 from ramp_moe.evaluation.regret import regret
 from ramp_moe.evaluation.replay import Replay, load_replay
-from studies.profiles.tables import KERNELS, MODELS, h200, registry, replay
+from studies.profiles.tables import KERNELS
+from studies.shipped import MODELS, h200, registry, replay
 
 HERE = Path(__file__).parent
 COUNTS = (8, 12, 16, 24, 32)

@@ -12,19 +12,19 @@ from pathlib import Path
 
 import numpy as np
 from pages import table
-from ramp_moe import ProfileError, ProfileStore, get_registry
+from ramp_moe import ProfileError
 from ramp_moe.cost_model.model import DEFAULT_FORM
 from ramp_moe.dispatch.load_model import view
 from ramp_moe.evaluation.comparison import Comparison, Ratios, compare_recorded
 from ramp_moe.evaluation.regret import regret, selection_noise, sparse_table, static_table, table_choices
 from ramp_moe.evaluation.repeatability import RANGES_US
-from ramp_moe.evaluation.replay import Replay, load_replay
+from ramp_moe.evaluation.replay import Replay
 from ramp_moe.measurements.sweep import Sweep
 from ramp_moe.spec.launchable import LaunchableKernel
 from ramp_moe.spec.routing import IntArray
+from studies.shipped import MODELS, fitted, h200, registry, replay, split, store
 
 HERE = Path(__file__).parent
-MODELS = ("olmoe-1b-7b", "qwen3-30b-a3b", "deepseek-v3-tp8", "mixtral-8x7b-tp4")
 KERNELS = (
     ("fp8", ("alpha_moe",)),
     ("fp8", ("cute",)),
@@ -48,10 +48,6 @@ JUDGED = ("uniform", "distinct0.5", "dirichlet0.3", "zipf2.0")
 DECODE = 512
 """Tokens up to which DeepGEMM alone is compared cell by cell."""
 
-registry = get_registry()
-h200 = registry.device("h200")
-store = ProfileStore(shipped=registry.profile_dirs)
-
 
 @cache
 def find(model: str, dtype: str, kernel: str) -> Sweep | None:
@@ -65,11 +61,6 @@ CASES = [
     (dtype, kernels, m) for (dtype, kernels), m in itertools.product(KERNELS, MODELS)
     if all(find(m, dtype, k) for k in kernels)
 ]  # fmt: skip
-
-
-@cache
-def replay(model: str, dtype: str, kernels: tuple[str, ...], stages: tuple[str, ...] = ()) -> Replay:
-    return load_replay(registry, store, registry.shape(model, dtype), h200, kernels, stages)
 
 
 def percent(value: float) -> str:
@@ -157,10 +148,8 @@ def alpha_moe() -> str:
     for stages, table_name in itertools.product(((), ("gemm",)), ("static", "nearest-batch table")):
         by_kind: dict[str, list[float]] = {}
         for model in MODELS:
-            both = replay(model, "fp8", ("alpha_moe",), stages)
-            test, chosen = held_out(both)
-            tune = both.of("tune")
-            assert tune is not None
+            tune, _ = split(model, "fp8", ("alpha_moe",), stages)
+            test, chosen = held_out(model, "fp8", ("alpha_moe",), stages)
             entries = static_table(tune.times_us, tune.labels)
             if table_name != "static":
                 entries = sparse_table(entries)
@@ -180,12 +169,10 @@ def alpha_moe() -> str:
     return table(head, rows)
 
 
-def held_out(both: Replay) -> tuple[Replay, IntArray]:
+def held_out(model: str, dtype: str, kernels: tuple[str, ...], stages: tuple[str, ...] = ()) -> tuple[Replay, IntArray]:
     """The batches to judge, and what dispatch fitted on the others chooses for them."""
-    tune, test = both.of("tune"), both.of("test")
-    assert tune is not None
-    assert test is not None
-    return test, tune.fit().cost(test.histograms).argmin(1)
+    _, test = split(model, dtype, kernels, stages)
+    return test, fitted(model, dtype, kernels, stages=stages).cost(test.histograms).argmin(1)
 
 
 def layouts() -> str:
@@ -193,14 +180,14 @@ def layouts() -> str:
     rows = []
     sets = (("alpha_moe", "triton"), ("deep_gemm", "triton"), ("alpha_moe", "deep_gemm", "triton"))
     for model in MODELS:
-        test, chosen = held_out(replay(model, "fp8", sets[-1]))
+        test, chosen = held_out(model, "fp8", sets[-1])
         index = np.arange(len(chosen))
         all_us = test.times_us[index, chosen]
         kernels = np.array([c.kernel for c in test.candidates])
         shares = [f"{k} {percent(float((kernels[chosen] == k).mean()))}" for k in sets[-1]]
         cells = []
         for names in sets[:-1]:
-            few, picked = held_out(replay(model, "fp8", names))
+            few, picked = held_out(model, "fp8", names)
             assert few.labels == test.labels
             r = Ratios.of(few.times_us[index, picked] / all_us)
             cells.append(f"{r.geomean:.3f} ({r.min:.2f} to {r.max:.2f})")
@@ -215,8 +202,7 @@ def deep_gemm() -> str:
     rows: list[tuple[object, ...]] = []
     for dtype, kernels in (("fp8", ("alpha_moe", "deep_gemm", "triton")), ("bf16", ("deep_gemm", "triton"))):
         for model in MODELS:
-            both = replay(model, dtype, kernels)
-            test, chosen = held_out(both)
+            test, chosen = held_out(model, dtype, kernels)
             index = {c.name: i for i, c in enumerate(test.candidates)}
             kernel = registry.kernel("deep_gemm")
             assert isinstance(kernel, LaunchableKernel)
@@ -224,7 +210,7 @@ def deep_gemm() -> str:
             ratios = []
             for i, (tokens, routing) in enumerate(test.labels):
                 if tokens <= DECODE:
-                    alone = index[f"deep_gemm/{kernel.default_config(both.shape, h200, tokens).name}"]
+                    alone = index[f"deep_gemm/{kernel.default_config(test.shape, h200, tokens).name}"]
                     ratio = test.times_us[i, alone] / test.times_us[i, chosen[i]]
                     ratios.append(ratio)
                     cell = f"{ratio:.2f}x {test.candidates[chosen[i]].kernel}"
@@ -259,10 +245,7 @@ def curve() -> str:
     for dtype, kernels, model in CASES:
         if len(kernels) != {"fp8": 3, "bf16": 2}[dtype]:
             continue
-        both = replay(model, dtype, kernels)
-        tune, test = both.of("tune"), both.of("test")
-        assert tune is not None
-        assert test is not None
+        tune, test = split(model, dtype, kernels)
         for count in (*(n for n in CURVE if n < len(tune.labels)), len(tune.labels)):
             chosen = tune.fit(np.arange(count)).cost(test.histograms).argmin(1)
             values = [percent(regret(test.times_us, chosen).mean())]
