@@ -44,7 +44,7 @@ class CuteMoE(LaunchableKernel, BuildableKernel):
         """The library's version and a digest of the code that runs. How objects are built and loaded does not count."""
         from .aot.cache import COMPILED
 
-        return f"{super().version()}+{digest_of(*RUNS, COMPILED, apart=(HERE / 'objects',))}"
+        return f"{super().version()}+{digest_of(*RUNS, COMPILED, apart=(HERE / 'aot',))}"
 
     def unsupported(self, shape: MoEShape, hardware: Hardware) -> str | None:
         if hardware.arch != "sm_90":

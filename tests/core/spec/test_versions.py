@@ -26,7 +26,7 @@ from rewriting import CORE, KERNELS, Rewriting
 
 ROOTS = {
     "triton": ((triton.RUNS,), ()),
-    "cute": ((*cute.RUNS, COMPILED), (cute.HERE / "objects",)),
+    "cute": ((*cute.RUNS, COMPILED), (cute.HERE / "aot",)),
     "deep_gemm": (deep_gemm.RUNS, ()),
     "flashinfer_cutlass": (flashinfer_cutlass.RUNS, (Path(flashinfer_cutlass.build.__file__),)),
 }
