@@ -165,8 +165,8 @@ def tensors(prepared: Any) -> list[torch.Tensor]:
 def test_weights_are_prepared_alike_under(
     kernel: Any, dtype: str, bias: bool, default: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    monkeypatch.setattr(cute_launch, "_check_device", lambda device: None)
-    monkeypatch.setattr(flashinfer_cutlass_launch, "check_device", lambda device: None)
+    monkeypatch.setattr(cute_launch, "check_hopper", lambda kernel, device: None)
+    monkeypatch.setattr(flashinfer_cutlass_launch, "check_hopper", lambda kernel, device: None)
     if kernel.name == "vllm_triton":
         fake_vllm.install(monkeypatch, tmp_path)
     if kernel.name == "flashinfer_cutlass":

@@ -42,7 +42,7 @@ pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="emulated on t
 def on_the_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
     launch.compiled.cache_clear()
     monkeypatch.setattr(launch, "load", emulated)
-    monkeypatch.setattr(launch, "_check_device", lambda device: None)
+    monkeypatch.setattr(launch, "check_hopper", lambda kernel, device: None)
     monkeypatch.setattr(kernel_module.CuteMoE, "unavailable", lambda self: None)
 
 

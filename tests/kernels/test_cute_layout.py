@@ -152,7 +152,7 @@ def test_every_tile_has_one_cta(group_m: int, split_k: int) -> None:
 
 @pytest.fixture
 def anywhere(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(launch, "_check_device", lambda device: None)
+    monkeypatch.setattr(launch, "check_hopper", lambda kernel, device: None)
 
 
 @pytest.mark.parametrize("order", LAYOUTS)

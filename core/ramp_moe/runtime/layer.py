@@ -310,8 +310,6 @@ class MoELayer:
         asked of."""
         import torch
 
-        if torch._C._get_tracing_state() is not None:
-            raise KernelError("torch.jit.trace cannot record a ramp_moe layer; use torch.compile, or ramp_moe.unwrap")
         differentiable = torch.is_grad_enabled() and (hidden_states.requires_grad or topk_weights.requires_grad)
         if not differentiable and not torch.compiler.is_compiling():
             return self.forward(hidden_states, topk_ids, topk_weights, out, num_valid)

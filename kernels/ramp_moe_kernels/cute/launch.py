@@ -9,6 +9,12 @@ from dataclasses import dataclass
 import torch
 from ramp_moe.plugin import SCALE_BLOCK, Batch, KernelError, MoEShape, MoEWeights, Workspace
 from ramp_moe.runtime.parts import overlap
+<<<<<<< HEAD
+=======
+from ramp_moe.spec.checks import check_aligned, check_batch, check_bf16, check_hopper
+from ramp_moe.spec.launchable import Batch, MoEWeights, Workspace
+from ramp_moe.spec.shapes import SCALE_BLOCK
+>>>>>>> formula
 from torch import Tensor
 
 from ..limits import check_tokens
@@ -22,8 +28,6 @@ ROW_CHUNK = 8
 """Rows of gate, then of up, that the kernel's tensor map reads in turn."""
 BITS = 4
 """Of a choice's block in what the kernel is told."""
-ALIGNMENT = 16
-"""Bytes, for tensor maps, 16-byte copies of x and bulk additions to out."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,7 +46,7 @@ class Prepared:
 
 def prepare(weights: MoEWeights) -> Prepared:
     device = weights.gate_up.device
-    _check_device(device)
+    check_hopper("cute", device)
     if weights.activation != "swiglu":
         raise KernelError(f"cute computes swiglu only, not {weights.activation}")
     if weights.gate_up_bias is not None or weights.down_bias is not None:
@@ -54,7 +58,7 @@ def prepare(weights: MoEWeights) -> Prepared:
             f"{INTERMEDIATES}"
         )
     for name, tensor in (("gate_up", weights.gate_up), ("down", weights.down)):
-        _check_aligned(name, tensor)
+        check_aligned("cute", name, tensor)
     eights, blocks = inter // ROW_CHUNK, inter // SCALE_BLOCK
     scale = weights.gate_up_scale
     if weights.layout == "gate-up-interleaved-8":
@@ -153,27 +157,10 @@ def compiled(config: Config, shape: MoEShape) -> Callable[..., None]:
     return load(config)
 
 
-def _check_device(device: torch.device) -> None:
-    if device.type != "cuda" or torch.cuda.get_device_capability(device) != (9, 0):
-        raise KernelError(f"cute runs on Hopper (sm_90) only; the weights are on {device}, which is something else")
-
-
 def _check_batch(config: Config, prepared: Prepared, batch: Batch, out: Tensor) -> None:
-    x, hidden = batch.hidden_states, prepared.down.shape[0]
     if config.dtype != prepared.dtype:
         raise KernelError(f"{config.name} computes {config.dtype}; the weights are {prepared.dtype}")
-    if x.dtype != torch.bfloat16 or out.dtype != torch.bfloat16:
-        raise KernelError(f"cute takes and writes bf16 only: hidden_states are {x.dtype}, out is {out.dtype}")
-    if x.shape[1] != hidden or out.shape != x.shape:
-        raise KernelError(f"cute: hidden_states {list(x.shape)} and out {list(out.shape)} must be [T, {hidden}]")
-    if not x.device == out.device == prepared.down.device:
-        raise KernelError(
-            f"cute: hidden_states are on {x.device}, out on {out.device}, weights on {prepared.down.device}"
-        )
-    _check_aligned("hidden_states", x)
-    _check_aligned("out", out)
-
-
-def _check_aligned(name: str, t: Tensor) -> None:
-    if not t.is_contiguous() or t.data_ptr() % ALIGNMENT:
-        raise KernelError(f"cute: {name} must be contiguous and start at a multiple of {ALIGNMENT} bytes")
+    check_bf16("cute", batch, out)
+    check_batch("cute", batch, out, prepared.down.shape[0], prepared.down.device)
+    for name, tensor in (("hidden_states", batch.hidden_states), ("out", out)):
+        check_aligned("cute", name, tensor)

@@ -40,7 +40,7 @@ ROUNDED = 5e-3
 
 @pytest.fixture
 def fake(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> FakeFlashInfer:
-    monkeypatch.setattr(flashinfer_cutlass_launch, "check_device", lambda device: None)
+    monkeypatch.setattr(flashinfer_cutlass_launch, "check_hopper", lambda kernel, device: None)
     fake_flashinfer.tools(tmp_path, monkeypatch)
     monkeypatch.setenv("TRTLLM_DG_CACHE_DIR", str(tmp_path / "cubins"))
     return fake_flashinfer.install(monkeypatch, tmp_path)
@@ -335,7 +335,7 @@ def test_batches_that_it_cannot_take() -> None:
 def test_without_hopper() -> None:
     if DEVICE == "cuda" and torch.cuda.get_device_capability() == (9, 0):
         pytest.skip("this is Hopper")
-    with pytest.raises(KernelError, match="described for Hopper"):
+    with pytest.raises(KernelError, match=r"Hopper \(sm_90\) only"):
         KERNEL.prepare(layer())
 
 

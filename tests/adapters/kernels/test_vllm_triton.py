@@ -170,7 +170,7 @@ def test_what_it_refuses() -> None:
     of, b = layer(), given(4)
     with pytest.raises(KernelError, match=r"hidden_states are torch.float16, the weights torch.bfloat16"):
         run(of, given(4, dtype=torch.float16))
-    with pytest.raises(KernelError, match=r"must be of one dtype, \[T, 256\]"):
+    with pytest.raises(KernelError, match=r"must be \[T, 256\], of one dtype"):
         run(of, batch(4, TOP_K, EXPERTS, 512, "uniform", DEVICE, torch.bfloat16))
     config, prepared = KERNEL.default_config(of.shape(TOP_K), H200, 4), KERNEL.prepare(of)
     with pytest.raises(KernelError, match=r"out on meta"):

@@ -15,13 +15,16 @@ import torch
 from ramp_moe.plugin import SCALE_BLOCK, Batch, KernelConfig, KernelError, MoEShape, MoEWeights, Workspace
 from ramp_moe.runtime.parts import overlap
 from ramp_moe.runtime.relayout import relayout
+<<<<<<< HEAD
+=======
+from ramp_moe.spec.checks import check_aligned, check_batch, check_bf16, check_hopper
+from ramp_moe.spec.launchable import Batch, MoEWeights, Workspace
+from ramp_moe.spec.shapes import SCALE_BLOCK
+>>>>>>> formula
 from ramp_moe_kernels.limits import check_tokens
 from torch import Tensor
 
 from .config import CTA_HIDDEN, LAYOUT, most_tokens
-
-ALIGNMENT = 16
-"""Bytes, for the weights' tensor maps, 16-byte copies of x and bulk additions to out."""
 
 Operator = Callable[..., Any]
 
@@ -41,10 +44,7 @@ class Prepared:
 def operator(device: torch.device) -> Operator:
     """The operator, for weights on `device`. Raises KernelError where it is absent, was built for another torch, or
     has no code for the device."""
-    if device.type != "cuda" or torch.cuda.get_device_capability(device) != (9, 0):
-        raise KernelError(
-            f"alpha_moe runs on Hopper (sm_90) only; the weights are on {device}, which is something else"
-        )
+    check_hopper("alpha_moe", device)
     try:
         importlib.import_module("alpha_moe")  # registers it; finds libtorch through torch, imported before
         return torch.ops.alpha_moe.fused_moe_w8a8_up_down
@@ -62,9 +62,9 @@ def prepare(weights: MoEWeights) -> Prepared:
     if weights.gate_up.shape[2] % CTA_HIDDEN:
         raise KernelError(f"alpha_moe: hidden_size {weights.gate_up.shape[2]} is not a multiple of {CTA_HIDDEN}")
     launchable = operator(weights.gate_up.device)
-    _check_aligned("down", weights.down)
+    check_aligned("alpha_moe", "down", weights.down)
     interleaved = relayout(weights, LAYOUT)
-    _check_aligned("gate_up", interleaved.gate_up)
+    check_aligned("alpha_moe", "gate_up", interleaved.gate_up)
     assert interleaved.gate_up_scale is not None
     return Prepared(interleaved.gate_up, interleaved.gate_up_scale, weights.down, weights.down_scale, launchable)
 
@@ -78,7 +78,9 @@ def launch_steps(
     p: dict[str, Any] = dict(config.params)
     x, block, device = batch.hidden_states, p["block_m"], out.device
     experts, _, hidden = prepared.w.shape
-    _check_batch(batch, out, prepared)
+    check_bf16("alpha_moe", batch, out)
+    check_batch("alpha_moe", batch, out, hidden, prepared.w.device)
+    check_aligned("alpha_moe", "out", out)
     shape = MoEShape(experts, batch.top_k, hidden, prepared.w2.shape[2])
     check_tokens("alpha_moe", config.name, batch.num_tokens, most_tokens(block, shape))
     sizes = buffer_sizes(batch.topk_ids.numel(), experts, block)
@@ -113,21 +115,3 @@ def launch_steps(
             1.0,  # scaling_factor of all routing weights
         )
     yield
-
-
-def _check_batch(batch: Batch, out: Tensor, prepared: Prepared) -> None:
-    x, hidden = batch.hidden_states, prepared.w.shape[2]
-    if x.dtype != torch.bfloat16 or out.dtype != torch.bfloat16:
-        raise KernelError(f"alpha_moe writes bf16 only: hidden_states are {x.dtype}, out is {out.dtype}")
-    if x.shape[1] != hidden or out.shape != x.shape:
-        raise KernelError(f"alpha_moe: hidden_states {list(x.shape)} and out {list(out.shape)} must be [T, {hidden}]")
-    if not x.device == out.device == prepared.w.device:
-        raise KernelError(
-            f"alpha_moe: hidden_states are on {x.device}, out on {out.device}, weights on {prepared.w.device}"
-        )
-    _check_aligned("out", out)
-
-
-def _check_aligned(name: str, t: Tensor) -> None:
-    if not t.is_contiguous() or t.data_ptr() % ALIGNMENT:
-        raise KernelError(f"alpha_moe: {name} must be contiguous and start at a multiple of {ALIGNMENT} bytes")

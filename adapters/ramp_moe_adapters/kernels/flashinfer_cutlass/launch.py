@@ -22,6 +22,11 @@ import triton
 import triton.language as tl
 from ramp_moe.plugin import Batch, KernelConfig, KernelError, MoEWeights, Workspace
 from ramp_moe.runtime.relayout import relayout
+<<<<<<< HEAD
+=======
+from ramp_moe.spec.checks import check_aligned, check_batch, check_bf16, check_hopper
+from ramp_moe.spec.launchable import Batch, MoEWeights, Workspace
+>>>>>>> formula
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
@@ -30,7 +35,6 @@ from .config import ALIGNMENT, COUNTS, LAYOUT
 
 PACKAGE = "flashinfer.fused_moe"
 ARCH = "90"
-ALIGNED_BYTES = 16
 ONE_BLOCK_TOP_K = (1, 2, 4, 6, 8)
 """With which FlashInfer routes in one block, which takes every id by itself."""
 ONE_BLOCK = ((256, 254), (128, 510))
@@ -65,11 +69,10 @@ def prepare(weights: MoEWeights) -> Prepared:
         raise KernelError(
             f"flashinfer_cutlass: hidden_size {hidden} and intermediate_size {inter} must be multiples of {ALIGNMENT}"
         )
-    check_device(weights.gate_up.device)
+    check_hopper("flashinfer_cutlass", weights.gate_up.device)
     weights = relayout(weights, LAYOUT)
     for name in ("gate_up", "down"):
-        if getattr(weights, name).data_ptr() % ALIGNED_BYTES:
-            raise KernelError(f"flashinfer_cutlass: {name} must start at a multiple of {ALIGNED_BYTES} bytes")
+        check_aligned("flashinfer_cutlass", name, getattr(weights, name))
     arguments = {
         "fc1_expert_weights": weights.gate_up,
         "fc2_expert_weights": weights.down,
@@ -111,11 +114,6 @@ def _biases(weights: MoEWeights) -> dict[str, Tensor]:
     rows = (w.shape[:2] for w in (weights.gate_up, weights.down))
     biases = ((missing if b is None else b).expand(shape) for b, shape in zip(given.values(), rows, strict=True))
     return dict(zip(given, (b.to(torch.bfloat16).contiguous() for b in biases), strict=True))
-
-
-def check_device(device: torch.device) -> None:
-    if device.type != "cuda" or torch.cuda.get_device_capability(device) != (9, 0):
-        raise KernelError(f"flashinfer_cutlass is described for Hopper (sm_90); the weights are on {device}")
 
 
 def library() -> Any:
@@ -211,22 +209,10 @@ class FromWorkspace(TorchFunctionMode):
 
 
 def _check(batch: Batch, out: Tensor, weights: MoEWeights) -> None:
-    x, hidden = batch.hidden_states, weights.down.shape[1]
-    if x.dtype != torch.bfloat16 or out.dtype != torch.bfloat16:
-        raise KernelError(f"flashinfer_cutlass writes bf16 only: hidden_states are {x.dtype}, out is {out.dtype}")
-    if x.shape[1] != hidden or out.shape != x.shape or not out.is_contiguous():
-        raise KernelError(
-            f"flashinfer_cutlass: hidden_states {list(x.shape)} and out {list(out.shape)} must be [T, {hidden}], "
-            "contiguous"
-        )
-    if not x.device == out.device == weights.down.device:
-        raise KernelError(
-            f"flashinfer_cutlass: hidden_states are on {x.device}, out on {out.device}, weights on "
-            f"{weights.down.device}"
-        )
-    for name, tensor in (("hidden_states", x), ("out", out)):
-        if tensor.data_ptr() % ALIGNED_BYTES:
-            raise KernelError(f"flashinfer_cutlass: {name} must start at a multiple of {ALIGNED_BYTES} bytes")
+    check_bf16("flashinfer_cutlass", batch, out)
+    check_batch("flashinfer_cutlass", batch, out, weights.down.shape[1], weights.down.device)
+    for name, tensor in (("hidden_states", batch.hidden_states), ("out", out)):
+        check_aligned("flashinfer_cutlass", name, tensor)
 
 
 def routed_in_one_block(num_tokens: int, top_k: int, experts: int) -> bool:

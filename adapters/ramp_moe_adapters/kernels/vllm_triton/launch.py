@@ -25,7 +25,14 @@ from typing import Any
 import torch
 import triton
 import triton.language as tl
+<<<<<<< HEAD
 from ramp_moe.plugin import Batch, KernelConfig, KernelError, MoEWeights, Workspace
+=======
+from ramp_moe import KernelConfig
+from ramp_moe.errors import KernelError
+from ramp_moe.spec.checks import check_batch
+from ramp_moe.spec.launchable import Batch, MoEWeights, Workspace
+>>>>>>> formula
 from torch import Tensor
 
 PACKAGE = "vllm.model_executor.layers.fused_moe"
@@ -136,18 +143,10 @@ def _run(prepared: Prepared, config: dict[str, Any], **batch: Tensor) -> Tensor:
 
 
 def _check(batch: Batch, out: Tensor, weights: MoEWeights) -> None:
-    x, (_, _, hidden) = batch.hidden_states, weights.gate_up.shape
+    x = batch.hidden_states
     if weights.gate_up_scale is None and x.dtype != weights.gate_up.dtype:
         raise KernelError(f"vllm_triton: hidden_states are {x.dtype}, the weights {weights.gate_up.dtype}")
-    if x.shape[1] != hidden or out.shape != x.shape or out.dtype != x.dtype:
-        raise KernelError(
-            f"vllm_triton: hidden_states {x.dtype} {list(x.shape)} and out {out.dtype} {list(out.shape)} must be "
-            f"of one dtype, [T, {hidden}]"
-        )
-    if not x.device == out.device == weights.gate_up.device:
-        raise KernelError(
-            f"vllm_triton: hidden_states are on {x.device}, out on {out.device}, weights on {weights.gate_up.device}"
-        )
+    check_batch("vllm_triton", batch, out, weights.gate_up.shape[2], weights.gate_up.device)
 
 
 @triton.jit(do_not_specialize=["num_tokens", "num_experts"])

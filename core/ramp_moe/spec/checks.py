@@ -1,0 +1,53 @@
+"""Checks of what a launch is given: each names the kernel, the thing and what it must be."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from ..errors import KernelError
+from .launchable import Batch
+
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor
+
+ALIGNMENT = 16
+"""Bytes: of tensor maps, of 16-byte copies and of bulk additions."""
+
+
+def check_bf16(kernel: str, batch: Batch, out: Tensor) -> None:
+    """Raises KernelError if hidden states or output are not bf16, for a kernel that knows nothing else."""
+    import torch
+
+    x = batch.hidden_states
+    if x.dtype != torch.bfloat16 or out.dtype != torch.bfloat16:
+        raise KernelError(f"{kernel} takes and writes bf16 only: hidden_states are {x.dtype}, out is {out.dtype}")
+
+
+def check_batch(kernel: str, batch: Batch, out: Tensor, hidden_size: int, device: torch.device) -> None:
+    """Raises KernelError unless hidden states and `out` are both `[T, hidden_size]`, of one dtype and on `device`,
+    which is that of the weights."""
+    x = batch.hidden_states
+    if x.shape[1] != hidden_size or out.shape != x.shape or out.dtype != x.dtype:
+        raise KernelError(
+            f"{kernel}: hidden_states {x.dtype} {list(x.shape)} and out {out.dtype} {list(out.shape)} must be "
+            f"[T, {hidden_size}], of one dtype"
+        )
+    if not x.device == out.device == device:
+        raise KernelError(
+            f"{kernel}: hidden_states are on {x.device}, out on {out.device}, weights on {device}; move them together"
+        )
+
+
+def check_aligned(kernel: str, name: str, tensor: Tensor) -> None:
+    """Raises KernelError for a tensor that is not contiguous, or begins off a multiple of ALIGNMENT bytes."""
+    if not tensor.is_contiguous() or tensor.data_ptr() % ALIGNMENT:
+        raise KernelError(f"{kernel}: {name} must be contiguous and start at a multiple of {ALIGNMENT} bytes; copy it")
+
+
+def check_hopper(kernel: str, device: torch.device) -> None:
+    """Raises KernelError if the weights' device is no Hopper GPU (sm_90)."""
+    import torch
+
+    if device.type != "cuda" or torch.cuda.get_device_capability(device) != (9, 0):
+        raise KernelError(f"{kernel} runs on Hopper (sm_90) only; the weights are on {device}, which is something else")
