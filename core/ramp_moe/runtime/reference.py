@@ -100,11 +100,7 @@ def experts(
         return copy_rows(t[e : e + 1], layout, torch.empty_like(t[e : e + 1]), "gate-first", inter, scale)[0]
 
     present = topk_ids[(topk_ids >= 0) & (topk_ids < len(down))]
-<<<<<<< HEAD
-    for e in present.unique().tolist():  # type: ignore[no-untyped-call]
-=======
     for e in torch.bincount(present).nonzero().flatten().tolist():
->>>>>>> formula
         of_gate_up = gate_first(gate_up, e)
         assert of_gate_up is not None
         whole_gate_up = plain(of_gate_up, gate_first(gate_up_scale, e, scale=True), block, matrices=2)

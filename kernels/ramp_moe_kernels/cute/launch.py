@@ -9,12 +9,7 @@ from dataclasses import dataclass
 import torch
 from ramp_moe.plugin import SCALE_BLOCK, Batch, KernelError, MoEShape, MoEWeights, Workspace
 from ramp_moe.runtime.parts import overlap
-<<<<<<< HEAD
-=======
 from ramp_moe.spec.checks import check_aligned, check_batch, check_bf16, check_hopper
-from ramp_moe.spec.launchable import Batch, MoEWeights, Workspace
-from ramp_moe.spec.shapes import SCALE_BLOCK
->>>>>>> formula
 from torch import Tensor
 
 from ..limits import check_tokens

@@ -54,7 +54,7 @@ def test_another_hidden_size_dtype_or_device() -> None:
 def test_alignment() -> None:
     buffer = torch.zeros(64, dtype=torch.bfloat16)
     for tensor in (buffer[4:], buffer.view(8, 8).T):
-        with pytest.raises(KernelError, match="^k: down must be contiguous and start at a multiple of 16 bytes"):
+        with pytest.raises(KernelError, match=r"^k: down must be contiguous and start at a multiple of 16 bytes"):
             check_aligned("k", "down", tensor)
 
 

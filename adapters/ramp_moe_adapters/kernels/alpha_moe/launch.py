@@ -15,12 +15,7 @@ import torch
 from ramp_moe.plugin import SCALE_BLOCK, Batch, KernelConfig, KernelError, MoEShape, MoEWeights, Workspace
 from ramp_moe.runtime.parts import overlap
 from ramp_moe.runtime.relayout import relayout
-<<<<<<< HEAD
-=======
 from ramp_moe.spec.checks import check_aligned, check_batch, check_bf16, check_hopper
-from ramp_moe.spec.launchable import Batch, MoEWeights, Workspace
-from ramp_moe.spec.shapes import SCALE_BLOCK
->>>>>>> formula
 from ramp_moe_kernels.limits import check_tokens
 from torch import Tensor
 

@@ -22,11 +22,7 @@ import triton
 import triton.language as tl
 from ramp_moe.plugin import Batch, KernelConfig, KernelError, MoEWeights, Workspace
 from ramp_moe.runtime.relayout import relayout
-<<<<<<< HEAD
-=======
 from ramp_moe.spec.checks import check_aligned, check_batch, check_bf16, check_hopper
-from ramp_moe.spec.launchable import Batch, MoEWeights, Workspace
->>>>>>> formula
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 

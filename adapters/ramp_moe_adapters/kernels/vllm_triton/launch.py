@@ -25,14 +25,8 @@ from typing import Any
 import torch
 import triton
 import triton.language as tl
-<<<<<<< HEAD
 from ramp_moe.plugin import Batch, KernelConfig, KernelError, MoEWeights, Workspace
-=======
-from ramp_moe import KernelConfig
-from ramp_moe.errors import KernelError
 from ramp_moe.spec.checks import check_batch
-from ramp_moe.spec.launchable import Batch, MoEWeights, Workspace
->>>>>>> formula
 from torch import Tensor
 
 PACKAGE = "vllm.model_executor.layers.fused_moe"
