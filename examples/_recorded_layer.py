@@ -11,7 +11,7 @@ from ramp_moe import CostModel, ProfileStore, get_registry
 from ramp_moe.dispatch.load_model import load_model
 from ramp_moe.errors import ProfileError
 from ramp_moe.profiler.bench import random_weights
-from ramp_moe.registry import detect
+from ramp_moe.registry.detect import detect
 from ramp_moe.runtime.layer import MoELayer
 from ramp_moe.spec.launchable import LaunchableKernel, MoEWeights
 

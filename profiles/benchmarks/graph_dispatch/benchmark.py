@@ -37,7 +37,7 @@ import torch
 import triton
 from ramp_moe import Candidate, KernelError, expert_histogram, generate
 from ramp_moe.measurements.json_file import write_atomically
-from ramp_moe.registry import detect
+from ramp_moe.registry.detect import detect
 from ramp_moe.runtime.graphs import capture as dispatch
 from ramp_moe.runtime.graphs import conditional as graph
 from ramp_moe.runtime.graphs.capture import GraphDispatch, Plan

@@ -24,7 +24,7 @@ from ramp_moe.measurements.json_file import write_atomically
 from ramp_moe.profiler.gpu import gpu_state
 from ramp_moe.profiler.pool import Warmers
 from ramp_moe.profiler.settings import Settings, default_warmers
-from ramp_moe.registry import detect
+from ramp_moe.registry.detect import detect
 from ramp_moe_kernels.triton.config import GemmConfig, Path, invalid_path
 from ramp_moe_kernels.triton.kernel import TritonMoE
 

@@ -12,7 +12,7 @@ pytest.importorskip("sglang.srt.layers.moe.moe_runner")
 import torch
 from graph_cases import SHAPE, priced, triton_of
 from moe_cases import batch, error, expected, weights
-from ramp_moe.registry import detect
+from ramp_moe.registry.detect import detect
 from ramp_moe.runtime.layer import MoELayer
 from ramp_moe.runtime.layer_factory import Builder
 from ramp_moe.spec.launchable import Batch, MoEWeights

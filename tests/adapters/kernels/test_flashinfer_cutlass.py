@@ -328,7 +328,7 @@ def test_batches_that_it_cannot_take() -> None:
     with pytest.raises(KernelError, match=r"must be \[T, 256\]"):
         KERNEL.launch(config, prepared, b, b.hidden_states[:2], Workspace())
     odd = torch.empty(4 * HIDDEN + 1, dtype=torch.bfloat16, device=DEVICE)[1:].view(4, HIDDEN)
-    with pytest.raises(KernelError, match="out must start at a multiple of 16 bytes"):
+    with pytest.raises(KernelError, match="out must be contiguous and start at a multiple of 16 bytes"):
         KERNEL.launch(config, prepared, b, odd, Workspace())
 
 

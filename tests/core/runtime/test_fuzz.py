@@ -9,7 +9,7 @@ import pytest
 import torch
 from fuzz_cases import TINY, Fuzz, Tally, activated
 from ramp_moe import Hardware, get_registry
-from ramp_moe.registry import detect
+from ramp_moe.registry.detect import detect
 from ramp_moe.spec.launchable import ACTIVATIONS, LaunchableKernel
 from ramp_moe_kernels.triton.kernel import TritonMoE
 

@@ -208,7 +208,7 @@ def test_a_kernel_without_a_default_is_passed_over(h200: Hardware) -> None:
 def test_gpu_the_next_kernel_computes_what_one_left_half_done() -> None:
     """Eager; and after a capture that failed, a second one."""
     from moe_cases import batch, weights
-    from ramp_moe.registry import detect
+    from ramp_moe.registry.detect import detect
     from ramp_moe_kernels.triton.kernel import TritonMoE
 
     class Bad(TritonMoE):

@@ -106,7 +106,7 @@ def long_batch(tokens: int, top_k: int, hidden: int, experts: int) -> tuple[torc
 def test_gpu_a_long_batch_is_the_same_in_parts(dtype: str) -> None:
     """131,073 tokens of 8 experts each, eager and captured: one token more than one launch takes."""
     from moe_cases import weights
-    from ramp_moe.registry import detect
+    from ramp_moe.registry.detect import detect
     from ramp_moe_kernels.triton.kernel import TritonMoE
 
     moe = MoELayer(weights(16, 128, 128, dtype, "cuda"), 8, detect(), [TritonMoE()])
@@ -132,7 +132,7 @@ def test_gpu_a_long_batch_is_the_same_in_parts(dtype: str) -> None:
 def test_gpu_more_elements_than_32_bits_count() -> None:
     """Rows of 2^31 elements and more: of a token in the last part, as by itself."""
     from moe_cases import weights
-    from ramp_moe.registry import detect
+    from ramp_moe.registry.detect import detect
     from ramp_moe_kernels.triton.kernel import TritonMoE
 
     moe = MoELayer(weights(4, 4096, 128, "bf16", "cuda"), 2, detect(), [TritonMoE()])

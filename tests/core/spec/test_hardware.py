@@ -5,7 +5,7 @@ import types
 
 import pytest
 from ramp_moe import Hardware, HardwareError, Registry, UnknownNameError
-from ramp_moe.registry import detect
+from ramp_moe.registry.detect import detect
 from ramp_moe.registry.gpus import GPUS
 from ramp_moe.spec.hardware import confirm, identify
 
