@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import weakref
 from collections.abc import Callable, Hashable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
@@ -318,6 +319,19 @@ class MoELayer:
         valid = valid_tokens(num_valid, len(hidden_states), topk_ids.device)
         found = moe(hidden_states, topk_ids, topk_weights, self._number, valid)
         return found if out is None else out.copy_(found)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> MoELayer:
+        """Raises KernelError on a GPU, and if something that a kernel keeps has no copy."""
+        refusal = "a layer cannot be copied here ({}); ramp_moe.unwrap a wrapped model first"
+        if self._device.type == "cuda":
+            raise KernelError(refusal.format("on a GPU kernels and graphs hold addresses of its weights"))
+        found = memo[id(self)] = object.__new__(type(self))
+        try:
+            state = copy.deepcopy(self.__dict__, memo)
+        except Exception as e:  # whatever a plugin's kernel keeps
+            raise KernelError(refusal.format(e)) from e
+        found.__setstate__(state)
+        return found
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         """A copy is another layer, with a number of its own."""

@@ -195,17 +195,9 @@ class RoutedExperts:
         module = memo.get(id(self._module()))
         if module is None:
             raise KernelError("a wrapped module's experts cannot be copied without the module")
-        if self.layer.held[0].gate_up.is_cuda:
-            raise KernelError(
-                "a wrapped model cannot be copied here (on a GPU kernels and graphs hold addresses of its weights); "
-                "ramp_moe.unwrap(model) first"
-            )
         found = memo[id(self)] = object.__new__(type(self))
         found.__dict__.update(self.__dict__)
-        try:
-            found.layer = copy.deepcopy(self.layer, memo)
-        except Exception as e:  # whatever a kernel or a graph keeps that has no copy
-            raise KernelError(f"a wrapped model cannot be copied here ({e}); ramp_moe.unwrap(model) first") from e
+        found.layer = copy.deepcopy(self.layer, memo)
         found._module, found.layer.owner = weakref.ref(module), weakref.ref(found)
         found._tensors = copy.deepcopy(self._tensors, memo)
         for field, tensor in found._tensors.items():

@@ -122,7 +122,7 @@ def test_a_copy_of_a_wrapped_model_is_refused(gpt_oss: Any) -> None:
     import ramp_moe
 
     ramp_moe.wrap(gpt_oss)
-    with pytest.raises(ramp_moe.KernelError, match="a wrapped model cannot be copied here"):
+    with pytest.raises(ramp_moe.KernelError, match="a layer cannot be copied here"):
         copy.deepcopy(gpt_oss)
     ramp_moe.unwrap(gpt_oss)
     copy.deepcopy(gpt_oss)

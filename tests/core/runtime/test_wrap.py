@@ -150,9 +150,13 @@ def test_a_copy_calls_its_own_experts() -> None:
     block = Block()
     wrapped = wrap(block, BLOCK)
     if GPU:
-        with pytest.raises(KernelError, match="cannot be copied here"):
+        with pytest.raises(KernelError, match="a layer cannot be copied here"):
             copy.deepcopy(block)
         return
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(wrapped.layers["Block"], "_device", torch.device("cuda"))
+        with pytest.raises(KernelError, match="on a GPU kernels and graphs hold addresses of its weights"):
+            copy.deepcopy(block)
     other = copy.deepcopy(block)
     expected = run(block)
     with torch.no_grad():
