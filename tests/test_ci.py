@@ -25,7 +25,7 @@ def test_the_linters_run_and_are_installed() -> None:
     needs = " ".join(PROJECT["project"]["optional-dependencies"]["test"])
     for command, distribution in TOOLS.items():
         assert command in lines, f"{command} is not run"
-        assert re.search(rf"(?<![\w-]){distribution}>=", needs), f"{distribution} is not in the extra `test`"
+        assert re.search(rf"(?<![\w-]){distribution}==", needs), f"{distribution} is not in the extra `test`"
 
 
 def test_tiers_are_named() -> None:

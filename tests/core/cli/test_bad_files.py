@@ -88,7 +88,7 @@ def small(registry: Registry, h200: Hardware, tmp_path_factory: pytest.TempPathF
         path, sweep = store.require(KERNEL, registry.shape(model, "fp8"), h200)
         rows = [i for i, (_, routing) in enumerate(sweep.labels) if routing == "uniform" or i % 3 == 0]
         keys = [c.key for i, c in enumerate(sweep.record.columns) if c.stage != "path" or i % 8]
-        sweep.select(rows).without(keys).save(folder / path.relative_to(path.parents[3]))
+        sweep.select(rows).without(keys).save(folder / path.relative_to(path.parents[2]))
     return folder
 
 

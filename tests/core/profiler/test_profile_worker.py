@@ -139,7 +139,7 @@ worker = Worker(FakeBench)
 print(multiprocessing.active_children()[0].pid, flush=True)
 os.kill(os.getpid(), signal.SIGKILL)
 """
-    env = os.environ | {"PYTHONPATH": os.path.dirname(os.path.dirname(__file__))}
+    env = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)}
     done = subprocess.run([sys.executable, "-c", code], env=env, capture_output=True, text=True)
     pid, deadline = int(done.stdout), time.monotonic() + 300
     while time.monotonic() < deadline:

@@ -179,7 +179,7 @@ def test_bad_input(table: CostTable) -> None:
 def test_it_compiles_small() -> None:
     """In a process that knows nothing of the interpreter. Code is fetched from memory once a layer."""
     env = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
-    script = Path(__file__).with_name("compile_select.py")
+    script = Path(__file__).parents[3] / "support" / "compile_select.py"
     done = subprocess.run([sys.executable, script], env=env, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr
     found = json.loads(done.stdout)
