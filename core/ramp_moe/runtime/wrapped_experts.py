@@ -54,7 +54,7 @@ class RoutedExperts:
         backward pass, and if the module's tensors have become such that no layer can be made of them."""
         import torch
 
-        if topk_ids.is_floating_point():
+        if topk_ids.is_floating_point() or topk_ids.is_complex() or topk_ids.dtype == torch.bool:
             raise RoutingError(f"topk_ids are {topk_ids.dtype}, not integers; a route gives (topk_ids, topk_weights)")
         layer = self.layer
         if not torch.compiler.is_compiling():
@@ -63,11 +63,9 @@ class RoutedExperts:
             trains = torch.is_grad_enabled() and any(p.requires_grad for p in self._tensors.values())
             if trains and not hidden_states.requires_grad:
                 hidden_states = hidden_states.detach().requires_grad_()  # their gradients, too, are refused
-        if topk_ids.is_floating_point() or topk_ids.is_complex() or topk_ids.dtype == torch.bool:
-            raise RoutingError(f"topk_ids are {topk_ids.dtype}, not integers")
         x = hidden_states.to(self.taken(hidden_states.dtype)).contiguous()
-        ids = topk_ids if topk_ids.dtype == torch.int64 else topk_ids.int()
-        ids = kernel_ids(ids, layer.shape.num_experts, None).contiguous()
+        ids = topk_ids if topk_ids.dtype == torch.int32 else kernel_ids(topk_ids.long(), layer.shape.num_experts, None)
+        ids = ids.contiguous()
         return layer(x, ids, topk_weights.float().contiguous()).to(hidden_states.dtype)
 
     def taken(self, dtype: torch.dtype) -> torch.dtype:
