@@ -12,7 +12,7 @@ from ramp_moe.dispatch.load_model import load_model
 from ramp_moe.errors import ProfileError
 from ramp_moe.profiler.bench import random_weights
 from ramp_moe.registry.detect import detect
-from ramp_moe.runtime.layer import MoELayer
+from ramp_moe.runtime.layer import LayerRuntime
 from ramp_moe.spec.launchable import LaunchableKernel, MoEWeights
 
 MODELS = ("olmoe-1b-7b", "qwen3-30b-a3b", "deepseek-v3-tp8", "mixtral-8x7b-tp4")
@@ -37,7 +37,7 @@ def need_gpu() -> None:
 class Recorded:
     """A layer, the weights that it was made of, and the model by which its graphs choose."""
 
-    layer: MoELayer
+    layer: LayerRuntime
     weights: MoEWeights
     model: CostModel
 
@@ -58,7 +58,7 @@ def recorded_layer(name: str) -> Recorded:
         raise ProfileError(f"no kernel that runs here is recorded for {name} on {hardware.name}")
     model, _ = load_model(registry, store, shape, hardware, [kernel.name for kernel in kernels])
     weights = random_weights(shape, "cuda", 0)
-    layer = MoELayer(weights, shape.top_k, hardware, kernels, model)
+    layer = LayerRuntime(weights, shape.top_k, hardware, kernels, model)
     return Recorded(
         layer, weights, model.restrict([k.name for k in kernels if k.graph_safe and k.name in layer.configs()])
     )

@@ -14,7 +14,7 @@ import fake_vllm
 import pytest
 import torch
 from moe_cases import H200, batch, error, expected, weights
-from ramp_moe.runtime.layer import MoELayer
+from ramp_moe.runtime.layer import LayerRuntime
 from ramp_moe.runtime.relayout import relayout
 from ramp_moe.spec.launchable import MoEWeights
 from ramp_moe_adapters.kernels.flashinfer_cutlass import launch as flashinfer_cutlass_launch
@@ -114,7 +114,7 @@ def test_a_layer_is_made_and_run_under(default: str, dtype: str) -> None:
     x = batch(9, 2, 4, 128, "padded", "cpu", torch.float16)
     wanted = expected(given, x, quantise=dtype == "fp8")
     with DEFAULTS[default]():
-        layer = MoELayer(given, 2, H200, [TritonMoE()])
+        layer = LayerRuntime(given, 2, H200, [TritonMoE()])
         layer.warm_up(9, torch.float16)
         out = layer(x.hidden_states, x.topk_ids.long(), x.topk_weights, num_valid=torch.full_like(x.topk_ids[0, :1], 9))
     assert (out.dtype, out.device.type) == (torch.float16, "cpu")

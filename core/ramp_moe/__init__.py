@@ -28,6 +28,8 @@ if TYPE_CHECKING:
     from .registry.experts_adapter import ExpertsAdapter
     from .registry.hookspecs import hookimpl
     from .registry.registry import Registry, get_registry
+    from .runtime.module import MoELayer
+    from .runtime.options import DispatchOptions
     from .runtime.own_experts import Experts
     from .runtime.wrap import Wrapped, unwrap, wrap
     from .spec.geometry import GridGeometry
@@ -50,6 +52,8 @@ _NAMES = {
     "registry.experts_adapter": "ExpertsAdapter",
     "registry.hookspecs": "hookimpl",
     "registry.registry": "Registry get_registry",
+    "runtime.module": "MoELayer",
+    "runtime.options": "DispatchOptions",
     "runtime.own_experts": "Experts",
     "runtime.wrap": "Wrapped unwrap wrap",
     "spec.geometry": "GridGeometry",
@@ -69,6 +73,7 @@ __all__ = [
     "Choice",
     "CostModel",
     "Diagnostic",
+    "DispatchOptions",
     "Dispatcher",
     "Experts",
     "ExpertsAdapter",
@@ -78,6 +83,7 @@ __all__ = [
     "Kernel",
     "KernelConfig",
     "KernelError",
+    "MoELayer",
     "MoEShape",
     "Model",
     "Prediction",

@@ -21,7 +21,7 @@ from typing import Any
 import torch
 import triton
 from ramp_moe import get_registry
-from ramp_moe.runtime.layer import MoELayer
+from ramp_moe.runtime.layer import LayerRuntime
 from ramp_moe.spec.launchable import MoEWeights
 from ramp_moe_kernels.triton.kernel import TritonMoE
 from torch.profiler import ProfilerActivity, profile
@@ -64,7 +64,7 @@ def main(output: str) -> None:
         gate_up = torch.empty(experts, 2 * inter, hidden, dtype=torch.float16, device="cuda").normal_(0, hidden**-0.5)
         down = torch.empty(experts, hidden, inter, dtype=torch.float16, device="cuda").normal_(0, inter**-0.5)
         gate, up = (half.contiguous() for half in gate_up.chunk(2, 1))
-        layer = MoELayer(MoEWeights(gate_up, down), shape.top_k, HARDWARE, [TritonMoE()])
+        layer = LayerRuntime(MoEWeights(gate_up, down), shape.top_k, HARDWARE, [TritonMoE()])
         for tokens in TOKENS:
             for kind in ("uniform", "alpha0.5"):
                 ids, weights = (t.cuda() for t in routing(kind, tokens, shape))

@@ -14,7 +14,7 @@ import pytest
 import torch
 from moe_cases import H200, ROUTINGS, batch, error, expected, weights
 from ramp_moe import Hardware, KernelError, Registry
-from ramp_moe.runtime.layer import MoELayer
+from ramp_moe.runtime.layer import LayerRuntime
 from ramp_moe.spec.kernel import usable_configs
 from ramp_moe.spec.launchable import Batch, LaunchableKernel, MoEWeights, Workspace
 
@@ -102,7 +102,7 @@ def kernel(monkeypatch: pytest.MonkeyPatch) -> LaunchableKernel:
 
 
 def check(kernel: LaunchableKernel, layer: MoEWeights, given: Batch, hardware: Hardware) -> None:
-    moe = MoELayer(layer, given.top_k, hardware, [kernel])
+    moe = LayerRuntime(layer, given.top_k, hardware, [kernel])
     out = moe(given.hidden_states, given.topk_ids, given.topk_weights)
     assert out.dtype == given.hidden_states.dtype
     assert error(out, expected(layer, given, quantise=False)) < 1e-2

@@ -10,7 +10,7 @@ from moe_cases import ROUTINGS, batch, weights
 from ramp_moe import Candidate, CostModel, Hardware, KernelError, MoEShape, Registry
 from ramp_moe.cost_model.model import PartFit, parts_of
 from ramp_moe.measurements.sweep import PATH
-from ramp_moe.runtime.layer import MoELayer
+from ramp_moe.runtime.layer import LayerRuntime
 from ramp_moe.spec.launchable import Batch, MoEWeights, Workspace
 from ramp_moe_kernels.triton.config import GemmConfig, Path, quantises_itself
 from ramp_moe_kernels.triton.kernel import TritonMoE, _path
@@ -133,7 +133,7 @@ def test_in_a_graph_every_replay_is_what_it_chose(dtype: str, h200: Hardware) ->
     # The fuller an expert's tiles, the larger the block that wins.
     paths = [Path(gemm, gemm) for gemm in gemms]
     model = model_of(layer.shape(4), paths, [10.0, 15.0, 22.0], h200)
-    moe = MoELayer(layer, 4, h200, [KERNEL], model, mode="inline")
+    moe = LayerRuntime(layer, 4, h200, [KERNEL], model, mode="inline")
     given = batch(64, 4, 16, 512, "uniform", "cuda", torch.bfloat16)
     out, graph, side = torch.empty_like(given.hidden_states), torch.cuda.CUDAGraph(), torch.cuda.Stream()
     with torch.cuda.stream(side):

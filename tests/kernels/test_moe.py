@@ -8,7 +8,7 @@ import pytest
 import torch
 from moe_cases import H200, ROUTINGS, batch, error, expected, weights
 from ramp_moe import Hardware, Registry
-from ramp_moe.runtime.layer import MoELayer
+from ramp_moe.runtime.layer import LayerRuntime
 from ramp_moe.spec.launchable import Workspace
 from ramp_moe_kernels import reference
 from ramp_moe_kernels.triton.config import GemmConfig, Path, quantises_itself
@@ -189,7 +189,7 @@ def test_the_whole_layer_from_hidden_states(scoring: str) -> None:
     weight = torch.randn(8, 256, generator=torch.Generator().manual_seed(1)).to(DEVICE) / 16
     layer = weights(8, 256, 128, HALF, DEVICE)
     x = batch(9, 3, 8, 256, "uniform", DEVICE, HALF_DTYPE).hidden_states
-    moe = MoELayer(layer, 3, H200, [KERNEL], router=LinearRouter(weight, 3, scoring, scale=2.5))
+    moe = LayerRuntime(layer, 3, H200, [KERNEL])
     ids, topk_weights = reference.route(x.float() @ weight.T, 3, scoring=scoring, scale=2.5)
     wanted = reference.experts(x, layer.gate_up, layer.down, ids, topk_weights)
-    assert error(moe.forward_hidden(x), wanted) < TOLERANCE[HALF]
+    assert error(moe(x, *LinearRouter(weight, 3, scoring, scale=2.5)(x)), wanted) < TOLERANCE[HALF]

@@ -11,7 +11,7 @@ import torch
 from moe_cases import H200, ROUTINGS, batch, error, expected, weights
 from ramp_moe import MoEShape, get_registry
 from ramp_moe.profiler.bench import random_weights
-from ramp_moe.runtime.layer import MoELayer
+from ramp_moe.runtime.layer import LayerRuntime
 from ramp_moe.runtime.reference import activate, reference
 from ramp_moe.runtime.relayout import relayout
 from ramp_moe.spec.kernel import LAYOUTS
@@ -195,7 +195,7 @@ def test_a_layer(monkeypatch: pytest.MonkeyPatch) -> None:
     for kernel in others:
         monkeypatch.setattr(kernel, "unavailable", lambda: None)
     plain, given = layer_of(80, 128, hidden=128), batch(3, TOP_K, EXPERTS, 128, "uniform", DEVICE, DTYPE)
-    layer = MoELayer(plain, TOP_K, H200, [*others, KERNEL])
+    layer = LayerRuntime(plain, TOP_K, H200, [*others, KERNEL])
     assert list(layer.configs()) == [KERNEL.name]
     out = layer(given.hidden_states, given.topk_ids, given.topk_weights)
     assert error(out, oracle(plain, given)) < W8A8

@@ -22,7 +22,7 @@ import pytest
 import torch
 from moe_cases import error, expected
 from ramp_moe import Candidate, Hardware
-from ramp_moe.runtime.layer import MoELayer
+from ramp_moe.runtime.layer import LayerRuntime
 from ramp_moe.spec.launchable import Batch, MoEWeights
 from ramp_moe_kernels import reference
 from ramp_moe_kernels.triton.kernel import TritonMoE
@@ -171,7 +171,7 @@ def check(p: Problem, dtype: torch.dtype, hardware: Hardware) -> None:
     where the reduction is long enough."""
     given, kernel = problem_batch(p, dtype), TritonMoE()
     weights = layer_weights(p.experts, p.hidden, p.inter, dtype)
-    layer = MoELayer(weights, p.top_k, hardware, [kernel])
+    layer = LayerRuntime(weights, p.top_k, hardware, [kernel])
     wanted = expected(weights, given, quantise=False)
     assert wanted.norm() > 0
     # The kernel lists no path where a reduction takes less than two steps; what it lists for 128 runs there as well.

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from graph_cases import priced
 from ramp_moe import Candidate, CostModel, Hardware, KernelConfig, MoEShape, RampMoEError
-from ramp_moe.runtime.layer import MoELayer
+from ramp_moe.runtime.layer import LayerRuntime
 from ramp_moe.runtime.relayout import relayout
 from ramp_moe.spec.kernel import LAYOUTS
 from ramp_moe.spec.launchable import ACTIVATIONS, LaunchableKernel, MoEWeights
@@ -337,7 +337,7 @@ class Fuzz:
         wanted, size = expected(weights, x, ids, scores, exact)
         return self._judged(variant, shape, guarded[1:-1].float(), wanted, size, exact)
 
-    def _layer(self, variant: Variant, weights: MoEWeights, shape: MoEShape) -> MoELayer:
+    def _layer(self, variant: Variant, weights: MoEWeights, shape: MoEShape) -> LayerRuntime:
         kernel, model = variant.kernel, None
         if kernel.unsupported(shape, self.hardware) is None:
             if variant.dispatched:
@@ -345,7 +345,7 @@ class Fuzz:
             if config := self._config(variant, shape):
                 kernel = copy(kernel)
                 kernel.default_config = lambda *of: config  # type: ignore[method-assign]
-        moe = MoELayer(weights, shape.top_k, self.hardware, [kernel], model=model)
+        moe = LayerRuntime(weights, shape.top_k, self.hardware, [kernel], cost_model=model)
         moe.workspace = Filled(NAN_BYTE)
         return moe
 

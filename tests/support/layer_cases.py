@@ -23,7 +23,7 @@ from ramp_moe import (
 )
 from ramp_moe.cost_model.model import join
 from ramp_moe.measurements.sweep import FORMAT, VERSION, Column, Row, Run, ShapeRecord, SweepRecord, make_sweep
-from ramp_moe.runtime.layer import MoELayer
+from ramp_moe.runtime.layer import LayerRuntime
 from ramp_moe.runtime.relayout import relayout
 from ramp_moe.spec.launchable import Batch, LaunchableKernel, MoEWeights, Workspace
 
@@ -114,8 +114,8 @@ def by_hand(x: torch.Tensor, ids: torch.Tensor, scores: torch.Tensor) -> torch.T
     return torch.einsum("te,teh->th", asked[:, :E], of_all)
 
 
-def layer(hardware: Hardware, *kernels: FakeKernel, **options: Any) -> MoELayer:
-    return MoELayer(weights(), K, hardware, kernels or [FakeKernel()], **options)
+def layer(hardware: Hardware, *kernels: FakeKernel, **options: Any) -> LayerRuntime:
+    return LayerRuntime(weights(), K, hardware, kernels or [FakeKernel()], **options)
 
 
 def model_of(hardware: Hardware, kernel: FakeKernel, us_a_tile: dict[int, float], shape: MoEShape = SHAPE) -> CostModel:

@@ -15,7 +15,7 @@ from layer_cases import I as I
 from layer_cases import K as K
 from ramp_moe import Candidate, Experts, ProfileError, get_registry
 from ramp_moe.runtime import layer_factory as building
-from ramp_moe.runtime.layer import MoELayer
+from ramp_moe.runtime.layer import LayerRuntime
 from ramp_moe.runtime.relayout import relayout
 from ramp_moe.runtime.wrapped_experts import RoutedExperts
 from ramp_moe.spec.launchable import Batch, MoEWeights
@@ -83,8 +83,8 @@ class OneLayer:
     def __init__(self, kernels: list[FakeKernel], copies: int) -> None:
         self.kernels, self.copies = kernels, copies
 
-    def layer(self, weights: MoEWeights, top_k: int) -> MoELayer:
-        return MoELayer(weights, top_k, get_registry().device("h200"), self.kernels, copies=self.copies)
+    def layer(self, weights: MoEWeights, top_k: int) -> LayerRuntime:
+        return LayerRuntime(weights, top_k, get_registry().device("h200"), self.kernels, copies=self.copies)
 
 
 @dataclass(frozen=True)
@@ -135,7 +135,7 @@ class Case:
             assert torch.equal(out, outputs(fresh)[0])
 
 
-def outputs(layer: MoELayer) -> list[Tensor]:
+def outputs(layer: LayerRuntime) -> list[Tensor]:
     """Of every kernel."""
     found = []
     for name in layer.configs():

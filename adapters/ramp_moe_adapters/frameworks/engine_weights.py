@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 from ramp_moe.plugin import KernelError, MoEWeights, ShapeError
-from ramp_moe.runtime.layer import MoELayer
+from ramp_moe.runtime.layer import LayerRuntime
 from ramp_moe.runtime.placeholder import Placeholder, Source, become
 from ramp_moe.runtime.relayout import ROWS, relayout
 from ramp_moe.runtime.update import check_fits, put, storage, writing
@@ -31,7 +31,7 @@ class Parameters:
     placeholder; all are then as they were.
     """
 
-    def __init__(self, owner: Any, layer: MoELayer, tensors: Mapping[str, Tensor]) -> None:
+    def __init__(self, owner: Any, layer: LayerRuntime, tensors: Mapping[str, Tensor]) -> None:
         self.layer, self._owner = layer, weakref.ref(owner)
         self._follow(tensors)
 

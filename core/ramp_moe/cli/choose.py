@@ -10,17 +10,16 @@ import click
 import numpy as np
 
 from ..cost_model.fit_file import make_record, save_fit
-from ..cost_model.model import CostModel, get_form, provenance
+from ..cost_model.model import get_form, provenance
 from ..cost_model.regions import analyse
+from ..dispatch.explanation import in_parts, rank, weigh_layouts
 from ..dispatch.load_model import fit_recorded, load_model
 from ..dispatch.profile_store import FIT_SUFFIX, ProfileStore, relative_path, user_data_dir
-from ..dispatch.weight_layouts import choose_layouts, kernel_times, weighed_batches
 from ..errors import NoProfileError
 from ..evaluation.comparison import compare_recorded
 from ..evaluation.replay import load_replay, of_plugins
-from ..registry.registry import Registry, get_registry
-from ..spec.kernel import most_tokens, usable_configs
-from ..spec.routing import FloatArray, IntArray
+from ..registry.registry import get_registry
+from ..spec.kernel import usable_configs
 from . import tables
 from .options import (
     batch_options,
@@ -36,7 +35,7 @@ from .options import (
     resolve_model,
 )
 from .output import console, print_json
-from .unmeasured import explain_unmeasured, grid_figures, render
+from .unmeasured import explain_unmeasured, render
 
 
 @click.command()
@@ -176,8 +175,11 @@ def explain(
         else:
             console().print(*render(shape, hardware, batch, counts, found), sep="\n")
         return
-    candidates, layouts = _explained(registry, cost_model, counts), _layouts(registry, cost_model, counts)
-    notes = [*notes, *_in_parts(candidates)]
+    candidates, layouts = (
+        rank(registry.kernels, cost_model, counts),
+        weigh_layouts(registry.kernels, cost_model, counts),
+    )
+    notes = [*notes, *in_parts(candidates)]
     if as_json:
         about = {"model": shape.label, "dtype": shape.dtype, "device": hardware.name, "batch": batch, "form": form}
         stages = {"stages": cost_model.covered, "measured": list(cost_model.measured)}
@@ -185,54 +187,3 @@ def explain(
         print_json(about | {"figures": "predicted"} | stages | {"notes": notes, "histogram": counts.tolist()} | found)
     else:
         console().print(*tables.explanation(cost_model, batch, counts, candidates[:top], layouts, notes), sep="\n")
-
-
-def _explained(registry: Registry, model: CostModel, histogram: IntArray) -> list[dict[str, Any]]:
-    """Every candidate with its prediction and what the model sees of it, the fastest first. `launches`: in how many a
-    layer computes the batch, since one takes no more tokens than `max_tokens`; None if any number."""
-    prediction, tokens = model.predict(histogram), -(-int(histogram.sum()) // model.shape.top_k)
-    rows = []
-    for i in np.argsort(prediction.us, kind="stable").tolist():
-        candidate = model.candidates[i]
-        most = most_tokens(registry.kernel(candidate.kernel), candidate.config, model.shape)
-        rows.append(
-            {
-                "kernel": candidate.kernel,
-                "config": candidate.config.name,
-                "predicted_us": float(prediction.us[i]),
-                "extrapolated": bool(prediction.extrapolated[i]),
-                "gemms": grid_figures(candidate.config, histogram, model.hardware.num_sms),
-                "max_tokens": most,
-                "launches": 1 if most is None else max(1, -(-tokens // most)),
-            }
-        )
-    return rows
-
-
-def _in_parts(candidates: list[dict[str, Any]]) -> list[str]:
-    """What is to be said of kernels that take the batch in several launches."""
-    most: dict[str, int] = {}
-    for c in candidates:
-        if c["launches"] > 1:
-            most[c["kernel"]] = max(c["max_tokens"], most.get(c["kernel"], 0))
-    return [f"{kernel} takes up to {n:,} tokens in one launch; the batch runs in parts" for kernel, n in most.items()]
-
-
-def _layouts(registry: Registry, model: CostModel, histogram: IntArray) -> dict[str, Any]:
-    """What one copy of the weights serves, what two do, and the predicted time that the second copy gains: fractions of
-    that with two, for this batch and on average over the batches that the layouts are weighed on."""
-    names = sorted({c.kernel for c in model.candidates})
-    kernels, batches = [registry.kernel(name) for name in names], weighed_batches(model)
-    weighed, here = (kernel_times(model, names, h) for h in (batches, histogram[None]))
-    one, two = (choose_layouts(model.shape, kernels, copies, weighed) for copies in (1, 2))
-
-    def gain(us: FloatArray) -> float:
-        with_one, with_two = (us[:, [names.index(k) for k in c.kernels]].min(1) for c in (one, two))
-        return float((with_one / with_two).mean() - 1)
-
-    return {
-        "one_copy": asdict(one),
-        "two_copies": asdict(two),
-        "gain_of_second": {"this_batch": gain(here), "weighed": gain(weighed)},
-        "weighed": {"batches": len(batches), "profiled": model.histograms is not None},
-    }

@@ -9,6 +9,7 @@ from rich.console import RenderableType
 from rich.markup import escape
 
 from ..cost_model.regions import analyse
+from ..dispatch.explanation import grid_figures
 from ..errors import KernelError, describe
 from ..registry.registry import Registry
 from ..spec.hardware import Hardware
@@ -18,21 +19,6 @@ from ..spec.routing import IntArray
 from ..spec.shapes import MoEShape
 from . import tables
 from .listing import describe_kernel
-
-
-def grid_figures(config: KernelConfig, histogram: IntArray, num_sms: int) -> list[dict[str, Any]]:
-    """What each GEMM of a configuration launches for a batch."""
-    return [
-        {
-            "token_block": g.block_m,
-            "m_tiles": int(g.m_tiles(histogram)),
-            "ctas": int(g.logical(histogram)),
-            "waves": int(g.waves(histogram, num_sms)),
-            "tail_utilisation": float(g.tail_utilisation(histogram, num_sms)),
-            "padding_waste": float(g.padding_waste(histogram)),
-        }
-        for g in config.gemms
-    ]
 
 
 def explain_unmeasured(

@@ -1,6 +1,6 @@
 """Layers that run with torch. Importing this imports no torch; using it does."""
 
-from .layer import MoELayer
+from .layer import LayerRuntime
 from .relayout import relayout
 
-__all__ = ["MoELayer", "relayout"]
+__all__ = ["LayerRuntime", "relayout"]

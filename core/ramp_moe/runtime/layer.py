@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import copy
 import weakref
-from collections.abc import Callable, Hashable, Mapping, Sequence
+from collections.abc import Hashable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from ..cost_model.model import Candidate, CostModel
 from ..dispatch.weight_layouts import choose_layouts, kernel_times, weighed_batches, why_not_served
-from ..errors import HardwareError, KernelError, RampMoEError, RoutingError, ShapeError
+from ..errors import HardwareError, KernelError, RampMoEError, ShapeError
 from ..spec.hardware import Hardware
 from ..spec.kernel import KernelConfig, layouts_of, most_tokens, usable_configs
 from ..spec.launchable import Batch, LaunchableKernel, MoEWeights, Workspace, kernel_ids
@@ -27,34 +27,29 @@ if TYPE_CHECKING:
     from .graphs.capture import GraphDispatch, Plan
     from .protocols import Owner
 
-Router = Callable[["Tensor"], "tuple[Tensor, Tensor]"]
 
+class LayerRuntime:
+    """Runs one MoE layer's weights: chooses kernel and configuration for every batch, and launches them.
 
-class MoELayer:
-    """Computes one MoE layer, choosing kernel and configuration for every batch.
+    `MoELayer` is this as a module, and finds by itself what is given here. The options are those of `DispatchOptions`.
 
-    With a cost model the choice follows the batch's expert histogram, read back from the device: one host
-    synchronisation a call; but for batch sizes for which that is predicted to gain less than `read_back_us`, where it
-    follows the size alone. Without a model so it does always: the first kernel's static default.
+    With a cost model an eager batch's choice follows its expert histogram, read back from the device: one host
+    synchronisation per call. If that is predicted to gain less than `host_sync_us`, the batch size alone decides.
+    Without a model the batch size always decides: the first kernel's static default.
 
-    In a CUDA graph the choice is made on the device at every replay: `warm_up` finds the candidates that win at a batch
+    In a CUDA graph the choice is made on the device at every replay. `warm_up` finds the candidates that win at a batch
     size, checks them, and says how they are dispatched to (`graphs.capture.Plan`).
 
-    kernels: launchable kernels by preference; those that cannot take the weights, or that read no layout in which they
-    are held, are dropped, and `dropped` says why. So it does of kernels, and of single candidates, that later fail.
-    copies: in how many layouts the weights may be held. In which, `layouts` says: those whose kernels are predicted to
-    lose least, on the batches of the cost model's profile where they are at hand; without a model those that serve the
-    kernels in their order.
-    router: hidden states `[T, H]` -> (topk_ids int32 `[T, k]`, topk_weights float32 `[T, k]`), for `forward_hidden`.
-    checked: read the ids back and raise RoutingError for one out of range, instead of skipping it.
-    ranks: over how many the experts are spread, these being one rank's (expert parallelism): batch sizes are then of
-    tokens whose top_k ids are of all ranks' experts.
-    read_back_us: microseconds that reading the histogram back takes. 0: it is always read. inf: it never is.
-    mode: of dispatch in graphs, one of `graphs.capture.MODES`; the cheapest that this machine has where None.
+    kernels: by preference. One that cannot take the weights, or reads no layout in which they are held, is dropped, and
+    `dropped` says why. So is a kernel, or a single candidate, that later fails.
+    copies: `layouts` says in which layouts the weights are held. With a cost model they are those whose kernels are
+    predicted to lose least on the batches of its profile; without one, those that serve the first kernels.
+    ep_size: batch sizes are of tokens whose top_k ids are spread over the experts of all these ranks.
 
-    `held` are the weights in those layouts. A layout that the weights are not given in is a copy of gate_up
-    (`relayout`). While the layer is built, and for as long as the caller keeps the weights given, it is there beside
-    theirs: drop them, or give them in that layout.
+    `held` has the weights in those layouts. A layout other than the one given is a copy of gate_up (`relayout`), which
+    takes memory beside the caller's until the caller drops the weights. Give them in that layout to avoid it.
+
+    Raises KernelError if no kernel computes the shape here, ShapeError or HardwareError for a cost model of another.
     """
 
     def __init__(
@@ -63,19 +58,18 @@ class MoELayer:
         top_k: int,
         hardware: Hardware,
         kernels: Sequence[LaunchableKernel],
-        model: CostModel | None = None,
-        router: Router | None = None,
+        cost_model: CostModel | None = None,
         checked: bool = False,
         copies: int = 1,
         mode: str | None = None,
-        read_back_us: float = 0.0,
-        ranks: int = 1,
+        host_sync_us: float = 0.0,
+        ep_size: int = 1,
     ) -> None:
         from .torch_op import register  # torch: whoever has weights has it
 
         self.shape = weights.shape(top_k)
-        self.hardware, self.router, self.checked = hardware, router, checked
-        self.read_back_us, self.ranks = read_back_us, ranks
+        self.hardware, self.checked = hardware, checked
+        self.host_sync_us, self.ep_size = host_sync_us, ep_size
         self._device, self._dtype = weights.gate_up.device, weights.gate_up.dtype
         self.workspace = Workspace()
         self.layouts: tuple[str, ...] = ()
@@ -88,26 +82,29 @@ class MoELayer:
         self.stale: str | None = None
         """Why the weights held are not to be computed with."""
         self._kernels: dict[str, tuple[LaunchableKernel, Any]] = {}
-        if model is not None:
-            self._check(model)
+        if cost_model is not None:
+            self._check(cost_model)
         usable = self._usable(kernels)
         # A kernel that refuses the weights once they are in its layout leaves the choice of layouts to the others.
-        while usable and (refusing := self._hold(weights, usable, copies, model)):
+        while usable and (refusing := self._hold(weights, usable, copies, cost_model)):
             usable.remove(refusing)
         if not self._kernels:
             reasons = "; ".join(f"{k}: {r}" for k, r in self.dropped.items()) or "none was given"
             raise KernelError(f"no kernel can compute {self.shape.label} on {hardware.name} ({reasons})")
-        self._chooser = Chooser(self.shape, hardware, [kernel for kernel, _ in self._kernels.values()], model, ranks)
+        self.chooser = Chooser(
+            self.shape, hardware, [kernel for kernel, _ in self._kernels.values()], cost_model, ep_size
+        )
         self._most: dict[str, int | None] = {}
         """By candidate, the most tokens that it takes in one launch."""
         self._number = register(self)
         self.graphs: GraphDispatch | None = None
         safe = [name for name, (kernel, _) in self._kernels.items() if kernel.graph_safe]
-        if model is not None and safe and self._device.type == "cuda":
+        if cost_model is not None and safe and self._device.type == "cuda":
             from .graphs.capture import GraphDispatch
 
             fixed = {name for name in safe if not self._kernels[name][0].switchable}
-            self.graphs = GraphDispatch(self, next(iter(self.held)), model.restrict(safe), top_k, mode, fixed, ranks)
+            known = cost_model.restrict(safe)
+            self.graphs = GraphDispatch(self, next(iter(self.held)), known, top_k, mode, fixed, ep_size)
 
     def _usable(self, kernels: Sequence[LaunchableKernel]) -> list[LaunchableKernel]:
         """Those that say that they can compute the shape here; the others are dropped."""
@@ -125,13 +122,13 @@ class MoELayer:
         return list(usable.values())
 
     def _hold(
-        self, weights: MoEWeights, usable: Sequence[LaunchableKernel], copies: int, model: CostModel | None
+        self, weights: MoEWeights, usable: Sequence[LaunchableKernel], copies: int, cost_model: CostModel | None
     ) -> LaunchableKernel | None:
         """Choose the layouts, and prepare the kernels that read one of them; or a kernel that refuses the weights."""
         times = None
-        if model is not None:
+        if cost_model is not None:
             names = [k.name for k in usable]
-            times = kernel_times(model.restrict(names), names, weighed_batches(model))
+            times = kernel_times(cost_model.restrict(names), names, weighed_batches(cost_model))
         chosen = choose_layouts(self.shape, usable, copies, times, weights.layout)
         from .update import prepare  # torch
 
@@ -160,13 +157,13 @@ class MoELayer:
         }
         return None
 
-    def _check(self, model: CostModel) -> None:
+    def _check(self, cost_model: CostModel) -> None:
         """Raises ShapeError or HardwareError for a model of another shape or GPU."""
-        if model.shape != self.shape:
-            raise ShapeError(f"the cost model is for {model.shape.slug}, the weights are {self.shape.slug}")
-        if model.hardware != self.hardware:
+        if cost_model.shape != self.shape:
+            raise ShapeError(f"the cost model is for {cost_model.shape.slug}, the weights are {self.shape.slug}")
+        if cost_model.hardware != self.hardware:
             raise HardwareError(
-                f"the cost model was fitted on {model.hardware.name}, the layer is on {self.hardware.name}"
+                f"the cost model was fitted on {cost_model.hardware.name}, the layer is on {self.hardware.name}"
             )
 
     def update(self, weights: MoEWeights) -> None:
@@ -181,6 +178,11 @@ class MoELayer:
 
         update(self, weights)
 
+    @property
+    def kernels(self) -> Mapping[str, LaunchableKernel]:
+        """By name, in the order of preference."""
+        return {name: kernel for name, (kernel, _) in self._kernels.items()}
+
     def kernel(self, name: str) -> tuple[LaunchableKernel, Any]:
         """The kernel of this name, and what it prepared of the weights."""
         return self._kernels[name]
@@ -194,16 +196,16 @@ class MoELayer:
         """The kernel and configuration that `forward` would launch for this batch."""
         if _capturing(batch.topk_ids):
             return self._blind(batch.num_tokens)
-        if known := self._chooser.settled(batch.num_tokens, self.read_back_us):
+        if known := self.chooser.choice_by_batch_size(batch.num_tokens, self.host_sync_us):
             return known
         histogram = expert_histogram(_in_range(batch, self.shape.num_experts), self.shape.num_experts)
-        return self._chooser.by_histogram(batch.num_tokens, histogram)
+        return self.chooser.by_histogram(batch.num_tokens, histogram)
 
     def _blind(self, num_tokens: int) -> Candidate:
         """The choice for a batch size alone: the best single one if a graph was planned for it, else the chooser's."""
         if self.graphs is not None and num_tokens in self.graphs.plans:
             return self.graphs.plans[num_tokens].bodies[0]
-        return self._chooser.by_size(num_tokens, self.read_back_us)
+        return self.chooser.by_size(num_tokens, self.host_sync_us)
 
     def warm_up(self, num_tokens: int, dtype: torch.dtype) -> Plan | None:
         """Run, on the current stream, what a capture of `num_tokens` would launch, so that everything is compiled and
@@ -320,9 +322,9 @@ class MoELayer:
         found = moe(hidden_states, topk_ids, topk_weights, self._number, valid)
         return found if out is None else out.copy_(found)
 
-    def __deepcopy__(self, memo: dict[int, Any]) -> MoELayer:
+    def __deepcopy__(self, memo: dict[int, Any]) -> LayerRuntime:
         """Raises KernelError on a GPU, and if something that a kernel keeps has no copy."""
-        refusal = "a layer cannot be copied here ({}); ramp_moe.unwrap a wrapped model first"
+        refusal = "a layer cannot be copied here ({}); build another, or ramp_moe.unwrap a wrapped model first"
         if self._device.type == "cuda":
             raise KernelError(refusal.format("on a GPU kernels and graphs hold addresses of its weights"))
         found = memo[id(self)] = object.__new__(type(self))
@@ -338,12 +340,6 @@ class MoELayer:
         from .torch_op import register
 
         self.__dict__.update(state, _number=register(self))
-
-    def forward_hidden(self, hidden_states: Tensor) -> Tensor:
-        """The whole layer, routing included. Raises RoutingError where the layer has no router."""
-        if self.router is None:
-            raise RoutingError("the layer was built without a router; call forward with top-k ids and weights")
-        return self(hidden_states, *self.router(hidden_states))
 
     def launch(self, candidate: Candidate, batch: Batch, out: Tensor, most: int | None = None) -> None:
         """Run one candidate, whatever the dispatcher would have chosen: in parts if the batch has more tokens than it
@@ -365,7 +361,7 @@ class MoELayer:
         """Choose a candidate no more, in eager batches and in graphs that are planned from now on; `dropped` says why.
         Returns what is dropped, which after several failures is its kernel; None if it is the last one, which stays
         unless its output is wrong."""
-        name = self._chooser.drop(candidate, even_last=wrong)
+        name = self.chooser.drop(candidate, even_last=wrong)
         if name is not None:
             self.dropped.setdefault(name, reason)
             if self.graphs is not None:

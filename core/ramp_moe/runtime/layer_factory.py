@@ -6,7 +6,8 @@ import copy
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING
+from pathlib import Path
+from typing import TYPE_CHECKING, cast
 
 from ..cost_model.model import CostModel
 from ..dispatch.load_model import load_model
@@ -14,11 +15,12 @@ from ..dispatch.profile_store import ProfileStore
 from ..dispatch.weight_layouts import choose_layouts, kernel_times, weighed_batches
 from ..errors import HardwareError, KernelError, ProfileError
 from ..registry.detect import detect
-from ..registry.registry import get_registry
+from ..registry.registry import Registry, get_registry
 from ..spec.hardware import Hardware
 from ..spec.launchable import LaunchableKernel, MoEWeights, Workspace
 from ..spec.shapes import MoEShape
-from .layer import MoELayer
+from .layer import LayerRuntime
+from .options import DispatchOptions
 
 if TYPE_CHECKING:
     import torch
@@ -26,8 +28,8 @@ if TYPE_CHECKING:
 UNMEASURED = "triton"
 """Of kernels that nothing is known of, the one to run: it takes any layout, and needs nothing but Triton."""
 INTERPRET = "TRITON_INTERPRET"
-READ_BACK_US = 300.0
-"""Of a layer in a model: meanwhile the host launches nothing of what comes after, and the GPU then waits for it. A
+HOST_SYNC_US = 300.0
+"""Default on a GPU. While the host waits it launches nothing of what comes after, and the GPU then waits for it. A
 development run, which has no file here, lost 0.4 to 0.5 ms a layer so: OLMoE, eager, on an H200."""
 
 
@@ -41,40 +43,48 @@ class Plan:
 
 
 class Builder:
-    """Makes layers of weights. device: name of the hardware, or `auto`. copies: see `MoELayer`. What a person should
-    know of them gathers in `notes`.
+    """Makes layers of weights. device: name of the hardware, or `auto`. `notes` gathers what a person should know of
+    the layers.
 
-    Raises HardwareError for weights on a device that nothing runs on, UnknownNameError for a device that nobody
-    registered, KernelError where no kernel takes the weights, ProfileError for a profile that is damaged.
+    Raises HardwareError for weights on a device that nothing runs on, UnknownNameError for a device or a kernel that
+    nobody registered, KernelError if no kernel takes the weights, ProfileError for a profile that is damaged.
     """
 
-    def __init__(self, device: str = "auto", copies: int = 1) -> None:
-        self.device, self.copies = device, copies
+    def __init__(self, device: str = "auto", options: DispatchOptions | None = None) -> None:
+        self.device, self.options = device, options or DispatchOptions()
         self.notes: list[str] = []
         self._plans: dict[tuple[MoEShape, torch.device], Plan] = {}
         self._workspaces: dict[torch.device, Workspace] = {}
 
-    def layer(self, weights: MoEWeights, top_k: int, ranks: int = 1) -> MoELayer:
-        """A layer of the weights, which are used as they are where a kernel reads them so. ranks: see `MoELayer`."""
+    def layer(self, weights: MoEWeights, top_k: int, ep_size: int | None = None) -> LayerRuntime:
+        """Make a layer of the weights, which are not copied if a kernel reads them as they are.
+
+        ep_size: that of the options if None.
+        """
+        options = self.options
         shape, device = weights.shape(top_k), weights.gate_up.device
         plan = self._plans.get((shape, device))
         first = plan is None
         if plan is None:
             plan = self._plan(shape, self._hardware(device))
-        wait = READ_BACK_US if device.type == "cuda" else 0.0
-        found = MoELayer(
+        wait = options.host_sync_us
+        if wait is None:
+            wait = HOST_SYNC_US if device.type == "cuda" else 0.0
+        found = LayerRuntime(
             weights,
             top_k,
             plan.hardware,
             plan.kernels,
             plan.model,
-            copies=self.copies,
-            read_back_us=wait,
-            ranks=ranks,
+            checked=options.checked,
+            copies=options.copies,
+            mode=options.mode,
+            host_sync_us=wait,
+            ep_size=options.ep_size if ep_size is None else ep_size,
         )
         found.workspace = self._workspaces.setdefault(device, Workspace())
         if first:
-            self._plans[shape, device] = self._settled(plan, found)
+            self._plans[shape, device] = self._shared(plan, found)
         return found
 
     def _hardware(self, device: torch.device) -> Hardware:
@@ -97,31 +107,54 @@ class Builder:
         return get_registry().device(self.device)
 
     def _plan(self, shape: MoEShape, hardware: Hardware) -> Plan:
-        """All kernels that run here, and what is recorded of them."""
+        """The kernels that run here, of those asked for, and what is recorded of them."""
         registry = copy.copy(get_registry())
-        kernels = [k for k in registry.kernels.values() if isinstance(k, LaunchableKernel)]
+        kernels = self._asked_for(registry)
         usable = [k for k in kernels if not (k.unsupported(shape, hardware) or k.unavailable())]
         if not usable:
             reasons = "; ".join(f"{k.name}: {k.unsupported(shape, hardware) or k.unavailable()}" for k in kernels)
-            raise KernelError(f"no kernel can compute {shape.slug} on {hardware.name} ({reasons})")
+            raise KernelError(f"no kernel can compute {shape.slug} on {hardware.name} ({reasons or 'none was named'})")
+        if self.options.cost_model is not None:
+            return self._known(hardware, usable, self.options.cost_model)
         registry.kernels = {k.name: k for k in usable}
-        store = ProfileStore(shipped=registry.profile_dirs)
+        store = ProfileStore([Path(p) for p in self.options.profiles], registry.profile_dirs)
+        if self.options.profiles:
+            store.check(registry.kernels, shape, hardware)
         try:
             model, notes = load_model(registry, store, named(shape), hardware)
         except ProfileError:
             if any(store.find(k.name, shape, hardware) for k in usable):
                 raise  # there is a profile, and something is wrong with it
-            static = sorted(usable, key=lambda k: k.name != UNMEASURED)
             self.notes.append(
                 f"nothing was measured in {shape.dtype} on {hardware.name}: the batch size alone decides; measure with "
                 f"`ramp-moe profile --model {named(shape).label} --dtype {shape.dtype}`"
             )
-            return Plan(hardware, static[:1], None)
+            if self.options.kernels is None:
+                usable = sorted(usable, key=lambda k: k.name != UNMEASURED)[:1]
+            return Plan(hardware, usable, None)
         self.notes += notes
-        known = {c.kernel for c in model.candidates}
-        return Plan(hardware, [k for k in usable if k.name in known], model)
+        return self._known(hardware, usable, model)
 
-    def _settled(self, plan: Plan, first: MoELayer) -> Plan:
+    def _asked_for(self, registry: Registry) -> list[LaunchableKernel]:
+        if self.options.kernels is None:
+            return [k for k in registry.kernels.values() if isinstance(k, LaunchableKernel)]
+        found = [registry.kernel(k) if isinstance(k, str) else k for k in self.options.kernels]
+        if strays := [k for k in found if not isinstance(k, LaunchableKernel)]:
+            name = getattr(strays[0], "name", repr(strays[0])[:60])
+            raise KernelError(f"{name} is no kernel that can be launched; `ramp-moe kernels` lists those that can")
+        return cast("list[LaunchableKernel]", found)
+
+    def _known(self, hardware: Hardware, usable: list[LaunchableKernel], model: CostModel) -> Plan:
+        """The kernels that the model predicts."""
+        known = {c.kernel for c in model.candidates}
+        if not (kernels := [k for k in usable if k.name in known]):
+            raise KernelError(
+                f"the cost model predicts {', '.join(sorted(known))}, none of which is among the kernels that run here "
+                f"({', '.join(k.name for k in usable)}); give a model of these, or leave it out"
+            )
+        return Plan(hardware, kernels, model)
+
+    def _shared(self, plan: Plan, first: LayerRuntime) -> Plan:
         """What the first layer of a shape made of its plan, for the others: nothing is decided twice, and a model that
         needs no further restriction is one object, which shares what is derived from it."""
         self.notes += [f"{kernel} left out: {reason}" for kernel, reason in first.dropped.items()]
@@ -134,13 +167,14 @@ class Builder:
 
     def _gain(self, model: CostModel, shape: MoEShape, kernels: Sequence[LaunchableKernel]) -> str | None:
         """What one more copy of the weights would gain; None where it is nothing."""
+        copies = self.options.copies
         times = kernel_times(model, [k.name for k in kernels], weighed_batches(model))
-        now, then = (choose_layouts(shape, kernels, copies, times) for copies in (self.copies, self.copies + 1))
+        now, then = (choose_layouts(shape, kernels, n, times) for n in (copies, copies + 1))
         gain = (1 + now.loss) / (1 + then.loss) - 1
         if gain < 0.001:
             return None
         return (
-            f"copies={self.copies + 1} would hold the weights in {' and '.join(then.layouts)}, "
+            f"copies={copies + 1} would hold the weights in {' and '.join(then.layouts)}, "
             f"{(then.bytes - now.bytes) / 2**20:,.0f} MiB more a layer, for a predicted gain of {gain:.1%}"
         )
 

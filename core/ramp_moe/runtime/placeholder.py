@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from torch.nn import Module
 
     from ..registry.experts_adapter import ExpertsAdapter
-    from .layer import MoELayer
+    from .layer import LayerRuntime
 
 aten = torch.ops.aten
 ALL = slice(None)
@@ -43,7 +43,7 @@ class Source:
     the adapter gives. memory: the module's own memory if the layer reads that, but holds something else besides.
     """
 
-    layer: MoELayer
+    layer: LayerRuntime
     adapter: ExpertsAdapter
     module: weakref.ref[Module]
     name: str

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from torch.nn import Module
 
     from ..registry.experts_adapter import ExpertsAdapter
-    from .layer import MoELayer
+    from .layer import LayerRuntime
 
 
 def _function(kind: type[Tensor]) -> Any:
@@ -28,7 +28,7 @@ def _function(kind: type[Tensor]) -> Any:
 FUNCTIONS = (_function(Tensor), _function(torch.nn.Parameter))
 
 
-def check(module: Module, adapter: ExpertsAdapter, own: MoELayer | None = None) -> None:
+def check(module: Module, adapter: ExpertsAdapter, own: LayerRuntime | None = None) -> None:
     """Raises KernelError with the reason why the module's tensors cannot be a layer's. own: the layer that some are
     placeholders of already."""
     if hook := next(_offloading(getattr(module, HOOK, None)), None):

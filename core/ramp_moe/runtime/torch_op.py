@@ -5,7 +5,7 @@ The operator takes the layer's number, as operators take tensors and numbers alo
 one compiled block is to serve the layers of several modules, torch takes the number for a part of the program unless
 `torch._dynamo.config.allow_unspec_int_on_nn_module` is set, and compiles the block once for each.
 
-With `mode="reduce-overhead"` call `MoELayer.warm_up` for the batch sizes first: torch captures what the operator
+With `mode="reduce-overhead"` call `LayerRuntime.warm_up` for the batch sizes first: torch captures what the operator
 launches, and the device then chooses at every replay. Without it such a graph holds the choice of a run before it.
 """
 
@@ -40,7 +40,7 @@ def register(layer: Layer, number: int | None = None) -> int:
     schema="(Tensor hidden_states, Tensor topk_ids, Tensor topk_weights, SymInt layer, Tensor? num_valid) -> Tensor",
 )
 def moe(hidden_states: Tensor, topk_ids: Tensor, topk_weights: Tensor, layer: int, num_valid: Tensor | None) -> Tensor:
-    """`MoELayer.forward` of the layer of this number. Raises what that does, and KernelError for one that is gone."""
+    """`LayerRuntime.forward` of the layer of this number. Raises what that does; KernelError if the layer is gone."""
     found: Layer | None = _layers.get(layer)
     if found is None:
         raise KernelError(f"MoE layer {layer} is gone; keep it for as long as what was compiled with it runs")

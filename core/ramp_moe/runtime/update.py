@@ -28,7 +28,7 @@ FIELDS = ("gate_up", "down", "gate_up_scale", "down_scale", "gate_up_bias", "dow
 
 
 def update(layer: Holding, weights: MoEWeights) -> None:
-    """Have `layer` compute with `weights` from now on; see `MoELayer.update`."""
+    """Have `layer` compute with `weights` from now on; see `LayerRuntime.update`."""
     check_fits(layer.held[0], weights)
     with writing(layer):
         for name in FIELDS:

@@ -12,8 +12,9 @@ from ..errors import KernelError, RampMoEError, RoutingError
 from ..measurements.trace import write_batches
 from ..registry.experts_adapter import ExpertsAdapter
 from ..registry.registry import get_registry
-from .layer import MoELayer
+from .layer import LayerRuntime
 from .layer_factory import Builder, named
+from .options import DispatchOptions
 from .wrapped_experts import RoutedExperts, experts_of
 
 if TYPE_CHECKING:
@@ -41,7 +42,7 @@ class Wrapped:
             unwrap(self.model)
 
     @property
-    def layers(self) -> dict[str, MoELayer]:
+    def layers(self) -> dict[str, LayerRuntime]:
         return {name: experts.layer for name, experts in self.experts.items()}
 
     def __str__(self) -> str:
@@ -54,7 +55,7 @@ class Wrapped:
         return "\n".join([*lines, *(f"note: {note}" for note in self.notes)])
 
     def warm_up(self, num_tokens: int, dtype: torch.dtype) -> None:
-        """`MoELayer.warm_up` of every layer, before CUDA graphs of so many tokens are captured."""
+        """`LayerRuntime.warm_up` of every layer, before CUDA graphs of so many tokens are captured."""
         for experts in self.experts.values():
             experts.layer.warm_up(num_tokens, experts.taken(dtype))
 
@@ -120,7 +121,7 @@ def wrap(model: Module, *adapters: ExpertsAdapter, device: str = "auto", copies:
     if strays := [adapter for adapter in adapters if not isinstance(adapter, ExpertsAdapter)]:
         raise KernelError(f"an adapter is a ramp_moe.Experts, or another ExpertsAdapter, not {strays[0]!r:.60}")
     found = _find(model, [*adapters, *get_registry().experts.values()])
-    builder, done = Builder(device, copies), dict[str, RoutedExperts]()
+    builder, done = Builder(device, DispatchOptions(copies=copies)), dict[str, RoutedExperts]()
     devices = {str(tensor.device) for _, module, _ in found for tensor in module.parameters()}
     if len(devices) > 1:
         raise KernelError(f"the experts' weights lie on {', '.join(sorted(devices))}; wrap a model on one device")
@@ -174,7 +175,10 @@ def _undone(model: Module) -> Iterator[None]:
 def _remove(model: Module, kept: Collection[int] = ()) -> bool:
     """Whether something was wrapped. The last one goes first: modules may share what `install` changed. kept: ids of
     modules that stay wrapped."""
-    wrapped = [(name, m) for name, m in model.named_modules() if experts_of(m) and id(m) not in kept]
+    from .module import MoELayer  # torch
+
+    every = [(name, m) for name, m in model.named_modules() if not isinstance(m, MoELayer)]
+    wrapped = [(name, m) for name, m in every if experts_of(m) and id(m) not in kept]
     for name, module in reversed(wrapped):
         experts = experts_of(module)
         assert experts is not None

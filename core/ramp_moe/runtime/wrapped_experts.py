@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from torch import Tensor
     from torch.nn import Module
 
-    from .layer import MoELayer
+    from .layer import LayerRuntime
     from .layer_factory import Builder
 
 KEY = "_ramp_moe"
@@ -38,7 +38,7 @@ class RoutedExperts:
         self.adapter, self.top_k = adapter, top_k
         self.recorded: list[tuple[int, Tensor]] | None = None
         """Tokens and expert histogram int64 `[num_experts]` of each batch, on the device, while something records."""
-        self._builder, self._module = builder, weakref.ref(module)
+        self.builder, self._module = builder, weakref.ref(module)
         self._tensors: dict[str, Tensor] = {}
         """By field of MoEWeights, the module's, from `take` to `give_back`."""
         self._expected: list[tuple[str | None, str, Tensor, Any]] = []
@@ -50,12 +50,30 @@ class RoutedExperts:
     def __call__(self, hidden_states: Tensor, topk_ids: Tensor, topk_weights: Tensor) -> Tensor:
         """The weighted sum of the experts `[T, H]` in the dtype of hidden_states `[T, H]`, any float, which the layer
         takes in the dtype of its weights, as Transformers does: topk_ids `[T, k]` int32 or int64, where num_experts and
-        -1 are skipped, topk_weights `[T, k]` of any float. Raises what `MoELayer.forward` does; KernelError in a
+        -1 are skipped, topk_weights `[T, k]` of any float. Raises what `LayerRuntime.forward` does; KernelError in a
         backward pass, and if the module's tensors have become such that no layer can be made of them."""
         import torch
 
         if topk_ids.is_floating_point() or topk_ids.is_complex() or topk_ids.dtype == torch.bool:
             raise RoutingError(f"topk_ids are {topk_ids.dtype}, not integers; a route gives (topk_ids, topk_weights)")
+        x = hidden_states.to(self.taken(hidden_states.dtype)).contiguous()
+        ids = topk_ids
+        if ids.dtype != torch.int32:
+            ids = kernel_ids(ids.long(), self.layer.shape.num_experts, None)
+        return self.run(x, ids.contiguous(), topk_weights.float().contiguous()).to(hidden_states.dtype)
+
+    def run(
+        self,
+        hidden_states: Tensor,
+        topk_ids: Tensor,
+        topk_weights: Tensor,
+        out: Tensor | None = None,
+        num_valid: Tensor | int | None = None,
+    ) -> Tensor:
+        """`LayerRuntime.forward` with the weights that the module has now. Raises KernelError in a backward pass, too,
+        and if the module's tensors have become such that no layer can be made of them."""
+        import torch
+
         layer = self.layer
         if not torch.compiler.is_compiling():
             layer = self.current()
@@ -63,10 +81,7 @@ class RoutedExperts:
             trains = torch.is_grad_enabled() and any(p.requires_grad for p in self._tensors.values())
             if trains and not hidden_states.requires_grad:
                 hidden_states = hidden_states.detach().requires_grad_()  # their gradients, too, are refused
-        x = hidden_states.to(self.taken(hidden_states.dtype)).contiguous()
-        ids = topk_ids if topk_ids.dtype == torch.int32 else kernel_ids(topk_ids.long(), layer.shape.num_experts, None)
-        ids = ids.contiguous()
-        return layer(x, ids, topk_weights.float().contiguous()).to(hidden_states.dtype)
+        return layer(hidden_states, topk_ids, topk_weights, out, num_valid)
 
     def taken(self, dtype: torch.dtype) -> torch.dtype:
         """The dtype in which the layer takes hidden states of this one: its weights', or bf16 if fp8 weights come with
@@ -135,7 +150,7 @@ class RoutedExperts:
         _plain_in_state_dict(module, remove=True)
         module.__dict__.pop(KEY, None)
 
-    def current(self) -> MoELayer:
+    def current(self) -> LayerRuntime:
         """The layer, once the module's tensors are known to be those that it is of. Raises RampMoEError with the reason
         if they are others, of which no layer can be made."""
         module = self._module()
@@ -146,13 +161,13 @@ class RoutedExperts:
                 return self._renewed(module, name)
         return self.layer if self._expected else self._renewed(module)
 
-    def _renewed(self, module: Module, name: str = "") -> MoELayer:
+    def _renewed(self, module: Module, name: str = "") -> LayerRuntime:
         import torch
 
         from .refusals import check
         from .torch_op import register
 
-        what = f"{name or 'a weight'} of {type(module).__name__} is another than when it was wrapped"
+        what = f"{name or 'a weight'} of {type(module).__name__} is another than the layer was made of"
         if torch.cuda.is_available() and torch.cuda.is_current_stream_capturing():
             raise KernelError(f"{what}; run the model once before it is captured")
         number = self.layer._number
@@ -162,8 +177,9 @@ class RoutedExperts:
             self._build(module)
             self.take(module)
         except Exception as e:
+            remedy = "; ramp_moe.unwrap(model) computes with it as it is" if self._installed else ""
             why = str(e) if isinstance(e, RampMoEError) else f"{type(e).__name__}: {e}"
-            raise KernelError(f"{what}: {why}; ramp_moe.unwrap(model) computes with it as it is") from e
+            raise KernelError(f"{what}: {why}{remedy}") from e
         self.layer._number = register(self.layer, number)
         return self.layer
 
@@ -173,7 +189,7 @@ class RoutedExperts:
         check(module, self.adapter)
         weights = self.adapter.weights(module)
         self._layout = weights.layout
-        self.layer = self._builder.layer(weights, self.top_k)
+        self.layer = self.builder.layer(weights, self.top_k)
 
     def _record(self, topk_ids: Tensor) -> None:
         import torch
@@ -211,7 +227,7 @@ class RoutedExperts:
         return found
 
     def __reduce_ex__(self, protocol: Any) -> NoReturn:
-        raise KernelError("a wrapped model cannot be pickled; save its state_dict(), or ramp_moe.unwrap(model) first")
+        raise KernelError("a layer cannot be pickled; save its state_dict(), or ramp_moe.unwrap a wrapped model first")
 
 
 def experts_of(module: Module) -> RoutedExperts | None:

@@ -36,7 +36,7 @@ import torch.distributed as dist
 from ramp_moe import MoEShape, expert_histogram, generate, get_registry
 from ramp_moe.cost_model.model import Candidate
 from ramp_moe.profiler.bench import random_weights
-from ramp_moe.runtime.layer import MoELayer
+from ramp_moe.runtime.layer import LayerRuntime
 from ramp_moe.runtime.layer_factory import Builder
 from ramp_moe.runtime.reference import misfit
 from ramp_moe.spec.launchable import Batch
@@ -65,17 +65,17 @@ def batches(shape: MoEShape, n: int) -> Iterator[tuple[str, list[int], Batch]]:
         yield name, tokens, Batch(x.to(DEVICE), ids.to(DEVICE), scores.to(DEVICE))
 
 
-def called(layer: MoELayer, batch: Batch) -> Tensor:
+def called(layer: LayerRuntime, batch: Batch) -> Tensor:
     return layer(batch.hidden_states, batch.topk_ids, batch.topk_weights)
 
 
-def by_size(layer: MoELayer, batch: Batch) -> Candidate:
+def by_size(layer: LayerRuntime, batch: Batch) -> Candidate:
     """What the layer chooses for the number of tokens alone."""
-    layer.read_back_us, before = math.inf, layer.read_back_us
+    layer.host_sync_us, before = math.inf, layer.host_sync_us
     try:
         return layer.choose(batch)
     finally:
-        layer.read_back_us = before
+        layer.host_sync_us = before
 
 
 def run(parallel: ExpertParallel | TensorParallel, batch: Batch) -> tuple[Tensor, dict[str, Any]]:
@@ -133,7 +133,7 @@ def compare(shape: MoEShape, n: int) -> Iterator[dict[str, Any]]:
     whole = random_weights(shape, DEVICE, seed=0)  # alike on all ranks
     layers = {way: made(whole, shape.top_k, builder) for way, made in WAYS.items()}
     for parallel in layers.values():
-        parallel.layer.read_back_us = 0.0  # the histogram decides, even where its gain is less than reading it takes
+        parallel.layer.host_sync_us = 0.0  # the histogram decides, even where its gain is less than reading it takes
     one = builder.layer(whole, shape.top_k) if rank == 0 else None
     if one is not None:
         print(*(f"note: {note}" for note in builder.notes), sep="\n", flush=True)

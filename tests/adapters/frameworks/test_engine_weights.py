@@ -10,7 +10,7 @@ import pytest
 import torch
 from moe_cases import H200, batch, error, expected, weights
 from ramp_moe import KernelError, RampMoEError, ShapeError
-from ramp_moe.runtime.layer import MoELayer
+from ramp_moe.runtime.layer import LayerRuntime
 from ramp_moe.runtime.placeholder import Placeholder
 from ramp_moe.spec.launchable import Batch, MoEWeights
 from ramp_moe_adapters.frameworks import engine_weights
@@ -70,7 +70,7 @@ def drawn(dtype: str = "fp16") -> tuple[MoEWeights, MoEWeights]:
 def made(kernel: str, given: MoEWeights) -> tuple[Engine, Parameters]:
     engine = Engine(given)
     of = {name: t.detach() for name, t in engine.tensors.items()}
-    layer = MoELayer(replace(given, **of), K, H200, [KERNELS[kernel]()])
+    layer = LayerRuntime(replace(given, **of), K, H200, [KERNELS[kernel]()])
     return engine, Parameters(engine, layer, engine.tensors)
 
 
@@ -164,7 +164,7 @@ def test_an_exchange_that_fails_leaves_all_as_it_was(step: int, monkeypatch: pyt
     old, _ = drawn()
     engine = Engine(old)
     places = {name: t.data_ptr() for name, t in engine.tensors.items()}
-    layer = MoELayer(old, K, H200, [Interleaved()])
+    layer = LayerRuntime(old, K, H200, [Interleaved()])
     calls, become = [], engine_weights.become
 
     def failing(t: Tensor, new: Tensor) -> None:

@@ -21,7 +21,7 @@ pytest.importorskip("sglang.srt.layers.moe.moe_runner")
 import torch
 from moe_cases import batch, error, expected, weights
 from ramp_moe import KernelError
-from ramp_moe.runtime.layer import MoELayer
+from ramp_moe.runtime.layer import LayerRuntime
 from ramp_moe.runtime.layer_factory import Builder
 from ramp_moe.runtime.placeholder import Placeholder
 from ramp_moe.runtime.relayout import relayout
@@ -67,8 +67,8 @@ def stock(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
     return calls
 
 
-def layer_of(experts: Experts) -> MoELayer:
-    layer: MoELayer = experts.runner.runner_core._parameters.layer
+def layer_of(experts: Experts) -> LayerRuntime:
+    layer: LayerRuntime = experts.runner.runner_core._parameters.layer
     return layer
 
 
@@ -209,7 +209,7 @@ def test_weights_are_sglangs_where_their_order_will_do(builder: Builder, stock: 
 class UpFirst(Builder):
     """As where kernels that want another order of rows are predicted to be faster."""
 
-    def layer(self, weights: MoEWeights, top_k: int, ranks: int = 1) -> MoELayer:
+    def layer(self, weights: MoEWeights, top_k: int, ranks: int = 1) -> LayerRuntime:
         return super().layer(relayout(weights, "up-first"), top_k, ranks)
 
 
@@ -348,7 +348,7 @@ def test_a_batch_that_fails_is_left_to_sglang(
         raise raised
 
     with monkeypatch.context() as patch:
-        patch.setattr(MoELayer, "forward", fail)
+        patch.setattr(LayerRuntime, "forward", fail)
         for _ in range(2):
             experts(x)
     (said,) = [record.message for record in caplog.records if record.name == "ramp_moe"]
@@ -387,7 +387,7 @@ def test_both_reasons_are_told_if_sglang_fails_too(builder: Builder, monkeypatch
 
         return failing
 
-    monkeypatch.setattr(MoELayer, "forward", fail("ours"))
+    monkeypatch.setattr(LayerRuntime, "forward", fail("ours"))
     monkeypatch.setitem(FusedOpPool._fused_funcs, ("none", "triton"), fail("theirs"))
     monkeypatch.setattr(experts.runner.runner_core._stock, "fused_func", fail("theirs"))
     with pytest.raises(KernelError, match=r"RuntimeError: ours.*runner after it \(RuntimeError: theirs"):

@@ -14,7 +14,7 @@ from moe_cases import H200, batch, error, expected, weights
 from ramp_moe import Candidate, Hardware, KernelError
 from ramp_moe.cli import main
 from ramp_moe.cli.listing import why_unavailable
-from ramp_moe.runtime.layer import MoELayer
+from ramp_moe.runtime.layer import LayerRuntime
 from ramp_moe.runtime.relayout import relayout
 from ramp_moe.spec.kernel import LAYOUTS, usable_configs
 from ramp_moe.spec.launchable import Batch, MoEWeights, Workspace
@@ -216,10 +216,10 @@ def installed(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
 @pytest.mark.usefixtures("emulated")
 def test_a_layer_uses_it_where_it_is_installed(layer: MoEWeights, h200: Hardware, installed: Path) -> None:
     with pytest.raises(KernelError, match=r"no kernel can compute .*the package alpha_moe is missing; build"):
-        MoELayer(layer, TOP_K, h200, [KERNEL])
+        LayerRuntime(layer, TOP_K, h200, [KERNEL])
     (installed / "alpha_moe.py").touch()
     assert KERNEL.unavailable() is None
-    moe, b = MoELayer(layer, TOP_K, h200, [KERNEL]), given(9, "padded")
+    moe, b = LayerRuntime(layer, TOP_K, h200, [KERNEL]), given(9, "padded")
     check(moe(b.hidden_states, b.topk_ids, b.topk_weights), layer, b)
     none = moe(b.hidden_states[:0], b.topk_ids[:0], b.topk_weights[:0])
     assert none.shape == (0, HIDDEN)
@@ -230,7 +230,7 @@ def test_one_copy_serves_it_and_the_triton_path(layer: MoEWeights, h200: Hardwar
     (installed / "alpha_moe.py").touch()
     triton, b = TritonMoE(), given(9)
     for kernels in ([KERNEL, triton], [triton, KERNEL]):
-        moe = MoELayer(layer, TOP_K, h200, kernels)
+        moe = LayerRuntime(layer, TOP_K, h200, kernels)
         assert moe.layouts == ("gate-up-interleaved-8",)
         assert moe.dropped == {}
         for kernel in kernels:
@@ -357,7 +357,7 @@ def large_batch(tokens: int, routing: str, seed: int = 0) -> Batch:
 @pytest.mark.parametrize("routing", ["uniform", *ROUTINGS])
 @pytest.mark.parametrize("tokens", [1, 2, 8, 33, 300, 2048])
 def test_gpu_sizes_and_routings(large: MoEWeights, h200: Hardware, routing: str, tokens: int) -> None:
-    moe, b = MoELayer(large, 8, h200, [KERNEL]), large_batch(tokens, routing)
+    moe, b = LayerRuntime(large, 8, h200, [KERNEL]), large_batch(tokens, routing)
     check(moe(b.hidden_states, b.topk_ids, b.topk_weights), large, b)
 
 

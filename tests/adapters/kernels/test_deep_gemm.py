@@ -20,7 +20,7 @@ import pytest
 import torch
 from moe_cases import H200, batch, error, expected, weights
 from ramp_moe import Hardware, KernelConfig, KernelError, Registry, expert_histogram, generate
-from ramp_moe.runtime.layer import MoELayer
+from ramp_moe.runtime.layer import LayerRuntime
 from ramp_moe.runtime.relayout import relayout
 from ramp_moe.spec.kernel import usable_configs
 from ramp_moe.spec.launchable import Batch, MoEWeights, Workspace
@@ -386,7 +386,7 @@ def test_gpu_launches_and_grids(on_gpu: tuple[str, MoEWeights, Prepared]) -> Non
 @real
 def test_gpu_layer_and_threads() -> None:
     w = weights(16, 512, 384, "fp8", "cuda")
-    layers = [MoELayer(w, 4, H200, [KERNEL]) for _ in range(2)]
+    layers = [LayerRuntime(w, 4, H200, [KERNEL]) for _ in range(2)]
     wrong: list[float] = []
 
     def work(which: int) -> None:

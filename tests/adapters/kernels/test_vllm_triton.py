@@ -15,7 +15,7 @@ import torch
 from fake_vllm import FakeVllm
 from moe_cases import H200, ROUTINGS, batch, error, expected, weights
 from ramp_moe import Hardware, KernelError, MoEShape
-from ramp_moe.runtime.layer import MoELayer
+from ramp_moe.runtime.layer import LayerRuntime
 from ramp_moe.spec.kernel import usable_configs
 from ramp_moe.spec.launchable import Batch, MoEWeights, Workspace
 from ramp_moe_adapters.kernels.vllm_triton import launch as vllm_triton_launch
@@ -157,7 +157,7 @@ def test_threads_do_not_see_each_others_configuration(fake: FakeVllm, h200: Hard
 @pytest.mark.usefixtures("fake")
 def test_a_layer_uses_it(h200: Hardware) -> None:
     of, b = layer("fp8"), given(9, "padded")
-    moe = MoELayer(of, TOP_K, h200, [KERNEL])
+    moe = LayerRuntime(of, TOP_K, h200, [KERNEL])
     found = moe(b.hidden_states, b.topk_ids, b.topk_weights)
     assert error(found, expected(of, b, quantise=True)) < ROUNDED
     assert moe(b.hidden_states[:0], b.topk_ids[:0], b.topk_weights[:0]).shape == (0, HIDDEN)
@@ -246,7 +246,7 @@ real = pytest.mark.skipif(
 def test_gpu_sizes_and_routings(h200: Hardware, tokens: int, dtype: str, routing: str) -> None:
     """32 experts: 1 token takes the path without alignment."""
     of = weights(32, 1024, 512, dtype, "cuda")
-    moe, b = MoELayer(of, 8, h200, [KERNEL]), batch(tokens, 8, 32, 1024, routing, "cuda", HALF[dtype])
+    moe, b = LayerRuntime(of, 8, h200, [KERNEL]), batch(tokens, 8, 32, 1024, routing, "cuda", HALF[dtype])
     out = moe(b.hidden_states, b.topk_ids, b.topk_weights)
     assert error(out, expected(of, b, quantise=False)) < COMPUTED[dtype]
 

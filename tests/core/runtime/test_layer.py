@@ -27,7 +27,7 @@ from ramp_moe import (
     ShapeError,
 )
 from ramp_moe.cost_model.model import join
-from ramp_moe.runtime.layer import MoELayer
+from ramp_moe.runtime.layer import LayerRuntime
 from ramp_moe.runtime.padding import valid_tokens
 from ramp_moe.spec.launchable import Batch, MoEWeights, Workspace
 
@@ -45,7 +45,7 @@ def test_it_computes_the_layer(h200: Hardware) -> None:
 
 
 def test_without_tokens_nothing_is_launched(h200: Hardware) -> None:
-    for options in ({}, {"checked": True}, {"model": model_of(h200, FakeKernel(), PRICES)}):
+    for options in ({}, {"checked": True}, {"cost_model": model_of(h200, FakeKernel(), PRICES)}):
         kernel = FakeKernel()
         out = layer(h200, kernel, **options)(*inputs(0))
         assert (out.shape, out.dtype) == ((0, H), torch.bfloat16)
@@ -55,7 +55,7 @@ def test_without_tokens_nothing_is_launched(h200: Hardware) -> None:
 def test_padding_is_skipped(h200: Hardware) -> None:
     x, ids, scores = inputs(6)
     ids[0, 0], ids[1, 1], ids[2] = -1, E, -1
-    for options in ({}, {"checked": True}, {"model": model_of(h200, FakeKernel(), PRICES)}):
+    for options in ({}, {"checked": True}, {"cost_model": model_of(h200, FakeKernel(), PRICES)}):
         out = layer(h200, **options)(x, ids, scores)
         torch.testing.assert_close(out.float(), by_hand(x, ids, scores), rtol=1e-2, atol=1e-3)
         assert not out[2].any()
@@ -74,7 +74,7 @@ def test_without_a_model_the_static_default_is_launched(h200: Hardware) -> None:
 
 def test_with_a_model_the_choice_follows_the_histogram(h200: Hardware) -> None:
     kernel = FakeKernel()
-    moe = layer(h200, kernel, model=model_of(h200, kernel, PRICES))
+    moe = layer(h200, kernel, cost_model=model_of(h200, kernel, PRICES))
     # 128 ids: one tile of 128 for 0.4 us or 16 of 8 for 1.6 us, where one expert has them; else at least one an expert.
     even = torch.arange(64 * K).view(64, K).int() % E
     x, skewed, scores = inputs(64, "one-hot")
@@ -86,7 +86,7 @@ def test_with_a_model_the_choice_follows_the_histogram(h200: Hardware) -> None:
     # The model chooses among kernels as well, and a kernel's own default plays no part.
     other = FakeKernel("other")
     both = join([model_of(h200, kernel, {8: 0.1}), model_of(h200, other, {128: 0.4})])
-    moe = layer(h200, kernel, other, model=both)
+    moe = layer(h200, kernel, other, cost_model=both)
     assert [moe.choose(Batch(x, ids, scores)).kernel for ids in (even, skewed)] == ["fake", "other"]
 
 
@@ -94,14 +94,14 @@ def test_what_gains_less_than_reading_back_takes_follows_the_size(h200: Hardware
     kernel = FakeKernel()
     even = torch.arange(64 * K).view(64, K).int() % E
     x, skewed, scores = inputs(64, "one-hot")
-    for read_back_us, kinds in ((0.0, 2), (0.01, 2), (1e6, 1), (math.inf, 1)):
-        moe = layer(h200, kernel, model=model_of(h200, kernel, PRICES), read_back_us=read_back_us)
+    for host_sync_us, kinds in ((0.0, 2), (0.01, 2), (1e6, 1), (math.inf, 1)):
+        moe = layer(h200, kernel, cost_model=model_of(h200, kernel, PRICES), host_sync_us=host_sync_us)
         assert len({moe.choose(Batch(x, ids, scores)).name for ids in (even, skewed)}) == kinds
 
 
 def test_ids_out_of_range_do_not_sway_the_choice(h200: Hardware) -> None:
     kernel = FakeKernel()
-    moe = layer(h200, kernel, model=model_of(h200, kernel, PRICES))
+    moe = layer(h200, kernel, cost_model=model_of(h200, kernel, PRICES))
     x, ids, scores = inputs(64, "one-hot")
     for garbage in (2**31 - 1, -(2**31), E + 1, -2):
         ids[0, 0] = garbage
@@ -112,7 +112,7 @@ def test_ids_out_of_range_do_not_sway_the_choice(h200: Hardware) -> None:
 def test_a_capture_takes_what_ran_before_it(h200: Hardware, monkeypatch: pytest.MonkeyPatch) -> None:
     """Without a warm-up: a capture must not be the first to need a buffer."""
     kernel = FakeKernel()
-    moe = layer(h200, kernel, model=model_of(h200, kernel, PRICES))
+    moe = layer(h200, kernel, cost_model=model_of(h200, kernel, PRICES))
     moe(*inputs(64, "one-hot"))
     ran = kernel.launched[-1]
     monkeypatch.setattr("ramp_moe.runtime.layer._capturing", lambda topk_ids: True)
@@ -124,12 +124,10 @@ def test_a_capture_takes_what_ran_before_it(h200: Hardware, monkeypatch: pytest.
 
 def test_a_rank_of_several_is_even_over_all(h200: Hardware, monkeypatch: pytest.MonkeyPatch) -> None:
     kernel = FakeKernel()
-    moe = layer(h200, kernel, model=model_of(h200, kernel, PRICES), ranks=4)
+    moe = layer(h200, kernel, cost_model=model_of(h200, kernel, PRICES), ep_size=4)
     seen: list[list[int]] = []
-    choose = moe._chooser.dispatcher.choose
-    monkeypatch.setattr(
-        moe._chooser.dispatcher, "choose", lambda h: (seen.append(np.asarray(h).tolist()), choose(h))[1]
-    )
+    choose = moe.chooser.dispatcher.choose
+    monkeypatch.setattr(moe.chooser.dispatcher, "choose", lambda h: (seen.append(np.asarray(h).tolist()), choose(h))[1])
     monkeypatch.setattr("ramp_moe.runtime.layer._capturing", lambda topk_ids: True)
     moe.choose(Batch(*inputs(64)))
     assert seen == [[64 * K // 4 // E] * E]
@@ -139,13 +137,11 @@ def test_while_a_graph_is_captured_the_choice_is_for_an_even_spread(
     h200: Hardware, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     kernel = FakeKernel()
-    moe = layer(h200, kernel, model=model_of(h200, kernel, PRICES))
+    moe = layer(h200, kernel, cost_model=model_of(h200, kernel, PRICES))
     monkeypatch.setattr("ramp_moe.runtime.layer._capturing", lambda topk_ids: True)
     seen: list[list[int]] = []
-    choose = moe._chooser.dispatcher.choose
-    monkeypatch.setattr(
-        moe._chooser.dispatcher, "choose", lambda h: (seen.append(np.asarray(h).tolist()), choose(h))[1]
-    )
+    choose = moe.chooser.dispatcher.choose
+    monkeypatch.setattr(moe.chooser.dispatcher, "choose", lambda h: (seen.append(np.asarray(h).tolist()), choose(h))[1])
     for tokens in (1, 8, 20, 64):
         moe.choose(Batch(*inputs(tokens, "one-hot")))
     # As many ids as there are: one token wakes two experts, not all of them.
@@ -169,14 +165,14 @@ def test_kernels_are_dropped_with_their_reasons(h200: Hardware) -> None:
     assert [c.name for c in moe.configs()["good"]] == ["bm8", "bm32", "bm128"]
     # A model of all of them is narrowed to what is left.
     both = join([model_of(h200, bad[0], {8: 0.01}), model_of(h200, good, {32: 5.0})])
-    assert layer(h200, *bad, good, model=both).choose(Batch(*inputs(3))).name == "good/bm32"
+    assert layer(h200, *bad, good, cost_model=both).choose(Batch(*inputs(3))).name == "good/bm32"
     with pytest.raises(KernelError, match="no candidate"):
-        layer(h200, good, model=model_of(h200, bad[0], {8: 0.01}))
+        layer(h200, good, cost_model=model_of(h200, bad[0], {8: 0.01}))
 
 
 def test_no_kernel_is_left(h200: Hardware) -> None:
     with pytest.raises(KernelError, match=re.escape(f"no kernel can compute {SHAPE.slug} on h200 (none was given)")):
-        MoELayer(weights(), K, h200, [])
+        LayerRuntime(weights(), K, h200, [])
     with pytest.raises(KernelError, match=r"\(shy: no such shape; picky: no such weights\)$"):
         layer(h200, FakeKernel("shy", reason="no such shape"), FakeKernel("picky", refuses="no such weights"))
 
@@ -237,7 +233,7 @@ def test_fp8_weights_take_both_halves(h200: Hardware) -> None:
         ) -> None:
             out.zero_()
 
-    moe = MoELayer(eight, 1, h200, [Zero()])
+    moe = LayerRuntime(eight, 1, h200, [Zero()])
     for dtype in (torch.bfloat16, torch.float16):
         x = torch.ones(3, 128, dtype=dtype)
         assert moe(x, torch.zeros(3, 1, dtype=torch.int32), torch.ones(3, 1)).dtype == dtype
@@ -267,24 +263,6 @@ def test_int64_ids_do_not_wrap_around_to_an_expert(garbage: int, h200: Hardware)
     assert given[1, 0] == garbage, "the caller's ids are not touched"
 
 
-def test_the_router_is_asked(h200: Hardware) -> None:
-    x, ids, scores = inputs(5)
-    asked: list[torch.Tensor] = []
-
-    def router(hidden: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        asked.append(hidden)
-        return ids, scores
-
-    moe = layer(h200, router=router)
-    assert torch.equal(moe.forward_hidden(x), moe(x, ids, scores))
-    assert len(asked) == 1
-    assert asked[0] is x
-    with pytest.raises(RoutingError, match="built without a router; call forward with top-k ids and weights"):
-        layer(h200).forward_hidden(x)
-    with pytest.raises(ShapeError, match="2 ids a token"):
-        layer(h200, router=lambda hidden: (ids[:, :1].contiguous(), scores[:, :1].contiguous())).forward_hidden(x)
-
-
 @pytest.mark.parametrize(
     "other",
     [
@@ -299,13 +277,13 @@ def test_a_cost_model_for_another_shape_is_refused(other: MoEShape, h200: Hardwa
     kernel = FakeKernel()
     message = f"the cost model is for {other.slug}, the weights are {SHAPE.slug}"
     with pytest.raises(ShapeError, match=re.escape(message)):
-        layer(h200, kernel, model=model_of(h200, kernel, PRICES, other))
+        layer(h200, kernel, cost_model=model_of(h200, kernel, PRICES, other))
 
 
 def test_a_cost_model_of_another_gpu_is_refused(registry: Registry, h200: Hardware) -> None:
     kernel = FakeKernel()
     with pytest.raises(HardwareError, match="fitted on h200, the layer is on b200"):
-        layer(registry.device("b200"), kernel, model=model_of(h200, kernel, PRICES))
+        layer(registry.device("b200"), kernel, cost_model=model_of(h200, kernel, PRICES))
 
 
 def test_two_kernels_of_one_name_are_refused(h200: Hardware) -> None:
@@ -315,9 +293,9 @@ def test_two_kernels_of_one_name_are_refused(h200: Hardware) -> None:
 
 def test_top_k_must_exist(h200: Hardware) -> None:
     with pytest.raises(ShapeError, match=f"top_k {E + 1} exceeds num_experts {E}"):
-        MoELayer(weights(), E + 1, h200, [FakeKernel()])
+        LayerRuntime(weights(), E + 1, h200, [FakeKernel()])
     with pytest.raises(ShapeError, match="top_k must be a positive integer"):
-        MoELayer(weights(), 0, h200, [FakeKernel()])
+        LayerRuntime(weights(), 0, h200, [FakeKernel()])
 
 
 def test_out_is_written_and_returned(h200: Hardware) -> None:

@@ -12,7 +12,7 @@ from layer_cases import PRICES, FakeKernel, by_hand, inputs, layer, model_of
 from ramp_moe import Hardware, KernelConfig, KernelError, MoEShape, RoutingError, ShapeError
 from ramp_moe.cost_model.model import join
 from ramp_moe.runtime.choice import MOST_FAILURES
-from ramp_moe.runtime.layer import MoELayer
+from ramp_moe.runtime.layer import LayerRuntime
 from ramp_moe.spec.launchable import Batch, Workspace
 
 X, IDS, SCORES = inputs(40)
@@ -37,15 +37,15 @@ class Failing(FakeKernel):
         super().launch(config, prepared, batch, out, workspace)
 
 
-def modelled(h200: Hardware, *kernels: FakeKernel, prices: dict[int, float] = PRICES) -> MoELayer:
+def modelled(h200: Hardware, *kernels: FakeKernel, prices: dict[int, float] = PRICES) -> LayerRuntime:
     """Earlier kernels are predicted to be faster."""
     models = [
         model_of(h200, k, {block: (1 + 100 * i) * us for block, us in prices.items()}) for i, k in enumerate(kernels)
     ]
-    return layer(h200, *kernels, model=join(models))
+    return layer(h200, *kernels, cost_model=join(models))
 
 
-def check(moe: MoELayer) -> None:
+def check(moe: LayerRuntime) -> None:
     out = torch.full_like(X, torch.nan)
     assert moe(X, IDS, SCORES, out) is out
     torch.testing.assert_close(out.float(), by_hand(X, IDS, SCORES), rtol=1e-2, atol=1e-3)
@@ -94,7 +94,7 @@ def test_a_configuration_alone_is_dropped_while_others_of_its_kernel_run(h200: H
 
 def test_kernels_without_a_profile_come_last(h200: Hardware) -> None:
     bad, spare = Failing(RuntimeError("no")), FakeKernel("spare")
-    moe = layer(h200, bad, spare, model=model_of(h200, bad, PRICES))
+    moe = layer(h200, bad, spare, cost_model=model_of(h200, bad, PRICES))
     check(moe)
     assert spare.launched == [("bm8", 40)]
 
@@ -222,9 +222,9 @@ def test_gpu_the_next_kernel_computes_what_one_left_half_done() -> None:
 
     of, given = weights(8, 256, 128, "bf16", "cuda"), batch(40, 2, 8, 256, "uniform", "cuda", torch.bfloat16)
     routed = given.hidden_states, given.topk_ids, given.topk_weights
-    wanted = MoELayer(of, 2, detect(), [TritonMoE()])(*routed)
-    assert torch.equal(MoELayer(of, 2, detect(), [Bad(), TritonMoE()])(*routed), wanted)
-    moe = MoELayer(of, 2, detect(), [Bad(), TritonMoE()])
+    wanted = LayerRuntime(of, 2, detect(), [TritonMoE()])(*routed)
+    assert torch.equal(LayerRuntime(of, 2, detect(), [Bad(), TritonMoE()])(*routed), wanted)
+    moe = LayerRuntime(of, 2, detect(), [Bad(), TritonMoE()])
     with pytest.raises(KernelError, match="in the capture of a graph"), torch.cuda.graph(torch.cuda.CUDAGraph()):
         moe(*routed)
     out, graph = torch.empty_like(wanted), torch.cuda.CUDAGraph()

@@ -7,7 +7,7 @@ import torch
 from layer_cases import E, FakeKernel, H, K, by_hand, inputs, layer, model_of, weights
 from ramp_moe import Candidate, Hardware, KernelError
 from ramp_moe.cost_model.model import join
-from ramp_moe.runtime.layer import MoELayer
+from ramp_moe.runtime.layer import LayerRuntime
 from ramp_moe.runtime.relayout import relayout
 from ramp_moe.spec.kernel import LAYOUTS
 from ramp_moe.spec.launchable import Batch, MoEWeights
@@ -36,7 +36,7 @@ def test_one_copy_of_the_weights_that_all_kernels_read(h200: Hardware) -> None:
 def test_weights_are_used_as_they_are_given_where_that_will_do(h200: Hardware) -> None:
     for layout in LAYOUTS:
         any_, given = kernels()[2], relayout(weights(), layout)
-        moe = MoELayer(given, K, h200, [any_])
+        moe = LayerRuntime(given, K, h200, [any_])
         assert moe.layouts == (layout,)
         assert any_.given is given
 
@@ -63,16 +63,16 @@ def test_with_a_model_the_kernels_that_are_faster_are_kept(h200: Hardware) -> No
     # The wide tiles of the one pay for batches on few experts, the narrow ones of the other for all else.
     mixed, plain, _ = kernels()
     model = join([model_of(h200, mixed, {8: 0.1}), model_of(h200, plain, {128: 0.4})])
-    one = layer(h200, plain, mixed, model=model)
+    one = layer(h200, plain, mixed, cost_model=model)
     assert list(one.configs()) in (["plain"], ["mixed"])
     (dropped,) = one.dropped.values()
     assert dropped.endswith("copies=2 would keep it")
-    two = layer(h200, plain, mixed, model=model, copies=2)
+    two = layer(h200, plain, mixed, cost_model=model, copies=2)
     assert (set(two.layouts), two.dropped) == ({"gate-first", MIXED}, {})
     # One that is never faster is no reason for a copy.
     model = join([model_of(h200, mixed, {8: 0.1}), model_of(h200, plain, {8: 0.2})])
     for copies in (1, 2):
-        moe = layer(h200, plain, mixed, model=model, copies=copies)
+        moe = layer(h200, plain, mixed, cost_model=model, copies=copies)
         assert (moe.layouts, list(moe.configs())) == ((MIXED,), ["mixed"])
         assert moe.dropped["plain"].endswith("a copy for it would gain nothing by the cost model")
 
@@ -86,14 +86,14 @@ def test_a_kernel_that_refuses_leaves_the_choice_to_the_others(h200: Hardware) -
     # So does one whose layout the sizes rule out.
     odd = MoEWeights(torch.zeros(E, 24, H).bfloat16(), torch.zeros(E, H, 12).bfloat16())
     mixed, plain, _ = kernels()
-    moe = MoELayer(odd, K, h200, [mixed, plain])
+    moe = LayerRuntime(odd, K, h200, [mixed, plain])
     assert moe.layouts == ("gate-first",)
     assert moe.dropped == {"mixed": f"{MIXED} needs an intermediate size in multiples of 8, not 12"}
 
 
 def test_a_format_of_its_own_is_made_of_gate_first(h200: Hardware) -> None:
     tiled = FakeKernel("tiled", layouts=("tiled",))
-    moe = MoELayer(relayout(weights(), "up-first"), K, h200, [tiled])
+    moe = LayerRuntime(relayout(weights(), "up-first"), K, h200, [tiled])
     assert moe.layouts == ("tiled",)
     assert tiled.given.layout == "gate-first"
 

@@ -8,7 +8,7 @@ import pytest
 import torch
 from layer_cases import PRICES, FakeKernel, H, K, by_hand, inputs, layer, model_of
 from ramp_moe import Hardware, KernelConfig, KernelError, MoEShape
-from ramp_moe.runtime.layer import MoELayer
+from ramp_moe.runtime.layer import LayerRuntime
 from ramp_moe.runtime.parts import ALIGNED_TOKENS, parts
 from ramp_moe.spec.launchable import Batch
 
@@ -63,7 +63,7 @@ def test_a_long_batch_is_the_same_in_parts(h200: Hardware) -> None:
 
 def test_the_choice_is_for_the_whole_batch(h200: Hardware) -> None:
     kernel = Limited()
-    moe = layer(h200, kernel, model=model_of(h200, kernel, PRICES))
+    moe = layer(h200, kernel, cost_model=model_of(h200, kernel, PRICES))
     moe(*inputs(128, "one-hot"))
     assert [name for name, _ in kernel.launched] == ["bm128"] * 3
 
@@ -109,7 +109,7 @@ def test_gpu_a_long_batch_is_the_same_in_parts(dtype: str) -> None:
     from ramp_moe.registry.detect import detect
     from ramp_moe_kernels.triton.kernel import TritonMoE
 
-    moe = MoELayer(weights(16, 128, 128, dtype, "cuda"), 8, detect(), [TritonMoE()])
+    moe = LayerRuntime(weights(16, 128, 128, dtype, "cuda"), 8, detect(), [TritonMoE()])
     x, ids, scores = long_batch(2**17 + 1, 8, 128, 16)
     out = torch.full_like(x, torch.nan)
     moe(x, ids, scores, out, num_valid=2**17 - 5)
@@ -135,7 +135,7 @@ def test_gpu_more_elements_than_32_bits_count() -> None:
     from ramp_moe.registry.detect import detect
     from ramp_moe_kernels.triton.kernel import TritonMoE
 
-    moe = MoELayer(weights(4, 4096, 128, "bf16", "cuda"), 2, detect(), [TritonMoE()])
+    moe = LayerRuntime(weights(4, 4096, 128, "bf16", "cuda"), 2, detect(), [TritonMoE()])
     tokens = 2**31 // 4096 + 1000
     x, ids, scores = long_batch(tokens, 2, 4096, 4)
     out = moe(x, ids, scores)

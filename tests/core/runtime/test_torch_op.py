@@ -12,13 +12,13 @@ import torch
 from layer_cases import PRICES, E, FakeKernel, inputs, layer, model_of
 from ramp_moe import Hardware, KernelError
 from ramp_moe.runtime import torch_op as op
-from ramp_moe.runtime.layer import MoELayer
+from ramp_moe.runtime.layer import LayerRuntime
 
 
 class Model(torch.nn.Module):
     """Routed MoE layers with other operators around them."""
 
-    def __init__(self, *layers: MoELayer) -> None:
+    def __init__(self, *layers: LayerRuntime) -> None:
         super().__init__()
         self.layers = layers
 
@@ -29,7 +29,7 @@ class Model(torch.nn.Module):
 
 
 class Block(torch.nn.Module):
-    def __init__(self, moe: MoELayer) -> None:
+    def __init__(self, moe: LayerRuntime) -> None:
         super().__init__()
         self.moe = moe
 
@@ -65,7 +65,7 @@ def test_any_number_of_tokens(backend: str, h200: Hardware) -> None:
 
 def test_the_choice_is_made_when_it_runs(h200: Hardware) -> None:
     kernel = FakeKernel()
-    moe = layer(h200, kernel, model=model_of(h200, kernel, PRICES))
+    moe = layer(h200, kernel, cost_model=model_of(h200, kernel, PRICES))
     run = compiled(moe)
     even = torch.arange(128).view(64, 2).int() % E
     x, skewed, scores = inputs(64, "one-hot")
@@ -96,8 +96,6 @@ def test_options_are_kept(h200: Hardware) -> None:
     assert not expected[4:].any()
     assert torch.equal(compiled(moe)(x, ids, scores, out, valid), expected)
     assert torch.equal(out, expected)
-    routed = layer(h200, router=lambda hidden: (ids, scores))
-    assert torch.equal(compiled(routed.forward_hidden)(x), moe(x, ids, scores))
 
 
 @pytest.mark.parametrize("tokens", [0, 1, 9])
@@ -143,7 +141,7 @@ def test_gpu_graphs_of_torch_compile_choose_at_every_replay() -> None:
 
     experts, hidden, top_k, tokens = SHAPE.num_experts, SHAPE.hidden_size, SHAPE.top_k, 256
     given = random_weights(experts, hidden, SHAPE.intermediate_size, "bf16", "cuda")
-    layers = [MoELayer(given, top_k, H200, [TritonMoE()], model=priced(H200, triton_of())) for _ in range(2)]
+    layers = [LayerRuntime(given, top_k, H200, [TritonMoE()], cost_model=priced(H200, triton_of())) for _ in range(2)]
     plans = [moe.warm_up(tokens, torch.bfloat16) for moe in layers]
     run, model = compiled(Model(*layers), "inductor", mode="reduce-overhead"), Model(*layers)
     x, scores = torch.randn(tokens, hidden, device="cuda").bfloat16(), torch.rand(tokens, top_k, device="cuda")

@@ -11,7 +11,7 @@ import torch
 from layer_cases import E, FakeKernel, H, I, K, inputs
 from moe_cases import weights as random_weights
 from ramp_moe import Candidate, Hardware, KernelError, ShapeError
-from ramp_moe.runtime.layer import MoELayer
+from ramp_moe.runtime.layer import LayerRuntime
 from ramp_moe.runtime.relayout import relayout
 from ramp_moe.runtime.update import FIELDS, leaves
 from ramp_moe.spec.kernel import LAYOUTS
@@ -66,7 +66,7 @@ def drawn(seed: int, bias: bool = False) -> MoEWeights:
     return replace(found, **changed)
 
 
-def outputs(layer: MoELayer) -> list[torch.Tensor]:
+def outputs(layer: LayerRuntime) -> list[torch.Tensor]:
     """Of every kernel."""
     found = []
     for name in layer.configs():
@@ -77,7 +77,7 @@ def outputs(layer: MoELayer) -> list[torch.Tensor]:
     return found
 
 
-def addresses(layer: MoELayer) -> list[int]:
+def addresses(layer: LayerRuntime) -> list[int]:
     prepared = [layer.kernel(name)[1] for name in layer.configs()]
     return [t.data_ptr() for _, t in leaves((layer.held, prepared)) if isinstance(t, torch.Tensor)]
 
@@ -85,10 +85,10 @@ def addresses(layer: MoELayer) -> list[int]:
 @pytest.mark.parametrize(("held", "given"), list(itertools.product(LAYOUTS, LAYOUTS)))
 def test_every_order_into_every_order(h200: Hardware, held: str, given: str) -> None:
     kernels = [Deriving("deriving", layouts=(held,)), InPlace("in_place", layouts=(held,))]
-    layer = MoELayer(relayout(drawn(1, bias=True), held), K, h200, kernels)
+    layer = LayerRuntime(relayout(drawn(1, bias=True), held), K, h200, kernels)
     assert layer.derived == {"deriving"}
     new, places = drawn(2, bias=True), addresses(layer)
-    expected = outputs(MoELayer(relayout(new, held), K, h200, kernels))
+    expected = outputs(LayerRuntime(relayout(new, held), K, h200, kernels))
     layer.update(relayout(new, given))
     assert addresses(layer) == places, "graphs hold them"
     found = relayout(layer.held[0], "gate-first")
@@ -98,7 +98,7 @@ def test_every_order_into_every_order(h200: Hardware, held: str, given: str) -> 
 
 def test_every_copy_is_kept_in_step(h200: Hardware) -> None:
     kernels = [InPlace("plain"), InPlace("mixed", layouts=("gate-up-interleaved-8",))]
-    layer = MoELayer(drawn(1), K, h200, kernels, copies=2)
+    layer = LayerRuntime(drawn(1), K, h200, kernels, copies=2)
     assert len(layer.held) == 2
     new = drawn(2)
     layer.update(new)
@@ -110,7 +110,7 @@ def test_every_copy_is_kept_in_step(h200: Hardware) -> None:
 @pytest.mark.parametrize("held", LAYOUTS)
 def test_new_weights_written_where_the_old_ones_are_held(h200: Hardware, held: str) -> None:
     """As an engine loads them, gate-first, whatever the order there was."""
-    layer = MoELayer(relayout(drawn(1), held), K, h200, [InPlace(layouts=(held,))])
+    layer = LayerRuntime(relayout(drawn(1), held), K, h200, [InPlace(layouts=(held,))])
     new, place = drawn(2), layer.held[0]
     place.gate_up.copy_(new.gate_up)
     place.down.copy_(new.down)
@@ -129,7 +129,7 @@ def test_fp8_and_its_scales(h200: Hardware) -> None:
     new = fp8(2)
     new = replace(new, down_scale=new.down_scale * 2)  # type: ignore[operator]
     for held, given in itertools.product(LAYOUTS, LAYOUTS):
-        layer = MoELayer(relayout(fp8(1), held), K, h200, [TritonMoE()])
+        layer = LayerRuntime(relayout(fp8(1), held), K, h200, [TritonMoE()])
         assert not layer.derived
         layer.update(relayout(new, given))
         found = relayout(layer.held[0], "gate-first")
@@ -139,7 +139,7 @@ def test_fp8_and_its_scales(h200: Hardware) -> None:
 
 @pytest.mark.parametrize("field", ["gate_up", "down", "gate_up_bias", "down_bias"])
 def test_what_does_not_fit_is_refused_before_anything_is_written(h200: Hardware, field: str) -> None:
-    layer = MoELayer(drawn(1, bias=True), K, h200, [InPlace()])
+    layer = LayerRuntime(drawn(1, bias=True), K, h200, [InPlace()])
     before, new = outputs(layer), drawn(2, bias=True)
     wider = torch.cat([getattr(new, field)] * 2)
     others = {n: torch.cat([getattr(new, n)] * 2) for n in ("gate_up", "down", "gate_up_bias", "down_bias")}
@@ -159,7 +159,7 @@ def test_what_does_not_fit_is_refused_before_anything_is_written(h200: Hardware,
 def test_a_kernel_that_no_longer_takes_the_weights(h200: Hardware) -> None:
     """The layer computes nothing with half of an update."""
     kernel = Deriving()
-    layer = MoELayer(drawn(1), K, h200, [kernel])
+    layer = LayerRuntime(drawn(1), K, h200, [kernel])
     kernel.refuses = "not these"
     with pytest.raises(KernelError, match="not these"):
         layer.update(drawn(2))
@@ -167,7 +167,7 @@ def test_a_kernel_that_no_longer_takes_the_weights(h200: Hardware) -> None:
         layer(X, IDS, SCORES)
     kernel.refuses = None
     layer.update(drawn(2))
-    assert torch.equal(layer(X, IDS, SCORES), MoELayer(drawn(2), K, h200, [Deriving()])(X, IDS, SCORES))
+    assert torch.equal(layer(X, IDS, SCORES), LayerRuntime(drawn(2), K, h200, [Deriving()])(X, IDS, SCORES))
 
 
 def test_a_kernel_that_prepares_something_else(h200: Hardware) -> None:
@@ -175,7 +175,7 @@ def test_a_kernel_that_prepares_something_else(h200: Hardware) -> None:
         def prepare(self, weights: MoEWeights) -> Any:
             return (*super().prepare(weights), float(weights.down.float().sum()))
 
-    layer = MoELayer(drawn(1), K, h200, [Moody("moody")])
+    layer = LayerRuntime(drawn(1), K, h200, [Moody("moody")])
     with pytest.raises(KernelError, match=r"moody prepares another value\[2\] of the new weights"):
         layer.update(drawn(2))
 
@@ -185,5 +185,5 @@ def test_what_a_kernel_reads_of_the_weights_counts_as_derived(h200: Hardware) ->
         def prepare(self, weights: MoEWeights) -> Any:
             return super().prepare(weights)[0], torch.full((1,), weights.down.max().item())
 
-    assert MoELayer(drawn(1), K, h200, [InPlace()]).derived == set()
-    assert MoELayer(drawn(1), K, h200, [Scaling("scaling")]).derived == {"scaling"}
+    assert LayerRuntime(drawn(1), K, h200, [InPlace()]).derived == set()
+    assert LayerRuntime(drawn(1), K, h200, [Scaling("scaling")]).derived == {"scaling"}

@@ -52,7 +52,7 @@ def captured(run: Any) -> tuple[torch.cuda.CUDAGraph, torch.Tensor]:
 def test_a_graph_computes_with_updated_weights(layout: str) -> None:
     from ramp_moe import get_registry
     from ramp_moe.registry.detect import detect
-    from ramp_moe.runtime.layer import MoELayer
+    from ramp_moe.runtime.layer import LayerRuntime
     from ramp_moe.runtime.relayout import relayout
     from ramp_moe.spec.launchable import LaunchableKernel
 
@@ -60,14 +60,14 @@ def test_a_graph_computes_with_updated_weights(layout: str) -> None:
     kernels = [k for k in get_registry().kernels.values() if isinstance(k, LaunchableKernel)]
     for kernel in kernels:
         try:
-            layer = MoELayer(relayout(drawn(1), layout), K, detect(), [kernel])
+            layer = LayerRuntime(relayout(drawn(1), layout), K, detect(), [kernel])
         except Exception as e:  # not here, or not of this shape
             print(f"{kernel.name}: {e}")
             continue
         graph, out = captured(partial(layer, *given))
         layer.update(relayout(drawn(2), "up-first"))
         graph.replay()
-        expected = MoELayer(drawn(2), K, detect(), [kernel])(*given)
+        expected = LayerRuntime(drawn(2), K, detect(), [kernel])(*given)
         assert error(out, expected.float()) < 2e-2, kernel.name
         assert layer.derived == set(), f"{kernel.name} reads what is held"
 

@@ -251,8 +251,8 @@ def test_one_copy_in_the_faster_order(fakes: list[FakeKernel]) -> None:
         assert isinstance(block.w13, Placeholder), "moved, not doubled"
         assert block.w2.values().data_ptr() == layer.held[0].down.data_ptr()
     first, second = wrapped.layers.values()
-    assert first._chooser.dispatcher is not None
-    assert second._chooser.dispatcher is not None
+    assert first.chooser.dispatcher is not None
+    assert second.chooser.dispatcher is not None
     assert list(second.configs()) == ["mixed"]
     assert "as recorded" in wrapped.notes
     assert any(n.startswith("plain left out: reads weights in gate-first") for n in wrapped.notes)

@@ -11,7 +11,7 @@ import pytest
 import ramp_moe
 import torch
 from ramp_moe import Experts, KernelError, RampMoEError
-from ramp_moe.runtime.layer import MoELayer
+from ramp_moe.runtime.layer import LayerRuntime
 from ramp_moe.runtime.placeholder import Placeholder
 from torch import Tensor, nn
 from torch.nn.utils import parametrize, prune
@@ -316,7 +316,7 @@ def test_weights_that_something_refers_to(monkeypatch: pytest.MonkeyPatch) -> No
 def test_a_layer_without_a_module_is_left_alone() -> None:
     bank = IN_PLACE.wrapped()
     layer, copied = bank._ramp_moe.layer, copy.deepcopy(bank)._ramp_moe.layer
-    assert isinstance(layer, MoELayer)
+    assert isinstance(layer, LayerRuntime)
     del bank
     assert layer.owner is not None
     assert torch.equal(layer(X, IDS, SCORES), copied(X, IDS, SCORES))

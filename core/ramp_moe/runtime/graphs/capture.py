@@ -23,6 +23,7 @@ from ...cost_model.model import Candidate, CostModel
 from ...dispatch.shortlist import Shortlist, representative, shortlist
 from ...errors import KernelError
 from ...spec.launchable import Batch, MoEWeights, Workspace, allocate, kernel_ids
+from ..options import MODES
 from ..reference import misfit, reference
 from . import conditional as graph
 from .cost_table import CostTable
@@ -35,8 +36,6 @@ if TYPE_CHECKING:
 
     from .selector_triton import TritonSelector
 
-MODES = ("nodes", "switch", "inline", "gated", "single")
-"""Cheapest first, for two bodies."""
 OVERHEAD_US: Mapping[str, Mapping[int, float]] = {
     "nodes": {1: 0.0, 2: 7.0, 4: 9.0, 8: 14.0},
     "switch": {1: 0.0, 2: 14.0, 8: 14.5},
@@ -99,19 +98,19 @@ class GraphDispatch:
     """Plans, and captures, one layer's dispatch in CUDA graphs.
 
     mode: one of MODES; where None, by batch size the one with the least expected time that this machine has. fixed:
-    kernels that mode "nodes" leaves out (see `LaunchableKernel.switchable`). ranks: see `MoELayer`. Raises KernelError
-    for a mode that cannot be had.
+    kernels that mode "nodes" leaves out (see `LaunchableKernel.switchable`). ep_size: see `LayerRuntime`. Raises
+    KernelError for a mode that cannot be had.
     """
 
     def __init__(
         self,
         launches: Launches,
         weights: MoEWeights,
-        model: CostModel,
+        cost_model: CostModel,
         top_k: int,
         mode: str | None = None,
         fixed: Collection[str] = (),
-        ranks: int = 1,
+        ep_size: int = 1,
     ) -> None:
         import torch
 
@@ -121,14 +120,14 @@ class GraphDispatch:
         if mode in self._refused:
             raise KernelError(_cannot(f"{mode}: {self._refused[mode]}"))
         self._modes = MODES if mode is None else (mode,)
-        self._fixed, self._ranks = frozenset(fixed), ranks
+        self._fixed, self._ep_size = frozenset(fixed), ep_size
         self.dropped: dict[str, str] = {}
         self.plans: dict[int, Plan] = {}
         self.recorder: Recorder | None = None
         self._recorders: list[Recorder] = []  # graphs write to them for as long as they live
-        self.names = [c.name for c in model.candidates]
+        self.names = [c.name for c in cost_model.candidates]
         """By index, what a recorder's entries say was chosen."""
-        self._launches, self._weights, self._model, self._top_k = launches, weights, model, top_k
+        self._launches, self._weights, self._model, self._top_k = launches, weights, cost_model, top_k
         self._device = weights.gate_up.device
         self._side = _side_stream(self._device)
         # Engines empty the pool that weights are loaded into while they sleep: this must not be there.
@@ -305,13 +304,13 @@ class GraphDispatch:
         """The bodies that a mode would have, and the model that they are of."""
         model, costs = self._left(), OVERHEAD_US[mode]
         known = _shortlists.setdefault(model, {})
-        key = mode, num_tokens, self._fixed, tuple(costs.items()), self._ranks
+        key = mode, num_tokens, self._fixed, tuple(costs.items()), self._ep_size
         if key not in known:
             few = model
             if mode == "nodes" and (switchable := {c.kernel for c in model.candidates} - self._fixed):
                 few = model.restrict(sorted(switchable))
             groups = [self._launches.inline_key(c) for c in few.candidates] if mode == "inline" else None
-            met = representative(num_tokens, model.shape.num_experts, self._top_k, self._ranks)
+            met = representative(num_tokens, model.shape.num_experts, self._top_k, self._ep_size)
             short = shortlist(few, num_tokens, costs, max(costs), histograms=met, groups=groups)
             known[key] = None if few is model else few, short
         part, short = known[key]

@@ -15,7 +15,7 @@ from ramp_moe import Candidate, KernelConfig, KernelError, expert_histogram
 from ramp_moe.runtime.graphs import capture as dispatch
 from ramp_moe.runtime.graphs import conditional as graph
 from ramp_moe.runtime.graphs.capture import Plan
-from ramp_moe.runtime.layer import MoELayer
+from ramp_moe.runtime.layer import LayerRuntime
 from ramp_moe.spec.launchable import Batch, Workspace
 from ramp_moe_kernels.triton.kernel import TritonMoE
 
@@ -56,10 +56,10 @@ def block_of(config: KernelConfig) -> int:
     return int(dict(config.params)["up_block"])
 
 
-def built(mode: str | None = None, kernel: Marked | None = None, device: str = "cuda") -> MoELayer:
+def built(mode: str | None = None, kernel: Marked | None = None, device: str = "cuda") -> LayerRuntime:
     kernel = kernel or Marked(device)
-    return MoELayer(weights(E, H, SHAPE.intermediate_size, "bf16", device), K, H200, [kernel],
-                    model=priced(H200, triton_of(PRICES, kernel)), mode=mode)  # fmt: skip
+    return LayerRuntime(weights(E, H, SHAPE.intermediate_size, "bf16", device), K, H200, [kernel],
+                    cost_model=priced(H200, triton_of(PRICES, kernel)), mode=mode)  # fmt: skip
 
 
 def routed(tokens: int, skew: float, device: str = "cuda") -> torch.Tensor:
@@ -72,7 +72,7 @@ def routed(tokens: int, skew: float, device: str = "cuda") -> torch.Tensor:
 class Captured:
     """A layer in a graph of its own, and the tensors that it reads at each replay."""
 
-    layer: MoELayer
+    layer: LayerRuntime
     plan: Plan
     graph: torch.cuda.CUDAGraph
     x: torch.Tensor
@@ -83,7 +83,7 @@ class Captured:
 
     @classmethod
     def of(
-        cls, layer: MoELayer, tokens: int = TOKENS, wide: bool = False, padded: bool = False, **options: Any
+        cls, layer: LayerRuntime, tokens: int = TOKENS, wide: bool = False, padded: bool = False, **options: Any
     ) -> Captured:
         device = layer._device
         plan = layer.warm_up(tokens, torch.bfloat16)

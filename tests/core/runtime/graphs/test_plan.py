@@ -18,7 +18,7 @@ from ramp_moe import Candidate, Hardware, KernelConfig, KernelError, expert_hist
 from ramp_moe.runtime.graphs import capture as dispatch
 from ramp_moe.runtime.graphs import conditional as graph
 from ramp_moe.runtime.graphs.capture import GraphDispatch, Plan
-from ramp_moe.runtime.layer import MoELayer
+from ramp_moe.runtime.layer import LayerRuntime
 from ramp_moe.runtime.reference import reference
 from ramp_moe.spec.launchable import Batch, Workspace
 
@@ -83,7 +83,7 @@ def dispatcher(monkeypatch: pytest.MonkeyPatch, h200: Hardware) -> Callable[...,
         monkeypatch.setattr(graph, "unsupported", (refused or {}).get)
         kernel = Marking()
         model = priced(h200, {Candidate("fake", kernel.config(b)): us for b, us in prices.items()}, SHAPE)
-        layer = MoELayer(weights(), K, h200, [kernel], model=model)
+        layer = LayerRuntime(weights(), K, h200, [kernel], cost_model=model)
         layer.graphs = GraphDispatch(layer, weights(), model, K, mode)
         return layer.graphs, kernel
 
@@ -234,7 +234,7 @@ def test_whatever_a_candidate_raises_it_is_dropped(dispatcher: Make, error: Exce
 def eager(graphs: GraphDispatch) -> set[str]:
     """What eager batches of every routing run."""
     layer = graphs._launches
-    assert isinstance(layer, MoELayer)
+    assert isinstance(layer, LayerRuntime)
     kinds = ("uniform", "zipf2.0", "active0.25", "one-hot")
     return {layer.choose(Batch(*inputs(TOKENS, kind))).config.name for kind in kinds}
 
@@ -257,7 +257,7 @@ def test_what_is_wrong_in_a_graph_is_run_in_no_eager_batch_either(dispatcher: Ma
 def test_what_fails_in_an_eager_batch_is_in_no_later_graph(dispatcher: Make) -> None:
     graphs, kernel = dispatcher()
     layer = graphs._launches
-    assert isinstance(layer, MoELayer)
+    assert isinstance(layer, LayerRuntime)
     bad = prepared(graphs).bodies[0]
     kernel.faults[dict(bad.config.params)["block"]] = "raises"
     for kind in ("uniform", "zipf2.0", "active0.25", "one-hot"):

@@ -1,0 +1,125 @@
+"""`ramp_moe.MoELayer`: a MoE layer's experts as a module, dispatched to the fastest kernels that run here."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from ..errors import RoutingError
+from ..spec.launchable import MoEWeights
+from .explanation import Explanation, explain
+from .layer_factory import Builder
+from .options import DispatchOptions
+from .own_experts import Experts
+from .update import FIELDS
+from .wrapped_experts import RoutedExperts, experts_of
+
+if TYPE_CHECKING:
+    from .graphs.capture import Plan
+    from .layer import LayerRuntime
+
+Router = Callable[[Tensor], tuple[Tensor, Tensor]]
+
+
+class MoELayer(torch.nn.Module):
+    """A MoE layer's experts, computed for every batch by the kernel that is predicted to be fastest.
+
+        layer = ramp_moe.MoELayer(MoEWeights(gate_up, down), top_k=8)
+        out = layer(hidden_states, topk_ids, topk_weights)
+
+    It finds the GPU, the kernels that run there and their profiles. Build it when the weights are on the GPU.
+
+    weights: see `MoEWeights`. They become the module's parameters, by the names of its fields, without gradients. A
+    tensor is used as it is if the kernels read it so. If they need its rows in another order, the layer holds it in
+    that order alone, once the caller drops `weights`: the parameter still reads and writes as before, but has no
+    address (`runtime.placeholder`). `state_dict` has plain tensors in the order given; `load_state_dict`, `update` and
+    writes to a parameter reach the kernels, in captured CUDA graphs, too. What replaces parameters, as `to`, `half` or
+    `load_state_dict(assign=True)`, has the next call build another layer of them, or raise KernelError.
+
+    top_k: experts a token visits.
+    router: hidden states `[T, H]` to (topk_ids `[T, k]`, topk_weights `[T, k]`), for calls with hidden states alone.
+    device: name of the hardware; `auto` detects it.
+    options: see `DispatchOptions`.
+
+    Inference only: a backward pass raises KernelError. On a GPU copy.deepcopy raises KernelError, and so does pickling
+    anywhere: save the state_dict. Raises HardwareError for weights on the CPU, KernelError if no kernel takes them,
+    ProfileError for a damaged profile, UnknownNameError for a name that nobody registered.
+    """
+
+    def __init__(
+        self,
+        weights: MoEWeights,
+        top_k: int,
+        *,
+        router: Router | None = None,
+        device: str = "auto",
+        options: DispatchOptions | None = None,
+    ) -> None:
+        super().__init__()
+        given = {field: tensor for field in FIELDS if (tensor := getattr(weights, field)) is not None}
+        for field in FIELDS:
+            tensor = given.get(field)
+            self.register_parameter(field, None if tensor is None else torch.nn.Parameter(tensor, requires_grad=False))
+        self.router = router
+        builder = Builder(device, options)
+        names = {field: field for field in given}
+        of = {"activation": weights.activation, "layout": weights.layout, "limit": weights.limit}
+        RoutedExperts(self, Experts(MoELayer, **names, top_k=top_k, **of), top_k, builder).take(self)  # type: ignore[arg-type]
+
+    @property
+    def runtime(self) -> LayerRuntime:
+        """What runs the weights that the module has now. Raises KernelError if nothing can."""
+        return self._experts.current()
+
+    @property
+    def dropped(self) -> Mapping[str, str]:
+        """Why kernels, or single candidates, are not used; by name."""
+        return self.runtime.dropped
+
+    @property
+    def notes(self) -> tuple[str, ...]:
+        """What a person should know: profiles that are missing, kernels left out, what a second copy would gain."""
+        return tuple(dict.fromkeys(self._experts.builder.notes))
+
+    def forward(
+        self,
+        hidden_states: Tensor,
+        topk_ids: Tensor | None = None,
+        topk_weights: Tensor | None = None,
+        out: Tensor | None = None,
+        num_valid: Tensor | int | None = None,
+    ) -> Tensor:
+        """The layer's output `[T, H]` in the dtype of hidden_states, as `LayerRuntime.forward` describes it.
+
+        Without topk_ids and topk_weights the router gives them. Raises RoutingError if there is none.
+        """
+        if topk_ids is None or topk_weights is None:
+            if topk_ids is not None or topk_weights is not None or self.router is None:
+                raise RoutingError("a MoELayer without a router takes topk_ids and topk_weights; give both")
+            topk_ids, topk_weights = self.router(hidden_states)
+        return self._experts.run(hidden_states, topk_ids, topk_weights, out, num_valid)
+
+    def explain(self, tokens: int = 512) -> Explanation:
+        """What an eager batch of `tokens` would run, and why; print it. Raises ShapeError for less than one token."""
+        return explain(self.runtime, tokens)
+
+    def warm_up(self, num_tokens: int, dtype: torch.dtype) -> Plan | None:
+        """Prepare the capture of a CUDA graph of `num_tokens`; see `LayerRuntime.warm_up`."""
+        return self.runtime.warm_up(num_tokens, dtype)
+
+    def update(self, weights: MoEWeights) -> None:
+        """Compute with new weights from now on; see `LayerRuntime.update`."""
+        self.runtime.update(weights)
+
+    def extra_repr(self) -> str:
+        found = self._experts.layer
+        return f"{found.shape.title} on {found.hardware.name}, kernels={list(found.configs())}"
+
+    @property
+    def _experts(self) -> RoutedExperts:
+        found = experts_of(self)
+        assert found is not None
+        return found
