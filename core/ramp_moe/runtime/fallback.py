@@ -43,9 +43,14 @@ def compute(layer: Launching, choose: Callable[[], Candidate], batch: Batch, out
             said = f"{type(e).__name__}: {e}".partition("\n")[0]
             if reason := _lost(out):
                 raise KernelError(f"{candidate.name} failed ({said}), and the GPU with it ({reason}); restart") from e
-            capturing = _capturing(out)
-            consumed = overlap(batch.hidden_states, out)
-            if isinstance(e, torch.OutOfMemoryError) and not capturing and not consumed:
+            where = None  # from where there is no second try
+            if _capturing(out):
+                where = "in the capture of a graph"
+            elif overlap(batch.hidden_states, out):
+                where = "where out is hidden_states"
+            if isinstance(e, torch.OutOfMemoryError):  # which says nothing of the candidate
+                if where is not None:
+                    raise KernelError(f"{candidate.name} lacks memory {where}; free some, then run that again") from e
                 most = _fewer(batch, most)
                 if most is None:
                     raise KernelError(f"{candidate.name} lacks memory for {ALIGNED_TOKENS} tokens: {said}") from e
@@ -58,8 +63,7 @@ def compute(layer: Launching, choose: Callable[[], Candidate], batch: Batch, out
                 reasons = "; ".join(f"{name}: {reason}" for name, reason in (layer.dropped | failed).items())
                 raise KernelError(f"no kernel computes {batch.num_tokens} tokens ({reasons})") from e
             _logger.warning("ramp_moe: dropped %s, which raised %s", dropped, said)
-            if capturing or consumed:
-                where = "in the capture of a graph" if capturing else "where out is hidden_states"
+            if where is not None:
                 raise KernelError(f"{candidate.name} failed {where} and is dropped; run that again ({said})") from e
 
 

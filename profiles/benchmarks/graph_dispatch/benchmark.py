@@ -43,7 +43,7 @@ from ramp_moe.runtime.graphs import conditional as graph
 from ramp_moe.runtime.graphs.capture import GraphDispatch, Plan
 from ramp_moe.runtime.graphs.cost_table import CostTable
 from ramp_moe.runtime.graphs.recorder import Recorder
-from ramp_moe.runtime.graphs.selector_cuda import Selector
+from ramp_moe.runtime.graphs.selector_cuda import CudaSelector
 from ramp_moe.spec.launchable import Batch, Workspace
 from ramp_moe_kernels.triton.schedule import allocate, schedule
 
@@ -139,7 +139,7 @@ def selection(m: Measurement) -> Iterable[dict[str, Any]]:
         (schedule_us,) = m.us(launch, m.routing("zipf1.2", 0))
         for count in CANDIDATES:
             columns = (contenders * (count // len(contenders) + 1))[:count]
-            selector = Selector(CostTable.of(m.model, columns), m.shape.num_experts, m.x.device)
+            selector = CudaSelector(CostTable.of(m.model, columns), m.shape.num_experts, m.x.device)
             recorder = Recorder(LAYERS, m.shape.num_experts, m.shape.top_k, m.x.device)
             found = {}
             for name, ring in (("select_us", None), ("recorded_us", recorder)):

@@ -381,7 +381,7 @@ def test_triton(name: str) -> None:
     cost = torch.empty(table.num_candidates, dtype=torch.float32, device=device)
 
     def costs(histogram: tuple[int, ...]) -> tuple[Any, int]:
-        selector(routed(histogram, device), cost_us=cost)
+        selector.launch(routed(histogram, device), cost_us=cost)
         return cost.cpu().numpy(), int(selector.choice.item())
 
     check_contenders(name, costs, DEVICE)
@@ -393,12 +393,12 @@ def test_cuda(name: str) -> None:
     import torch
     from ramp_moe.runtime.graphs import nvrtc
     from ramp_moe.runtime.graphs.cost_table import CostTable
-    from ramp_moe.runtime.graphs.selector_cuda import Selector
+    from ramp_moe.runtime.graphs.selector_cuda import CudaSelector
 
     if reason := nvrtc.unavailable():
         pytest.skip(reason)
     table = CostTable.of(model_of(CASES[name]), contenders(CASES[name]))
-    selector = Selector(table, EXPERTS, torch.device("cuda"), with_cost=True)
+    selector = CudaSelector(table, EXPERTS, torch.device("cuda"), with_cost=True)
 
     def costs(histogram: tuple[int, ...]) -> tuple[Any, int]:
         selector.launch(routed(histogram, "cuda"))

@@ -184,6 +184,27 @@ def test_without_memory_the_parts_are_smaller(h200: Hardware, caplog: pytest.Log
     assert moe.dropped == {}, "another batch may fit"
 
 
+@pytest.mark.parametrize("where", ["in the capture of a graph", "where out is hidden_states"])
+def test_without_memory_nothing_is_dropped_where_there_is_no_second_try(
+    where: str, h200: Hardware, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from ramp_moe.runtime import fallback
+
+    monkeypatch.setattr(fallback, "_capturing", lambda out: "capture" in where)
+    kernel, other = Hungry(), FakeKernel("other")
+    kernel.room = 0
+    moe = layer(h200, kernel, other)
+    x = X.clone()
+    with pytest.raises(KernelError, match=f"lacks memory {where}; free some, then run that again"):
+        moe(x, IDS, SCORES, out=x if "out" in where else None)
+    assert moe.dropped == {}
+    assert other.launched == []
+    kernel.room = 1000
+    monkeypatch.undo()
+    check(moe)
+    assert kernel.launched
+
+
 def test_warming_up_takes_the_next_kernel_too(h200: Hardware) -> None:
     good = FakeKernel("good")
     moe = layer(h200, Failing(RuntimeError("no luck")), good)

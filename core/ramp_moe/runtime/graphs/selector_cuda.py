@@ -72,12 +72,12 @@ class Launch:
         return ctypes.addressof(self._arguments)
 
 
-class Selector:
+class CudaSelector:
     """Chooses among a table's candidates.
 
     After a launch, in the order of the stream, `choice` int32 `[1]` is the index of the cheapest, of equal ones the
     first; `histogram` int32 `[E]` the batch's; and `cost` float32 `[C]`, where `with_cost`, microseconds by candidate.
-    Raises KernelError where the kernel cannot be compiled.
+    Raises KernelError if the kernel cannot be compiled.
     """
 
     def __init__(self, table: CostTable, num_experts: int, device: torch.device, with_cost: bool = False) -> None:

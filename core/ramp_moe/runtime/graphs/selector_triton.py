@@ -24,6 +24,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ...errors import KernelError, ShapeError
+from ...spec.launchable import kernel_ids as as_kernels_take
 from .cost_table import CostTable
 from .recorder import Recorder
 
@@ -280,19 +281,17 @@ class TritonSelector:
             "CORRECTED": len(table.unit) > 0,
         }
 
-    def __call__(
+    def launch(
         self,
         topk_ids: Tensor,
         num_valid: Tensor | None = None,
-        cost_us: Tensor | None = None,
+        kernel_ids: Tensor | None = None,
         recorder: Recorder | None = None,
+        cost_us: Tensor | None = None,
     ) -> None:
-        """Fill `choice` and `histogram` for topk_ids int32 or int64 `[T, k]`, contiguous, 65,536 ids at most.
-
-        Ids outside [0, num_experts) are skipped. num_valid int32 `[1]` on the device: tokens from there on are skipped
-        too (captured batches that are padded). cost_us float32 `[candidates]` is filled with microseconds. recorder:
-        gets what was routed and chosen. Deterministic; allocates nothing. Raises KernelError for too many ids, for
-        dtypes, strides and devices, and a recorder of something else; ShapeError for shapes.
+        """See `Selector.launch`; 65,536 ids at most. Fills `histogram` and, if given, cost_us float32 `[candidates]`
+        with microseconds. Deterministic. Raises KernelError for too many ids, for dtypes, strides and devices, and a
+        recorder of something else; ShapeError for shapes.
         """
         self._check("topk_ids", topk_ids, None, torch.int32, torch.int64)
         num_tokens, top_k = topk_ids.shape
@@ -326,6 +325,8 @@ class TritonSelector:
                 **self._constants,
                 num_warps=_WARPS,
             )
+            if kernel_ids is not None:
+                kernel_ids.copy_(as_kernels_take(topk_ids, len(self.histogram), num_valid))
 
     def _check(self, what: str, tensor: Tensor, shape: tuple[int, ...] | None, *dtypes: torch.dtype) -> None:
         if tensor.ndim != 2 if shape is None else tensor.shape != shape:

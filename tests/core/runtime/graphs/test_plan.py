@@ -52,7 +52,7 @@ class Marking(FakeKernel):
 
 
 class Choosing:
-    """Stands in for `Selector`: it chooses what it is told."""
+    """Stands in for `CudaSelector`: it chooses what it is told."""
 
     function = None
 
@@ -74,7 +74,7 @@ def dispatcher(monkeypatch: pytest.MonkeyPatch, h200: Hardware) -> Callable[...,
     monkeypatch.setattr(torch.cuda, "current_stream", lambda device=None: stream)
     monkeypatch.setattr(torch.cuda, "stream", lambda stream: nullcontext())
     monkeypatch.setattr(torch.cuda, "synchronize", lambda device=None: None)
-    monkeypatch.setattr(dispatch, "Selector", Choosing)
+    monkeypatch.setattr(dispatch, "CudaSelector", Choosing)
     monkeypatch.setattr(graph, "kernel_nodes", lambda body, side: 5)
 
     def make(
@@ -231,6 +231,24 @@ def test_whatever_a_candidate_raises_it_is_dropped(dispatcher: Make, error: Exce
     assert graphs.dropped["fake/bm8"].startswith(f"raised {type(error).__name__}")
 
 
+def test_what_lacks_memory_is_left_out_of_one_plan_alone(dispatcher: Make) -> None:
+    """A full GPU says nothing of a candidate."""
+    graphs, kernel = dispatcher()
+    kernel.error = torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB\nand more")
+    kernel.faults[8] = "raises"
+    plan = prepared(graphs)
+    assert "bm8" not in names(plan)
+    assert plan.why.endswith("fake/bm8: lacks memory: CUDA out of memory. Tried to allocate 2 GiB")
+    assert graphs.dropped == {}
+    kernel.faults.clear()
+    assert "bm8" in names(graphs.prepare(2 * TOKENS, torch.bfloat16))
+    kernel.faults.update(dict.fromkeys(BLOCKS, "raises"))
+    with pytest.raises(KernelError, match=r"no candidate is left for a graph \(fake/bm\d+: lacks memory: CUDA"):
+        graphs.prepare(4 * TOKENS, torch.bfloat16)
+    kernel.faults.clear()
+    assert graphs.prepare(4 * TOKENS, torch.bfloat16).bodies
+
+
 def eager(graphs: GraphDispatch) -> set[str]:
     """What eager batches of every routing run."""
     layer = graphs._launches
@@ -274,8 +292,10 @@ def test_a_batch_in_parts_is_no_inline_graph(dispatcher: Make, monkeypatch: pyte
     monkeypatch.setattr(kernel, "inline_key", lambda config, shape: 1)
     monkeypatch.setattr(kernel, "max_tokens", lambda config, shape: TOKENS - 1)
     plan = prepared(graphs)
-    bodies = plan.bodies if len(plan.bodies) > 1 else graphs._offer("inline", TOKENS)[0].candidates
-    reason = graphs._not_inline(list(bodies)[:2], Batch(*inputs(TOKENS)), torch.empty(0))
+    bodies = plan.bodies if len(plan.bodies) > 1 else graphs._left({}).candidates
+    with pytest.raises(KernelError) as caught:
+        graphs._check_inline(list(bodies)[:2], graphs._trial(TOKENS, torch.bfloat16))
+    reason = str(caught.value)
     assert reason == f"{TOKENS} tokens are more than one launch takes"
     assert layer.max_tokens(bodies[0]) == TOKENS - 1
 
@@ -337,7 +357,8 @@ def test_kernels_that_are_slow_as_switched_nodes_are_left_to_the_other_modes(dis
     fakes = [(c.config, DEAR[dict(c.config.params)["block"]]) for c in graphs._model.candidates]
     both = {Candidate(kernel, config): price for kernel in ("fake", "slow") for config, price in fakes}
     graphs._model, graphs._fixed = priced(h200, both, SHAPE), frozenset({"slow"})
-    kernels = {mode: {c.kernel for c in graphs._offer(mode, TOKENS)[0].candidates} for mode in ("nodes", "switch")}
+    offers = {mode: graphs._offer(mode, graphs._left({}), TOKENS) for mode in ("nodes", "switch")}
+    kernels = {mode: {c.kernel for c in offer.model.candidates} for mode, offer in offers.items()}
     assert kernels == {"nodes": {"fake"}, "switch": {"fake", "slow"}}
 
 
@@ -356,7 +377,7 @@ def test_without_nvrtc_the_choice_is_made_in_triton(dispatcher: Make, monkeypatc
     def fails(*arguments: Any) -> None:
         raise KernelError("no cuda.bindings")
 
-    monkeypatch.setattr(dispatch, "Selector", type("Selector", (), {"__init__": fails}))
+    monkeypatch.setattr(dispatch, "CudaSelector", type("CudaSelector", (), {"__init__": fails}))
     with pytest.raises(KernelError, match=r"cannot be had in mode nodes: no cuda\.bindings; leave the mode out"):
         prepared(dispatcher("nodes")[0])
     graphs, _ = dispatcher("gated")

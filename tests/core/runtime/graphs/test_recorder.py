@@ -76,7 +76,7 @@ def test_from_a_layer_to_compare(registry: Registry, shipped: ProfileStore, h200
     batches = [routed("uniform" if n % 2 else "padded", n, 64, 8, n) for n in (3, 5, 64, 300, 57, 64, 33)]
     choices = []
     for ids in batches:
-        selector(ids.to(DEVICE), recorder=recorder)
+        selector.launch(ids.to(DEVICE), recorder=recorder)
         choices.append(model.candidates[contenders[selector.choice.item()]].name)
     path = tmp_path / "deep" / "trace.jsonl"
     recorder.write(path, [c.name for c in model.candidates], "a test")

@@ -15,7 +15,7 @@ from ramp_moe.runtime.graphs import nvrtc
 from ramp_moe.runtime.graphs import selector_cuda as select
 from ramp_moe.runtime.graphs.cost_table import CostTable
 from ramp_moe.runtime.graphs.recorder import Recorder
-from ramp_moe.runtime.graphs.selector_cuda import MAX_IDS, Selector, packed
+from ramp_moe.runtime.graphs.selector_cuda import MAX_IDS, CudaSelector, packed
 from ramp_moe.runtime.graphs.selector_triton import TritonSelector
 from select_cases import ROUTINGS, by_hand, counted, largest_table, routed
 
@@ -61,7 +61,9 @@ def test_it_compiles_without_a_gpu() -> None:
         nvrtc.compile_cubin("int f( {", "broken.cu", "sm_90")
 
 
-def check(selector: Selector, table: CostTable, ids: torch.Tensor, num_valid: int | None = None, **more: object) -> int:
+def check(
+    selector: CudaSelector, table: CostTable, ids: torch.Tensor, num_valid: int | None = None, **more: object
+) -> int:
     """Run, compare with the table by hand; the choice."""
     valid = None if num_valid is None else torch.tensor([num_valid], dtype=torch.int32, device="cuda")
     kernel_ids = torch.full(ids.shape, -77, dtype=torch.int32, device="cuda")
@@ -81,8 +83,8 @@ def check(selector: Selector, table: CostTable, ids: torch.Tensor, num_valid: in
     return int(selector.choice)
 
 
-def made(table: CostTable, num_experts: int) -> Selector:
-    return Selector(table, num_experts, torch.device("cuda"), with_cost=True)
+def made(table: CostTable, num_experts: int) -> CudaSelector:
+    return CudaSelector(table, num_experts, torch.device("cuda"), with_cost=True)
 
 
 @pytest.mark.gpu
@@ -141,7 +143,7 @@ def test_it_agrees_with_the_portable_one_and_records_alike(table: CostTable) -> 
     for seed, routing in enumerate(ROUTINGS):
         ids = routed(routing, 100, 64, 8, seed)
         check(cuda, table, ids, 90, recorder=recorders[0])
-        portable(ids.cuda(), torch.tensor([90], dtype=torch.int32, device="cuda"), recorder=recorders[1])
+        portable.launch(ids.cuda(), torch.tensor([90], dtype=torch.int32, device="cuda"), recorder=recorders[1])
         assert cuda.choice.item() == portable.choice.item()
     assert torch.equal(recorders[0].ring, recorders[1].ring)
     assert recorders[0].counter.item() == recorders[1].counter.item() == len(ROUTINGS)

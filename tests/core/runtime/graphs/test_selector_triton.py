@@ -44,7 +44,7 @@ def check(
     valid = None if num_valid is None else torch.tensor([num_valid], dtype=torch.int32, device=DEVICE)
     selector.choice.fill_(-77)
     selector.histogram.fill_(-77)
-    selector(topk_ids.to(DEVICE), valid, cost, recorder)
+    selector.launch(topk_ids.to(DEVICE), valid, recorder=recorder, cost_us=cost)
     histogram = counted(topk_ids, len(selector.histogram), num_valid)
     assert selector.histogram.tolist() == histogram.tolist()
     expected, found = by_hand(table, histogram), cost.cpu().numpy()
@@ -121,7 +121,7 @@ def test_without_any_cost_the_choice_exists(table: CostTable) -> None:
     for given in (table, replace(table, **without)):
         broken = replace(given, floor=np.full_like(table.floor, np.nan), coefficients=table.coefficients * np.nan)
         selector = TritonSelector(broken, 64, DEVICE)
-        selector(routed("uniform", 9, 64, 8).to(DEVICE))
+        selector.launch(routed("uniform", 9, 64, 8).to(DEVICE))
         assert selector.choice.tolist() == [0]
 
 
@@ -154,6 +154,7 @@ def test_it_records(table: CostTable) -> None:
 def test_bad_input(table: CostTable) -> None:
     selector = TritonSelector(table, 64, DEVICE)
     ids = routed("uniform", 8, 64, 2).to(DEVICE)
+    few = torch.zeros(3, device=DEVICE)
     for arguments, error, message in (
         ((ids.float(),), KernelError, "topk_ids must be int32 or int64, not float32; convert"),
         ((ids.T,), KernelError, "topk_ids must be contiguous, its strides are"),
@@ -162,10 +163,14 @@ def test_bad_input(table: CostTable) -> None:
         ((torch.zeros(2**13 + 1, 8, dtype=torch.int32, device=DEVICE),), KernelError, "65536 ids at most, not 65544"),
         ((ids, torch.tensor([1], device=DEVICE)), KernelError, "num_valid must be int32, not int64"),
         ((ids, torch.tensor(1, device=DEVICE)), ShapeError, r"num_valid must be \[1\], not \[\]"),
-        ((ids, None, torch.zeros(3, device=DEVICE)), ShapeError, rf"cost_us must be \[{table.num_candidates}\]"),
+        (
+            (ids, None, None, None, torch.zeros(3, device=DEVICE)),
+            ShapeError,
+            rf"cost_us must be \[{table.num_candidates}\]",
+        ),
     ):
         with pytest.raises(error, match=message):
-            selector(*arguments)
+            selector.launch(*arguments)
     for num_experts in (0, 1025):
         with pytest.raises(KernelError, match=f"1 to 1024 experts, not {num_experts}; choose on the host"):
             TritonSelector(table, num_experts, DEVICE)
@@ -173,7 +178,7 @@ def test_bad_input(table: CostTable) -> None:
         with pytest.raises(
             KernelError, match=f"the recorder is for {recorder.top_k} of {recorder.num_experts} experts"
         ):
-            selector(ids, recorder=recorder)
+            selector.launch(ids, recorder=recorder)
 
 
 def test_it_compiles_small() -> None:
@@ -210,10 +215,10 @@ def test_a_graph_chooses_anew(table: CostTable) -> None:
         ids = routed("uniform", tokens, 64, 8).to(DEVICE)
         valid = torch.tensor([tokens], dtype=torch.int32, device=DEVICE)
         cost = torch.zeros(table.num_candidates, device=DEVICE)
-        selector(ids, valid, cost, recorder)  # compiles
+        selector.launch(ids, valid, recorder=recorder, cost_us=cost)  # compiles
         graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(graph):
-            selector(ids, valid, cost, recorder)
+            selector.launch(ids, valid, recorder=recorder, cost_us=cost)
         rows = []
         for seed, routing in enumerate(ROUTINGS):
             num_valid = tokens if seed % 2 else max(1, tokens // 2)
