@@ -19,6 +19,9 @@ from ..spec.shapes import MoEShape
 MOST_FAILURES = 3
 """Candidates of one kernel that may fail before the kernel is dropped as a whole, if there are others."""
 
+MOST_SIZES = 1024
+"""Batch sizes whose choice is remembered. Servers' eager batches can be of any size."""
+
 
 class Chooser:
     """Names candidates of a layer's kernels, by a cost model or without.
@@ -41,7 +44,9 @@ class Chooser:
         self.dispatcher = None if cost_model is None else Dispatcher(cost_model.restrict(list(self._kernels)))
         """None if there is no model."""
         self._latest: dict[int, Candidate] = {}
-        """By number of tokens, what ran last, of the sizes that are not settled."""
+        """By number of tokens, what ran last, of the sizes at which the histogram decides."""
+        self._known: dict[tuple[int, float], Candidate | None] = {}
+        """What `choice_by_batch_size` found."""
 
     def by_histogram(self, num_tokens: int, histogram: IntArray) -> Candidate:
         """The fastest by the model, which there must be."""
@@ -51,6 +56,14 @@ class Chooser:
 
     def choice_by_batch_size(self, num_tokens: int, host_sync_us: float) -> Candidate | None:
         """The one candidate for a batch size if reading the histogram back would not pay; None if it would."""
+        key = num_tokens, host_sync_us
+        if key not in self._known:
+            if len(self._known) == MOST_SIZES:
+                self._known.clear()
+            self._known[key] = self._by_batch_size(num_tokens, host_sync_us)
+        return self._known[key]
+
+    def _by_batch_size(self, num_tokens: int, host_sync_us: float) -> Candidate | None:
         if self.dispatcher is None:
             return self._static(num_tokens)
         if not host_sync_us or not num_tokens:
@@ -82,6 +95,7 @@ class Chooser:
         """Name a candidate no more. Returns what is dropped: its name, or its kernel's if that has failed several times
         or has nothing else. None if it is the last and stays, since it may do for another batch."""
         kernel = candidate.kernel
+        self._known.clear()
         if kernel not in self._kernels:
             return kernel
         model = None if self.dispatcher is None else self.dispatcher.model

@@ -28,8 +28,6 @@ def compute(layer: Launching, choose: Callable[[], Candidate], batch: Batch, out
     in a capture, if out is hidden_states, which may be half overwritten by then, and if the GPU answers no more: after
     an illegal access nothing runs in this process.
     """
-    import torch
-
     failed: dict[str, str] = {}
     most = None
     while True:
@@ -40,6 +38,8 @@ def compute(layer: Launching, choose: Callable[[], Candidate], batch: Batch, out
         except (ShapeError, RoutingError):
             raise
         except Exception as e:  # whatever a kernel raises
+            import torch
+
             said = f"{type(e).__name__}: {e}".partition("\n")[0]
             if reason := _lost(out):
                 raise KernelError(f"{candidate.name} failed ({said}), and the GPU with it ({reason}); restart") from e

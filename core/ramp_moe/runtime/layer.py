@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import weakref
 from collections.abc import Hashable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from ..cost_model.model import Candidate, CostModel
@@ -26,6 +27,19 @@ if TYPE_CHECKING:
 
     from .graphs.capture import GraphDispatch, Plan
     from .protocols import Owner
+
+MOST_READY = 1024
+"""Candidates whose launch is remembered."""
+
+
+@dataclass(frozen=True, slots=True)
+class _Ready:
+    """What launching a candidate needs, so that no call looks it up again."""
+
+    candidate: Candidate
+    kernel: LaunchableKernel
+    prepared: Any
+    max_tokens: int | None
 
 
 class LayerRuntime:
@@ -71,6 +85,7 @@ class LayerRuntime:
         self.hardware, self.checked = hardware, checked
         self.host_sync_us, self.ep_size = host_sync_us, ep_size
         self._device, self._dtype = weights.gate_up.device, weights.gate_up.dtype
+        self._row, self._slots = (self.shape.hidden_size,), (top_k,)
         self.workspace = Workspace()
         self.layouts: tuple[str, ...] = ()
         self.held: tuple[MoEWeights, ...] = ()
@@ -94,8 +109,8 @@ class LayerRuntime:
         self.chooser = Chooser(
             self.shape, hardware, [kernel for kernel, _ in self._kernels.values()], cost_model, ep_size
         )
-        self._most: dict[str, int | None] = {}
-        """By candidate, the most tokens that it takes in one launch."""
+        self._ready: dict[int, _Ready] = {}
+        """By the identity of a candidate, what its launch needs."""
         self._number = register(self)
         self.graphs: GraphDispatch | None = None
         safe = [name for name, (kernel, _) in self._kernels.items() if kernel.graph_safe]
@@ -194,7 +209,10 @@ class LayerRuntime:
 
     def choose(self, batch: Batch) -> Candidate:
         """The kernel and configuration that `forward` would launch for this batch."""
-        if _capturing(batch.topk_ids):
+        return self._choose(batch, _capturing(batch.topk_ids))
+
+    def _choose(self, batch: Batch, capturing: bool) -> Candidate:
+        if capturing:
             return self._blind(batch.num_tokens)
         if known := self.chooser.choice_by_batch_size(batch.num_tokens, self.host_sync_us):
             return known
@@ -255,12 +273,16 @@ class LayerRuntime:
 
         if self.stale is not None:
             raise KernelError(self.stale)
-        # First of all: kernels read it by its address.
-        num_valid = valid_tokens(num_valid, len(hidden_states), topk_ids.device)
-        plan = self._plan(hidden_states, topk_ids)
+        capturing = _capturing(topk_ids)
+        if num_valid is not None:  # first of all: kernels read it by its address
+            num_valid = valid_tokens(num_valid, hidden_states.shape[0], topk_ids.device)
+        plan = self._plan(hidden_states) if capturing else None
         if plan is None:
-            batch = Batch(hidden_states, kernel_ids(topk_ids, self.shape.num_experts, num_valid), topk_weights)
-        if hidden_states.shape[1:] != (self.shape.hidden_size,) or topk_ids.shape[1:] != (self.shape.top_k,):
+            ids = topk_ids
+            if num_valid is not None or ids.dtype is not torch.int32:
+                ids = kernel_ids(ids, self.shape.num_experts, num_valid)
+            batch = Batch(hidden_states, ids, topk_weights)
+        if hidden_states.shape[1:] != self._row or topk_ids.shape[1:] != self._slots:
             raise ShapeError(
                 f"the layer takes hidden_states [T, {self.shape.hidden_size}] and {self.shape.top_k} ids a token, "
                 f"not {list(hidden_states.shape)} and {topk_ids.shape[-1]}"
@@ -269,19 +291,20 @@ class LayerRuntime:
             raise ShapeError(
                 f"hidden_states is on {hidden_states.device}, the weights on {self._device}; move it there"
             )
-        self._check_dtype(hidden_states.dtype)
+        if hidden_states.dtype is not self._dtype:
+            self._check_dtype(hidden_states.dtype)
         if self.checked:
             expert_histogram(topk_ids, self.shape.num_experts)
         if out is None:
             out = torch.empty_like(hidden_states)
-        elif out.shape != hidden_states.shape or out.dtype != hidden_states.dtype or not out.is_contiguous():
+        elif out.shape != hidden_states.shape or out.dtype is not hidden_states.dtype or not out.is_contiguous():
             raise ShapeError(f"out must be contiguous {hidden_states.dtype} {list(hidden_states.shape)}")
         elif out.device != self._device:
             raise ShapeError(f"out is on {out.device}, the weights on {self._device}")
         if plan is not None and self.graphs is not None:
             self.graphs.capture(plan, hidden_states, topk_ids, topk_weights, out, num_valid)
         elif batch.num_tokens:
-            compute(self, lambda: self.choose(batch), batch, out)
+            compute(self, lambda: self._choose(batch, capturing), batch, out)
         return out
 
     def _check_dtype(self, dtype: torch.dtype) -> None:
@@ -294,11 +317,9 @@ class LayerRuntime:
         elif dtype != self._dtype:
             raise ShapeError(f"hidden_states must be {self._dtype} as the weights are, not {dtype}")
 
-    def _plan(self, hidden_states: Tensor, topk_ids: Tensor) -> Plan | None:
-        """That of a graph in which the device chooses, if one is being captured."""
-        if self.graphs is None or not _capturing(topk_ids):
-            return None
-        plan = self.graphs.plans.get(len(hidden_states))
+    def _plan(self, hidden_states: Tensor) -> Plan | None:
+        """That of a graph in which the device chooses."""
+        plan = None if self.graphs is None else self.graphs.plans.get(hidden_states.shape[0])
         return None if plan is None or plan.selector is None else plan
 
     def __call__(
@@ -339,23 +360,35 @@ class LayerRuntime:
         """A copy is another layer, with a number of its own."""
         from .torch_op import register
 
-        self.__dict__.update(state, _number=register(self))
+        self.__dict__.update(state, _number=register(self), _ready={})
 
     def launch(self, candidate: Candidate, batch: Batch, out: Tensor, most: int | None = None) -> None:
         """Run one candidate, whatever the dispatcher would have chosen: in parts if the batch has more tokens than it
         takes in one launch, or than `most`."""
+        ready = self._ready.get(id(candidate))
+        if ready is None or ready.candidate is not candidate:
+            ready = self._made_ready(candidate)
+        kernel, limit, workspace = ready.kernel, ready.max_tokens, self.workspace
+        if most is not None and (limit is None or most < limit):
+            limit = most
+        with workspace.lock:
+            if limit is None or batch.num_tokens <= limit:
+                kernel.launch(candidate.config, ready.prepared, batch, out, workspace)
+                return
+            for part, rows in parts(batch, out, limit):
+                kernel.launch(candidate.config, ready.prepared, part, rows, workspace)
+
+    def _made_ready(self, candidate: Candidate) -> _Ready:
         kernel, prepared = self._kernels[candidate.kernel]
-        limits = [n for n in (most, self.max_tokens(candidate)) if n is not None]
-        with self.workspace.lock:
-            for part, rows in parts(batch, out, min(limits, default=None)):
-                kernel.launch(candidate.config, prepared, part, rows, self.workspace)
+        if len(self._ready) == MOST_READY:
+            self._ready.clear()
+        most = most_tokens(kernel, candidate.config, self.shape)
+        found = self._ready[id(candidate)] = _Ready(candidate, kernel, prepared, most)
+        return found
 
     def max_tokens(self, candidate: Candidate) -> int | None:
         """The most tokens that a candidate takes in one launch; None if any number."""
-        name = candidate.name
-        if name not in self._most:
-            self._most[name] = most_tokens(self._kernels[candidate.kernel][0], candidate.config, self.shape)
-        return self._most[name]
+        return most_tokens(self._kernels[candidate.kernel][0], candidate.config, self.shape)
 
     def drop(self, candidate: Candidate, reason: str, wrong: bool = False) -> str | None:
         """Choose a candidate no more, in eager batches and in graphs that are planned from now on; `dropped` says why.
@@ -387,9 +420,11 @@ class LayerRuntime:
 
 
 def _capturing(topk_ids: Tensor) -> bool:
+    if not topk_ids.is_cuda:
+        return False
     import torch
 
-    return topk_ids.is_cuda and torch.cuda.is_current_stream_capturing()
+    return torch.cuda.is_current_stream_capturing()
 
 
 def _in_range(batch: Batch, num_experts: int) -> Tensor:

@@ -56,11 +56,17 @@ class RoutedExperts:
 
         if topk_ids.is_floating_point() or topk_ids.is_complex() or topk_ids.dtype == torch.bool:
             raise RoutingError(f"topk_ids are {topk_ids.dtype}, not integers; a route gives (topk_ids, topk_weights)")
-        x = hidden_states.to(self.taken(hidden_states.dtype)).contiguous()
+        # A conversion to what a tensor is already takes microseconds.
+        x, dtype, scores = hidden_states, hidden_states.dtype, topk_weights
+        if dtype is not (takes := self.taken(dtype)):
+            x = x.to(takes)
         ids = topk_ids
-        if ids.dtype != torch.int32:
+        if ids.dtype is not torch.int32:
             ids = kernel_ids(ids.long(), self.layer.shape.num_experts, None)
-        return self.run(x, ids.contiguous(), topk_weights.float().contiguous()).to(hidden_states.dtype)
+        if scores.dtype is not torch.float32:
+            scores = scores.float()
+        found = self.run(x.contiguous(), ids.contiguous(), scores.contiguous())
+        return found if found.dtype is dtype else found.to(dtype)
 
     def run(
         self,
@@ -77,7 +83,8 @@ class RoutedExperts:
         layer = self.layer
         if not torch.compiler.is_compiling():
             layer = self.current()
-            self._record(topk_ids)
+            if self.recorded is not None:
+                self._record(topk_ids)
             trains = torch.is_grad_enabled() and any(p.requires_grad for p in self._tensors.values())
             if trains and not hidden_states.requires_grad:
                 hidden_states = hidden_states.detach().requires_grad_()  # their gradients, too, are refused
@@ -156,8 +163,12 @@ class RoutedExperts:
         module = self._module()
         assert module is not None
         state = module.__dict__
-        for where, name, tensor, place in self._expected:  # a microsecond each
-            if (state if where is None else state[where]).get(name) is not tensor or _place(tensor) != place:
+        for where, name, tensor, (kind, *place) in self._expected:  # a microsecond each
+            if (
+                (state if where is None else state[where]).get(name) is not tensor
+                or type(tensor) is not kind
+                or (place and place != [tensor.data_ptr(), tensor.shape, tensor.stride()])
+            ):
                 return self._renewed(module, name)
         return self.layer if self._expected else self._renewed(module)
 
@@ -241,11 +252,11 @@ def _where(module: Module, name: str) -> str | None:
     return next((where for where in ("_parameters", "_buffers") if name in getattr(module, where)), None)
 
 
-def _place(tensor: Tensor) -> Any:
+def _place(tensor: Tensor) -> tuple[Any, ...]:
     """What changes if the tensor is given other memory, or is no placeholder any more."""
     if hasattr(tensor, "_source"):
-        return None
-    return tensor.data_ptr(), tensor.shape, tensor.stride()
+        return (type(tensor),)
+    return type(tensor), tensor.data_ptr(), tensor.shape, tensor.stride()
 
 
 def _contiguous(tensor: Tensor) -> Tensor:

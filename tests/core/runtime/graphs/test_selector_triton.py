@@ -164,7 +164,7 @@ def test_bad_input(table: CostTable) -> None:
         ((ids, torch.tensor([1], device=DEVICE)), KernelError, "num_valid must be int32, not int64"),
         ((ids, torch.tensor(1, device=DEVICE)), ShapeError, r"num_valid must be \[1\], not \[\]"),
         (
-            (ids, None, None, None, torch.zeros(3, device=DEVICE)),
+            (ids, None, None, None, few),
             ShapeError,
             rf"cost_us must be \[{table.num_candidates}\]",
         ),
