@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import threading
 import weakref
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any, NoReturn
@@ -43,6 +44,7 @@ class RoutedExperts:
         """By field of MoEWeights, the module's, from `take` to `give_back`."""
         self._expected: list[tuple[str | None, str, Tensor, Any]] = []
         """What `current` finds: in which of the module's dictionaries, under which name, the tensor, and its place."""
+        self._renewing = threading.RLock()
         self._installed = False
         self._before: Any = None
         self._build(module)
@@ -162,6 +164,10 @@ class RoutedExperts:
         if they are others, of which no layer can be made."""
         module = self._module()
         assert module is not None
+        return self.layer if self._other(module) is None else self._renewed(module)
+
+    def _other(self, module: Module) -> str | None:
+        """Which of the module's tensors is another than the layer was made of; None if all are the same."""
         state = module.__dict__
         for where, name, tensor, (kind, *place) in self._expected:  # a microsecond each
             if (
@@ -169,16 +175,23 @@ class RoutedExperts:
                 or type(tensor) is not kind
                 or (place and place != [tensor.data_ptr(), tensor.shape, tensor.stride()])
             ):
-                return self._renewed(module, name)
-        return self.layer if self._expected else self._renewed(module)
+                return name
+        return None if self._expected else "a weight"
 
-    def _renewed(self, module: Module, name: str = "") -> LayerRuntime:
+    def _renewed(self, module: Module) -> LayerRuntime:
+        """The layer of what the module has now, made once, whichever thread comes first."""
+        with self._renewing:
+            if (name := self._other(module)) is not None:
+                self._renew(module, name)
+            return self.layer
+
+    def _renew(self, module: Module, name: str) -> None:
         import torch
 
         from .refusals import check
         from .torch_op import register
 
-        what = f"{name or 'a weight'} of {type(module).__name__} is another than the layer was made of"
+        what = f"{name} of {type(module).__name__} is another than the layer was made of"
         if torch.cuda.is_available() and torch.cuda.is_current_stream_capturing():
             raise KernelError(f"{what}; run the model once before it is captured")
         number = self.layer._number
@@ -192,7 +205,6 @@ class RoutedExperts:
             why = str(e) if isinstance(e, RampMoEError) else f"{type(e).__name__}: {e}"
             raise KernelError(f"{what}: {why}{remedy}") from e
         self.layer._number = register(self.layer, number)
-        return self.layer
 
     def _build(self, module: Module) -> None:
         from .refusals import check
@@ -234,7 +246,7 @@ class RoutedExperts:
             (where, name, t, _place(t))
             for (where, name, *_), t in zip(self._expected, found._tensors.values(), strict=False)
         ]
-        found.recorded = None
+        found.recorded, found._renewing = None, threading.RLock()
         return found
 
     def __reduce_ex__(self, protocol: Any) -> NoReturn:

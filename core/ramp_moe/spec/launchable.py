@@ -110,7 +110,7 @@ class MoEWeights:
             if tensor is not None and tensor.device != self.gate_up.device:
                 raise ShapeError(f"{name} is on {tensor.device}, gate_up on {self.gate_up.device}; move it there")
 
-    @property
+    @functools.cached_property
     def scale_block(self) -> int | None:
         """Rows, and columns, that share an fp8 scale, by the columns of gate_up_scale; None without scales."""
         if self.gate_up_scale is None:

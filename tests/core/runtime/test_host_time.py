@@ -83,7 +83,7 @@ def test_nothing_is_asked_of_a_kernel_twice(h200: Hardware, monkeypatch: pytest.
 
 def test_as_a_module_little_comes_on_top() -> None:
     moe = MoELayer(weights(), K, device="h200", options=DispatchOptions(kernels=[Nothing()]))
-    check(lambda: moe(X, IDS, SCORES), 22)
+    check(lambda: moe(X, IDS, SCORES), 23)
 
 
 def test_wrapped_little_comes_on_top() -> None:
@@ -91,7 +91,7 @@ def test_wrapped_little_comes_on_top() -> None:
     bank = Case(turned=False, layouts=("gate-first",)).wrapped()
     for kernel in bank._ramp_moe.layer.kernels.values():  # type: ignore[union-attr]
         kernel.launch = lambda *given: None
-    check(lambda: bank(X, IDS, SCORES), 24)
+    check(lambda: bank(X, IDS, SCORES), 25)
 
 
 def test_what_is_remembered_of_sizes_is_bounded_and_right(h200: Hardware, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -4,7 +4,9 @@ what is refused when a model is wrapped."""
 from __future__ import annotations
 
 import copy
+import threading
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import pytest
@@ -97,6 +99,32 @@ def test_new_weights_of_any_kind_are_computed_with(case: Case, change: str) -> N
     bank._ramp_moe.remove(bank)
     assert not any(isinstance(getattr(bank, name), Placeholder) for name in TENSORS)
     assert torch.equal(bank.w2, expected["w2"] * 2)
+
+
+def test_threads_that_meet_a_change_make_one_layer(case: Case, monkeypatch: pytest.MonkeyPatch) -> None:
+    """All of them compute with the new weights, which are taken once."""
+    bank, tensors = case.wrapped(), values(1, case.turned)
+    experts, threads, built = bank._ramp_moe, 4, []
+    ran(bank)
+    make, start, inside = experts._build, threading.Barrier(threads), threading.Event()
+
+    def slow(module: Any) -> None:
+        built.append(threading.get_ident())
+        inside.wait(timeout=0.05)  # nobody sets it: time for whoever does not wait to come in between
+        make(module)
+
+    monkeypatch.setattr(experts, "_build", slow)
+    for name, new in tensors.items():
+        setattr(bank, name, nn.Parameter(new.clone()))
+
+    def run(_: int) -> Tensor:
+        start.wait(timeout=60)
+        return ran(bank)
+
+    with ThreadPoolExecutor(threads) as pool:
+        outs = list(pool.map(run, range(threads)))
+    assert len(built) == 1
+    assert all(torch.equal(out, fresh(case, tensors)) for out in outs)
 
 
 def test_what_was_compiled_follows_too(case: Case) -> None:

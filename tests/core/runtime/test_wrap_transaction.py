@@ -25,7 +25,7 @@ from wrap_cases import IDS, SCORES, Bank, InPlace, K, Turned, X, register_kernel
 ADAPTER = Turned(Bank, "w13", "w2", K, gate_up_bias="b13", down_bias="b2")
 STEPS: list[tuple[Any, str]] = [
     (Turned, "weights"), (Turned, "names"), (Turned, "order"), (Turned, "given"), (Turned, "own"), (Turned, "install"),
-    (Turned, "top_k_of"), (building.Builder, "layer"), (building.Builder, "_plan"), (building.Builder, "_settled"),
+    (Turned, "top_k_of"), (building.Builder, "layer"), (building.Builder, "_plan"), (building.Builder, "_shared"),
     (InPlace, "prepare"), (InPlace, "unsupported"), (LayerRuntime, "_hold"), (layers, "relayout"), (refusals, "check"),
     (RoutedExperts, "__init__"), (RoutedExperts, "take"), (RoutedExperts, "install"), (placeholder, "become"),
     (Placeholder, "__new__"), (Source, "__init__"), (torch.utils, "swap_tensors"), (routed, "_plain_in_state_dict"),
