@@ -48,6 +48,16 @@ class Chooser:
         self._known: dict[tuple[int, float], Candidate | None] = {}
         """What `choice_by_batch_size` found."""
 
+    @property
+    def kernels(self) -> list[LaunchableKernel]:
+        """Those that were not dropped."""
+        return list(self._kernels.values())
+
+    @property
+    def model(self) -> CostModel | None:
+        """Of the candidates that were not dropped."""
+        return None if self.dispatcher is None else self.dispatcher.model
+
     def by_histogram(self, num_tokens: int, histogram: IntArray) -> Candidate:
         """The fastest by the model, which there must be."""
         assert self.dispatcher is not None
@@ -98,7 +108,7 @@ class Chooser:
         self._known.clear()
         if kernel not in self._kernels:
             return kernel
-        model = None if self.dispatcher is None else self.dispatcher.model
+        model = self.model
         known = [] if model is None else list(model.candidates)
         left = [c for c in known if c.name != candidate.name]
         if known and len(left) == len(known):

@@ -28,6 +28,8 @@ if TYPE_CHECKING:
     from .graphs.capture import GraphDispatch, Plan
     from .protocols import Owner
 
+HALVES = {"torch.bfloat16": "bf16", "torch.float16": "fp16"}
+"""Dtypes of hidden states."""
 MOST_READY = 1024
 """Candidates whose launch is remembered."""
 
@@ -111,6 +113,9 @@ class LayerRuntime:
         )
         self._ready: dict[int, _Ready] = {}
         """By the identity of a candidate, what its launch needs."""
+        self._choosers: dict[torch.dtype, Chooser] = {}
+        """By dtype of the hidden states, over the kernels that take it; if all take all, `chooser` is the only one."""
+        self._picky = any({*HALVES.values()} - {*kernel.hidden_dtypes} for kernel in self.kernels.values())
         self._number = register(self)
         self.graphs: GraphDispatch | None = None
         safe = [name for name, (kernel, _) in self._kernels.items() if kernel.graph_safe]
@@ -130,6 +135,8 @@ class LayerRuntime:
             try:
                 if reason := kernel.unsupported(self.shape, self.hardware) or kernel.unavailable():
                     raise KernelError(reason)
+                if self.shape.dtype in HALVES.values() and self.shape.dtype not in kernel.hidden_dtypes:
+                    raise KernelError(f"takes hidden states in {' and '.join(kernel.hidden_dtypes)} only")
                 layouts_of(kernel, self.shape)
                 usable[kernel.name] = kernel
             except RampMoEError as e:
@@ -212,18 +219,49 @@ class LayerRuntime:
         return self._choose(batch, _capturing(batch.topk_ids))
 
     def _choose(self, batch: Batch, capturing: bool) -> Candidate:
+        dtype = batch.hidden_states.dtype
         if capturing:
-            return self._blind(batch.num_tokens)
-        if known := self.chooser.choice_by_batch_size(batch.num_tokens, self.host_sync_us):
+            return self._blind(batch.num_tokens, dtype)
+        chooser = self._chooser_for(dtype) if self._picky else self.chooser
+        if known := chooser.choice_by_batch_size(batch.num_tokens, self.host_sync_us):
             return known
         histogram = expert_histogram(_in_range(batch, self.shape.num_experts), self.shape.num_experts)
-        return self.chooser.by_histogram(batch.num_tokens, histogram)
+        return chooser.by_histogram(batch.num_tokens, histogram)
 
-    def _blind(self, num_tokens: int) -> Candidate:
+    def _blind(self, num_tokens: int, dtype: torch.dtype) -> Candidate:
         """The choice for a batch size alone: the best single one if a graph was planned for it, else the chooser's."""
-        if self.graphs is not None and num_tokens in self.graphs.plans:
-            return self.graphs.plans[num_tokens].bodies[0]
-        return self.chooser.by_size(num_tokens, self.host_sync_us)
+        if (plan := self._planned(num_tokens, dtype)) is not None:
+            return plan.bodies[0]
+        return self._chooser_for(dtype).by_size(num_tokens, self.host_sync_us)
+
+    def _planned(self, num_tokens: int, dtype: torch.dtype) -> Plan | None:
+        plan = None if self.graphs is None else self.graphs.plans.get(num_tokens)
+        return None if plan is None or plan.dtype is not dtype else plan
+
+    def _chooser_for(self, dtype: torch.dtype) -> Chooser:
+        """Over the kernels that take hidden states of this dtype. Raises KernelError if none does."""
+        if not self._picky:
+            return self.chooser
+        if dtype not in self._choosers:
+            self._choosers[dtype] = self._made_chooser(dtype)
+        return self._choosers[dtype]
+
+    def _made_chooser(self, dtype: torch.dtype) -> Chooser:
+        left, name = self.chooser.kernels, HALVES.get(str(dtype), str(dtype))
+        kernels = [kernel for kernel in left if name in kernel.hidden_dtypes]
+        if not kernels:
+            others = ", ".join(f"{k.name} takes {' and '.join(k.hidden_dtypes)}" for k in left)
+            raise KernelError(f"no kernel of the layer takes hidden states in {name} ({others}); cast them")
+        if len(kernels) == len(left):
+            return self.chooser
+        model, names = self.chooser.model, {kernel.name for kernel in kernels}
+        if model is not None and not any(c.kernel in names for c in model.candidates):
+            model = None
+        return Chooser(self.shape, self.hardware, kernels, model, self.ep_size)
+
+    def takes(self, candidate: Candidate, dtype: torch.dtype) -> bool:
+        """Whether its kernel computes hidden states of this dtype."""
+        return HALVES.get(str(dtype)) in self._kernels[candidate.kernel][0].hidden_dtypes
 
     def warm_up(self, num_tokens: int, dtype: torch.dtype) -> Plan | None:
         """Run, on the current stream, what a capture of `num_tokens` would launch, so that everything is compiled and
@@ -242,7 +280,7 @@ class LayerRuntime:
         ids = torch.arange(num_tokens * shape.top_k, dtype=torch.int32, device=device) % shape.num_experts
         weights = torch.full((num_tokens, shape.top_k), 1 / shape.top_k, dtype=torch.float32, device=device)
         batch = Batch(x, ids.view(num_tokens, shape.top_k), weights)
-        compute(self, lambda: self._blind(num_tokens), batch, torch.empty_like(x))
+        compute(self, lambda: self._blind(num_tokens, dtype), batch, torch.empty_like(x))
         return None
 
     def ready(self, num_tokens: int, dtype: torch.dtype) -> None:
@@ -319,7 +357,7 @@ class LayerRuntime:
 
     def _plan(self, hidden_states: Tensor) -> Plan | None:
         """That of a graph in which the device chooses."""
-        plan = None if self.graphs is None else self.graphs.plans.get(hidden_states.shape[0])
+        plan = self._planned(hidden_states.shape[0], hidden_states.dtype)
         return None if plan is None or plan.selector is None else plan
 
     def __call__(
@@ -395,6 +433,7 @@ class LayerRuntime:
         Returns what is dropped, which after several failures is its kernel; None if it is the last one, which stays
         unless its output is wrong."""
         name = self.chooser.drop(candidate, even_last=wrong)
+        self._choosers.clear()
         if name is not None:
             self.dropped.setdefault(name, reason)
             if self.graphs is not None:

@@ -260,6 +260,8 @@ class LaunchableKernel(Kernel):
 
     requires: tuple[str, ...] = ()
     """Packages that `run` imports, as `requires = ("triton",)`: by the name of the import, which pip must know, too."""
+    hidden_dtypes: tuple[str, ...] = ("bf16", "fp16")
+    """Dtypes of hidden states that `run` takes. A layer has batches of others computed by other kernels."""
     graph_safe = True
     """Whether `launch` may be captured in a CUDA graph, once it has run on the same stream with the same sizes."""
     switchable = True

@@ -53,6 +53,7 @@ class CuteMoE(LaunchableKernel, BuildableKernel):
     """
 
     name = "cute"
+    hidden_dtypes = ("bf16",)
 
     def version(self) -> str:
         """The library's version and a digest of the code that runs. How objects are built and loaded does not count."""

@@ -55,6 +55,7 @@ class AlphaMoE(LaunchableKernel):
     fixed order, so that two runs differ in bf16's last bits. A NaN in the input need not show in the output."""
 
     name = "alpha_moe"
+    hidden_dtypes = ("bf16",)
 
     def unsupported(self, shape: MoEShape, hardware: Hardware) -> str | None:
         if hardware.arch != "sm_90":

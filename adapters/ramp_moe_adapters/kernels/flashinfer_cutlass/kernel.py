@@ -77,6 +77,7 @@ class FlashInferCutlass(LaunchableKernel, BuildableKernel):
     """
 
     name = "flashinfer_cutlass"
+    hidden_dtypes = ("bf16",)
     counts_repeats = False
 
     def unsupported(self, shape: MoEShape, hardware: Hardware) -> str | None:

@@ -70,6 +70,8 @@ class Launches(Protocol):
 
     def max_tokens(self, candidate: Candidate) -> int | None: ...
 
+    def takes(self, candidate: Candidate, dtype: torch.dtype) -> bool: ...
+
     def drop(self, candidate: Candidate, reason: str, wrong: bool = False) -> str | None: ...
 
 
@@ -79,6 +81,7 @@ class Plan:
     the batch size alone; the shortlist that they are; in mode "nodes", how many kernels they have."""
 
     num_tokens: int
+    dtype: torch.dtype
     mode: str
     why: str
     bodies: tuple[Candidate, ...]
@@ -108,6 +111,8 @@ class _Trial:
     """Candidates whose output was right, in any layer of the cost model."""
     refused: dict[str, str]
     """Why modes cannot be had, by mode."""
+    unfit: dict[str, str]
+    """Why candidates cannot compute the batch: their kernels say so."""
     run: set[str] = field(default_factory=set)
     """Candidates that were run."""
     skipped: dict[str, str] = field(default_factory=dict)
@@ -163,7 +168,7 @@ class GraphDispatch:
         # Engines empty the pool that weights are loaded into while they sleep: this must not be there.
         self._states = allocate(4 * STATES, self._device).view(torch.int32).view(STATES, 1).fill_(-1)
         self._captures = 0
-        self._ready: set[tuple[int, int]] = set()
+        self._ready: set[tuple[int, torch.dtype, int]] = set()
 
     def drop(self, name: str, reason: str) -> None:
         """Plan no graph with the candidate of this name, or with those of the kernel, from now on."""
@@ -189,8 +194,9 @@ class GraphDispatch:
         the next best takes its place; `dropped` says why. What computes something else is run in no eager batch either.
         One that lacks memory is left out of this plan alone. Raises KernelError with the reasons if none is left.
         """
-        if num_tokens in self.plans:
-            return self.plans[num_tokens]
+        known = self.plans.get(num_tokens)
+        if known is not None and known.dtype is dtype:
+            return known
         trial = self._trial(num_tokens, dtype)
         while True:
             offer = self._cheapest(trial)
@@ -211,11 +217,16 @@ class GraphDispatch:
         if ids > MAX_IDS:
             refused |= dict.fromkeys(MODES[:-1], f"{ids} routed ids are more than {MAX_IDS}")
         expected = cache(lambda: reference(self._weights, _first(batch, CHECKED_TOKENS)))
-        return _Trial(batch, expected, right, refused)
+        unfit = {
+            c.name: f"takes no hidden states in {str(dtype).removeprefix('torch.')}"
+            for c in self._model.candidates
+            if not self._launches.takes(c, dtype)
+        }
+        return _Trial(batch, expected, right, refused, unfit)
 
     def _cheapest(self, trial: _Trial) -> _Offer:
         """First step: the mode with the least expected time, and its bodies."""
-        model = self._left(trial.skipped)
+        model = self._left({**trial.unfit, **trial.skipped})
         if self._modes == MODES and {c.kernel for c in model.candidates} <= self._fixed:
             trial.refused["nodes"] = "no kernel here is as fast where nodes are switched"
         modes = [m for m in self._modes if m not in trial.refused]
@@ -246,10 +257,11 @@ class GraphDispatch:
     def _planned(self, offer: _Offer, trial: _Trial) -> Plan:
         """Third step: the plan. Raises KernelError if the mode cannot be had with these bodies."""
         mode, bodies, tokens = offer.mode, offer.bodies, trial.batch.num_tokens
+        dtype = trial.batch.hidden_states.dtype
         skipped = [f"{name}: {reason}" for name, reason in trial.skipped.items()]
         if len(bodies) == 1:
             reason = "one candidate is best, or switching would cost more than it gains"
-            return Plan(tokens, "single", "; ".join([reason, *skipped]), bodies, offer.short)
+            return Plan(tokens, dtype, "single", "; ".join([reason, *skipped]), bodies, offer.short)
         kernels = self._kernels(bodies, trial.batch) if mode == "nodes" else 0
         if mode == "inline":
             self._check_inline(bodies, trial)
@@ -258,7 +270,7 @@ class GraphDispatch:
         selector = switching or self._selector(table)
         refused = [f"{m}: {trial.refused[m]}" for m in self._modes if m in trial.refused]
         why = "; ".join(["least expected time", *refused, *skipped])
-        return Plan(tokens, mode, why, bodies, offer.short, kernels, selector, switching)
+        return Plan(tokens, dtype, mode, why, bodies, offer.short, kernels, selector, switching)
 
     def ready(self, num_tokens: int, dtype: torch.dtype) -> None:
         """Run every body that there is for `num_tokens` once on the current stream, so that its buffers have their size
@@ -267,8 +279,8 @@ class GraphDispatch:
         import torch
 
         plan, stream = self.plans.get(num_tokens), torch.cuda.current_stream(self._device)
-        key = num_tokens, stream.cuda_stream
-        if plan is None or key in self._ready or torch.cuda.is_current_stream_capturing():
+        key = num_tokens, dtype, stream.cuda_stream
+        if plan is None or plan.dtype is not dtype or key in self._ready or torch.cuda.is_current_stream_capturing():
             return
         batch = self._batch(num_tokens, dtype)
         out = torch.empty_like(batch.hidden_states)

@@ -348,7 +348,7 @@ def test_without_a_plan_a_graph_holds_one_candidate(mode: str) -> None:
     moe = built(mode)
     x, scores = torch.randn(TOKENS, H, device="cuda").bfloat16(), torch.rand(TOKENS, K, device="cuda")
     ids = routed(TOKENS, 0.0)
-    candidate = moe._blind(TOKENS)
+    candidate = moe._blind(TOKENS, torch.bfloat16)
     plain = torch.empty_like(x)
     moe.launch(candidate, Batch(x, ids, scores), plain)
     torch.cuda.synchronize()

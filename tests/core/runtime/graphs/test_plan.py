@@ -249,6 +249,23 @@ def test_what_lacks_memory_is_left_out_of_one_plan_alone(dispatcher: Make) -> No
     assert graphs.prepare(4 * TOKENS, torch.bfloat16).bodies
 
 
+def test_what_does_not_take_the_hidden_states_is_passed_over(dispatcher: Make, monkeypatch: pytest.MonkeyPatch) -> None:
+    graphs, kernel = dispatcher()
+    monkeypatch.setattr(
+        graphs._launches, "takes", lambda c, dtype: dtype is torch.float16 or c.config.name != "bm8", raising=False
+    )
+    plan = prepared(graphs)
+    assert "bm8" not in names(plan)
+    assert all(name != "bm8" for name, _ in kernel.launched)
+    assert graphs.dropped == {}
+    assert prepared(graphs) is plan
+    other = graphs.prepare(TOKENS, torch.float16)
+    assert (other.dtype, "bm8" in names(other)) == (torch.float16, True)
+    monkeypatch.setattr(graphs._launches, "takes", lambda c, dtype: False)
+    with pytest.raises(KernelError, match=r"no candidate is left for a graph \(fake/bm8: takes no hidden states in"):
+        graphs.prepare(TOKENS + 1, torch.bfloat16)
+
+
 def eager(graphs: GraphDispatch) -> set[str]:
     """What eager batches of every routing run."""
     layer = graphs._launches
