@@ -145,12 +145,12 @@ def test_weights_it_refuses(kernel: LaunchableKernel) -> None:
 def test_the_readme_s_example(kernel: LaunchableKernel) -> None:
     code = (PLUGIN / "README.md").read_text().split("```python\n")[1].split("```")[0]
     # The plugin is on the path, not installed: the registry does not know it.
-    changes = {'registry.kernel("simple_triton")': "SimpleTriton()"}
+    changes = {'kernels=["simple_triton"]': "kernels=[SimpleTriton()]"}
     if not GPU:
         changes |= {
             '"cuda"': '"cpu"',
             "bfloat16": "float16",
-            "detect(registry.hardware.values())": 'registry.device("h200")',
+            "top_k, options": 'top_k, device="h200", options',
         }
     for old, new in changes.items():
         assert old in code
