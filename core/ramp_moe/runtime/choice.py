@@ -9,7 +9,7 @@ import numpy as np
 
 from ..cost_model.model import Candidate, CostModel
 from ..dispatch.dispatcher import Dispatcher
-from ..dispatch.shortlist import settled
+from ..dispatch.shortlist import choice_by_batch_size
 from ..errors import KernelError
 from ..spec.hardware import Hardware
 from ..spec.launchable import LaunchableKernel
@@ -78,10 +78,10 @@ class Chooser:
             return self._static(num_tokens)
         if not host_sync_us or not num_tokens:
             return None
-        return settled(self.dispatcher.model, num_tokens, host_sync_us, self._ep_size)
+        return choice_by_batch_size(self.dispatcher.model, num_tokens, host_sync_us, self._ep_size)
 
     def by_size(self, num_tokens: int, host_sync_us: float) -> Candidate:
-        """The settled candidate; or what ran last, whose buffers a capture need not allocate; or the model's choice
+        """The choice by batch size; or what ran last, whose buffers a capture need not allocate; or the model's choice
         for an even spread."""
         if known := self.choice_by_batch_size(num_tokens, host_sync_us) or self._latest.get(num_tokens):
             return known

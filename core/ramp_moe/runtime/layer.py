@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     import torch
     from torch import Tensor
 
-    from .graphs.capture import GraphDispatch, Plan
+    from .graphs.capture import GraphDispatch, GraphPlan
     from .protocols import Owner
 
 HALVES = {"torch.bfloat16": "bf16", "torch.float16": "fp16"}
@@ -54,7 +54,7 @@ class LayerRuntime:
     Without a model the batch size always decides: the first kernel's static default.
 
     In a CUDA graph the choice is made on the device at every replay. `warm_up` finds the candidates that win at a batch
-    size, checks them, and says how they are dispatched to (`graphs.capture.Plan`).
+    size, checks them, and says how they are dispatched to (`graphs.capture.GraphPlan`).
 
     kernels: by preference. One that cannot take the weights, or reads no layout in which they are held, is dropped, and
     `dropped` says why. So is a kernel, or a single candidate, that later fails.
@@ -234,7 +234,7 @@ class LayerRuntime:
             return plan.bodies[0]
         return self._chooser_for(dtype).by_size(num_tokens, self.host_sync_us)
 
-    def _planned(self, num_tokens: int, dtype: torch.dtype) -> Plan | None:
+    def _planned(self, num_tokens: int, dtype: torch.dtype) -> GraphPlan | None:
         plan = None if self.graphs is None else self.graphs.plans.get(num_tokens)
         return None if plan is None or plan.dtype is not dtype else plan
 
@@ -263,7 +263,7 @@ class LayerRuntime:
         """Whether its kernel computes hidden states of this dtype."""
         return HALVES.get(str(dtype)) in self._kernels[candidate.kernel][0].hidden_dtypes
 
-    def warm_up(self, num_tokens: int, dtype: torch.dtype) -> Plan | None:
+    def warm_up(self, num_tokens: int, dtype: torch.dtype) -> GraphPlan | None:
         """Run, on the current stream, what a capture of `num_tokens` would launch, so that everything is compiled and
         every buffer has its size before. dtype is that of the hidden states. Returns how the captured layer will
         dispatch, None where it has no model to choose by. Raises ShapeError for no tokens, or a dtype that the layer
@@ -355,7 +355,7 @@ class LayerRuntime:
         elif dtype != self._dtype:
             raise ShapeError(f"hidden_states must be {self._dtype} as the weights are, not {dtype}")
 
-    def _plan(self, hidden_states: Tensor) -> Plan | None:
+    def _plan(self, hidden_states: Tensor) -> GraphPlan | None:
         """That of a graph in which the device chooses."""
         plan = self._planned(hidden_states.shape[0], hidden_states.dtype)
         return None if plan is None or plan.selector is None else plan

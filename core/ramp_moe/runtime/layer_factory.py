@@ -34,7 +34,7 @@ development run, which has no file here, lost 0.4 to 0.5 ms a layer so: OLMoE, e
 
 
 @dataclass
-class Plan:
+class LayerPlan:
     """How the layers of one shape are made."""
 
     hardware: Hardware
@@ -53,7 +53,7 @@ class Builder:
     def __init__(self, device: str = "auto", options: DispatchOptions | None = None) -> None:
         self.device, self.options = device, options or DispatchOptions()
         self.notes: list[str] = []
-        self._plans: dict[tuple[MoEShape, torch.device], Plan] = {}
+        self._plans: dict[tuple[MoEShape, torch.device], LayerPlan] = {}
         self._workspaces: dict[torch.device, Workspace] = {}
 
     def layer(self, weights: MoEWeights, top_k: int, ep_size: int | None = None) -> LayerRuntime:
@@ -106,7 +106,7 @@ class Builder:
             )
         return get_registry().device(self.device)
 
-    def _plan(self, shape: MoEShape, hardware: Hardware) -> Plan:
+    def _plan(self, shape: MoEShape, hardware: Hardware) -> LayerPlan:
         """The kernels that run here, of those asked for, and what is recorded of them."""
         registry = copy.copy(get_registry())
         kernels = self._asked_for(registry)
@@ -131,7 +131,7 @@ class Builder:
             )
             if self.options.kernels is None:
                 usable = sorted(usable, key=lambda k: k.name != UNMEASURED)[:1]
-            return Plan(hardware, usable, None)
+            return LayerPlan(hardware, usable, None)
         self.notes += notes
         return self._known(hardware, usable, model)
 
@@ -144,7 +144,7 @@ class Builder:
             raise KernelError(f"{name} is no kernel that can be launched; `ramp-moe kernels` lists those that can")
         return cast("list[LaunchableKernel]", found)
 
-    def _known(self, hardware: Hardware, usable: list[LaunchableKernel], model: CostModel) -> Plan:
+    def _known(self, hardware: Hardware, usable: list[LaunchableKernel], model: CostModel) -> LayerPlan:
         """The kernels that the model predicts."""
         known = {c.kernel for c in model.candidates}
         if not (kernels := [k for k in usable if k.name in known]):
@@ -152,9 +152,9 @@ class Builder:
                 f"the cost model predicts {', '.join(sorted(known))}, none of which is among the kernels that run here "
                 f"({', '.join(k.name for k in usable)}); give a model of these, or leave it out"
             )
-        return Plan(hardware, kernels, model)
+        return LayerPlan(hardware, kernels, model)
 
-    def _shared(self, plan: Plan, first: LayerRuntime) -> Plan:
+    def _shared(self, plan: LayerPlan, first: LayerRuntime) -> LayerPlan:
         """What the first layer of a shape made of its plan, for the others: nothing is decided twice, and a model that
         needs no further restriction is one object, which shares what is derived from it."""
         self.notes += [f"{kernel} left out: {reason}" for kernel, reason in first.dropped.items()]

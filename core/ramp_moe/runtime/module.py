@@ -15,10 +15,10 @@ from .layer_factory import Builder
 from .options import DispatchOptions
 from .own_experts import Experts
 from .update import FIELDS
-from .wrapped_experts import RoutedExperts, experts_of
+from .wrapped_experts import WrappedExperts, experts_of
 
 if TYPE_CHECKING:
-    from .graphs.capture import Plan
+    from .graphs.capture import GraphPlan
     from .layer import LayerRuntime
 
 Router = Callable[[Tensor], tuple[Tensor, Tensor]]
@@ -67,7 +67,7 @@ class MoELayer(torch.nn.Module):
         builder = Builder(device, options)
         names = {field: field for field in given}
         of = {"activation": weights.activation, "layout": weights.layout, "limit": weights.limit}
-        RoutedExperts(self, Experts(MoELayer, **names, top_k=top_k, **of), top_k, builder).take(self)  # type: ignore[arg-type]
+        WrappedExperts(self, Experts(MoELayer, **names, top_k=top_k, **of), top_k, builder).take(self)  # type: ignore[arg-type]
 
     @property
     def runtime(self) -> LayerRuntime:
@@ -106,7 +106,7 @@ class MoELayer(torch.nn.Module):
         """What an eager batch of `tokens` would run, and why; print it. Raises ShapeError for less than one token."""
         return explain(self.runtime, tokens)
 
-    def warm_up(self, num_tokens: int, dtype: torch.dtype) -> Plan | None:
+    def warm_up(self, num_tokens: int, dtype: torch.dtype) -> GraphPlan | None:
         """Prepare the capture of a CUDA graph of `num_tokens`; see `LayerRuntime.warm_up`."""
         return self.runtime.warm_up(num_tokens, dtype)
 
@@ -119,7 +119,7 @@ class MoELayer(torch.nn.Module):
         return f"{found.shape.title} on {found.hardware.name}, kernels={list(found.configs())}"
 
     @property
-    def _experts(self) -> RoutedExperts:
+    def _experts(self) -> WrappedExperts:
         found = experts_of(self)
         assert found is not None
         return found

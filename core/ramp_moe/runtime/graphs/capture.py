@@ -76,7 +76,7 @@ class Launches(Protocol):
 
 
 @dataclass(frozen=True)
-class Plan:
+class GraphPlan:
     """What a graph for `num_tokens` gets. `mode` and why it is that one; the bodies, of which the first is the best for
     the batch size alone; the shortlist that they are; in mode "nodes", how many kernels they have."""
 
@@ -157,7 +157,7 @@ class GraphDispatch:
         self._modes = MODES if mode is None else (mode,)
         self._fixed, self._ep_size = frozenset(fixed), ep_size
         self.dropped: dict[str, str] = {}
-        self.plans: dict[int, Plan] = {}
+        self.plans: dict[int, GraphPlan] = {}
         self.recorder: Recorder | None = None
         self._recorders: list[Recorder] = []  # graphs write to them for as long as they live
         self.names = [c.name for c in cost_model.candidates]
@@ -186,7 +186,7 @@ class GraphDispatch:
         self._recorders.append(self.recorder)
         return self.recorder
 
-    def prepare(self, num_tokens: int, dtype: torch.dtype) -> Plan:
+    def prepare(self, num_tokens: int, dtype: torch.dtype) -> GraphPlan:
         """Decide what a graph for `num_tokens` gets, and run every body once: it is compiled, its buffers have their
         size, and its output is right, or that of another layer of the same cost model was.
 
@@ -254,14 +254,14 @@ class GraphDispatch:
                     self._launches.drop(candidate, found.reason, wrong=True)
         return not any(c.name in self.dropped or c.name in trial.skipped for c in bodies)
 
-    def _planned(self, offer: _Offer, trial: _Trial) -> Plan:
+    def _planned(self, offer: _Offer, trial: _Trial) -> GraphPlan:
         """Third step: the plan. Raises KernelError if the mode cannot be had with these bodies."""
         mode, bodies, tokens = offer.mode, offer.bodies, trial.batch.num_tokens
         dtype = trial.batch.hidden_states.dtype
         skipped = [f"{name}: {reason}" for name, reason in trial.skipped.items()]
         if len(bodies) == 1:
             reason = "one candidate is best, or switching would cost more than it gains"
-            return Plan(tokens, dtype, "single", "; ".join([reason, *skipped]), bodies, offer.short)
+            return GraphPlan(tokens, dtype, "single", "; ".join([reason, *skipped]), bodies, offer.short)
         kernels = self._kernels(bodies, trial.batch) if mode == "nodes" else 0
         if mode == "inline":
             self._check_inline(bodies, trial)
@@ -270,7 +270,7 @@ class GraphDispatch:
         selector = switching or self._selector(table)
         refused = [f"{m}: {trial.refused[m]}" for m in self._modes if m in trial.refused]
         why = "; ".join(["least expected time", *refused, *skipped])
-        return Plan(tokens, dtype, mode, why, bodies, offer.short, kernels, selector, switching)
+        return GraphPlan(tokens, dtype, mode, why, bodies, offer.short, kernels, selector, switching)
 
     def ready(self, num_tokens: int, dtype: torch.dtype) -> None:
         """Run every body that there is for `num_tokens` once on the current stream, so that its buffers have their size
@@ -292,7 +292,7 @@ class GraphDispatch:
         self._ready.add(key)
 
     def capture(
-        self, plan: Plan, x: Tensor, topk_ids: Tensor, topk_weights: Tensor, out: Tensor, num_valid: Tensor | None
+        self, plan: GraphPlan, x: Tensor, topk_ids: Tensor, topk_weights: Tensor, out: Tensor, num_valid: Tensor | None
     ) -> None:
         """Add the choice and the plan's bodies to the graph that is captured on the current stream. Everything that is
         given is read, and out written, at every replay; num_valid int32 `[1]`, where given, is how many tokens are
@@ -345,7 +345,7 @@ class GraphDispatch:
 
         return self._launches.workspace.get("kernel_ids", tuple(topk_ids.shape), torch.int32, topk_ids.device)
 
-    def _run_all(self, plan: Plan, batch: Batch, out: Tensor, choice: Tensor) -> None:
+    def _run_all(self, plan: GraphPlan, batch: Batch, out: Tensor, choice: Tensor) -> None:
         import torch
 
         outs = self._outs(plan, out)
@@ -354,7 +354,7 @@ class GraphDispatch:
             self._launches.launch(candidate, Batch(batch.hidden_states, ids, batch.topk_weights), outs[i])
         torch.index_select(outs, 0, choice, out=out[None])
 
-    def _outs(self, plan: Plan, out: Tensor) -> Tensor:
+    def _outs(self, plan: GraphPlan, out: Tensor) -> Tensor:
         """Every gated body's own."""
         return self._launches.workspace.get("gated_out", (len(plan.bodies), *out.shape), out.dtype, out.device)
 
