@@ -103,7 +103,7 @@ class Stages:
         if not direct:
             plan = allocate(n, experts, block, DEVICE)
             schedule(batch.topk_ids, experts, block, plan, quantise=quantise)
-            self.tiling = ops.Tiling(plan.slots, plan.expert_of_tile, (plan.expert_of_tile.numel(),))
+            self.tiling = ops.Tiling(plan.sorted_token_ids, plan.expert_ids, (plan.expert_ids.numel(),))
         self.act = torch.randn(n, inter, device=DEVICE).to(batch.hidden_states.dtype)
         self.act_fp8 = self.act.to(torch.float8_e4m3fn) if self.fp8 else None
         self.act_scale = torch.rand(n, inter // 128, device=DEVICE) if self.fp8 else None

@@ -163,7 +163,7 @@ def compiled(case: Case) -> dict[str, int]:
         elif case.atomic:
             given["out_ptr"] = "*fp32"
         if case.direct:
-            given["slots_ptr"] = None
+            given["sorted_token_ids_ptr"] = None
     names = kernel.arg_names
     given = {n: given.get(n, "*i32" if n.endswith("_ptr") else "i32") for n in names}
     strings = ("ACTIVATION", "LAYOUT")  # the constants that are

@@ -1,4 +1,4 @@
-"""`ramp-moe compare --live`: static, retrofitted and hindsight dispatch, measured on batches that no profile saw."""
+"""`ramp-moe compare --live`: static, histogram and oracle dispatch, measured on batches that no profile saw."""
 
 from __future__ import annotations
 

@@ -34,7 +34,7 @@ from .space import configurations, geometry, most_tokens, polymorphic, unaligned
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from .launch import Prepared
+    from .launch import PreparedCute
 
 HERE = Path(__file__).parent
 RUNS = (Place(HERE / "launch.py", "prepare"), Place(HERE / "launch.py", "launch_steps"))
@@ -112,7 +112,7 @@ class CuteMoE(LaunchableKernel, BuildableKernel):
         """All of them: the tensor map finds gate and up by the layout."""
         return (self.weight_layout(shape).key, *(key for key in LAYOUTS if key != self.weight_layout(shape).key))
 
-    def prepare(self, weights: MoEWeights) -> Prepared:
+    def prepare(self, weights: MoEWeights) -> PreparedCute:
         """Views of the weights as they are. Raises KernelError for weights or a device that it cannot work with."""
         from .aot import runtime
         from .launch import prepare  # torch: not needed to describe the kernel

@@ -135,9 +135,9 @@ class FusedMoE:
         down: cute.Tensor,  # [H, I, E]
         down_scale: cute.Tensor,  # float32 [H / 128, I / 128, E]
         out: cute.Tensor,  # [T, H]; with combine "rows" [I / 128 / wide * T * k, H]
-        slots: cute.Tensor,  # int32 [capacity]: routed ids by expert; T * k or more where there is none
-        expert_of_tile: cute.Tensor,  # int32 [tiles]
-        num_slots: cute.Tensor,  # int32 [1]: slots in use, whole blocks
+        sorted_token_ids: cute.Tensor,  # int32 [capacity]: routed ids by expert; T * k or more where there is none
+        expert_ids: cute.Tensor,  # int32 [tiles]
+        num_tokens_post_padded: cute.Tensor,  # int32 [1]: slots in use, whole blocks
         routing: cute.Tensor,  # float32 [T * k]
         top_k: Int32,
         tiles: Int32,  # M-tiles to launch: as many as there can be
@@ -162,8 +162,8 @@ class FusedMoE:
         tiles_n = gate_up.shape[2] * 16 // (UP_ROWS * c.wide)
         tiles_m = (tiles + 1) // 2 * 2 if c.pair else tiles
         self.kernel(
-            x, x_scale, tma_w1, gW1, gate_up_scale, tma_w2, gW2, down_scale, out, slots, expert_of_tile, num_slots,
-            routing, top_k, up_first, tiles_n, choice, blocks, w_layout, box_layout,
+            x, x_scale, tma_w1, gW1, gate_up_scale, tma_w2, gW2, down_scale, out, sorted_token_ids, expert_ids,
+            num_tokens_post_padded, routing, top_k, up_first, tiles_n, choice, blocks, w_layout, box_layout,
         ).launch(
             grid=(tiles_n * c.split_k, tiles_m, 1),
             block=(c.threads, 1, 1),
@@ -184,9 +184,9 @@ class FusedMoE:
         gW2: cute.Tensor,
         w2_scale: cute.Tensor,
         out: cute.Tensor,
-        slots: cute.Tensor,
-        expert_of_tile: cute.Tensor,
-        num_slots: cute.Tensor,
+        sorted_token_ids: cute.Tensor,
+        expert_ids: cute.Tensor,
+        num_tokens_post_padded: cute.Tensor,
         routing: cute.Tensor,
         top_k: Int32,
         up_first: Int32,
@@ -199,8 +199,8 @@ class FusedMoE:
         base = cutlass.utils.SmemAllocator().allocate(smem_bytes(self.c), 1024)
         if const_expr(len(self.c.blocks) == 1):
             self.body(
-                base, x, x_scale, tma_w1, gW1, w1_scale, tma_w2, gW2, w2_scale, out, slots, expert_of_tile, num_slots,
-                routing, top_k, up_first, tiles_n, w_layout, box_layout,
+                base, x, x_scale, tma_w1, gW1, w1_scale, tma_w2, gW2, w2_scale, out, sorted_token_ids, expert_ids,
+                num_tokens_post_padded, routing, top_k, up_first, tiles_n, w_layout, box_layout,
             )  # fmt: skip
         else:
             cute.arch.griddepcontrol_wait()
@@ -208,8 +208,8 @@ class FusedMoE:
             for i in cutlass.range_constexpr(len(self.c.blocks)):
                 if chosen == i:
                     FusedMoE(self.c.of(self.c.blocks[i])).body(
-                        base, x, x_scale, tma_w1, gW1, w1_scale, tma_w2, gW2, w2_scale, out, slots, expert_of_tile,
-                        num_slots, routing, top_k, up_first, tiles_n, w_layout, box_layout,
+                        base, x, x_scale, tma_w1, gW1, w1_scale, tma_w2, gW2, w2_scale, out, sorted_token_ids,
+                        expert_ids, num_tokens_post_padded, routing, top_k, up_first, tiles_n, w_layout, box_layout,
                     )  # fmt: skip
 
     @cute.jit
@@ -225,9 +225,9 @@ class FusedMoE:
         gW2: cute.Tensor,
         w2_scale: cute.Tensor,
         out: cute.Tensor,
-        slots: cute.Tensor,
-        expert_of_tile: cute.Tensor,
-        num_slots: cute.Tensor,
+        sorted_token_ids: cute.Tensor,
+        expert_ids: cute.Tensor,
+        num_tokens_post_padded: cute.Tensor,
         routing: cute.Tensor,
         top_k: Int32,
         up_first: Int32,
@@ -276,13 +276,13 @@ class FusedMoE:
         if const_expr(not c.pair):
             self.init_barriers(full_w, thread, 1)
         cute.arch.griddepcontrol_wait()
-        expert = expert_of_tile[cutlass.min(m_i, expert_of_tile.shape[0] - 1)]
-        m_tiles = num_slots[0] // block
+        expert = expert_ids[cutlass.min(m_i, expert_ids.shape[0] - 1)]
+        m_tiles = num_tokens_post_padded[0] // block
         paired = Int32(0)
         if const_expr(c.pair):
             other = m_i ^ 1
             if (other < m_tiles) & (m_i < m_tiles):
-                if expert_of_tile[other] == expert:
+                if expert_ids[other] == expert:
                     paired = Int32(1)
             self.init_barriers(full_w, thread, 1 + paired)
         cute.arch.mbarrier_init_fence()
@@ -341,9 +341,11 @@ class FusedMoE:
                     # Where rows start stays in registers; negative where there is nothing to copy
                     rows, scale_rows = (cute.make_rmem_tensor((count,), Int32) for count in (turns, scale_turns))
                     for r in cutlass.range_constexpr(turns):
-                        rows[r] = self.start(x, slots, m_i * block, r * at_once + place, top_k)
+                        rows[r] = self.start(x, sorted_token_ids, m_i * block, r * at_once + place, top_k)
                     for r in cutlass.range_constexpr(scale_turns if self.fp8 else 0):
-                        scale_rows[r] = self.start(x_scale, slots, m_i * block, r * GATHER_THREADS + own, top_k)
+                        scale_rows[r] = self.start(
+                            x_scale, sorted_token_ids, m_i * block, r * GATHER_THREADS + own, top_k
+                        )
                     # Where a row's chunk goes; at_once rows further, its place among eight is 4 more, or less
                     first_to = place * ROW_BYTES + (chunk ^ (place % 8)) * CHUNK
                     stage, phase = Int32(0), Int32(1)
@@ -385,14 +387,14 @@ class FusedMoE:
                 accumulator = cute.make_rmem_tensor((block // 2 * in_flight if self.fp8 else 1,), Float32)
                 sums = cute.make_rmem_tensor((4 * octets, tiles), Float32)
                 if own < block:
-                    slot = slots[m_i * block + own]
+                    slot = sorted_token_ids[m_i * block + own]
                     weight = Float32(0.0)
                     if slot < tokens * top_k:
                         weight = routing[slot]
                     sRouting[own] = weight
                 row_of_out = Int32(-1)  # of this thread's token in its warpgroup's staged rows
                 if own % 128 < block:
-                    slot = slots[m_i * block + own % 128]
+                    slot = sorted_token_ids[m_i * block + own % 128]
                     if slot < tokens * top_k:
                         row_of_out = slot // top_k
                         if const_expr(c.combine == "rows"):
@@ -594,11 +596,11 @@ class FusedMoE:
             cute.copy(tma, source[(None, n, k, expert)], target[(None, stage)], tma_bar_ptr=full + stage)
 
     @cute.jit
-    def start(self, source: cute.Tensor, slots: cute.Tensor, first: Int32, at: Int32, top_k: Int32):
+    def start(self, source: cute.Tensor, sorted_token_ids: cute.Tensor, first: Int32, at: Int32, top_k: Int32):
         """Elements of `source` before the row of a block's slot, -1 where it has none."""
         start = Int32(-1)
         if at < self.c.block:
-            row = slots[first + at] // top_k
+            row = sorted_token_ids[first + at] // top_k
             if row < source.shape[0]:
                 start = row * source.shape[1]
         return start

@@ -79,8 +79,8 @@ def _prepare(
         x_scale = workspace.get("x_scale", (batch.num_tokens, hidden // group), torch.float32, device)
         quantise, x = (x, q, x_scale), q
     schedule(batch.topk_ids, experts, blocks, plan, choice=choice, quantise=quantise, zero=total)
-    tiles = tuple(size["expert_of_tile"] for size in sizes)
-    return x, x_scale, ops.Tiling(plan.slots, plan.expert_of_tile, tiles, choice)
+    tiles = tuple(size["expert_ids"] for size in sizes)
+    return x, x_scale, ops.Tiling(plan.sorted_token_ids, plan.expert_ids, tiles, choice)
 
 
 def _activations(

@@ -129,7 +129,7 @@ def test_non_negative_fit_is_optimal(replay: Replay) -> None:
     at_zero = 0
     for i, candidate in enumerate(model.candidates):
         fit = model.fits[candidate.config.stages[-1].key]
-        c, slots = np.array(fit.coefficients), fit.part.grids[0].slots(132)
+        c, slots = np.array(fit.coefficients), fit.part.grids[0].cta_slots(132)
         assert (c >= 0).all()
         g = candidate.config.gemms[0].logical(sweep.histograms)
         x = np.stack([np.ones(len(g)), np.ceil(g / slots), g, active], 1) / replay.times_us[:, i, None]

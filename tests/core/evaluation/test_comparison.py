@@ -83,7 +83,7 @@ def test_one_configuration_is_chosen_without_the_row() -> None:
     assert single_choices(times).tolist() == [0] * 6
 
 
-# mean regret: retrofitted (cross-validated), static. Rounded up; a better model lowers them.
+# mean regret: histogram (cross-validated), static. Rounded up; a better model lowers them.
 EXPECTED = {
     "olmoe-1b-7b": (0.0265, 0.061),
     "qwen3-30b-a3b": (0.0275, 0.066),
@@ -97,12 +97,10 @@ def test_regret_on_the_shipped_sweeps(registry: Registry, h200: Hardware, model:
     shape = registry.shape(model, "fp8")
     replay = load_replay(registry, exhaustive(shape), shape, h200, ["alpha_moe"])
     found = compare_recorded(replay)
-    retrofitted, static = EXPECTED[model]
-    assert found.baselines["retrofitted"].mean < retrofitted
+    by_histogram, static = EXPECTED[model]
+    assert found.baselines["histogram"].mean < by_histogram
     assert static - 0.002 < found.baselines["static"].mean < static
-    assert found.baselines["retrofitted"].mean < min(
-        s.mean for name, s in found.baselines.items() if name != "retrofitted"
-    )
+    assert found.baselines["histogram"].mean < min(s.mean for name, s in found.baselines.items() if name != "histogram")
     assert found.speedup_over_static.geomean > 1.025
 
 
@@ -110,7 +108,7 @@ def test_regret_on_the_shipped_sweeps(registry: Registry, h200: Hardware, model:
 def test_the_default_form_is_no_worse_than_the_papers(registry: Registry, h200: Hardware, model: str) -> None:
     shape = registry.shape(model, "fp8")
     replay = load_replay(registry, exhaustive(shape), shape, h200, ["alpha_moe"])
-    mean = {form: compare_recorded(replay, form).baselines["retrofitted"].mean for form in ("paper", "active")}
+    mean = {form: compare_recorded(replay, form).baselines["histogram"].mean for form in ("paper", "active")}
     assert mean["active"] < mean["paper"]
 
 
@@ -121,8 +119,8 @@ def test_comparison_adds_up(replay: Replay) -> None:
     assert len(found["batches"]) == 78
     for i, batch in enumerate(found["batches"]):
         assert batch["best"]["us"] == times[i].min()
-        assert batch["speedup"] == batch["static"]["us"] / batch["retrofitted"]["us"]
-        assert batch["regret"] == batch["retrofitted"]["us"] / batch["best"]["us"] - 1
+        assert batch["speedup"] == batch["static"]["us"] / batch["histogram"]["us"]
+        assert batch["regret"] == batch["histogram"]["us"] / batch["best"]["us"] - 1
         assert batch["regret"] >= 0
     # The table shows the first way of dealing the folds, the figures pool all of them.
     deals = [cross_validated_choices(replay.histograms, replay.fit, seed=deal) for deal in range(DEALS)]
@@ -257,7 +255,7 @@ def test_held_out_batches_are_judged_by_what_the_others_taught(
     found = compare_recorded(replay)
     assert [(b.tokens, b.routing) for b in found.batches] == test.labels
     chosen = tune.fit().cost(test.histograms).argmin(1)
-    assert [b.retrofitted.config for b in found.batches] == [replay.candidates[c].config.name for c in chosen]
+    assert [b.histogram.config for b in found.batches] == [replay.candidates[c].config.name for c in chosen]
     static = table_choices(static_table(tune.times_us, tune.labels), test.labels)
     assert [b.static.us for b in found.batches] == test.times_us[np.arange(26), static].tolist()
     assert found.noise is not None
