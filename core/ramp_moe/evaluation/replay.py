@@ -86,7 +86,7 @@ class Replay:
 
     def of(self, split: Split) -> Replay | None:
         """Select the batches to fit on ("tune") or those kept for judging ("test"). None if there is none."""
-        rows = self.recordings[0].sweep.rows_of(split)
+        rows = self.recordings[0].sweep.batches_of(split)
         if not rows:
             return None
         return replace(
@@ -227,7 +227,7 @@ def _rows(sweep: Sweep) -> dict[tuple[int, bytes, int], int]:
     """Index the rows by batch: its tokens, its histogram, and how often the two occurred in the sweep before."""
     seen: Counter[tuple[int, bytes]] = Counter()
     rows = {}
-    for i, (row, histogram) in enumerate(zip(sweep.record.rows, sweep.histograms, strict=True)):
+    for i, (row, histogram) in enumerate(zip(sweep.record.batches, sweep.histograms, strict=True)):
         key = row.num_tokens, histogram.tobytes()
         rows[*key, seen[key]] = i
         seen[key] += 1

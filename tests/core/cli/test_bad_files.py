@@ -60,7 +60,7 @@ DAMAGE: dict[str, tuple[Callable[[Path], object], str]] = {
         "file (its format says 'safetensors')",
     ),
     "foreign list": (lambda p: p.write_text("[1, 2]"), "file"),
-    "newer": (edited(version=99), "version 99, this ramp-moe reads up to 2; upgrade"),
+    "newer": (edited(version=99), "version 99, this ramp-moe reads up to 3; upgrade"),
     "older": (edited(version=-1), "version -1 never existed"),
     "another device": (edited(device="b200"), "its place says"),
     "another kernel": (edited(kernel="triton"), "its place says"),
@@ -214,17 +214,17 @@ def test_folders_on_the_way_that_are_none(where: str) -> None:
 
 def test_a_sweep_that_was_not_measured_cannot_be_used(sweep_file: Path) -> None:
     raw = json.loads(sweep_file.read_text())
-    for row in raw["rows"]:
+    for row in raw["batches"]:
         row["runs_us"] = [None] * len(row["runs_us"])
     sweep_file.write_text(json.dumps(raw))
-    with pytest.raises(ProfileError, match=r"no time was measured; measure again - at `\$.rows`"):
+    with pytest.raises(ProfileError, match=r"no time was measured; measure again - at `\$.batches`"):
         ProfileStore([sweep_file])
 
 
 def test_few_words_do_not_make_many_times(sweep_file: Path) -> None:
     raw = json.loads(sweep_file.read_text())
     raw["runs"] *= 2000
-    raw["rows"] = [row | {"runs_us": [None] * 2000} for row in raw["rows"]]
+    raw["batches"] = [row | {"runs_us": [None] * 2000} for row in raw["batches"]]
     sweep_file.write_text(json.dumps(raw))
-    with pytest.raises(ProfileError, match=r"runs, rows and columns make 23712000 times, at most 16777216 can be"):
+    with pytest.raises(ProfileError, match=r"runs, batches and columns make 23712000 times, at most 16777216 can be"):
         ProfileStore([sweep_file])

@@ -30,8 +30,8 @@ from ramp_moe.evaluation.replay import Replay, load_replay
 from ramp_moe.measurements.sweep import (
     FORMAT,
     VERSION,
+    BatchRecord,
     Column,
-    Row,
     Run,
     ShapeRecord,
     SweepRecord,
@@ -169,7 +169,7 @@ def test_trace_of_another_shape(replay: Replay, tmp_path: Path) -> None:
 
 def test_repeated_batches_are_kept_apart(registry: Registry, sweep_file: Path, olmoe: MoEShape, h200: Hardware) -> None:
     raw = json.loads(sweep_file.read_text())
-    raw["rows"].append(raw["rows"][4] | {"runs_us": [[2 * t for t in raw["rows"][4]["runs_us"][0]]]})
+    raw["batches"].append(raw["batches"][4] | {"runs_us": [[2 * t for t in raw["batches"][4]["runs_us"][0]]]})
     sweep_file.write_text(json.dumps(raw))
     replay = load_replay(registry, ProfileStore([sweep_file]), olmoe, h200, ["alpha_moe"])
     assert replay.notes == []
@@ -182,7 +182,7 @@ def test_a_column_of_another_kind_drops_candidates_with_a_note(
 ) -> None:
     raw = json.loads(sweep_file.read_text())
     raw["columns"].append({"stage": "schedule", "key": "alpha_moe/prepare/bm8", "params": {}})
-    for row in raw["rows"]:
+    for row in raw["batches"]:
         row["runs_us"][0].append(3.0)
     sweep_file.write_text(json.dumps(raw))
     replay = load_replay(registry, ProfileStore([sweep_file]), olmoe, h200, ["alpha_moe"])
@@ -214,7 +214,7 @@ def test_configurations_with_gaps_are_left_out_and_noted(
     registry: Registry, sweep_file: Path, olmoe: MoEShape, h200: Hardware
 ) -> None:
     raw = json.loads(sweep_file.read_text())
-    raw["rows"][7]["runs_us"][0][3] = None
+    raw["batches"][7]["runs_us"][0][3] = None
     sweep_file.write_text(json.dumps(raw))
     replay = load_replay(registry, ProfileStore([sweep_file]), olmoe, h200, ["alpha_moe"])
     assert replay.times_us.shape == (78, 151)
@@ -236,7 +236,7 @@ def held_out_file(sweep_file: Path) -> Path:
     """Every third batch is kept for judging; a second run is 2% slower, and its second configuration another 10%."""
     raw = json.loads(sweep_file.read_text())
     raw["runs"].append(raw["runs"][0])
-    for i, row in enumerate(raw["rows"]):
+    for i, row in enumerate(raw["batches"]):
         row["split"] = "test" if i % 3 == 0 else "tune"
         row["runs_us"].append([t * (1.122 if j == 1 else 1.02) for j, t in enumerate(row["runs_us"][0])])
     sweep_file.write_text(json.dumps(raw))
@@ -272,7 +272,7 @@ def test_cells_that_one_run_missed_or_spoilt_have_no_part_in_the_noise(
     registry: Registry, held_out_file: Path, olmoe: MoEShape, h200: Hardware
 ) -> None:
     raw = json.loads(held_out_file.read_text())
-    rows = [row for row in raw["rows"] if row["split"] == "test"]
+    rows = [row for row in raw["batches"] if row["split"] == "test"]
     rows[0]["runs_us"][1][5] = None
     best = min(rows[1]["runs_us"][0])
     rows[1]["runs_us"][0] = [best * (1 + i) for i in range(len(rows[1]["runs_us"][0]))]
@@ -295,7 +295,7 @@ def test_a_profile_without_batches_to_fit_on(
     registry: Registry, sweep_file: Path, olmoe: MoEShape, h200: Hardware
 ) -> None:
     raw = json.loads(sweep_file.read_text())
-    for row in raw["rows"]:
+    for row in raw["batches"]:
         row["split"] = "test"
     sweep_file.write_text(json.dumps(raw))
     store = ProfileStore([sweep_file])
@@ -309,7 +309,7 @@ def test_stages_can_be_judged_alone(registry: Registry, sweep_file: Path, olmoe:
     """A whole path beside the stages is what is compared, unless the stages are asked for."""
     raw = json.loads(sweep_file.read_text())
     raw["columns"].append({"stage": "path", "key": "path/alpha_moe/bm8-bn64-wn4-st1", "params": {}})
-    for row in raw["rows"]:
+    for row in raw["batches"]:
         row["runs_us"][0].append(99.0)
     sweep_file.write_text(json.dumps(raw))
     store = ProfileStore([sweep_file])
@@ -329,7 +329,9 @@ def write_paths(folder: Path, kernel: Simulated, runs: list[list[int]]) -> None:
     configs = kernel.configs(SHAPE, HARDWARE)
     us = {(r, i): [100.0 * (r + 1) + 10 * i + c for c in range(len(configs))] for r, of in enumerate(runs) for i in of}
     rows = [
-        Row(8, "uniform", [16 - i, i, *[0] * 6], [us.get((r, i)) for r in range(len(runs))], i, "test" if i else "tune")
+        BatchRecord(
+            8, "uniform", [16 - i, i, *[0] * 6], [us.get((r, i)) for r in range(len(runs))], i, "test" if i else "tune"
+        )
         for i in range(4)
     ]
     record = SweepRecord(
@@ -384,7 +386,7 @@ def test_choices_that_were_never_timed_are_told(
     static = table_choices(static_table(replay.times_us, replay.labels), replay.labels)
     raw = json.loads(sweep_file.read_text())
     row = next(i for i, (_, kind) in enumerate(replay.labels) if kind != "uniform")
-    times = raw["rows"][row]["runs_us"][0]
+    times = raw["batches"][row]["runs_us"][0]
     times[static[row]] *= -1
     sweep_file.write_text(json.dumps(raw))
     bounded = load_replay(registry, ProfileStore([sweep_file]), olmoe, h200, ["alpha_moe"])
@@ -411,10 +413,10 @@ def test_batches_of_which_no_path_was_timed_are_not_fitted_to(sweep_file: Path) 
     raw = json.loads(sweep_file.read_text())
     path = {"stage": "path", "key": "path/alpha_moe/x", "params": {}}
     raw["columns"] = [*raw["columns"][:1], path]
-    for i, row in enumerate(raw["rows"]):
+    for i, row in enumerate(raw["batches"]):
         row["split"] = "test" if i % 2 else "tune"
         row["runs_us"] = [[times[0], None if i < 10 else times[1]] for times in row["runs_us"]]
     sweep_file.write_text(json.dumps(raw))
     seen = fitted_on(load_sweep(sweep_file))
-    assert {row.split for row in seen.record.rows} == {"tune"}
-    assert [row.histogram for row in seen.record.rows] == [row["histogram"] for row in raw["rows"][10::2]]
+    assert {row.split for row in seen.record.batches} == {"tune"}
+    assert [row.histogram for row in seen.record.batches] == [row["histogram"] for row in raw["batches"][10::2]]

@@ -109,7 +109,7 @@ def check_choices(found: Comparison, batches: Sequence[PlannedBatch], sweep: Swe
     kernel = Simulated()
     model = fit_recorded(sweep, usable_configs(kernel, SHAPE, HARDWARE), HARDWARE)
     names = [c.config.name for c in model.candidates]
-    tune = sweep.select(sweep.rows_of("tune")).only(["path"])
+    tune = sweep.select(sweep.batches_of("tune")).only(["path"])
     table = static_table(tune.times_us, tune.labels)
     assert [c.key for c in tune.record.columns] == [f"path/sim/{n}" for n in names]
     assert [(b.tokens, b.routing) for b in found.batches] == [(b.num_tokens, b.routing) for b in batches]
@@ -311,7 +311,7 @@ def test_a_profile_of_stages_alone_is_refused(live: Live) -> None:
 
 def test_a_profile_without_batches_to_fit_on_is_refused(live: Live) -> None:
     sweep = live.sweep()
-    sweep.select(sweep.rows_of("test")).save(live.place())
+    sweep.select(sweep.batches_of("test")).save(live.place())
     with pytest.raises(ProfileError, match="the profile of sim has no batches to fit on; run `ramp-moe profile` first"):
         live.compare()
     assert not live.script.log.exists()

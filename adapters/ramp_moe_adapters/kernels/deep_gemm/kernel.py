@@ -119,11 +119,11 @@ class DeepGEMM(LaunchableKernel):
         return KernelConfig(
             name,
             (
-                Stage("schedule", f"rows/dispatch/bm{block}-{shape.dtype}"),
+                Stage("schedule", f"permute/bm{block}-{shape.dtype}"),
                 Stage("gemm", f"{self.name}/up/bm{block}-sm{sms}-{up.tile.name}", gemms[0]),
-                Stage("activation", f"rows/activate/{shape.dtype}"),
+                Stage("activation", f"permute/activate/{shape.dtype}"),
                 Stage("gemm", f"{self.name}/down/bm{block}-sm{sms}-{down.tile.name}", gemms[1]),
-                Stage("combine", "rows/combine"),
+                Stage("combine", "permute/unpermute"),
             ),
             tuple(params),
         )
