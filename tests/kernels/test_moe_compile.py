@@ -69,8 +69,8 @@ class Case:
         return MoEShape(64, 8, HIDDEN, self.inter, self.dtype)
 
 
-def tile(block: int, rows: int, step: int, warps: int = 4, stages: int = 3, **more: Any) -> GemmConfig:
-    return GemmConfig(block, rows, step, warps, stages, **more)
+def tile(block_m: int, block_n: int, block_k: int, warps: int = 4, stages: int = 3, **more: Any) -> GemmConfig:
+    return GemmConfig(block_m, block_n, block_k, warps, stages, **more)
 
 
 CASES = [

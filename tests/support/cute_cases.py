@@ -62,11 +62,11 @@ def _compute(
     fp8, ids = c.dtype == "fp8", len(x) * top_k
     assert not inter % (128 * c.wide)
     x = x.float() * (x_scale.repeat_interleave(128, 1) if fp8 else 1)
-    used = int(num_tokens_post_padded) // c.block
-    assert used <= min(tiles, len(expert_ids), len(sorted_token_ids) // c.block)
+    used = int(num_tokens_post_padded) // c.block_m
+    assert used <= min(tiles, len(expert_ids), len(sorted_token_ids) // c.block_m)
     for tile in range(used):
         e = int(expert_ids[tile])
-        own = sorted_token_ids[tile * c.block : (tile + 1) * c.block].long()
+        own = sorted_token_ids[tile * c.block_m : (tile + 1) * c.block_m].long()
         own = own[own < ids]
         token, rows = own // top_k, gate_up[..., e].float().permute(1, 2, 0, 3).reshape(2, inter, hidden)
         w2 = down[..., e].float()

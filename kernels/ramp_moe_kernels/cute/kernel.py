@@ -85,7 +85,7 @@ class CuteMoE(LaunchableKernel, BuildableKernel):
         """A configuration as the library sees it."""
         beside = ("-quantise" if config.dtype == "fp8" else "") + ("" if config.combine == "rows" else "-zero")
         stages = [
-            Stage("schedule", f"{self.name}/prepare/bm{config.block}{beside}"),
+            Stage("schedule", f"{self.name}/prepare/bm{config.block_m}{beside}"),
             Stage("gemm", f"{self.name}/{config.name}", geometry(config, shape)),
         ]
         if config.combine == "f32":
@@ -135,7 +135,7 @@ class CuteMoE(LaunchableKernel, BuildableKernel):
             found = Config(32, 32, 8, 4, wide=2 - shape.intermediate_size // 128 % 2, dtype=shape.dtype)
         valid = configurations(shape)
         if found not in valid:
-            found = min(valid, key=lambda c: (abs(c.block - found.block), c.wide, c.ctas, c.split_k, -c.stages))
+            found = min(valid, key=lambda c: (abs(c.block_m - found.block_m), c.wide, c.ctas, c.split_k, -c.stages))
         return self.describe(found, shape)
 
     def run(

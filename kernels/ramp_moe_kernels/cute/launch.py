@@ -88,10 +88,10 @@ def launch_steps(
     whole, codes = config, 0
     if choice is not None:
         whole = one_of(configs)
-        codes = sum(whole.blocks.index(c.block) << BITS * i for i, c in enumerate(configs))
+        codes = sum(whole.blocks.index(c.block_m) << BITS * i for i, c in enumerate(configs))
     shape = MoEShape(experts, batch.top_k, hidden, prepared.down.shape[1], prepared.dtype)
     check_tokens("cute", whole.name, tokens, most_tokens(whole, shape))
-    each = [buffer_sizes(n, experts, c.block) for c in configs]
+    each = [buffer_sizes(n, experts, c.block_m) for c in configs]
     sizes = {name: max(size[name] for size in each) for name in each[0]}
     function = compiled(whole, shape)
 
@@ -110,7 +110,7 @@ def launch_steps(
     if in_place:  # x is read while out is added to
         summed = workspace.get("summed", (tokens, hidden), torch.bfloat16, device)
     zero = None if config.combine == "rows" else summed
-    blocks = [c.block for c in configs] if choice is not None else config.block
+    blocks = [c.block_m for c in configs] if choice is not None else config.block_m
     schedule(batch.topk_ids, experts, blocks, plan, choice=choice, quantise=quantise, zero=zero)
     yield
     if n:

@@ -156,13 +156,13 @@ def variants(configs: Sequence[GemmConfig], rows: int, depth: int) -> tuple[tupl
     whether splits are of whole steps, whether row tiles are full, and stages of the loop, 0 for those of the launch."""
     return tuple(
         (
-            c.block,
-            c.rows,
-            c.step,
+            c.block_m,
+            c.block_n,
+            c.block_k,
             c.group_m,
             c.swap,
-            depth % (c.step * c.split_k) == 0,
-            rows % c.rows == 0,
+            depth % (c.block_k * c.split_k) == 0,
+            rows % c.block_n == 0,
             0 if c.stages == configs[0].stages else c.stages,
         )
         for c in configs
@@ -171,7 +171,7 @@ def variants(configs: Sequence[GemmConfig], rows: int, depth: int) -> tuple[tupl
 
 def _grid(configs: Sequence[GemmConfig], tiling: Tiling, rows: int) -> tuple[int, int]:
     """For any of the configurations: where it is not the largest, CTAs without a tile exit at once."""
-    ctas = (tiles * -(-rows // c.rows) for tiles, c in zip(tiling.tiles, configs, strict=True))
+    ctas = (tiles * -(-rows // c.block_n) for tiles, c in zip(tiling.tiles, configs, strict=True))
     return max(ctas), configs[0].split_k
 
 

@@ -192,7 +192,7 @@ OF_KERNEL = {
 }
 
 
-@pytest.mark.parametrize("kernel", ["deep_gemm", "alpha_moe"])
+@pytest.mark.parametrize("kernel", ["deep_gemm", "cute", "triton", "alpha_moe"])
 def test_a_shipped_file_as_version_2_wrote_it_loads_equal(kernel: str, tmp_path: Path) -> None:
     """Its stages' keys and its configurations' parameters, too."""
     today = next(p for p in SHIPPED if p.parent.name == kernel and "archive" not in p.parts)
