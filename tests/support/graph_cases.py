@@ -11,8 +11,8 @@ from ramp_moe.measurements.sweep import (
     FORMAT,
     PATH,
     VERSION,
-    BatchRecord,
     Column,
+    MeasuredBatch,
     Run,
     ShapeRecord,
     SweepRecord,
@@ -47,7 +47,7 @@ def priced(hardware: Hardware, us_a_tile: Mapping[Candidate, float], shape: MoES
         for tokens, kind in itertools.product((1, 4, 16, 64, 256, 1024), KINDS):
             h = expert_histogram(generate(kind, tokens, shape.num_experts, shape.top_k, tokens), shape.num_experts)
             us = [20 + price * sum(-(-n // _block(c)) for n in h.tolist()) for c, price in mine.items()]
-            rows.append(BatchRecord(tokens, kind, h.tolist(), [us]))
+            rows.append(MeasuredBatch(tokens, kind, h.tolist(), [us]))
         record = SweepRecord(
             format=FORMAT, version=VERSION, device=hardware.name, kernel=name, kernel_version="1",
             shape=ShapeRecord.of(shape), runs=[Run("2026-01-01", hardware.device_names[0], "", {}, "made up")],

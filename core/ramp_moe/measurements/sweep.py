@@ -80,7 +80,7 @@ class Column(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     params: dict[str, ParamValue] = {}
 
 
-class BatchRecord(msgspec.Struct, forbid_unknown_fields=True):
+class MeasuredBatch(msgspec.Struct, forbid_unknown_fields=True):
     num_tokens: int
     routing: str
     histogram: list[int]
@@ -117,7 +117,7 @@ class SweepRecord(msgspec.Struct, forbid_unknown_fields=True):
     runs: list[Run]
     columns: list[Column]
     left_out: list[LeftOut]
-    batches: list[BatchRecord]
+    batches: list[MeasuredBatch]
 
 
 def path_key(kernel: str, config: str) -> str:
@@ -227,7 +227,7 @@ class Sweep:
         keys = [c.key for c in self.record.columns if c.key in other.column_of]
         mine, theirs = ([s.column_of[k] for k in keys] for s in (self, other))
 
-        def spread(sweep: Sweep, columns: list[int], before: int, after: int) -> list[BatchRecord]:
+        def spread(sweep: Sweep, columns: list[int], before: int, after: int) -> list[MeasuredBatch]:
             empty: list[list[float | None] | None] = [None]
             return [
                 msgspec.structs.replace(

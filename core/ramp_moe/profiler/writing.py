@@ -29,9 +29,9 @@ from ..measurements.sweep import (
     FORMAT,
     PATH,
     VERSION,
-    BatchRecord,
     Column,
     LeftOut,
+    MeasuredBatch,
     Run,
     Sweep,
     SweepRecord,
@@ -174,7 +174,7 @@ def write_profile(
         run = msgspec.structs.replace(header.run, seconds=round(taken.spent), notes=[*taken.notes, *notes])
         columns, times = _times(kernel, kept, taken, batches)
         rows = [
-            BatchRecord(b.num_tokens, b.routing, h.tolist(), [times[i]], b.seed, b.split)
+            MeasuredBatch(b.num_tokens, b.routing, h.tolist(), [times[i]], b.seed, b.split)
             for i, (b, h) in batches.items()
         ]
         if place.base is not None:
@@ -202,7 +202,7 @@ def write_profile(
 BatchKey = tuple[int, str, int | None, tuple[int, ...]]
 
 
-def _key(row: BatchRecord) -> BatchKey:
+def _key(row: MeasuredBatch) -> BatchKey:
     return row.num_tokens, row.routing, row.seed, tuple(row.histogram)
 
 
@@ -237,7 +237,7 @@ def _median(us: Sequence[float]) -> float | None:
     return round(float(np.median(us)), 3) if us else None
 
 
-def _merged(base: SweepRecord, run: Run, columns: Sequence[Column], measured: Sequence[BatchRecord]) -> SweepRecord:
+def _merged(base: SweepRecord, run: Run, columns: Sequence[Column], measured: Sequence[MeasuredBatch]) -> SweepRecord:
     """Extend `base` by another run, which has these columns and rows."""
     union = {c.key: c for c in (*base.columns, *columns)}
     index = {c.key: i for i, c in enumerate(columns)}

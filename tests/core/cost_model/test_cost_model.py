@@ -29,8 +29,8 @@ from ramp_moe.evaluation.replay import Replay
 from ramp_moe.measurements.sweep import (
     FORMAT,
     VERSION,
-    BatchRecord,
     Column,
+    MeasuredBatch,
     Run,
     ShapeRecord,
     SweepRecord,
@@ -71,7 +71,7 @@ def synthetic(hardware: Hardware, stages: dict[str, tuple[Stage, tuple[float, ..
                 waves = math.ceil(g / hardware.num_sms) if form != "paper" else g / hardware.num_sms
             last = int((h > 0).sum()) if form == "active" else math.log(g + 1)
             times.append(a + b * waves + c * g + d * last)
-        rows.append(BatchRecord(tokens, "uniform", h.tolist(), [times]))
+        rows.append(MeasuredBatch(tokens, "uniform", h.tolist(), [times]))
     columns = [Column(stage.kind, key) for key, (stage, _) in stages.items()]
     record = SweepRecord(
         format=FORMAT, version=VERSION, device="h200", kernel="k", kernel_version="1", shape=ShapeRecord.of(SHAPE),

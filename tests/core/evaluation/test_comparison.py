@@ -30,8 +30,8 @@ from ramp_moe.evaluation.replay import Replay, load_replay
 from ramp_moe.measurements.sweep import (
     FORMAT,
     VERSION,
-    BatchRecord,
     Column,
+    MeasuredBatch,
     Run,
     ShapeRecord,
     SweepRecord,
@@ -329,7 +329,7 @@ def write_paths(folder: Path, kernel: Simulated, runs: list[list[int]]) -> None:
     configs = kernel.configs(SHAPE, HARDWARE)
     us = {(r, i): [100.0 * (r + 1) + 10 * i + c for c in range(len(configs))] for r, of in enumerate(runs) for i in of}
     rows = [
-        BatchRecord(
+        MeasuredBatch(
             8, "uniform", [16 - i, i, *[0] * 6], [us.get((r, i)) for r in range(len(runs))], i, "test" if i else "tune"
         )
         for i in range(4)
