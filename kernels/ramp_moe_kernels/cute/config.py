@@ -1,6 +1,6 @@
 """A configuration of the fused CuTe kernel, and its map of shared memory, from which the kernel takes its offsets.
 
-This file and `moe.py` are what objects are compiled from: a change here compiles all of them again.
+Objects are compiled from this file and what `moe.py` imports: a change here compiles all of them again.
 """
 
 from __future__ import annotations

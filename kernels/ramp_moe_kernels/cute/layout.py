@@ -1,4 +1,4 @@
-"""The layouts of the fused kernel as index arithmetic: what `moe.py` does with tensors and tensor maps, in integers.
+"""The layouts of the fused kernel as index arithmetic: what it does with tensors and tensor maps, in integers.
 
 Nothing at run time uses this; it says where things are, and tests hold it against brute force and the weights' views.
 Warps are those of a consumer warpgroup, 0 to 3, unless said otherwise; `half` is 0 for the rows that the tensor map

@@ -1,0 +1,150 @@
+"""The producers of the fused kernel: a warp that loads weights by TMA, and three that copy tokens by cp.async."""
+# The DSL traces Python: annotations must be types at run time, and its functions are untyped.
+# mypy: disable-error-code="import-not-found, import-untyped, untyped-decorator, no-untyped-def, no-untyped-call, misc"
+
+import cutlass
+import cutlass.cute as cute
+from cutlass import Int16, Int32, const_expr
+from cutlass.cute.nvgpu import cpasync
+from cutlass.pipeline import PipelineState, PipelineUserType, make_pipeline_state
+
+from .barriers import FIRST_GATHERER, STAGE_BYTES
+from .config import GATHER_THREADS, ROW_BYTES
+from .cta import Layouts, Parameters, Role, Shared, Tile
+
+CHUNK = 16
+"""Bytes that a thread copies at once."""
+CHUNKS = ROW_BYTES // CHUNK
+"""Threads that copy a row's 128 bytes."""
+
+
+class WeightsProducer(Role):
+    """One warp, all of it: TMA elects a thread itself."""
+
+    @cute.jit
+    def produce_weights(self):
+        """Load the stages that the consumers multiply: steps of gate and up, then of down."""
+        c, given, tile = self.config, self.given, self.tile
+        from_w1, to_w1 = self.partition(given.tma_w1, given.w1)
+        from_w2, to_w2 = self.partition(given.tma_w2, given.w2)
+        state = make_pipeline_state(PipelineUserType.Producer, c.stages)
+        for w in cutlass.range(c.wide, unroll=1):
+            for k in cutlass.range(tile.first, tile.last, 1, unroll=1):
+                self.acquire(state)
+                self.load(given.tma_w1, from_w1, to_w1, tile.n * c.wide + w, k, state)
+                state.advance()
+        parts = c.wide * self.layouts.parts_of_h
+        for n in cutlass.range(tile.out_first, tile.out_last, tile.out_step, unroll=1):
+            for k in cutlass.range(parts, unroll=1):
+                self.acquire(state)
+                self.load(given.tma_w2, from_w2, to_w2, n, tile.n * parts + k, state)
+                state.advance()
+
+    def partition(self, tma, weights):
+        """A matrix by boxes, `[elements, rows, steps, experts]`, and the ring that they go to, `[elements, boxes]`."""
+        boxes = cute.local_tile(weights, (self.layouts.box_rows, self.config.block_k), (None, None, None))
+        ring = cute.group_modes(self.shared.boxes, 0, 2)
+        to, source = cpasync.tma_partition(tma, 0, cute.make_layout(1), ring, cute.group_modes(boxes, 0, 2))
+        return source, to
+
+    @cute.jit
+    def acquire(self, state: PipelineState):
+        """Wait until a stage is empty, and have its barrier expect a stage's bytes."""
+        cute.arch.mbarrier_wait(self.barriers.empty_w + state.index, state.phase)
+        with cute.arch.elect_one():
+            cute.arch.mbarrier_arrive_and_expect_tx(self.barriers.full_w + state.index, STAGE_BYTES)
+
+    @cute.jit
+    def load(self, tma: cute.CopyAtom, source: cute.Tensor, target: cute.Tensor, n: Int32, k: Int32,
+             state: PipelineState):  # fmt: skip
+        """Load a stage: rows [256 n, 256 n + 256), step k."""
+        stage, tile = state.index, self.tile
+        full = self.barriers.full_w + stage
+        if const_expr(self.config.pair):
+            if tile.paired == 1:
+                cute.copy(tma, source[(None, 2 * n + tile.rank, k, tile.expert)], target[(None, 2 * stage + tile.rank)],
+                          tma_bar_ptr=full, mcast_mask=Int16(3))  # fmt: skip
+            else:
+                for half in cutlass.range_constexpr(2):
+                    cute.copy(tma, source[(None, 2 * n + half, k, tile.expert)], target[(None, 2 * stage + half)],
+                              tma_bar_ptr=full, mcast_mask=Int16(1 << tile.rank))  # fmt: skip
+        else:
+            cute.copy(tma, source[(None, n, k, tile.expert)], target[(None, stage)], tma_bar_ptr=full)
+
+
+class TokensProducer(Role):
+    """Three warps. Eight threads copy a row, so that twelve rows are copied in a turn; scales take a thread each."""
+
+    ROWS = GATHER_THREADS // CHUNKS
+    """Rows of a turn."""
+
+    def __init__(self, layouts: Layouts, given: Parameters, shared: Shared, tile: Tile, thread: Int32) -> None:
+        super().__init__(layouts, given, shared, tile)
+        self.own = thread - FIRST_GATHERER
+        self.place, self.chunk = self.own // CHUNKS, self.own % CHUNKS
+        self.turns = -(-self.config.block_m // self.ROWS)
+        self.scale_turns = -(-self.config.block_m // GATHER_THREADS)
+
+    @cute.jit
+    def gather_tokens(self):
+        """Copy the tokens' steps that the consumers multiply with gate and up."""
+        c, tile = self.config, self.tile
+        # Where rows start stays in registers; negative where there is nothing to copy
+        rows = cute.make_rmem_tensor((self.turns,), Int32)
+        scale_rows = cute.make_rmem_tensor((self.scale_turns,), Int32)
+        for r in cutlass.range_constexpr(self.turns):
+            rows[r] = self.start(self.given.x, tile.m * c.block_m, r * self.ROWS + self.place)
+        for r in cutlass.range_constexpr(self.scale_turns if self.layouts.fp8 else 0):
+            scale_rows[r] = self.start(self.given.x_scale, tile.m * c.block_m, r * GATHER_THREADS + self.own)
+        state = make_pipeline_state(PipelineUserType.Producer, c.stages)
+        for _ in cutlass.range(c.wide, unroll=1):
+            for k in cutlass.range(tile.first, tile.last, 1, unroll=1):
+                self.copy(rows, scale_rows, k, state)
+                state.advance()
+
+    @cute.jit
+    def copy(self, rows: cute.Tensor, scale_rows: cute.Tensor, k: Int32, state: PipelineState):
+        """Fill a stage, once it is empty, with step k of the rows and their scales."""
+        block, stage, at = self.config.block_m, state.index, self.layouts.map
+        given, width = self.given, CHUNK * 8 // self.layouts.element.width
+        cute.arch.mbarrier_wait(self.barriers.empty_x + stage, state.phase)
+        column = k * self.config.block_k + self.chunk * width
+        # Where a row's chunk goes; a turn further, its place among eight is 4 more, or less
+        first_to = self.place * ROW_BYTES + (self.chunk ^ (self.place % 8)) * CHUNK
+        even_to = at.tokens + stage * (block * ROW_BYTES) + first_to
+        odd_to = at.tokens + stage * (block * ROW_BYTES) + (first_to ^ 4 * CHUNK)
+        for r in cutlass.range_constexpr(self.turns):
+            row_to = (even_to, odd_to)[r % 2] + r * self.ROWS * ROW_BYTES
+            if const_expr((r + 1) * self.ROWS <= block):  # noqa: SIM114 (the other is asked on the GPU)
+                self.copy_row(given.x, rows[r], column, row_to, CHUNK)
+            elif r * self.ROWS + self.place < block:
+                self.copy_row(given.x, rows[r], column, row_to, CHUNK)
+        for r in cutlass.range_constexpr(self.scale_turns if self.layouts.fp8 else 0):
+            if r * GATHER_THREADS + self.own < block:
+                scale_to = at.x_scale + (stage * block + r * GATHER_THREADS + self.own) * 4
+                self.copy_row(given.x_scale, scale_rows[r], k, scale_to, 4)
+        cute.arch.cp_async_mbarrier_arrive_noinc(self.barriers.full_x + stage)
+
+    @cute.jit
+    def start(self, source: cute.Tensor, first: Int32, at: Int32):
+        """Elements of `source` before the row of the slot `at` of the block from `first`, -1 where it has none."""
+        start = Int32(-1)
+        if at < self.config.block_m:
+            row = self.given.sorted_token_ids[first + at] // self.given.top_k
+            if row < source.shape[0]:
+                start = row * source.shape[1]
+        return start
+
+    def copy_row(self, source, start, column, to, nbytes):
+        """nbytes of a row of `source`, or zeros where there is none, to offset `to` of shared memory, by cp.async. It
+        does not branch: all of a thread's copies are under way at once. 16 bytes go past L1, where nobody reads them
+        again."""
+        cache = cpasync.LoadCacheMode.GLOBAL if nbytes == CHUNK else cpasync.LoadCacheMode.ALWAYS
+        dtype, count = source.element_type, nbytes * 8 // source.element_type.width
+        atom = cute.make_copy_atom(cpasync.CopyG2SOp(cache_mode=cache), dtype, num_bits_per_copy=8 * nbytes)
+        at = cute.assume(start + column, divby=count)
+        target = cute.recast_ptr(self.shared.base + cute.assume(to, divby=nbytes), dtype=dtype)
+        exists = cute.make_rmem_tensor(cute.make_layout((count, 1), stride=(0, 0)), cutlass.Boolean)
+        exists[0] = start >= 0
+        chunk = cute.make_layout((count, 1))
+        cute.copy(atom, cute.make_tensor(source.iterator + at, chunk), cute.make_tensor(target, chunk), pred=exists)
