@@ -1,4 +1,4 @@
-"""`ramp-moe regions`, `fit` and `explain`: where a batch stands, and what to run for it."""
+"""`ramp-moe regions`, `fit` and `explain`: what limits a batch, and what to run for it."""
 
 from __future__ import annotations
 
@@ -90,7 +90,7 @@ def fit(
     output: Path | None,
     as_json: bool,
 ) -> None:
-    """Fit the cost model to recorded sweeps, judge it on batches that it did not see, and store the coefficients."""
+    """Fit the cost model to recorded sweeps, judge it on batches that it has not seen, and store its coefficients."""
     get_form(form)
     registry = get_registry()
     shape, hardware = resolve_model(registry, model, dtype), resolve_device(registry, device)
@@ -154,9 +154,9 @@ def explain(
     top: int,
     as_json: bool,
 ) -> None:
-    """Show what each candidate is predicted to cost for one batch, which wins, and what a second copy would gain.
+    """Show the predicted time of each candidate for one batch, which wins, and what a second weight copy would gain.
 
-    Without a profile: what each kernel runs by its own choice, and the grids of that.
+    Without a profile, show each kernel's own choice and its grids.
     """
     get_form(form)
     registry = get_registry()
@@ -188,8 +188,11 @@ def explain(
 
 
 def _explained(registry: Registry, model: CostModel, histogram: IntArray) -> list[dict[str, Any]]:
-    """Every candidate with its prediction and what the model sees of it, the fastest first. `launches`: in how many a
-    layer computes the batch, since one takes no more tokens than `max_tokens`; None if any number."""
+    """Every candidate with its prediction and the grids that the model sees, the fastest first.
+
+    max_tokens: the most tokens of one launch; None if any number.
+    launches: the number of launches in which a layer computes the batch.
+    """
     prediction, tokens = model.predict(histogram), -(-int(histogram.sum()) // model.shape.top_k)
     rows = []
     for i in np.argsort(prediction.us, kind="stable").tolist():
@@ -210,7 +213,7 @@ def _explained(registry: Registry, model: CostModel, histogram: IntArray) -> lis
 
 
 def _in_parts(candidates: list[dict[str, Any]]) -> list[str]:
-    """What is to be said of kernels that take the batch in several launches."""
+    """Notes on kernels that take the batch in several launches."""
     most: dict[str, int] = {}
     for c in candidates:
         if c["launches"] > 1:
@@ -219,8 +222,11 @@ def _in_parts(candidates: list[dict[str, Any]]) -> list[str]:
 
 
 def _layouts(registry: Registry, model: CostModel, histogram: IntArray) -> dict[str, Any]:
-    """What one copy of the weights serves, what two do, and the predicted time that the second copy gains: fractions of
-    that with two, for this batch and on average over the batches that the layouts are weighed on."""
+    """What one copy of the weights serves, what two copies serve, and the predicted gain of the second.
+
+    A gain is time with one copy / time with two - 1. It is given for this batch, and on average over the batches that
+    the layouts are weighed on.
+    """
     names = sorted({c.kernel for c in model.candidates})
     kernels, batches = [registry.kernel(name) for name in names], weighed_batches(model)
     weighed, here = (kernel_times(model, names, h) for h in (batches, histogram[None]))
