@@ -9,13 +9,21 @@ from pathlib import Path
 
 import pytest
 
-CORE = Path(__file__).parents[1] / "core" / "ramp_moe"
+ROOT = Path(__file__).parents[1]
+CORE = ROOT / "core" / "ramp_moe"
 ROOMS = (
     *("measurements", "registry", "dispatch", "evaluation", "cost_model", "profiler"),
     *("spec", "testing", "cli"),
 )
-"""Rooms that were read by the rule so far."""
-FILES = [path for room in ROOMS for path in sorted((CORE / room).glob("*.py"))]
+"""Rooms of the core that were read by the rule so far."""
+OTHERS = (
+    *("adapters/ramp_moe_adapters", "adapters/ramp_moe_adapters/frameworks"),
+    *("adapters/ramp_moe_adapters/frameworks/transformers", "adapters/ramp_moe_adapters/frameworks/sglang"),
+    "kernels/ramp_moe_kernels/permute",
+)
+"""Folders beside the core that were read."""
+FOLDERS = (*(CORE / room for room in ROOMS), *(ROOT / folder for folder in OTHERS))
+FILES = [path for folder in FOLDERS for path in sorted(folder.glob("*.py"))]
 TURNS = re.compile(r"\A\s*Of\b|\b(so many|the like|be had|as they lie|None where)\b|\bRaises? \w+ where\b")
 
 
