@@ -22,8 +22,20 @@ OTHERS = (
     "kernels/ramp_moe_kernels/permute",
 )
 """Folders beside the core that were read."""
+SINGLE = (
+    *ROOT.glob("adapters/ramp_moe_adapters/kernels/*/config.py"),
+    *ROOT.glob("adapters/ramp_moe_adapters/kernels/*/kernel.py"),
+    *(
+        CORE / "runtime" / f"{name}.py"
+        for name in (
+            *("placeholder", "update", "wrapped_experts", "own_experts", "refusals", "protocols"),
+            *("reference", "torch_op", "relayout", "padding", "parts"),
+        )
+    ),
+)
+"""Files that were read in rooms that are not in these lists as a whole."""
 FOLDERS = (*(CORE / room for room in ROOMS), *(ROOT / folder for folder in OTHERS))
-FILES = [path for folder in FOLDERS for path in sorted(folder.glob("*.py"))]
+FILES = [*(path for folder in FOLDERS for path in sorted(folder.glob("*.py"))), *sorted(SINGLE)]
 TURNS = re.compile(r"\A\s*Of\b|\b(so many|the like|be had|as they lie|None where)\b|\bRaises? \w+ where\b")
 
 

@@ -142,7 +142,7 @@ def test_what_no_layer_can_be_made_of_is_refused_until_unwrapped(case: Case, cha
     ran(bank)
     spoil(bank)
     for _ in range(2):
-        with pytest.raises(KernelError, match=rf"of Bank is another than when it was wrapped: .*{message}.*unwrap"):
+        with pytest.raises(KernelError, match=rf"of Bank has been replaced since it was wrapped: .*{message}.*unwrap"):
             ran(bank)
     bank._ramp_moe.remove(bank)
     assert not any(isinstance(getattr(bank, name, None), Placeholder) for name in TENSORS)
@@ -296,7 +296,7 @@ class HalfCareless(Turned):
 def test_an_adapter_that_does_not_know_its_own_order(kind: type[Turned], monkeypatch: pytest.MonkeyPatch) -> None:
     register_kernel(monkeypatch, "gate-first")
     model = nn.Sequential(Bank(0, turned=True))
-    with pytest.raises(KernelError, match=rf"0: {kind.__name__}.given and .own do not tell how w13 becomes gate_up"):
+    with pytest.raises(KernelError, match=rf"0: {kind.__name__}.given and .own disagree about how w13 becomes"):
         ramp_moe.wrap(model, kind(Bank, "w13", "w2", 2), device="h200")
     assert type(model[0].w13) is nn.Parameter
 
