@@ -54,3 +54,43 @@ def test_docstrings_read_once(path: Path) -> None:
         if (turn := TURNS.search(str(text.value)))
     ]
     assert not found
+
+
+PACKAGES = ("core", "kernels", "adapters", "profiles/ramp_moe_profiles")
+FOREIGN = (
+    *("get_moe_configs", "try_get_optimal_moe_config", "get_default_config"),  # vLLM
+    *("get_best_config", "get_best_gemm_config", "grouped_gemm_dispatch"),  # DeepGEMM, and its copy in FlashInfer
+    *("get_candidate_configs", "getTmaWarpSpecializedConfigs", "getAmpereConfigs"),  # FlashInfer
+    *("target_parameters", "_dynamo", "allow_unspec_int_on_nn_module"),  # PEFT, torch
+    "filled",  # a symbol of the cost model's formula
+)
+"""Names in docstrings that are other libraries', or defined in the docstring itself."""
+NAME = re.compile(r"`([A-Za-z_][\w.]*)`")
+
+
+@pytest.fixture(scope="module")
+def known() -> set[str]:
+    """Every name that occurs in the packages' code, strings and paths."""
+    found = set(FOREIGN)
+    for path in (path for package in PACKAGES for path in (ROOT / package).rglob("*.py")):
+        found |= set(re.findall(r"\w+", str(path.relative_to(ROOT))))
+        tree = ast.parse(path.read_text())
+        prose = {id(text) for text in docstrings(tree)}
+        for node in ast.walk(tree):
+            if isinstance(node, ast.Constant) and isinstance(node.value, str) and id(node) not in prose:
+                found |= set(re.findall(r"\w+", node.value))
+            for field in ("id", "attr", "arg", "name", "module"):
+                if isinstance(name := getattr(node, field, None), str):
+                    found |= set(name.split("."))
+    return found
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda path: f"{path.parent.name}/{path.name}")
+def test_a_name_in_a_docstring_exists(path: Path, known: set[str]) -> None:
+    missing = [
+        f"line {text.lineno}: {name}"
+        for text in docstrings(ast.parse(path.read_text()))
+        for name in NAME.findall(str(text.value))
+        if not set(name.split(".")) <= known
+    ]
+    assert not missing

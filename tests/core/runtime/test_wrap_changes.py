@@ -220,7 +220,7 @@ REFUSED: dict[str, tuple[Callable[[nn.Sequential], Any], str]] = {
     "foreign bias": (lambda m: setattr(m[1], "b2", nn.Parameter(Foreign(m[1].b2.detach()))), "b2 is a Foreign"),
     "lazy": (lambda m: setattr(m[1], "w13", nn.UninitializedParameter()), "w13 is a UninitializedParameter"),
     "sparse": (lambda m: setattr(m[1], "w2", nn.Parameter(m[1].w2.detach().to_sparse())), "w2 is torch.sparse_coo"),
-    "tied to another layer": (lambda m: setattr(m[1], "w13", m[0].w13), "w13 is also a weight of another module"),
+    "tied to another layer": (lambda m: setattr(m[1], "w13", m[0].w13), "w13 is also a weight of another"),
     "in one buffer": (lambda m: one_buffer(m[0].w13, m[1].w13), r"w13 shares its memory with 1\.w13"),
     "tied to a plain module": (lambda m: m.append(nn.Linear(2, 2)) and share(m), r"w13 shares its memory with 3\."),
 }  # fmt: skip
