@@ -226,7 +226,7 @@ def layouts_of(kernel: Kernel, shape: MoEShape) -> tuple[str, ...]:
             f"kernel {kernel.name} fails to name its weight layouts: {type(e).__name__}: {describe(e)}"
         ) from e
     if not found or not all(isinstance(key, str) for key in found):
-        raise KernelError(f"kernel {kernel.name} names no readable weight layout, or something that is none")
+        raise KernelError(f"kernel {kernel.name} must name weight layouts, as strings; correct readable_layouts()")
     return found
 
 

@@ -45,12 +45,12 @@ class MoEWeights:
     gate_up_scale, down_scale: float32 `[E, 2 ceil(I / B), H / B]` and `[E, H / B, ceil(I / B)]`, for fp8 weights only.
         Each [B, B] block of a weight has one scale. Gate and up have blocks of their own, counted from their first
         row; the last may be short. B is 128, or another of `ramp_moe.spec.shapes.scale_blocks` for a shard that begins
-        inside a block of 128. H must be a multiple of 128.
+        inside a block of 128. H must then be a multiple of 128.
     gate_up_bias, down_bias: `[E, 2 I]` and `[E, H]`, float32, bf16 or fp16; None if there is none.
     activation: one of ACTIVATIONS.
     layout: one of LAYOUTS, the order of the rows of gate_up, its bias and its scale. If it is interleaved, block rows
         of gate and of up alternate in the scale.
-    limit: where swiglu_clamped clamps gate and up; None for the other activations.
+    limit: bound at which swiglu_clamped clamps gate and up; None for the other activations.
 
     A tensor with other strides (padded rows, for one) is copied, and a warning is logged. Its memory is then taken
     twice until the caller drops it, and later writes to it have no effect.
