@@ -48,7 +48,7 @@ from .config import Pinned, most_tokens, pinned
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from .launch import Prepared
+    from .launch import PreparedDeepGEMM
 
 LAUNCH = Path(__file__).with_name("launch.py")
 RUNS = (Place(LAUNCH, "prepare"), Place(LAUNCH, "launch_steps"))
@@ -121,11 +121,11 @@ class DeepGEMM(LaunchableKernel):
         return KernelConfig(
             name,
             (
-                Stage("schedule", f"rows/dispatch/bm{block}-{shape.dtype}"),
+                Stage("schedule", f"permute/bm{block}-{shape.dtype}"),
                 Stage("gemm", f"{self.name}/up/bm{block}-sm{sms}-{up.tile.name}", gemms[0]),
-                Stage("activation", f"rows/activate/{shape.dtype}"),
+                Stage("activation", f"permute/activate/{shape.dtype}"),
                 Stage("gemm", f"{self.name}/down/bm{block}-sm{sms}-{down.tile.name}", gemms[1]),
-                Stage("combine", "rows/combine"),
+                Stage("combine", "permute/unpermute"),
             ),
             tuple(params),
         )
@@ -155,7 +155,7 @@ class DeepGEMM(LaunchableKernel):
         cache = os.path.expanduser(os.environ.get("DG_JIT_CACHE_DIR", "~/.deep_gemm"))
         return None if _writable(cache) else f"deep_gemm cannot write its cache {cache}; set DG_JIT_CACHE_DIR"
 
-    def prepare(self, weights: MoEWeights) -> Prepared:
+    def prepare(self, weights: MoEWeights) -> PreparedDeepGEMM:
         """Take the weights as they are.
 
         Raises KernelError for weights, a device or an installation that it cannot use.

@@ -48,7 +48,7 @@ from .config import ALIGNMENT, LAYOUT, WITHOUT_DEEP_GEMM, Fp8Tile, Tactic, fp8_t
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from .launch import Prepared
+    from .launch import PreparedFlashInfer
 
 LAUNCH = Path(__file__).with_name("launch.py")
 RUNS = (Place(LAUNCH, "prepare"), Place(LAUNCH, "launch"))
@@ -174,7 +174,7 @@ class FlashInferCutlass(LaunchableKernel, BuildableKernel):
         """Delete the modules that other versions of FlashInfer left in the user's cache, and return the bytes freed."""
         return build.prune()
 
-    def prepare(self, weights: MoEWeights) -> Prepared:
+    def prepare(self, weights: MoEWeights) -> PreparedFlashInfer:
         """Load FlashInfer's module, and put the rows of up first. This copies gate_up once, unless up is first already.
 
         The module is compiled now if it is not yet. Raises KernelError for weights, a device or an installation that it

@@ -42,7 +42,7 @@ from . import static_table as vllm_static
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from .launch import Prepared
+    from .launch import PreparedVllmTriton
 
 VERSIONS = ((0, 33), (0, 34))
 """Supported versions: from the first on, below the second. The adapter follows their source."""
@@ -167,7 +167,7 @@ class VllmTriton(LaunchableKernel):
     def weight_layout(self, shape: MoEShape) -> WeightLayout:
         return WeightLayout("gate-first", shape.num_experts * shape.expert_bytes)
 
-    def prepare(self, weights: MoEWeights) -> Prepared:
+    def prepare(self, weights: MoEWeights) -> PreparedVllmTriton:
         """Take the weights as they are, and add vLLM's description of their scales and biases.
 
         Raises KernelError for an activation that vLLM lacks, and if vLLM cannot be imported or has other functions.
