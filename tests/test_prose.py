@@ -9,10 +9,33 @@ from pathlib import Path
 
 import pytest
 
-CORE = Path(__file__).parents[1] / "core" / "ramp_moe"
-ROOMS = ("measurements", "registry", "dispatch", "evaluation", "cost_model", "profiler")
-"""Rooms that were read by the rule so far."""
-FILES = [path for room in ROOMS for path in sorted((CORE / room).glob("*.py"))]
+ROOT = Path(__file__).parents[1]
+CORE = ROOT / "core" / "ramp_moe"
+ROOMS = (
+    *("measurements", "registry", "dispatch", "evaluation", "cost_model", "profiler"),
+    *("spec", "testing", "cli"),
+)
+"""Rooms of the core that were read by the rule so far."""
+OTHERS = (
+    *("adapters/ramp_moe_adapters", "adapters/ramp_moe_adapters/frameworks"),
+    *("adapters/ramp_moe_adapters/frameworks/transformers", "adapters/ramp_moe_adapters/frameworks/sglang"),
+    "kernels/ramp_moe_kernels/permute",
+)
+"""Folders beside the core that were read."""
+SINGLE = (
+    *ROOT.glob("adapters/ramp_moe_adapters/kernels/*/config.py"),
+    *ROOT.glob("adapters/ramp_moe_adapters/kernels/*/kernel.py"),
+    *(
+        CORE / "runtime" / f"{name}.py"
+        for name in (
+            *("placeholder", "update", "wrapped_experts", "own_experts", "refusals", "protocols"),
+            *("reference", "torch_op", "relayout", "padding", "parts"),
+        )
+    ),
+)
+"""Files that were read in rooms that are not in these lists as a whole."""
+FOLDERS = (*(CORE / room for room in ROOMS), *(ROOT / folder for folder in OTHERS))
+FILES = [*(path for folder in FOLDERS for path in sorted(folder.glob("*.py"))), *sorted(SINGLE)]
 TURNS = re.compile(r"\A\s*Of\b|\b(so many|the like|be had|as they lie|None where)\b|\bRaises? \w+ where\b")
 
 
@@ -31,3 +54,43 @@ def test_docstrings_read_once(path: Path) -> None:
         if (turn := TURNS.search(str(text.value)))
     ]
     assert not found
+
+
+PACKAGES = ("core", "kernels", "adapters", "profiles/ramp_moe_profiles")
+FOREIGN = (
+    *("get_moe_configs", "try_get_optimal_moe_config", "get_default_config"),  # vLLM
+    *("get_best_config", "get_best_gemm_config", "grouped_gemm_dispatch"),  # DeepGEMM, and its copy in FlashInfer
+    *("get_candidate_configs", "getTmaWarpSpecializedConfigs", "getAmpereConfigs"),  # FlashInfer
+    *("target_parameters", "_dynamo", "allow_unspec_int_on_nn_module"),  # PEFT, torch
+    "filled",  # a symbol of the cost model's formula
+)
+"""Names in docstrings that are other libraries', or defined in the docstring itself."""
+NAME = re.compile(r"`([A-Za-z_][\w.]*)`")
+
+
+@pytest.fixture(scope="module")
+def known() -> set[str]:
+    """Every name that occurs in the packages' code, strings and paths."""
+    found = set(FOREIGN)
+    for path in (path for package in PACKAGES for path in (ROOT / package).rglob("*.py")):
+        found |= set(re.findall(r"\w+", str(path.relative_to(ROOT))))
+        tree = ast.parse(path.read_text())
+        prose = {id(text) for text in docstrings(tree)}
+        for node in ast.walk(tree):
+            if isinstance(node, ast.Constant) and isinstance(node.value, str) and id(node) not in prose:
+                found |= set(re.findall(r"\w+", node.value))
+            for field in ("id", "attr", "arg", "name", "module"):
+                if isinstance(name := getattr(node, field, None), str):
+                    found |= set(name.split("."))
+    return found
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda path: f"{path.parent.name}/{path.name}")
+def test_a_name_in_a_docstring_exists(path: Path, known: set[str]) -> None:
+    missing = [
+        f"line {text.lineno}: {name}"
+        for text in docstrings(ast.parse(path.read_text()))
+        for name in NAME.findall(str(text.value))
+        if not set(name.split(".")) <= known
+    ]
+    assert not missing

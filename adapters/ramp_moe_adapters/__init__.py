@@ -1,5 +1,7 @@
-"""Third-party MoE kernels, each described by its grid in a file of its own, and launched as they are installed; and the
-frameworks whose MoE layers can be wrapped."""
+"""Adapters for third-party MoE kernels, and for frameworks whose MoE layers can be replaced.
+
+A kernel's adapter describes its grids and launches the installed package.
+"""
 
 from __future__ import annotations
 

@@ -1,8 +1,10 @@
-"""Importing this registers `ramp_moe` with Transformers 5, for `experts_implementation="ramp_moe"` in `from_pretrained`
-and for `model.set_experts_implementation("ramp_moe")`. (`ramp_moe.wrap(model)` does so by itself.)
+"""Registers `ramp_moe` with Transformers 5 when it is imported.
 
-A model that is loaded so is wrapped layer by layer when it first runs, as `ramp_moe.wrap` does by default; errors are
-raised then, and what `wrap` would report is logged. Raises KernelError if Transformers has no experts interface.
+`from_pretrained(..., experts_implementation="ramp_moe")` and `model.set_experts_implementation("ramp_moe")` then work.
+(`ramp_moe.wrap(model)` registers by itself.) The model is wrapped layer by layer at its first run, with the defaults of
+`ramp_moe.wrap`. Errors are raised then, and what `wrap` would report is logged.
+
+The import raises KernelError if Transformers has no experts interface.
 """
 
 from .frameworks.transformers.experts import TransformersExperts

@@ -1,8 +1,9 @@
-"""An engine's parameters and the layer that is made of them.
+"""Keeps an engine's parameters and the layer that is made from them in step.
 
-Engines write into their parameters as long as they run: reloads, and the weight updates of reinforcement learning. What
-the layer holds in another order of rows, or derives something from, is a placeholder in the engine. It has the engine's
-order, reads what the layer holds, and writes through to it. Other parameters are the layer's own memory.
+Engines write into their parameters as long as they run: in reloads, and in the weight updates of reinforcement
+learning. If the layer holds a parameter in another order of rows, or derives something from it, the parameter becomes a
+placeholder. It has the engine's order, reads what the layer holds, and writes through to it. Other parameters share the
+layer's memory.
 """
 
 from __future__ import annotations
@@ -21,14 +22,15 @@ from ramp_moe.runtime.update import check_fits, put, storage, writing
 from torch import Tensor
 
 LAYOUT = "gate-first"
-"""vLLM's and SGLang's order of rows."""
+"""Order of rows in vLLM and SGLang."""
 
 
 class Parameters:
-    """The parameters that a layer was made of, by field of MoEWeights. From now on they follow what the layer holds.
+    """The parameters that a layer was made from, by field of MoEWeights. From now on they follow what the layer holds.
 
-    owner: what has them; anything that can be referred to weakly. Raises KernelError if one cannot be exchanged for a
-    placeholder; all are then as they were.
+    owner: the object that has them; it must support weak references.
+
+    Raises KernelError if a parameter cannot become a placeholder. All parameters are then unchanged.
     """
 
     def __init__(self, owner: Any, layer: LayerRuntime, tensors: Mapping[str, Tensor]) -> None:
@@ -36,11 +38,10 @@ class Parameters:
         self._follow(tensors)
 
     def meet(self, tensors: Mapping[str, Tensor]) -> None:
-        """Have the layer compute with the engine's parameters of now, if they have been exchanged or given other
-        memory since. Captured CUDA graphs compute with them, too.
+        """Have the layer compute with the engine's present parameters, if these were exchanged or given other memory.
 
-        Raises KernelError in a capture, and RampMoEError if the parameters do not fit the layer. It then computes no
-        batch until some do.
+        Captured CUDA graphs then compute with them, too. Raises KernelError during a capture. Raises RampMoEError if
+        the parameters do not fit the layer, which then computes no batch until fitting ones are loaded.
         """
         known = self._tensors
         if tensors.keys() == known.keys() and all(
@@ -52,11 +53,13 @@ class Parameters:
         self.load(tensors)
 
     def load(self, tensors: Mapping[str, Tensor]) -> None:
-        """Have the layer compute with these parameters, and derive again what kernels derived. Those that follow the
-        layer have their values there already; others are read, and follow it from then on. Raises RampMoEError as
-        `meet` does."""
+        """Have the layer compute with these parameters, and derive again what kernels derived from them.
+
+        Parameters that follow the layer have their values there already. Others are read, and follow it from then on.
+        Raises RampMoEError as `meet` does.
+        """
         if missing := self._tensors.keys() - tensors.keys():
-            raise ShapeError(f"the layer was made with {', '.join(sorted(missing))}, which the engine has no more")
+            raise ShapeError(f"the layer was made with {', '.join(sorted(missing))}, which the engine no longer has")
         new: dict[str, Any] = {field: t.detach() for field, t in tensors.items() if not self._follows(t)}
         held = self.layer.held[0]
         with writing(self.layer):
@@ -71,8 +74,10 @@ class Parameters:
             raise KernelError(self.layer.stale)
 
     def values(self) -> MoEWeights:
-        """What the layer holds, in the engine's order, for kernels of the engine; a copy if rows were moved. Raises
-        KernelError as `check` does."""
+        """The layer's weights in the engine's order, for kernels of the engine; a copy if rows were reordered.
+
+        Raises KernelError as `check` does.
+        """
         self.check()
         return relayout(self.layer.held[0], LAYOUT)
 
@@ -100,12 +105,12 @@ class Parameters:
         self._places = {field: place(t) for field, t in tensors.items()}
 
     def _follows(self, tensor: Tensor) -> bool:
-        """Whether what is written to the parameter reaches the layer, and all that is derived from it."""
+        """Whether a write to the parameter reaches the layer and all that is derived from it."""
         return isinstance(tensor, Placeholder) and tensor._source.layer is self.layer
 
 
 class _AsGiven:
-    """What a Source asks of an adapter: an engine's tensors are those of MoEWeights."""
+    """The part of an adapter that a Source needs, for an engine whose tensors are those of MoEWeights."""
 
     def given(self, order: Any, field: str, tensor: Tensor) -> Tensor:
         return tensor
@@ -118,5 +123,5 @@ _AS_GIVEN: Any = _AsGiven()
 
 
 def place(tensor: Tensor) -> object:
-    """What changes if a parameter is given other memory."""
+    """A value that changes if a parameter is given other memory."""
     return id(tensor._source) if isinstance(tensor, Placeholder) else tensor.data_ptr()

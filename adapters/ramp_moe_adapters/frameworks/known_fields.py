@@ -1,5 +1,7 @@
-"""Which fields of an engine's configuration of a layer an adapter knows. What it does not know is left to the engine:
-a field that a newer version adds may change what the layer computes."""
+"""Compares an engine's configuration of a layer with the fields that an adapter knows.
+
+A layer with an unknown field is left to the engine: a field that a newer version adds may change what is computed.
+"""
 
 from __future__ import annotations
 
@@ -9,9 +11,9 @@ from collections.abc import Callable, Collection, Iterator, Mapping
 from typing import Any
 
 ANY = None
-"""In place of neutral values: the adapter reads the field, or it changes nothing that experts compute."""
+"""Stands for all values: the adapter reads the field, or the field does not change what experts compute."""
 Known = Mapping[str, tuple[Any, ...] | None]
-"""By field, the values that the adapter computes, or ANY."""
+"""The values that the adapter computes, by field; ANY for all."""
 
 
 def misfit(config: Any, known: Known) -> str | None:
@@ -27,7 +29,7 @@ def misfit(config: Any, known: Known) -> str | None:
 
 
 def misfit_arguments(function: Callable[..., Any], arguments: Mapping[str, Any], known: Known) -> str | None:
-    """The same for what a function, whose parameters have the defaults, was called with."""
+    """Do the same for the arguments of a call; the defaults are those of the function's parameters."""
     parameters = inspect.signature(function).parameters
     for name, value in arguments.items():
         if reason := _refused(f"the argument {name}", value, parameters[name].default, name, known):
@@ -36,7 +38,7 @@ def misfit_arguments(function: Callable[..., Any], arguments: Mapping[str, Any],
 
 
 def new_parameters(function: Callable[..., Any], known: Collection[str]) -> list[str]:
-    """Parameters that the function has more, or less, than the adapter knows."""
+    """Parameters that the function has and the adapter does not know, or the other way round."""
     return sorted(set(inspect.signature(function).parameters) ^ set(known))
 
 
@@ -59,5 +61,5 @@ def _refused(label: str, value: Any, default: Any, name: str, known: Known) -> s
 
 
 def _short(value: Any) -> str:
-    """repr() of what a person wrote; of a tensor, or another object of many values, its type."""
+    """repr() of a plain value; the type's name of a tensor or any other object."""
     return repr(value) if isinstance(value, str | int | float | bool | None) else type(value).__name__

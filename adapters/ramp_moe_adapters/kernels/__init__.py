@@ -1,1 +1,1 @@
-"""Third-party kernels, unmodified: each has its description, its configuration and its launch."""
+"""Third-party kernels, which run unmodified. `kernel.py` describes one, and `launch.py` launches it."""

@@ -1,4 +1,4 @@
-"""The command `ramp-moe`. Every command has --json; an error is one line that names the remedy, exit code 2."""
+"""The command `ramp-moe`. Every command has --json. An error is a line that names the remedy, with exit code 2."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ INTERRUPTED = 130
 
 
 def __getattr__(name: str) -> Any:
-    """`main`, imported when it is asked for: Ctrl-C in that time ends the command as later, without a traceback."""
+    """Import `main` at its first use. Ctrl-C then ends the command without a traceback, as it does later."""
     if name != "main":
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     try:

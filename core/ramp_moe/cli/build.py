@@ -35,8 +35,8 @@ from .output import console, error_console, print_json, say
 @device_option
 @dtype_option
 @kernel_option
-@click.option("--jobs", type=click.IntRange(min=1), help="Processes that compile (default: about one a core).")
-@click.option("--prune", is_flag=True, help="Then delete what other versions of the kernel have left in the cache.")
+@click.option("--jobs", type=click.IntRange(min=1), help="Processes that compile (default: about one per core).")
+@click.option("--prune", is_flag=True, help="Afterwards delete what other versions of the kernel left in the cache.")
 @json_option
 @click.pass_context
 def build_command(
@@ -49,10 +49,10 @@ def build_command(
     prune: bool,
     as_json: bool,
 ) -> None:
-    """Compile kernels for a model ahead of time; needs no GPU. What is compiled already is left as it is. Without
-    --kernel one that cannot be compiled here is left out, with its reason, if another can.
+    """Compile kernels for a model ahead of time; needs no GPU. What is compiled already is kept.
 
-    Exit code 1 where a kernel is left without any configuration.
+    Without --kernel, a kernel that cannot be compiled here is left out with its reason, if another can be compiled.
+    Exit code 1 if a kernel is left without any configuration.
     """
     registry = get_registry()
     shape, hardware = resolve_model(registry, model, dtype), resolve_device(registry, device)
@@ -69,7 +69,7 @@ def build_command(
                 continue
             rows.append((kernel.name, built, kernel.prune() if prune else 0))
     except KeyboardInterrupt:
-        say("interrupted: what was compiled is kept, the same command goes on from it", err=True)
+        say("interrupted: what was compiled is kept; the same command goes on from it", err=True)
         ctx.exit(INTERRUPTED)
     if failed and not rows:
         raise KernelError(f"nothing was built for {shape.title} on {hardware.name}: {'; '.join(failed)}")
@@ -84,13 +84,15 @@ def build_command(
 
 
 def _buildable(registry: Registry, asked: Sequence[str], shape: MoEShape, hardware: Hardware) -> list[BuildableKernel]:
-    """The kernels to build: those that were asked for, or all that can be. Raises KernelError for one that was asked
-    for and cannot be built, and where there is none."""
+    """The kernels to build: those that were asked for, or all that can be built.
+
+    Raises KernelError if a kernel that was asked for cannot be built, or if no kernel can.
+    """
     found, left_out = [], []
     for name in dict.fromkeys(asked) or registry.kernels:
         kernel = registry.kernel(name)
         if not isinstance(kernel, BuildableKernel):
-            reason: str | None = "it is not compiled ahead of time, there is nothing to build"
+            reason: str | None = "it is not compiled ahead of time; there is nothing to build"
         else:
             reason = describe_kernel(kernel, shape, hardware)[2]
             if reason is None:
@@ -106,7 +108,7 @@ def _buildable(registry: Registry, asked: Sequence[str], shape: MoEShape, hardwa
 
 
 def _build(kernel: BuildableKernel, shape: MoEShape, hardware: Hardware, jobs: int | None) -> Built:
-    """With a bar on stderr where that is a terminal."""
+    """Build a kernel, with a progress bar if stderr is a terminal."""
     screen = error_console()
     columns = (TextColumn("{task.description}"), BarColumn(bar_width=30), MofNCompleteColumn(), TimeElapsedColumn())
     with Progress(

@@ -1,4 +1,4 @@
-"""`ramp-moe check-kernel`: whether a kernel keeps the library's contract."""
+"""`ramp-moe check-kernel`: checks whether a kernel keeps the library's contract."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from .options import device_option, json_option, resolve_device
 from .output import console, print_json
 
 SECONDS = 1200.0
-"""For one check, most of which is compiling."""
+"""Timeout of one check. Most of its time goes into compiling."""
 COLOURS = {"passed": "green", "failed": "red", "skipped": "yellow"}
 
 
@@ -33,7 +33,7 @@ COLOURS = {"passed": "green", "failed": "red", "skipped": "yellow"}
 @click.option(
     "--configs",
     type=click.IntRange(min=0),
-    help="Launch about so many configurations, 0 for all (default: 8 on a GPU, 2 without).",
+    help="Approximate number of configurations to launch, 0 for all (default: 8 on a GPU, 2 without).",
 )
 @json_option
 @click.pass_context
@@ -42,8 +42,8 @@ def check_kernel(
 ) -> None:
     """Check a kernel's description for a model, and its launch on a small shape of the same dtype.
 
-    Every check runs apart from this process, so that a kernel that crashes has failed and no more. Without a GPU,
-    Triton's interpreter runs what it can. Exit code 1 where a check fails.
+    Checks run in a process apart: if a kernel crashes, only that check fails. Without a GPU, Triton's interpreter
+    runs what it can. Exit code 1 if a check fails.
     """
     registry = get_registry()
     kernel, hardware = registry.kernel(name), resolve_device(registry, device)

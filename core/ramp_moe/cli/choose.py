@@ -1,4 +1,4 @@
-"""`ramp-moe regions`, `fit` and `explain`: where a batch stands, and what to run for it."""
+"""`ramp-moe regions`, `fit` and `explain`: what limits a batch, and what to run for it."""
 
 from __future__ import annotations
 
@@ -89,7 +89,7 @@ def fit(
     output: Path | None,
     as_json: bool,
 ) -> None:
-    """Fit the cost model to recorded sweeps, judge it on batches that it did not see, and store the coefficients."""
+    """Fit the cost model to recorded sweeps, judge it on batches that it has not seen, and store its coefficients."""
     get_form(form)
     registry = get_registry()
     shape, hardware = resolve_model(registry, model, dtype), resolve_device(registry, device)
@@ -153,9 +153,9 @@ def explain(
     top: int,
     as_json: bool,
 ) -> None:
-    """Show what each candidate is predicted to cost for one batch, which wins, and what a second copy would gain.
+    """Show the predicted time of each candidate for one batch, which wins, and what a second weight copy would gain.
 
-    Without a profile: what each kernel runs by its own choice, and the grids of that.
+    Without a profile, show each kernel's own choice and its grids.
     """
     get_form(form)
     registry = get_registry()

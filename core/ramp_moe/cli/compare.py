@@ -1,4 +1,4 @@
-"""`ramp-moe compare`: static dispatch, dispatch by histogram and the oracle, as recorded or measured now."""
+"""`ramp-moe compare`: compares static dispatch, dispatch by histogram and the oracle."""
 
 from __future__ import annotations
 
@@ -49,21 +49,21 @@ LIVE_MINUTES = 5.0
 @click.option(
     "--trace",
     type=click.Path(path_type=Path),
-    help="Predict costs on recorded routing (JSON or JSON lines); with --live, measure them.",
+    help="Predict times on recorded routing (JSON or JSON lines); with --live, measure them.",
 )
 @click.option(
     "--stage",
     "stages",
     multiple=True,
     type=click.Choice(STAGE_KINDS),
-    help="Judge the times of this kind of stage alone, not whole paths (repeatable).",
+    help="Judge only the times of this kind of stage, not whole paths (repeatable).",
 )
 @click.option("--live", is_flag=True, help="Measure on this machine's GPU now, on batches that no profile saw.")
 @click.option(
     "--minutes",
     type=AtLeast(0),
     show_default=f"{LIVE_MINUTES:g}",
-    help="With --live, stop after these, at the end of a batch; eight batches are measured in any case.",
+    help="With --live, stop at the end of a batch after these minutes; at least eight batches are measured.",
 )
 @click.option(
     "--static-table",
@@ -93,7 +93,7 @@ def compare(
 ) -> None:
     """Compare static dispatch, dispatch by histogram and the oracle, on recorded measurements or --live."""
     if minutes is not None and not live:
-        raise click.UsageError("--minutes says how long to measure: name --live, too")
+        raise click.UsageError("--minutes limits a live measurement: give --live, too")
     if live and stages:
         raise click.UsageError("--live measures whole paths: leave out --stage")
     if static_table is not None and (live or trace is not None):
@@ -149,8 +149,10 @@ def _measure(
     trace: Trace | None,
     form: str,
 ) -> Comparison:
-    """The comparison, measured now; `named` if the device was asked for, and is no default. Raises HardwareError where
-    this machine's GPU is not the device."""
+    """Measure the comparison now. named: True if the user named the device, False if it is the default.
+
+    Raises HardwareError if this machine's GPU is not the device.
+    """
     state, hardware = find_gpu(registry, device if named else "auto")
     if not named:
         confirm(registry.device(device), registry.hardware.values(), state.name)

@@ -1,4 +1,4 @@
-"""`ramp-moe check`: whether the recorded profiles still hold on this machine."""
+"""`ramp-moe check`: checks whether the recorded profiles still hold on this machine."""
 
 from __future__ import annotations
 
@@ -23,9 +23,9 @@ from .output import console, print_json, say
 def check(
     ctx: click.Context, model: str, device: str, dtype: str | None, kernels: tuple[str, ...], as_json: bool
 ) -> None:
-    """Measure about a dozen cells of the recorded profiles again, in seconds: do they still hold on this GPU?
+    """Check in seconds whether the recorded profiles hold on this GPU, by measuring about a dozen cells again.
 
-    Exit code 0 where they hold, or all times changed by one factor; 1 where they do not, with the remedy.
+    Exit code 0 if they hold, or if all times changed by one factor. Exit code 1, with the remedy, if they do not hold.
     """
     registry = get_registry()
     shape, store = resolve_model(registry, model, dtype), ProfileStore(shipped=registry.profile_dirs)
@@ -49,7 +49,7 @@ def check(
         print_json(found.as_dict())
     else:
         console().print(*tables.drift(found), sep="\n")
-        if found.remedy:  # never wrapped, so that it can be copied
+        if found.remedy:  # not wrapped, so that it can be copied
             say("\n".join(["remedy, measure again:", *(f"  {command}" for command in found.remedy)]))
     if found.verdict == "does not hold":
         ctx.exit(1)

@@ -1,6 +1,6 @@
-"""`ramp-moe env`: one page about an installation, to paste into a bug report.
+"""`ramp-moe env`: describes an installation on one page, to paste into a bug report.
 
-Nothing heavy is imported. Each section is found by itself: one that fails says so, and the others stand.
+Nothing heavy is imported. If one section fails, it says so, and the others are still shown.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ PACKAGES = (
 AMD_DRIVER = Path("/dev/kfd")
 PREFIX = "RAMP_MOE_"
 ASKED_MODEL = "olmoe-1b-7b"
-"""The model that a kernel is asked about, in every dtype, to tell whether it knows the GPU."""
+"""Model for which every kernel is asked, in every dtype, whether it supports the GPU."""
 
 Section = list[dict[str, Any]]
 
@@ -56,7 +56,7 @@ def env(as_json: bool) -> None:
 
 
 def _sections() -> Iterator[tuple[str, Section]]:
-    """Title and rows of each section. A section that fails has one row, which holds the error."""
+    """Yield title and rows of each section. A section that fails has one row, which holds the error."""
     sections: dict[str, Callable[[Registry], Section]] = {
         "versions": _versions,
         "gpus": _gpus,
@@ -65,7 +65,7 @@ def _sections() -> Iterator[tuple[str, Section]]:
         "profiles": _profiles,
         "engines": _engines,
         "variables": _variables,
-        "plugins": _plugins,  # last: what the others ask of plugins may show problems
+        "plugins": _plugins,  # last: the other sections may reveal problems of plugins
     }
     for title, find in sections.items():
         try:
@@ -102,7 +102,7 @@ def _gpus(registry: Registry) -> Section:
 
 
 def _identified(registry: Registry) -> list[tuple[str, str, Hardware | None, str | None]]:
-    """(name, driver, hardware of the registry, why none is known) of each GPU. Raises HardwareError without one."""
+    """(name, driver, registered hardware, why there is none) of each GPU. Raises HardwareError without a GPU."""
     found: list[tuple[str, str, Hardware | None, str | None]] = []
     for name, driver in _reported_gpus():
         try:
@@ -113,7 +113,7 @@ def _identified(registry: Registry) -> list[tuple[str, str, Hardware | None, str
 
 
 def _reported_gpus() -> list[tuple[str, str]]:
-    """(name, driver) of each GPU: nvidia-smi's, or else torch's if the machine has AMD's driver."""
+    """(name, driver) of each GPU: from nvidia-smi, or else from torch if the machine has AMD's driver."""
     try:
         return installed_gpus()
     except HardwareError:
@@ -138,9 +138,9 @@ def _kernels(registry: Registry) -> Section:
 
 
 def _why_not(registry: Registry, kernel: Kernel, known: Sequence[Hardware]) -> str | None:
-    """What the kernel misses here, or else why it knows none of the GPUs in any dtype; None if it runs."""
+    """What the kernel lacks here, or why it supports none of the GPUs in any dtype; None if it runs."""
     if not isinstance(kernel, LaunchableKernel):
-        return "it is only described, there is nothing to launch"
+        return "it is only described; there is nothing to launch"
     reason = why_unavailable(kernel)
     for hardware in known if reason is None else ():
         for dtype in DTYPE_BYTES:
@@ -162,9 +162,9 @@ def _profiles(_: Registry) -> Section:
 
 
 def _content(folder: Path) -> dict[str, Any]:
-    """The folder, and how many files of how many bytes are below it."""
+    """The folder, with the number of files below it and their bytes."""
     files = bytes_ = 0
-    for place, _, names in os.walk(folder):  # passes over what it may not read
+    for place, _, names in os.walk(folder):  # skips what it may not read
         files += len(names)
         bytes_ += sum(os.lstat(os.path.join(place, name)).st_size for name in names)
     return {"folder": str(folder), "files": files, "bytes": bytes_}
@@ -175,7 +175,7 @@ def _engines(registry: Registry) -> Section:
 
 
 def _variables(registry: Registry) -> Section:
-    """Every variable that is set and begins as ours do, with what it does, or the nearest that exists."""
+    """Every variable with our prefix that is set, with its meaning; for an unknown one, the nearest name."""
     known = {d.name: d.state for d in registry.diagnostics() if d.kind == "variable"}
     known[ALLOW_LIST] = "only these third-party plugins are loaded"
     return [
@@ -187,7 +187,7 @@ def _variables(registry: Registry) -> Section:
 
 def _unknown(name: str, known: Mapping[str, str]) -> str:
     near = difflib.get_close_matches(name, known, n=1)
-    return "not understood: nothing reads it" + (f"; did you mean {near[0]}?" if near else "")
+    return "unknown: nothing reads it" + (f"; did you mean {near[0]}?" if near else "")
 
 
 def _plugins(registry: Registry) -> Section:
@@ -197,7 +197,7 @@ def _plugins(registry: Registry) -> Section:
 
 
 def _lines(rows: Section) -> list[str]:
-    """The rows as lines, their columns padded but for the last."""
+    """The rows as lines. Columns are padded, except the last."""
     cells = [[_shown(key, value) for key, value in row.items() if value is not None] for row in rows]
     columns = max(map(len, cells), default=0)
     widths = [max((len(row[i]) for row in cells if len(row) > i + 1), default=0) for i in range(columns)]

@@ -1,4 +1,4 @@
-"""This machine's GPU for the commands that measure on it: what it is, what can run there, and how a run goes."""
+"""This machine's GPU, for the commands that measure on it: which it is, what runs there, and a run's progress."""
 
 from __future__ import annotations
 
@@ -30,12 +30,12 @@ from .output import error_console
 UUID_START = 12
 """Characters of a GPU's UUID ("GPU-" and eight digits) that tell one from another."""
 STEPS = {"compile": "launches", "check": "configurations", "probe": "batches", "measure": "batches at most"}
-"""What the steps of a run's phases are."""
+"""What a step is, in each phase of a run."""
 
 
 @dataclass(frozen=True)
 class Setup:
-    """What a run on this machine is given: `warmers` processes compile, `make_bench` makes a bench in a worker."""
+    """Settings of a run on this machine: `warmers` processes compile, `make_bench` makes a bench in a worker."""
 
     environment: Environment
     warmers: int
@@ -43,19 +43,23 @@ class Setup:
 
 
 def find_gpu(registry: Registry, device: str = "auto") -> tuple[GpuState, Hardware]:
-    """The GPU's state, and the constants of the device that was named (`auto`: of the one that it is by its name).
-    Raises HardwareError where there is none, none that is registered, or it is surely not the one named."""
+    """The GPU's state and constants. device: its registered name, or `auto` to identify it by its reported name.
+
+    Raises HardwareError if there is no GPU, if it is not registered, or if it contradicts `device`.
+    """
     named = None if device == "auto" else registry.device(device)
     state, known = gpu_state(), registry.hardware.values()
-    # Without its SM count, which takes a CUDA context: the worker has one, and refuses a MIG slice.
+    # The SM count would need a CUDA context. The worker has one, and refuses a MIG slice.
     return state, identify(known, state.name) if named is None else confirm(named, known, state.name)
 
 
 def recorded_kernels(
     registry: Registry, store: ProfileStore, shape: MoEShape, hardware: Hardware
 ) -> tuple[list[str], list[str]]:
-    """Kernels with recorded times of whole paths, and why others that are recorded are left out: those of plugins,
-    too, where the library's own have some. Raises ProfileError where there is none."""
+    """Kernels with recorded times of whole paths, and why other recorded kernels are left out.
+
+    Kernels of plugins are left out if the library's own have times. Raises ProfileError if no kernel has any.
+    """
     names: list[str] = []
     left_out: list[str] = []
     for name in sorted(registry.kernels, key=lambda name: name in registry.third_party):
@@ -80,13 +84,16 @@ def recorded_kernels(
 def choose_kernels(
     registry: Registry, asked: Sequence[str], among: Iterable[str], shape: MoEShape, hardware: Hardware
 ) -> tuple[list[LaunchableKernel], list[str]]:
-    """The kernels to measure, those that were asked for or else those of `among` that run here, and why others are not.
-    Raises KernelError where one that was asked for, or all, cannot be measured."""
+    """The kernels to measure, and why others are left out.
+
+    Takes the kernels that were asked for, or else those of `among` that run here. Raises KernelError if one that was
+    asked for cannot be measured, or if none can.
+    """
     chosen, left_out = [], []
     for name in dict.fromkeys(asked) or among:
         kernel = registry.kernel(name)
         if not isinstance(kernel, LaunchableKernel):
-            reason: str | None = "it is only described, there is nothing to launch"
+            reason: str | None = "it is only described; there is nothing to launch"
         else:
             reason = describe_kernel(kernel, shape, hardware)[2] or why_unavailable(kernel)
             if reason is None:
@@ -108,8 +115,10 @@ def set_up(
     max_tokens: int,
     note: Callable[[str], None],
 ) -> Setup:
-    """Look whether batches of up to `max_tokens` fit into memory, and whether others use the GPU, which is noted.
-    Raises HardwareError where they do not fit."""
+    """Check the memory for batches of up to `max_tokens`, and note if other processes use the GPU.
+
+    Raises HardwareError if the memory does not suffice.
+    """
     check_memory(shape, _layouts(kernels, shape), max_tokens, state)
     busy = state.busy()
     if busy:
@@ -120,7 +129,7 @@ def set_up(
 
 
 def _make_bench(shape: MoEShape, hardware: str, kernels: Sequence[str]) -> BenchLike:
-    """In the worker: a bench, once this is surely the GPU that the profile will be filed under."""
+    """Make a bench, in the worker, after checking that this GPU is the one that the profile will be stored for."""
     registry = get_registry()
     detect(registry.hardware.values(), named=registry.device(hardware))
     return make_gpu_bench(shape, hardware, kernels)
@@ -132,13 +141,13 @@ def _layouts(kernels: Iterable[LaunchableKernel], shape: MoEShape) -> list[Weigh
 
 
 def _warmers(kernels: Sequence[LaunchableKernel], shape: MoEShape, max_tokens: int, state: GpuState) -> int:
-    """Processes that compile: no more than have room on the GPU at the same time."""
+    """Number of processes that compile: no more than fit into the GPU's memory at a time."""
     needed = sum(memory_needed(shape, _layouts(kernels, shape), max_tokens).values())
     return max(1, min(default_warmers(), state.free_bytes // needed))
 
 
 def _software() -> dict[str, str]:
-    """Versions of what has a part in the times."""
+    """Versions of the software that affects the times."""
     import torch
 
     versions = {
@@ -155,8 +164,10 @@ def _software() -> dict[str, str]:
 
 
 class Display:
-    """A run's progress on stderr: a bar on a terminal, else a line for each phase. `minutes` are what it may take, None
-    where it takes what it takes."""
+    """Shows a run's progress on stderr: a bar on a terminal, else a line per phase.
+
+    minutes: time limit of the run; None without a limit.
+    """
 
     def __init__(self, minutes: float | None) -> None:
         self._console = error_console(soft_wrap=True)

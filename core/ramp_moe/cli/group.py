@@ -1,4 +1,4 @@
-"""The group of all commands."""
+"""The command group `ramp-moe`."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ class _Failure(click.ClickException):
         self.remedy = error.remedy
 
     def format_message(self) -> str:
-        """One line, and one for the remedy if the error has it apart."""
+        """One line, and a second one for the remedy if the error has one apart."""
         lines = self.message.removesuffix(self.remedy), self.remedy
         return "\n".join(printable(" ".join(line.split())) for line in lines if line)
 

@@ -1,4 +1,4 @@
-"""`ramp-moe plugins`, `kernels`, `models` and `profiles`: what is registered, and what was measured."""
+"""`ramp-moe plugins`, `kernels`, `models` and `profiles`: list what is registered, and what was measured."""
 
 from __future__ import annotations
 
@@ -62,8 +62,10 @@ def plugins(as_json: bool) -> None:
 @json_option
 @click.pass_context
 def kernels(ctx: click.Context, model: str, device: str, dtype: str | None, as_json: bool) -> None:
-    """List kernels: configurations for a model and device, or the reason why there are none; whether they run here.
-    With a command, do that instead."""
+    """List kernels: their configurations for a model and device, or why there are none, and whether they run here.
+
+    With a command, run the command instead.
+    """
     if ctx.invoked_subcommand is not None:
         given = [f"--{name.replace('as_', '')}" for name in ctx.params if ctx.get_parameter_source(name) is GIVEN]
         if given:
@@ -107,7 +109,7 @@ def kernels(ctx: click.Context, model: str, device: str, dtype: str | None, as_j
 
 
 def describe_kernel(kernel: Kernel, shape: MoEShape, hardware: Hardware) -> tuple[int, WeightLayout | None, str | None]:
-    """(configurations, weight layout, reason why there are none); a broken plugin's error is such a reason."""
+    """(number of configurations, weight layout, why there are none). A broken plugin's error counts as a reason."""
     try:
         reason = why_unsupported(kernel, shape, hardware)
         count = len(usable_configs(kernel, shape, hardware)) if reason is None else 0
@@ -120,7 +122,7 @@ def describe_kernel(kernel: Kernel, shape: MoEShape, hardware: Hardware) -> tupl
 
 
 def why_unavailable(kernel: Kernel) -> str | None:
-    """What a launchable kernel misses on this machine; None for one that is only described."""
+    """What a launchable kernel lacks on this machine; None if nothing, or if the kernel is only described."""
     try:
         return reason_of(kernel.unavailable(), "unavailable") if isinstance(kernel, LaunchableKernel) else None
     except Exception as e:
@@ -130,7 +132,7 @@ def why_unavailable(kernel: Kernel) -> str | None:
 @click.command()
 @json_option
 def models(as_json: bool) -> None:
-    """List named models: the sizes of their MoE layer, and where those are from."""
+    """List named models: the sizes of their MoE layers, and the sources of the sizes."""
     found = get_registry().models
     if as_json:
         print_json([asdict(m.shape) | {"source": m.source} for m in found.values()])
@@ -143,7 +145,7 @@ def models(as_json: bool) -> None:
         sizes = [str(v) for v in (s.num_experts, s.top_k, s.hidden_size, s.intermediate_size)]
         table.add_row(m.name, *sizes, s.dtype, escape(m.source))
     console().print(table)
-    console().print("NAME-tpN is the model on one of N tensor-parallel ranks.")
+    console().print("NAME-tpN is a model's shard on one of N tensor-parallel ranks.")
 
 
 @click.command()

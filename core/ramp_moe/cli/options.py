@@ -1,4 +1,4 @@
-"""Options that several commands share."""
+"""Options shared by several commands."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ Command = Callable[..., Any]
 
 
 class AtLeast(click.FloatRange):
-    """A number from `low` on: click's own range lets nan through, which is neither too small nor enough."""
+    """A number of at least `low`. Unlike click's own range, it refuses nan."""
 
     def __init__(self, low: float) -> None:
         super().__init__(min=low)
@@ -40,7 +40,7 @@ json_option = click.option("--json", "as_json", is_flag=True, help="Print JSON (
 model_option = click.option(
     "--model",
     required=True,
-    help="A model that `ramp-moe models` lists; -tpN shards it. Or a shape, as E64-k8-h2048-i1024-bf16.",
+    help="A model that `ramp-moe models` lists, with -tpN for a shard; or a shape, as in E64-k8-h2048-i1024-bf16.",
 )
 device_option = click.option(
     "--device", default="h200", show_default=True, help="Hardware by name; `auto` detects this machine's GPU."
@@ -49,12 +49,12 @@ this_device_option = click.option(
     "--device",
     default="auto",
     show_default=True,
-    help="What this machine's GPU is, if its name is not known; refused if the GPU contradicts.",
+    help="This machine's GPU, to name it if `auto` does not know it; refused if the GPU is another.",
 )
 dtype_option = click.option(
     "--dtype",
     type=click.Choice(list(DTYPE_BYTES)),
-    help=f"Dtype of the weights (default: {DEFAULT_DTYPE}, or that of a shape's name).",
+    help=f"Dtype of the weights (default: {DEFAULT_DTYPE}, or the one in a shape's name).",
 )
 kernel_option = click.option("--kernel", "kernels", multiple=True, help="Only this kernel (repeatable).")
 profile_option = click.option(
@@ -62,7 +62,7 @@ profile_option = click.option(
     "profiles",
     multiple=True,
     type=click.Path(path_type=Path),
-    help="A sweep or fit file, or a folder of them, looked at first (repeatable).",
+    help="A sweep or fit file, or a folder of them, to look in first (repeatable).",
 )
 form_option = click.option(
     "--form", default=DEFAULT_FORM, show_default=True, help=f"Form of the cost model: {', '.join(FORMS)}."
@@ -70,7 +70,7 @@ form_option = click.option(
 
 
 def batch_options(command: Command) -> Command:
-    """--tokens with --routing and --seed, or --histogram (which --tokens then bounds)."""
+    """Add --tokens with --routing and --seed, and --histogram, whose ids --tokens bounds."""
     options = [
         click.option("--tokens", type=click.IntRange(min=1), help="Tokens in the batch (default 64)."),
         click.option("--routing", default="uniform", show_default=True, help=f"One of {', '.join(KINDS)}."),
@@ -81,18 +81,22 @@ def batch_options(command: Command) -> Command:
 
 
 def resolve_model(registry: Registry, model: str, dtype: str | None) -> MoEShape:
-    """The shape that --model and --dtype name."""
+    """Find the shape that --model and --dtype name."""
     return registry.shape(model, dtype, DEFAULT_DTYPE)
 
 
 def resolve_device(registry: Registry, name: str) -> Hardware:
+    """Find the hardware that --device names; `auto` detects this machine's GPU."""
     return detect(registry.hardware.values()) if name == "auto" else registry.device(name)
 
 
 def read_batch(
     shape: MoEShape, tokens: int | None, routing: str, seed: int, histogram: str | None
 ) -> tuple[str, IntArray]:
-    """A description of the batch, and its histogram int64 `[num_experts]`."""
+    """A description of the batch, and its histogram int64 `[num_experts]`.
+
+    Raises RoutingError for a histogram that cannot be read or does not fit, UnknownNameError for an unknown routing.
+    """
     if histogram is None:
         tokens = 64 if tokens is None else tokens
         ids = generate(routing, tokens, shape.num_experts, shape.top_k, seed)
@@ -114,5 +118,5 @@ def read_batch(
     except RoutingError as e:
         raise RoutingError(f"{source}: {e}") from None
     if checked.ndim != 1:
-        raise RoutingError(f"{source} holds {checked.ndim} dimensions, one list of token counts is needed")
+        raise RoutingError(f"{source} has {checked.ndim} dimensions; give one list of token counts")
     return f"{int(checked.sum())} routed ids from {source}", checked

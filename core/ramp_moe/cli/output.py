@@ -1,4 +1,4 @@
-"""What the commands print. Nothing that a file, a plugin or the environment says may steer the terminal."""
+"""Output of the commands. Text from files, plugins or the environment cannot control the terminal."""
 
 from __future__ import annotations
 
@@ -19,25 +19,25 @@ from ..terminal import STEERING, printable
 
 
 class _Console(Console):
-    """Every string that is printed, in a table or by itself, passes `render_str`."""
+    """A console that escapes control characters: all strings, also those in tables, pass `render_str`."""
 
     def render_str(self, text: str, **options: Any) -> Text:
         return super().render_str(printable(text), **options)
 
 
 def console() -> Console:
-    """Rich output; wide where it goes to a file or a pipe, since nothing there wraps to 80 columns."""
+    """A console for rich output on stdout. In a file or a pipe it is wide, since nothing there wraps lines."""
     return _Console(width=None if sys.stdout.isatty() else 180, highlight=False)
 
 
 def error_console(soft_wrap: bool = False) -> Console:
-    """The same on stderr, for progress and notes."""
+    """A console for progress and notes on stderr."""
     return _Console(stderr=True, highlight=False, soft_wrap=soft_wrap)
 
 
 def print_json(value: Any) -> None:
-    """`value` as JSON. Characters that would steer the terminal are JSON's own escapes, so that nothing is lost."""
-    # Names of files may hold halves of characters, which no encoder takes.
+    """Print `value` as JSON. Characters that would control the terminal become JSON's escapes, so nothing is lost."""
+    # File names may hold lone surrogates, which no encoder takes.
     plain = msgspec.to_builtins(value)
     try:
         encoded = msgspec.json.encode(plain)
@@ -59,12 +59,12 @@ def _without_halves(value: Any) -> Any:
 
 
 def say(text: str, err: bool = False) -> None:
-    """A line that is never wrapped, so that it can be copied."""
+    """Print a line without wrapping it, so that it can be copied."""
     click.echo(printable(text), err=err)
 
 
 class _Notes(logging.Handler):
-    """The library's warnings as lines on stderr."""
+    """Prints the library's warnings as lines on stderr."""
 
     def emit(self, record: logging.LogRecord) -> None:
         say(f"note: {record.getMessage()}", err=True)
@@ -72,7 +72,7 @@ class _Notes(logging.Handler):
 
 @contextmanager
 def notes_on_stderr() -> Iterator[None]:
-    """While the context lasts, what the library's logger warns of is printed, and reaches no other handler."""
+    """Print the warnings of the library's logger while the context lasts. They reach no other handler."""
     logger, handler = logging.getLogger("ramp_moe"), _Notes(logging.WARNING)
     before, logger.propagate = logger.propagate, False
     logger.addHandler(handler)
@@ -85,11 +85,11 @@ def notes_on_stderr() -> Iterator[None]:
 
 @contextmanager
 def written_out() -> Iterator[None]:
-    """Make sure that what was printed arrived: exit code 2 and a line on stderr where stdout is closed or full."""
+    """Make sure that the output arrives: exit code 2 and a line on stderr if stdout is closed or full."""
     if sys.stdout is None:
         say("Error: cannot write the output: standard output is closed", err=True)
         sys.exit(2)
-    if hasattr(sys.stdout, "reconfigure"):  # an encoding that lacks a character must not end a command
+    if hasattr(sys.stdout, "reconfigure"):  # a character that the encoding lacks must not end a command
         sys.stdout.reconfigure(errors="backslashreplace")
     try:
         try:
@@ -97,10 +97,10 @@ def written_out() -> Iterator[None]:
         finally:
             sys.stdout.flush()
     except OSError as e:
-        # Python would try again when it ends.
+        # Python would flush again at its end.
         with contextlib.suppress(OSError):
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        if isinstance(e, BrokenPipeError):  # whoever read it has seen enough
+        if isinstance(e, BrokenPipeError):  # the reader has closed the pipe
             sys.exit(1)
         with contextlib.suppress(OSError):
             say(f"Error: cannot write the output: {e.strerror}", err=True)

@@ -1,4 +1,4 @@
-"""`ramp-moe profile`: measure kernels on the GPU of this machine."""
+"""`ramp-moe profile`: measures kernels on this machine's GPU."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ from .output import console, print_json, say
     type=AtLeast(0),
     default=10.0,
     show_default=True,
-    help="Stop after these, at the end of a batch; eight batches are measured in any case.",
+    help="Stop at the end of a batch after these minutes; at least eight batches are measured.",
 )
 @click.option(
     "--output",
@@ -64,7 +64,7 @@ def profile_command(
     prune: float,
     as_json: bool,
 ) -> None:
-    """Measure kernels on this machine's GPU and record their profiles. Interrupted, the same command goes on."""
+    """Measure kernels on this machine's GPU and record their profiles. After Ctrl-C, the same command continues."""
     registry = get_registry()
     shape = resolve_model(registry, model, dtype)
     state, hardware = find_gpu(registry, device)
@@ -81,7 +81,7 @@ def profile_command(
             result = profile(shape, hardware, chosen, settings, setup.environment, setup.make_bench, display, batches)
     except KeyboardInterrupt:
         journal = journal_path(folder, shape, hardware)
-        kept = f"what was measured is kept in {journal}, the same command goes on from it"
+        kept = f"what was measured is kept in {journal}; the same command goes on from it"
         say(f"interrupted: {kept if journal.exists() else 'nothing was measured'}", err=True)
         ctx.exit(INTERRUPTED)
     if as_json:

@@ -1,4 +1,4 @@
-"""What the commands print for a person: rich renderables made from results, no computing of results here."""
+"""Renders results for a person, as rich renderables. Nothing is computed here."""
 
 from __future__ import annotations
 
@@ -93,8 +93,10 @@ def _noise(noise: Noise) -> str:
 
 
 def _labels(batches: Sequence[Batch]) -> dict[tuple[str, str], str]:
-    """Short names of the configurations, which are too long for a column: letters of the kernel and a number, in the
-    order in which they appear."""
+    """Short labels of configurations, whose names are too long for a column.
+
+    A label is the first letters of the kernel and a number, in order of appearance.
+    """
     chosen = [(p.kernel, p.config) for b in batches for p in (b.static, b.histogram, b.best) if p]
     kernels = {kernel: "" for kernel, _ in chosen}
     for kernel in kernels:
@@ -158,7 +160,7 @@ def fits(shape: MoEShape, hardware: Hardware, written: Sequence[dict[str, Any]])
         error = percent(w["rms_error"]["median"])
         table.add_row(w["kernel"], w["form"], str(w["batches"]), str(w["stages"]), error, *regret)
     lines = [f"recorded: {w['measured']}; written to {w['file']}" for w in written]
-    return [table, "Regret is that on batches that the fit did not see.", *(escape(line) for line in lines)]
+    return [table, "Regret is measured on batches that the fit has not seen.", *(escape(line) for line in lines)]
 
 
 def profiles(shape: MoEShape, hardware: Hardware, rows: Sequence[dict[str, Any]]) -> list[RenderableType]:
@@ -254,7 +256,7 @@ def explanation(
 
 def _held(layouts: Mapping[str, Any]) -> str:
     one, gain = layouts["one_copy"], layouts["gain_of_second"]
-    over = "the profiled ones" if layouts["weighed"]["profiled"] else "uniform ones of up to 4096 tokens"
+    over = "the profiled batches" if layouts["weighed"]["profiled"] else "uniform batches of up to 4096 tokens"
     return (
         f"weights in {one['layouts'][0]} (one copy) serve {', '.join(one['kernels'])}; a second copy would gain "
         f"{percent(gain['this_batch'])} on this batch, {percent(gain['weighed'])} over {over}"

@@ -1,4 +1,4 @@
-"""`ramp-moe explain` if nothing was measured: what grids and the hardware's constants say, and what they cannot."""
+"""`ramp-moe explain` without measurements: what follows from grids and the hardware's constants."""
 
 from __future__ import annotations
 
@@ -24,8 +24,11 @@ from .listing import describe_kernel
 def explain_unmeasured(
     registry: Registry, kernels: Sequence[str], shape: MoEShape, hardware: Hardware, histogram: IntArray
 ) -> dict[str, Any]:
-    """Every kernel's own choice for the batch, which runs without a profile, with its grids and no time; the token
-    block that the regions advise; and notes on kernels that have no choice. Raises KernelError if no kernel has one."""
+    """Every kernel's own choice for the batch, which is what runs without a profile.
+
+    A choice comes with its grids, but without a time. The result also has the token block that the regions advise, and
+    notes on kernels without a choice. Raises KernelError if no kernel has one.
+    """
     tokens = max(1, -(-int(histogram.sum()) // shape.top_k))
     candidates: list[dict[str, Any]] = []
     left_out: dict[str, list[str]] = {}
@@ -39,21 +42,21 @@ def explain_unmeasured(
     reasons = [f"{', '.join(names)}: {reason}" for reason, names in left_out.items()]
     if not candidates:
         raise KernelError(f"no kernel can run {shape.label} ({shape.dtype}) on {hardware.name}; {'; '.join(reasons)}")
-    remedy = f"measure it there with `ramp-moe profile --model {shape.label} --dtype {shape.dtype}`"
+    remedy = f"measure on it with `ramp-moe profile --model {shape.label} --dtype {shape.dtype}`"
     if hardware.vendor != "NVIDIA":
-        remedy = "`ramp-moe profile` measures on NVIDIA's GPUs alone so far, name a sweep with --profile"
-    missing = f"no profile of it on {hardware.name}, so no times and no fastest: {remedy}"
+        remedy = "`ramp-moe profile` measures only on NVIDIA's GPUs so far; name a sweep with --profile"
+    missing = f"no profile for {hardware.name}, hence no times and no fastest kernel: {remedy}"
     advised = analyse(shape, hardware, histogram).token_block if histogram.any() else None
     notes = [missing, *(f"left out: {reason}" for reason in reasons)]
     return {"candidates": candidates, "token_block": advised, "notes": notes}
 
 
 def _own_choice(kernel: Kernel, shape: MoEShape, hardware: Hardware, tokens: int) -> tuple[KernelConfig | None, str]:
-    """What a kernel runs for a batch size without a profile, or None and why there is no such thing."""
+    """The configuration that a kernel chooses for a batch size without a profile, or None and why there is none."""
     if reason := describe_kernel(kernel, shape, hardware)[2]:
         return None, reason
     if not isinstance(kernel, LaunchableKernel):
-        return None, "only described, without a choice of its own"
+        return None, "it is only described and makes no choice"
     try:
         return kernel.default_config(shape, hardware, tokens), ""
     except Exception as e:

@@ -72,7 +72,7 @@ def make_gpu_bench(shape: MoEShape, hardware: str, kernels: Sequence[str]) -> Be
     for name in kernels:
         kernel = registry.kernel(name)
         if not isinstance(kernel, LaunchableKernel):
-            raise KernelError(f"kernel {name} is only described, there is nothing to launch")
+            raise KernelError(f"kernel {name} is only described; there is nothing to launch")
         found.append(kernel)
     return Bench(shape, registry.device(hardware), found)
 

@@ -1,4 +1,4 @@
-"""Layers that run with torch. Importing this imports no torch; using it does."""
+"""Layers that run with torch. Only their use imports torch, not the import of this package."""
 
 from .layer import LayerRuntime
 from .relayout import relayout

@@ -1,4 +1,4 @@
-"""The experts of a module of one's own, described by the names of its attributes."""
+"""Describes the experts of a user's own module, by the names of its attributes."""
 
 from __future__ import annotations
 
@@ -20,16 +20,20 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Experts(ExpertsAdapter):
-    """The experts of a module of your own, by the names of its attributes.
+    """Describes the experts of your own module, by the names of its attributes.
 
-    module: its class. gate_up `[E, 2 I, H]` and down `[E, H, I]`, their scales and biases: names of its parameters, as
-    `MoEWeights` describes them; so are activation, layout and limit. top_k: the number, or the name of an attribute.
-    route: the module and hidden states `[T, H]` to (topk_ids `[T, k]` int32 or int64, topk_weights `[T, k]`), where the
-    module's forward takes hidden states `[..., H]` alone and returns their like. Without it forward takes (hidden
-    states `[T, H]`, topk_ids, topk_weights).
+    module: the module's class.
+    gate_up, down: names of its parameters `[E, 2 I, H]` and `[E, H, I]`.
+    gate_up_scale, down_scale, gate_up_bias, down_bias: names of its scales and biases, as MoEWeights describes them;
+        None if it has none.
+    top_k: the number of experts per token, or the name of an attribute that holds it.
+    activation, layout, limit: as for MoEWeights.
+    route: a function from the module and hidden states `[T, H]` to (topk_ids `[T, k]` int32 or int64, topk_weights
+        `[T, k]`). The module's forward then takes only hidden states `[..., H]`, and returns the same shape. Without
+        `route`, forward takes (hidden states `[T, H]`, topk_ids, topk_weights).
 
-    Wrapping raises KernelError for a module of a subclass that has a forward of its own, or whose forward was replaced:
-    it computes something else.
+    Wrapping raises KernelError for a subclass with its own forward, and if the module's forward was replaced: either
+    may compute something else.
     """
 
     module: type[Module]
@@ -73,15 +77,17 @@ class Experts(ExpertsAdapter):
                 f"give ramp_moe.Experts({kind.__name__}, ...)"
             )
         if before is not None and not hasattr(module, HOOK):
-            raise KernelError(f"its forward was replaced by {before!r:.60}, which would not be called; undo that")
-        # A method of the module, so that a deep copy of that calls its own experts.
+            raise KernelError(
+                f"its forward was replaced by {before!r:.60}, which would no longer be called; undo that first"
+            )
+        # A method of the module, so that a deep copy of the module calls its own experts.
         module.__dict__["forward"] = MethodType(_as_routed if self.route is None else _routing, module)
         return before
 
     def uninstall(self, module: Module, before: Any) -> None:
         found = module.__dict__.get("forward")
         if getattr(found, "__func__", None) not in (_as_routed, _routing):
-            return  # what was put over ours since; with nothing beneath, ours calls the class's own
+            return  # replaced by others since; theirs may call ours, which then calls the class's
         del module.__dict__["forward"]
         if before is not None:
             module.__dict__["forward"] = before
@@ -108,7 +114,7 @@ def _routing(module: Module, *given: Any, **named: Any) -> Any:
         return type(module).forward(module, *given, **named)
     if len(given) + len(named) != 1:
         known = ", ".join([f"{len(given)} without a name", *named])
-        raise KernelError(f"a wrapped {type(module).__name__} takes hidden states alone, not arguments {known}")
+        raise KernelError(f"a wrapped {type(module).__name__} takes only hidden states, not the arguments {known}")
     return _routed(experts, module, *given, *named.values())
 
 

@@ -1,4 +1,4 @@
-"""How many tokens of a batch are none of its padding, as a user says it and as kernels read it."""
+"""Converts the number of valid tokens of a batch, those before its padding, to what kernels read."""
 
 from __future__ import annotations
 
@@ -13,10 +13,12 @@ if TYPE_CHECKING:
 
 
 def valid_tokens(num_valid: Tensor | SupportsIndex | None, num_tokens: int, device: torch.device) -> Tensor | None:
-    """num_valid as int32 `[1]` on `device`; the same memory if it is that already, or int32 `[]`.
+    """Convert num_valid to int32 `[1]` on `device`; None stays None.
 
-    An int becomes a tensor, so a CUDA graph would hold it for good: in a capture it is refused. Below 0 it counts as
-    0, above num_tokens as num_tokens. Raises RoutingError for what is no integer, has several, or lies elsewhere.
+    A tensor int32 `[1]` or `[]` keeps its memory. An int becomes a new tensor, which a CUDA graph would hold for good,
+    so a capture refuses ints. An int, or an integer of another dtype, is clamped to [0, num_tokens].
+
+    Raises RoutingError for anything but one integer, for a tensor on another device, and for an int in a capture.
     """
     import torch
 
@@ -31,7 +33,7 @@ def valid_tokens(num_valid: Tensor | SupportsIndex | None, num_tokens: int, devi
         )
     if num_valid.device != device:
         raise RoutingError(f"num_valid is on {num_valid.device}, topk_ids on {device}; move it there")
-    if num_valid.dtype != torch.int32:  # not a cast alone: a larger number must not wrap around
+    if num_valid.dtype != torch.int32:  # clamped first, since a mere cast would wrap around
         num_valid = num_valid.long().clamp(0, num_tokens).to(torch.int32)
     return num_valid.reshape(1)
 

@@ -1,4 +1,4 @@
-"""Batches of more tokens than a kernel takes in one launch, part by part."""
+"""Splits batches of more tokens than a kernel takes in one launch."""
 
 from __future__ import annotations
 
@@ -11,11 +11,13 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 ALIGNED_TOKENS = 16
-"""Parts begin at multiples of so many tokens: every tensor of a part then starts as aligned as the whole one does."""
+"""Parts begin at multiples of this many tokens, so that their tensors start as aligned as the whole batch's."""
 
 
 def parts(batch: Batch, out: Tensor, most: int | None) -> Iterator[tuple[Batch, Tensor]]:
-    """Views of the batch and of its output: of whole tokens, at most `most` of them each, nearly equal in number.
+    """Yield views of the batch and of its output, with at most `most` tokens each and nearly equal in size.
+
+    most: the kernel's limit; None if it takes any number.
 
     Each part writes its own rows of out, which may be hidden_states itself. If the two overlap otherwise, the parts
     read a copy.

@@ -1,8 +1,8 @@
-"""A wrapped module's tensors whose values a layer holds in another order, or of which it holds something derived.
+"""Placeholders for a wrapped module's tensors that a layer holds in another order, or derives something from.
 
-Such a tensor becomes a `Placeholder`. It has the module's shape, dtype and device. Reading it computes the values in
-the module's own order. Writing to it, or to a view of it, writes to all that the layer holds. What neither can follow,
-such as its address, raises KernelError.
+A `Placeholder` has the shape, dtype and device of the module's tensor. Reading it computes the values in the module's
+order. Writing to it, or to a view of it, writes to all that the layer holds. Operations that can do neither, such as
+taking its address, raise KernelError.
 """
 
 from __future__ import annotations
@@ -30,17 +30,22 @@ if TYPE_CHECKING:
 aten = torch.ops.aten
 ALL = slice(None)
 _writing = threading.RLock()
-"""Held while values are read, changed and written back: engines load the parts of one expert from several threads."""
+"""Held while values are read, changed and written back: engines load parts of one expert from several threads."""
 MINE = ("_source", "_steps")
-"""Attributes of a Placeholder that a module's tensor does not have."""
+"""Attributes of a Placeholder that an ordinary tensor does not have."""
 
 
 @dataclass(eq=False)
 class Source:
-    """Where the values of one of a module's tensors are.
+    """The place of the values of one of a module's tensors.
 
-    name: of the module's attribute; field: of MoEWeights. order: see `ExpertsAdapter.order`. layout: of the rows that
-    the adapter gives. memory: the module's own memory if the layer reads that, but holds something else besides.
+    name: the module's attribute.
+    field: the field of MoEWeights that it becomes.
+    order: see `ExpertsAdapter.order`.
+    layout: order of the rows that the adapter gives, one of LAYOUTS.
+    dtype: the module's dtype.
+    memory: the module's own memory, if the layer reads it there and holds other copies or derived tensors besides.
+    gone: True once the model is unwrapped.
     """
 
     layer: LayerRuntime
@@ -55,9 +60,12 @@ class Source:
     gone: bool = False
 
     def read(self, experts: slice = ALL) -> Tensor:
-        """Values of these experts in the module's order, in memory that nothing else has, or in the module's own."""
+        """The values of these experts in the module's order: a copy that nothing else uses, or the module's own memory.
+
+        Raises KernelError if the model was unwrapped.
+        """
         if self.gone:
-            raise KernelError(f"{self.name} is of a model that was unwrapped since; take it from the model again")
+            raise KernelError(f"{self.name} belongs to a model that was unwrapped since; take it from the model again")
         if self.memory is not None:
             return self.memory[experts]
         held = self.layer.held[0]
@@ -69,20 +77,20 @@ class Source:
         return found.clone() if storage(found) == storage(getattr(held, self.field)) else found
 
     def write(self, values: Tensor, experts: slice = ALL) -> None:
-        """Have the layer hold these values, in the module's order, of these experts."""
+        """Have the layer hold these values for these experts. values: in the module's order."""
         held: Tensor = getattr(self.layer.held[0], self.field)
         with writing(self.layer):
             given = self.adapter.given(self.order, self.field, values).to(held.dtype)
             put(self.layer, self.field, given, self.layout, experts)
 
     def check(self, tensor: Tensor) -> None:
-        """Raises KernelError if the first expert of the module's tensor is not what would be read of it, or written."""
+        """Raises KernelError unless reading and writing the first expert give what the module's tensor holds."""
         first = tensor.detach()[:1].contiguous()
         written = self.adapter.own(self.order, self.field, self.adapter.given(self.order, self.field, first))
         for found in (self.read(slice(0, 1)), written.to(self.dtype).contiguous()):
             if found.shape != first.shape or not torch.equal(found.view(torch.uint8), first.view(torch.uint8)):
                 raise KernelError(
-                    f"{type(self.adapter).__name__}.given and .own do not tell how {self.name} becomes {self.field}"
+                    f"{type(self.adapter).__name__}.given and .own disagree about how {self.name} becomes {self.field}"
                 )
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Source:
@@ -96,7 +104,7 @@ class Source:
 
 @dataclass(frozen=True)
 class Step:
-    """One view of a tensor: `function(tensor, *args, **kwargs)`, or with index, an element of that."""
+    """One view of a tensor: `function(tensor, *args, **kwargs)`, or its element `index` if that is given."""
 
     function: Callable[..., Any]
     args: tuple[Any, ...]
@@ -110,7 +118,7 @@ class Step:
 
 
 class Placeholder(Tensor):
-    """The tensor of a Source, or with steps, a view of it."""
+    """The tensor of a Source, or the view of it that `_steps` lead to."""
 
     _source: Source
     _steps: tuple[Step, ...]
@@ -119,9 +127,9 @@ class Placeholder(Tensor):
 
     @staticmethod
     def __new__(cls, source: Source, like: Tensor, steps: tuple[Step, ...] = ()) -> Placeholder:
-        """like: a tensor of the shape, strides and dtype, on any device."""
-        with torch.inference_mode(False):  # views of a tensor are of its kind
-            # As if on meta, so that torch gives no plain tensor this one's data, which is none. `device` is dispatched.
+        """Make one. like: a tensor with its shape, strides and dtype, on any device."""
+        with torch.inference_mode(False):  # a view of an inference tensor would be one, too
+            # On meta, so that torch gives its data, which does not exist, to no plain tensor. `device` is dispatched.
             made = Tensor._make_wrapper_subclass(
                 cls, like.shape, like.stride(), dtype=like.dtype, device=torch.device("meta"), dispatch_device=True
             )
@@ -136,7 +144,7 @@ class Placeholder(Tensor):
         if func is torch.ops.prim.device.default:
             return args[0]._source.layer.held[0].down.device
         if torch._C._dispatch_has_kernel_for_dispatch_key(func.name(), "CompositeImplicitAutograd"):
-            return func.decompose(*args, **kwargs)  # as above this, but for inference mode
+            return func.decompose(*args, **kwargs)  # torch does this above us, except in inference mode
         if func.namespace == "c10d" or torch.Tag.inplace_view in func.tags or func is aten.as_strided.default:
             _refuse(_all(args)[0], f"torch's {func.name()} needs the memory of")
         if func in (aten.detach.default, aten.alias.default):
@@ -153,7 +161,7 @@ class Placeholder(Tensor):
         return [Placeholder(self._source, t, s) for t, s in zip(like, steps, strict=True)]
 
     def _part(self) -> tuple[slice, tuple[Step, ...]]:
-        """The experts that the view is of, and the steps that are left from there."""
+        """The experts that the view covers, and the steps that lead from these to the view."""
         if not self._steps:
             return ALL, ()
         first, *rest = self._steps
@@ -170,12 +178,12 @@ class Placeholder(Tensor):
         return slice(index, index + 1), (Step(aten.select.int, (0, 0), {}), *rest)
 
     def values(self) -> Tensor:
-        """A plain tensor of them."""
+        """Read the values as a plain tensor."""
         with torch.no_grad():
             experts, steps = self._part()
             return _through(steps, self._source.read(experts))
 
-    # --- What torch does beside its operators --------------------------------------------------------------------
+    # --- what torch does beside its operators --------------------------------------------------------------------
 
     @property
     def data(self) -> Tensor:
@@ -183,8 +191,11 @@ class Placeholder(Tensor):
 
     @data.setter
     def data(self, new: Tensor) -> None:
-        """As for any parameter, but that the values are copied if they fit: what was captured in graphs stays valid.
-        Otherwise this is a plain tensor from now on, which the layer's next call meets."""
+        """Set the data. Values that fit are copied, so that captured graphs stay valid.
+
+        Otherwise this becomes a plain tensor, which the layer's next call notices. Raises KernelError for a view, if
+        the values do not fit.
+        """
         if isinstance(new, Placeholder) and new._source is self._source and new.shape == self.shape:
             return
         if (new.shape, new.dtype, new.device) == (self.shape, self.dtype, self.device):
@@ -213,11 +224,11 @@ class Placeholder(Tensor):
         return found
 
     def __reduce_ex__(self, protocol: Any) -> Any:
-        """A plain tensor's: files have no placeholders."""
+        """Pickle a plain tensor: files hold no placeholders."""
         return _like(self, self.values().clone()).__reduce_ex__(protocol)  # type: ignore[no-untyped-call]
 
     def numpy(self, *, force: bool = False) -> Any:
-        """A copy that cannot be written to."""
+        """A copy that is read-only."""
         found = self.values().clone().numpy(force=force)
         found.flags.writeable = False
         return found
@@ -246,12 +257,14 @@ _NAMES: dict[Any, Sequence[str]] = {
     aten.slice.Tensor: ("start", "end", "step"),
     aten.unbind.int: (),
 }
-"""Views that may be of some experts alone, and their arguments after the dimension."""
+"""Views that may select some experts, with the names of their arguments after the dimension."""
 
 
 def become(t: Tensor, new: Tensor) -> None:
-    """Make the object `t` the tensor `new`, so that whoever has `t` has that. It stays a parameter, and keeps what was
-    noted on it. Raises KernelError if something of torch's depends on what `t` was."""
+    """Turn the object `t` into the tensor `new`, for all who hold `t`. It stays a parameter and keeps its attributes.
+
+    Raises KernelError if something in torch depends on what `t` was.
+    """
     noted = {name: value for name, value in vars(t).items() if name not in (*MINE, "_is_param")}
     other = _like(t, new)
     other.__dict__.update(noted)
@@ -268,12 +281,12 @@ def become(t: Tensor, new: Tensor) -> None:
 
 
 def _like(t: Tensor, new: Tensor) -> Tensor:
-    """new as a parameter if t is one."""
+    """`new`, made a parameter if `t` is one."""
     return torch.nn.Parameter(new, t.requires_grad) if isinstance(t, torch.nn.Parameter) else new
 
 
 def _computed(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-    """An operator on the values; what it writes to is written back."""
+    """Run an operator on the values, and write back what it writes to."""
     written = {id(t) for value in _written(func, args, kwargs) for t in _all(value)}
     if not written:
         return _on_values(func, args, kwargs, written)
@@ -288,7 +301,7 @@ def _on_values(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], written
     plain: dict[int, Tensor] = {}
     back: list[tuple[Source, Tensor, slice]] = []
     for source, group in groups.items():
-        # Several views of one tensor may overlap: they are views of the same values here, too.
+        # Views of one tensor may overlap, so here, too, they are made from the same values.
         experts, steps = group[0]._part() if len(group) == 1 else (ALL, None)
         values = source.read(experts)
         for t in group:

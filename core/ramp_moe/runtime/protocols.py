@@ -1,4 +1,4 @@
-"""What the parts of a layer ask of each other, so that each can be read alone."""
+"""Protocols through which the parts of a layer use each other, so that each can be read by itself."""
 
 from __future__ import annotations
 
@@ -15,15 +15,15 @@ if TYPE_CHECKING:
 
 
 class Owner(Protocol):
-    """What a wrapped module calls its layer through."""
+    """The wrapped module's experts, as its layer sees them."""
 
     def current(self) -> Layer:
-        """The layer of the weights that the module has now."""
+        """The layer of the module's present weights."""
         ...
 
 
 class Layer(Protocol):
-    """A layer, to the operator that torch.compile sees of it."""
+    """A layer, as the operator for torch.compile sees it."""
 
     @property
     def owner(self) -> Callable[[], Owner | None] | None: ...
@@ -41,7 +41,7 @@ class Layer(Protocol):
 
 
 class Launching(Protocol):
-    """A layer, to what has a batch computed whatever fails."""
+    """A layer, as the fallback sees it, which has a batch computed whatever fails."""
 
     @property
     def dropped(self) -> dict[str, str]: ...
@@ -52,7 +52,7 @@ class Launching(Protocol):
 
 
 class Holding(Protocol):
-    """A layer, to what gives it new weights."""
+    """A layer, as an update of its weights sees it."""
 
     stale: str | None
 

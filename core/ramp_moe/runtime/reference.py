@@ -1,8 +1,8 @@
-"""The layer in plain torch, float32: what every kernel and every other implementation of it is compared with; and how
-far an output may be from it.
+"""The reference layer in plain torch and float32, and the error that a kernel's output may have against it.
 
-T tokens, k experts per token, E experts, hidden size H, intermediate size I, scale blocks of `[B, B]`. Nothing here is
-meant to be fast. Products follow `torch.get_float32_matmul_precision()`, but for `reference`, which sets it.
+Every other implementation of the layer is compared with this one. There are T tokens, k experts per token and E
+experts, with hidden size H, intermediate size I and scale blocks `[B, B]`. Nothing here is meant to be fast.
+`reference` computes products in full float32; the other functions follow `torch.get_float32_matmul_precision()`.
 """
 
 from __future__ import annotations
@@ -19,31 +19,24 @@ from ..spec.shapes import SCALE_BLOCK, scale_block
 from .relayout import copy_rows
 
 LIMITS = {"fp8": 0.06, "bf16": 0.01, "fp16": 0.01}
-"""Allowed relative error of the output, by weight dtype; one token, and one block of columns, may have twice as much.
-What rounds x and the intermediates to fp8 is by that alone 0.041 to 0.046 from the exact layer."""
+"""Allowed relative error of the output, by weight dtype. One token, and one block of columns, may have twice as much.
 
-
+Rounding x and the intermediates to fp8 alone causes a relative error of 0.041 to 0.046."""
 COLUMNS = 64
-"""Columns of a block that is judged alone: no more than a tile that could be left out."""
-
-
+"""Columns of a block that is judged by itself: no more than a tile that a kernel might leave out."""
 PART = 4096
-"""Routed ids that the reference computes at a time: its memory is small whatever one expert has to do."""
-
-
+"""Routed ids that the reference computes at a time, so that its memory stays small however many an expert has."""
 NEGLIGIBLE = 1e-3
-"""A token's reference below this part of the usual one counts as if it were that large."""
-
-
+"""Least size of a token's reference in a relative error, as a share of the mean size. Smaller ones count as this."""
 OAI_LIMIT, OAI_SLOPE = 7.0, 1.702
-"""Of swiglu_oai."""
+"""Constants of swiglu_oai (see ACTIVATIONS)."""
 
 Rounding = Callable[[Tensor], Tensor]
-"""What becomes of an intermediate `[ids, I]`, float32, before the down projection."""
+"""Rounds an intermediate, float32 `[ids, I]`, before the down projection."""
 
 
 def reference(weights: MoEWeights, batch: Batch) -> Tensor:
-    """The layer, float32 `[T, H]`, with nothing rounded on the way; ids out of range are skipped."""
+    """Compute the layer, float32 `[T, H]`, without rounding on the way. Ids out of range are skipped."""
     precision = torch.get_float32_matmul_precision()
     torch.set_float32_matmul_precision("highest")  # no TF32
     try:
@@ -81,11 +74,13 @@ def experts(
     layout: str,
     rounding: Rounding | None = None,
 ) -> Tensor:
-    """float32 `[T, H]`: the sum over each token's experts of weight * (down @ activation(gate_up @ x)).
+    """Compute float32 `[T, H]`: the sum over each token's experts of weight * (down @ activation(gate_up @ x)).
 
-    `x [T, H]` is float32. Weights of any float dtype, scales, biases, activation, limit and layout are those of
-    MoEWeights, and are not checked again. Ids out of range are skipped, and their weights not looked at. `rounding` is
-    applied to the intermediate; by default nothing is.
+    x: float32 `[T, H]`.
+    topk_ids, topk_weights: `[T, k]`. Ids out of range are skipped, and their weights are not read.
+    rounding: applied to the intermediates; None leaves them.
+
+    The other arguments are those of MoEWeights, with weights of any float dtype. They are not checked again.
     """
     out = torch.zeros_like(x)
     inter = down.shape[2]
@@ -123,7 +118,7 @@ def mlp(
     down_bias: Tensor | None = None,
     rounding: Rounding | None = None,
 ) -> Tensor:
-    """One expert, float32 `[T, H]`, of float32 `x [T, H]`, `gate_up [2 I, H]`, gate rows first, and `down [H, I]`."""
+    """Compute one expert, float32 `[T, H]`, of float32 `x [T, H]`, gate-first `gate_up [2 I, H]` and `down [H, I]`."""
     projected = x @ gate_up.T
     if gate_up_bias is not None:
         projected = projected + gate_up_bias.float()
@@ -134,12 +129,9 @@ def mlp(
 
 
 def activate(gate: Tensor, up: Tensor, activation: str, limit: float | None = None) -> Tensor:
-    """The gated activation of two tensors of one shape. Raises UnknownNameError for one not in ACTIVATIONS,
-    KernelError for swiglu_clamped without a limit.
+    """Apply one of ACTIVATIONS, which has the formulas, to two tensors of one shape.
 
-    swiglu: silu(gate) * up. gelu_tanh: gelu(gate), by its tanh form, * up. swiglu_oai (gpt-oss): gate is cut off
-    above 7 and up to [-7, 7], then gate * sigmoid(1.702 * gate) * (up + 1). swiglu_clamped (DeepSeek-V4): gate is cut
-    off above `limit` and up to [-limit, limit], then silu(gate) * up.
+    Raises UnknownNameError for another activation, and KernelError for swiglu_clamped without a limit.
     """
     match activation:
         case "swiglu":
@@ -157,7 +149,10 @@ def activate(gate: Tensor, up: Tensor, activation: str, limit: float | None = No
 
 
 def plain(w: Tensor, scale: Tensor | None, block: int, matrices: int = 1) -> Tensor:
-    """float32 of `w [R, C]`: so many matrices, one above the other, with scale blocks of their own; None: unscaled."""
+    """Convert `w [R, C]` to float32: `matrices` of them, one above the other, each with its own scale blocks.
+
+    scale: None if the weight has none.
+    """
     if scale is None:
         return w.float()
     pairs = zip(w.chunk(matrices), scale.chunk(matrices), strict=True)
@@ -165,7 +160,7 @@ def plain(w: Tensor, scale: Tensor | None, block: int, matrices: int = 1) -> Ten
 
 
 def dequantise(w: Tensor, scale: Tensor, block: int = SCALE_BLOCK) -> Tensor:
-    """float32 `[..., R, C]` of fp8 `w [..., R, C]` and `scale [..., ceil(R/B), ceil(C/B)]`; value = fp8 * scale.
+    """Compute float32 `[..., R, C]` = fp8 `w [..., R, C]` * its scales `[..., ceil(R/B), ceil(C/B)]`.
 
     B is `block`; the last blocks may be short. Raises ShapeError for a scale of another shape.
     """
@@ -177,23 +172,27 @@ def dequantise(w: Tensor, scale: Tensor, block: int = SCALE_BLOCK) -> Tensor:
 
 
 def expanded(scale: Tensor, rows: int, columns: int, block: int) -> Tensor:
-    """`[..., rows, columns]`: each element's scale, of `scale [..., ceil(rows/B), ceil(columns/B)]`; B is `block`."""
+    """Expand `scale [..., ceil(rows/B), ceil(columns/B)]` to each element's, `[..., rows, columns]`. B is `block`."""
     return scale.repeat_interleave(block, -2)[..., :rows, :].repeat_interleave(block, -1)[..., :columns]
 
 
 def misfit(out: Tensor, expected: Tensor, dtype: str) -> str | None:
-    """How far `out` `[T, H]` is from the float32 `expected`, where that is more than LIMITS allow for weights of
-    `dtype`; None where it is near enough."""
+    """Describe the error of `out` `[T, H]` against float32 `expected`, if it exceeds LIMITS for weights of `dtype`.
+
+    Returns None if it does not. NaN always exceeds them.
+    """
     for where, error in _errors(out, expected).items():
         allowed = LIMITS[dtype] if where == "output" else 2 * LIMITS[dtype]
-        if not error <= allowed:  # NaN is not, either
-            return f"relative error {error:.3g} of {where}, allowed are {allowed}"
+        if not error <= allowed:  # also refuses NaN
+            return f"relative error {error:.3g} of {where}; at most {allowed} is allowed"
     return None
 
 
 def _errors(out: Tensor, expected: Tensor) -> dict[str, float]:
-    """Relative error by Frobenius norms of the output, of its worst token and of its worst COLUMNS columns; NaN where
-    anything is NaN."""
+    """Relative errors, by Frobenius norms, of the output, of its worst token and of its worst COLUMNS columns.
+
+    An error is NaN if its part of the output has a NaN.
+    """
     wrong, size = (out.float() - expected).square(), expected.square()
     rows = _relative(wrong.sum(1), size.sum(1))
     padding = 0, -out.shape[1] % COLUMNS
@@ -207,6 +206,6 @@ def _errors(out: Tensor, expected: Tensor) -> dict[str, float]:
 
 
 def _relative(wrong: Tensor, size: Tensor) -> Tensor:
-    """Of sums of squares. Where the reference is zero, any error is infinite or next to it, none is 0."""
+    """The relative error from sums of squares. If the reference is zero, an error is huge, and no error gives 0."""
     floor = (NEGLIGIBLE**2 * size.mean()).clamp(min=torch.finfo(size.dtype).tiny)
     return (wrong / size.maximum(floor)).sqrt()

@@ -1,4 +1,4 @@
-"""Why a module's tensors cannot be a layer's: what changes them, or what they are, besides their shape and dtype."""
+"""Refuses tensors of a module that cannot be a layer's, for what changes them or for their kind."""
 
 from __future__ import annotations
 
@@ -29,8 +29,10 @@ FUNCTIONS = (_function(Tensor), _function(torch.nn.Parameter))
 
 
 def check(module: Module, adapter: ExpertsAdapter, own: LayerRuntime | None = None) -> None:
-    """Raises KernelError with the reason why the module's tensors cannot be a layer's. own: the layer that some are
-    placeholders of already."""
+    """Raises KernelError, with the reason, if the module's tensors cannot be a layer's.
+
+    own: the layer that some of them are placeholders of already; None if there is none.
+    """
     if hook := next(_offloading(getattr(module, HOOK, None)), None):
         raise KernelError(f"accelerate's {hook} moves its weights at each call; load the whole model onto the GPU")
     for name in filter(partial(parametrize.is_parametrized, module), adapter.names(module).values()):
@@ -40,13 +42,15 @@ def check(module: Module, adapter: ExpertsAdapter, own: LayerRuntime | None = No
         tensor = getattr(module, name, None)
         if isinstance(tensor, Placeholder) and tensor._source.layer is own:
             continue
-        if isinstance(tensor, Tensor):  # others, and names that are not there, are the adapter's to refuse
+        if isinstance(tensor, Tensor):  # the adapter refuses anything else, and missing names
             _check(module, name, tensor)
 
 
 def check_parents(model: Module, module: Module) -> None:
-    """Raises KernelError if a module of the model changes the weights of `module` whenever it calls that, as PEFT does
-    for `target_parameters`."""
+    """Raises KernelError if another module of the model changes the weights of `module` at each call.
+
+    PEFT does that for `target_parameters`.
+    """
     for parent in model.modules():
         name = getattr(parent, "parameter_name", None)
         if name is not None and getattr(parent, "base_layer", None) is module:
@@ -54,7 +58,7 @@ def check_parents(model: Module, module: Module) -> None:
 
 
 def storages(model: Module) -> dict[int, list[tuple[str, Tensor]]]:
-    """Names and tensors of a model, by the memory that they are in."""
+    """Names and tensors of a model, by the address of their storage."""
     found: dict[int, list[tuple[str, Tensor]]] = {}
     tensors = (*model.named_parameters(remove_duplicate=False), *model.named_buffers(remove_duplicate=False))
     for name, tensor in tensors:
@@ -66,7 +70,7 @@ def storages(model: Module) -> dict[int, list[tuple[str, Tensor]]]:
 def _check(module: Module, name: str, tensor: Tensor) -> None:
     kind = type(tensor)
     if isinstance(tensor, Placeholder):
-        raise KernelError(f"{name} is also a weight of another module that is wrapped, and was moved; untie them first")
+        raise KernelError(f"{name} is also a weight of another wrapped module, which has moved it; untie them first")
     if hasattr(tensor, "device_mesh"):
         raise KernelError(f"{name} is sharded over several devices; ramp_moe takes whole experts")
     if kind.__torch_dispatch__ is not Tensor.__torch_dispatch__ or _function(kind) not in FUNCTIONS:
@@ -82,7 +86,7 @@ def _check(module: Module, name: str, tensor: Tensor) -> None:
 
 
 def _offloading(hook: object) -> Iterator[str]:
-    """Names of accelerate's hooks that do more than move inputs."""
+    """Yield the names of accelerate's hooks that do more than move inputs."""
     for one in getattr(hook, "hooks", [hook]):
         if one is not None and (getattr(one, "offload", False) or not hasattr(one, "offload")):
             yield type(one).__name__

@@ -1,4 +1,4 @@
-"""Weights from one order of the gate and up projections' rows into another, byte by byte."""
+"""Converts weights from one order of the gate and up projections' rows to another, byte by byte."""
 
 from __future__ import annotations
 
@@ -14,15 +14,15 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 ROWS = ("gate_up", "gate_up_scale", "gate_up_bias")
-"""Tensors of MoEWeights whose rows a layout orders."""
+"""Tensors of MoEWeights whose order of rows depends on the layout."""
 
 
 def relayout(weights: MoEWeights, layout: str) -> MoEWeights:
-    """The same weights in another of LAYOUTS; the same object where they are in it already.
+    """Convert the weights to another of LAYOUTS. Returns the same object if they are in it already.
 
-    gate_up, its scale and its bias are copied, exactly whatever their bits are; everything else is shared. Until the
-    caller drops the weights given, both copies of gate_up exist. Raises UnknownNameError for a layout that does not
-    exist, ShapeError for gate-up-interleaved-8 where I is not a multiple of 8.
+    gate_up, its scale and its bias are copied bit by bit; everything else is shared. Until the caller drops the
+    original, both copies of gate_up exist. Raises UnknownNameError for an unknown layout, and ShapeError for
+    gate-up-interleaved-8 if I is not a multiple of 8.
     """
     inter = weights.gate_up.shape[1] // 2
     check_layout(layout, inter)
@@ -39,13 +39,15 @@ def relayout(weights: MoEWeights, layout: str) -> MoEWeights:
 
 
 def copy_rows(source: Tensor, given: str, out: Tensor, wanted: str, intermediate_size: int, scale: bool) -> Tensor:
-    """`source` `[E, 2 R, ...]`, whose rows are in the order `given`, copied into `out`, whose rows are in the order
-    `wanted`. scale: whether rows are those of block scales, which are interleaved one by one. Returns `out`."""
+    """Copy `source` `[E, 2 R, ...]`, with rows in the order `given`, into `out` in the order `wanted`; return `out`.
+
+    scale: True if the rows are those of block scales, which are interleaved one by one.
+    """
     import torch
 
-    # Less than ROW_CHUNK only where neither layout is interleaved, and chunks do not matter.
+    # Less than ROW_CHUNK only if neither layout is interleaved, when chunks do not matter.
     chunk = 1 if scale else math.gcd(ROW_CHUNK, intermediate_size)
-    # uint8: a copy of bytes, exact for every bit pattern and on every device.
+    # Copied as uint8: exact for every bit pattern, on every device.
     fp8 = source.dtype == out.dtype == torch.float8_e4m3fn
     a, b = (source.view(torch.uint8), out.view(torch.uint8)) if fp8 else (source, out)
     for up in (0, 1):
@@ -54,8 +56,10 @@ def copy_rows(source: Tensor, given: str, out: Tensor, wanted: str, intermediate
 
 
 def to_give(layouts: Sequence[str]) -> str:
-    """The layout in which a kernel that reads these is given the weights: the first that is in LAYOUTS, or gate-first
-    for it to make a format of its own of."""
+    """The layout in which a kernel that reads `layouts` is given the weights: the first of them that is in LAYOUTS.
+
+    If there is none, it is gate-first, from which the kernel makes its own format.
+    """
     return next((key for key in layouts if key in LAYOUTS), "gate-first")
 
 
@@ -66,7 +70,7 @@ def _like(t: Tensor) -> Tensor:
 
 
 def _half(t: Tensor, layout: str, chunk: int, up: int) -> Tensor:
-    """View `[E, R / chunk, chunk, ...]` of the gate rows, or with `up` 1 of the up rows, in their order."""
+    """View the gate rows, or the up rows if `up` is 1, as `[E, R / chunk, chunk, ...]` in their order."""
     experts, _, *rest = t.shape
     if layout == "gate-up-interleaved-8":
         return t.view(experts, -1, 2, chunk, *rest)[:, :, up]

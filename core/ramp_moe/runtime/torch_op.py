@@ -1,12 +1,14 @@
-"""A MoE layer as one opaque operator, so that `torch.compile` keeps it whole in a model's graph, and a gradient that
-goes through it is an error, not a silent zero.
+"""Makes a MoE layer one opaque operator of torch.
 
-The operator takes the layer's number, as operators take tensors and numbers alone. Numbers keep no layer alive. Where
-one compiled block is to serve the layers of several modules, torch takes the number for a part of the program unless
-`torch._dynamo.config.allow_unspec_int_on_nn_module` is set, and compiles the block once for each.
+`torch.compile` then keeps the layer whole in a model's graph. A gradient through it is an error instead of a silent
+zero.
 
-With `mode="reduce-overhead"` call `LayerRuntime.warm_up` for the batch sizes first: torch captures what the operator
-launches, and the device then chooses at every replay. Without it such a graph holds the choice of a run before it.
+Operators take only tensors and numbers, so this one takes the layer's number, which keeps no layer alive. If one
+compiled block serves several modules, torch compiles it once per layer number. With
+`torch._dynamo.config.allow_unspec_int_on_nn_module` it compiles the block once for all.
+
+With `mode="reduce-overhead"`, call `LayerRuntime.warm_up` for the batch sizes first. torch then captures launches with
+which the device chooses at every replay. Without it, the graph keeps the choice of an earlier run.
 """
 
 from __future__ import annotations
@@ -26,24 +28,27 @@ _numbers = itertools.count()
 
 
 def register(layer: Layer, number: int | None = None) -> int:
-    """The layer's number: a new one, or that of a layer whose place it takes in what was compiled."""
+    """Register a layer and return its number. number: that of the layer that it replaces; None for a new one."""
     number = next(_numbers) if number is None else number
     _layers[number] = layer
     return number
 
 
-# The schema is spelt out, since some versions of torch cannot read one from annotations that are strings. The layer's
-# number may be symbolic: one compiled block then serves all the layers of a model.
+# The schema is spelt out, since some versions of torch cannot infer it from annotations that are strings. The layer's
+# number may be symbolic, so that one compiled block serves all layers of a model.
 @torch.library.custom_op(
     "ramp_moe::moe",
     mutates_args=(),
     schema="(Tensor hidden_states, Tensor topk_ids, Tensor topk_weights, SymInt layer, Tensor? num_valid) -> Tensor",
 )
 def moe(hidden_states: Tensor, topk_ids: Tensor, topk_weights: Tensor, layer: int, num_valid: Tensor | None) -> Tensor:
-    """`LayerRuntime.forward` of the layer of this number. Raises what that does; KernelError if the layer is gone."""
+    """Run `LayerRuntime.forward` of the layer with this number.
+
+    Raises what that raises, and KernelError if the layer is gone.
+    """
     found: Layer | None = _layers.get(layer)
     if found is None:
-        raise KernelError(f"MoE layer {layer} is gone; keep it for as long as what was compiled with it runs")
+        raise KernelError(f"MoE layer {layer} is gone; keep it alive as long as code that was compiled with it runs")
     if found.owner is not None and (owner := found.owner()) is not None:
         found = owner.current()
     found.ready(len(hidden_states), hidden_states.dtype)

@@ -1,6 +1,6 @@
-"""New weights for a layer that exists, written where the old ones lie: CUDA graphs that hold the addresses stay valid.
+"""Gives a layer new weights, written to the addresses of the old ones, so that captured CUDA graphs stay valid.
 
-What a kernel derived from the weights in `prepare` is derived again and copied into the tensors that it launches with.
+What a kernel derived from the weights in `prepare` is derived again, and copied into the tensors that it launches with.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from .protocols import Holding
 
 FIELDS = ("gate_up", "down", "gate_up_scale", "down_scale", "gate_up_bias", "down_bias")
-"""Tensors of MoEWeights."""
+"""Fields of MoEWeights that are tensors."""
 
 
 def update(layer: Holding, weights: MoEWeights) -> None:
@@ -38,8 +38,10 @@ def update(layer: Holding, weights: MoEWeights) -> None:
 
 @contextmanager
 def writing(layer: Holding) -> Iterator[None]:
-    """Let the weights held be changed, then have kernels derive from them again what they did. If that fails the layer
-    raises KernelError in every `forward` until an update succeeds."""
+    """Change the weights held within this context; at its end, kernels derive again what they derived from them.
+
+    If anything fails, the layer raises KernelError in every `forward` until an update succeeds.
+    """
     layer.stale = "an update of the layer's weights failed; update it again, or build another layer"
     yield
     refresh(layer)
@@ -47,8 +49,10 @@ def writing(layer: Holding) -> Iterator[None]:
 
 
 def check_fits(held: MoEWeights, weights: MoEWeights) -> None:
-    """Raises ShapeError if `weights` cannot take the place of `held`: another shape, dtype, device or activation, a
-    scale or a bias more or less."""
+    """Raises ShapeError if `weights` cannot replace `held`.
+
+    Shapes, dtypes, devices, activation and limit must be equal. So must the presence of each scale and bias.
+    """
     for what in (f.name for f in dataclasses.fields(held) if f.name not in (*FIELDS, "layout")):
         old, new = getattr(held, what), getattr(weights, what)
         if old != new:
@@ -68,9 +72,9 @@ def check_fits(held: MoEWeights, weights: MoEWeights) -> None:
 
 
 def put(layer: Holding, name: str, tensor: Tensor, layout: str, experts: slice = slice(None)) -> None:
-    """Write the field `name` of new weights, of these experts, into every layout that is held, within `writing`.
+    """Write the field `name` for these experts into every layout that is held. Call it within `writing`.
 
-    tensor: as MoEWeights describes the field, its rows in the order `layout`. It may share memory with what is held.
+    tensor: the values as MoEWeights describes the field, rows in the order `layout`. It may share the held memory.
     """
     places = [(getattr(held, name)[experts], held.layout) for held in layer.held]
     if name not in ROWS:
@@ -87,8 +91,10 @@ def put(layer: Holding, name: str, tensor: Tensor, layout: str, experts: slice =
 
 
 def refresh(layer: Holding) -> None:
-    """Derive again what kernels derived from the weights held, which have changed, and copy it in place. Raises
-    KernelError if a kernel now derives something that does not fit the place of the old."""
+    """Derive again what kernels derived from the held weights, after a change, and copy it in place.
+
+    Raises KernelError if a kernel now derives something that does not fit in the place of the old.
+    """
     for name in layer.derived:
         kernel, prepared = layer.kernel(name)
         weights = layer.weights_of(kernel)
@@ -107,7 +113,7 @@ def refresh(layer: Holding) -> None:
 
 
 def prepare(kernel: LaunchableKernel, weights: MoEWeights) -> tuple[Any, bool]:
-    """`kernel.prepare`, and whether that made something of the weights that does not share their memory."""
+    """Call `kernel.prepare`. Also tells whether it derived anything that does not share the weights' memory."""
     with _Constants() as constants:
         prepared = kernel.prepare(weights)
     shared = {storage(t) for t in tensors(weights)} | {storage(t) for t in constants.made}
@@ -115,11 +121,11 @@ def prepare(kernel: LaunchableKernel, weights: MoEWeights) -> tuple[Any, bool]:
 
 
 class _Constants(TorchDispatchMode):  # type: ignore[no-untyped-call]
-    """Notes, while it lasts, the tensors that are made of no other, and whether values of tensors were read."""
+    """Collects the tensors that are made from no other tensor, and notes whether values of tensors were read."""
 
     def __init__(self) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
-        self.made: list[Tensor] = []  # kept, so that no other memory takes their place
+        self.made: list[Tensor] = []  # kept alive, so that no other tensor takes their memory
         self.read = False
 
     def __torch_dispatch__(
@@ -137,12 +143,12 @@ class _Constants(TorchDispatchMode):  # type: ignore[no-untyped-call]
 
 
 def tensors(x: Any) -> Iterator[Tensor]:
-    """Those that an object holds, at any depth of containers and attributes."""
+    """Yield the tensors in an object, at any depth of containers and attributes."""
     return (leaf for _, leaf in leaves(x) if isinstance(leaf, Tensor))
 
 
 def leaves(x: Any, path: str = "value", seen: frozenset[int] = frozenset()) -> Iterator[tuple[str, Any]]:
-    """(path, leaf) of containers, dataclasses and other objects with attributes."""
+    """Yield (path, leaf) for all leaves of containers, dataclasses and other objects with attributes."""
     if id(x) in seen:
         return
     parts: Iterable[tuple[str, Any]]
@@ -162,19 +168,19 @@ def leaves(x: Any, path: str = "value", seen: frozenset[int] = frozenset()) -> I
 
 
 def storage(t: Tensor) -> int:
-    """What tensors that share memory have in common."""
+    """The address of a tensor's storage, equal for tensors that share memory."""
     return t.untyped_storage().data_ptr()
 
 
 def _fits(old: Any, new: Any) -> bool:
-    """Whether `new` can be copied into the place of `old`, or is nothing that depends on weights."""
+    """Whether `new` can be copied into `old`, or does not depend on the weights."""
     if isinstance(old, Tensor) and isinstance(new, Tensor):
         return (old.shape, old.dtype, old.device) == (new.shape, new.dtype, new.device)
     return callable(old) or old is new or bool(type(old) is type(new) and old == new)
 
 
 def _distinct(t: Tensor) -> Tensor:
-    """Each element in memory once: of dimensions that were expanded, the first."""
+    """The view with each element of memory once: an expanded dimension is cut to its first element."""
     for dim, stride in enumerate(t.stride()):
         if stride == 0 and t.shape[dim] > 1:
             t = t.narrow(dim, 0, 1)

@@ -1,4 +1,4 @@
-"""What a wrapped module calls instead of its own experts, how its tensors become the layer's, and what it records."""
+"""The experts that a wrapped module calls instead of its own: they share its tensors and may record its routing."""
 
 from __future__ import annotations
 
@@ -28,32 +28,37 @@ KEY = "_ramp_moe"
 class WrappedExperts:
     """One module's layer, called as frameworks call their experts.
 
-    The layer reads the module's own tensors where it can. Of those that it holds in another order there is one copy,
-    the layer's: from `take` to `give_back` the module's tensors are placeholders (see `placeholder`). Each call checks
-    that the module still has the tensors that the layer is of. If not, it makes a layer of those that it has.
+    The layer reads the module's own tensors if it can. Tensors that it holds in another order exist once, in the layer.
+    From `take` to `give_back`, the module has placeholders for them (see `placeholder`). Each call checks that the
+    module still has the tensors that the layer was made from. If not, it makes a new layer from the present ones.
 
-    Making one changes nothing. Raises RampMoEError if the module's tensors cannot be a layer's.
+    The constructor does not change the module. It raises RampMoEError if no layer can be made from its tensors.
     """
 
     def __init__(self, module: Module, adapter: ExpertsAdapter, top_k: int, builder: Builder) -> None:
         self.adapter, self.top_k = adapter, top_k
         self.recorded: list[tuple[int, Tensor]] | None = None
-        """Tokens and expert histogram int64 `[num_experts]` of each batch, on the device, while something records."""
+        """(tokens, expert histogram int64 `[num_experts]` on the device) per batch; None if nothing records."""
         self.builder, self._module = builder, weakref.ref(module)
         self._tensors: dict[str, Tensor] = {}
-        """By field of MoEWeights, the module's, from `take` to `give_back`."""
+        """The module's tensors by field of MoEWeights, from `take` to `give_back`."""
         self._expected: list[tuple[str | None, str, Tensor, Any]] = []
-        """What `current` finds: in which of the module's dictionaries, under which name, the tensor, and its place."""
+        """What `current` expects of each tensor: its dictionary in the module, its name, the tensor, and its place."""
         self._renewing = threading.RLock()
         self._installed = False
         self._before: Any = None
         self._build(module)
 
     def __call__(self, hidden_states: Tensor, topk_ids: Tensor, topk_weights: Tensor) -> Tensor:
-        """The weighted sum of the experts `[T, H]` in the dtype of hidden_states `[T, H]`, any float, which the layer
-        takes in the dtype of its weights, as Transformers does: topk_ids `[T, k]` int32 or int64, where num_experts and
-        -1 are skipped, topk_weights `[T, k]` of any float. Raises what `LayerRuntime.forward` does; KernelError in a
-        backward pass, and if the module's tensors have become such that no layer can be made of them."""
+        """Compute the weighted sum of the experts, `[T, H]` in the dtype of hidden_states.
+
+        hidden_states: `[T, H]` of any float dtype. The layer takes them in the dtype of its weights (see `taken`).
+        topk_ids: `[T, k]` int32 or int64; num_experts and -1 are skipped.
+        topk_weights: `[T, k]` of any float dtype.
+
+        Raises RoutingError for ids that are no integers, and what `LayerRuntime.forward` raises. Raises KernelError in
+        a backward pass, and if no layer can be made from tensors that the module was given since.
+        """
         import torch
 
         if topk_ids.is_floating_point() or topk_ids.is_complex() or topk_ids.dtype == torch.bool:
@@ -89,12 +94,14 @@ class WrappedExperts:
                 self._record(topk_ids)
             trains = torch.is_grad_enabled() and any(p.requires_grad for p in self._tensors.values())
             if trains and not hidden_states.requires_grad:
-                hidden_states = hidden_states.detach().requires_grad_()  # their gradients, too, are refused
+                hidden_states = hidden_states.detach().requires_grad_()  # refuses gradients of weights, too
         return layer(hidden_states, topk_ids, topk_weights, out, num_valid)
 
     def taken(self, dtype: torch.dtype) -> torch.dtype:
-        """The dtype in which the layer takes hidden states of this one: its weights', or bf16 if fp8 weights come with
-        neither bf16 nor fp16."""
+        """The dtype in which the layer takes hidden states of `dtype`.
+
+        It is the dtype of its weights. fp8 weights take bf16 and fp16 as they are, and any other dtype as bf16.
+        """
         import torch
 
         weights = self.layer.held[0].gate_up.dtype
@@ -103,8 +110,12 @@ class WrappedExperts:
         return dtype if dtype in (torch.bfloat16, torch.float16) else torch.bfloat16
 
     def take(self, module: Module, others: Mapping[int, list[tuple[str, Tensor]]] | None = None) -> None:
-        """Have the module hold placeholders for what the layer does not read where it is. others: by storage, the
-        model's tensors that are in it. Raises KernelError for a tensor that is shared, or cannot be moved."""
+        """Give the module placeholders for tensors that the layer does not read in place.
+
+        others: names and tensors of the model, by the storage that they are in.
+
+        Raises KernelError for a tensor that shares its memory with another, or that cannot be moved.
+        """
         from torch import Tensor
 
         from .placeholder import Placeholder, Source, become
@@ -116,7 +127,7 @@ class WrappedExperts:
         self.layer.owner = weakref.ref(self)
         self._tensors = {field: getattr(module, name) for field, name in names.items()}
         if any(type(module._parameters.get(name)) is Tensor for name in names.values()):
-            return  # lent for one call, as by torch.func.functional_call: the next one looks again
+            return  # lent for one call, as by torch.func.functional_call; the next call looks again
         for field, tensor in self._tensors.items():
             name = names[field]
             held = [getattr(h, field) for h in self.layer.held]
@@ -136,7 +147,7 @@ class WrappedExperts:
         self._expected = [(_where(module, names[f]), names[f], t, _place(t)) for f, t in self._tensors.items()]
 
     def give_back(self) -> None:
-        """Have the module hold its tensors itself, as before `take`. Again, after a failure, it goes on."""
+        """Give the module its tensors back, as before `take`. After a failure, a second call continues."""
         from .placeholder import Placeholder, become
 
         for tensor in self._tensors.values():
@@ -151,7 +162,7 @@ class WrappedExperts:
         self._installed = True
 
     def remove(self, module: Module) -> None:
-        """Leave the module as it was, but for what has been done to it since. Again, after a failure, it goes on."""
+        """Restore the module, except for later changes by others. After a failure, a second call continues."""
         self.give_back()
         if self._installed:
             self.adapter.uninstall(module, self._before)
@@ -160,8 +171,10 @@ class WrappedExperts:
         module.__dict__.pop(KEY, None)
 
     def current(self) -> LayerRuntime:
-        """The layer, once the module's tensors are known to be those that it is of. Raises RampMoEError with the reason
-        if they are others, of which no layer can be made."""
+        """The layer of the module's present tensors, made anew if they changed.
+
+        Raises KernelError, with the reason, if no layer can be made from them.
+        """
         module = self._module()
         assert module is not None
         return self.layer if self._other(module) is None else self._renewed(module)
@@ -191,7 +204,7 @@ class WrappedExperts:
         from .refusals import check
         from .torch_op import register
 
-        what = f"{name} of {type(module).__name__} is another than the layer was made of"
+        what = f"{name} of {type(module).__name__} has been replaced since it was wrapped"
         if torch.cuda.is_available() and torch.cuda.is_current_stream_capturing():
             raise KernelError(f"{what}; run the model once before it is captured")
         number = self.layer._number
@@ -226,7 +239,7 @@ class WrappedExperts:
         self.recorded.append((len(topk_ids), counts.scatter_add_(0, ids, torch.ones_like(ids))[:experts]))
 
     def __deepcopy__(self, memo: dict[int, Any]) -> WrappedExperts:
-        """Of a copy of the module, which has a layer of its own."""
+        """Copy for a copy of the module, with a layer of its own. Raises KernelError without a copy of the module."""
         from .placeholder import Placeholder
 
         module = memo.get(id(self._module()))
@@ -238,7 +251,7 @@ class WrappedExperts:
         found._module, found.layer.owner = weakref.ref(module), weakref.ref(found)
         found._tensors = copy.deepcopy(self._tensors, memo)
         for field, tensor in found._tensors.items():
-            if not isinstance(tensor, Placeholder):  # parameters copy their memory, but the layer must read theirs
+            if not isinstance(tensor, Placeholder):  # the module's copy has memory of its own; it must be the layer's
                 old = self._tensors[field]
                 held = next(t for h in found.layer.held if (t := getattr(h, field)).shape == old.shape)
                 tensor.data = held.as_strided(old.shape, old.stride(), old.storage_offset())
@@ -254,18 +267,18 @@ class WrappedExperts:
 
 
 def experts_of(module: Module) -> WrappedExperts | None:
-    """Those of a wrapped module."""
+    """The experts of a wrapped module; None if it is not wrapped."""
     found = getattr(module, KEY, None)
     return found if isinstance(found, WrappedExperts) else None
 
 
 def _where(module: Module, name: str) -> str | None:
-    """Which of the module's dictionaries has a tensor; None if it is a plain attribute."""
+    """Name of the module's dictionary that has a tensor; None if the tensor is a plain attribute."""
     return next((where for where in ("_parameters", "_buffers") if name in getattr(module, where)), None)
 
 
 def _place(tensor: Tensor) -> tuple[Any, ...]:
-    """What changes if the tensor is given other memory, or is no placeholder any more."""
+    """A value that changes if the tensor gets other memory, or stops being a placeholder."""
     if hasattr(tensor, "_source"):
         return (type(tensor),)
     return type(tensor), tensor.data_ptr(), tensor.shape, tensor.stride()
@@ -286,7 +299,7 @@ def _plain_in_state_dict(module: Module, remove: bool = False) -> None:
 
 
 def _plain(module: Module, state: dict[str, Any], prefix: str, metadata: Any) -> None:
-    """A state has plain tensors, copies, in the module's own order; but for the parameters themselves (keep_vars)."""
+    """Replace placeholders in a state dict by plain copies, except the parameters themselves (keep_vars)."""
     from .placeholder import Placeholder
 
     for key in [key for key in state if key.startswith(prefix)]:

@@ -1,1 +1,1 @@
-"""What is computed, on what hardware, and by which grid of CTAs."""
+"""Describes what is computed, on what hardware, and by which grid of CTAs."""

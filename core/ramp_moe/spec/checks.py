@@ -1,4 +1,4 @@
-"""Checks of what a launch is given: each names the kernel, the thing and what it must be."""
+"""Checks of a launch's arguments. Each error names the kernel, the argument and what it must be."""
 
 from __future__ import annotations
 
@@ -12,11 +12,11 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 ALIGNMENT = 16
-"""Bytes: of tensor maps, of 16-byte copies and of bulk additions."""
+"""Bytes to which tensor maps, 16-byte copies and bulk additions need an address aligned."""
 
 
 def check_bf16(kernel: str, batch: Batch, out: Tensor) -> None:
-    """Raises KernelError if hidden states or output are not bf16, for a kernel that knows nothing else."""
+    """Raises KernelError unless hidden states and `out` are bf16, the only dtype that the calling kernel knows."""
     import torch
 
     x = batch.hidden_states
@@ -25,8 +25,10 @@ def check_bf16(kernel: str, batch: Batch, out: Tensor) -> None:
 
 
 def check_batch(kernel: str, batch: Batch, out: Tensor, hidden_size: int, device: torch.device) -> None:
-    """Raises KernelError unless hidden states and `out` are both `[T, hidden_size]`, of one dtype and on `device`,
-    which is that of the weights."""
+    """Raises KernelError unless hidden states and `out` are both `[T, hidden_size]`, of one dtype, and on `device`.
+
+    device: where the weights are.
+    """
     x = batch.hidden_states
     if x.shape[1] != hidden_size or out.shape != x.shape or out.dtype != x.dtype:
         raise KernelError(
@@ -40,14 +42,14 @@ def check_batch(kernel: str, batch: Batch, out: Tensor, hidden_size: int, device
 
 
 def check_aligned(kernel: str, name: str, tensor: Tensor) -> None:
-    """Raises KernelError for a tensor that is not contiguous, or begins off a multiple of ALIGNMENT bytes."""
+    """Raises KernelError unless the tensor is contiguous and starts at a multiple of ALIGNMENT bytes."""
     if not tensor.is_contiguous() or tensor.data_ptr() % ALIGNMENT:
         raise KernelError(f"{kernel}: {name} must be contiguous and start at a multiple of {ALIGNMENT} bytes; copy it")
 
 
 def check_hopper(kernel: str, device: torch.device) -> None:
-    """Raises KernelError if the weights' device is no Hopper GPU (sm_90)."""
+    """Raises KernelError unless the weights' device is a Hopper GPU (sm_90)."""
     import torch
 
     if device.type != "cuda" or torch.cuda.get_device_capability(device) != (9, 0):
-        raise KernelError(f"{kernel} runs on Hopper (sm_90) only; the weights are on {device}, which is something else")
+        raise KernelError(f"{kernel} runs on Hopper (sm_90) only; the weights are on {device}, which is not Hopper")

@@ -1,4 +1,4 @@
-"""Hardware constants that the geometry and the performance regions need, and finding out which GPU this is."""
+"""Constants of a GPU, which the geometry and the performance regions need, and how a GPU is identified."""
 
 from __future__ import annotations
 
@@ -13,10 +13,15 @@ from ..errors import HardwareError
 class Hardware:
     """One GPU model. Peaks are dense (no sparsity), from the vendor's data sheet named in `source`.
 
-    `num_sms` counts streaming multiprocessors (compute units on AMD); `l2_bytes` the L2 that all of them share a view
-    of; `smem_per_sm_bytes` shared memory (LDS) a multiprocessor; `fp8_flops` is None where the GPU has no fp8 units.
-    `device_names` are the names that the driver reports, or whole words of them in a row: "NVIDIA H20" is the name of
-    an "NVIDIA H20", but not of an "NVIDIA H20-3e".
+    num_sms: streaming multiprocessors (compute units on AMD).
+    l2_bytes: L2 cache of the whole GPU, summed over its dies.
+    smem_per_sm_bytes: shared memory of one multiprocessor (LDS on AMD).
+    hbm_bytes_per_s: bandwidth of the memory.
+    fp8_flops, bf16_flops: peaks in FLOP/s; fp8_flops is None if the GPU has no fp8 units.
+    device_names: names that the driver reports, or consecutive whole words of them. "NVIDIA H20" matches "NVIDIA H20",
+        but not "NVIDIA H20-3e".
+
+    Raises HardwareError for a size or rate that is not positive.
     """
 
     name: str
@@ -40,15 +45,15 @@ class Hardware:
         return "AMD" if self.arch.startswith("gfx") else "NVIDIA"
 
     def peak_flops(self, dtype: str) -> float | None:
-        """Dense peak in FLOP/s for a weight dtype (fp16 runs at the bf16 rate)."""
+        """Dense peak in FLOP/s for a weight dtype; None if there is none. fp16 runs at the bf16 rate."""
         return self.fp8_flops if dtype == "fp8" else self.bf16_flops
 
 
 def identify(known: Iterable[Hardware], device_name: str, num_sms: int | None = None) -> Hardware:
-    """The constants of a GPU that reports `device_name` and `num_sms` (None if who asked could not tell).
+    """The constants of the GPU that reports `device_name` and `num_sms` (None if unknown).
 
-    The longest matching entry of `device_names` wins. Raises HardwareError for an unknown GPU, and for one whose SM
-    count differs (a MIG slice: costs measured on the whole GPU do not hold there).
+    The longest matching entry of `device_names` wins. Raises HardwareError for an unknown GPU, and if the number of SMs
+    differs: costs measured on a whole GPU do not hold on a MIG slice.
     """
     known = list(known)
     found = _matches(known, device_name)
@@ -65,9 +70,9 @@ def identify(known: Iterable[Hardware], device_name: str, num_sms: int | None = 
 def confirm(
     hardware: Hardware, known: Iterable[Hardware], device_name: str, num_sms: int | None = None, arch: str | None = None
 ) -> Hardware:
-    """`hardware`, which somebody named for the GPU that reports these (None if who asked could not tell).
+    """Check `hardware`, which the user named, against what the GPU reports (None if unknown), and return it.
 
-    Raises HardwareError if it cannot be that: the name is another's in `known`, or `num_sms` or `arch` differ.
+    Raises HardwareError if the reported name belongs to another GPU in `known`, or if `num_sms` or `arch` differ.
     """
     found = _matches(known, device_name)
     if found and hardware not in found:
@@ -85,7 +90,7 @@ def confirm(
 
 
 def _matches(known: Iterable[Hardware], device_name: str) -> list[Hardware]:
-    """Those with the longest name that the reported one contains in whole words."""
+    """The known GPUs with the longest name that the reported one contains in whole words."""
     words = f" {' '.join(device_name.lower().split())} "
     found = [(len(n), h) for h in known for n in h.device_names if f" {n.lower()} " in words]
     longest = max((length for length, _ in found), default=0)
@@ -93,7 +98,7 @@ def _matches(known: Iterable[Hardware], device_name: str) -> list[Hardware]:
 
 
 def _related(known: Iterable[Hardware], device_name: str) -> list[Hardware]:
-    """Those that share the model's designation ("H100", "A100"), a word of letters and digits that is no size."""
+    """The known GPUs that share the model's designation ("H100", "A100"): a word of letters and then digits."""
     model = _designations(device_name)
     return [h for h in known if any(model & _designations(n) for n in h.device_names)]
 

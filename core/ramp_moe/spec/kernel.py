@@ -1,4 +1,4 @@
-"""The contract between the library and a kernel: names, stages with their grids, weight layouts, reasons."""
+"""The contract between the library and a kernel: configurations, stages with their grids, weight layouts, refusals."""
 
 from __future__ import annotations
 
@@ -19,16 +19,16 @@ from .shapes import SCALE_BLOCK, MoEShape
 StageKind = Literal["quantise", "schedule", "zero", "gemm", "activation", "combine"]
 STAGE_KINDS: tuple[str, ...] = get_args(StageKind)
 PREPARATION: frozenset[str] = frozenset({"quantise", "schedule", "zero"})
-"""Kinds of stages before the GEMMs, which paths have much in common. Kernels whose times leave out more than these
-(one GEMM of two, an activation that another kernel fuses) cannot be compared."""
+"""Kinds of stages before the GEMMs, which kernels largely share. Kernels are comparable if their times leave out no
+other kinds: not if one was timed without a GEMM, or without an activation that another fuses."""
 
 
 @dataclass(frozen=True, slots=True)
 class Stage:
-    """One launch of a path. Two candidates that share a `key` share the launch: it is measured and fitted once.
+    """One launch of a kernel's path. Candidates that share a `key` share the launch: it is measured and fitted once.
 
-    A "gemm" stage has a `geometry`; the others (activation quantisation, schedule for a token block, zeroing,
-    activation, combine) work token by token and have none.
+    A "gemm" stage has a `geometry`. The other kinds (quantise, schedule, zero, activation, combine) work token by token
+    and have none. Raises KernelError for an unknown kind, and for a geometry that is missing or out of place.
     """
 
     kind: StageKind
@@ -47,7 +47,7 @@ ParamValue = int | float | str | bool
 
 @dataclass(frozen=True, slots=True)
 class KernelConfig:
-    """One way to run a kernel: its stages in launch order, and parameters that mean something to the kernel alone."""
+    """One way to run a kernel: its stages in launch order, and parameters that only the kernel interprets."""
 
     name: str
     stages: tuple[Stage, ...]
@@ -59,16 +59,21 @@ class KernelConfig:
 
 
 LAYOUTS = ("gate-first", "gate-up-interleaved-8", "up-first")
-"""Orders of the rows of the gate and up projections that weights can be held in: all gate rows, then all up rows; 8
-gate rows, the same 8 up rows, and so on; all up rows, then all gate rows. `ramp_moe.runtime.relayout` turns one into
-another."""
+"""Orders in which weights can hold the rows of the gate and up projections:
+
+gate-first: all gate rows, then all up rows.
+gate-up-interleaved-8: 8 gate rows, the 8 up rows that belong to them, the next 8 gate rows, and so on.
+up-first: all up rows, then all gate rows.
+
+`ramp_moe.runtime.relayout` converts one into another.
+"""
 
 
 @dataclass(frozen=True, slots=True)
 class WeightLayout:
-    """How a kernel wants the experts' weights in memory: one of LAYOUTS, or a format that it makes itself.
+    """How a kernel wants the experts' weights in memory: one of LAYOUTS, or a format of its own.
 
-    Kernels whose `key` is equal share one copy. `bytes` is the size of all experts' weights and scales in this layout.
+    Kernels of equal `key` share one copy. `bytes` is the size of all experts' weights and scales in this layout.
     """
 
     key: str
@@ -76,44 +81,54 @@ class WeightLayout:
 
 
 class Kernel(ABC):
-    """A MoE kernel, described purely by the CTA grids that it launches. Describing one needs no GPU."""
+    """A MoE kernel, described by the CTA grids that it launches. The description needs no GPU."""
 
     name: str
     counts_repeats = True
-    """Whether an expert that a token names twice takes two of its rows, as the histogram counts it. Of a kernel where
-    it does not, batches with such tokens are not profiled: it runs less than their histograms say."""
+    """True if an expert that a token names twice computes the token twice, as the histogram counts it.
+
+    If False, batches with such tokens are not profiled: the kernel computes less than their histograms say.
+    """
 
     def unsupported(self, shape: MoEShape, hardware: Hardware) -> str | None:
-        """Why this kernel cannot compute `shape` on `hardware`, for a person to read; None where it can."""
+        """Why this kernel cannot compute `shape` on `hardware`, for a person to read; None if it can."""
         return None
 
     def max_tokens(self, config: KernelConfig, shape: MoEShape) -> int | None:
-        """The most tokens of a batch that the configuration computes in one launch; None if any number. A layer
-        computes longer batches in several."""
+        """The most tokens that the configuration computes in one launch; None if any number.
+
+        A layer computes longer batches in several launches.
+        """
         return None
 
     @abstractmethod
     def configs(self, shape: MoEShape, hardware: Hardware) -> Iterable[KernelConfig]:
-        """Every valid configuration for a supported shape, always in the same order, with distinct names."""
+        """All valid configurations for a supported shape, always in the same order, with distinct names."""
 
     @abstractmethod
     def weight_layout(self, shape: MoEShape) -> WeightLayout:
         """The layout that the kernel wants the weights in."""
 
     def readable_layouts(self, shape: MoEShape) -> tuple[str, ...]:
-        """Keys of the layouts that the kernel reads without a copy, the one it wants first. By default that alone."""
+        """Keys of the layouts that the kernel reads without a copy; its own comes first, and is the default."""
         return (self.weight_layout(shape).key,)
 
     def version(self) -> str:
-        """Version of the code that runs, for profiles: one of another version is not extended. By default that of the
-        distribution which the class is from."""
+        """Version of the code that runs. A profile of another version is not extended.
+
+        By default, the version of the distribution that the class comes from.
+        """
         return version_of(type(self).__module__.partition(".")[0])
 
 
 @dataclass(frozen=True, slots=True)
 class Built:
-    """What a build left in `folder`, by names of configurations: those compiled now and those that were there, `bytes`
-    in all, and the `dropped` ones, which cannot be used, each with its reason. `notes` are for a person to read."""
+    """The result of a build in `folder`; configurations are listed by name.
+
+    compiled, reused: compiled by this build, and found in the cache; usable, and `bytes` large in all.
+    dropped: configurations that cannot be used, each with its reason.
+    notes: remarks for a person to read.
+    """
 
     folder: Path
     compiled: tuple[str, ...]
@@ -126,8 +141,10 @@ class Built:
 
 
 Progress = Callable[[int, int, str], None]
-"""Told how many parts of a build are done, of how many, and which was the last ("" where that says nothing): the
-configurations, where each is compiled by itself."""
+"""Called with the parts of a build that are done, the number of all parts, and the last one's name.
+
+A part is a configuration if each is compiled by itself. The name may be empty.
+"""
 
 
 class BuildableKernel(Kernel):
@@ -136,16 +153,18 @@ class BuildableKernel(Kernel):
     @abstractmethod
     def build(self, shape: MoEShape, hardware: Hardware, report: Progress, jobs: int | None = None) -> Built:
         """Compile what the cache lacks for a supported shape, in `jobs` processes (None: the kernel decides).
-        Raises KernelError where something needed is missing, or where the cache cannot be written."""
+
+        Raises KernelError if something needed is missing, or if the cache cannot be written.
+        """
 
     @abstractmethod
     def prune(self) -> int:
-        """Delete what other versions of the kernel have left in the cache; returns the bytes freed."""
+        """Delete what other versions of the kernel left in the cache, and return the bytes freed."""
 
 
-@functools.cache  # finding out reads the list of files of every distribution: most of a second
+@functools.cache  # a search reads the list of files of every distribution: most of a second
 def version_of(package: str) -> str:
-    """Version of the distribution that provides a top-level package, "?" where none does."""
+    """Version of the distribution that provides a top-level package; "?" if none does."""
     found = metadata.packages_distributions().get(package)
     if found is None:  # an editable installation lists no packages, but its entry points name one
         entries = (e for e in metadata.entry_points(group="ramp_moe") if e.module.partition(".")[0] == package)
@@ -154,7 +173,7 @@ def version_of(package: str) -> str:
 
 
 def is_installed(module: str) -> bool:
-    """Whether a module can be found, without importing it; a mere folder of that name (no origin) does not count."""
+    """Whether a module can be found; does not import it. A mere folder of that name (no origin) does not count."""
     spec = importlib.util.find_spec(module)
     return spec is not None and spec.origin is not None
 
@@ -162,8 +181,9 @@ def is_installed(module: str) -> bool:
 def fp8_unsupported(shape: MoEShape, hardware: Hardware, whole_blocks: bool = True) -> str | None:
     """Why block-scaled fp8 cannot be computed for this shape here; None if it can, or for another dtype.
 
-    whole_blocks: the kernel takes scale blocks of 128 only, all of them whole. A hidden size must be a multiple of 128
-    for every kernel: it is never sharded, and its scales tell how large the blocks are."""
+    whole_blocks: True if the kernel takes only scale blocks of 128, all of them whole. Every kernel needs a hidden size
+        that is a multiple of 128: it is never sharded, and the block's side follows from its number of scales.
+    """
     if shape.dtype != "fp8":
         return None
     if hardware.fp8_flops is None:
@@ -175,8 +195,10 @@ def fp8_unsupported(shape: MoEShape, hardware: Hardware, whole_blocks: bool = Tr
 
 
 def why_unsupported(kernel: Kernel, shape: MoEShape, hardware: Hardware) -> str | None:
-    """The kernel's reason, None where it supports the shape; one that says neither counts as a refusal. Raises
-    KernelError for a kernel that fails to answer."""
+    """The kernel's reason, or None if it supports the shape. An empty or malformed answer counts as a refusal.
+
+    Raises KernelError if the kernel fails to answer.
+    """
     try:
         reason: object = kernel.unsupported(shape, hardware)
     except RampMoEError:
@@ -187,7 +209,7 @@ def why_unsupported(kernel: Kernel, shape: MoEShape, hardware: Hardware) -> str 
 
 
 def reason_of(answer: object, asked: str) -> str | None:
-    """What a kernel's unsupported() or unavailable() answered, as one line; None where nothing is in the way."""
+    """Bring the answer of a kernel's unsupported() or unavailable() to one line; None if there is no obstacle."""
     if answer is None:
         return None
     if isinstance(answer, str):
@@ -196,7 +218,7 @@ def reason_of(answer: object, asked: str) -> str | None:
 
 
 def layouts_of(kernel: Kernel, shape: MoEShape) -> tuple[str, ...]:
-    """The kernel's readable layouts, or KernelError with the reason why the kernel is broken."""
+    """The kernel's readable layouts. Raises KernelError if it fails to name any."""
     try:
         found = tuple(kernel.readable_layouts(shape))
     except Exception as e:  # a plugin's own mistake, which must not look like ours
@@ -204,12 +226,12 @@ def layouts_of(kernel: Kernel, shape: MoEShape) -> tuple[str, ...]:
             f"kernel {kernel.name} fails to name its weight layouts: {type(e).__name__}: {describe(e)}"
         ) from e
     if not found or not all(isinstance(key, str) for key in found):
-        raise KernelError(f"kernel {kernel.name} names something that is no weight layout that it reads")
+        raise KernelError(f"kernel {kernel.name} must name weight layouts, as strings; correct readable_layouts()")
     return found
 
 
 def most_tokens(kernel: Kernel, config: KernelConfig, shape: MoEShape) -> int | None:
-    """The kernel's `max_tokens`, or KernelError if that is no number of tokens."""
+    """The kernel's `max_tokens`. Raises KernelError if that is no number of tokens."""
     most = kernel.max_tokens(config, shape)
     if most is not None and (isinstance(most, bool) or not isinstance(most, int) or most < 1):
         raise KernelError(f"kernel {kernel.name} takes {most!r} tokens as {config.name}; it must take one or more")
@@ -217,7 +239,7 @@ def most_tokens(kernel: Kernel, config: KernelConfig, shape: MoEShape) -> int | 
 
 
 def usable_configs(kernel: Kernel, shape: MoEShape, hardware: Hardware) -> tuple[KernelConfig, ...]:
-    """The kernel's configurations, or KernelError with the reason why there is none, or why the kernel is broken."""
+    """The kernel's configurations. Raises KernelError, with the reason, if there is none or the kernel is broken."""
     if (reason := why_unsupported(kernel, shape, hardware)) is not None:
         raise KernelError(f"kernel {kernel.name} does not support {shape.title} on {hardware.name}: {reason}")
     try:

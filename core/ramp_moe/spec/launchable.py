@@ -1,4 +1,4 @@
-"""What a kernel that runs is given: weights, a batch, buffers; and what it must offer to be dispatched to."""
+"""The contract of a kernel that runs: the weights, batch and buffers it is given, and the methods it must have."""
 
 from __future__ import annotations
 
@@ -22,29 +22,41 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 ACTIVATIONS = ("swiglu", "gelu_tanh", "swiglu_oai", "swiglu_clamped")
-"""silu(gate) * up; gelu(gate, tanh) * up; gpt-oss: gate cut off above 7 and up at -7 and 7, then gate *
-sigmoid(1.702 gate) * (up + 1); DeepSeek-V4: the same cut at a limit that the weights name, then silu(gate) * up."""
+"""Activations of gated experts:
+
+swiglu: silu(gate) * up.
+gelu_tanh: gelu(gate) * up, with the tanh approximation.
+swiglu_oai: gpt-oss's. Gate is clamped to at most 7 and up to [-7, 7], then gate * sigmoid(1.702 gate) * (up + 1).
+swiglu_clamped: DeepSeek-V4's. The same clamps at the weights' `limit` in place of 7, then silu(gate) * up.
+"""
 
 _logger = logging.getLogger("ramp_moe")
 
 ROW_CHUNK = 8
-"""Rows of gate, and then of up, that lie together in the layout gate-up-interleaved-8."""
+"""Consecutive rows of gate, and then of up, in the layout gate-up-interleaved-8."""
 
 
 @dataclass(frozen=True)
 class MoEWeights:
-    """A layer's experts, contiguous on one device. What is given with other strides (padded rows, say) is copied, with
-    a line in the log: until the tensor given is dropped it takes its memory twice, and what is then written to it has
-    no effect.
+    """A layer's experts, contiguous on one device.
 
-    gate_up `[E, 2 I, H]` and down `[E, H, I]` are bf16, fp16 or float8_e4m3fn; fp8 weights come with float32 scales,
-    one for each [B, B] block: gate_up_scale `[E, 2 ceil(I / B), H / B]`, down_scale `[E, H / B, ceil(I / B)]`. Gate and
-    up have blocks of their own, counted from their first row, of which the last may be short. B is 128, or one of
-    `ramp_moe.spec.shapes.scale_blocks` for a shard that begins inside a block of 128; H is a multiple of 128. Biases
-    `[E, 2 I]` and `[E, H]` are optional. `layout`, one of LAYOUTS, is the order of the rows of gate_up and of its bias;
-    so are the scale's, where one block row of gate and one of up come in turn if interleaved. Raises ShapeError for
-    whatever does not fit together, UnknownNameError for an activation or a layout that does not exist, KernelError
-    for a `limit` that the activation lacks or does not have: swiglu_clamped cuts gate and up off there.
+    gate_up: `[E, 2 I, H]` bf16, fp16 or float8_e4m3fn.
+    down: `[E, H, I]` of the same dtype.
+    gate_up_scale, down_scale: float32 `[E, 2 ceil(I / B), H / B]` and `[E, H / B, ceil(I / B)]`, for fp8 weights only.
+        Each [B, B] block of a weight has one scale. Gate and up have blocks of their own, counted from their first
+        row; the last may be short. B is 128, or another of `ramp_moe.spec.shapes.scale_blocks` for a shard that begins
+        inside a block of 128. H must then be a multiple of 128.
+    gate_up_bias, down_bias: `[E, 2 I]` and `[E, H]`, float32, bf16 or fp16; None if there is none.
+    activation: one of ACTIVATIONS.
+    layout: one of LAYOUTS, the order of the rows of gate_up, its bias and its scale. If it is interleaved, block rows
+        of gate and of up alternate in the scale.
+    limit: bound at which swiglu_clamped clamps gate and up; None for the other activations.
+
+    A tensor with other strides (padded rows, for one) is copied, and a warning is logged. Its memory is then taken
+    twice until the caller drops it, and later writes to it have no effect.
+
+    Raises ShapeError for tensors that do not fit together, UnknownNameError for an unknown activation or layout, and
+    KernelError for a `limit` that is missing, not positive, or given to another activation.
     """
 
     gate_up: Tensor
@@ -112,13 +124,13 @@ class MoEWeights:
 
     @functools.cached_property
     def scale_block(self) -> int | None:
-        """Rows, and columns, that share an fp8 scale, by the columns of gate_up_scale; None without scales."""
+        """Side of the blocks that share an fp8 scale, from the columns of gate_up_scale; None without scales."""
         if self.gate_up_scale is None:
             return None
         return scale_block(self.gate_up_scale.shape[-1], self.gate_up.shape[2], self.gate_up.shape[1] // 2)
 
     def shape(self, top_k: int, name: str | None = None) -> MoEShape:
-        """The layer's shape, for a router that names `top_k` experts a token."""
+        """The layer's shape, for a router that names `top_k` experts per token."""
         experts, rows, hidden = self.gate_up.shape
         return MoEShape(experts, top_k, hidden, rows // 2, _dtype_names()[self.gate_up.dtype], name)
 
@@ -126,13 +138,13 @@ class MoEWeights:
 @functools.cache  # once for all the layers of a model
 def _note_copy(name: str, shape: tuple[int, ...], stride: tuple[int, ...], gib: float) -> None:
     _logger.warning(
-        "ramp_moe: %s %s has the strides %s: it is copied, %.3g GiB a layer more until yours is dropped",
+        "ramp_moe: %s %s has the strides %s and is copied: %.3g GiB more per layer until you drop the original",
         name, list(shape), list(stride), gib,
     )  # fmt: skip
 
 
 def check_layout(layout: str, intermediate_size: int) -> None:
-    """Raises UnknownNameError for a layout that is not in LAYOUTS, ShapeError for one that the size rules out."""
+    """Raises UnknownNameError for a layout that is not in LAYOUTS, ShapeError if the size rules it out."""
     if layout not in LAYOUTS:
         raise UnknownNameError("weight layout", layout, LAYOUTS)
     if layout == "gate-up-interleaved-8" and intermediate_size % ROW_CHUNK:
@@ -147,10 +159,13 @@ def _dtype_names() -> dict[torch.dtype, str]:
 
 @dataclass(frozen=True)
 class Batch:
-    """One step's input: hidden_states `[T, H]` bf16 or fp16, topk_ids int32 `[T, k]`, topk_weights float32 `[T, k]`.
+    """One step's input, contiguous on one device.
 
-    Ids of -1 or E are skipped (expert parallelism, padding); so is any other id out of range. Raises ShapeError or
-    RoutingError for tensors that do not fit together.
+    hidden_states: `[T, H]` bf16 or fp16.
+    topk_ids: int32 `[T, k]`. Ids out of range are skipped; expert parallelism and padding use -1 or E.
+    topk_weights: float32 `[T, k]`.
+
+    Raises ShapeError or RoutingError for tensors that do not fit together.
     """
 
     hidden_states: Tensor
@@ -182,11 +197,14 @@ class Batch:
 
 
 def kernel_ids(topk_ids: Tensor, num_experts: int, num_valid: Tensor | None) -> Tensor:
-    """topk_ids `[T, k]` int32 or int64 as a Batch has them, int32, with -1 for tokens from num_valid int32 `[1]` on."""
+    """Convert topk_ids, int32 or int64 `[T, k]`, to a Batch's int32.
+
+    num_valid: int32 `[1]`; ids of tokens from this one on become -1. None if all tokens are valid.
+    """
     import torch
 
     ids = topk_ids
-    if ids.dtype == torch.int64:  # beyond 32 bits they would wrap around to an expert: they stay out of range
+    if ids.dtype == torch.int64:  # an id beyond 32 bits would wrap around to an expert; clamped, it stays out of range
         ids = ids.clamp(-2, num_experts + 1).to(torch.int32)
     if num_valid is not None:
         ids = ids.where(torch.arange(len(ids), dtype=torch.int32, device=ids.device)[:, None] < num_valid, -1)
@@ -195,17 +213,19 @@ def kernel_ids(topk_ids: Tensor, num_experts: int, num_valid: Tensor | None) -> 
 
 @dataclass
 class Workspace:
-    """Named device buffers that grow as needed and are used again, one set for each stream.
+    """Named device buffers that grow as needed and are reused, one set per stream.
 
-    A buffer is valid until the next `get` of its name on the same stream, which is the order that the stream runs in.
-    One that was outgrown is kept, since a captured graph may still use it; sizes double, so that all of them together
-    are at most twice the largest. Threads that launch on one stream would write to each other's: a layer holds `lock`
-    until all of a batch is launched. A copy has buffers of its own.
+    A buffer is valid until the next `get` of its name on the same stream; launches on the stream keep that order. An
+    outgrown buffer is kept, since a captured graph may still use it. Sizes are powers of two, so all buffers of a name
+    take at most twice the largest.
+
+    Two threads that launch on one stream would write to the same buffers. A layer therefore holds `lock` until all of
+    a batch is launched. A copy of a workspace starts without buffers.
     """
 
     _buffers: dict[tuple[str, int], Tensor] = field(default_factory=dict)
     _latest: dict[tuple[str, int], Tensor] = field(default_factory=dict)
-    """As they were last asked for: the layers of a model ask alike, and making a view takes microseconds."""
+    """The views last returned. The layers of a model ask for the same ones, and making a view takes microseconds."""
     _outgrown: list[Tensor] = field(default_factory=list)
     lock: threading.RLock = field(default_factory=threading.RLock, repr=False, compare=False)
 
@@ -213,11 +233,11 @@ class Workspace:
         return Workspace()
 
     def get(self, name: str, shape: Sequence[int], dtype: torch.dtype, device: torch.device) -> Tensor:
-        """An uninitialised tensor of this shape and dtype."""
+        """An uninitialised tensor of this shape and dtype, on the current stream of `device`."""
         import torch
 
         stream = 0
-        if device.type == "cuda":  # current_stream(), without making an object, is several times as fast
+        if device.type == "cuda":  # several times as fast as current_stream(), which makes an object
             index = torch.cuda.current_device() if device.index is None else device.index
             stream = torch._C._cuda_getCurrentRawStream(index)
         latest = self._latest.get((name, stream))
@@ -239,8 +259,11 @@ class Workspace:
 
 
 def allocate(size: int, device: torch.device) -> Tensor:
-    """Bytes, in none of the memory pools that this thread may be told to allocate from: torch.compile's graphs use the
-    memory in theirs again, and whatever outlives a call must not be there. In a capture they are the graph's own."""
+    """Allocate uint8 `[size]` outside the memory pools that this thread may be told to use.
+
+    torch.compile's graphs reuse the memory in their pools, so whatever outlives a call must lie elsewhere. During a
+    capture the memory is the graph's own.
+    """
     import torch
 
     if device.type != "cuda" or torch.cuda.is_current_stream_capturing():
@@ -256,20 +279,22 @@ def allocate(size: int, device: torch.device) -> Tensor:
 
 
 class LaunchableKernel(Kernel):
-    """A kernel that can run here, not only be described. It implements `prepare`, `default_config` and `run`."""
+    """A kernel that can run, not only be described. It implements `prepare`, `default_config` and `run`."""
 
     requires: tuple[str, ...] = ()
-    """Packages that `run` imports, as `requires = ("triton",)`: by the name of the import, which pip must know, too."""
+    """Packages that `run` imports, as in `requires = ("triton",)`: names that import and pip share."""
     hidden_dtypes: tuple[str, ...] = ("bf16", "fp16")
-    """Dtypes of hidden states that `run` takes. A layer has batches of others computed by other kernels."""
+    """Dtypes of hidden states that `run` takes. A layer computes batches of other dtypes by other kernels."""
     graph_safe = True
-    """Whether `launch` may be captured in a CUDA graph, once it has run on the same stream with the same sizes."""
+    """True if `launch` may be captured in a CUDA graph once it has run on the same stream with the same sizes."""
     switchable = True
-    """Whether its kernels are as fast as nodes of a graph that other kernels can switch on and off."""
+    """True if its launches lose no time as graph nodes that a device-side selector switches on and off."""
 
     def unavailable(self) -> str | None:
-        """Why this kernel cannot run here although its description is fine, with the remedy; None if it can. By default
-        the packages of `requires` that are missing. Another reason is a package that is too old. Imports nothing heavy.
+        """Why this kernel cannot run here, with the remedy, although its description is fine; None if it can.
+
+        By default, names the packages of `requires` that are missing. A kernel may add reasons, such as a package that
+        is too old. Imports nothing heavy.
         """
         if isinstance(self.requires, str):
             return f"requires = {self.requires!r} names no packages; write requires = ({self.requires!r},)"
@@ -278,39 +303,40 @@ class LaunchableKernel(Kernel):
 
     @abstractmethod
     def prepare(self, weights: MoEWeights) -> Any:
-        """Bring the weights into the kernel's own form, once; what is given in a layout that it reads is not copied.
+        """Bring the weights into the kernel's own form, once. Weights in a layout that it reads are not copied.
 
-        A layer gives the weights in one of `readable_layouts`, or gate-first where none of those is in LAYOUTS. Raises
-        KernelError where the kernel cannot take them.
+        A layer gives the weights in one of `readable_layouts`, or gate-first if none of those is in LAYOUTS. Raises
+        KernelError if the kernel cannot take them.
         """
 
     @abstractmethod
     def default_config(self, shape: MoEShape, hardware: Hardware, num_tokens: int) -> KernelConfig:
-        """The static choice for a batch size, for where there is no profile."""
+        """The choice by batch size alone, for use without a profile."""
 
     @abstractmethod
     def run(
         self, config: KernelConfig, prepared: Any, batch: Batch, out: Tensor, workspace: Workspace
     ) -> Iterator[None] | None:
-        """Write out `[T, H]` for a batch with at least one token, in the order of the current stream, without
-        synchronising with the host.
+        """Compute a batch of at least one token into `out`, `[T, H]` of the hidden states' dtype.
 
-        A generator yields after each stage of `config.stages`, in their order, once the stage is launched; `launch`
-        and `steps` follow from it. A function that yields nothing is timed as a whole. For one that returns something
-        `launch` and `steps` raise TypeError.
+        All launches go to the current stream; nothing synchronises with the host. Write it as a generator that yields
+        once each stage of `config.stages` is launched, in their order: `launch` and `steps` follow from it. A function
+        that returns None is timed as a whole. If it returns anything else, `launch` and `steps` raise TypeError.
         """
 
     def launch(self, config: KernelConfig, prepared: Any, batch: Batch, out: Tensor, workspace: Workspace) -> None:
-        """All of `run`."""
+        """Run all stages of `run`."""
         for _ in self._running(config, prepared, batch, out, workspace) or ():
             pass
 
     def steps(
         self, config: KernelConfig, prepared: Any, batch: Batch, out: Tensor, workspace: Workspace
     ) -> Iterator[str]:
-        """`run`, stage by stage: launches one and yields its key, then the next. A profiler times the stages so. A
-        `run` that yields nothing is one step without a key. Raises KernelError if `run` yields more or less often than
-        the configuration has stages."""
+        """Run stage by stage, yielding the key of each stage after its launch. A profiler times the stages this way.
+
+        If `run` is no generator, launches everything and yields nothing. Raises KernelError if a generator does not
+        yield exactly once per stage.
+        """
         running = self._running(config, prepared, batch, out, workspace)
         if running is None:
             return
@@ -335,8 +361,10 @@ class LaunchableKernel(Kernel):
         return running
 
     def inline_key(self, config: KernelConfig, shape: MoEShape) -> Hashable | None:
-        """What configurations must share for `launch_inline` to take them together. None for one that it never takes,
-        which by default all are."""
+        """A key that configurations must share for `launch_inline` to take them together.
+
+        None if `launch_inline` never takes the configuration, which is the default.
+        """
         return None
 
     def launch_inline(
@@ -348,7 +376,11 @@ class LaunchableKernel(Kernel):
         out: Tensor,
         workspace: Workspace,
     ) -> None:
-        """`launch` of configs[choice], whichever that is when the launches run: choice int32 `[1]` is on the device,
-        and in a CUDA graph may differ at every replay. configs are two to four of one `inline_key`. Raises KernelError
-        where the kernel has no such launch."""
+        """Launch configs[choice], with the choice read when the launches run.
+
+        configs: two to four of one `inline_key`.
+        choice: int32 `[1]` on the device. In a CUDA graph it may differ at every replay.
+
+        Raises KernelError if the kernel has no such launch.
+        """
         raise KernelError(f"{self.name} cannot be several configurations in one launch")

@@ -1,4 +1,4 @@
-"""Expert histograms, and seeded synthetic routings that spread tokens over experts in known ways."""
+"""Expert histograms, and seeded synthetic routings that distribute tokens over experts in known ways."""
 
 from __future__ import annotations
 
@@ -19,26 +19,26 @@ MAX_COUNT = 2**40
 """Bound on one expert's tokens, so that sums over experts stay exact in 64 bits."""
 
 MAX_CELLS = 2**26
-"""Bound on tokens x experts of a synthetic routing: drawing so many takes some ten seconds."""
+"""Bound on tokens x experts of a synthetic routing: drawing this many takes some ten seconds."""
 
 DRAWN_AT_ONCE = 2**22
-"""Random keys that are held at a time: 32 MiB."""
+"""Random keys held at a time: 32 MiB."""
 
 
 def _on_host(values: Any, what: str) -> Any:
-    """A torch tensor as numpy, wherever it lives; anything else as it is."""
+    """Copy a torch tensor to numpy, from whatever device; return anything else as it is."""
     if not hasattr(values, "detach"):
         return values
     try:
         return values.detach().cpu().numpy()
-    except TypeError:  # bfloat16 and the like have no numpy counterpart
+    except TypeError:  # numpy has no bfloat16
         raise RoutingError(f"{what} must be integers, not {values.dtype}") from None
 
 
 def expert_histogram(topk_ids: Any, num_experts: int) -> IntArray:
-    """Tokens per expert, int64 `[num_experts]`, of top-k ids `[tokens, top_k]` (numpy, torch, or nested lists).
+    """Count tokens per expert, int64 `[num_experts]`, in top-k ids `[tokens, top_k]` (numpy, torch, or nested lists).
 
-    -1 and `num_experts` mark padding or an expert that lives on another rank; they are not counted.
+    Ids of -1 and `num_experts` mark padding, or an expert on another rank, and are not counted.
     Raises RoutingError for ids that are not integers or lie outside `[-1, num_experts]`.
     """
     try:
@@ -60,9 +60,12 @@ def expert_histogram(topk_ids: Any, num_experts: int) -> IntArray:
 
 
 def check_histogram(histogram: Any, num_experts: int | None = None, max_ids: int | None = None) -> IntArray:
-    """`histogram` as int64 `[..., num_experts]` (leading axes are batches), or RoutingError.
+    """Convert a histogram to int64 `[..., num_experts]`; leading axes are batches.
 
-    `max_ids` is tokens x top_k: more counts than that cannot be, fewer can (expert parallelism and padding drop ids).
+    max_ids: tokens x top_k, which no sum of counts exceeds. A sum may be smaller: expert parallelism and padding drop
+        ids.
+
+    Raises RoutingError if the values are no counts of tokens, or do not fit `num_experts` or `max_ids`.
     """
     try:
         h = np.asarray(histogram if type(histogram) is np.ndarray else _on_host(histogram, "an expert histogram"))
@@ -80,7 +83,7 @@ def check_histogram(histogram: Any, num_experts: int | None = None, max_ids: int
         if h.max(initial=0) > MAX_COUNT:
             raise RoutingError(f"expert histogram has a count of {h.max()}, more than any batch can have")
         h = h.astype(np.int64)
-    # A negative count makes the union of all bits negative, a huge one makes it huge: the hot path pays for one pass.
+    # One pass for the hot path: a negative count makes the union of all bits negative, and a huge one makes it huge.
     if not 0 <= int(np.bitwise_or.reduce(h, axis=None)) < MAX_COUNT:
         if h.min() < 0:
             expert = int(np.argmin(h) % h.shape[-1])
@@ -93,12 +96,12 @@ def check_histogram(histogram: Any, num_experts: int | None = None, max_ids: int
 
 
 def active_experts(histogram: IntArray) -> IntArray:
-    """Experts with at least one token, over the last axis."""
+    """Count the experts with at least one token, along the last axis."""
     return np.asarray(np.count_nonzero(histogram, axis=-1))
 
 
 def _without_replacement(p: FloatArray, tokens: int, top_k: int, rng: np.random.Generator) -> IntArray:
-    """`top_k` distinct experts a token, drawn one after the other by `p` [E] or [tokens, E] (Gumbel top-k)."""
+    """Draw `top_k` distinct experts per token, one after the other, by `p` [E] or [tokens, E] (Gumbel top-k)."""
     with np.errstate(divide="ignore"):
         logits = np.log(p)
     ids = np.empty((tokens, top_k), np.int64)
@@ -111,12 +114,12 @@ def _without_replacement(p: FloatArray, tokens: int, top_k: int, rng: np.random.
 
 
 def uniform(tokens: int, num_experts: int, top_k: int, seed: int = 0) -> IntArray:
-    """Every expert equally likely; distinct experts for a token. Ids int64 `[tokens, top_k]`."""
+    """Draw every expert with equal probability, distinct for a token. Ids are int64 `[tokens, top_k]`."""
     return _without_replacement(np.full(num_experts, 1 / num_experts), tokens, top_k, np.random.default_rng(seed))
 
 
 def zipf(tokens: int, num_experts: int, top_k: int, exponent: float, seed: int = 0) -> IntArray:
-    """Expert of rank r has probability r**-exponent; ranks are shuffled over experts; distinct experts for a token."""
+    """Draw the expert of rank r with weight r**-exponent, distinct for a token. Ranks are shuffled over experts."""
     if not exponent >= 0:
         raise RoutingError(f"zipf exponent must be at least 0, not {exponent}")
     rng = np.random.default_rng(seed)
@@ -125,7 +128,7 @@ def zipf(tokens: int, num_experts: int, top_k: int, exponent: float, seed: int =
 
 
 def dirichlet(tokens: int, num_experts: int, top_k: int, concentration: float, seed: int = 0) -> IntArray:
-    """Probabilities drawn once from a symmetric Dirichlet: the smaller, the more skewed. Distinct experts a token."""
+    """Draw by probabilities from a symmetric Dirichlet, distinct for a token. A smaller concentration skews more."""
     if not concentration > 0:
         raise RoutingError(f"dirichlet concentration must be positive, not {concentration}")
     rng = np.random.default_rng(seed)
@@ -137,22 +140,22 @@ def dirichlet(tokens: int, num_experts: int, top_k: int, concentration: float, s
 def balancedness(
     tokens: int, num_experts: int, top_k: int, beta: float, distinct: bool = False, seed: int = 0
 ) -> IntArray:
-    """Alpha-MoE's balancedness: probabilities beta * uniform + (1 - beta) * one hot expert.
+    """Draw by Alpha-MoE's balancedness: probabilities are beta * uniform + (1 - beta) * one hot expert.
 
-    As there, ids are drawn with replacement, so a token may name an expert twice; `distinct=True` forbids that.
+    As in Alpha-MoE, ids are drawn with replacement, so a token may name an expert twice. `distinct=True` forbids that.
     """
     _check_fraction("balancedness", beta)
     rng = np.random.default_rng(seed)
     p = np.full(num_experts, beta / num_experts)
     p[rng.integers(num_experts)] += 1 - beta
     if distinct:
-        # beta = 0 leaves one reachable expert: the others share what distinctness forces away from it.
+        # With beta = 0 only one expert has a probability: the floor spreads the other ids over the rest.
         return _without_replacement(p + 1e-12, tokens, top_k, rng)
     return rng.choice(num_experts, size=(tokens, top_k), p=p / p.sum()).astype(np.int64)
 
 
 def few_active(tokens: int, num_experts: int, top_k: int, fraction: float, seed: int = 0) -> IntArray:
-    """Only a `fraction` of the experts (at least top_k of them) ever receives a token; uniform among those."""
+    """Draw uniformly among a `fraction` of the experts, at least top_k of them. The others receive no token."""
     _check_fraction("active fraction", fraction)
     rng = np.random.default_rng(seed)
     count = min(num_experts, max(top_k, round(fraction * num_experts)))
@@ -161,7 +164,7 @@ def few_active(tokens: int, num_experts: int, top_k: int, fraction: float, seed:
 
 
 def one_hot(tokens: int, num_experts: int, top_k: int, seed: int = 0) -> IntArray:
-    """Every id names the same expert: the worst skew that a kernel can meet (duplicate experts in each token)."""
+    """Name the same expert in every id: the worst skew that a kernel can meet. A token names it top_k times."""
     return np.full((tokens, top_k), np.random.default_rng(seed).integers(num_experts), np.int64)
 
 
@@ -191,9 +194,9 @@ TUNE_KINDS = ("uniform", "zipf1.2", "zipf0.6", "balancedness0.5", "active0.125",
 
 
 def generate(kind: str, tokens: int, num_experts: int, top_k: int, seed: int = 0) -> IntArray:
-    """Top-k ids int64 `[tokens, top_k]` of a routing named as in KINDS, the same for the same arguments.
+    """Draw top-k ids, int64 `[tokens, top_k]`, of a routing named as in KINDS; equal arguments give equal ids.
 
-    Raises UnknownNameError for a kind that does not exist, RoutingError for a value that it does not take.
+    Raises UnknownNameError for an unknown kind, RoutingError for sizes or a value that it does not take.
     """
     if tokens < 0:
         raise RoutingError(f"the number of tokens must be at least 0, not {tokens}")

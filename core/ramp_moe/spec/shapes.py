@@ -11,45 +11,47 @@ from dataclasses import dataclass, field
 from ..errors import ShapeError, UnknownNameError
 
 DTYPE_BYTES: Mapping[str, int] = {"fp8": 1, "bf16": 2, "fp16": 2}
-"""Weight dtypes and bytes an element. fp8 is e4m3 W8A8 with one float32 scale per block of the weight."""
+"""Bytes per element of each weight dtype. fp8 is e4m3 W8A8 with one float32 scale per block of the weight."""
 
 DEFAULT_DTYPE = "fp8"
-"""Of a model that is named without one: what most servers run, and every kernel has."""
+"""Dtype of a model that is named without one: most servers run it, and every kernel has it."""
 
 SCALE_BLOCK = 128
-"""Rows, and columns, of a weight that share an fp8 scale in a checkpoint."""
+"""Side of the square blocks of a weight that share an fp8 scale in a checkpoint."""
 SMALLEST_SCALE_BLOCK = 32
-"""The same after refining: fp8 tensor cores multiply 32 columns at a time."""
+"""Smallest side after refining (see `scale_blocks`): fp8 tensor cores multiply 32 columns at a time."""
 
 
 def scale_blocks(intermediate_size: int) -> tuple[int, ...]:
     """Sides of the square blocks that may share an fp8 scale, the largest first.
 
-    128; where it does not divide the intermediate size, also 64 or 32, the larger that does. A tensor-parallel shard
-    may begin in the middle of a block of 128. Repeating the scales for the smaller blocks is exact, and no block then
-    straddles two shards.
+    128 is always one. If it does not divide the intermediate size, the larger of 64 and 32 that does is another.
+    A tensor-parallel shard may begin in the middle of a block of 128. Repeating the scales for the smaller blocks is
+    exact, and no block then straddles two shards.
     """
     finer = math.gcd(SCALE_BLOCK, intermediate_size)
     return (SCALE_BLOCK, finer) if SMALLEST_SCALE_BLOCK <= finer < SCALE_BLOCK else (SCALE_BLOCK,)
 
 
 def scale_block(scale_columns: int, hidden_size: int, intermediate_size: int) -> int:
-    """Side of the blocks that share an fp8 scale, by the columns of gate_up's scale, hidden size / side. SCALE_BLOCK if
-    no side of `scale_blocks` fits."""
+    """Side of the blocks that share an fp8 scale, if gate_up's scale has `scale_columns` = hidden size / side columns.
+
+    Returns SCALE_BLOCK if no side of `scale_blocks` fits.
+    """
     return next((b for b in scale_blocks(intermediate_size) if scale_columns * b == hidden_size), SCALE_BLOCK)
 
 
 MAX_SIZES = {"num_experts": 2**16, "top_k": 2**16, "hidden_size": 2**20, "intermediate_size": 2**20}
-"""Bounds on a layer, tens of times what models have, so that what is computed of it stays small and exact."""
+"""Bounds on a layer, tens of times what models have. They keep what is computed from the sizes small and exact."""
 
 
 @dataclass(frozen=True, slots=True)
 class MoEShape:
-    """One MoE layer: `num_experts` gated experts of which every token visits `top_k`.
+    """One MoE layer of `num_experts` gated experts; every token visits `top_k` of them.
 
-    An expert is gate and up projections `[intermediate_size, hidden_size]` each, and a down projection
-    `[hidden_size, intermediate_size]`. `name` is a label; two shapes that differ only in it are equal.
-    Raises ShapeError for a field that cannot be.
+    An expert has a gate and an up projection, each `[intermediate_size, hidden_size]`, and a down projection
+    `[hidden_size, intermediate_size]`. `name` is a label: two shapes that differ only in it are equal.
+    Raises ShapeError for a size out of bounds, UnknownNameError for an unknown dtype.
     """
 
     num_experts: int
@@ -65,7 +67,7 @@ class MoEShape:
             if isinstance(value, bool) or not isinstance(value, int) or value < 1:
                 raise ShapeError(f"{what} must be a positive integer, not {value!r}")
             if value > most:
-                raise ShapeError(f"{what} {value} is more than any layer has; at most {most} can be")
+                raise ShapeError(f"{what} {value} is more than any layer has; give at most {most}")
         if self.top_k > self.num_experts:
             raise ShapeError(f"top_k {self.top_k} exceeds num_experts {self.num_experts}")
         if self.dtype not in DTYPE_BYTES:
@@ -73,7 +75,7 @@ class MoEShape:
 
     @property
     def slug(self) -> str:
-        """The shape as a file name: equal shapes have equal slugs."""
+        """The shape in a form that suits file names; equal shapes have equal slugs."""
         return f"E{self.num_experts}-k{self.top_k}-h{self.hidden_size}-i{self.intermediate_size}-{self.dtype}"
 
     @property
@@ -82,16 +84,16 @@ class MoEShape:
 
     @property
     def title(self) -> str:
-        """The label, and the dtype beside a name that does not say it."""
+        """The name with the dtype, or the slug, which contains it."""
         return f"{self.name} ({self.dtype})" if self.name else self.slug
 
     @property
     def gate_up_rows(self) -> int:
-        """Rows of the up-projection's weight, gate and up together (the paper's N)."""
+        """Rows of one expert's gate and up projections together (the paper's N)."""
         return 2 * self.intermediate_size
 
     def matrix_bytes(self, rows: int, columns: int) -> int:
-        """Bytes of one expert's `[rows, columns]` weight, the scales of its [128, 128] fp8 blocks included."""
+        """Bytes of one expert's `[rows, columns]` weight, including the scales of its [128, 128] fp8 blocks."""
         scales = 4 * -(-rows // SCALE_BLOCK) * -(-columns // SCALE_BLOCK) if self.dtype == "fp8" else 0
         return rows * columns * DTYPE_BYTES[self.dtype] + scales
 
@@ -110,7 +112,10 @@ class MoEShape:
         return self.gate_up_bytes + self.down_bytes
 
     def shard(self, tensor_parallel: int) -> MoEShape:
-        """This layer on one of `tensor_parallel` ranks: the intermediate size is divided, every expert stays."""
+        """This layer on one of `tensor_parallel` ranks, which divide the intermediate size and keep every expert.
+
+        Raises ShapeError if the intermediate size does not divide.
+        """
         if tensor_parallel < 1 or self.intermediate_size % tensor_parallel:
             raise ShapeError(
                 f"{self.label}: intermediate_size {self.intermediate_size} does not divide over "
@@ -122,7 +127,7 @@ class MoEShape:
 
 @dataclass(frozen=True, slots=True)
 class Model:
-    """A published model's MoE layer, unsharded, in the dtype of its release. `source` says where the sizes stand."""
+    """A published model's MoE layer, unsharded, in the dtype of its release. `source` says where the sizes are from."""
 
     shape: MoEShape
     source: str
@@ -144,11 +149,13 @@ _SLUG = re.compile(r"e([0-9]{1,9})-k([0-9]{1,9})-h([0-9]{1,9})-i([0-9]{1,9})-(\w
 def resolve_shape(
     models: Mapping[str, Model], name: str, dtype: str | None = None, default: str | None = None
 ) -> MoEShape:
-    """The shape of `name`, where `NAME-tpN` shards NAME over N ranks. A shape's slug is a name, too, that says its
-    dtype itself. Any other model is in `dtype`, or else in `default`, or else as it was released.
+    """Find the shape of a model. `NAME-tpN` shards NAME over N ranks.
 
-    Raises UnknownNameError for a model that is not in `models`, ShapeError for a shard that does not divide, and for a
-    slug of another dtype than `dtype`.
+    A shape's slug is a name, too, and contains its dtype. Any other model is in `dtype`, else in `default`, else in the
+    dtype of its release.
+
+    Raises UnknownNameError for a model that is not in `models`. Raises ShapeError for a shard that does not divide, and
+    if a slug's dtype is not `dtype`.
     """
     by_name = {n.lower(): m for n, m in models.items()} | dict(models)
     wanted = name if name in by_name else name.lower()

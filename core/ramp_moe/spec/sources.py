@@ -1,4 +1,4 @@
-"""What the names in a Python source stand for, found in its syntax tree, without importing it."""
+"""Finds out what the names in a Python source stand for, from its syntax tree, without importing it."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from typing import NamedTuple
 from ..errors import KernelError
 
 OURS = "ramp_moe"
-"""How the names of our top-level packages begin. The one of this very name is the core."""
+"""Beginning of the names of our top-level packages. The core has exactly this name."""
 FUNCTIONS = (ast.FunctionDef, ast.AsyncFunctionDef)
 Function = ast.FunctionDef | ast.AsyncFunctionDef
 Import = ast.Import | ast.ImportFrom
@@ -26,12 +26,15 @@ class Place(NamedTuple):
 
 
 Origin = str | Path | Place
-"""What a name stands for: the dotted name of another library's, one of our modules, or a definition in one."""
+"""What a name stands for: a dotted name of another library, one of our modules, or a definition in one."""
 
 
 class Module:
-    """The top-level statements of a source, those in conditions, too, by the names that they bind. One that binds none
-    (it may fill a table) belongs to all names in it."""
+    """The top-level statements of a source, including those in conditions, by the names that they bind.
+
+    A statement that binds no name (it may fill a table) belongs to all names that it mentions. Raises KernelError if
+    the file cannot be read or parsed, or uses `import *`.
+    """
 
     def __init__(self, file: Path) -> None:
         try:
@@ -53,7 +56,7 @@ def module(file: Path) -> Module:
 
 
 def locate(file: Path, name: str, imported: bool = False) -> Origin:
-    """What a module's name stands for, through all imports."""
+    """Find what a module's name stands for, following all imports."""
     statement = next(iter(module(file).bound.get(name, [])), None)
     if isinstance(statement, Import):
         return origin_of(statement, name, file)
@@ -61,7 +64,7 @@ def locate(file: Path, name: str, imported: bool = False) -> Origin:
 
 
 def origin_of(statement: Import, name: str, file: Path) -> Origin:
-    """What an import in a file binds a name to."""
+    """Find what an import in a file binds a name to."""
     alias = next(a for a in statement.names if bound_by(a) == name)
     if isinstance(statement, ast.Import):
         dotted = alias.name if alias.asname else name
@@ -82,7 +85,7 @@ def bound_by(alias: ast.alias) -> str:
 
 
 def binds(nodes: Iterable[ast.AST], inner: bool = False) -> Iterator[str]:
-    """The names that syntax binds in its own scope; inner: only those that leave a comprehension."""
+    """Yield the names that syntax binds in its own scope. inner: only those that leave a comprehension."""
     for node in nodes:
         match node:
             case ast.FunctionDef() | ast.AsyncFunctionDef() | ast.ClassDef():
@@ -116,7 +119,7 @@ def parameters(node: ast.AST | None) -> list[str]:
 
 @functools.cache
 def members(node: ast.ClassDef) -> dict[str, Function | None]:
-    """A class' fields, None, and methods by name, but for those that the language names."""
+    """A class' methods by name, and its fields with None; without the names of the language (`__init__`)."""
     found: dict[str, Function | None] = dict.fromkeys(binds(node.body))
     for s in (s for s in node.body if isinstance(s, FUNCTIONS)):
         found[s.name] = s
@@ -129,13 +132,13 @@ def members(node: ast.ClassDef) -> dict[str, Function | None]:
 
 @functools.cache
 def folders_of(package: str) -> tuple[Path, ...]:
-    """Where one of our top-level packages lies."""
+    """The folders of one of our top-level packages; none for another library's."""
     spec = importlib.util.find_spec(package) if package.startswith(OURS) else None  # imports nothing
     return tuple(map(Path, spec.submodule_search_locations or ())) if spec else ()
 
 
 def _path_of(dotted: str) -> Path | None:
-    """Where one of our modules lies, without the suffix."""
+    """The path of one of our modules, without the suffix; None for another library's."""
     top, *rest = dotted.split(".")
     return next((folder.joinpath(*rest) for folder in folders_of(top)), None)
 

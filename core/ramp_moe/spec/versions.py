@@ -1,17 +1,19 @@
-"""The version of a kernel's code: a digest of what runs, read from the syntax, without importing the sources.
+"""The version of a kernel's code: a digest of what runs, made from the syntax without importing the sources.
 
-It begins at the functions and classes that are named and follows every name to its definition, in whatever file.
+The digest starts at the roots, named functions and classes, and follows every name to its definition in any file.
 Methods and properties are followed by the attribute's name. The version stays the same if
 
-- our own names change: of functions, classes, arguments, variables, constants, fields, methods and modules;
+- names of ours change: of functions, classes, arguments, variables, constants, fields, methods and modules;
 - definitions change their order, or move to other files and packages;
 - comments, docstrings, the arguments of `raise`, or annotations that nothing evaluates change;
-- code changes that is not reached.
+- code that is not reached changes.
 
 Everything else makes another version: a constant, an operator, another library's name, the order of arguments, a
-default value. The core is an interface to a kernel: its constants are followed, its other names count by where they
-occur. Two limits: a name that two classes share makes another version if only one of them renames it, and so does a
-field's name in a string if only one of the two is renamed.
+default value. The core is an interface to a kernel. Its constants are followed; its other names count only by where
+they occur.
+
+There are two limits, both for renames. If two classes share a name and only one renames it, the version changes. So it
+does if a field's name also occurs in a string and only one of the two is renamed.
 """
 
 from __future__ import annotations
@@ -43,16 +45,16 @@ from .sources import (
 __all__ = ["Place", "digest_of"]
 
 UNEVALUATED = ("dataclasses.", "functools.", "contextlib.", "abc.", "typing.", "builtins.")
-"""Origins of decorators that leave annotations alone; those of compilers read them."""
+"""Origins of decorators that do not evaluate annotations, as compilers' decorators do."""
 UNREAD = ("ctx", "kind", "type_comment", "type_params", "simple")
-"""Fields of the syntax that change nothing, or that not every version of Python has."""
+"""Fields of the syntax that change nothing, or that only some versions of Python have."""
 
 
 @functools.cache
 def digest_of(*roots: Place, apart: tuple[Path, ...] = ()) -> str:
-    """Eight digits that change with what the roots run. Names from the files or folders `apart` are not followed.
+    """Digest what the roots run to eight hexadecimal digits. Names from the files or folders `apart` are not followed.
 
-    Computed once per process, a tenth of a second for 1,000 lines. Raises KernelError if a source cannot be read, or
+    Computed once per process, in a tenth of a second for 1,000 lines. Raises KernelError if a source cannot be read, or
     does not define its root.
     """
     try:
@@ -71,23 +73,23 @@ class Token(NamedTuple):
 
 
 class Walk:
-    """What the roots reach, written down in an order that depends on the syntax alone."""
+    """Writes down what the roots reach, in an order that depends on the syntax alone."""
 
     def __init__(self, apart: tuple[Path, ...] = ()) -> None:
         self.apart = (*apart, *folders_of(OURS))
         self.parts: list[str | Token] = []
         self.reached: list[tuple[Place, str]] = []
-        """Definitions, with an empty name, and methods of the classes there."""
+        """Definitions, with an empty name, and methods of classes, with theirs."""
         self.written = 0
         self.classes: dict[Place, ast.ClassDef] = {}
         self.annotated: list[Place] = []
-        """Named in annotations, from where the classes of arguments are known. They follow all that runs."""
+        """Definitions named in annotations, which tell the classes of arguments. They come after all that runs."""
         self.attributes: dict[str, None] = {}
         self.file = Path()
         self.scopes: list[dict[str, Token | Origin]] = []
 
     def form(self, roots: Iterable[Place]) -> list[str]:
-        """The canonical form: equal for two states of the sources that run the same."""
+        """The canonical form, equal for two states of the sources that run the same."""
         for root in roots:
             if root.name not in module(root.file).bound:
                 raise KernelError(f"{root.file} does not define {root.name}, which a kernel's version is made from")
@@ -98,7 +100,7 @@ class Walk:
         return self.numbered(self.parts)
 
     def grows(self) -> bool:
-        """Reach the methods of known classes whose names occur, or, without any, what annotations name."""
+        """Reach the methods of known classes whose names occur; if there are none left, reach what annotations name."""
         for place, definition in list(self.classes.items()):
             known = {} if self.is_apart(place) else members(definition)
             for name in self.attributes:
@@ -109,7 +111,7 @@ class Walk:
         return self.written < len(self.reached)
 
     def numbered(self, parts: list[str | Token]) -> list[str]:
-        """Names of ours by the order in which they occur, those of other libraries as they are."""
+        """Replace names of ours by the order of their first occurrence; keep other libraries'."""
         ours = {name: method for c in self.classes.values() for name, method in members(c).items()}
         numbers: dict[Token, int] = {}
 
@@ -133,7 +135,7 @@ class Walk:
             self.reached.append((place, method))
 
     def learn(self, place: Place) -> None:
-        """Reach a definition; of one that is apart learn its names alone, unless it is a constant."""
+        """Reach a definition. One that is apart is reached only if it is a constant; a class becomes known."""
         bound = module(place.file).bound.get(place.name, [])
         if bound and isinstance(bound[0], ast.ClassDef):
             self.classes.setdefault(place, bound[0])
@@ -163,7 +165,7 @@ class Walk:
             case ast.Pass() | ast.Expr(value=ast.Constant()):
                 pass
             case ast.Import() | ast.ImportFrom() | ast.Global() | ast.Nonlocal():
-                pass  # what they bind is in the names
+                pass  # names are looked up where they are used
             case ast.Constant(value=str(text)) if text.isidentifier():
                 self.parts.append(Token("name", text))
             case ast.Constant(value=value):
@@ -215,7 +217,7 @@ class Walk:
         self.scopes.pop()
 
     def call(self, node: ast.Call) -> None:
-        """A call; its keywords are places of parameters where the function is ours."""
+        """Write down a call. Keywords become the positions of parameters if the function is ours."""
         called = node.func.value if isinstance(node.func, ast.Subscript) else node.func  # kernel[grid](...)
         origin, places = self.origin(called), list[str]()
         if isinstance(origin, Place):
@@ -241,7 +243,7 @@ class Walk:
         self.scoped(node.args, node.body, self.is_compiled(node))
 
     def scoped(self, args: ast.arguments, body: Sequence[ast.AST], evaluated: bool = False) -> None:
-        """Arguments and body of a function, in a scope of their own."""
+        """Write down arguments and body of a function, in a scope of their own."""
         each = [a for a in (*args.posonlyargs, *args.args, args.vararg, *args.kwonlyargs, args.kwarg) if a]
         kinds = len(args.posonlyargs), len(args.args), args.vararg is None, len(args.kwonlyargs), args.kwarg is None
         self.parts.append(f"arguments {kinds}")
@@ -259,7 +261,7 @@ class Walk:
         self.scopes.pop()
 
     def class_(self, node: ast.ClassDef) -> None:
-        """A class with its fields and the methods that the language or, where it has bases, another class may call."""
+        """Write down a class, its fields, and the methods that the language may call; with bases, all methods."""
         compiled, inner = self.is_compiled(node), bool(self.scopes)
         if inner:
             self.refer(self.look_up(node.name))
@@ -286,7 +288,7 @@ class Walk:
         return locate(self.file, name) if found is None else found
 
     def origin(self, node: ast.AST) -> Origin | None:
-        """What a dotted name stands for; None if it begins with a variable, or is an attribute of ours."""
+        """Find what a dotted name stands for; None if it begins with a variable, or is an attribute of a definition."""
         match node:
             case ast.Name(id=name):
                 found = self.look_up(name)

@@ -1,6 +1,6 @@
-"""Whether a kernel keeps its interface.
+"""Checks whether a kernel keeps its interface.
 
-`KernelConformance` needs pytest, and is imported when it is first used: the command line checks kernels without it.
+`KernelConformance` needs pytest, so it is imported at its first use. The command line checks kernels without it.
 """
 
 from typing import TYPE_CHECKING, Any

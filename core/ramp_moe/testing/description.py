@@ -1,9 +1,10 @@
-"""Whether a kernel keeps the library's contract: named checks, each of which passes, fails with one line that names the
-configuration and the remedy, or is skipped with a reason.
+"""Checks whether a kernel keeps the library's contract.
 
-`ramp-moe check-kernel` runs them over a registered kernel, `ramp_moe.testing` makes them tests. Those of the
-description need nothing but the kernel; those of the launch, in `testing.launch`, need torch, and a GPU or Triton's
-interpreter.
+Each check has a name. It passes, fails with one line that names the configuration and the remedy, or is skipped with a
+reason. `ramp-moe check-kernel` runs the checks on a registered kernel; `ramp_moe.testing` makes them tests.
+
+Checks of the description need only the kernel. Those of the launch, in `testing.launch`, need torch and a GPU or
+Triton's interpreter.
 """
 
 from __future__ import annotations
@@ -45,26 +46,26 @@ if TYPE_CHECKING:
 CHECKS: Mapping[str, str] = {
     "name": "name and version can be used in paths and profiles",
     "reasons": "unsupported() and unavailable() say why, in a sentence",
-    "configs": "configurations exist wherever the kernel is supported, told apart, hashable, with consistent stages",
-    "layout": "weight_layout() has a key, holds all weights and is one that the kernel reads",
+    "configs": "every supported shape has configurations: distinct names, hashable, consistent stages",
+    "layout": "weight_layout() has a key, has room for all weights and is one that the kernel reads",
     "geometry": "grids grow with the tokens, cover every routing and read all weights",
     "default-config": "default_config() answers for every power of two up to 8192 tokens",
-    "outputs": "the float32 layer's output, for every kind of routing",
-    "layouts": "the same output from weights in every layout that the kernel reads",
+    "outputs": "the output is that of the float32 reference, for every kind of routing",
+    "layouts": "the output is the same from weights in every layout that the kernel reads",
     "bounds": "nothing is written outside of the output",
-    "inputs": "hidden states, ids, routing weights and weights stay as they were",
+    "inputs": "hidden states, ids, routing weights and weights stay unchanged",
     "repeatable": "two runs agree within bf16 rounding",
-    "workspace": "what the workspace's buffers held before does not matter",
+    "workspace": "the previous content of the workspace's buffers does not matter",
     "steps": "run() yields once after each stage, in order",
     "asynchronous": "run() does not wait for the device",
-    "graph": "a CUDA graph of the launch follows new inputs, where graph_safe says so",
+    "graph": "a CUDA graph of the launch follows new inputs, if graph_safe is True",
     "threads": "two threads with streams and workspaces of their own do not disturb each other",
 }
-"""Checks in the order in which they run, and what each asks."""
+"""Checks in the order in which they run, with what each requires."""
 SMALL = ((8, 2, 256, 128), (8, 2, 256, 256), (8, 2, 512, 256), (8, 2, 1024, 512), (16, 4, 2048, 1024))
-"""(experts, top_k, hidden, intermediate) to launch on: the first that the kernel supports."""
+"""Sizes to launch on (experts, top_k, hidden, intermediate); the first that the kernel supports is taken."""
 PROBED = ((8, 2, 256, 128), (5, 3, 384, 640), (7, 1, 130, 70), (3, 3, 33, 17), (1, 1, 128, 128), (3000, 8, 256, 128))
-"""Likewise, to ask for reasons and configurations: sizes that a kernel may well have forgotten."""
+"""Sizes to ask for reasons and configurations: odd ones, which a kernel may not have considered."""
 ROUTINGS = (*(k for k in KINDS if not k.endswith("V")), "zipf1.2", "active0.25")
 GENERIC = frozenset(
     re.findall(
@@ -74,25 +75,28 @@ GENERIC = frozenset(
         "unavailable unknown unsupported with works",
     )
 )
-"""Words that say nothing of the reason."""
+"""Words that do not tell a reason."""
 MIN_WORDS = 3
+"""Fewest words of a reason."""
 MORE = 16
-"""Experts, at most, to which a token more is given."""
+"""Number of experts that are tried with one token more."""
 
 
 def supported_shape(
     kernel: Kernel, model: str = "olmoe-1b-7b", device: str = "h200", dtypes: Collection[str] = DTYPE_BYTES
 ) -> MoEShape:
-    """The model's shape in the first of `dtypes` that the kernel supports there. Raises KernelError with the reasons
-    where there is none, UnknownNameError for a model or a device that does not exist, ShapeError for a shape's name
-    that says another dtype than all of `dtypes`."""
+    """The model's shape in the first of `dtypes` that the kernel supports on the device.
+
+    Raises KernelError with the reasons if it supports none, UnknownNameError for an unknown model or device, and
+    ShapeError if `model` is a shape's slug whose dtype is not among `dtypes`.
+    """
     registry, reasons = get_registry(), {}
     named = registry.shape(model)
     for dtype in dtypes if named.name or named.dtype not in dtypes else [named.dtype]:
         shape, hardware = registry.shape(model, dtype), registry.device(device)
         try:
             reason = why_unsupported(kernel, shape, hardware)
-        except KernelError:  # which a check is there to tell
+        except KernelError:  # a check reports it
             return shape
         if reason is None:
             return shape
@@ -102,7 +106,7 @@ def supported_shape(
 
 
 def interpret_without_gpu() -> None:
-    """Let Triton's kernels run in its interpreter where torch sees no GPU. Of use before Triton is imported only."""
+    """Let Triton's kernels run in its interpreter if torch sees no GPU. Has no effect once Triton is imported."""
     if "triton" in sys.modules or importlib.util.find_spec("torch") is None:
         return
     import torch
@@ -112,12 +116,15 @@ def interpret_without_gpu() -> None:
 
 
 class Conformance:
-    """The checks of one kernel. What it describes is checked for `shape` on `hardware` and, beyond that, for odd
-    shapes on every kind of hardware that is registered; its launch is checked on a small shape of the same dtype, on
-    this machine's GPU or else on CPU tensors, which Triton's interpreter takes.
+    """The checks of one kernel.
 
-    launch_shape: to launch on instead. configs: about so many configurations are launched, evenly spread, beside the
-    defaults; None takes 8 on a GPU and 2 without; 0 takes all.
+    The description is checked for `shape` on `hardware`, and for odd shapes on one GPU of each registered architecture.
+    The launch is checked on a small shape of the same dtype, on this machine's GPU. Without a GPU it is checked on CPU
+    tensors, which Triton's interpreter takes; fp16 then stands in for bf16.
+
+    launch_shape: shape to launch on instead.
+    configs: approximate number of configurations to launch, evenly spread, besides the defaults. None takes 8 on a GPU
+        and 2 without; 0 takes all.
     """
 
     def __init__(
@@ -134,7 +141,7 @@ class Conformance:
         self._no_trial: Skip | None = None
 
     def run(self, check: str) -> Outcome:
-        """One of CHECKS. Whatever the kernel raises is a failure of the check."""
+        """Run one of CHECKS. If the kernel raises anything, the check has failed."""
         own = getattr(self, "_check_" + check.replace("-", "_"), None)
         try:
             note = own() if own is not None else getattr(self._launched(), check)()
@@ -155,7 +162,7 @@ class Conformance:
     def _check_name(self) -> None:
         name, version = getattr(self.kernel, "name", None), self.kernel.version()
         if not isinstance(name, str) or not NAME.fullmatch(name):
-            raise Failure(f"name is {name!r}; letters, digits, . _ and - make a name, not beginning with a sign")
+            raise Failure(f"name is {name!r}; begin with a letter or digit, go on with these or . _ -")
         if not isinstance(version, str) or not version.strip():
             raise Failure(f"version() returns {version!r}; return the version of the code that runs")
 
@@ -180,7 +187,7 @@ class Conformance:
                 raise Failure(f"{e}; unsupported() must give the reason {where}, or configs() a configuration") from e
             if usable_configs(self.kernel, shape, hardware) != configs:
                 raise Failure(
-                    f"configs() answers differently when asked twice {where}; order and content must be fixed"
+                    f"configs() answers differently when asked twice {where}; return the same ones in the same order"
                 )
             stages: dict[str, Stage] = {}
             for config in configs:
@@ -199,12 +206,12 @@ class Conformance:
             least = shape.num_experts * _elements(shape) * DTYPE_BYTES[shape.dtype]
             if not isinstance(layout.bytes, int) or layout.bytes < least:
                 raise Failure(
-                    f"weight_layout({shape.slug}) is of {layout.bytes!r} bytes, the weights alone have {least}; "
+                    f"weight_layout({shape.slug}) has {layout.bytes!r} bytes, the weights alone have {least}; "
                     "num_experts * expert_bytes is the usual size"
                 )
 
     def _check_geometry(self) -> None:
-        # A grid depends on the hardware no more than by its configuration: one is enough.
+        # A grid depends on the hardware only through its configuration: one GPU is enough.
         elsewhere = [s for s, hardware in self._supported() if hardware == self.hardware]
         for shape in (self.shape, *elsewhere):
             histograms, seen = _histograms(shape), set[GridGeometry]()
@@ -234,10 +241,10 @@ class Conformance:
                     strays.add(config.name)
         if not strays:
             return ""
-        return f"not among configs(), which cannot be profiled: {', '.join(sorted(strays))}; add them there"
+        return f"missing in configs(), so they cannot be profiled: {', '.join(sorted(strays))}; add them there"
 
     def _probes(self) -> Iterator[tuple[MoEShape, Hardware]]:
-        """Shapes in every dtype on one GPU of every architecture that is registered, ours among them."""
+        """Shapes in every dtype, each on one GPU per architecture: the registered ones and `hardware`'s."""
         by_arch = {h.arch: h for h in (*get_registry().hardware.values(), self.hardware)}
         for dtype in DTYPE_BYTES:
             for hardware in by_arch.values():
@@ -246,7 +253,7 @@ class Conformance:
                     yield MoEShape(*sizes, dtype), hardware
 
     def _described(self, shape: MoEShape, hardware: Hardware | None = None) -> tuple[KernelConfig, ...]:
-        """Configurations, for checks that are not about them."""
+        """Configurations, for checks of something else. Raises Skip if there are none."""
         try:
             configs = usable_configs(self.kernel, shape, hardware or self.hardware)
             hash(configs)
@@ -265,11 +272,11 @@ class Conformance:
         from ..spec.launchable import LaunchableKernel
 
         if not isinstance(self.kernel, LaunchableKernel):
-            raise Skip("the kernel is only described, there is nothing to launch")
+            raise Skip("the kernel is only described; there is nothing to launch")
         return self.kernel
 
     def _small(self, hardware: Hardware, dtype: str | None = None) -> MoEShape | None:
-        """What to launch on; None where the kernel takes none of SMALL."""
+        """The shape to launch on; None if the kernel takes none of SMALL."""
         if self._launch_shape is not None:
             return self._launch_shape
         shapes = (MoEShape(*sizes, dtype or self.shape.dtype) for sizes in SMALL)
@@ -316,7 +323,7 @@ class Conformance:
 
 
 def _generic(reason: object) -> str | None:
-    """What is wrong with a reason; None where it is a sentence that says something."""
+    """What is wrong with a reason; None if it tells one."""
     if not isinstance(reason, str) or not reason.strip():
         return "is no reason"
     words = re.findall(r"\w+", reason.lower())
@@ -326,7 +333,7 @@ def _generic(reason: object) -> str | None:
 
 
 def _check_config(config: KernelConfig, stages: dict[str, Stage], where: str) -> None:
-    """One configuration by itself, and its stages beside those of the others, which are collected in `stages`."""
+    """Check one configuration, and its stages against those of the others, which are collected in `stages`."""
     at = f"configuration {config.name!r} {where}"
     if not isinstance(config.name, str) or not config.name:
         raise Failure(f"{at} has no name; give each configuration one of its own")
@@ -338,17 +345,17 @@ def _check_config(config: KernelConfig, stages: dict[str, Stage], where: str) ->
         raise Failure(f"{at} has no gemm stage; describe at least one launch with its geometry")
     keys = [stage.key for stage in config.stages]
     if len(set(keys)) != len(keys):
-        raise Failure(f"{at} has two stages of one key; stages with equal keys are one launch, name them apart")
+        raise Failure(f"{at} has two stages with the same key; equal keys mean one launch, so name them apart")
     for stage in config.stages:
         if stages.setdefault(stage.key, stage) != stage:
             raise Failure(
-                f"{at}: stage {stage.key!r} is another launch than under that key before; put into the key whatever "
-                "its kind or its geometry depend on"
+                f"{at}: stage {stage.key!r} is another launch than an earlier stage of this key; put into the key "
+                "whatever its kind and geometry depend on"
             )
 
 
 def _histograms(shape: MoEShape) -> IntArray:
-    """int64 `[B, E]`: some of every kind of routing, one token among them, and the empty batch last."""
+    """Histograms int64 `[B, E]`: every kind of routing in several sizes, and last the empty batch."""
     ids = (
         generate(kind, tokens, shape.num_experts, shape.top_k, seed)
         for seed, kind in enumerate(ROUTINGS)
@@ -359,23 +366,23 @@ def _histograms(shape: MoEShape) -> IntArray:
 
 
 def _check_grid(geometry: GridGeometry, histograms: IntArray, at: str) -> None:
-    """What the cost model trusts every grid in, on histograms `[B, E]` of which the last is empty."""
+    """Check what the cost model relies on in every grid, on histograms `[B, E]` of which the last is empty."""
     logical, experts = np.asarray(geometry.logical(histograms)), histograms.shape[1]
     remedy = "use GridGeometry as it is, or correct what is overridden"
     if logical.shape != histograms.shape[:1] or any(
         int(geometry.logical(h)) != n for h, n in zip(histograms, logical, strict=True)
     ):
-        raise Failure(f"{at}: logical() of several histograms is not that of each; {remedy}")
+        raise Failure(f"{at}: logical() of stacked histograms differs from that of each; {remedy}")
     if logical[-1] != 0 or (logical[:-1] < 1).any():
         raise Failure(f"{at}: logical() must be 0 without tokens and positive with some; {remedy}")
     if (geometry.logical(histograms[:, ::-1]) != logical).any():
         raise Failure(f"{at}: logical() depends on the order of the experts; {remedy}")
-    # To every histogram one token more, for each of the first experts.
+    # One token more in every histogram, for each of the first experts in turn.
     more = histograms[:, None] + np.eye(min(experts, MORE), experts, dtype=np.int64)
     for what in ("logical", "weight_bytes", "weight_traffic"):
         measure = getattr(geometry, what)
         if (measure(more) < measure(histograms)[:, None]).any():
-            raise Failure(f"{at}: {what}() falls where an expert gets a token more; {remedy}")
+            raise Failure(f"{at}: {what}() falls if an expert gets a token more; {remedy}")
     if geometry.persistent_ctas is None:
         for histogram, needed in zip(histograms, logical.tolist(), strict=True):
             ids = int(histogram.sum())
@@ -384,8 +391,10 @@ def _check_grid(geometry: GridGeometry, histograms: IntArray, at: str) -> None:
 
 
 def _check_coverage(gemms: Sequence[GridGeometry], shape: MoEShape, layout: WeightLayout, at: str) -> None:
-    """The launches together multiply with all of an expert's weights, and read no more bytes than there are. One fused
-    launch is described along the up projection alone."""
+    """Check that the launches together use all of an expert's weights, and read no more bytes than there are.
+
+    A single fused launch is described along the gate and up projections alone.
+    """
     work = sum(g.n * g.k for g in gemms)
     least = _elements(shape) if len(gemms) > 1 else shape.gate_up_rows * shape.hidden_size
     if work < least:
@@ -393,30 +402,30 @@ def _check_coverage(gemms: Sequence[GridGeometry], shape: MoEShape, layout: Weig
             f"{at}: the gemm stages cover {work} weights of an expert (n * k), it has {least}; "
             "gate and up rows both count, and each projection needs its own stage unless one launch does all"
         )
-    # A layout that is too small is told by its own check.
+    # The check "layout" reports a layout that is too small.
     read, there = sum(g.expert_bytes for g in gemms), max(layout.bytes / shape.num_experts, shape.expert_bytes)
     least = _elements(shape) * DTYPE_BYTES[shape.dtype]
     if not least <= read <= there:
         raise Failure(
             f"{at}: the gemm stages read {read} bytes of an expert (expert_bytes), which has {least} without scales "
-            f"and {there:.0f} in weight_layout(); shape.gate_up_bytes, down_bytes and expert_bytes are such sizes"
+            f"and {there:.0f} in weight_layout(); use shape.gate_up_bytes, down_bytes or expert_bytes"
         )
 
 
 def _elements(shape: MoEShape) -> int:
-    """Weights of one expert."""
+    """Number of weights of one expert."""
     return 3 * shape.hidden_size * shape.intermediate_size
 
 
 def run_all(conformance: Conformance) -> Iterator[Outcome]:
-    """Every check in this process, which a kernel may break."""
+    """Run every check in this process, which a kernel may break."""
     for check in CHECKS:
         yield conformance.run(check)
 
 
 @dataclass(frozen=True)
 class Making:
-    """A Conformance of registered names, to be made in another process: it pickles."""
+    """Makes a Conformance from registered names, in another process: it pickles."""
 
     kernel: str
     shape: MoEShape
@@ -432,8 +441,11 @@ class Making:
 
 
 def run_apart(make: Callable[[], Conformance], timeout: float) -> Iterator[Outcome]:
-    """Every check in a process of its own: one that ends it, breaks its GPU or takes longer than `timeout` seconds has
-    failed, and the next begins in a new process. make() returns the Conformance there, and must pickle."""
+    """Run every check in a process apart from this one.
+
+    A check that ends the process, breaks its GPU or takes longer than `timeout` seconds has failed. The next check then
+    begins in a new process. `make` is called there to make the Conformance, and must pickle.
+    """
     from ..profiler.worker import Died, Failed, Worker
 
     worker: Worker | None = None

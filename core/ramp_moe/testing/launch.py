@@ -1,5 +1,7 @@
-"""A kernel's launch on a small layer: what it computes, what else it touches, and how it gets on with streams and
-graphs. Each check returns a note or None, and raises Failure or Skip."""
+"""Checks of a kernel's launch on a small layer: its output, what else it touches, its use of streams and graphs.
+
+Each check returns a note or None, and raises Failure or Skip.
+"""
 
 from __future__ import annotations
 
@@ -27,24 +29,26 @@ from ..spec.shapes import MoEShape
 from .outcome import MAX_DEFAULT_TOKENS, Failure, Skip, powers_of_two
 
 TOKENS, GPU_TOKENS = (9, 1), (33, 1, 8, 300)
-"""Batch sizes, the first of which the checks take that need one only."""
+"""Batch sizes without and with a GPU. Checks that need only one take the first."""
 GUARD = 1 << 16
-"""Elements on both sides of the output that nobody may write: a tile of 256 tokens by 256."""
+"""Elements on either side of the output that no launch may write: a tile of 256 tokens by 256 columns."""
 CANARY = 1184.0
+"""Value of these elements; bf16 and fp16 both hold it exactly."""
 ROUNDING = 2**-7
-"""Relative difference of two runs: sums of some bf16 terms in another order."""
+"""Allowed relative difference of two runs, as from adding some bf16 terms in another order."""
 HOLD_CYCLES = 200_000_000
-"""A tenth of a second, in which the device is kept busy."""
+"""Cycles for which the device is kept busy: a tenth of a second."""
 THREAD_ROUNDS = 8
+"""Launches of each thread in the check of threads."""
 INTERPRETED = 2
-"""Configurations without a GPU, beyond those whose outputs are looked at: the interpreter takes a second a launch."""
+"""Without a GPU, the number of configurations in the checks after the outputs: an interpreted launch takes a second."""
 
 Replay = Callable[[], None]
 
 
 @dataclass(frozen=True)
 class Case:
-    """One batch and what comes out of it, float32 `[T, H]`."""
+    """One batch and its expected output, float32 `[T, H]`."""
 
     name: str
     batch: Batch
@@ -53,7 +57,13 @@ class Case:
 
 @dataclass
 class Run:
-    """What one launch did. `raised`, `wrong`: in words; `outside`, `changed`: whether it wrote where it must not."""
+    """The result of one launch.
+
+    raised: the exception in words; None if it raised none.
+    wrong: how the output is wrong; None if it is right.
+    outside: True if it wrote beyond the output.
+    changed: names of the inputs that it changed.
+    """
 
     config: KernelConfig
     case: Case
@@ -68,7 +78,7 @@ class Run:
 
 
 class Filled(Workspace):
-    """Fills every buffer that it hands out with one byte, as any other user of the memory may have done."""
+    """A workspace that fills every buffer with one byte, as another user of the memory might have done."""
 
     def __init__(self, byte: int) -> None:
         super().__init__()
@@ -81,7 +91,7 @@ class Filled(Workspace):
 
 
 class HostReads(TorchDispatchMode):  # type: ignore[no-untyped-call]
-    """Collects the operations whose result the host must wait for, on any device."""
+    """Collects the operations whose results the host must wait for, on any device."""
 
     def __init__(self) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
@@ -89,7 +99,7 @@ class HostReads(TorchDispatchMode):  # type: ignore[no-untyped-call]
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         waits = {torch.Tag.data_dependent_output, torch.Tag.dynamic_output_shape} & set(func.tags)
-        # An index of integers has its own shape; one of truth values must be counted.
+        # Indexing by integers has a known shape; by booleans, the true ones must be counted.
         if func is torch.ops.aten.index.Tensor and not any(i is not None and i.dtype == torch.bool for i in args[1]):
             waits = set()
         if waits:
@@ -98,9 +108,9 @@ class HostReads(TorchDispatchMode):  # type: ignore[no-untyped-call]
 
 
 class Trial:
-    """A small layer of random weights on this machine's GPU, or on the CPU, and the launches that the checks look at.
+    """A small layer of random weights on this machine's GPU, or on the CPU, with the launches that the checks look at.
 
-    Raises Skip where the kernel refuses to prepare the weights because they are not on a GPU.
+    Raises Skip if there is no GPU and the kernel refuses to prepare the weights.
     """
 
     def __init__(self, kernel: LaunchableKernel, shape: MoEShape, hardware: Hardware, at_most: int) -> None:
@@ -131,7 +141,7 @@ class Trial:
 
     @cached_property
     def cases(self) -> list[Case]:
-        """Every kind of routing in every size. In the first no expert is empty, if there are tokens enough."""
+        """Every kind of routing in every batch size. In the first no expert is empty, if there are enough tokens."""
         found: list[Case] = []
         for tokens in self._sizes:
             for kind, ids in _routings(tokens, self.shape):
@@ -142,21 +152,21 @@ class Trial:
 
     @cached_property
     def runs(self) -> list[Run]:
-        """Each configuration on each case."""
+        """The launches of each configuration on each case."""
         return [self._watched(config, case) for config in self.configs for case in self.cases]
 
     def outputs(self) -> str:
         self._refuse(
             [f"{r.at}: {r.raised or r.wrong}" for r in self.runs if r.raised or r.wrong],
-            "compare with the layer of ramp_moe_kernels.reference; every element of out must be written, also of "
-            "tokens without an expert",
+            "compare with ramp_moe.runtime.reference; write every element of out, also those of tokens without an "
+            "expert",
         )
         where = torch.cuda.get_device_name(self.device) if self.device.type == "cuda" else "CPU tensors"
         return f"{len(self.runs)} launches of {len(self.configs)} configurations, {self.shape.slug} on {where}"
 
     def layouts(self) -> str:
         if not self._others:
-            raise Skip("the kernel reads one layout alone, in which it has the weights of the other checks")
+            raise Skip("the kernel reads only one layout, which the other checks use")
         found, config, case = [], self._sound()[0], self.cases[0]
         if self._wrong(self._output(config, case, Filled(0)), case) is None:
             for layout in self._others:
@@ -177,7 +187,7 @@ class Trial:
     def inputs(self) -> None:
         self._refuse(
             [f"{r.at} changes {', '.join(r.changed)}" for r in self._came_through() if r.changed],
-            "copy what is to be changed into a buffer of the workspace",
+            "copy whatever is changed into a buffer of the workspace first",
         )
 
     def repeatable(self) -> None:
@@ -200,11 +210,11 @@ class Trial:
             for case in self._first_cases():
                 clean = self._wrong(self._output(config, case, Filled(0)), case)
                 for byte in (0xFF, 0x7F):
-                    # What is wrong over cleared buffers, too, is wrong for another reason.
+                    # An output that is wrong with cleared buffers, too, has another cause.
                     wrong = clean is None and self._wrong(self._output(config, case, Filled(byte)), case)
                     if wrong:
                         found.append(f"configuration {config.name} on {case.name}, buffers full of {byte:#x}: {wrong}")
-        self._refuse(found, "buffers of the workspace hold anything: set what is added to or counted in, every launch")
+        self._refuse(found, "workspace buffers hold anything: clear those to add to or count in, in every launch")
 
     def steps(self) -> None:
         named, found = False, []
@@ -232,14 +242,14 @@ class Trial:
         for config in self._sound():
             launch = self._again(config, _copy(self.cases[0].batch))[0]
             reads = HostReads()
-            launch()  # which compiles and allocates
+            launch()  # compiles and allocates
             with reads:
                 launch()
             if reads.found:
                 found.append(f"configuration {config.name} reads from the device ({reads.found[0]})")
             elif self.device.type == "cuda" and (how := _waits(launch)):
                 found.append(f"configuration {config.name} {how}")
-        self._refuse(found, "compute sizes and grids from shapes alone, and read counts on the device")
+        self._refuse(found, "compute sizes and grids from shapes alone, and read counts only on the device")
 
     def graph(self) -> None:
         if not self.kernel.graph_safe:
@@ -251,7 +261,7 @@ class Trial:
         for config in self._sound():
             for tokens in self._sizes:
                 cases = [c for c in self.cases if c.batch.num_tokens == tokens]
-                # Of few experts: what was decided on the host, while it was captured, does not do for the others.
+                # Capture on few experts: what the host decided then does not suit the other cases.
                 given = _copy(min(cases, key=lambda c: len(set(c.batch.topk_ids.flatten().tolist()))).batch)
                 launch, out = self._again(config, given)
                 try:
@@ -269,11 +279,11 @@ class Trial:
                     self._synchronise()
                     replay()
                     self._synchronise()
-                    # What is wrong without a graph is told by the check of outputs.
+                    # The check of outputs reports what is wrong without a graph.
                     wrong = self._wrong(out, case)
                     if wrong and self._wrong(self._output(config, case, Workspace()), case) is None:
                         found.append(f"configuration {config.name} replayed on {case.name}: {wrong}")
-        self._refuse(found, "nothing of a batch but its sizes may be used on the host, or set graph_safe to False")
+        self._refuse(found, "use only a batch's sizes on the host, or set graph_safe to False")
 
     def threads(self) -> None:
         if self.device.type != "cuda":
@@ -282,7 +292,7 @@ class Trial:
 
         def work(config: KernelConfig, batch: Batch, outs: list[Tensor]) -> None:
             try:
-                torch.cuda.set_device(self.device)  # a thread begins with the first
+                torch.cuda.set_device(self.device)  # a new thread begins with device 0
                 stream, workspace = torch.cuda.Stream(), Workspace()  # type: ignore[no-untyped-call]
                 with torch.cuda.stream(stream):
                     for out in outs:
@@ -307,7 +317,7 @@ class Trial:
                 wrong = next(filter(None, (self._wrong(out, case) for out in mine)), None)
                 if wrong:
                     found.append(f"configuration {config.name} on {case.name}, beside another thread: {wrong}")
-        self._refuse(found, "keep no buffers outside of the workspace, and launch on the current stream")
+        self._refuse(found, "keep no buffers outside the workspace, and launch on the current stream")
 
     # --- launching ---------------------------------------------------------------------------------------------------
 
@@ -319,12 +329,12 @@ class Trial:
         return Batch(x.to(dtype), torch.tensor(ids, dtype=torch.int32, device=self.device), scores.softmax(-1))
 
     def _again(self, config: KernelConfig, batch: Batch) -> tuple[Callable[[], None], Tensor]:
-        """(launch, out): what launches on these very buffers as often as it is called."""
+        """(launch, out): a function that launches on the same buffers at every call, and the output."""
         out, workspace = torch.empty_like(batch.hidden_states), Workspace()
         return lambda: self.kernel.launch(config, self.prepared, batch, out, workspace), out
 
     def _guarded(self, case: Case) -> tuple[Tensor, Tensor]:
-        """(out, all): an output full of NaN in the middle of a buffer full of canaries."""
+        """(out, whole): an output full of NaN in the middle of a buffer full of canaries, and that buffer."""
         x = case.batch.hidden_states
         whole = torch.full((x.numel() + 2 * GUARD,), CANARY, dtype=x.dtype, device=x.device)
         out = whole[GUARD : GUARD + x.numel()].view(x.shape)
@@ -345,8 +355,10 @@ class Trial:
         return run
 
     def _launch(self, config: KernelConfig, case: Case, out: Tensor, workspace: Workspace) -> list[str]:
-        """Launch on a copy of the batch. Names of the inputs that are changed; the weights are put right again, so that
-        the next launch is not to blame."""
+        """Launch on a copy of the batch, and return the names of the inputs that changed.
+
+        Changed weights are restored, so that the next launch is not blamed for them.
+        """
         batch = _copy(case.batch)
         self.kernel.launch(config, self.prepared, batch, out, workspace)
         self._synchronise()
@@ -363,7 +375,7 @@ class Trial:
         return found
 
     def _sound(self) -> list[KernelConfig]:
-        """Configurations that launch on every case, for checks of something else."""
+        """Configurations that launch on every case. Raises Skip if there are none."""
         broken = {run.config: run.raised for run in self.runs if run.raised}
         sound = [config for config in self._some if config not in broken]
         if not sound:
@@ -393,7 +405,7 @@ class Trial:
 
 
 def capture_on(device: torch.device) -> Callable[[Callable[[], None]], Replay] | None:
-    """What captures a launch in a graph and returns its replay; None where there are no graphs."""
+    """A function that captures a launch in a graph and returns its replay; None if the device has no graphs."""
     return _captured if device.type == "cuda" else None
 
 
@@ -402,7 +414,7 @@ def _captured(launch: Callable[[], None]) -> Replay:
     side.wait_stream(torch.cuda.current_stream())
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.stream(side):
-        launch()  # compiles, and gives the buffers of this stream their sizes
+        launch()  # compiles, and allocates this stream's buffers
         side.synchronize()
         with torch.cuda.graph(graph, stream=side):
             launch()
@@ -410,7 +422,7 @@ def _captured(launch: Callable[[], None]) -> Replay:
 
 
 def _waits(launch: Callable[[], None]) -> str | None:
-    """How a launch on a GPU waits for it; None where it does not."""
+    """How a launch waits for the GPU; None if it does not."""
     mode = torch.cuda.get_sync_debug_mode()
     torch.cuda.synchronize()
     torch.cuda.set_sync_debug_mode("error")
@@ -420,10 +432,10 @@ def _waits(launch: Callable[[], None]) -> str | None:
         return f"waits for the device: {describe(e)}"
     finally:
         torch.cuda.set_sync_debug_mode(mode)
-    # torch knows of its own waits only: with the device busy, a launch that waits comes back when it is no longer. The
-    # host may be held up by something else, once.
+    # torch knows only its own waits. A launch that waits in another way returns once a busy device is done. Something
+    # else may hold up the host, but hardly twice.
     if all(_outlasts_the_device(launch) for _ in range(2)):
-        return "comes back only when the device has done what was before it"
+        return "returns only when the device has finished all earlier work"
     return None
 
 
@@ -441,11 +453,13 @@ def _outlasts_the_device(launch: Callable[[], None]) -> bool:
 def _sample(
     kernel: LaunchableKernel, shape: MoEShape, hardware: Hardware, at_most: int, sizes: Sequence[int]
 ) -> list[KernelConfig]:
-    """About `at_most` configurations (all for 0), evenly spread, after the defaults of these sizes, and after any
-    default that is not among the configurations."""
+    """The defaults for `sizes`, any default that is missing in configs(), and about `at_most` others, evenly spread.
+
+    at_most: 0 takes all configurations.
+    """
     configs, chosen = usable_configs(kernel, shape, hardware), []
     for tokens in (*sizes, *powers_of_two(MAX_DEFAULT_TOKENS)):
-        with contextlib.suppress(Exception):  # told by the check of defaults
+        with contextlib.suppress(Exception):  # the check of defaults reports it
             config = kernel.default_config(shape, hardware, tokens)
             if tokens in sizes or config not in configs:
                 chosen.append(config)
@@ -454,13 +468,13 @@ def _sample(
 
 
 def _routings(tokens: int, shape: MoEShape) -> Iterator[tuple[str, IntArray]]:
-    """Kinds of routing by name, ids int64 `[tokens, top_k]`. One token has no use for all of them."""
+    """Yield kinds of routing by name, with ids int64 `[tokens, top_k]`. For one token, most kinds would be alike."""
     experts, top_k = shape.num_experts, shape.top_k
     yield "even routing", (np.arange(tokens * top_k) % experts).reshape(tokens, top_k)
     padded = generate("uniform", tokens, experts, top_k, seed=1)
     padded[:, 0] = np.where(np.arange(tokens) % 3 == 0, -1, padded[:, 0])
     padded[:, -1] = np.where(np.arange(tokens) % 4 == 1, experts, padded[:, -1])
-    padded[tokens // 2] = -1  # a token of zeros
+    padded[tokens // 2] = -1  # a token without experts: its output is zero
     if tokens > 1:
         yield "empty experts", generate("active0.25", tokens, experts, top_k, seed=2)
         yield "skewed routing", generate("zipf1.5", tokens, experts, top_k, seed=3)
@@ -481,7 +495,7 @@ def _copied(of: Batch | MoEWeights) -> list[Tensor]:
 
 
 def _changed(of: Batch | MoEWeights, before: Sequence[Tensor]) -> list[str]:
-    """Names of the tensors that are no longer, bit by bit, what they were."""
+    """Names of the tensors that differ in any bit from before."""
     names = [field.name for field in fields(of) if isinstance(getattr(of, field.name), Tensor)]
     return [
         name

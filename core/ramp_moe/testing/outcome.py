@@ -1,18 +1,15 @@
-"""What a check of a kernel may find."""
+"""The possible outcomes of checking a kernel."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Literal
+from typing import Literal
 
 from ..errors import KernelError
 
-if TYPE_CHECKING:
-    pass
-
-
 MAX_DEFAULT_TOKENS = 8192
+"""Largest batch that a kernel is asked its default configuration for."""
 
 
 class Failure(KernelError):
@@ -20,12 +17,12 @@ class Failure(KernelError):
 
 
 class Skip(KernelError):
-    """A check that cannot be made here, and why."""
+    """A check that cannot be made here: the message says why."""
 
 
 @dataclass(frozen=True, slots=True)
 class Outcome:
-    """What became of one check. `detail`: why it failed or was skipped, or a note."""
+    """The outcome of one check. `detail` says why it failed or was skipped; if it passed, it is a note or empty."""
 
     check: str
     result: Literal["passed", "failed", "skipped"]
@@ -33,4 +30,5 @@ class Outcome:
 
 
 def powers_of_two(most: int) -> Iterable[int]:
+    """1, 2, 4, ... up to `most`."""
     return (1 << i for i in range(most.bit_length()))

@@ -5,7 +5,7 @@
     class TestMyKernel(KernelConformance):
         kernel = MyKernel()
 
-Imported before Triton, this module lets its kernels run in the interpreter where there is no GPU.
+Without a GPU, this module lets Triton's kernels run in the interpreter, if it is imported before Triton.
 """
 
 from __future__ import annotations
@@ -24,12 +24,15 @@ interpret_without_gpu()
 
 
 class KernelConformance:
-    """One test for each check, which fails with the check's line. All run in this process: a kernel that ends it, or
-    breaks its GPU, is better looked at with `ramp-moe check-kernel`.
+    """One test per check; a test that fails shows the check's line.
 
-    kernel: the kernel. shapes: what to describe it for (default: olmoe-1b-7b in the first dtype that it supports).
-    device: the registered hardware to describe it on. launch_shape: what to launch on (default: something small).
-    configs: how many configurations to launch, as Conformance takes it.
+    All tests run in this process. If a kernel ends the process or breaks its GPU, use `ramp-moe check-kernel` instead.
+
+    kernel: the kernel to test.
+    shapes: shapes to describe it for (default: olmoe-1b-7b in the first dtype that it supports).
+    device: name of the registered hardware to describe it on.
+    launch_shape: shape to launch it on (default: a small one that it supports).
+    configs: number of configurations to launch, as for Conformance.
     """
 
     kernel: ClassVar[Kernel]
@@ -41,7 +44,7 @@ class KernelConformance:
 
     @classmethod
     def conformances(cls) -> Sequence[Conformance]:
-        """One for each shape, the same for all tests of the class: runs are shared."""
+        """One Conformance per shape. All tests of the class share them, and so their launches."""
         if "_made" not in vars(cls):
             hardware = get_registry().device(cls.device)
             shapes = cls.shapes or (supported_shape(cls.kernel, device=cls.device),)
@@ -49,7 +52,7 @@ class KernelConformance:
         return cls._made
 
     def check(self, name: str) -> None:
-        """Run one check for every shape. Fails where one fails, and is skipped where all are."""
+        """Run one check for every shape. Fails if any shape fails, and skips if all shapes are skipped."""
         outcomes = [c.run(name) for c in self.conformances()]
         for outcome in outcomes:
             if outcome.result == "failed":

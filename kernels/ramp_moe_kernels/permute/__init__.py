@@ -1,1 +1,1 @@
-"""What surrounds two grouped GEMMs of someone else's over rows sorted by expert: permute, activation, unpermute."""
+"""Dispatch, activation and combine, around two grouped GEMMs of another library over rows sorted by expert."""

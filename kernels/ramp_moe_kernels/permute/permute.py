@@ -1,13 +1,13 @@
-"""Tokens to rows: every routed id gets a row of its own, sorted by expert, each expert's rows padded to whole tiles.
+"""Copies tokens to rows, sorted by expert: every routed id gets its own row, and experts are padded to whole tiles.
 
-Row r of `rows` holds the hidden states of one routed id (token * top_k + slot), quantised by groups of 128 columns for
-fp8 GEMMs. What is between an expert's end and the next expert's first row is never written: what a GEMM makes of it is
-never read.
+Row r of `rows` holds the hidden states of one routed id (token * top_k + slot). For fp8 GEMMs they are quantised in
+groups of 128 columns. Rows between an expert's end and the next expert's first row are never written, and what a GEMM
+computes from them is never read.
 
     x [T, H]   ids [T, k]        rows [capacity, H]      scale [H / 128, capacity]      row_of_id [T * k]   ends [E]
 
-Up to FUSED_IDS ids take one launch, in which every program counts all ids again and ranks those of its own token. More
-ids take `schedule`, then a launch that inverts its slots, then the one that copies.
+Up to FUSED_IDS ids take one launch, in which every program counts all ids and ranks those of its own token. More ids
+take three steps: `schedule`, a launch that inverts its slots, and the launch that copies.
 """
 # Triton is untyped, and so is every function that it compiles.
 # mypy: disable-error-code="import-untyped, untyped-decorator, no-untyped-def, no-untyped-call"
@@ -30,18 +30,22 @@ from ..triton.schedule import Schedule, buffer_sizes, max_tiles, schedule
 FUSED_IDS = 2048
 STEP = 512
 PROGRAMS = 264
-"""About which many are launched: two an SM of an H200."""
+"""Approximate number of programs to launch: two per SM of an H200."""
 COLUMNS = 1024
 """Columns of x that a program copies at a time."""
 SLOTS = 1024
-"""Slots of the schedule that a program inverts."""
+"""Slots of the schedule that one program inverts."""
 
 
 @dataclass(frozen=True, slots=True)
 class PermutedTokens:
-    """values `[capacity, C]` fp8 or the dtype of x; scale float32 `[C / 128, capacity]` with fp8, else None; row_of_id
-    int32 `[n]`, not written for ids out of range; ends int32 `[E]`: the row after each expert's last, its first where
-    it has none. Experts begin at multiples of the tile."""
+    """Tokens that are permuted to rows. Each expert's rows begin at a multiple of the tile.
+
+    values: `[capacity, C]`, fp8 or the dtype of x.
+    scale: float32 `[C / 128, capacity]` with fp8, else None.
+    row_of_id: int32 `[n]`, the row of each routed id; not written for ids out of range.
+    ends: int32 `[E]`, the row after each expert's last; for an expert without rows, the row at which it would begin.
+    """
 
     values: Tensor
     scale: Tensor | None
@@ -52,8 +56,10 @@ class PermutedTokens:
 @triton.jit
 def _rows_of_token(topk_ids, token, num_ids, top_k, num_experts, block, STEP: tl.constexpr, BINS: tl.constexpr,
                    TOP_K: tl.constexpr):  # fmt: skip
-    """(rows int32 [TOP_K], -1 where the id is skipped; ends int32 [BINS]) from all ids, STEP of them at a time: code
-    for all at once would take longer to be fetched than to run."""
+    """Find (rows int32 [TOP_K], -1 for a skipped id; ends int32 [BINS]) from all ids, STEP of them at a time.
+
+    Code for all ids at once would take longer to fetch than to run.
+    """
     slot = tl.arange(0, TOP_K)
     own = token * top_k + slot
     expert = tl.load(topk_ids + own, mask=slot < top_k, other=-1)
@@ -87,16 +93,18 @@ def permute_kernel(
     block,
     columns,
     capacity,
-    FUSED: tl.constexpr,  # rows and ends are found here, not given
-    STEP: tl.constexpr,  # ids that are looked at at a time
-    BINS: tl.constexpr,  # a power of two, experts or more
-    TOP_K: tl.constexpr,  # a power of two, top_k or more
+    FUSED: tl.constexpr,  # True if this kernel finds rows and ends itself
+    STEP: tl.constexpr,  # ids read at a time
+    BINS: tl.constexpr,  # a power of two, at least the experts
+    TOP_K: tl.constexpr,  # a power of two, at least top_k
     GROUPS: tl.constexpr,
     EMULATE_FP8: tl.constexpr,
     PDL: tl.constexpr,
 ):
-    """Program (token, one of several): every several-th GROUPS groups of the token's columns, quantised once, to all of
-    its rows."""
+    """Program (token, part) copies a share of the token's columns to all of the token's rows.
+
+    The parts take turns, GROUPS groups of columns at a time. Each group is quantised once.
+    """
     if PDL:
         tl.extra.cuda.gdc_wait()
         tl.extra.cuda.gdc_launch_dependents()
@@ -108,7 +116,7 @@ def permute_kernel(
     of_token = x + token.to(tl.int64) * columns
     first = part * GROUPS * _GROUP
     stride = tl.num_programs(1) * GROUPS * _GROUP
-    # Asked for before the ids are looked at: both may come from memory.
+    # Loaded before the ids are used, since both may have to come from memory.
     ahead = tl.load(of_token + first + lane, mask=first + lane < columns, other=0.0)
     if FUSED:
         row, end = _rows_of_token(topk_ids, token, num_ids, top_k, num_experts, block, STEP, BINS, TOP_K)
@@ -131,7 +139,7 @@ def permute_kernel(
         else:
             q = v
         group = begin // _GROUP + tl.arange(0, GROUPS)
-        # One row at a time: stores of several would be a byte wide.
+        # One row at a time: a store to several rows would be one byte wide.
         for i in range(top_k):
             to = tl.sum(tl.where(slot == i, row, 0), 0).to(tl.int64)
             if to >= 0:
@@ -153,7 +161,7 @@ def invert_kernel(
     BINS: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """row_of_id[sorted_token_ids[r]] = r; program 0 writes the experts' ends, too."""
+    """Set row_of_id[sorted_token_ids[r]] = r. Program 0 writes the experts' ends, too."""
     program = tl.program_id(0)
     row = program * BLOCK + tl.arange(0, BLOCK)
     ids = tl.load(sorted_token_ids + row, mask=row < tl.load(num_tokens_post_padded), other=num_ids)
@@ -166,7 +174,10 @@ def invert_kernel(
 
 
 def capacity(num_ids: int, num_experts: int, block: int) -> int:
-    """Rows for the worst routing of `num_ids` ids, in whole tiles of `block`. Raises KernelError beyond the limits."""
+    """Rows for the worst routing of `num_ids` ids, in whole tiles of `block`.
+
+    Raises KernelError for more ids or experts than MAX_IDS or MAX_EXPERTS, and for none.
+    """
     if not 1 <= num_ids <= MAX_IDS:
         raise KernelError(f"permute takes 1 to {MAX_IDS} routed ids, not {num_ids}")
     if not 1 <= num_experts <= MAX_EXPERTS:
@@ -177,8 +188,14 @@ def capacity(num_ids: int, num_experts: int, block: int) -> int:
 def permute(
     x: Tensor, topk_ids: Tensor, num_experts: int, block: int, fp8: bool, workspace: Workspace
 ) -> PermutedTokens:
-    """The rows of x bf16 or fp16 `[T, C]` for topk_ids int32 `[T, k]`, with an expert's rows padded to whole tiles of
-    `block`; quantised by groups of 128 columns, of which C is a multiple then, if fp8. Buffers are the workspace's."""
+    """Permute x to rows, with every expert's rows padded to whole tiles of `block`. Buffers are the workspace's.
+
+    x: `[T, C]` bf16 or fp16.
+    topk_ids: int32 `[T, k]`.
+    fp8: True to quantise the rows in groups of 128 columns; C must then be a multiple of 128.
+
+    Raises KernelError for more ids or experts than `capacity` takes.
+    """
     tokens, columns = x.shape
     num_ids, top_k, device = topk_ids.numel(), topk_ids.shape[1], x.device
     size = capacity(num_ids, num_experts, block)
@@ -189,8 +206,7 @@ def permute(
         workspace.get("ends", (num_experts,), torch.int32, device),
     )
     fused = num_ids <= FUSED_IDS
-    # 128 are avoided: where weights have gone through L2 before, counting into them takes twice as long as into 256 (12
-    # and 6 us on an H200).
+    # Never 128 bins: if weights went through L2 before, counting takes 12 us with 128 bins, 6 us with 256 (H200).
     bins = 64 if num_experts <= 64 else max(256, triton.next_power_of_2(num_experts))
     with torch.cuda.device_of(x):
         if not fused:
@@ -202,7 +218,7 @@ def permute(
                 num_ids, num_experts, block, BINS=bins, BLOCK=SLOTS,
             )  # fmt: skip
         groups = max(1, min(COLUMNS, triton.next_power_of_2(columns)) // 128)
-        # Where few tokens leave SMs idle, several programs share one, each of which counts all ids.
+        # If few tokens would leave SMs idle, several programs share a token, and each counts all ids.
         parts = max(1, min(triton.cdiv(columns, groups * 128), PROGRAMS // tokens))
         permute_kernel[(tokens, parts)](
             x, topk_ids, rows.values, rows.scale, rows.row_of_id, rows.ends,

@@ -1,4 +1,4 @@
-"""Rows to tokens: the activation between the GEMMs, and the weighted sum of a token's rows after them."""
+"""Turns rows back into tokens: the activation between the GEMMs, and the weighted sum of a token's rows after them."""
 # Triton is untyped, and so is every function that it compiles.
 # mypy: disable-error-code="import-untyped, untyped-decorator, no-untyped-def, no-untyped-call"
 
@@ -16,13 +16,14 @@ from ..triton.quantise import _GROUP, _quantise_groups, interpreted
 from .permute import PermutedTokens
 
 MAX_GROUPS = 8
+"""Most groups of 128 intermediates per program."""
 FEW_ELEMENTS = 256 * 1024
-"""Output elements up to which narrow programs are needed for all SMs to have some."""
+"""Output elements up to which programs must be narrow, so that every SM has some."""
 
 
 @triton.jit(do_not_specialize=["num_experts"])
 def activate_kernel(
-    gate_up,  # [capacity, 2 I]: bf16
+    gate_up,  # [capacity, 2 I]: bf16 or fp16
     bias,  # [E, 2 I], or None
     topk_ids,  # int32 [num_ids]
     row_of_id,
@@ -38,7 +39,7 @@ def activate_kernel(
     EMULATE_FP8: tl.constexpr,
     PDL: tl.constexpr,
 ):
-    """Program (routed id, GROUPS groups of intermediates). LAYOUT is the order of the up projection's columns."""
+    """Program (routed id, part) activates GROUPS groups of intermediates. LAYOUT is the order of gate_up's columns."""
     if PDL:
         tl.extra.cuda.gdc_wait()
         tl.extra.cuda.gdc_launch_dependents()
@@ -82,7 +83,7 @@ def unpermute_kernel(
     BLOCK: tl.constexpr,
     PDL: tl.constexpr,
 ):
-    """Program (token, columns): the token's rows, weighted and added up in float32, always in the same order."""
+    """Program (token, part) adds up the token's weighted rows in float32, always in the same order."""
     if PDL:
         tl.extra.cuda.gdc_wait()
         tl.extra.cuda.gdc_launch_dependents()
@@ -114,9 +115,13 @@ def activate(
     limit: float | None,
     workspace: Workspace,
 ) -> tuple[Tensor, Tensor | None]:
-    """(act `[capacity, I]`, its scale float32 `[I / 128, capacity]` if fp8) of gate_up `[capacity, 2 I]`, whose columns
-    are in the order of `layout`, for the rows of ids within range; others are not written. Buffers are the
-    workspace's."""
+    """Apply the activation to the rows of all ids in range; other rows are not written. Buffers are the workspace's.
+
+    gate_up: `[capacity, 2 I]`, its columns in the order of `layout`.
+    bias: `[E, 2 I]` in the same order; None if there is none.
+
+    Returns (act `[capacity, I]`, its scale float32 `[I / 128, capacity]` or None if not fp8).
+    """
     size, wide = gate_up.shape
     columns, device, experts = wide // 2, gate_up.device, rows.ends.numel()
     act = workspace.get("rows_act", (size, columns), torch.float8_e4m3fn if fp8 else gate_up.dtype, device)
@@ -133,8 +138,10 @@ def activate(
 
 
 def unpermute(values: Tensor, bias: Tensor | None, batch: Batch, rows: PermutedTokens, out: Tensor) -> None:
-    """out `[T, C]` = sum over a token's ids of routing weight * (its row of values `[capacity, C]` + bias), in float32,
-    one id after the other, cast once; ids out of range contribute nothing."""
+    """Set out `[T, C]` to each token's sum of routing weight * (row of values `[capacity, C]` + bias `[E, C]`).
+
+    The sum is in float32, one id after the other, and is cast once. Ids out of range contribute nothing.
+    """
     tokens, columns = out.shape
     block, warps = (256, 1) if out.numel() <= FEW_ELEMENTS else (1024, 4)
     with torch.cuda.device_of(out):

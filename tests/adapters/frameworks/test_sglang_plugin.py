@@ -433,8 +433,8 @@ def test_layers_that_ramp_moe_does_not_compute(
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"use_int8_w8a8": True}, "quantised otherwise"),
-        ({"use_fp8_w8a8": True, "block_shape": [64, 64]}, "quantised otherwise"),
+        ({"use_int8_w8a8": True}, "quantised in another way"),
+        ({"use_fp8_w8a8": True, "block_shape": [64, 64]}, "quantised in another way"),
         ({"use_fp8_w8a8": True, "block_shape": [128, 128], "a13_scale": torch.ones(1)}, "static scales"),
         ({"fuse_swiglu_interleaved": True}, "another form"),
         ({"w13_zp": torch.zeros(1)}, "TritonMoeQuantInfo.w13_zp is Tensor"),

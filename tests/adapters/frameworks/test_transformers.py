@@ -290,8 +290,8 @@ def test_scale_blocks_that_may_be_counted_in_two_ways(inter: int) -> None:
 def test_fp8_that_is_not_ours() -> None:
     for options, message in (
         ({"activation_scheme": "static"}, "activations have static scales"),
-        ({"block_size": (64, 64)}, r"scales are of blocks \(64, 64\); ramp_moe takes \[128, 128\]"),
-        ({"block_size": None}, "scales are of blocks None"),
+        ({"block_size": (64, 64)}, r"blocks \(64, 64\); ramp_moe takes \[128, 128\]"),
+        ({"block_size": None}, "scales belong to blocks None"),
     ):
         with pytest.raises(KernelError, match=message):
             wrap(fp8_experts(**options))
@@ -439,11 +439,11 @@ def test_a_version_without_the_interface(monkeypatch: pytest.MonkeyPatch) -> Non
 
     model = model_of("olmoe")
     monkeypatch.setattr(transformers_hints.metadata, "version", lambda name: "4.57.1")
-    with pytest.raises(KernelError, match=r"transformers 4.57.1 has no experts interface; install 5.17 or newer of 5"):
+    with pytest.raises(KernelError, match=r"transformers 4.57.1 has no experts interface; install 5.17 or a newer 5"):
         wrap(model_of("llama"))
     monkeypatch.setitem(sys.modules, "transformers.integrations.moe", None)
     monkeypatch.delitem(sys.modules, "ramp_moe_adapters.frameworks.transformers.registration", raising=False)
     monkeypatch.delattr(ramp_moe_adapters, "transformers", raising=False)
-    with pytest.raises(KernelError, match=r"needs the experts interface of transformers 5.17 or newer"):
+    with pytest.raises(KernelError, match=r"needs the experts interface of transformers 5.17 or a newer 5"):
         wrap(model)
     assert model.config._experts_implementation == "grouped_mm"

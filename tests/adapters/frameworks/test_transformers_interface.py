@@ -138,7 +138,7 @@ def test_what_experts_hold_beside_their_projections_is_refused_by_name(name: str
 def test_rows_in_another_order_than_the_flag_says_are_refused() -> None:
     module = experts_of_olmoe()
     module.is_concatenated = False
-    with pytest.raises(KernelError, match="is_concatenated is False, but its gate does not read rows so"):
+    with pytest.raises(KernelError, match="is_concatenated is False, but its activation takes"):
         ADAPTER.weights(module)
 
 

@@ -224,7 +224,7 @@ def test_what_is_missing_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
         assert KERNEL.unavailable() is None
     for found["vllm"] in ("0.32.2", "0.34.0", "1.33.0", "dev"):
         reason = KERNEL.unavailable() or ""
-        assert f"vllm {found['vllm']} is not one of the versions that this adapter was written for" in reason
+        assert f"vllm {found['vllm']} is not a version" in reason
         assert "pip install 'vllm>=0.33,<0.34'" in reason
     monkeypatch.setattr("ramp_moe_adapters.kernels.vllm_triton.static_table.package", lambda: None)
     assert "the package vllm is missing; pip install" in (KERNEL.unavailable() or "")

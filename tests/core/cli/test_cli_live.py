@@ -95,7 +95,7 @@ def test_json_html_and_trace(machine: Machine, tmp_path: Path) -> None:
 
 def test_usage(machine: Machine) -> None:
     for args, message in (
-        (("--minutes", 3), "--minutes says how long to measure: name --live, too"),
+        (("--minutes", 3), "--minutes limits a live measurement: give --live, too"),
         (("--live", "--stage", "gemm"), "--live measures whole paths: leave out --stage"),
         (("--live", "--minutes", -1), "is not in the range x>=0"),
     ):

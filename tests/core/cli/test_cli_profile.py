@@ -38,7 +38,7 @@ def test_what_it_prints(machine: Machine) -> None:
     result = run(machine)
     assert result.exit_code == 0, result.output
     assert result.stderr.splitlines()[:2] == [
-        "described left out: it is only described, there is nothing to launch",
+        "described left out: it is only described; there is nothing to launch",
         "other left out: its package is missing: pip install it",
     ]
     assert result.stderr.splitlines()[-3:] == [
@@ -82,7 +82,7 @@ def test_json(machine: Machine, tmp_path: Path) -> None:
                 "superseded": None,
             }
         ],
-        "notes": ["described left out: it is only described, there is nothing to launch"],
+        "notes": ["described left out: it is only described; there is nothing to launch"],
     }
     shown = run(machine, "--output", tmp_path / "out")
     assert f"--device h200 --profile {tmp_path / 'out'}" in shown.stdout
@@ -158,7 +158,7 @@ def test_ctrl_c(machine: Machine, monkeypatch: pytest.MonkeyPatch) -> None:
     assert result.exit_code == 130
     journal = journal_path(user_data_dir(), SHAPE, HARDWARE)
     last = result.stderr.splitlines()[-1]
-    assert last == f"interrupted: what was measured is kept in {journal}, the same command goes on from it"
+    assert last == f"interrupted: what was measured is kept in {journal}; the same command goes on from it"
     again = run(machine)
     assert again.exit_code == 0
     assert f"going on with {journal}: 2 of 138 batches measured in 0.0 minutes" in again.stderr

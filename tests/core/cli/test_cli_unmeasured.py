@@ -27,7 +27,7 @@ def test_every_architecture_is_explained_from_its_grids(registry: Registry, hard
     assert result.exit_code == 0, result.output
     found = json.loads(result.stdout)
     assert found["figures"] == "grids"
-    assert f"no profile of it on {hardware.name}" in found["notes"][0]
+    assert f"no profile for {hardware.name}" in found["notes"][0]
     assert ("ramp-moe profile --model olmoe-1b-7b --dtype bf16" in found["notes"][0]) == (hardware.vendor == "NVIDIA")
     shape, noted = registry.shape("olmoe-1b-7b", "bf16"), " ".join(found["notes"])
     names = {c["kernel"] for c in found["candidates"]}
@@ -78,7 +78,7 @@ def test_one_kernel_of_several_has_no_profile() -> None:
 def test_a_dtype_that_nobody_measured() -> None:
     result = run("explain", "--dtype", "fp16", "--histogram", json.dumps([0] * 64))
     assert result.exit_code == 0, result.output
-    assert "no profile of it on h200, so no times and no fastest" in result.stdout
+    assert "no profile for h200" in result.stdout
     assert "token block advised" not in result.stdout, "for no token"
 
 
@@ -93,6 +93,6 @@ def test_plugins_kernels_have_their_say(monkeypatch: pytest.MonkeyPatch) -> None
     found = json.loads(run("explain", "--dtype", "bf16", "--json").stdout)
     assert [c["kernel"] for c in found["candidates"]] == ["sim"]
     assert found["notes"][1:] == [
-        "left out: described: only described, without a choice of its own",
+        "left out: described: it is only described and makes no choice",
         "left out: broken: broken: ValueError: not today",
     ]

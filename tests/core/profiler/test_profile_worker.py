@@ -199,7 +199,7 @@ def test_a_gpu_bench_is_made_by_names(monkeypatch: pytest.MonkeyPatch) -> None:
     registry.kernels["described"] = Described()
     monkeypatch.setattr(worker_module, "get_registry", lambda: registry)
     for kernel, reason in (
-        ("described", "kernel described is only described, there is nothing to launch"),
+        ("described", "kernel described is only described; there is nothing to launch"),
         ("unheard", "unknown kernel 'unheard'"),
     ):
         with pytest.raises(RampMoEError, match=reason):

@@ -203,7 +203,7 @@ def test_arguments_that_the_experts_do_not_take_are_refused() -> None:
     with torch.no_grad():
         assert torch.equal(block(x=X), expected)
         for given, named in (((X,), {"scale": 2.0}), ((X, 2.0), {}), ((), {})):
-            with pytest.raises(KernelError, match="takes hidden states alone"):
+            with pytest.raises(KernelError, match="takes only hidden states"):
                 block(*given, **named)
 
 

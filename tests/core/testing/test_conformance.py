@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import re
 from collections.abc import Iterator
 from dataclasses import replace
@@ -83,6 +84,8 @@ def test_a_broken_part_fails_its_check_alone(case: str) -> None:
     assert re.search(detail, found[check])
     assert "\n" not in found[check]
     assert "; " in found[check] or check == "name", "it names a remedy"
+    for module in re.findall(r"\bramp_moe[.\w]+", found[check]):
+        importlib.import_module(module)
 
 
 @pytest.mark.skipif(GPU, reason="a GPU has graphs of its own")
@@ -130,7 +133,7 @@ def test_what_raises_fails() -> None:
 def test_what_cannot_be_launched_is_skipped() -> None:
     h200 = get_registry().device("h200")
     outcome = Conformance(Described(), cases.SHAPE, h200).run("outputs")
-    assert outcome == Outcome("outputs", "skipped", "the kernel is only described, there is nothing to launch")
+    assert (outcome.result, "only described" in outcome.detail) == ("skipped", True)
 
     class Absent(Plain):
         def unavailable(self) -> str:

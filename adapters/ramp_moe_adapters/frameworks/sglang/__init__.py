@@ -1,8 +1,8 @@
-"""SGLang 0.5's plugin: `--moe-runner-backend ramp_moe` has every MoE layer computed by the kernel that is predicted to
-be fastest for its batch, in CUDA graphs by the device's choice at every replay.
+"""The plugin for SGLang 0.5. With `--moe-runner-backend ramp_moe`, every MoE layer runs its predicted-fastest kernel.
 
-SGLang loads `register` through the entry-point group `sglang.srt.plugins`, in every process. What needs SGLang itself
-is in `runner.py` beside this.
+The choice is made per batch; in a CUDA graph, the device chooses at every replay. SGLang loads `register` in every
+process, through the entry-point group `sglang.srt.plugins`. What needs SGLang itself is in `runner.py`, `checks.py` and
+`fields.py`.
 """
 
 from __future__ import annotations
@@ -14,21 +14,21 @@ from importlib import metadata
 from ramp_moe import Diagnostic
 
 KNOWN = "0.5."
-"""Versions that the runner was written for begin so."""
+"""Beginning of the versions that the runner supports."""
 _logger = logging.getLogger("ramp_moe")
 
 
 def installed() -> tuple[str, str | None]:
-    """SGLang's version ("" if there is none), and why the plugin leaves it alone; None if it does not."""
+    """SGLang's version ("" if it is not installed), and why the plugin does not serve it (None if it does)."""
     try:
         version = metadata.version("sglang")
     except metadata.PackageNotFoundError:
-        return "", "its version cannot be told, since it is not installed"
+        return "", "it is not installed"
     return version, None if version.startswith(KNOWN) else f"it knows {KNOWN}x"
 
 
 def diagnostics() -> Iterator[Diagnostic]:
-    """What the plugin would do in SGLang. Imports nothing of it."""
+    """Describe what the plugin would do in SGLang. Imports nothing from SGLang."""
     version, refusal = installed()
     if not version:
         yield Diagnostic("engine", "sglang", "not installed")
@@ -38,8 +38,10 @@ def diagnostics() -> Iterator[Diagnostic]:
 
 
 def register() -> None:
-    """Make `ramp_moe` a choice of `--moe-runner-backend`. Again, it does nothing. Another SGLang than 0.5, or one
-    whose runners or their registry differ, is left alone, with one line in the log."""
+    """Make `ramp_moe` a choice of `--moe-runner-backend`. A second call has no effect.
+
+    If SGLang is not 0.5, or its runners or their registry differ, nothing is registered and one warning is logged.
+    """
     version, refusal = installed()
     if refusal:
         _logger.warning("ramp_moe is no backend of %s: %s", f"sglang {version}".strip(), refusal)

@@ -1,6 +1,6 @@
-"""What SGLang 0.5.23 says of a layer and of a batch: every field, and which of their values ramp_moe computes.
+"""The fields with which SGLang 0.5.23 describes a layer and a batch, and the values that ramp_moe computes.
 
-A field that is not listed, and has another value than its default, leaves the layer to SGLang's Triton runner.
+If a field is not listed and differs from its default, SGLang's Triton runner computes the layer.
 """
 
 from __future__ import annotations
@@ -14,11 +14,11 @@ RUNNER: Known = {
         (
             *("num_experts", "num_local_experts", "hidden_size", "intermediate_size_per_partition", "layer_id"),
             *("top_k", "params_dtype", "routing_method_type", "runner_backend", "layer", "activation"),
-            # Its experts are appended to the routed ones, and among the ids.
+            # Shared experts are appended to the routed ones, and their ids to the routed ids.
             "num_fused_shared_experts",
-            # Output is never written over hidden states, and intermediates are float32.
+            # The output never overwrites the hidden states, and intermediates are float32.
             *("inplace", "silu_mul_keep_fp32"),
-            # Of a clamped activation alone.
+            # Only a clamped activation reads it.
             "gate_up_interleaved",
             "routed_scaling_factor",
         ),
@@ -34,7 +34,7 @@ RUNNER: Known = {
     "swiglu_limit": NO,
     "use_tp_all_gather_activation": OFF,
 }
-"""Of MoeRunnerConfig."""
+"""Fields of MoeRunnerConfig."""
 WEIGHTS: Known = {
     **dict.fromkeys(
         ("w13_weight", "w2_weight", "b13", "b2", "use_fp8_w8a8", "w13_scale", "w2_scale", "block_shape"), ANY
@@ -50,14 +50,14 @@ WEIGHTS: Known = {
     "a2_scale": NO,
     "fuse_swiglu_interleaved": OFF,
 }
-"""Of TritonMoeQuantInfo."""
+"""Fields of TritonMoeQuantInfo."""
 BATCH: Known = {
     "hidden_states": ANY,
     "topk_output": ANY,
     "hidden_states_scale": NO,
-    # Hidden states that were quantised beforehand, beside those that were not.
+    # A quantised copy of the hidden states, beside the original.
     "hidden_states_pre_quant": ANY,
 }
-"""Of StandardDispatchOutput."""
+"""Fields of StandardDispatchOutput."""
 ROUTING: Known = dict.fromkeys(("topk_weights", "topk_ids", "router_logits", "packed_topk_ids"), ANY)
-"""Of StandardTopKOutput and StandardTopKOutputPacked."""
+"""Fields of StandardTopKOutput and StandardTopKOutputPacked."""

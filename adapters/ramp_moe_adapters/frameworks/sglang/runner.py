@@ -1,9 +1,8 @@
-"""The runner of SGLang 0.5 that `--moe-runner-backend ramp_moe` selects: experts computed by dispatched layers. Needs
-SGLang.
+"""The runner of SGLang 0.5 that `--moe-runner-backend ramp_moe` selects: dispatched layers compute the experts.
 
-To SGLang the backend is a Triton backend: weights lie, and layers are routed, as for `--moe-runner-backend triton`,
-whose runner computes what ramp_moe does not, each reason logged once. Nothing happens where the user selects another
-backend.
+Needs SGLang, to which the backend is a Triton backend: weights and routing are as for `--moe-runner-backend triton`.
+SGLang's Triton runner computes what ramp_moe does not, and each reason is logged once. If the user selects another
+backend, nothing changes.
 """
 
 from __future__ import annotations
@@ -51,18 +50,18 @@ TENSORS = {
     "b13": "gate_up_bias",
     "b2": "down_bias",
 }
-"""Of TritonMoeQuantInfo, and the fields of MoEWeights that they are."""
+"""Fields of TritonMoeQuantInfo, with the fields of MoEWeights that they become."""
 _RESOLVE = "sglang.srt.layers.moe.utils.resolve_moe_runner_backend"
 _UNQUANTISED = "sglang.srt.layers.quantization.unquant.UnquantizedFusedMoEMethod.create_moe_runner"
 _logger = logging.getLogger("ramp_moe")
 _builder = Builder()
-"""Of all layers of the process: they share profiles and workspaces."""
+"""Makes all layers of the process. They share profiles and workspaces."""
 _said: set[str] = set()
 
 
 @dataclass(frozen=True)
 class Backend(RegisteredMoeRunnerBackend):  # type: ignore[misc]
-    """What SGLang asks about a backend; answers as Triton's does."""
+    """The backend's answers to SGLang; they are those of Triton's backend."""
 
     def is_triton(self) -> bool:
         return True
@@ -72,8 +71,10 @@ BACKEND = Backend(NAME)
 
 
 def install() -> None:
-    """Make `ramp_moe` a choice of `--moe-runner-backend`. Again, it does nothing. Raises KernelError if this version
-    calls its runners in another way."""
+    """Make `ramp_moe` a choice of `--moe-runner-backend`. A second call has no effect.
+
+    Raises KernelError if this version of SGLang calls its runners with other arguments.
+    """
     if NAME in MOE_RUNNER_BACKEND_CHOICES:
         return
     known = inspect.signature(RampRunnerCore.run_from_dispatch).parameters
@@ -86,8 +87,10 @@ def install() -> None:
 
 
 def _resolved(found: Any, *_: Any) -> Any:
-    """SGLang's options, once they are read: the name's backend, or Triton's where the whole model must be computed by
-    that."""
+    """Replace the backend that SGLang's options name: by ours, or by Triton's if ramp_moe may compute no layer.
+
+    None keeps what SGLang found.
+    """
     if found.value != NAME:
         return None
     if reason := refusal():
@@ -97,16 +100,16 @@ def _resolved(found: Any, *_: Any) -> Any:
 
 
 def _created(_: None, method: Any, layer: Any, config: MoeRunnerConfig) -> None:
-    """Unquantised experts, which name Triton's runner themselves, whatever backend like Triton's was asked for."""
+    """Give unquantised experts our runner: for any Triton backend, SGLang gives them Triton's."""
     if get_moe_runner_backend() == BACKEND and method.runner.runner_backend is MoeRunnerBackend.TRITON:
         method.runner = MoeRunner(BACKEND, config)
 
 
 class RampRunnerCore(DispatchMoeRunnerCore):  # type: ignore[misc]
-    """One layer's experts. Its LayerRuntime is made when it first runs, of the weights as SGLang has them then.
+    """Computes one layer's experts. The LayerRuntime is made at the first run, from the weights that SGLang has then.
 
-    SGLang's parameters follow that layer, so there is one copy. What SGLang loads into them later is computed with. A
-    batch that fails is computed by SGLang's Triton runner.
+    SGLang's parameters then refer to that layer's weights, so there is one copy, and later loads reach the layer. If a
+    batch fails, SGLang's Triton runner computes it.
     """
 
     def __init__(self, config: MoeRunnerConfig) -> None:
@@ -114,9 +117,9 @@ class RampRunnerCore(DispatchMoeRunnerCore):  # type: ignore[misc]
         self._stock = MoeRunner(MoeRunnerBackend.TRITON, config)
         self._parameters: Parameters | None = None
         self._refused: object = None
-        """Where the weights are that no layer could be made of."""
+        """Places of the weights for which making a layer failed."""
         self._failed: set[int] = set()
-        """Batch sizes whose run before the capture of a graph failed."""
+        """Batch sizes that failed. Their graphs are captured with SGLang's runner."""
 
     @property
     def runner_backend(self) -> Backend:
@@ -125,9 +128,15 @@ class RampRunnerCore(DispatchMoeRunnerCore):  # type: ignore[misc]
     def run_from_dispatch(
         self, dispatch_output: Any, quant_info: Any, runner_config: MoeRunnerConfig, hooks: Any = None
     ) -> Any:
-        """The weighted sum of this rank's experts `[T, H]` of hidden states `[T, H]` bf16 or fp16, ids `[T, k]` of this
-        rank's experts, of which -1 is skipped, and their weights float32 `[T, k]`. Raises KernelError for LoRA's hooks,
-        if SGLang's runner fails after ramp_moe has, and if a weight update has failed."""
+        """Compute the weighted sum of this rank's experts, `[T, H]`.
+
+        dispatch_output: hidden states `[T, H]` bf16 or fp16, ids `[T, k]` of this rank's experts, and routing weights
+            float32 `[T, k]`. Ids of -1 are skipped.
+        quant_info: the weights, with what SGLang says of their quantisation.
+
+        Raises KernelError for LoRA's hooks, if SGLang's runner fails after ramp_moe has, and if a weight update has
+        failed.
+        """
         if hooks is not None:
             raise KernelError("ramp_moe's experts run no LoRA; select another --moe-runner-backend")
         tokens = len(dispatch_output.hidden_states)
@@ -138,7 +147,7 @@ class RampRunnerCore(DispatchMoeRunnerCore):  # type: ignore[misc]
             parameters = self._current(dispatch_output, quant_info)
             if parameters is not None:
                 return StandardCombineInput(hidden_states=self._run(parameters.layer, dispatch_output))
-        except Exception as e:  # whatever a kernel raises; a server must not end by it
+        except Exception as e:  # whatever a kernel raises must not end the server
             self._failed.add(tokens)
             _say(f"{why(e)}: left to SGLang's Triton runner")
             try:
@@ -148,7 +157,7 @@ class RampRunnerCore(DispatchMoeRunnerCore):  # type: ignore[misc]
         return self._by_sglang(dispatch_output, quant_info)
 
     def _by_sglang(self, given: Any, info: Any) -> Any:
-        """Weights that ramp_moe has moved are copied into SGLang's order, for this batch alone."""
+        """Run SGLang's Triton runner, on a copy in SGLang's order of weights that ramp_moe has reordered."""
         if self._parameters is not None:
             self._parameters.check()
         moved = {name: t.values() for name in TENSORS if isinstance(t := getattr(info, name, None), Placeholder)}
@@ -185,20 +194,20 @@ class RampRunnerCore(DispatchMoeRunnerCore):  # type: ignore[misc]
 
 
 def _ep_size(config: MoeRunnerConfig) -> int:
-    """Over how many the experts are spread."""
+    """Number of ranks over which the experts are spread."""
     known = config.num_experts and config.num_local_experts
     return int(config.num_experts // config.num_local_experts) if known else 1
 
 
 def _output(x: Tensor) -> Tensor:
-    """Like x `[T, H]`; in symmetric memory where SGLang's all-reduce wants it there."""
+    """An empty output like x `[T, H]`, in symmetric memory if SGLang's all-reduce wants it there."""
     symmetric = is_symmetric_memory_enabled() and is_allocation_symmetric()
     with use_symmetric_memory(get_parallel().tp_group) if symmetric else nullcontext():
         return torch.empty_like(x)
 
 
 def _before_capture(x: Tensor) -> bool:
-    """Whether SGLang runs what it is about to capture, as it does twice."""
+    """Whether this run precedes a capture: SGLang runs a batch twice before it captures it."""
     if not x.is_cuda or _capturing(x):
         return False
     return bool(get_is_capture_mode() or get_flags().dp.capturing_prefill_graph)
@@ -217,7 +226,7 @@ def _capturing(t: Tensor) -> bool:
 
 
 def _say(line: str) -> None:
-    """Once in a process."""
+    """Log a warning, once per process."""
     if line not in _said:
         _said.add(line)
         _logger.warning("%s", line)

@@ -1,4 +1,4 @@
-"""Models of Hugging Face Transformers 5: the classes that its experts interface serves."""
+"""Support for Hugging Face Transformers 5: every class of experts that its experts interface serves."""
 
 NAME = "ramp_moe"
-"""The implementation's, as `experts_implementation=` takes it."""
+"""The implementation's name, for `experts_implementation=`."""

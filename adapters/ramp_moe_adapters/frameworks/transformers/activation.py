@@ -1,4 +1,4 @@
-"""Which of ramp_moe's activations a module of Transformers' experts interface computes, found by running it."""
+"""Finds out which of ramp_moe's activations a module of Transformers' experts interface computes, by running it."""
 
 from __future__ import annotations
 
@@ -11,16 +11,16 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 PROBE_ROWS, PROBE_SCALE = 64, 4000.0
-"""Gates and ups that an activation is told by: dense around zero, and far beyond what clamps are set to."""
+"""Probe values for gate and up, which tell activations apart: dense around zero, and far beyond any usual clamp."""
 CLAMPED = ("swiglu_oai", "swiglu_clamped")
-"""Those of ACTIVATIONS that cut `up` off."""
+"""Those of ACTIVATIONS that clamp `up`."""
 TINY, HUGE = 2.0**-10, 2.0**20
-"""Ups that every limit, and that none, lets pass."""
+"""Values of `up` that every limit lets pass, and that no limit lets pass."""
 
 
 @dataclass(frozen=True)
 class Activation:
-    """One of ACTIVATIONS, the limit if it has one, and whether gate and up columns come in turn."""
+    """One of ACTIVATIONS, with its limit if it takes one. alternating: True if gate and up columns alternate."""
 
     name: str
     limit: float | None
@@ -28,8 +28,10 @@ class Activation:
 
 
 def activation_of(module: Any, rows: int, device: Any) -> Activation:
-    """What the module's `_apply_gate` computes of its `rows` gate and up columns. Raises KernelError if that is none of
-    ACTIVATIONS."""
+    """Find the activation that the module's `_apply_gate` computes of `rows` gate and up columns.
+
+    Raises KernelError if it is none of ACTIVATIONS.
+    """
     import torch
 
     generator = torch.Generator("cpu").manual_seed(0)
@@ -49,8 +51,10 @@ def activation_of(module: Any, rows: int, device: Any) -> Activation:
 
 
 def _limit(module: Any, rows: int, alternating: bool, device: Any) -> float | None:
-    """Where the activation cuts `up` off: what it makes of a huge one, over what it makes of a tiny one. None if it
-    does not."""
+    """The limit at which the activation clamps `up`; None if it does not.
+
+    The limit is the output for a huge `up` / the output for a tiny one * the tiny one.
+    """
     import torch
 
     ups = torch.full((2, rows // 2), TINY, dtype=torch.float32, device=device)

@@ -1,9 +1,10 @@
 """The experts of Hugging Face Transformers 5: every class that its experts interface serves (about 50 families).
 
-Such a class holds `gate_up_proj [E, 2 I, H]` and `down_proj [E, H, I]`, gate rows first; gpt-oss holds them transposed,
-with biases, gate and up columns in turn. Beside this: `activation.py` finds out which activation it has,
-`flags.py` what else it has, `hints.py` why a model has none, and `registration.py` registers
-the name with Transformers.
+These classes hold `gate_up_proj [E, 2 I, H]` with gate rows first, and `down_proj [E, H, I]`. gpt-oss holds both
+transposed, with biases, and its gate and up columns alternate.
+
+`activation.py` finds out which activation a module has, and `flags.py` refuses what else it may have. `hints.py` says
+why a model has no supported experts, and `registration.py` registers the name with Transformers.
 """
 
 from __future__ import annotations
@@ -22,22 +23,27 @@ if TYPE_CHECKING:
     from torch.nn import Module
 
 DEFAULT = "grouped_mm"
-"""What Transformers takes where nobody names an implementation."""
+"""The implementation that Transformers takes by default."""
 MARKS = ("has_gate", "has_bias", "is_transposed", "is_concatenated", "_apply_gate")
-"""What `transformers.integrations.moe.use_experts_implementation` puts on the classes that it decorates."""
+"""Attributes that `transformers.integrations.moe.use_experts_implementation` sets on the classes it decorates."""
 TOP_K = ("num_experts_per_tok", "top_k_experts", "moe_topk", "moe_top_k", "num_selected_experts")
-"""Names in a model's configuration: a number, or one for each layer."""
+"""Names of top_k in a model's configuration, which gives one number or one per layer."""
 ROUTER_TOP_K = ("top_k", *TOP_K)
-"""Names in a router."""
+"""Names of top_k in a router."""
 PROJECTIONS = {"gate_up": "gate_up_proj", "down": "down_proj"}
 """The module's parameters, by field of MoEWeights."""
 LOCKED = "deepgemm_megamoe"
-"""The one implementation that changes the weights in memory."""
+"""The only implementation that changes the weights in memory."""
 
 
 class Order(NamedTuple):
-    """How a module's tensors differ from those of MoEWeights: matrices are transposed, gate and up come in turn, and an
-    fp8 scale stands for `repeats` blocks in each direction. rows, hidden: of gate_up, for fp8."""
+    """How a module's tensors differ from those of MoEWeights.
+
+    transposed: True if the matrices are.
+    alternating: True if gate and up rows alternate.
+    repeats: number of MoEWeights' blocks, in each direction, that one fp8 scale of the module covers.
+    rows, hidden: second and third dimension of the module's gate_up_proj.
+    """
 
     transposed: bool
     alternating: bool
@@ -46,7 +52,7 @@ class Order(NamedTuple):
     hidden: int
 
     def refined(self, field: str, scale: Tensor) -> Tensor:
-        """`[E, blocks of rows, blocks of columns]` of smaller blocks, without those that no weight is in."""
+        """The scale `[E, blocks of rows, blocks of columns]` of the smaller blocks that hold weights."""
         if self.repeats == 1:
             return scale
         side = SCALE_BLOCK // self.repeats
@@ -57,7 +63,7 @@ class Order(NamedTuple):
 
 
 class TransformersExperts(ExpertsAdapter):
-    """bf16, fp16 and fp8 (block-scaled, dynamic activations) experts with a gate."""
+    """Gated experts in bf16, fp16 and fp8 (block scales, dynamic activation scales)."""
 
     name = "transformers"
 
@@ -70,7 +76,10 @@ class TransformersExperts(ExpertsAdapter):
         return hint_of(model)
 
     def top_k_of(self, module: Any, parent: Any) -> int:
-        """From the configuration; from the router beside the experts if layers differ, or if it has another name."""
+        """Read top_k from the configuration or, if that does not tell, from the router beside the experts.
+
+        Raises KernelError if neither tells one number.
+        """
         if found := _one_number([_of_config(module.config, name) for name in TOP_K]):
             return found
         beside = [child for child in (parent, *parent.children()) if child is not module]
@@ -84,7 +93,7 @@ class TransformersExperts(ExpertsAdapter):
     def weights(self, module: Any) -> MoEWeights:
         from .registration import register
 
-        register(self)  # an error if there is no interface to ask
+        register(self)  # raises KernelError if Transformers has no interface
         check_flags(module)
         if not module.has_gate:
             raise KernelError("its experts have no gate; ramp_moe computes activation(gate) * up")
@@ -94,7 +103,7 @@ class TransformersExperts(ExpertsAdapter):
         check_count(module, len(gate_up))
         activation = activation_of(module, gate_up.shape[2 if module.is_transposed else 1], gate_up.device)
         if activation.alternating == module.is_concatenated:
-            raise KernelError(f"is_concatenated is {module.is_concatenated}, but its gate does not read rows so")
+            raise KernelError(f"is_concatenated is {module.is_concatenated}, but its activation takes the other order")
         names, order = self.names(module), self.order(module)
         if "gate_up_scale" in names:
             _check_scales(module)
@@ -134,8 +143,11 @@ class TransformersExperts(ExpertsAdapter):
         return tensor.transpose(1, 2) if field in PROJECTIONS and order.transposed else tensor
 
     def install(self, module: Any) -> str | None:
-        """Through the configuration that the module's forward asks for the implementation: all modules that share it
-        take it together, and one of them that is not wrapped is wrapped when it is called."""
+        """Name ramp_moe in the configuration from which the module's forward takes its implementation.
+
+        All modules that share the configuration change together. One that is not wrapped yet is wrapped at its first
+        call.
+        """
         from .registration import register
 
         register(self)
@@ -148,17 +160,20 @@ class TransformersExperts(ExpertsAdapter):
 
 
 def _check_scales(module: Any) -> None:
-    """Raises KernelError for fp8 experts of another scheme than ours."""
+    """Raises KernelError for fp8 experts unless they have dynamic activation scales and [128, 128] weight blocks."""
     if module.activation_scheme != "dynamic":
         raise KernelError(f"its fp8 activations have {module.activation_scheme} scales; ramp_moe computes them itself")
     if module.block_size is None or tuple(module.block_size) != (SCALE_BLOCK, SCALE_BLOCK):
-        raise KernelError(f"its fp8 scales are of blocks {module.block_size}; ramp_moe takes [128, 128]")
+        raise KernelError(f"its fp8 scales belong to blocks {module.block_size}; ramp_moe takes [128, 128]")
 
 
 def _repeats(module: Any) -> int:
-    """How often a scale of the module's is repeated in each direction, for blocks that lie within gate or up:
-    Transformers counts blocks of 128 rows over both together. Raises KernelError if no blocks do, or if the number of
-    blocks would be the same with blocks of gate's and up's own."""
+    """How often each of the module's scales is repeated, in each direction.
+
+    Transformers counts blocks of 128 rows over gate and up together. Scales are repeated for smaller blocks, so that
+    each block lies within gate or up. Raises KernelError if no block size does that. Raises it, too, if the number of
+    scales does not tell whether blocks were counted together or apart.
+    """
     inter, rows = module.gate_up_proj.shape[1] // 2, module.gate_up_proj_scale_inv.shape[1]
     if inter % SCALE_BLOCK == 0:
         return 1
@@ -172,7 +187,7 @@ def _repeats(module: Any) -> int:
 
 
 def _of_config(config: Any, name: str) -> Any:
-    """An attribute of a configuration; None if it has none, or says that each layer has its own."""
+    """An attribute of a configuration; None if there is none, or if it raises because layers differ."""
     try:
         return getattr(config, name, None)
     except RuntimeError:
@@ -180,15 +195,14 @@ def _of_config(config: Any, name: str) -> Any:
 
 
 def _one_number(found: list[Any]) -> int | None:
-    """The number that all of these are, or are lists of; None if they differ, or if there is none. What is neither is
-    passed over."""
+    """The one number among these values and lists; None if there is none, or several. Ignores other values."""
     lists = (value if isinstance(value, list | tuple) else [value] for value in found)
     numbers = {n for values in lists for n in values if isinstance(n, int) and not isinstance(n, bool)}
     return numbers.pop() if len(numbers) == 1 else None
 
 
 def _gate_first(t: Tensor) -> Tensor:
-    """`[E, 2 R, ...]` of rows that come in turn: a copy with the gate's first."""
+    """Copy `[E, 2 R, ...]` of alternating gate and up rows, gate rows first."""
     return t.view(len(t), -1, 2, *t.shape[2:]).transpose(1, 2).flatten(1, 2)
 
 

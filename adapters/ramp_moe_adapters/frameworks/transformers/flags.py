@@ -1,7 +1,7 @@
-"""What Transformers' experts interface can say of a module, and whether ramp_moe computes it.
+"""Checks whether ramp_moe computes all that Transformers' experts interface says of a module.
 
-The installed version is asked, not one that this was written for: a flag that is new there, and has another value than
-the one that its decorator gives by default, is refused by its name.
+The flags are those of the installed version. One that is unknown here, and differs from its decorator's default, is
+refused by its name.
 """
 
 from __future__ import annotations
@@ -19,24 +19,25 @@ if TYPE_CHECKING:
 COMPUTED = frozenset(
     {"config", "has_gate", "has_bias", "is_transposed", "is_concatenated", "_is_expert_parallel", "_apply_gate"}
 )
-"""Attributes that the decorator sets and that the adapter reads, or that change nothing in what it computes: ids past
-the last expert are skipped whether experts are parallel or not."""
+"""Attributes that the decorator sets, and that the adapter reads or may ignore. Ids past the last expert are skipped
+whether experts are parallel or not, so `_is_expert_parallel` may be ignored."""
 FP8_COMPUTED = frozenset(
     {"config", "block_size", "activation_scheme", "scale_fmt", "has_bias", "has_gate", "expert_dtype"}
 )
-"""Arguments of Transformers' fp8 experts; the dtypes of weights and scales tell what the last but two chose."""
+"""Arguments of Transformers' fp8 experts that are not refused here. The adapter reads what they chose from the module's
+tensors and attributes."""
 TENSORS = frozenset(
     f"{name}{of}"
     for name in ("gate_up_proj", "down_proj", "up_proj")
     for of in ("", "_bias", "_scale_inv", "_activation_scale")
 )
-"""Parameters of experts that are read, or refused by name."""
+"""Parameters of experts that the adapter reads, or that are refused elsewhere by what they mean."""
 CHILDREN = frozenset({"act_fn", "parametrizations"})
-"""Modules inside of experts: the activation, which is found by running it, and torch's own."""
+"""Modules that experts may contain: the activation, which is found by running it, and torch's parametrizations."""
 
 
 def check_flags(module: Module) -> None:
-    """Raises KernelError naming what the module has beyond gate, up, activation and down."""
+    """Raises KernelError that names what the module has beyond gate, up, activation and down."""
     version = metadata.version("transformers")
     unknown = {
         name: getattr(module, name, default)
@@ -60,15 +61,17 @@ def check_flags(module: Module) -> None:
 
 
 def check_count(module: Any, experts: int) -> None:
-    """Raises KernelError if the module names another number of experts than its weights hold: ids are skipped from
-    its own number on."""
+    """Raises KernelError if the module's number of experts is not that of its weights.
+
+    Transformers skips ids from the module's number on; ramp_moe would skip them from the weights' number on.
+    """
     if module.num_experts != experts:
         raise KernelError(f"num_experts is {module.num_experts}, but gate_up_proj holds {experts} experts")
 
 
 @functools.cache
 def _defaults() -> dict[str, Any]:
-    """What the decorator sets on a class and its modules where it is given no flag."""
+    """Attributes that the decorator, without arguments, sets on a class and its modules."""
     import torch
     from transformers.integrations.moe import use_experts_implementation
 
@@ -86,7 +89,7 @@ def _defaults() -> dict[str, Any]:
 
 @functools.cache
 def _fp8_defaults() -> dict[str, Any]:
-    """Arguments of Transformers' fp8 experts with what they are by default."""
+    """Arguments of Transformers' fp8 experts, with their defaults."""
     from transformers.integrations.finegrained_fp8 import FP8Experts
 
     arguments = list(inspect.signature(FP8Experts.__init__).parameters.values())[1:]
@@ -94,5 +97,5 @@ def _fp8_defaults() -> dict[str, Any]:
 
 
 def _same(value: Any, default: Any) -> bool:
-    """Whether a flag has its default; what is no plain value is not compared."""
+    """Whether a flag has its default. Only plain values are compared by value."""
     return value is default or (isinstance(value, bool | int | float | str) and bool(value == default))

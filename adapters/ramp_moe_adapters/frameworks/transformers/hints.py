@@ -1,4 +1,4 @@
-"""Why a model of Transformers has no layer that ramp_moe can take: what its experts are instead."""
+"""Explains why a model of Transformers has no layer that ramp_moe can take, by what its experts are instead."""
 
 from __future__ import annotations
 
@@ -10,9 +10,9 @@ if TYPE_CHECKING:
     from torch.nn import Module
 
 OLDEST = "5.17"
-"""The first version of Transformers whose interface is known."""
+"""The first version of Transformers whose experts interface is supported."""
 EXPERTS = re.compile(r"(Experts|MoE|Moe)$")
-"""Names of classes that hold experts."""
+"""Matches names of classes that hold experts."""
 OTHERS = {
     "Llama4TextExperts": "they take tokens already multiplied by the routing weights, every token for every expert",
     "LongcatFlashExperts": "they share their ids with identity experts, which give tokens back as they are",
@@ -23,16 +23,16 @@ OTHERS = {
     "DbrxExperts": "they hold the rows of all experts in matrices of two dimensions, gate and up apart",
     "AriaExperts": "they are two modules with a matrix each, called with the tokens already sorted by expert",
     "DogeCDMoE": "they are single rows of embeddings, looked up for each token",
-    "VitPoseNaiveMoe": "they are linear layers, one a dataset, each computed for all tokens",
+    "VitPoseNaiveMoe": "they are linear layers, one per dataset, each computed for all tokens",
 }
-"""Classes outside the experts interface, and why their experts are none that a MoE kernel computes."""
+"""Classes outside the experts interface, and why no MoE kernel computes their experts."""
 
 
 def hint_of(model: Module) -> str:
     """Why nothing was found in a model of Transformers, for a person to read."""
     version = metadata.version("transformers")
     if int(version.partition(".")[0]) < 5:
-        return f"transformers {version} has no experts interface; install {OLDEST} or newer of 5"
+        return f"transformers {version} has no experts interface; install {OLDEST} or a newer 5.x"
     method = getattr(getattr(model.config, "quantization_config", None), "quant_method", None)
     if method is not None:
         return f"it is quantised by {getattr(method, 'value', method)}; ramp_moe takes bf16, fp16 and fp8 experts"
@@ -44,6 +44,6 @@ def hint_of(model: Module) -> str:
     if known is not None:
         return f"its experts, {known}, are not those of the experts interface: {OTHERS[known]}"
     return (
-        f"its experts, {found[0]}, are not of the experts interface of transformers {version}, and run their own code; "
+        f"its experts, {found[0]}, do not use the experts interface of transformers {version}, and run their own code; "
         f"if they are activation(gate) * up, name them with ramp_moe.Experts"
     )

@@ -1,6 +1,6 @@
-"""The name `ramp_moe` in the experts interfaces of Transformers 5.
+"""Registers the name `ramp_moe` with the experts interfaces of Transformers 5.
 
-Importing this raises KernelError if Transformers has no experts interface.
+Importing this module raises KernelError if Transformers has no experts interface.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ try:
     from transformers.integrations.finegrained_fp8 import FP8ExpertsInterface
     from transformers.integrations.moe import ExpertsInterface
 except ImportError as e:
-    raise KernelError(f"ramp_moe needs the experts interface of transformers 5.17 or newer of 5 ({e})") from e
+    raise KernelError(f"ramp_moe needs the experts interface of transformers 5.17 or a newer 5.x ({e})") from e
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -28,14 +28,18 @@ if TYPE_CHECKING:
 
 _logger = logging.getLogger("ramp_moe")
 _builder = Builder()
-"""Of layers that are wrapped when they first run: they share profiles and workspaces while the process lives."""
+"""Makes the layers that are wrapped at their first call. They share profiles and workspaces."""
 _adapters: list[ExpertsAdapter] = []
-"""The one that was registered."""
+"""The adapter that was registered; at most one."""
 
 
 def experts_forward(module: Module, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
-    """The weighted sum of the experts `[T, H]` of hidden_states `[T, H]`, top_k_index int64 `[T, k]`, where num_experts
-    is skipped, and top_k_weights `[T, k]`."""
+    """Compute the weighted sum of the experts, `[T, H]`, for a module of Transformers.
+
+    hidden_states: `[T, H]`.
+    top_k_index: int64 `[T, k]`; ids of num_experts are skipped.
+    top_k_weights: `[T, k]`.
+    """
     experts = experts_of(module) or _attached(module, top_k_index.shape[-1])
     return experts(hidden_states, top_k_index, top_k_weights)
 
@@ -50,8 +54,11 @@ def _attached(module: Module, top_k: int) -> WrappedExperts:
 
 
 def register(adapter: ExpertsAdapter) -> None:
-    """Make the name a choice of `experts_implementation=`, for modules that `adapter` knows. Again, it does nothing."""
+    """Make the name a choice of `experts_implementation=`, for modules that `adapter` knows.
+
+    A second call has no effect.
+    """
     if not _adapters:
         _adapters.append(adapter)
-        for interface in (ExpertsInterface, FP8ExpertsInterface):  # the second's lack of a name shows in a call only
+        for interface in (ExpertsInterface, FP8ExpertsInterface):  # the second checks a name only at a call
             interface.register(NAME, experts_forward)

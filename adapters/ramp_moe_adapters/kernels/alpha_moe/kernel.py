@@ -1,10 +1,10 @@
 """Alpha-MoE (Aleph-Alpha/Alpha-MoE): one fused fp8 block-scaled launch, up + SwiGLU + down, for Hopper.
 
-The package itself is used unmodified; it must be installed only where the kernel is to run.
+The package runs unmodified. It must be installed only where the kernel is to run.
 
-A CTA takes `block_m` tokens of one expert and 256 rows of the up-projection (block_n * warp_n, gate and up rows
-interleaved), and reduces its part of the down projection into the output by atomic adds: the output is zeroed first.
-Grid: x = N / 256, y = the padded tokens' upper bound / block_m; CTAs past the device-side token count exit at once.
+A CTA takes `block_m` tokens of one expert and 256 interleaved rows of gate and up (block_n * warp_n). It adds its part
+of the down projection to the output atomically, so the output is zeroed first. The grid is N / 256 by the upper bound
+of padded tokens / block_m. CTAs past the device-side token count exit at once.
 """
 
 from __future__ import annotations
@@ -38,21 +38,27 @@ if TYPE_CHECKING:
 CTA_WEIGHT_ROWS = 256
 BLOCK_K = 128
 WARP_TILES = ((64, 4), (32, 8))
-"""(block_n, warp_n): rows of one warp's tile, and consumer warps."""
+"""Pairs (block_n, warp_n): rows of one warp's tile, and number of consumer warps."""
 DEFAULTS = ((1.0, 8, 5), (8.0, 16, 2), (16.0, 24, 2), (32.0, 48, 3), (64.0, 80, 3), (128.0, 72, 5))
-"""(mean tokens of an active expert up to which it holds, block_m, stages), all with block_n 32 and warp_n 8: on average
-best for the evenly routed batches of the four H200 sweeps that ship. DEFAULT_LARGE beyond the last."""
+"""Default (block_m, stages) by mean load: (largest mean tokens per active expert, block_m, stages).
+
+Beyond the last load DEFAULT_LARGE holds. All have block_n 32 and warp_n 8. They are best on average for the evenly
+routed batches of the four H200 sweeps that ship.
+"""
 DEFAULT_LARGE = (80, 4)
 
 
 def _valid(block_m: int, stages: int) -> bool:
-    """Five pipeline stages fit into shared memory only up to a token block of 100."""
+    """Whether the pipeline fits into shared memory: five stages do only up to a token block of 100."""
     return stages < 5 or block_m <= 100
 
 
 class AlphaMoE(LaunchableKernel):
-    """Takes bf16 hidden states; fp8 weights without biases, activation swiglu. Its additions to the output have no
-    fixed order, so that two runs differ in bf16's last bits. A NaN in the input need not show in the output."""
+    """Takes bf16 hidden states, fp8 weights without biases, and the activation swiglu.
+
+    Additions to the output have no fixed order, so two runs differ in bf16's last bits. A NaN in the input need not
+    show in the output.
+    """
 
     name = "alpha_moe"
     hidden_dtypes = ("bf16",)
@@ -86,7 +92,7 @@ class AlphaMoE(LaunchableKernel):
         return KernelConfig(
             name,
             (
-                Stage("schedule", f"{self.name}/prepare/bm{block_m}"),  # quantises and zeroes beside
+                Stage("schedule", f"{self.name}/prepare/bm{block_m}"),  # also quantises, and zeroes the output
                 Stage("gemm", f"{self.name}/{name}", grid),
             ),
             (("block_m", block_m), ("block_n", block_n), ("warp_n", warp_n), ("stages", stages)),
@@ -105,8 +111,10 @@ class AlphaMoE(LaunchableKernel):
         return f"{' and '.join(missing)} missing; pip install {' '.join(missing)}" if missing else None
 
     def prepare(self, weights: MoEWeights) -> PreparedAlphaMoE:
-        """Interleave gate and up, which copies gate_up once, unless they are given so. Raises KernelError for weights,
-        a device or an installation that the operator cannot work with."""
+        """Interleave gate and up. This copies gate_up once, unless it is interleaved already.
+
+        Raises KernelError for weights, a device or an installation that the operator cannot use.
+        """
         from .launch import prepare  # torch: not needed to describe the kernel
 
         return prepare(weights)
@@ -120,8 +128,11 @@ class AlphaMoE(LaunchableKernel):
     def run(
         self, config: KernelConfig, prepared: Any, batch: Batch, out: Tensor, workspace: Workspace
     ) -> Iterator[None]:
-        """Two launches up to 4096 routed ids, three above: the schedule, which quantises and zeroes beside it, then
-        the operator. Raises KernelError for fp16 hidden states and for batches beyond the operator's limits."""
+        """Launch the schedule, which also quantises and zeroes, and then the operator.
+
+        The schedule is one launch up to 4096 routed ids, and two above. Raises KernelError for fp16 hidden states, and
+        for batches beyond the operator's limits.
+        """
         from .launch import launch_steps
 
         return launch_steps(config, prepared, batch, out, workspace)

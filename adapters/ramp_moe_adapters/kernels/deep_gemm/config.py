@@ -1,9 +1,11 @@
-"""Which tile DeepGEMM's grouped GEMMs take on Hopper: its own choice, told from outside.
+"""Predicts, and so pins, the tile that DeepGEMM's grouped GEMMs choose on Hopper.
 
-DeepGEMM has no argument for it. It weighs every tile by modelled L1 and L2 cycles for the rows that it expects, the
-SMs that it may use and a multiple that the weight block must have, and takes the best. Those three its callers can
-set, and that is how a configuration pins a tile. What follows is `get_best_config` for sm_90 as of 0.1.4 (sgl) and
-2.6.1 (deepseek-ai), csrc/jit_kernels/heuristics; a test compares it with what the library prints.
+DeepGEMM has no argument for the tile. It models the L1 and L2 cycles of every tile and takes the best. Its choice
+depends on the rows that it expects, the SMs that it may use, and a multiple that the weight block must have. Callers
+can set these three, which is how a configuration pins a tile.
+
+The code follows `get_best_config` for sm_90 as of 0.1.4 (sgl) and 2.6.1 (deepseek-ai), in csrc/jit_kernels/heuristics.
+A test compares it with what the library prints.
 """
 
 from __future__ import annotations
@@ -22,7 +24,7 @@ SMEM_BYTES = 232_448
 MAX_STAGES = 16
 MAX_BLOCK_N = {"fp8": 192, "bf16": 256}
 STEP_BYTES = 128
-"""Depth of one step along the reduction."""
+"""Bytes of one step along the reduction."""
 WGMMA_ROWS = 64
 L2_BYTES_PER_CYCLE_OF_SM, MAX_L2_BYTES_PER_CYCLE = 64.0, 8e6 / 1.3e3
 L1_BYTES_PER_CYCLE_OF_SM = 128
@@ -30,7 +32,7 @@ L1_BYTES_PER_CYCLE_OF_SM = 128
 
 @dataclass(frozen=True, slots=True)
 class Tile:
-    """block_n weight rows; clusters of cluster_m x cluster_n CTAs, which share what they load."""
+    """A tile of block_n weight rows, in clusters of cluster_m x cluster_n CTAs that share their loads."""
 
     block_n: int
     cluster_m: int
@@ -45,8 +47,10 @@ class Tile:
 def choose(
     dtype: str, block_m: int, rows: int, reduction: int, experts: int, expected_m: int, num_sms: int, multiple: int = 1
 ) -> Tile | None:
-    """The tile for weights `[experts, rows, reduction]` where `expected_m` tokens are expected of each expert; None
-    where no tile is valid."""
+    """The tile that DeepGEMM chooses for weights `[experts, rows, reduction]`; None if no tile is valid.
+
+    expected_m: tokens that it expects of each expert.
+    """
     size = 1 if dtype == "fp8" else 2
     best: tuple[int, Tile] | None = None
     for tile in _valid(dtype, block_m, rows, reduction, num_sms, multiple):
@@ -67,7 +71,7 @@ def choose(
 
 
 def _valid(dtype: str, block_m: int, rows: int, reduction: int, num_sms: int, multiple: int) -> Iterator[Tile]:
-    """In DeepGEMM's order, which decides ties."""
+    """Yield the valid tiles in DeepGEMM's order, which decides ties."""
     step = math.lcm(16, multiple)
     block_k = STEP_BYTES if dtype == "fp8" else STEP_BYTES // 2
     for m_cluster, n_cluster in ((1, 1), (1, 2), (2, 1)):
@@ -75,7 +79,7 @@ def _valid(dtype: str, block_m: int, rows: int, reduction: int, num_sms: int, mu
         if num_sms % cluster:
             continue
         for n in range(step, MAX_BLOCK_N[dtype] + 1, step):
-            # A tile over two scale blocks is unrolled by what lies in the first.
+            # A tile over two scale blocks is unrolled by the first one's share.
             over = n - block_k
             if dtype == "fp8" and over > 0 and n % over and block_k % over:
                 continue
@@ -86,7 +90,7 @@ def _valid(dtype: str, block_m: int, rows: int, reduction: int, num_sms: int, mu
 
 
 def _stages(dtype: str, block_m: int, n: int, reduction: int) -> int:
-    """Of the pipeline, by shared memory."""
+    """Number of pipeline stages that fit into shared memory."""
     fixed = _align(block_m * n * 2, 1024) + MAX_STAGES * 16
     stage = (block_m + n) * STEP_BYTES
     if dtype == "fp8":
@@ -101,7 +105,7 @@ def _align(size: int, to: int) -> int:
 
 @dataclass(frozen=True, slots=True)
 class Pinned:
-    """One GEMM's tile, and what makes DeepGEMM take it."""
+    """One GEMM's tile, with the values that make DeepGEMM choose it."""
 
     tile: Tile
     expected_m: int
@@ -111,8 +115,10 @@ class Pinned:
 def pinned(
     dtype: str, block_m: int, rows: int, reduction: int, experts: int, num_sms: int, with_multiple: bool
 ) -> list[Pinned]:
-    """The tiles that can be had at this many SMs, each with what pins it: an expected number of tokens, and where the
-    installed version can be told a multiple, that."""
+    """The tiles that DeepGEMM can be made to choose at this number of SMs, each with the values that pin it.
+
+    with_multiple: True if the installed version lets callers set a multiple.
+    """
     multiples = range(1, MAX_BLOCK_N[dtype] + 1) if with_multiple else (1,)
     found: dict[Tile, Pinned] = {}
     for multiple, tiles in itertools.product((m for m in multiples if m == 1 or m % 16 == 0), EXPECTED_TILES):
@@ -123,11 +129,11 @@ def pinned(
 
 
 EXPECTED_TILES = (1, 2, 3, 4, 6, 8, 16)
-"""Tiles of an expert to pretend."""
+"""Numbers of M-tiles per expert to announce to DeepGEMM as expected."""
 
 
 @functools.cache
 def most_tokens(block: int, shape: MoEShape) -> int:
-    """The most tokens of one launch: the schedule's ids, and matrices of padded rows with offsets of 32 bits."""
+    """The most tokens of one launch, bounded by the schedule's ids and by 32-bit offsets into the padded rows."""
     rows = MAX_ELEMENTS // max(shape.hidden_size, 2 * shape.intermediate_size)
     return max_tokens(shape, max_ids(rows // block, shape.num_experts, block))

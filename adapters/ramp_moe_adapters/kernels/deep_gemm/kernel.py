@@ -1,13 +1,14 @@
-"""DeepGEMM (deepseek-ai/DeepGEMM): two persistent grouped GEMMs for Hopper, fp8 block-scaled or bf16, between our
-permute, activation and unpermute.
+"""DeepGEMM (deepseek-ai/DeepGEMM): two persistent grouped GEMMs for Hopper, in fp8 with block scales or in bf16.
 
-The package itself is used unmodified; it must be installed only where the kernel is to run. Rows are sorted by expert
-and each expert's padded to whole tiles ("psum" layout: the device reads where each expert's rows end), so that a GEMM
-does sum_e ceil(h_e / block_m) * ceil(N / block_n) tiles, over num_sms persistent CTAs. The masked layout has the same
-tiles and needs rows for every expert's worst case; the plain contiguous one also walks over the tiles beyond the last
-row: neither is offered.
+Our dispatch, activation and combine surround them. The package runs unmodified. It must be installed only where the
+kernel is to run.
 
-What a configuration pins, and how, is in `config.py`.
+Rows are sorted by expert, and each expert is padded to whole tiles. The device reads where each expert's rows end,
+which DeepGEMM calls the "psum" layout. A GEMM then computes sum_e ceil(h_e / block_m) * ceil(N / block_n) tiles on
+num_sms persistent CTAs. Two other layouts are not offered: the masked one needs rows for every expert's worst case, and
+the plain contiguous one also computes the tiles beyond the last row.
+
+`config.py` says what a configuration pins, and how.
 """
 
 from __future__ import annotations
@@ -51,24 +52,25 @@ if TYPE_CHECKING:
 
 LAUNCH = Path(__file__).with_name("launch.py")
 RUNS = (Place(LAUNCH, "prepare"), Place(LAUNCH, "launch_steps"))
-"""What is ours of what decides the times."""
+"""Our code that affects the times; the version digests it."""
 BLOCKS = (64, 128)
 SM_SHARES = (1.0, 0.9, 0.8)
-"""Of the SMs: fewer of them are another choice of tile, and leave the last wave less empty."""
+"""Shares of the SMs to use. With fewer SMs DeepGEMM chooses other tiles, and the last wave may be fuller."""
 BF16_STEP = 64
 TESTED = ("0.1.4.post1",)
-"""Versions of sgl-deep-gemm that ran on an H200. Another may choose other tiles."""
+"""Versions of sgl-deep-gemm that were tested on an H200. Others may choose other tiles."""
 INSTALL = "pip install 'ramp-moe[deep-gemm]'"
 SMALL_LOAD = 64.0
-"""Mean tokens of an active expert up to which the small token block is the default."""
+"""Mean tokens per active expert up to which the small token block is the default."""
 
 
 class DeepGEMM(LaunchableKernel):
-    """Takes bf16 hidden states; fp8 block-scaled or bf16 weights, biases, any activation. Deterministic."""
+    """Takes bf16 hidden states, fp8 block-scaled or bf16 weights, biases, and any activation. Deterministic."""
 
     name = "deep_gemm"
     hidden_dtypes = ("bf16",)
-    # Layers took 1.5 to 1.8 times as long there (profiles/benchmarks/graph_dispatch); why is not understood.
+    # As switchable graph nodes its layers took 1.5 to 1.8 times as long, for an unknown reason (see
+    # profiles/benchmarks/graph_dispatch).
     switchable = False
 
     def unsupported(self, shape: MoEShape, hardware: Hardware) -> str | None:
@@ -133,12 +135,14 @@ class DeepGEMM(LaunchableKernel):
         return WeightLayout("gate-first", shape.num_experts * shape.expert_bytes)
 
     def readable_layouts(self, shape: MoEShape) -> tuple[str, ...]:
-        """All orders of rows, since the activation is ours; but of fp8 weights not the interleaved one, where rows of
-        two scale blocks share 128 rows, for which DeepGEMM has one scale."""
+        """All orders of rows, since the activation is ours; for fp8, not the interleaved one.
+
+        There 128 consecutive rows belong to two scale blocks, and DeepGEMM takes one scale for them.
+        """
         return tuple(key for key in LAYOUTS if shape.dtype != "fp8" or key != "gate-up-interleaved-8")
 
     def version(self) -> str:
-        """DeepGEMM's version and a digest of what is ours around it."""
+        """DeepGEMM's version, with a digest of our code around it."""
         return f"{version_of('deep_gemm')}+{digest_of(*RUNS)}"
 
     def unavailable(self) -> str | None:
@@ -148,18 +152,21 @@ class DeepGEMM(LaunchableKernel):
         if reason := _untested(version_of("deep_gemm")):
             return reason
         if not _has_compiler():
-            return "deep_gemm compiles its kernels with nvcc, and finds none: install a CUDA toolkit and set CUDA_HOME"
+            return "deep_gemm compiles its kernels with nvcc, and finds none; install a CUDA toolkit and set CUDA_HOME"
         cache = os.path.expanduser(os.environ.get("DG_JIT_CACHE_DIR", "~/.deep_gemm"))
         return None if _writable(cache) else f"deep_gemm cannot write its cache {cache}; set DG_JIT_CACHE_DIR"
 
     def prepare(self, weights: MoEWeights) -> PreparedDeepGEMM:
-        """The weights as they are. Raises KernelError for weights, a device or an installation that it cannot use."""
+        """Take the weights as they are.
+
+        Raises KernelError for weights, a device or an installation that it cannot use.
+        """
         from .launch import prepare  # torch: not needed to describe the kernel
 
         return prepare(weights)
 
     def default_config(self, shape: MoEShape, hardware: Hardware, num_tokens: int) -> KernelConfig:
-        """What DeepGEMM takes itself for evenly routed tokens on all SMs, with a token block that they fill."""
+        """DeepGEMM's own choice for evenly routed tokens on all SMs, with the token block that suits the mean load."""
         ids = num_tokens * shape.top_k
         load = ids / min(ids, shape.num_experts)
         block = BLOCKS[0] if load <= SMALL_LOAD else BLOCKS[1]
@@ -172,21 +179,26 @@ class DeepGEMM(LaunchableKernel):
     def run(
         self, config: KernelConfig, prepared: Any, batch: Batch, out: Tensor, workspace: Workspace
     ) -> Iterator[None]:
-        """Up to 2048 routed ids three launches beside DeepGEMM's two, six above. Raises KernelError for fp16."""
+        """Launch DeepGEMM's two GEMMs, and around them three launches up to 2048 routed ids, six above.
+
+        Raises KernelError for fp16 hidden states.
+        """
         from .launch import launch_steps
 
         return launch_steps(config, prepared, batch, out, workspace)
 
 
 def _sm_counts(hardware: Hardware) -> list[int]:
-    """Even, since CTAs come in clusters of two."""
+    """Numbers of SMs to try. They are even, since CTAs come in clusters of two."""
     return list(dict.fromkeys(int(hardware.num_sms * share) // 2 * 2 for share in SM_SHARES))
 
 
 @functools.cache
 def _takes_multiples() -> bool:
-    """Whether the installed version can be told a multiple of the weight block; where none is installed, not: its
-    source says so without an import, which needs a GPU."""
+    """Whether the installed version lets callers set a multiple of the weight block; False if none is installed.
+
+    Its source is searched instead of imported, since the import needs a GPU.
+    """
     spec = importlib.util.find_spec("deep_gemm")
     if spec is None or spec.origin is None:
         return False
@@ -208,7 +220,7 @@ def _has_compiler() -> bool:
 
 
 def _writable(folder: str) -> bool:
-    """Whether files can be made in a folder, or the folder itself can."""
+    """Whether files can be made in a folder, or, if it does not exist, in the nearest one above it."""
     while not os.path.exists(folder):
         folder, parent = os.path.dirname(folder), folder
         if folder == parent:

@@ -1,8 +1,7 @@
-"""FlashInfer's module for sm_90: whether it is there, what its compilation needs, and the compilation.
+"""Finds and compiles FlashInfer's module for sm_90.
 
-FlashInfer compiles it when it is first used, without a word for hours. Here another process does so, as FlashInfer
-itself would, into FlashInfer's own cache, and what it has done is told. Ninja goes on from what an interrupted
-compilation left.
+FlashInfer itself compiles the module at its first use, silently and for hours. Here another process compiles it in the
+same way, into FlashInfer's own cache, and reports progress. After an interruption, ninja continues where it stopped.
 """
 
 from __future__ import annotations
@@ -26,11 +25,11 @@ from ramp_moe.plugin import Built, KernelError, Progress, is_installed, version_
 INSTALL = "pip install 'ramp-moe[flashinfer]'"
 
 MODULE = "fused_moe_90"
-"""And with a suffix on an H20."""
+"""Name of the module; on an H20 it has a suffix."""
 TARGET = "9.0a"
 POLL_SECONDS = 1.0
 TOLD_LINES = 12
-"""Of a failed compilation's output, the last."""
+"""Number of last lines of a failed compilation's output to report."""
 COMPILE = f"""
 import json, os, torch
 if not torch.cuda.is_available():
@@ -47,28 +46,30 @@ if not spec.is_aot:
 
 
 def cache() -> Path:
-    """FlashInfer's folder for all of its versions."""
+    """FlashInfer's cache folder, which all of its versions share."""
     return Path(os.environ.get("FLASHINFER_WORKSPACE_BASE", Path.home())) / ".cache" / "flashinfer"
 
 
 def problem() -> str | None:
-    """Why the module can neither be loaded nor compiled here; None where it can. Imports nothing of FlashInfer."""
+    """Why the module can neither be loaded nor compiled here; None if it can. Imports nothing from FlashInfer."""
     if not _writable(cache()):
         return f"flashinfer cannot write its cache {cache()}; set FLASHINFER_WORKSPACE_BASE"
     if _prebuilt():
         return None
     if os.environ.get("FLASHINFER_DISABLE_JIT"):
-        return f"flashinfer's module {MODULE} is not installed, and FLASHINFER_DISABLE_JIT forbids to compile it"
+        return f"flashinfer's module {MODULE} is not installed, and FLASHINFER_DISABLE_JIT forbids compiling it"
     if not _nvcc():
-        return "flashinfer compiles its module with nvcc, and finds none: install a CUDA toolkit and set CUDA_HOME"
+        return "flashinfer compiles its module with nvcc, and finds none; install a CUDA toolkit and set CUDA_HOME"
     if shutil.which("ninja") is None:
-        return "flashinfer compiles its module with ninja, and finds none: pip install ninja"
+        return "flashinfer compiles its module with ninja, and finds none; pip install ninja"
     return None
 
 
 def fp8_problem() -> str | None:
-    """Why the fp8 block-scaled GEMMs cannot be compiled, each tile of which FlashInfer compiles with nvcc when it first
-    takes it, into a cache of its own; None where they can, or need not be."""
+    """Why FlashInfer's fp8 block-scaled GEMMs cannot be compiled; None if they can, or need not be.
+
+    FlashInfer compiles each tile with nvcc at its first use, into a separate cache.
+    """
     if os.environ.get("TRTLLM_DG_ENABLED", "1") == "0":
         return None
     home = os.environ.get("CUDA_HOME")
@@ -80,14 +81,18 @@ def fp8_problem() -> str | None:
 
 
 def ready() -> bool:
-    """Whether the installed version's module need not be compiled, as far as its files tell."""
+    """Whether the installed version's module is already compiled, as far as its files show."""
     found = cache().glob(f"{version_of('flashinfer')}/*/cached_ops/{MODULE}*/{MODULE}*.so")
     return _prebuilt() or any(found)
 
 
 def build(configs: tuple[str, ...], report: Progress, jobs: int | None) -> Built:
-    """Compile what FlashInfer's cache lacks, in `jobs` processes (None: ninja decides). `configs` are the names of what
-    the module holds. Raises KernelError where something is missing or does not compile."""
+    """Compile what FlashInfer's cache lacks, in `jobs` processes (None: ninja decides).
+
+    configs: names of the configurations that the module holds.
+
+    Raises KernelError if something is missing or does not compile.
+    """
     if not is_installed("flashinfer"):
         raise KernelError(f"flashinfer missing; {INSTALL}")
     if reason := problem():
@@ -120,7 +125,7 @@ def build(configs: tuple[str, ...], report: Progress, jobs: int | None) -> Built
 
 
 def announced() -> None:
-    """Compile the module now, and tell on stderr what takes so long. Raises KernelError as `build` does."""
+    """Compile the module now, and show progress on stderr. Raises KernelError as `build` does."""
     told = -1
 
     def tell(done: int, total: int, last: str) -> None:
@@ -139,7 +144,7 @@ def announced() -> None:
 
 
 def prune() -> int:
-    """Delete the module as versions of FlashInfer that are not installed have compiled it; returns the bytes freed."""
+    """Delete the modules that FlashInfer versions other than the installed one compiled. Returns the bytes freed."""
     freed = 0
     for folder in cache().glob(f"*/*/cached_ops/{MODULE}*"):
         if folder.is_dir() and folder.parents[2].name != version_of("flashinfer"):
@@ -150,7 +155,7 @@ def prune() -> int:
 
 @contextlib.contextmanager
 def _compiler(jobs: int | None, errors: IO[bytes]) -> Iterator[subprocess.Popen[bytes]]:
-    """The process that compiles, ended with all of its own where this one is interrupted."""
+    """Start the process that compiles. If this process is interrupted, end it together with its children."""
     given = dict(os.environ) | ({} if jobs is None else {"MAX_JOBS": str(jobs)})
     process = subprocess.Popen(
         [sys.executable, "-c", COMPILE], stdout=subprocess.PIPE, stderr=errors, env=given, start_new_session=True
@@ -159,17 +164,17 @@ def _compiler(jobs: int | None, errors: IO[bytes]) -> Iterator[subprocess.Popen[
         yield process
     finally:
         if process.poll() is None:
-            os.killpg(process.pid, signal.SIGINT)  # on which ninja deletes what is half written
+            os.killpg(process.pid, signal.SIGINT)  # ninja then deletes half-written files
             process.wait()
         if process.stdout is not None:
             process.stdout.close()
 
 
 def _first_line(process: subprocess.Popen[bytes]) -> dict[str, Any]:
-    """What the process says about the module; {} where it ends before."""
+    """What the process says about the module; {} if it ends without a word."""
     assert process.stdout is not None
     for line in process.stdout:
-        if line.startswith(b'{"library"'):  # and nothing else that an import may print
+        if line.startswith(b'{"library"'):  # skips what an import may print
             found: dict[str, Any] = json.loads(line)
             return found
     process.wait()
@@ -177,7 +182,7 @@ def _first_line(process: subprocess.Popen[bytes]) -> dict[str, Any]:
 
 
 def _prebuilt() -> bool:
-    """Whether FlashInfer has the module as a file of its own or of its package of compiled modules."""
+    """Whether FlashInfer, or its package of compiled modules, ships the compiled module."""
     if importlib.util.find_spec("flashinfer_jit_cache") is not None:
         return True
     spec = importlib.util.find_spec("flashinfer")
@@ -187,7 +192,7 @@ def _prebuilt() -> bool:
 
 
 def _nvcc() -> bool:
-    """Whether FlashInfer finds nvcc, where it looks."""
+    """Whether nvcc is in one of the places where FlashInfer looks."""
     home = os.environ.get("CUDA_HOME") or os.environ.get("CUDA_PATH")
     if home is not None:
         return os.access(os.path.join(home, "bin", "nvcc"), os.X_OK)
@@ -195,7 +200,7 @@ def _nvcc() -> bool:
 
 
 def _writable(folder: Path) -> bool:
-    """Whether files can be made in a folder, or the folder itself can."""
+    """Whether files can be made in a folder, or, if it does not exist, in the nearest one above it."""
     while not folder.exists() and folder != folder.parent:
         folder = folder.parent
     return folder.is_dir() and os.access(folder, os.W_OK)

@@ -1,12 +1,12 @@
-"""FlashInfer's CUTLASS tactics, and which pairs of them are worth measuring; the tile of its fp8 block-scaled GEMMs.
+"""FlashInfer's CUTLASS tactics, the pairs of them that are worth measuring, and the tile of its fp8 GEMMs.
 
-FlashInfer numbers the tactics of the two GEMMs and names none, so what a number is must be known here. What follows
-is the order of sm_90 and bf16 as of 0.7.2.post1: `get_candidate_configs` in csrc/nv_internal/tensorrt_llm/kernels/
+FlashInfer numbers the tactics of the two GEMMs but does not name them, so their order is repeated here. It is the order
+for sm_90 and bf16 as of 0.7.2.post1. The sources are `get_candidate_configs` in csrc/nv_internal/tensorrt_llm/kernels/
 cutlass_kernels/cutlass_heuristic.cpp, then `getTmaWarpSpecializedConfigs` and `getAmpereConfigs` in moe_gemm/
-moe_gemm_template_dispatch.h. The adapter compares the counts with those of the module that it loads.
+moe_gemm_template_dispatch.h. The adapter compares the numbers of tactics with those of the module that it loads.
 
-With fp8 block scales there are no tactics: `grouped_gemm_dispatch` in fp8_blockscale_gemm/
-fp8_blockscale_gemm_kernel.cuh asks `get_best_gemm_config` in deep_gemm/jit_utils.cuh, a copy of an early DeepGEMM's.
+With fp8 block scales there are no tactics. `grouped_gemm_dispatch` in fp8_blockscale_gemm/
+fp8_blockscale_gemm_kernel.cuh calls `get_best_gemm_config` in deep_gemm/jit_utils.cuh, a copy from an early DeepGEMM.
 """
 
 from __future__ import annotations
@@ -19,22 +19,23 @@ from functools import cache
 TILES = ((128, 16), (128, 32), (128, 64), (128, 128), (128, 256), (256, 128))
 """M and N of one CTA."""
 CLUSTERS = ((1, 1), (2, 1), (1, 2), (2, 2))
-"""CTAs along M and N that share what they load."""
+"""CTAs along M and N that share their loads."""
 CLUSTER_N = 128
-"""From this N on, there are clusters along it."""
+"""Smallest tile along N that has clusters along N."""
 AMPERE_TILES = ((32, 128), (64, 128), (128, 128))
 AMPERE_STAGES = (2, 3, 4)
 COUNTS = (45, 81)
-"""Of the tactics of the two GEMMs in bf16. The second GEMM's numbers go on where the first's end."""
+"""Numbers of tactics of the two GEMMs in bf16. The second GEMM's indices continue the first's."""
 
 
 @dataclass(frozen=True, slots=True)
 class Tactic:
-    """One of a GEMM's ways: a CTA's tile and its cluster, in tokens and weight rows.
+    """One tactic of a GEMM: a CTA's tile and its cluster, in tokens and weight rows.
 
-    index: its number as FlashInfer counts. swapped: the weights are the MMA's M and the tokens its N, else the other
-    way around. finalised: the second GEMM adds its weighted rows to the output itself. stages: of the pipeline of an
-    Ampere kernel; 0 for Hopper's, which finds its own.
+    index: its number in FlashInfer.
+    swapped: True if the weights are the MMA's M and the tokens its N; False if it is the other way round.
+    finalised: True if the second GEMM adds its weighted rows to the output itself.
+    stages: pipeline stages of an Ampere kernel; 0 for a Hopper kernel, which finds its own number.
     """
 
     index: int
@@ -55,7 +56,7 @@ class Tactic:
 
 @cache
 def tactics(gemm: int) -> tuple[Tactic, ...]:
-    """All of the first or the second GEMM's, in FlashInfer's order: `profile_ids` takes their `index`."""
+    """All tactics of the first or the second GEMM, in FlashInfer's order. `profile_ids` takes their `index`."""
     found: list[Tactic] = []
     first = 0 if gemm == 1 else COUNTS[0]
     for swapped, finalised in itertools.product((False, True), (False,) if gemm == 1 else (False, True)):
@@ -70,9 +71,11 @@ def tactics(gemm: int) -> tuple[Tactic, ...]:
 
 
 def worthwhile(gemm: int) -> tuple[Tactic, ...]:
-    """Those that differ in their geometry and are not beaten by it: no tile of fewer than 128 weight rows (plain 128x16
-    to 128x64: a CTA would load 128 tokens for 16 rows), no cluster of four, and of a plain and a swapped tile with the
-    same sides and the same cluster, the plain one."""
+    """The tactics that differ in their geometry and are not beaten by it.
+
+    Left out are tiles of fewer than 128 weight rows (plain 128x16 to 128x64), which would load 128 tokens for few rows,
+    and clusters of four. If a plain and a swapped tile have the same sides and cluster, only the plain one stays.
+    """
     found: dict[tuple[int, int, tuple[int, int], bool, int], Tactic] = {}
     for t in tactics(gemm):
         if t.weights >= 128 and t.cluster != (2, 2):
@@ -81,21 +84,26 @@ def worthwhile(gemm: int) -> tuple[Tactic, ...]:
 
 
 def pairs(ampere: bool) -> Iterator[tuple[Tactic, Tactic]]:
-    """The pairs to measure, of 45 x 81: both GEMMs worthwhile, with the same tokens in a tile, so that the batch's
-    tiles along the tokens are the same for both; Ampere's, where the shape has them, with the same tile and stages."""
+    """Yield the pairs to measure, from 45 x 81.
+
+    Both tactics are worthwhile, with the same tokens per tile, so both GEMMs have the same M-tiles. Ampere's tactics
+    pair only with Ampere's of as many stages.
+
+    ampere: True if the shape has Ampere's tactics.
+    """
     for up, down in itertools.product(worthwhile(1), worthwhile(2)):
         if up.tokens == down.tokens and up.stages == down.stages and (ampere or not up.stages):
             yield up, down
 
 
 SWAPPED_BELOW, SWAPPED_BELOW_ON_H20 = 32, 64
-"""Tokens of a batch from which on these are the MMA's M."""
+"""Batch sizes below which the weights are the MMA's M."""
 H20_SMS = 78
 
 
 @dataclass(frozen=True, slots=True)
 class Fp8Tile:
-    """One CTA's tokens and weight rows, and whether the weights are the MMA's M."""
+    """One CTA's tokens and weight rows. swapped: True if the weights are the MMA's M."""
 
     tokens: int
     weights: int
@@ -103,13 +111,16 @@ class Fp8Tile:
 
 
 WITHOUT_DEEP_GEMM = Fp8Tile(128, 64)
-"""What TRTLLM_DG_ENABLED=0 chooses, whatever the batch."""
+"""The tile of every batch with TRTLLM_DG_ENABLED=0."""
 
 
 @cache
 def fp8_tile(num_tokens: int, rows: int, experts: int, num_sms: int) -> Fp8Tile:
-    """The tile for weights `[experts, rows, any]` and a batch of `num_tokens`. It expects that many of every expert:
-    fewest waves, then the fullest last one, then the smaller tile."""
+    """The tile for weights `[experts, rows, any]` and a batch of `num_tokens`.
+
+    It expects `num_tokens` for every expert. The tile has the fewest waves, then the fullest last wave, then the
+    smallest N.
+    """
     swapped = num_tokens < (SWAPPED_BELOW_ON_H20 if num_sms == H20_SMS else SWAPPED_BELOW)
     m, n = (rows, num_tokens) if swapped else (num_tokens, rows)
     block_m = 64 if m <= 64 else 128
@@ -123,7 +134,5 @@ def fp8_tile(num_tokens: int, rows: int, experts: int, num_sms: int) -> Fp8Tile:
 
 
 LAYOUT = "up-first"
-
-
 ALIGNMENT = 8
-"""bf16 elements in the 16 bytes that TMA asks for."""
+"""bf16 elements in the 16 bytes to which TMA needs rows aligned."""

@@ -1,15 +1,15 @@
-"""FlashInfer's CUTLASS MoE (flashinfer-python 0.7.2.post1): two persistent grouped GEMMs for Hopper, with routing,
-activation and finalising around them.
+"""FlashInfer's CUTLASS MoE (flashinfer-python 0.7.2.post1): two persistent grouped GEMMs for Hopper.
 
-The installed package runs unmodified, through its public `cutlass_fused_moe`; it must be installed only where the
-kernel is to run. In bf16 a configuration is a pair of tactics, which `profile_ids` forces; which pairs there are is in
-`flashinfer_cutlass_choice`. A plain tactic has the tokens along the tile's M, a swapped one along its N; CTAs walk over
-sum_e ceil(h_e / tokens) * ceil(N / weights) tiles. Ampere's kernel for the first GEMM applies the activation itself: a
-CTA multiplies with as many rows of gate as of up.
+Routing, activation and finalising surround them. The package runs unmodified, through its public `cutlass_fused_moe`.
+It must be installed only where the kernel is to run.
 
-With fp8 block scales FlashInfer ignores `profile_ids`: the process runs one configuration, its copy of DeepGEMM, or
-with TRTLLM_DG_ENABLED=0 in the environment a fixed tile. That copy's tile depends on the number of tokens, but below
-128 of them it has room for all of them, and from there on it has 128: its tiles along the tokens are those of 128.
+In bf16 a configuration is a pair of tactics, which `profile_ids` forces; `config.py` lists the pairs. A plain tactic
+has the tokens along the tile's M, a swapped one along its N. CTAs compute sum_e ceil(h_e / tokens) * ceil(N / weights)
+tiles. Ampere's kernel for the first GEMM applies the activation itself: a CTA takes equal numbers of gate and up rows.
+
+With fp8 block scales FlashInfer ignores `profile_ids`, so a process has one configuration: FlashInfer's copy of
+DeepGEMM. With TRTLLM_DG_ENABLED=0 in the environment, it is a fixed tile instead. The copy's tile depends on the number
+of tokens: below 128 it holds all of them, and from there on 128. Its M-tiles are thus always those of a block of 128.
 """
 
 from __future__ import annotations
@@ -52,28 +52,28 @@ if TYPE_CHECKING:
 
 LAUNCH = Path(__file__).with_name("launch.py")
 RUNS = (Place(LAUNCH, "prepare"), Place(LAUNCH, "launch"))
-"""What is ours of what decides the times."""
+"""Our code that affects the times; the version digests it."""
 AMPERE_STEP = 64
-"""Sizes that Ampere's kernels with the activation inside take multiples of."""
+"""Divisor of the sizes that Ampere's kernels take."""
 BLOCK_K = {"bf16": 64, "fp8": 128}
 MANY_TOKENS = 8192
-"""For which the fp8 tile is described."""
+"""Number of tokens for which the fp8 tile is described."""
 SMEM_OF_CTA = 1024
-"""Bytes that the system reserves."""
+"""Bytes of shared memory that the system reserves per CTA."""
 MAX_RESIDENT = 2
-"""CTAs of Ampere's kernels on an SM, at most."""
+"""The most CTAs of Ampere's kernels on one SM."""
 KNOWN = ("0.7.2.post1",)
 """Versions whose order of tactics is known."""
 DEFAULT_TOKENS = (16, 32, 64, 128)
-"""In a tile of the defaults."""
+"""Tokens per tile of the default configurations."""
 
 
 class FlashInferCutlass(LaunchableKernel, BuildableKernel):
-    """Takes bf16 hidden states; bf16 weights, biases too, or fp8 (e4m3 W8A8, [128, 128] weight scales); swiglu.
+    """Takes bf16 hidden states and the activation swiglu. Weights are bf16, also with biases, or fp8 without.
 
-    Configurations that finalise in the second GEMM ("-fin") add to the output in bf16 and in no fixed order, so that
-    two runs differ in the last bits. The module is compiled when it is first used, which takes hours: `ramp-moe kernels
-    build --kernel flashinfer_cutlass` does it ahead.
+    fp8 is e4m3 W8A8 with [128, 128] weight scales. Configurations that finalise in the second GEMM ("-fin") add to the
+    output in bf16 and in no fixed order, so two runs differ in the last bits. The module is compiled at its first use,
+    which takes hours; `ramp-moe kernels build --kernel flashinfer_cutlass` compiles it ahead of time.
     """
 
     name = "flashinfer_cutlass"
@@ -93,25 +93,25 @@ class FlashInferCutlass(LaunchableKernel, BuildableKernel):
         return None
 
     def max_tokens(self, config: KernelConfig, shape: MoEShape) -> int:
-        """As many as keep FlashInfer's buffers below 2^31 elements: larger ones were never tried."""
+        """The most tokens that keep FlashInfer's buffers below 2^31 elements. Larger ones are untested."""
         return max_tokens(shape, MAX_ELEMENTS // max(shape.hidden_size, shape.gate_up_rows))
 
     def configs(self, shape: MoEShape, hardware: Hardware) -> Sequence[KernelConfig]:
-        """In bf16 the pairs of `pairs`, in fp8 the one configuration that this process runs."""
+        """The pairs of `pairs` in bf16, or in fp8 the one configuration that this process runs."""
         if shape.dtype == "fp8":
             return [self._fp8_config(shape, hardware)]
         ampere = not shape.hidden_size % AMPERE_STEP and not shape.intermediate_size % AMPERE_STEP
         return [self.describe(up, down, shape, hardware) for up, down in pairs(ampere)]
 
     def describe(self, up: Tactic, down: Tactic, shape: MoEShape, hardware: Hardware) -> KernelConfig:
-        """Any pair of bf16 tactics as the library sees it, of the first GEMM's and of the second's."""
+        """Describe a pair of bf16 tactics, one of each GEMM."""
         fused = up.stages > 0  # gate and up in one CTA
         grids = (
             _grid(GridGeometry.gate_up, shape, hardware, up, halves=2 if fused else 1),
             _grid(GridGeometry.down, shape, hardware, down),
         )
         stages = [
-            Stage("schedule", f"{self.name}/route"),  # and copies the tokens' rows
+            Stage("schedule", f"{self.name}/route"),  # also copies the tokens' rows
             Stage("gemm", f"{self.name}/up/{up.name}", grids[0]),
         ]
         if not fused:
@@ -132,7 +132,7 @@ class FlashInferCutlass(LaunchableKernel, BuildableKernel):
             if deep_gemm:
                 tile = fp8_tile(MANY_TOKENS, rows, shape.num_experts, hardware.num_sms)
                 grids.append(_grid(projection, shape, hardware, tile))
-            else:  # a CTA for each expert and tile of weights, which walks over the expert's tokens
+            else:  # a CTA per expert and tile of weight rows computes all of the expert's tokens
                 grid = _grid(projection, shape, hardware, WITHOUT_DEEP_GEMM)
                 grids.append(replace(grid, persistent_ctas=shape.num_experts * grid.tiles_n))
         return KernelConfig(
@@ -152,7 +152,7 @@ class FlashInferCutlass(LaunchableKernel, BuildableKernel):
         return WeightLayout(LAYOUT, shape.num_experts * shape.expert_bytes)
 
     def version(self) -> str:
-        """FlashInfer's version and a digest of what is ours around it, but for how its module is built."""
+        """FlashInfer's version, with a digest of our code around it except the build of its module."""
         return f"{version_of('flashinfer')}+{digest_of(*RUNS, apart=(Path(build.__file__),))}"
 
     def unavailable(self) -> str | None:
@@ -164,25 +164,29 @@ class FlashInferCutlass(LaunchableKernel, BuildableKernel):
         return build.problem()
 
     def build(self, shape: MoEShape, hardware: Hardware, report: Progress, jobs: int | None = None) -> Built:
-        """FlashInfer's module for sm_90, about 250 units, of which all configurations are: hours of CPU time. `report`
-        is told of units. An interrupted build goes on where it was. Raises KernelError where something is missing, or
-        with the compiler's words."""
+        """Build FlashInfer's module for sm_90, which holds all configurations: hours of CPU time.
+
+        The module has about 250 units, which `report` counts. An interrupted build continues where it stopped. Raises
+        KernelError if something is missing, or with the compiler's message.
+        """
         return build.build(tuple(c.name for c in self.configs(shape, hardware)), report, jobs)
 
     def prune(self) -> int:
-        """Delete the module as other versions of FlashInfer have compiled it into the cache of the same user."""
+        """Delete the modules that other versions of FlashInfer left in the user's cache, and return the bytes freed."""
         return build.prune()
 
     def prepare(self, weights: MoEWeights) -> PreparedFlashInfer:
-        """Load FlashInfer's module, which is compiled now if it is not yet, and put the rows of up first, which copies
-        gate_up once, unless they are given so. Raises KernelError for weights, a device or an installation that it
-        cannot work with, and where the module's tactics are not those that are known here."""
+        """Load FlashInfer's module, and put the rows of up first. This copies gate_up once, unless up is first already.
+
+        The module is compiled now if it is not yet. Raises KernelError for weights, a device or an installation that it
+        cannot use, and if the module's tactics are not those that `config.py` lists.
+        """
         from .launch import prepare  # torch: not needed to describe the kernel
 
         return prepare(weights)
 
     def default_config(self, shape: MoEShape, hardware: Hardware, num_tokens: int) -> KernelConfig:
-        """A token tile that an active expert's mean load fits into, without a cluster, finalised in the GEMM."""
+        """The smallest tile that holds the mean load of an active expert, without a cluster, finalised in the GEMM."""
         if shape.dtype == "fp8":
             return self._fp8_config(shape, hardware)
         ids = num_tokens * shape.top_k
@@ -196,8 +200,10 @@ class FlashInferCutlass(LaunchableKernel, BuildableKernel):
         return self.describe(of(1), of(2), shape, hardware)
 
     def run(self, config: KernelConfig, prepared: Any, batch: Batch, out: Tensor, workspace: Workspace) -> None:
-        """FlashInfer's launches, and before them one of ours for batches that it would route wrongly if a token named
-        an expert twice. Raises KernelError for hidden states or an output that are not bf16, aligned, of one shape."""
+        """Run FlashInfer's launches. One of ours precedes them if FlashInfer would miscount a token's repeated experts.
+
+        Raises KernelError unless hidden states and output are bf16, aligned and of one shape.
+        """
         from .launch import launch
 
         launch(config, prepared, batch, out, workspace)
@@ -210,8 +216,10 @@ def _grid(
     tile: Tactic | Fp8Tile,
     halves: int = 1,
 ) -> GridGeometry:
-    """The grid of a projection, `GridGeometry.gate_up` or `.down`. halves 2: a CTA takes `tile.weights` rows of gate
-    and as many of up."""
+    """The grid of a projection, `GridGeometry.gate_up` or `.down`.
+
+    halves: 2 if a CTA takes `tile.weights` rows of gate and as many of up, else 1.
+    """
     resident = 1
     if isinstance(tile, Tactic) and tile.stages:
         stage = (tile.tokens + halves * tile.weights) * BLOCK_K["bf16"] * 2

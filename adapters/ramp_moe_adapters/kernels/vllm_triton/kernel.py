@@ -1,11 +1,12 @@
 """vLLM's Triton fused MoE (vllm 0.33): two grouped GEMM launches with the activation between them.
 
-The installed package runs unmodified, through its public `fused_experts` and `override_config`; it must be installed
-only where the kernel is to run. Both launches use one configuration. Grid of each: cdiv(EM, BLOCK_SIZE_M) * cdiv(N,
-BLOCK_SIZE_N), where EM is the length of moe_align_block_size's buffer, or the routed ids times BLOCK_SIZE_M where that
-is less; CTAs past the device-side token count exit early. With at most num_experts / 4 routed ids vLLM skips the
-alignment and gives every id a tile of its own; the logical grid here still merges the ids of one expert, so it is a
-lower bound there.
+The package runs unmodified, through its public `fused_experts` and `override_config`. It must be installed only where
+the kernel is to run.
+
+Both launches use one configuration. Each has a grid of cdiv(EM, BLOCK_SIZE_M) * cdiv(N, BLOCK_SIZE_N). EM is the length
+of moe_align_block_size's buffer, or the routed ids times BLOCK_SIZE_M if that is less. CTAs past the device-side token
+count exit early. With at most num_experts / 4 routed ids, vLLM skips the alignment and gives every id its own tile. The
+logical grid here still merges the ids of one expert, so it is then a lower bound.
 """
 
 from __future__ import annotations
@@ -44,11 +45,11 @@ if TYPE_CHECKING:
     from .launch import PreparedVllmTriton
 
 VERSIONS = ((0, 33), (0, 34))
-"""From the first on, below the second: those whose source this adapter was written against."""
+"""Supported versions: from the first on, below the second. The adapter follows their source."""
 INSTALL = "https://docs.vllm.ai/en/latest/getting_started/installation.html"
 
-# Of the grid that vLLM's own tuning script (benchmarks/kernels/benchmark_moe.py) searches on NVIDIA GPUs, what differs
-# in its CTAs or in their occupancy. Searched as a whole, its 1,248 configurations take hours to compile.
+# A part of the grid that vLLM's tuning script (benchmarks/kernels/benchmark_moe.py) searches on NVIDIA GPUs: what
+# differs in its CTAs or in their occupancy. The whole grid has 1,248 configurations, which take hours to compile.
 BLOCK_M = (16, 32, 64, 128, 256)
 BLOCK_N = (32, 64, 128, 256)
 BLOCK_K = (64, 128)
@@ -56,16 +57,19 @@ GROUP_M = (1, 16)
 NUM_WARPS = (4, 8)
 NUM_STAGES = (2, 3, 4)
 ACCUMULATORS = (8, 128)
-"""Of a thread, float32: fewer leave the tensor cores idle, more are spilled."""
+"""Fewest and most float32 accumulators of a thread: fewer leave the tensor cores idle, more are spilled."""
 
 MAX_EXPERTS = 992
 """moe_align_block_size takes fewer than 1024 experts, rounded up to whole warps of 32."""
 
 
 def _fits(shape: MoEShape, hardware: Hardware, launch: Launch) -> bool:
-    """The pipeline's operand tiles fit into one SM's shared memory, less the 1 KiB that the system reserves, and the
-    accumulators into a thread's registers. Under block scales a step is as deep as their block: a deeper one is cut
-    into those, a shallower one reads scales twice."""
+    """Whether a launch fits the hardware and the dtype.
+
+    The pipeline's operand tiles must fit into one SM's shared memory, less the 1 KiB that the system reserves. The
+    accumulators must fit into a thread's registers. With block scales, a step must be as deep as a block: vLLM cuts a
+    deeper step into blocks, and a shallower one reads scales twice.
+    """
     tiles = launch.stages * (launch.block_m + launch.block_n) * launch.block_k * DTYPE_BYTES[shape.dtype]
     accumulators = launch.block_m * launch.block_n / (launch.warps * 32)
     return (
@@ -76,14 +80,14 @@ def _fits(shape: MoEShape, hardware: Hardware, launch: Launch) -> bool:
 
 
 class VllmTriton(LaunchableKernel):
-    """bf16 and fp16 of the weights' dtype, and fp8 (e4m3 W8A8, [128, 128] weight scales); swiglu and gelu_tanh; biases.
+    """Takes bf16 and fp16 weights, with hidden states of the same dtype, and fp8 weights.
 
-    In fp8, vLLM rounds the scales of activations to powers of two on Hopper and Blackwell, unless
-    VLLM_USE_DEEP_GEMM_E8M0=0.
+    fp8 is e4m3 W8A8 with [128, 128] weight scales. The activation is swiglu or gelu_tanh; biases are supported. In fp8,
+    vLLM rounds the scales of activations to powers of two on Hopper and Blackwell, unless VLLM_USE_DEEP_GEMM_E8M0=0.
 
-    Ids that are to be skipped, which vLLM would read out of bounds or leave uninitialised sums for, cost as much as
-    routed ones: see `vllm_triton_launch`. vLLM's configuration is a global of its module: launches of this process hold
-    a lock, but a vLLM engine that runs in another thread of it could see theirs.
+    Skipped ids cost as much as routed ones: by itself vLLM would read out of bounds for them, or leave their sums
+    uninitialised (see `launch.py`). vLLM's configuration is a global of its module. Launches of this process hold a
+    lock, but a vLLM engine in another thread of the process could see their configuration.
     """
 
     name = "vllm_triton"
@@ -98,7 +102,7 @@ class VllmTriton(LaunchableKernel):
         return None
 
     def max_tokens(self, config: KernelConfig, shape: MoEShape) -> int:
-        """As many as keep vLLM's buffers below 2^31 elements: larger ones were never tried."""
+        """The most tokens that keep vLLM's buffers below 2^31 elements. Larger ones are untested."""
         return max_tokens(shape, MAX_ELEMENTS // max(shape.hidden_size, shape.gate_up_rows))
 
     def unavailable(self) -> str | None:
@@ -111,20 +115,22 @@ class VllmTriton(LaunchableKernel):
             return f"vllm is there, but {' and '.join(missing)} missing; {remedy}"
         try:
             found = metadata.version("vllm")
-        except metadata.PackageNotFoundError:  # run from its sources: the launch checks the functions themselves
+        except metadata.PackageNotFoundError:  # run from its sources; the launch checks the functions it calls
             return None
         number = re.match(r"(\d+)\.(\d+)", found)
         if number is None or not VERSIONS[0] <= (int(number[1]), int(number[2])) < VERSIONS[1]:
-            return f"vllm {found} is not one of the versions that this adapter was written for; {remedy}"
+            return f"vllm {found} is not a version that this adapter supports; {remedy}"
         return None
 
     def version(self) -> str:
         return version_of("vllm")
 
     def configs(self, shape: MoEShape, hardware: Hardware) -> Sequence[KernelConfig]:
-        """Those of the tuned files for the shape (the user's and, where vllm is installed, the shipped one), what the
-        heuristic can name, and the grid above. A recorded configuration of a tuned file that is not
-        there when the recording is read is left out."""
+        """The configurations of tuned files for the shape, those that vLLM's heuristic can choose, and the grid above.
+
+        Tuned files are the user's and, if vllm is installed, the shipped one. If a profile holds a configuration of a
+        tuned file that is now missing, that configuration is left out.
+        """
         tuned = (e for table in vllm_static.tuned_tables(shape, hardware) for e in table.entries.values())
         every = itertools.product(BLOCK_M, BLOCK_N, BLOCK_K, GROUP_M, NUM_WARPS, NUM_STAGES)
         grid = (launch for launch in itertools.starmap(Launch, every) if _fits(shape, hardware, launch))
@@ -132,7 +138,7 @@ class VllmTriton(LaunchableKernel):
         return [self.describe(launch, shape) for launch in launches]
 
     def describe(self, launch: Launch, shape: MoEShape) -> KernelConfig:
-        """A launch as the library sees it."""
+        """Describe a launch."""
         up, down = (
             describe(
                 shape,
@@ -162,19 +168,23 @@ class VllmTriton(LaunchableKernel):
         return WeightLayout("gate-first", shape.num_experts * shape.expert_bytes)
 
     def prepare(self, weights: MoEWeights) -> PreparedVllmTriton:
-        """The weights as they are, with vLLM's description of their scales and biases. Raises KernelError for an
-        activation that vLLM has not, or a vLLM that cannot be imported or has other functions."""
+        """Take the weights as they are, and add vLLM's description of their scales and biases.
+
+        Raises KernelError for an activation that vLLM lacks, and if vLLM cannot be imported or has other functions.
+        """
         from .launch import prepare  # torch: not needed to describe the kernel
 
         return prepare(weights)
 
     def default_config(self, shape: MoEShape, hardware: Hardware, num_tokens: int) -> KernelConfig:
-        """vLLM's own static choice."""
+        """vLLM's own choice by batch size."""
         return self.describe(vllm_static.static_launch(shape, hardware, num_tokens), shape)
 
     def run(self, config: KernelConfig, prepared: Any, batch: Batch, out: Tensor, workspace: Workspace) -> None:
-        """vLLM allocates its result, which is copied to `out`; hidden_states are only read, and `out` may be the same.
-        Raises KernelError for a batch that does not fit the weights."""
+        """Run vLLM's launches, and copy the result that vLLM allocates to `out`, which may be the hidden states.
+
+        Raises KernelError for a batch that does not fit the weights.
+        """
         from .launch import launch
 
         launch(config, prepared, batch, out, workspace)

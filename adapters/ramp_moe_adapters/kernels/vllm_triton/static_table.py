@@ -1,7 +1,7 @@
-"""What vLLM (0.33) itself would choose: a tuned file for the shape and device, or a heuristic by the batch size.
+"""Makes the choice that vLLM (0.33) itself would make: by a tuned file, or by a heuristic on the batch size.
 
-Its order: the user's own folder VLLM_TUNED_CONFIG_FOLDER, the files that the installed package ships, the heuristic.
-VLLM_BATCH_INVARIANT=1 fixes one configuration for everything. Nothing here imports vLLM.
+vLLM looks in the user's folder VLLM_TUNED_CONFIG_FOLDER, then in the files that the package ships, and then takes the
+heuristic. VLLM_BATCH_INVARIANT=1 fixes one configuration for all batches. Nothing here imports vLLM.
 """
 
 from __future__ import annotations
@@ -15,35 +15,37 @@ from ramp_moe.evaluation.vllm_table import Launch, VllmTable, find_table
 from ramp_moe.plugin import SCALE_BLOCK, Hardware, MoEShape
 
 SHIPPED = Path("model_executor", "layers", "fused_moe", "configs")
-"""Within the package."""
+"""Folder of the tuned files within the package."""
 
-# Up to how many tokens each holds, for bf16 and fp16.
 TOKEN_BLOCKS = ((32, 16), (96, 32), (512, 64))
+"""Pairs (most tokens, BLOCK_SIZE_M) of the heuristic for bf16 and fp16; LARGEST_TOKEN_BLOCK beyond."""
 LARGEST_TOKEN_BLOCK = 128
 
 
 def package() -> Path | None:
-    """The folder of the installed vllm; None where there is none."""
+    """The folder of the installed vllm; None if it is not installed."""
     spec = importlib.util.find_spec("vllm")
     return Path(spec.origin).parent if spec is not None and spec.origin else None
 
 
 def tuned_tables(shape: MoEShape, hardware: Hardware) -> list[VllmTable]:
-    """The tuned files for the shape and device, that which vLLM would read first. Raises ProfileError for a broken
-    one."""
+    """The tuned files for the shape and device; the first is the one that vLLM would read.
+
+    Raises ProfileError for a broken file.
+    """
     own, installed = os.environ.get("VLLM_TUNED_CONFIG_FOLDER"), package()
     folders = ([Path(own)] if own is not None else []) + ([installed / SHIPPED] if installed else [])
     return [table for folder in folders if (table := find_table([folder], shape, hardware)) is not None]
 
 
 def static_launch(shape: MoEShape, hardware: Hardware, num_tokens: int) -> Launch:
-    """vLLM's choice for a batch size, as `try_get_optimal_moe_config` in its `fused_moe.py` makes it."""
+    """vLLM's choice for a batch size, made as by `try_get_optimal_moe_config` in its `fused_moe.py`."""
     tables = [] if _batch_invariant() else tuned_tables(shape, hardware)
     return tables[0].lookup(num_tokens) if tables else heuristic(shape, hardware, num_tokens)
 
 
 def heuristic(shape: MoEShape, hardware: Hardware, num_tokens: int) -> Launch:
-    """What vLLM takes without a tuned file: the behaviour of `get_default_config` in its `fused_moe.py`."""
+    """vLLM's choice without a tuned file, made as by `get_default_config` in its `fused_moe.py`."""
     amd = hardware.arch.startswith("gfx")
     if _batch_invariant():
         return Launch(64, 64, 32, 8)
@@ -59,7 +61,7 @@ def heuristic(shape: MoEShape, hardware: Hardware, num_tokens: int) -> Launch:
 
 
 def heuristic_launches(shape: MoEShape, hardware: Hardware) -> Iterator[Launch]:
-    """Every launch that the heuristic can name: one for each interval between its thresholds."""
+    """Yield every launch that the heuristic can choose: one per interval between its thresholds."""
     crowded = 129 * shape.num_experts
     for tokens in sorted({4, 8, 16, 32, 64, 96, 128, 512, 513, crowded - 1, crowded, 512 + crowded}):
         yield heuristic(shape, hardware, tokens)

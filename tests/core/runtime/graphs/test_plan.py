@@ -175,7 +175,7 @@ def test_one_body_where_switching_would_cost_more_than_it_gains(
     [
         ("raises", "raised RuntimeError: no such luck"),
         ("writes outside", "wrote outside its output"),
-        ("wrong", r"wrong output: relative error .* of output, allowed are 0.01"),
+        ("wrong", r"wrong output: relative error .* of output; at most 0.01"),
     ],
 )
 def test_what_misbehaves_is_dropped_and_the_next_takes_its_place(dispatcher: Make, fault: str, reason: str) -> None:
