@@ -51,7 +51,7 @@ def expected_bytes(c: Config) -> Arrivals:
 
 def part_bytes(c: Config) -> int:
     """Bytes of the sums that a CTA of a split reduction sends to each of the others."""
-    return c.block * UP_ROWS * 4
+    return c.block_m * UP_ROWS * 4
 
 
 def arriving(c: Config, paired: bool = False) -> list[Arrivals]:

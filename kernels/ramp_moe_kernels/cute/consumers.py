@@ -38,12 +38,12 @@ class Consumer(Role):
         self.output = Output(layouts, given, shared, tile, self.own, self.group, self.own_warp)
         slice_ = layouts.mma().get_slice(0)
         fragment_a, fragment_b = layouts.mma().make_fragment_A, layouts.mma().make_fragment_B
-        self.weights = fragment_a(slice_.partition_A(cute.local_tile(shared.weights, (64, c.step), (None, 0, None))))
+        self.weights = fragment_a(slice_.partition_A(cute.local_tile(shared.weights, (64, c.block_k), (None, 0, None))))
         self.first_tile = self.group * c.tiles
         self.tokens = fragment_b(slice_.partition_B(shared.tokens))
         self.hidden = fragment_b(slice_.partition_B(shared.hidden))
-        self.accumulator = cute.make_rmem_tensor((c.block // 2 * c.in_flight if layouts.fp8 else 1,), Float32)
-        self.sums = cute.make_rmem_tensor((c.block // 2, c.tiles), Float32)
+        self.accumulator = cute.make_rmem_tensor((c.block_m // 2 * c.in_flight if layouts.fp8 else 1,), Float32)
+        self.sums = cute.make_rmem_tensor((c.block_m // 2, c.tiles), Float32)
 
     @cute.jit
     def consume(self):
@@ -74,8 +74,8 @@ class Consumer(Role):
     def read_routing(self):
         """Put the routing weights of the block's slots into shared memory, 0 where a slot has no token."""
         given, routing = self.given, self.shared.routing
-        if self.own < self.config.block:
-            slot = given.slots[self.tile.m * self.config.block + self.own]
+        if self.own < self.config.block_m:
+            slot = given.sorted_token_ids[self.tile.m * self.config.block_m + self.own]
             weight = Float32(0.0)
             if slot < given.x.shape[0] * given.top_k:
                 weight = given.routing[slot]
@@ -110,7 +110,7 @@ class Consumer(Role):
             self.release(weights.index, None)
             weights.advance()
         if const_expr(not self.layouts.fp8):
-            for m in cutlass.range_constexpr(c.block // 8):
+            for m in cutlass.range_constexpr(c.block_m // 8):
                 for i in cutlass.range_constexpr(4):
                     for t in cutlass.range_constexpr(c.tiles):
                         sums[4 * m + i, t] = sums[4 * m + i, t] * self.shared.routing[self.token(m, i % 2)]
@@ -144,7 +144,7 @@ class Consumer(Role):
     def multiply_scaled(self, stage: Int32, b: cute.Tensor, weight_scales, token_scales: cute.Tensor, column: Int32):
         """fp8: while `in_flight` tiles are in WGMMA, another is scaled. `weight_scales` has for each tile the scale of
         its rows, or two: of the first eight rows in sixteen, and of the others."""
-        block, tiles, in_flight = self.config.block, self.config.tiles, self.config.in_flight
+        block, tiles, in_flight = self.config.block_m, self.config.tiles, self.config.in_flight
         warpgroup.fence()
         for t in cutlass.range_constexpr(in_flight):
             self.multiply(self.accumulator, t * (block // 2), t, stage, b, False)
@@ -167,14 +167,14 @@ class Consumer(Role):
         """bf16: WGMMA adds to the sums themselves."""
         warpgroup.fence()
         for t in cutlass.range_constexpr(self.config.tiles):
-            self.multiply(self.sums, t * (self.config.block // 2), t, stage, b, True)
+            self.multiply(self.sums, t * (self.config.block_m // 2), t, stage, b, True)
         warpgroup.wait_group(0)
 
     def multiply(self, to, at, t, stage, b, add):
         """A 64 x block tile in registers, from `at` on: (to +) a b, over the columns of a step. Commits a group."""
         a = self.weights[(None, None, None, self.first_tile + t, stage)]
         mma = self.layouts.mma()
-        tile = cute.make_tensor(to.iterator + at, cute.make_layout(mma.partition_shape_C((64, self.config.block))))
+        tile = cute.make_tensor(to.iterator + at, cute.make_layout(mma.partition_shape_C((64, self.config.block_m))))
         for k in range(cute.size(a, mode=[2])):
             mma.set(warpgroup.Field.ACCUMULATE, add or k != 0)
             cute.gemm(mma, tile, a[(None, None, k)], b[(None, None, k)], tile)
@@ -196,7 +196,7 @@ class Consumer(Role):
     def share(self):
         """sums <- the sum over the cluster, added up in the order of its CTAs."""
         c, own, rank, gathered = self.config, self.own, self.tile.rank, self.barriers.gathered
-        octets, threads = c.block // 8, 32 * c.warps
+        octets, threads = c.block_m // 8, 32 * c.warps
         parts = cute.recast_ptr(self.shared.base + self.layouts.map.parts, dtype=Float32)
         for t in cutlass.range_constexpr(c.tiles):
             for m in cutlass.range_constexpr(octets):
@@ -209,7 +209,7 @@ class Consumer(Role):
         if own == 0:
             cute.arch.mbarrier_arrive_and_expect_tx(gathered, expected_bytes(c).gathered)
         if (own < c.split_k) & (own != rank):
-            mine = (parts + rank * (c.block * UP_ROWS)).to_llvm_ptr()
+            mine = (parts + rank * (c.block_m * UP_ROWS)).to_llvm_ptr()
             prims.cp_async_bulk_shared_cluster_shared_cta(
                 prims.mapa(mine, own), mine, prims.mapa(gathered.to_llvm_ptr(), own), part_bytes(c)
             )
@@ -227,7 +227,7 @@ class Consumer(Role):
     def swiglu(self):
         """Gate and up to intermediates, in registers 4m and 4m + 1."""
         for t in cutlass.range_constexpr(self.config.tiles):
-            for m in cutlass.range_constexpr(self.config.block // 8):
+            for m in cutlass.range_constexpr(self.config.block_m // 8):
                 for j in cutlass.range_constexpr(2):
                     gate, up = self.sums[4 * m + j, t], self.sums[4 * m + 2 + j, t]
                     if self.given.up_first == 1:
@@ -241,7 +241,7 @@ class Consumer(Role):
         thread's, then of the 8 lanes that share it, then of all warps'."""
         c, sums = self.config, self.sums
         maxima, hidden, scales = self.shared.maxima, self.shared.hidden, self.shared.h_scale
-        for m in cutlass.range_constexpr(c.block // 8):
+        for m in cutlass.range_constexpr(c.block_m // 8):
             for j in cutlass.range_constexpr(2):
                 most = Float32(TINY)
                 for t in cutlass.range_constexpr(c.tiles):
@@ -252,7 +252,7 @@ class Consumer(Role):
                 if self.lane < 4:
                     maxima[8 * m + self.lane * 2 + j, self.own_warp] = most
         self.all_consumers.arrive_and_wait()
-        for m in cutlass.range_constexpr(c.block // 8):
+        for m in cutlass.range_constexpr(c.block_m // 8):
             for j in cutlass.range_constexpr(2):
                 token = self.token(m, j)
                 most = Float32(TINY)
@@ -273,13 +273,13 @@ class Consumer(Role):
     def round(self, w: Int32):
         """bf16: intermediates to shared memory."""
         c = self.config
-        for m in cutlass.range_constexpr(c.block // 8):
+        for m in cutlass.range_constexpr(c.block_m // 8):
             for j in cutlass.range_constexpr(2):
                 for t in cutlass.range_constexpr(c.tiles):
                     column = self.hidden_column(t)
-                    part = w * self.layouts.parts_of_h + column // c.step
+                    part = w * self.layouts.parts_of_h + column // c.block_k
                     value = BFloat16(self.sums[4 * m + j, t])
-                    self.shared.hidden[self.token(m, j), column % c.step, part] = value
+                    self.shared.hidden[self.token(m, j), column % c.block_k, part] = value
 
     def hidden_column(self, t):
         """Which of the CTA's 128 intermediates this thread has in tile t."""

@@ -25,9 +25,9 @@ class Parameters(NamedTuple):
     w2: cute.Tensor  # [H, I, E] as the tensor map counts
     w2_scale: cute.Tensor  # float32 [H / 128, I / 128, E]
     out: cute.Tensor  # [T, H]; with combine "rows" [I / 128 / wide * T * k, H]
-    slots: cute.Tensor  # int32 [capacity]: routed ids by expert; T * k or more where there is none
-    expert_of_tile: cute.Tensor  # int32 [tiles]
-    num_slots: cute.Tensor  # int32 [1]: slots in use, whole blocks
+    sorted_token_ids: cute.Tensor  # int32 [capacity]: routed ids by expert; T * k or more where there is none
+    expert_ids: cute.Tensor  # int32 [tiles]
+    num_tokens_post_padded: cute.Tensor  # int32 [1]: slots in use, whole blocks
     routing: cute.Tensor  # float32 [T * k]
     top_k: Int32
     up_first: Int32  # 1: index 0 of gate_up's second dimension is up
@@ -84,18 +84,18 @@ class Layouts:
         self.fp8 = config.dtype == "fp8"
         self.element = Float8E4M3FN if self.fp8 else BFloat16
         self.map = smem_map(config)
-        self.parts_of_h = INTERMEDIATES // config.step  # tiles of 128 bytes that hold 128 intermediates
+        self.parts_of_h = INTERMEDIATES // config.block_k  # tiles of 128 bytes that hold 128 intermediates
         self.box_rows = UP_ROWS // 2 if config.pair else UP_ROWS  # that one TMA copy loads
 
     def mma(self):
         k = OperandMajorMode.K
         return sm90.make_trivial_tiled_mma(
-            self.element, self.element, k, k, Float32, (1, 1, 1), tiler_mn=(64, self.config.block)
+            self.element, self.element, k, k, Float32, (1, 1, 1), tiler_mn=(64, self.config.block_m)
         )
 
     def tile(self, rows, stages):
         """Rows of 128 bytes, swizzled so that WGMMA reads eight of them without conflicts."""
-        step = self.config.step
+        step = self.config.block_k
         order = sm90.get_smem_layout_atom(cutlass.utils.LayoutEnum.ROW_MAJOR, self.element, step)
         atom = warpgroup.make_smem_layout_atom(order, self.element)
         return cute.tile_to_shape(atom, (rows, step, stages), order=(0, 1, 2))
@@ -111,12 +111,12 @@ class Layouts:
             base,
             self._swizzled(base + at.weights, self.tile(UP_ROWS, c.stages)),
             self._swizzled(base + at.weights, self.boxes()),
-            self._swizzled(base + at.tokens, self.tile(c.block, c.stages)),
-            self._swizzled(base + at.hidden, self.tile(c.block, c.wide * self.parts_of_h)),
-            self._floats(base + at.x_scale, cute.make_layout((c.block, c.stages))),
-            self._floats(base + at.routing, cute.make_layout(c.block)),
-            self._floats(base + at.h_scale, cute.make_layout((c.block, c.wide))),
-            self._floats(base + at.maxima, cute.make_layout((c.block, c.warps), stride=(c.warps, 1))),
+            self._swizzled(base + at.tokens, self.tile(c.block_m, c.stages)),
+            self._swizzled(base + at.hidden, self.tile(c.block_m, c.wide * self.parts_of_h)),
+            self._floats(base + at.x_scale, cute.make_layout((c.block_m, c.stages))),
+            self._floats(base + at.routing, cute.make_layout(c.block_m)),
+            self._floats(base + at.h_scale, cute.make_layout((c.block_m, c.wide))),
+            self._floats(base + at.maxima, cute.make_layout((c.block_m, c.warps), stride=(c.warps, 1))),
             Barriers(*(full_w + kind * c.stages for kind in range(len(Barriers._fields)))),
         )
 

@@ -106,9 +106,9 @@ class FusedMoE:
         down: cute.Tensor,  # [H, I, E]
         down_scale: cute.Tensor,  # float32 [H / 128, I / 128, E]
         out: cute.Tensor,  # [T, H]; with combine "rows" [I / 128 / wide * T * k, H]
-        slots: cute.Tensor,  # int32 [capacity]: routed ids by expert; T * k or more where there is none
-        expert_of_tile: cute.Tensor,  # int32 [tiles]
-        num_slots: cute.Tensor,  # int32 [1]: slots in use, whole blocks
+        sorted_token_ids: cute.Tensor,  # int32 [capacity]: routed ids by expert; T * k or more where there is none
+        expert_ids: cute.Tensor,  # int32 [tiles]
+        num_tokens_post_padded: cute.Tensor,  # int32 [1]: slots in use, whole blocks
         routing: cute.Tensor,  # float32 [T * k]
         top_k: Int32,
         tiles: Int32,  # M-tiles to launch: as many as there can be
@@ -118,7 +118,7 @@ class FusedMoE:
         stream: cuda.CUstream,
     ):
         c = self.config
-        whole = (self.layouts.box_rows, c.step)
+        whole = (self.layouts.box_rows, c.block_k)
         box = cute.slice_(self.layouts.boxes(), (None, None, 0))
         op = cpasync.CopyBulkTensorTileG2SMulticastOp() if c.pair else cpasync.CopyBulkTensorTileG2SOp()
         rows = cute.make_layout(
@@ -130,8 +130,8 @@ class FusedMoE:
         tiles_n = gate_up.shape[2] * 16 // (UP_ROWS * c.wide)
         tiles_m = (tiles + 1) // 2 * 2 if c.pair else tiles
         given = Parameters(
-            x, x_scale, tma_w1, w1, gate_up_scale, tma_w2, w2, down_scale, out, slots, expert_of_tile, num_slots,
-            routing, top_k, up_first, tiles_n, choice, blocks,
+            x, x_scale, tma_w1, w1, gate_up_scale, tma_w2, w2, down_scale, out, sorted_token_ids, expert_ids,
+            num_tokens_post_padded, routing, top_k, up_first, tiles_n, choice, blocks,
         )  # fmt: skip
         self.kernel(given).launch(
             grid=(tiles_n * c.split_k, tiles_m, 1),
@@ -170,13 +170,13 @@ class FusedMoE:
         if const_expr(not c.pair):
             self.init_barriers(shared.barriers, thread, 1)
         cute.arch.griddepcontrol_wait()
-        expert = given.expert_of_tile[cutlass.min(m_i, given.expert_of_tile.shape[0] - 1)]
-        m_tiles = given.num_slots[0] // c.block
+        expert = given.expert_ids[cutlass.min(m_i, given.expert_ids.shape[0] - 1)]
+        m_tiles = given.num_tokens_post_padded[0] // c.block_m
         paired = Int32(0)
         if const_expr(c.pair):
             other = m_i ^ 1
             if (other < m_tiles) & (m_i < m_tiles):
-                if given.expert_of_tile[other] == expert:
+                if given.expert_ids[other] == expert:
                     paired = Int32(1)
             self.init_barriers(shared.barriers, thread, 1 + paired)
         cute.arch.mbarrier_init_fence()
@@ -187,7 +187,7 @@ class FusedMoE:
             cute.arch.sync_threads()
 
         if m_i < m_tiles:
-            steps = given.x.shape[1] // c.step
+            steps = given.x.shape[1] // c.block_k
             first, last = Int32(0), steps
             out_first, out_last = Int32(0), given.out.shape[1] // UP_ROWS
             if const_expr(c.split_k > 1):

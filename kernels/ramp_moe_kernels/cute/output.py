@@ -29,8 +29,8 @@ class Output(Role):
         """The row of the output of this thread's token in its warpgroup's staged rows; -1 if it has none."""
         c, given = self.config, self.given
         row = Int32(-1)
-        if self.own % 128 < c.block:
-            slot = given.slots[self.tile.m * c.block + self.own % 128]
+        if self.own % 128 < c.block_m:
+            slot = given.sorted_token_ids[self.tile.m * c.block_m + self.own % 128]
             if slot < given.x.shape[0] * given.top_k:
                 row = slot // given.top_k
                 if const_expr(c.combine == "rows"):
@@ -63,10 +63,10 @@ class Output(Role):
         """Two tiles of sums, 128 output columns, to shared memory: a row a token."""
         c, own_warp, lane = self.config, self.own_warp, cute.arch.lane_idx()
         pitch = c.out_pitch
-        first = (buffer * c.warpgroups + self.group) * (c.block * pitch)
+        first = (buffer * c.warpgroups + self.group) * (c.block_m * pitch)
         if const_expr(c.combine == "f32"):
             rows = cute.recast_ptr(self.staged, dtype=Float32)
-            for m in cutlass.range_constexpr(c.block // 8):
+            for m in cutlass.range_constexpr(c.block_m // 8):
                 for i in cutlass.range_constexpr(8):
                     token = 8 * m + lane % 4 * 2 + i % 2
                     column = i // 4 * 64 + own_warp % 4 * 16 + i // 2 % 2 * 8 + lane // 4
@@ -76,7 +76,7 @@ class Output(Role):
             rows = cute.recast_ptr(self.staged, dtype=BFloat16)
             transpose = cute.make_copy_atom(warp.StMatrix8x8x16bOp(transpose=True, num_matrices=4), BFloat16)
             exact, rounded = cute.make_rmem_tensor((8,), Float32), cute.make_rmem_tensor((8,), BFloat16)
-            for m in cutlass.range_constexpr(c.block // 8):
+            for m in cutlass.range_constexpr(c.block_m // 8):
                 for i in cutlass.range_constexpr(8):
                     exact[i] = sums[4 * m + i % 4, 2 * half + i // 4]
                 rounded.store(exact.load().to(BFloat16))
@@ -89,7 +89,7 @@ class Output(Role):
         """This thread's staged row on its way: added to the output, or stored."""
         c, out = self.config, self.given.out
         dtype = Float32 if c.combine == "f32" else BFloat16
-        at = ((buffer * c.warpgroups + self.group) * c.block + self.own % 128) * c.out_pitch
+        at = ((buffer * c.warpgroups + self.group) * c.block_m + self.own % 128) * c.out_pitch
         source = (cute.recast_ptr(self.staged, dtype=dtype) + at).to_llvm_ptr()
         target = (out.iterator + (Int64(row) * out.shape[1] + column)).to_llvm_ptr()
         nbytes = OUT_COLUMNS * dtype.width // 8

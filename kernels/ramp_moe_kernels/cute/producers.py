@@ -42,7 +42,7 @@ class WeightsProducer(Role):
 
     def partition(self, tma, weights):
         """A matrix by boxes, `[elements, rows, steps, experts]`, and the ring that they go to, `[elements, boxes]`."""
-        boxes = cute.local_tile(weights, (self.layouts.box_rows, self.config.step), (None, None, None))
+        boxes = cute.local_tile(weights, (self.layouts.box_rows, self.config.block_k), (None, None, None))
         ring = cute.group_modes(self.shared.boxes, 0, 2)
         to, source = cpasync.tma_partition(tma, 0, cute.make_layout(1), ring, cute.group_modes(boxes, 0, 2))
         return source, to
@@ -82,8 +82,8 @@ class TokensProducer(Role):
         super().__init__(layouts, given, shared, tile)
         self.own = thread - FIRST_GATHERER
         self.place, self.chunk = self.own // CHUNKS, self.own % CHUNKS
-        self.turns = -(-self.config.block // self.ROWS)
-        self.scale_turns = -(-self.config.block // GATHER_THREADS)
+        self.turns = -(-self.config.block_m // self.ROWS)
+        self.scale_turns = -(-self.config.block_m // GATHER_THREADS)
 
     @cute.jit
     def gather_tokens(self):
@@ -93,9 +93,9 @@ class TokensProducer(Role):
         rows = cute.make_rmem_tensor((self.turns,), Int32)
         scale_rows = cute.make_rmem_tensor((self.scale_turns,), Int32)
         for r in cutlass.range_constexpr(self.turns):
-            rows[r] = self.start(self.given.x, tile.m * c.block, r * self.ROWS + self.place)
+            rows[r] = self.start(self.given.x, tile.m * c.block_m, r * self.ROWS + self.place)
         for r in cutlass.range_constexpr(self.scale_turns if self.layouts.fp8 else 0):
-            scale_rows[r] = self.start(self.given.x_scale, tile.m * c.block, r * GATHER_THREADS + self.own)
+            scale_rows[r] = self.start(self.given.x_scale, tile.m * c.block_m, r * GATHER_THREADS + self.own)
         state = make_pipeline_state(PipelineUserType.Producer, c.stages)
         for _ in cutlass.range(c.wide, unroll=1):
             for k in cutlass.range(tile.first, tile.last, 1, unroll=1):
@@ -105,10 +105,10 @@ class TokensProducer(Role):
     @cute.jit
     def copy(self, rows: cute.Tensor, scale_rows: cute.Tensor, k: Int32, state: PipelineState):
         """Fill a stage, once it is empty, with step k of the rows and their scales."""
-        block, stage, at = self.config.block, state.index, self.layouts.map
+        block, stage, at = self.config.block_m, state.index, self.layouts.map
         given, width = self.given, CHUNK * 8 // self.layouts.element.width
         cute.arch.mbarrier_wait(self.barriers.empty_x + stage, state.phase)
-        column = k * self.config.step + self.chunk * width
+        column = k * self.config.block_k + self.chunk * width
         # Where a row's chunk goes; a turn further, its place among eight is 4 more, or less
         first_to = self.place * ROW_BYTES + (self.chunk ^ (self.place % 8)) * CHUNK
         even_to = at.tokens + stage * (block * ROW_BYTES) + first_to
@@ -129,8 +129,8 @@ class TokensProducer(Role):
     def start(self, source: cute.Tensor, first: Int32, at: Int32):
         """Elements of `source` before the row of the slot `at` of the block from `first`, -1 where it has none."""
         start = Int32(-1)
-        if at < self.config.block:
-            row = self.given.slots[first + at] // self.given.top_k
+        if at < self.config.block_m:
+            row = self.given.sorted_token_ids[first + at] // self.given.top_k
             if row < source.shape[0]:
                 start = row * source.shape[1]
         return start
