@@ -204,7 +204,7 @@ class WrappedExperts:
         from .refusals import check
         from .torch_op import register
 
-        what = f"{name} of {type(module).__name__} has been replaced since it was wrapped"
+        what = f"{name} of {type(module).__name__} has been replaced since its layer was made"
         if torch.cuda.is_available() and torch.cuda.is_current_stream_capturing():
             raise KernelError(f"{what}; run the model once before it is captured")
         number = self.layer._number

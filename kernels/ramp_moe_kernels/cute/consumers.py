@@ -124,14 +124,13 @@ class Consumer(Role):
         return [(scales[0, n, k, expert], scales[1, n, k, expert])] * self.config.tiles
 
     def down_scales(self, n, k):
-        """fp8: the scales of a tile's rows in step k, as pairs like those of `gate_up_scales`; two tiles, 128 output
-        columns, share one. None in bf16."""
+        """fp8: the scale of the rows of each tile in step k; two tiles, 128 output columns, share one. None in bf16."""
         if not self.layouts.fp8:
             return None
         c, tile, halves = self.config, self.tile, self.config.tiles // 2
         first = 2 * n + self.group * halves
         of_halves = [self.given.w2_scale[first + half, tile.n * c.wide + k, tile.expert] for half in range(halves)]
-        return [(of_halves[t // 2], of_halves[t // 2]) for t in range(c.tiles)]
+        return [(of_halves[t // 2],) for t in range(c.tiles)]
 
     @cute.jit
     def multiply_step(self, stage: Int32, b: cute.Tensor, weight_scales, token_scales: cute.Tensor, column: Int32):
@@ -143,8 +142,8 @@ class Consumer(Role):
 
     @cute.jit
     def multiply_scaled(self, stage: Int32, b: cute.Tensor, weight_scales, token_scales: cute.Tensor, column: Int32):
-        """fp8: while `in_flight` tiles are in WGMMA, another is scaled. `weight_scales` has a pair for each tile: of
-        the first eight rows in sixteen, and of the others."""
+        """fp8: while `in_flight` tiles are in WGMMA, another is scaled. `weight_scales` has for each tile the scale of
+        its rows, or two: of the first eight rows in sixteen, and of the others."""
         block, tiles, in_flight = self.config.block_m, self.config.tiles, self.config.in_flight
         warpgroup.fence()
         for t in cutlass.range_constexpr(in_flight):
@@ -152,13 +151,13 @@ class Consumer(Role):
         for t in cutlass.range_constexpr(tiles):
             warpgroup.wait_group(min(t + in_flight, tiles) - (t + 1))
             at = t % in_flight * (block // 2)
+            scales = weight_scales[t]
+            # By tokens if gate and up have a scale each, or else by rows: the assembler assigns registers by the order.
+            order = (0, 2, 1, 3) if len(scales) == 2 else (0, 1, 2, 3)
             for m in cutlass.range_constexpr(block // 8):
-                for j in cutlass.range_constexpr(2):
-                    token_scale = token_scales[self.token(m, j), column]
-                    for half in cutlass.range_constexpr(2):
-                        i = 4 * m + 2 * half + j
-                        scale = weight_scales[t][half] * token_scale
-                        self.sums[i, t] = self.sums[i, t] + self.accumulator[at + i] * scale
+                for i in order:
+                    scale = scales[i // 2 % len(scales)] * token_scales[self.token(m, i % 2), column]
+                    self.sums[4 * m + i, t] = self.sums[4 * m + i, t] + self.accumulator[at + 4 * m + i] * scale
             if const_expr(t + in_flight < tiles):
                 warpgroup.fence()
                 self.multiply(self.accumulator, at, t + in_flight, stage, b, False)

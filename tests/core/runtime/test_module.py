@@ -217,7 +217,7 @@ def test_fp8_weights_are_no_others() -> None:
     layer = MoELayer(of, 1, device="h200", options=DispatchOptions(kernels=[Takes()]))
     assert {*layer.state_dict()} == {"gate_up", "down", "gate_up_scale", "down_scale"}
     layer.half()
-    with pytest.raises(KernelError, match="MoELayer is another"):
+    with pytest.raises(KernelError, match="of MoELayer has been replaced"):
         layer(torch.zeros(1, 128).half(), torch.zeros(1, 1).int(), torch.ones(1, 1))
 
 
