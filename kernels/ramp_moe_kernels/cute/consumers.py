@@ -12,7 +12,7 @@ from cutlass.pipeline import PipelineState, PipelineUserType, make_pipeline_stat
 
 from .barriers import OTHER_LANE, OWN_LANE, PRODUCER_WARPS, expected_bytes, part_bytes
 from .config import PRODUCER_THREADS, UP_ROWS
-from .cta import Layouts, Parameters, Role, Shared, Tile
+from .cta import Layouts, KernelParameters, Role, Shared, CtaTile
 from .output import Output
 
 FP8_MAX = 448.0
@@ -26,7 +26,7 @@ class Consumer(Role):
     weight rows; `accumulator` has those that WGMMA adds to in fp8, for `in_flight` tiles."""
 
     def __init__(
-        self, layouts: Layouts, given: Parameters, shared: Shared, tile: Tile, thread: Int32, warp_index: Int32
+        self, layouts: Layouts, given: KernelParameters, shared: Shared, tile: CtaTile, thread: Int32, warp_index: Int32
     ) -> None:
         super().__init__(layouts, given, shared, tile)
         c = self.config

@@ -13,7 +13,7 @@ from cutlass.cute.nvgpu import OperandMajorMode, warpgroup
 from .config import INTERMEDIATES, UP_ROWS, Config, smem_map
 
 
-class Parameters(NamedTuple):
+class KernelParameters(NamedTuple):
     """Parameters of the kernel, in the order in which they are passed to the device."""
 
     x: cute.Tensor  # [T, H]
@@ -61,7 +61,7 @@ class Shared(NamedTuple):
     barriers: Barriers
 
 
-class Tile(NamedTuple):
+class CtaTile(NamedTuple):
     """What a CTA computes: an M-tile by a weight tile, or its part of that."""
 
     n: Int32  # of tiles_n
@@ -130,7 +130,7 @@ class Layouts:
 class Role:
     """A role of a CTA, with what it works on."""
 
-    def __init__(self, layouts: Layouts, given: Parameters, shared: Shared, tile: Tile) -> None:
+    def __init__(self, layouts: Layouts, given: KernelParameters, shared: Shared, tile: CtaTile) -> None:
         self.config = layouts.config
         self.layouts, self.given, self.shared, self.tile = layouts, given, shared, tile
         self.barriers = shared.barriers

@@ -76,7 +76,7 @@ from cutlass.cute.nvgpu import cpasync
 from .barriers import PRODUCER_WARPS, WEIGHTS_WARP, check, expected
 from .config import INTERMEDIATES, UP_ROWS, Config, smem_bytes
 from .consumers import Consumer
-from .cta import Barriers, Layouts, Parameters, Tile
+from .cta import Barriers, Layouts, KernelParameters, CtaTile
 from .producers import CHUNK, TokensProducer, WeightsProducer
 
 
@@ -129,7 +129,7 @@ class FusedMoE:
         tma_w2, w2 = cpasync.make_tiled_tma_atom(op, down, box, whole)
         tiles_n = gate_up.shape[2] * 16 // (UP_ROWS * c.wide)
         tiles_m = (tiles + 1) // 2 * 2 if c.pair else tiles
-        given = Parameters(
+        given = KernelParameters(
             x, x_scale, tma_w1, w1, gate_up_scale, tma_w2, w2, down_scale, out, sorted_token_ids, expert_ids,
             num_tokens_post_padded, routing, top_k, up_first, tiles_n, choice, blocks,
         )  # fmt: skip
@@ -142,7 +142,7 @@ class FusedMoE:
         )
 
     @cute.kernel
-    def kernel(self, given: Parameters):
+    def kernel(self, given: KernelParameters):
         base = cutlass.utils.SmemAllocator().allocate(smem_bytes(self.config), 1024)
         if const_expr(len(self.config.blocks) == 1):
             self.body(base, given)
@@ -154,7 +154,7 @@ class FusedMoE:
                     FusedMoE(self.config.of(self.config.blocks[i])).body(base, given)
 
     @cute.jit
-    def body(self, base: cute.Pointer, given: Parameters):
+    def body(self, base: cute.Pointer, given: KernelParameters):
         """A CTA: its tile and its barriers, then the role of each warp."""
         c = self.config
         thread, _, _ = cute.arch.thread_idx()
@@ -192,7 +192,7 @@ class FusedMoE:
             out_first, out_last = Int32(0), given.out.shape[1] // UP_ROWS
             if const_expr(c.split_k > 1):
                 first, last, out_first = steps * rank // c.split_k, steps * (rank + 1) // c.split_k, rank
-            tile = Tile(n_i, m_i, rank, paired, expert, first, last, out_first, out_last, c.split_k)
+            tile = CtaTile(n_i, m_i, rank, paired, expert, first, last, out_first, out_last, c.split_k)
             if warp_index < PRODUCER_WARPS:
                 cute.arch.setmaxregister_decrease(c.registers[0])  # a whole warpgroup, or it is undefined
                 if warp_index == WEIGHTS_WARP:

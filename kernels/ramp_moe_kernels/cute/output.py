@@ -10,14 +10,21 @@ from cutlass.cute.nvgpu import warp
 from cutlass.experimental import primitives as prims
 
 from .config import OUT_COLUMNS, UP_ROWS
-from .cta import Layouts, Parameters, Role, Shared, Tile
+from .cta import Layouts, KernelParameters, Role, Shared, CtaTile
 
 
 class Output(Role):
     """The part of a consumer warpgroup that hands over its columns of the output."""
 
     def __init__(
-        self, layouts: Layouts, given: Parameters, shared: Shared, tile: Tile, own: Int32, group: Int32, own_warp: Int32
+        self,
+        layouts: Layouts,
+        given: KernelParameters,
+        shared: Shared,
+        tile: CtaTile,
+        own: Int32,
+        group: Int32,
+        own_warp: Int32,
     ) -> None:
         super().__init__(layouts, given, shared, tile)
         self.own, self.group, self.own_warp = own, group, own_warp

@@ -10,7 +10,7 @@ from cutlass.pipeline import PipelineState, PipelineUserType, make_pipeline_stat
 
 from .barriers import FIRST_GATHERER, STAGE_BYTES
 from .config import GATHER_THREADS, ROW_BYTES
-from .cta import Layouts, Parameters, Role, Shared, Tile
+from .cta import Layouts, KernelParameters, Role, Shared, CtaTile
 
 CHUNK = 16
 """Bytes that a thread copies at once."""
@@ -78,7 +78,7 @@ class TokensProducer(Role):
     ROWS = GATHER_THREADS // CHUNKS
     """Rows of a turn."""
 
-    def __init__(self, layouts: Layouts, given: Parameters, shared: Shared, tile: Tile, thread: Int32) -> None:
+    def __init__(self, layouts: Layouts, given: KernelParameters, shared: Shared, tile: CtaTile, thread: Int32) -> None:
         super().__init__(layouts, given, shared, tile)
         self.own = thread - FIRST_GATHERER
         self.place, self.chunk = self.own // CHUNKS, self.own % CHUNKS
