@@ -12,7 +12,7 @@ from cutlass.pipeline import PipelineState, PipelineUserType, make_pipeline_stat
 
 from .barriers import OTHER_LANE, OWN_LANE, PRODUCER_WARPS, expected_bytes, part_bytes
 from .config import PRODUCER_THREADS, UP_ROWS
-from .cta import Layouts, KernelParameters, Role, Shared, CtaTile
+from .cta import CtaTile, KernelParameters, Layouts, Role, Shared
 from .output import Output
 
 FP8_MAX = 448.0

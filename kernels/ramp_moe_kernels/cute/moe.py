@@ -76,7 +76,7 @@ from cutlass.cute.nvgpu import cpasync
 from .barriers import PRODUCER_WARPS, WEIGHTS_WARP, check, expected
 from .config import INTERMEDIATES, UP_ROWS, Config, smem_bytes
 from .consumers import Consumer
-from .cta import Barriers, Layouts, KernelParameters, CtaTile
+from .cta import Barriers, CtaTile, KernelParameters, Layouts
 from .producers import CHUNK, TokensProducer, WeightsProducer
 
 

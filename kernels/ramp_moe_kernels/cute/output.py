@@ -10,7 +10,7 @@ from cutlass.cute.nvgpu import warp
 from cutlass.experimental import primitives as prims
 
 from .config import OUT_COLUMNS, UP_ROWS
-from .cta import Layouts, KernelParameters, Role, Shared, CtaTile
+from .cta import CtaTile, KernelParameters, Layouts, Role, Shared
 
 
 class Output(Role):

@@ -10,7 +10,7 @@ from cutlass.pipeline import PipelineState, PipelineUserType, make_pipeline_stat
 
 from .barriers import FIRST_GATHERER, STAGE_BYTES
 from .config import GATHER_THREADS, ROW_BYTES
-from .cta import Layouts, KernelParameters, Role, Shared, CtaTile
+from .cta import CtaTile, KernelParameters, Layouts, Role, Shared
 
 CHUNK = 16
 """Bytes that a thread copies at once."""
