@@ -79,6 +79,7 @@ def test_dispatch(tokens: int, top_k: int, routing: str, fp8: bool) -> None:
     check(given, 64 if fp8 else 128, fp8)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("fp8", [True, False])
 def test_dispatch_of_many_ids(fp8: bool) -> None:
     tokens = FUSED_IDS // 8 + 3
@@ -162,6 +163,7 @@ def test_combine(routing: str, bias: bool) -> None:
     assert torch.allclose(out.float().cpu(), expected, rtol=1e-2, atol=1e-2)
 
 
+@pytest.mark.slow
 def test_they_compile_for_an_h200() -> None:
     """In a process that knows nothing of the interpreter."""
     env = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}

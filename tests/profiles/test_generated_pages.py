@@ -36,6 +36,7 @@ def test_every_table_is_generated(readme: Path) -> None:
         assert text.count("\n|") > 2, f"{start} is empty"
 
 
+@pytest.mark.slow
 def test_the_command() -> None:
     def run(*arguments: str) -> subprocess.CompletedProcess[str]:
         command = [sys.executable, str(pages.HERE / "pages.py"), *arguments]
