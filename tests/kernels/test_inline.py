@@ -82,6 +82,7 @@ def test_without_an_id_in_range() -> None:
     check(PATHS, layer, given)
 
 
+@pytest.mark.slow
 def test_sizes_off_every_tile() -> None:
     layer = weights(6, 160, 96, HALF, DEVICE, "swiglu_oai", bias=True)
     check(PATHS, layer, batch(9, 2, 6, 160, "uniform", DEVICE, HALF_DTYPE))

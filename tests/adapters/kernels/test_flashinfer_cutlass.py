@@ -436,6 +436,7 @@ def test_an_interrupted_build_goes_on(source: Path, registry: Registry, h200: Ha
     assert {name: now[name] for name in left} == left
 
 
+@pytest.mark.slow
 def test_the_first_use_says_what_takes_so_long(
     source: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -14,6 +14,7 @@ import pytest
 from click.testing import CliRunner, Result
 from ramp_moe.cli import main
 from ramp_moe.terminal import printable
+from tiers import slow_except
 
 COMPARE = ("compare", "--model", "olmoe-1b-7b", "--kernel", "alpha_moe")
 STEERING = "\x1b[2J\x1b]0;title\x07\r\x9b31m\u202e\x7f"
@@ -102,7 +103,7 @@ COMMANDS = [
 
 
 @pytest.mark.parametrize("as_json", [(), ("--json",)], ids=["text", "json"])
-@pytest.mark.parametrize("command", COMMANDS, ids=" ".join)
+@pytest.mark.parametrize("command", slow_except([("fit",)], COMMANDS), ids=" ".join)
 def test_what_a_profile_says_does_not_steer_the_terminal(
     command: tuple[str, ...], as_json: tuple[str, ...], sweep_file: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -134,6 +135,7 @@ def test_nor_does_the_environment(monkeypatch: pytest.MonkeyPatch, tmp_path: Pat
         assert "2J" in found.output
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "settings",
     [
