@@ -119,6 +119,7 @@ def test_the_second_attempt_may_succeed(cache: Cache, tmp_path: Path) -> None:
     assert (built.compiled, built.dropped) == (("b",), {})
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("damage", "note"),
     [

@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 from each_target import compile_for_each_target
 from ramp_moe import KernelError, ShapeError, UnknownNameError
+from tiers import slow_except
 
 torch = pytest.importorskip("torch")
 pytest.importorskip("triton")
@@ -51,7 +52,7 @@ def test_every_top_k(top_k) -> None:
     check(random_logits(5, 16), top_k, scoring=SCORINGS[top_k % 2], renormalise=top_k % 3 > 0, scale=1.5)
 
 
-@pytest.mark.parametrize("num_experts", [1, 2, 3, 8, 60, 64, 257, 1000, 1024])
+@pytest.mark.parametrize("num_experts", slow_except([3, 60, 64], [1, 2, 3, 8, 60, 64, 257, 1000, 1024]))
 @pytest.mark.parametrize("scoring", SCORINGS)
 @pytest.mark.parametrize("biased", [False, True])
 def test_every_number_of_experts(num_experts, scoring, biased) -> None:
@@ -81,7 +82,7 @@ def test_groups(num_experts, num_groups, topk_groups, top_k, scoring, biased) ->
 
 @pytest.mark.parametrize("scoring", SCORINGS)
 @pytest.mark.parametrize("biased", [False, True])
-@pytest.mark.parametrize("groups", [(1, 1), (4, 2), (6, 4)])
+@pytest.mark.parametrize("groups", slow_except([(4, 2)], [(1, 1), (4, 2), (6, 4)]))
 def test_ties_go_to_the_lowest_index(scoring, biased, groups) -> None:
     how = {"scoring": scoring, "num_groups": groups[0], "topk_groups": groups[1]}
     how["bias"] = torch.arange(24) % 2 / 4 if biased else None

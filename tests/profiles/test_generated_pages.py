@@ -10,7 +10,7 @@ from pathlib import Path
 import pages
 import pytest
 
-FITTED = {"cost_model", "families", "profiles", "shortlists"}
+FITTED = {"cost_model", "families", "heldout", "profiles", "shortlists"}
 """Pages that fit cost models. They share fits, and so a process."""
 CASES = [
     pytest.param(name, marks=[pytest.mark.slow, pytest.mark.xdist_group("pages")] if name in FITTED else [])

@@ -57,6 +57,7 @@ def olmoe() -> Any:
     return model_of("olmoe")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("x", "scores"),
     [

@@ -31,7 +31,7 @@ def shell(line: str, **environment: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run(["bash", "-c", command], env=env, capture_output=True, text=True, check=False)
 
 
-@pytest.mark.parametrize("command", ["models", "models --json", "--help"])
+@pytest.mark.parametrize("command", slow_except(["models"], ["models", "models --json", "--help"]))
 @pytest.mark.parametrize(
     ("where", "reason"), [("> /dev/full", "No space left on device"), (">&-", "standard output is closed")]
 )
@@ -52,6 +52,7 @@ def test_without_stderr() -> None:
     assert "deepseek-v3" in found.stdout
 
 
+@pytest.mark.slow
 def test_an_encoding_that_lacks_characters(tmp_path: Path) -> None:
     page = f"{tmp_path}/\N{LATIN SMALL LETTER E WITH ACUTE}.html"
     found = shell(f"{' '.join(COMPARE)} --html {page}", PYTHONIOENCODING="ascii")
@@ -155,6 +156,7 @@ def test_plots_whatever_matplotlib_is_set_to(settings: dict[str, str], tmp_path:
     assert (tmp_path / "r.html").read_text().count("<svg") == 3
 
 
+@pytest.mark.slow
 def test_a_label_is_no_formula(sweep_file: Path, tmp_path: Path) -> None:
     raw = json.loads(sweep_file.read_text())
     for row in raw["rows"][::7]:
