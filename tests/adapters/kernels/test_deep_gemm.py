@@ -27,7 +27,7 @@ from ramp_moe.spec.launchable import Batch, MoEWeights, Workspace
 from ramp_moe_adapters.kernels.deep_gemm import kernel as deep_gemm
 from ramp_moe_adapters.kernels.deep_gemm.config import Tile, choose, pinned
 from ramp_moe_adapters.kernels.deep_gemm.kernel import DeepGEMM
-from ramp_moe_adapters.kernels.deep_gemm.launch import Prepared, gemm, library
+from ramp_moe_adapters.kernels.deep_gemm.launch import PreparedDeepGEMM, gemm, library
 from tiers import slow_except
 
 KERNEL = DeepGEMM()
@@ -117,7 +117,9 @@ def configs(w: MoEWeights) -> list[KernelConfig]:
     return list(usable_configs(KERNEL, w.shape(TOP_K), H200))
 
 
-def run(config: KernelConfig, prepared: Prepared, batch: Batch, workspace: Workspace | None = None) -> torch.Tensor:
+def run(
+    config: KernelConfig, prepared: PreparedDeepGEMM, batch: Batch, workspace: Workspace | None = None
+) -> torch.Tensor:
     out = torch.full_like(batch.hidden_states, float("nan"))
     KERNEL.launch(config, prepared, batch, out, workspace or Workspace())
     return out
@@ -129,7 +131,7 @@ def test_emulated(dtype: str, routing: str) -> None:
     w, emulation = layer(dtype), Emulation()
     for config, tokens in zip((configs(w)[0], configs(w)[-1]), (1, 21), strict=True):
         given_batch = given(tokens, routing)
-        out = run(config, Prepared(w, emulation), given_batch)
+        out = run(config, PreparedDeepGEMM(w, emulation), given_batch)
         assert error(out, expected(w, given_batch, quantise=dtype == "fp8")) < QUANTISED[dtype]
         p = dict(config.params)
         for which, seen in zip(("up", "down"), emulation.seen[-2:], strict=True):
@@ -141,7 +143,7 @@ def test_emulated(dtype: str, routing: str) -> None:
 def test_biases_and_activations(activation: str) -> None:
     w = layer("bf16", activation=activation, bias=True)
     given_batch = given(9, "padded")
-    out = run(configs(w)[0], Prepared(w, Emulation()), given_batch)
+    out = run(configs(w)[0], PreparedDeepGEMM(w, Emulation()), given_batch)
     assert error(out, expected(w, given_batch, quantise=False)) < 0.01
 
 
@@ -152,7 +154,7 @@ def test_layouts_that_it_reads(dtype: str, layout: str) -> None:
     w = layer(dtype, bias=True)
     assert layout in KERNEL.readable_layouts(w.shape(TOP_K))
     config, given_batch = configs(w)[0], given(9, "padded")
-    plain, other = (run(config, Prepared(v, Emulation()), given_batch) for v in (w, relayout(w, layout)))
+    plain, other = (run(config, PreparedDeepGEMM(v, Emulation()), given_batch) for v in (w, relayout(w, layout)))
     assert torch.equal(plain, other)
 
 
@@ -164,7 +166,7 @@ def test_steps_are_the_stages() -> None:
     w, given_batch = layer("fp8"), given(5)
     config = configs(w)[0]
     out = torch.empty_like(given_batch.hidden_states)
-    keys = list(KERNEL.steps(config, Prepared(w, Emulation()), given_batch, out, Workspace()))
+    keys = list(KERNEL.steps(config, PreparedDeepGEMM(w, Emulation()), given_batch, out, Workspace()))
     assert keys == [s.key for s in config.stages]
 
 
@@ -172,7 +174,7 @@ def test_settings_are_restored_when_a_gemm_fails() -> None:
     w, emulation = layer("fp8"), Emulation()
     emulation.fails = True
     with pytest.raises(RuntimeError, match="Assertion error"):
-        run(configs(w)[-1], Prepared(w, emulation), given(5))
+        run(configs(w)[-1], PreparedDeepGEMM(w, emulation), given(5))
     assert emulation.seen[0][0] == dict(configs(w)[-1].params)["block_m"]
     assert (emulation.alignment, emulation.num_sms, emulation.pdl) == (128, 132, False)
 
@@ -180,7 +182,7 @@ def test_settings_are_restored_when_a_gemm_fails() -> None:
 def test_two_threads_do_not_see_each_others_settings() -> None:
     """The GEMMs alone: Triton's interpreter is not for threads."""
     emulation = Emulation()
-    prepared = Prepared(layer("bf16"), emulation)
+    prepared = PreparedDeepGEMM(layer("bf16"), emulation)
     chosen = [
         {"block_m": m, "num_sms": sms, "up_expected_m": m, "up_multiple": 16} for m, sms in ((64, 132), (128, 104))
     ]
@@ -205,7 +207,7 @@ def test_fp16_is_refused() -> None:
     w = layer("bf16")
     half = batch(3, TOP_K, EXPERTS, HIDDEN, "uniform", DEVICE, torch.float16)
     with pytest.raises(KernelError, match=r"writes bf16 only: hidden_states are torch.float16"):
-        run(configs(w)[0], Prepared(w, Emulation()), half)
+        run(configs(w)[0], PreparedDeepGEMM(w, Emulation()), half)
 
 
 # The description.
@@ -305,7 +307,7 @@ def test_a_multiple_pins_the_only_tile() -> None:
 
 
 @pytest.fixture(scope="module", params=["fp8", "bf16"])
-def on_gpu(request: pytest.FixtureRequest) -> tuple[str, MoEWeights, Prepared]:
+def on_gpu(request: pytest.FixtureRequest) -> tuple[str, MoEWeights, PreparedDeepGEMM]:
     w = weights(16, 512, 384, request.param, "cuda")
     return request.param, w, KERNEL.prepare(w)
 
@@ -318,7 +320,7 @@ def spread(w: MoEWeights) -> list[KernelConfig]:
 
 @pytest.mark.gpu
 @real
-def test_gpu_configurations(on_gpu: tuple[str, MoEWeights, Prepared]) -> None:
+def test_gpu_configurations(on_gpu: tuple[str, MoEWeights, PreparedDeepGEMM]) -> None:
     dtype, w, prepared = on_gpu
     workspace = Workspace()
     for config, routing in itertools.product(spread(w), ROUTINGS):
@@ -330,7 +332,7 @@ def test_gpu_configurations(on_gpu: tuple[str, MoEWeights, Prepared]) -> None:
 
 @pytest.mark.gpu
 @real
-def test_gpu_many_tokens(on_gpu: tuple[str, MoEWeights, Prepared]) -> None:
+def test_gpu_many_tokens(on_gpu: tuple[str, MoEWeights, PreparedDeepGEMM]) -> None:
     dtype, w, prepared = on_gpu
     for config in spread(w):
         given_batch = batch(3000, 4, 16, 512, "skewed", "cuda", torch.bfloat16)
@@ -339,7 +341,7 @@ def test_gpu_many_tokens(on_gpu: tuple[str, MoEWeights, Prepared]) -> None:
 
 @pytest.mark.gpu
 @real
-def test_gpu_graph_obeys_new_inputs(on_gpu: tuple[str, MoEWeights, Prepared]) -> None:
+def test_gpu_graph_obeys_new_inputs(on_gpu: tuple[str, MoEWeights, PreparedDeepGEMM]) -> None:
     dtype, w, prepared = on_gpu
     config = KERNEL.default_config(w.shape(4), H200, 64)
     fixed = batch(64, 4, 16, 512, "uniform", "cuda", torch.bfloat16)
@@ -366,7 +368,7 @@ def test_gpu_graph_obeys_new_inputs(on_gpu: tuple[str, MoEWeights, Prepared]) ->
 
 @pytest.mark.gpu
 @real
-def test_gpu_launches_and_grids(on_gpu: tuple[str, MoEWeights, Prepared]) -> None:
+def test_gpu_launches_and_grids(on_gpu: tuple[str, MoEWeights, PreparedDeepGEMM]) -> None:
     """Three launches beside DeepGEMM's two, whose grids are as described."""
     _, w, prepared = on_gpu
     config = usable_configs(KERNEL, w.shape(4), H200)[-1]
