@@ -9,6 +9,10 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+# Workers of pytest-xdist share the cores. Threads of torch and numpy beside them would only wait for each other.
+if "PYTEST_XDIST_WORKER" in os.environ:
+    os.environ["OMP_NUM_THREADS"] = "1"
+
 import hypothesis
 import pytest
 from ramp_moe import Hardware, MoEShape, ProfileStore, Registry

@@ -16,7 +16,8 @@ README = (ROOT / "README.md").read_text()
 PATH = re.compile(r"(?<![\w/])(?:(?:core|kernels|adapters|profiles|examples|tests)/|\.ci/)[\w./-]*\w")
 NAMED = sorted({path for page in (PAGE, README) for path in PATH.findall(page)})
 TOOLS = ("ruff", "mypy", "import-linter")
-HOOKS = re.findall(r"entry: ([\w -]+?),", (ROOT / ".pre-commit-config.yaml").read_text())
+HOOKS_PAGE = (ROOT / ".pre-commit-config.yaml").read_text()
+HOOKS = re.findall(r"entry: ([\w -]+?),", HOOKS_PAGE)
 
 
 def test_the_map_has_every_room_of_core_in_the_order_of_the_layers() -> None:
@@ -43,6 +44,19 @@ def test_a_linter_is_pinned(tool: str) -> None:
     extras = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["optional-dependencies"]
     (pinned,) = (r.partition("==")[2] for r in extras["test"] if re.match(rf"{tool}\b(?!-)", r))
     assert pinned == metadata.version(tool)
+
+
+def test_no_test_measures_time() -> None:
+    """A deadline of minutes, after which a test gives up, uses time.monotonic."""
+    clocks = re.compile(r"\b(perf_counter|process_time|timeit)\b")
+    files = [file for file in ROOT.glob("tests/**/*.py") if file != Path(__file__)]
+    assert len(files) > 100
+    assert [file.name for file in files if clocks.search(file.read_text())] == []
+
+
+@pytest.mark.parametrize("page", [PAGE, HOOKS_PAGE], ids=["CONTRIBUTING", "hooks"])
+def test_a_page_says_how_the_fast_tests_are_run(page: str) -> None:
+    assert 'python -m pytest -n auto -m "not slow"' in page
 
 
 def test_hooks_run_what_ci_runs() -> None:

@@ -99,7 +99,7 @@ def test_what_cannot_be_used_is_dropped_and_not_tried_again(cache: Cache, tmp_pa
     ("act", "reason"),
     [
         ("dies", "the compiler was killed by signal 9 (Killed); it last printed: out of luck"),
-        ("hangs", "the compiler gave no answer within 3 s and was killed"),
+        pytest.param("hangs", "the compiler gave no answer within 3 s and was killed", marks=pytest.mark.slow),
         ("no room", "the compiler ended with code 1; it last printed: OSError: [Errno 28] No space left on device"),
     ],
 )
@@ -119,6 +119,7 @@ def test_the_second_attempt_may_succeed(cache: Cache, tmp_path: Path) -> None:
     assert (built.compiled, built.dropped) == (("b",), {})
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("damage", "note"),
     [
@@ -150,6 +151,7 @@ def test_a_configuration_that_changed_under_its_name_is_compiled_again(cache: Ca
     assert run(cache, machine, [Fake("a", size=1)]).compiled == ("a",)
 
 
+@pytest.mark.slow
 def test_builds_at_the_same_time_share_the_work(cache: Cache, tmp_path: Path) -> None:
     names = [f"c{i}" for i in range(8)]
     builds = [other_build(cache, tmp_path / "machine", 60, *names) for _ in range(3)]

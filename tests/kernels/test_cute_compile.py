@@ -30,14 +30,12 @@ WHOLE = [
 ]
 SPILLS = Config(128, 64, 4, 2)
 LOAD = """
-import sys, time
+import sys
 import tvm_ffi
 from ramp_moe_kernels.cute.config import Config
 from ramp_moe_kernels.cute.aot import load
 for config in {configs!r}:
-    start = time.perf_counter()
     function = load(config)
-    print(f"{{time.perf_counter() - start:.3f}} s")
     try:
         function()
     except TypeError as e:
@@ -76,16 +74,15 @@ def test_what_was_compiled(built: Built) -> None:
     }
 
 
-def test_it_loads_without_the_compiler_within_50_ms(built: Built, root: Path) -> None:
+def test_it_loads_without_the_compiler(built: Built, root: Path) -> None:
     path = os.pathsep.join(p or os.getcwd() for p in sys.path)
     environment = os.environ | {"PYTHONPATH": path, VARIABLE: str(root), "CC": "/none"}
     command = [sys.executable, "-c", LOAD.format(configs=WHOLE)]
     printed = subprocess.run(command, env=environment, capture_output=True, text=True, check=True).stdout.splitlines()
-    assert len(printed) == 2 * len(WHOLE)
-    for line in printed[1::2]:
+    assert len(printed) == len(WHOLE)
+    for line in printed:
         told = re.findall(r"(\w+): (?:Tensor\(\[([^]]*)\]|int32)", line)
         assert {name: dims.replace(",", "") for name, dims in told} == SIGNATURE
-    assert min(float(line.split()[0]) for line in printed[::2]) < 0.05
 
 
 def test_the_architecture_is_hoppers(built: Built) -> None:

@@ -95,6 +95,7 @@ def shapes() -> Iterator[MoEShape]:
             yield MoEShape(experts, top_k, hidden, inter, dtype)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", KERNELS)
 def test_what_a_kernel_accepts_its_launch_accepts(name: str, registry: Registry, h200: Hardware) -> None:
     kernel = registry.kernel(name)

@@ -14,6 +14,7 @@ from ramp_moe_kernels import reference
 from ramp_moe_kernels.triton.config import GemmConfig, Path, quantises_itself
 from ramp_moe_kernels.triton.kernel import TritonMoE, _path
 from ramp_moe_kernels.triton.router import LinearRouter
+from tiers import slow_except
 
 KERNEL = TritonMoE()
 GPU = torch.cuda.is_available()
@@ -43,7 +44,7 @@ def check(config, layer, given, dtype: str) -> None:
     assert error(out, exact) <= (1.05 * error(same, exact) if dtype == "fp8" else TOLERANCE[dtype])
 
 
-@pytest.mark.parametrize("routing", ROUTINGS)
+@pytest.mark.parametrize("routing", slow_except(["padded", "garbage"], ROUTINGS))
 @pytest.mark.parametrize("dtype", [HALF, "fp8"])
 @pytest.mark.parametrize("tokens", [1, 9])
 def test_default_configurations(dtype: str, routing: str, tokens: int) -> None:
@@ -101,12 +102,12 @@ def test_split_k_with_bias() -> None:
         check(KERNEL.describe(path, layer.shape(2)), layer, given, HALF)
 
 
-@pytest.mark.parametrize("dtype", [HALF, "fp8"])
+@pytest.mark.parametrize("dtype", slow_except(["fp8"], [HALF, "fp8"]))
 @pytest.mark.parametrize("split_k", [1, 4])
 @pytest.mark.parametrize(("direct", "atomic"), [(False, False), (False, True), (True, False)])
 def test_steps_are_the_stages(dtype: str, split_k: int, direct: bool, atomic: bool) -> None:
-    layer = weights(4, 1024, 256, dtype, DEVICE)
-    given = batch(2, 2, 4, 1024, "uniform", DEVICE, HALF_DTYPE)
+    layer = weights(4, 512, 128, dtype, DEVICE)  # four steps of the reduction
+    given = batch(2, 2, 4, 512, "uniform", DEVICE, HALF_DTYPE)
     step = GemmConfig(16, 64, 128)
     config = KERNEL.describe(Path(replace(step, split_k=split_k), step, direct, atomic), layer.shape(2))
     out, done = torch.full_like(given.hidden_states, float("nan")), []

@@ -17,6 +17,8 @@ import pytest
 from ramp_moe import Hardware, MoEShape, Registry
 from ramp_moe_kernels.triton.config import Gemm, GemmConfig, invalid
 
+pytestmark = pytest.mark.slow
+
 SM80, SM90, GFX942 = ("cuda", 80, 32), ("cuda", 90, 32), ("hip", "gfx942", 64)
 DEVICES = {SM80: "a100-sxm", SM90: "h200", GFX942: "mi300x"}
 HIDDEN, INTER = 2048, 1024

@@ -108,6 +108,7 @@ EACH = [*itertools.product(SIZES[1:4], KINDS), *itertools.product((SIZES[0], SIZ
 LAUNCHES = [(*size, case, layout) for (size, case), layout in zip(EACH, itertools.cycle(LAYOUTS), strict=False)]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("inter", "block", "case", "layout"), LAUNCHES)
 def test_every_launch(inter: int, block: int, case: str, layout: str) -> None:
     # Blocks of several steps are told apart by a second block.

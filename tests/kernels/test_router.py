@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import itertools
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
+from each_target import compile_for_each_target
 from ramp_moe import KernelError, ShapeError, UnknownNameError
+from tiers import slow_except
 
 torch = pytest.importorskip("torch")
 pytest.importorskip("triton")
@@ -53,7 +52,7 @@ def test_every_top_k(top_k) -> None:
     check(random_logits(5, 16), top_k, scoring=SCORINGS[top_k % 2], renormalise=top_k % 3 > 0, scale=1.5)
 
 
-@pytest.mark.parametrize("num_experts", [1, 2, 3, 8, 60, 64, 257, 1000, 1024])
+@pytest.mark.parametrize("num_experts", slow_except([3, 60, 64], [1, 2, 3, 8, 60, 64, 257, 1000, 1024]))
 @pytest.mark.parametrize("scoring", SCORINGS)
 @pytest.mark.parametrize("biased", [False, True])
 def test_every_number_of_experts(num_experts, scoring, biased) -> None:
@@ -83,7 +82,7 @@ def test_groups(num_experts, num_groups, topk_groups, top_k, scoring, biased) ->
 
 @pytest.mark.parametrize("scoring", SCORINGS)
 @pytest.mark.parametrize("biased", [False, True])
-@pytest.mark.parametrize("groups", [(1, 1), (4, 2), (6, 4)])
+@pytest.mark.parametrize("groups", slow_except([(4, 2)], [(1, 1), (4, 2), (6, 4)]))
 def test_ties_go_to_the_lowest_index(scoring, biased, groups) -> None:
     how = {"scoring": scoring, "num_groups": groups[0], "topk_groups": groups[1]}
     how["bias"] = torch.arange(24) % 2 / 4 if biased else None
@@ -110,6 +109,7 @@ def test_softmax_scores_that_underflow_keep_the_order_of_their_logits() -> None:
     assert ids.tolist() == [[0, 1, 3, 2]]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("num_experts", "top_k"), [(22, 22), (64, 17), (72, 22), (128, 32), (512, 100)])
 @pytest.mark.parametrize("scoring", SCORINGS)
 def test_many_experts_a_token(num_experts, top_k, scoring) -> None:
@@ -213,7 +213,8 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 from ramp_moe_kernels.triton import router
 
-target = {"sm_80": ("cuda", 80, 32), "sm_90": ("cuda", 90, 32), "gfx942": ("hip", "gfx942", 64)}[sys.argv[1]]
+backend, arch, lanes = sys.argv[1:]
+target = GPUTarget(backend, int(arch) if arch.isdigit() else arch, int(lanes))
 names = router.router_kernel.arg_names
 for experts, k, groups, topk_groups, sigmoid, biased, dtype in [
     (64, 8, 1, 1, False, False, "*bf16"),
@@ -232,18 +233,14 @@ for experts, k, groups, topk_groups, sigmoid, biased, dtype in [
         constants["bias_ptr"] = None
     signature = {name: types.get(name, "constexpr") for name in names}
     source = ASTSource(router.router_kernel, signature, constants)
-    compiled = triton.compile(source, target=GPUTarget(*target), options={"num_warps": warps})
-    assert compiled.asm["cubin" if target[0] == "cuda" else "hsaco"]
-print("compiled")
+    compiled = triton.compile(source, target=target, options={"num_warps": warps})
+    assert compiled.asm["cubin" if backend == "cuda" else "hsaco"]
 """
 
 
-@pytest.mark.parametrize("target", ["sm_80", "sm_90", "gfx942"])
-def test_compiles(target, tmp_path: Path) -> None:
-    env = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
-    env["TRITON_CACHE_DIR"] = str(tmp_path)
-    done = subprocess.run([sys.executable, "-c", COMPILE, target], env=env, capture_output=True, text=True)
-    assert done.stdout.strip() == "compiled", done.stderr
+@pytest.mark.slow
+def test_compiles(tmp_path: Path) -> None:
+    compile_for_each_target(COMPILE, TRITON_CACHE_DIR=str(tmp_path))
 
 
 # --- Large cases: with a GPU -----------------------------------------------------------------------------------------

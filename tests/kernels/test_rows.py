@@ -18,6 +18,7 @@ from ramp_moe_kernels import reference
 from ramp_moe_kernels.permute.permute import FUSED_IDS, PermutedTokens, capacity, permute
 from ramp_moe_kernels.permute.unpermute import activate, unpermute
 from test_quantise_combine import same_bits
+from tiers import slow_except
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 EXPERTS, HIDDEN = 6, 384
@@ -73,13 +74,14 @@ def check(given: Batch, block: int, fp8: bool) -> PermutedTokens:
 
 
 @pytest.mark.parametrize("fp8", [True, False])
-@pytest.mark.parametrize("routing", ROUTINGS)
+@pytest.mark.parametrize("routing", slow_except(["padded"], ROUTINGS))
 @pytest.mark.parametrize(("tokens", "top_k"), SIZES)
 def test_dispatch(tokens: int, top_k: int, routing: str, fp8: bool) -> None:
     given = batch(tokens, top_k, EXPERTS, HIDDEN, routing, DEVICE, torch.bfloat16)
     check(given, 64 if fp8 else 128, fp8)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("fp8", [True, False])
 def test_dispatch_of_many_ids(fp8: bool) -> None:
     tokens = FUSED_IDS // 8 + 3
@@ -116,7 +118,7 @@ def reordered(gate: torch.Tensor, up: torch.Tensor, layout: str) -> torch.Tensor
 
 @pytest.mark.parametrize("bias", [False, True])
 @pytest.mark.parametrize("fp8", [True, False])
-@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("layout", slow_except(LAYOUTS[1:2], LAYOUTS))
 @pytest.mark.parametrize("inter", [128, 384])
 def test_activate(inter: int, layout: str, fp8: bool, bias: bool) -> None:
     given = batch(9, 2, EXPERTS, HIDDEN, "padded", DEVICE, torch.bfloat16)
@@ -163,6 +165,7 @@ def test_combine(routing: str, bias: bool) -> None:
     assert torch.allclose(out.float().cpu(), expected, rtol=1e-2, atol=1e-2)
 
 
+@pytest.mark.slow
 def test_they_compile_for_an_h200() -> None:
     """In a process that knows nothing of the interpreter."""
     env = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}

@@ -10,6 +10,7 @@ from ramp_moe_kernels.triton.kernel import TritonMoE
 MODEL = "olmoe-1b-7b"
 
 
+@pytest.mark.slow
 class TestTriton(KernelConformance):
     kernel = TritonMoE()
     launch_shape = MoEShape(6, 2, 128, 128, "fp8")

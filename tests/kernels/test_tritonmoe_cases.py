@@ -200,6 +200,7 @@ def test_their_problems(problem: Problem, dtype: torch.dtype, h200: Hardware) ->
     check(problem, dtype, h200)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("problem", SMALLEST, ids=name_of)
 def test_the_smallest_of_their_problems(problem: Problem, h200: Hardware) -> None:
     check(problem, torch.float16, h200)

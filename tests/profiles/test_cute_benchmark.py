@@ -86,6 +86,7 @@ def test_the_figures(tmp_path: Path) -> None:
         assert f"| {row} |" in page
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
 def test_without_a_gpu_the_script_says_so() -> None:
     script = FOLDER / "cute_kernel.py"

@@ -10,7 +10,7 @@ from pathlib import Path
 import pages
 import pytest
 
-FITTED = {"cost_model", "families", "profiles", "shortlists"}
+FITTED = {"cost_model", "families", "heldout", "profiles", "shortlists"}
 """Pages that fit cost models. They share fits, and so a process."""
 CASES = [
     pytest.param(name, marks=[pytest.mark.slow, pytest.mark.xdist_group("pages")] if name in FITTED else [])
@@ -36,6 +36,7 @@ def test_every_table_is_generated(readme: Path) -> None:
         assert text.count("\n|") > 2, f"{start} is empty"
 
 
+@pytest.mark.slow
 def test_the_command() -> None:
     def run(*arguments: str) -> subprocess.CompletedProcess[str]:
         command = [sys.executable, str(pages.HERE / "pages.py"), *arguments]

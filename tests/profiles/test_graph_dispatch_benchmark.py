@@ -42,6 +42,7 @@ def test_tables_of_a_file(tmp_path: Path) -> None:
     assert UNMEASURED not in page
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
 def test_without_a_gpu_the_benchmark_says_so() -> None:
     done = subprocess.run([sys.executable, str(FOLDER / "benchmark.py")], capture_output=True, text=True, check=False)

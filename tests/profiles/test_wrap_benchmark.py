@@ -54,6 +54,7 @@ def test_tables_of_a_file(tmp_path: Path) -> None:
     assert UNMEASURED not in page
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(GPU, reason="there is a GPU")
 def test_without_a_gpu_the_benchmark_says_so() -> None:
     done = script("benchmark")

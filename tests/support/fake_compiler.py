@@ -31,7 +31,9 @@ class Machine:
         self._log = folder / "log"
         self._log.touch()
         if acts is not None:
-            (folder / "acts").write_text(json.dumps(acts))
+            whole = folder / f"acts-{os.getpid()}"  # two processes may share the folder
+            whole.write_text(json.dumps(acts))
+            whole.replace(folder / "acts")
         self.compiler = Compiler(f"{__name__}:make", {FOLDER: str(folder)}, self._check)
         self.checks = 0
 

@@ -23,6 +23,7 @@ from ramp_moe.runtime.placeholder import Placeholder
 from ramp_moe.runtime.reference import dequantise
 from ramp_moe.runtime.relayout import relayout
 from ramp_moe.runtime.wrapped_experts import experts_of
+from tiers import slow_except
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.tensor import DTensor, Shard
 from transformers import AutoModelForCausalLM
@@ -58,7 +59,7 @@ def wrap(model: Any, **options: Any) -> ramp_moe.Wrapped:
     return ramp_moe.wrap(model, device="auto" if GPU else "h200", **options)
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", slow_except(["qwen3_moe", "gpt_oss"], FAMILIES))
 def test_families(family: str) -> None:
     model = model_of(family)
     model.set_experts_implementation("eager")
@@ -77,6 +78,7 @@ def test_families(family: str) -> None:
     assert torch.equal(logits(model), expected)
 
 
+@pytest.mark.slow
 def test_another_processors_roundings_turn_near_ties_of_routers_alone() -> None:
     """Stock against itself, with each projection rounded anew: MiniMax-M2's second router has a near tie here, so that
     whole models differ. The layers do not."""
@@ -158,6 +160,7 @@ def test_gradients_are_refused(olmoe_model: Any) -> None:
     olmoe_model.zero_grad()
 
 
+@pytest.mark.slow
 def test_compiled_whole(olmoe_model: Any) -> None:
     wrap(olmoe_model)
     expected = logits(olmoe_model)
@@ -192,6 +195,7 @@ def test_loaded_by_name(
     assert torch.equal(logits(model), logits(stock))
 
 
+@pytest.mark.slow
 def test_a_name_is_registered_without_a_model() -> None:
     code = (
         "import sys, ramp_moe; assert 'transformers' not in sys.modules; import ramp_moe_adapters.transformers; "

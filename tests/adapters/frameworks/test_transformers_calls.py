@@ -57,6 +57,7 @@ def olmoe() -> Any:
     return model_of("olmoe")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("x", "scores"),
     [
@@ -103,6 +104,7 @@ def test_float32_weights_under_autocast_are_refused_with_the_reason() -> None:
         wrap(model)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("x", [torch.float32, torch.bfloat16, torch.float16], ids=str)
 def test_fp8_weights_take_float32_too(x: torch.dtype) -> None:
     module, call = fp8_experts(), given(x, hidden=256, experts=4)

@@ -51,6 +51,7 @@ def test_all_are_found() -> None:
     assert len(CLASSES) == COUNTS.get(transformers.__version__, len(CLASSES)) >= min(COUNTS.values())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", CLASSES, ids=[name.partition(":")[2] for name in CLASSES])
 def test_a_class_is_right_or_left_out(name: str, builder: Builder) -> None:
     module, kind = tiny(name).to(DEVICE), name.partition(":")[2]

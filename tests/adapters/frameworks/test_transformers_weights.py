@@ -80,6 +80,7 @@ def test_states_and_updates_in_place(stock: Any) -> None:
     assert torch.equal(logits(model), expected)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("implementation", ["eager", "grouped_mm", "batched_mm"])
 def test_another_implementation_without_unwrapping(implementation: str, dtype: torch.dtype, by_name: None) -> None:

@@ -22,6 +22,7 @@ from ramp_moe_adapters.kernels.alpha_moe import launch as alpha_moe_launch
 from ramp_moe_adapters.kernels.alpha_moe.kernel import AlphaMoE
 from ramp_moe_kernels import reference
 from ramp_moe_kernels.triton.kernel import TritonMoE
+from tiers import slow_except
 
 KERNEL = AlphaMoE()
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -161,7 +162,7 @@ def test_rows_lie_where_the_operator_reads_them(e: int, i: int, h: int) -> None:
 
 
 @pytest.mark.usefixtures("emulated")
-@pytest.mark.parametrize("routing", ["uniform", *ROUTINGS])
+@pytest.mark.parametrize("routing", slow_except(["garbage"], ["uniform", *ROUTINGS]))
 @pytest.mark.parametrize(("tokens", "block_m"), [(1, 8), (30, 16)])
 def test_launch_over_the_emulated_operator(layer: MoEWeights, routing: str, tokens: int, block_m: int) -> None:
     b = given(tokens, routing)

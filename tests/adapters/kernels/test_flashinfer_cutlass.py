@@ -382,6 +382,7 @@ def test_build(source: Path, registry: Registry, h200: Hardware) -> None:
     assert flashinfer_cutlass_build.ready()
 
 
+@pytest.mark.slow
 def test_build_from_the_command_line(source: Path) -> None:
     args = ["kernels", "build", "--model", "olmoe-1b-7b", "--dtype", "fp8", "--kernel", "flashinfer_cutlass", "--json"]
     result = CliRunner().invoke(main, args)
@@ -402,6 +403,7 @@ def test_a_build_without_the_package_says_how_to_install_it(
         KERNEL.build(registry.shape("olmoe-1b-7b", "bf16"), h200, lambda *progress: None)
 
 
+@pytest.mark.slow
 def test_a_unit_that_does_not_compile(source: Path, registry: Registry, h200: Hardware) -> None:
     (source / "base").mkdir()
     (source / "base" / "bad").touch()
@@ -410,6 +412,7 @@ def test_a_unit_that_does_not_compile(source: Path, registry: Registry, h200: Ha
     assert not flashinfer_cutlass_build.ready()
 
 
+@pytest.mark.slow
 def test_an_interrupted_build_goes_on(source: Path, registry: Registry, h200: Hardware) -> None:
     fake_flashinfer.write(source, units=50, seconds=0.1)
     command = [sys.executable, "-m", "ramp_moe.cli", "kernels", "build", "--model", "olmoe-1b-7b"]
@@ -433,6 +436,7 @@ def test_an_interrupted_build_goes_on(source: Path, registry: Registry, h200: Ha
     assert {name: now[name] for name in left} == left
 
 
+@pytest.mark.slow
 def test_the_first_use_says_what_takes_so_long(
     source: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

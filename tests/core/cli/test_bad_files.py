@@ -18,6 +18,7 @@ from ramp_moe.cost_model.fit_file import make_record, save_fit
 from ramp_moe.dispatch.load_model import load_model
 from ramp_moe.dispatch.profile_store import FIT_SUFFIX, relative_path, user_data_dir
 from ramp_moe.evaluation.replay import load_replay
+from tiers import slow_except
 
 KERNEL = "alpha_moe"
 
@@ -115,7 +116,7 @@ COMMANDS = {
 }
 
 
-@pytest.mark.parametrize("command", COMMANDS)
+@pytest.mark.parametrize("command", slow_except(["compare"], COMMANDS))
 def test_what_ships_is_used_instead(
     stored: Path, damage: tuple[Callable[[Path], object], str], command: str, tmp_path: Path
 ) -> None:
@@ -146,6 +147,7 @@ def test_named_it_is_an_error(stored: Path, damage: tuple[Callable[[Path], objec
             assert reason in found.stderr
 
 
+@pytest.mark.slow
 def test_other_models_do_not_mind(stored: Path, damage: tuple[Callable[[Path], object], str]) -> None:
     """Neither those with a profile, which never look at it, nor those that are guessed from other shapes."""
     harm, reason = damage

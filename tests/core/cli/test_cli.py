@@ -55,6 +55,7 @@ def test_compare_trace(tmp_path: Path) -> None:
     assert "PREDICTED by the cost model, not measured" in shown.output
 
 
+@pytest.mark.slow
 def test_compare_html(tmp_path: Path) -> None:
     page = tmp_path / "deep" / "report.html"
     result = run("compare", "--model", "olmoe-1b-7b", "--html", page)
@@ -248,6 +249,7 @@ def test_a_profile_that_has_no_part_is_not_passed_over(sweep_file: Path) -> None
         assert message in result.stderr
 
 
+@pytest.mark.slow
 def test_markup_in_a_profile_is_printed_as_it_is(sweep_file: Path) -> None:
     raw = json.loads(sweep_file.read_text())
     raw["kernel_version"] = "[/x]"

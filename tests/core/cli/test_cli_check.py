@@ -25,6 +25,7 @@ def outcomes_of(result: Result) -> dict[str, str]:
     return {c["check"]: c["result"] for c in json.loads(result.stdout)["checks"]}
 
 
+@pytest.mark.slow
 def test_a_described_kernel_in_a_process_of_its_own() -> None:
     command = [sys.executable, "-m", "ramp_moe.cli", "check-kernel", "alpha_moe", "--json"]
     env = os.environ | {"CUDA_VISIBLE_DEVICES": ""}
@@ -53,6 +54,7 @@ def plain(monkeypatch: pytest.MonkeyPatch) -> Registry:
     return registry
 
 
+@pytest.mark.slow
 def test_a_crash_is_a_failure(plain: Registry, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(check, "Making", lambda *_: functools.partial(plain_kernel.crashing))
     monkeypatch.setattr("ramp_moe.testing.description.CHECKS", {c: CHECKS[c] for c in ("reasons", "steps", "layout")})

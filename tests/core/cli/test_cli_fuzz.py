@@ -15,6 +15,7 @@ from ramp_moe import Hardware, MoEShape, ProfileStore, Registry
 from ramp_moe.cli import main
 from ramp_moe.cost_model.fit_file import make_record, save_fit
 from ramp_moe.evaluation.replay import load_replay
+from tiers import slow_except
 
 MODEL = ("--model", "olmoe-1b-7b", "--kernel", "alpha_moe")
 ODD: list[Any] = [
@@ -179,7 +180,7 @@ OPTIONS: dict[str, list[object]] = {
 }
 
 
-@pytest.mark.parametrize("option", OPTIONS)
+@pytest.mark.parametrize("option", slow_except(["--model", "--tokens"], OPTIONS))
 def test_odd_options(option: str) -> None:
     for command in main.commands.values():
         if any(option in parameter.opts for parameter in command.params):

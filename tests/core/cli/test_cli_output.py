@@ -14,6 +14,7 @@ import pytest
 from click.testing import CliRunner, Result
 from ramp_moe.cli import main
 from ramp_moe.terminal import printable
+from tiers import slow_except
 
 COMPARE = ("compare", "--model", "olmoe-1b-7b", "--kernel", "alpha_moe")
 STEERING = "\x1b[2J\x1b]0;title\x07\r\x9b31m\u202e\x7f"
@@ -30,7 +31,7 @@ def shell(line: str, **environment: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run(["bash", "-c", command], env=env, capture_output=True, text=True, check=False)
 
 
-@pytest.mark.parametrize("command", ["models", "models --json", "--help"])
+@pytest.mark.parametrize("command", slow_except(["models"], ["models", "models --json", "--help"]))
 @pytest.mark.parametrize(
     ("where", "reason"), [("> /dev/full", "No space left on device"), (">&-", "standard output is closed")]
 )
@@ -51,6 +52,7 @@ def test_without_stderr() -> None:
     assert "deepseek-v3" in found.stdout
 
 
+@pytest.mark.slow
 def test_an_encoding_that_lacks_characters(tmp_path: Path) -> None:
     page = f"{tmp_path}/\N{LATIN SMALL LETTER E WITH ACUTE}.html"
     found = shell(f"{' '.join(COMPARE)} --html {page}", PYTHONIOENCODING="ascii")
@@ -102,7 +104,7 @@ COMMANDS = [
 
 
 @pytest.mark.parametrize("as_json", [(), ("--json",)], ids=["text", "json"])
-@pytest.mark.parametrize("command", COMMANDS, ids=" ".join)
+@pytest.mark.parametrize("command", slow_except([("fit",)], COMMANDS), ids=" ".join)
 def test_what_a_profile_says_does_not_steer_the_terminal(
     command: tuple[str, ...], as_json: tuple[str, ...], sweep_file: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -134,6 +136,7 @@ def test_nor_does_the_environment(monkeypatch: pytest.MonkeyPatch, tmp_path: Pat
         assert "2J" in found.output
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "settings",
     [
@@ -153,6 +156,7 @@ def test_plots_whatever_matplotlib_is_set_to(settings: dict[str, str], tmp_path:
     assert (tmp_path / "r.html").read_text().count("<svg") == 3
 
 
+@pytest.mark.slow
 def test_a_label_is_no_formula(sweep_file: Path, tmp_path: Path) -> None:
     raw = json.loads(sweep_file.read_text())
     for row in raw["batches"][::7]:

@@ -28,6 +28,7 @@ def test_a_small_batch_takes_one() -> None:
     assert not any("in parts" in note for note in found["notes"])
 
 
+@pytest.mark.slow
 def test_a_long_batch_takes_several() -> None:
     registry = get_registry()
     shape, hardware = registry.shape("olmoe-1b-7b", "fp8"), registry.device("h200")

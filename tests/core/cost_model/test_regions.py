@@ -7,6 +7,7 @@ from ramp_moe import Hardware, Registry, RoutingError, expert_histogram, generat
 from ramp_moe.cost_model.regions import Advice, Regions, analyse
 from ramp_moe.evaluation.comparison import compare_recorded
 from ramp_moe.evaluation.replay import load_replay
+from tiers import slow_except
 
 
 def regions(registry: Registry, model: str, device: str, tokens: int, routing: str = "uniform") -> Regions:
@@ -117,7 +118,7 @@ def test_a_few_re_reads_cost_nothing(registry: Registry, h200: Hardware) -> None
     assert pays(analyse(shape, h200, histogram))["large token block"]
 
 
-@pytest.mark.parametrize("model", RECORDED)
+@pytest.mark.parametrize("model", slow_except(RECORDED[:1], RECORDED))
 def test_the_advised_block_against_measurements(registry: Registry, h200: Hardware, model: str) -> None:
     """Without any measurement the advice does as well as the best single configuration does with all of them."""
     shape = registry.shape(model, "fp8")

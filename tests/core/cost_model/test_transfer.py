@@ -54,6 +54,7 @@ def test_configurations_that_no_other_shape_has(registry: Registry, shipped: Pro
     assert {model.fits[p.key].rows for c in new for p in parts_of(c, model.stages)} == {0}
 
 
+@pytest.mark.slow
 def test_it_is_used_where_nothing_else_is_and_says_so(
     registry: Registry, shipped: ProfileStore, h200: Hardware
 ) -> None:

@@ -177,6 +177,7 @@ def test_wrong_outputs_are_refused(case: str, h200: Hardware) -> None:
     check_spoilt(case, TINY, h200, TOKENS)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("where", "part"), [("token 5", (5, slice(None))), ("columns from 128 on", (slice(None), slice(128, 192)))]
 )

@@ -53,6 +53,7 @@ def test_the_plan_depends_on_experts_and_top_k_alone(shape: MoEShape) -> None:
     assert tuple(plan(other)) == planned(shape)[0]
 
 
+@pytest.mark.slow
 @MODELS_ONLY
 def test_what_is_planned(shape: MoEShape) -> None:
     batches, _ = planned(shape)
@@ -73,6 +74,7 @@ def test_ids_are_of_the_shape(shape: MoEShape) -> None:
     assert batches[0].topk_ids(shape).shape == (64, shape.top_k)
 
 
+@pytest.mark.slow
 @ALL
 def test_one_draw_for_many_sizes_is_what_each_batch_draws(shape: MoEShape) -> None:
     for batch, histogram in _draw([*_tune_pool(), *_test_pool(FIRST_TEST_SEED)], shape):
