@@ -10,7 +10,7 @@ import triton.language as tl
 from ramp_moe.plugin import Batch, Workspace
 from torch import Tensor
 
-from ..triton.gemm import CHUNK, _activate, _gate_row
+from ..triton.epilogue import CHUNK, _activate, _gate_row
 from ..triton.launch import dependent_launch
 from ..triton.quantise import _GROUP, _quantise_groups, interpreted
 from .permute import Rows

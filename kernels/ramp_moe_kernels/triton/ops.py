@@ -9,10 +9,12 @@ import torch
 from ramp_moe.plugin import MoEWeights
 from torch import Tensor
 
-from .config import GemmConfig
-from .gemm import activate_kernel, down_kernel, up_kernel
+from .config import GemmConfig, variants
+from .down import down_kernel
+from .epilogue import activate_kernel
 from .launch import dependent_launch
 from .quantise import interpreted
+from .up import up_kernel
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,7 +66,7 @@ def up(
         top_k,
         hidden,
         inter,
-        VARIANTS=variants(configs, inter, hidden),
+        VARIANTS=variants(tuple(configs), inter, hidden),
         SPLIT_K=common.split_k,
         DIRECT=tiling.slots is None,
         FP8=weights.gate_up_scale is not None,
@@ -136,7 +138,7 @@ def down(
         topk_weights.shape[1],
         hidden,
         inter,
-        VARIANTS=variants(configs, hidden, inter),
+        VARIANTS=variants(tuple(configs), hidden, inter),
         SPLIT_K=common.split_k,
         DIRECT=tiling.slots is None,
         FP8=fp8,
@@ -148,24 +150,6 @@ def down(
         **dependent_launch(act.device),
         num_warps=common.warps,
         num_stages=common.stages,
-    )
-
-
-def variants(configs: Sequence[GemmConfig], rows: int, depth: int) -> tuple[tuple[int, ...], ...]:
-    """VARIANTS of the kernels, for a GEMM of so many weight rows, and columns to reduce: BM, BN, BK, GROUP_M, SWAP,
-    whether splits are of whole steps, whether row tiles are full, and stages of the loop, 0 for those of the launch."""
-    return tuple(
-        (
-            c.block,
-            c.rows,
-            c.step,
-            c.group_m,
-            c.swap,
-            depth % (c.step * c.split_k) == 0,
-            rows % c.rows == 0,
-            0 if c.stages == configs[0].stages else c.stages,
-        )
-        for c in configs
     )
 
 
