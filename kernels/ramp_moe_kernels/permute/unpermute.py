@@ -10,14 +10,13 @@ import triton.language as tl
 from ramp_moe.plugin import Batch, Workspace
 from torch import Tensor
 
+from ..triton.combine import columns_of_program
 from ..triton.epilogue import CHUNK, _activate, _gate_row
-from ..triton.launch import dependent_launch
+from ..triton.launch import dependent_launch, on_device_of
 from ..triton.quantise import _GROUP, _quantise_groups, interpreted
 from .permute import Rows
 
 MAX_GROUPS = 8
-FEW_ELEMENTS = 256 * 1024
-"""Output elements up to which narrow programs are needed for all SMs to have some."""
 
 
 @triton.jit(do_not_specialize=["num_experts"])
@@ -122,7 +121,7 @@ def activate(
     act = workspace.get("rows_act", (size, columns), torch.float8_e4m3fn if fp8 else gate_up.dtype, device)
     scale = workspace.get("rows_act_scale", (columns // 128, size), torch.float32, device) if fp8 else None
     groups = min(MAX_GROUPS, max(1, triton.next_power_of_2(columns) // 128))
-    with torch.cuda.device_of(gate_up):
+    with on_device_of(gate_up):
         activate_kernel[(topk_ids.numel(), triton.cdiv(columns, groups * 128))](
             gate_up, bias, topk_ids, rows.row_of_id, act, scale, experts, columns, size,
             LAYOUT=layout, ACTIVATION=activation, LIMIT=limit, GROUPS=groups,
@@ -136,8 +135,8 @@ def combine(values: Tensor, bias: Tensor | None, batch: Batch, rows: Rows, out: 
     """out `[T, C]` = sum over a token's ids of routing weight * (its row of values `[capacity, C]` + bias), in float32,
     one id after the other, cast once; ids out of range contribute nothing."""
     tokens, columns = out.shape
-    block, warps = (256, 1) if out.numel() <= FEW_ELEMENTS else (1024, 4)
-    with torch.cuda.device_of(out):
+    block, warps = columns_of_program(tokens * columns)
+    with on_device_of(out):
         combine_kernel[(tokens, triton.cdiv(columns, block))](
             values, bias, batch.topk_ids, batch.topk_weights, rows.row_of_id, out, rows.ends.numel(), columns,
             TOP_K=batch.top_k, BLOCK=block, **dependent_launch(out.device), num_warps=warps,

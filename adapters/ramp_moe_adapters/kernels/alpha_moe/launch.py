@@ -17,6 +17,7 @@ from ramp_moe.runtime.parts import overlap
 from ramp_moe.runtime.relayout import relayout
 from ramp_moe.spec.checks import check_aligned, check_batch, check_bf16, check_hopper
 from ramp_moe_kernels.limits import check_tokens
+from ramp_moe_kernels.triton.schedule import Schedule, buffer_sizes, launch_schedule
 from torch import Tensor
 
 from .config import CTA_HIDDEN, LAYOUT, most_tokens
@@ -68,8 +69,6 @@ def launch_steps(
     config: KernelConfig, prepared: Prepared, batch: Batch, out: Tensor, workspace: Workspace
 ) -> Iterator[None]:
     """The launches of a layer, stopping after the preparation and after the operator."""
-    from ramp_moe_kernels.triton.schedule import Schedule, buffer_sizes, schedule
-
     p: dict[str, Any] = dict(config.params)
     x, block, device = batch.hidden_states, p["block_m"], out.device
     experts, _, hidden = prepared.w.shape
@@ -85,7 +84,8 @@ def launch_steps(
     x_fp8 = workspace.get("x", (batch.num_tokens, hidden), torch.float8_e4m3fn, device)
     x_scale = workspace.get("x_scale", (batch.num_tokens, hidden // SCALE_BLOCK), torch.float32, device)
     apart = not overlap(x, out)  # in place, x must be read before out is zeroed
-    schedule(batch.topk_ids, experts, block, plan, quantise=(x, x_fp8, x_scale), zero=out if apart else None)
+    zero = out if apart else None
+    launch_schedule(batch.topk_ids, experts, (block,), plan, quantise=(x, x_fp8, x_scale), zero=zero)
     if not apart:
         out.zero_()
     yield
