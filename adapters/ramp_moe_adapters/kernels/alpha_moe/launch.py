@@ -69,20 +69,16 @@ def launch_steps(
     config: KernelConfig, prepared: Prepared, batch: Batch, out: Tensor, workspace: Workspace
 ) -> Iterator[None]:
     """The launches of a layer, stopping after the preparation and after the operator."""
-    p: dict[str, Any] = dict(config.params)
-    x, block, device = batch.hidden_states, p["block_m"], out.device
+    x, device = batch.hidden_states, out.device
     experts, _, hidden = prepared.w.shape
     check_bf16("alpha_moe", batch, out)
     check_batch("alpha_moe", batch, out, hidden, prepared.w.device)
     check_aligned("alpha_moe", "out", out)
-    shape = MoEShape(experts, batch.top_k, hidden, prepared.w2.shape[2])
-    check_tokens("alpha_moe", config.name, batch.num_tokens, most_tokens(block, shape))
-    sizes = buffer_sizes(batch.topk_ids.numel(), experts, block)
-
-    # Exact sizes: the length of slots sets the operator's grid, and -1 fills expert_of_tile to its end.
-    plan = Schedule(**{name: workspace.get(name, (size,), torch.int32, device) for name, size in sizes.items()})
-    x_fp8 = workspace.get("x", (batch.num_tokens, hidden), torch.float8_e4m3fn, device)
-    x_scale = workspace.get("x_scale", (batch.num_tokens, hidden // SCALE_BLOCK), torch.float32, device)
+    key = config, batch.topk_ids.shape, prepared.w2.shape
+    p, plan, x_fp8, x_scale = workspace.plan(
+        "alpha_moe", key, device, lambda: _plan(config, prepared, batch, workspace)
+    )
+    block = p["block_m"]
     apart = not overlap(x, out)  # in place, x must be read before out is zeroed
     zero = out if apart else None
     launch_schedule(batch.topk_ids, experts, (block,), plan, quantise=(x, x_fp8, x_scale), zero=zero)
@@ -110,3 +106,19 @@ def launch_steps(
             1.0,  # scaling_factor of all routing weights
         )
     yield
+
+
+def _plan(
+    config: KernelConfig, prepared: Prepared, batch: Batch, workspace: Workspace
+) -> tuple[dict[str, Any], Schedule, Tensor, Tensor]:
+    """(parameters, the schedule's buffers, x in fp8 and its scale) for one batch size."""
+    p: dict[str, Any] = dict(config.params)
+    experts, hidden, inter = prepared.w2.shape
+    device, tokens, block = batch.hidden_states.device, batch.num_tokens, p["block_m"]
+    shape = MoEShape(experts, batch.top_k, hidden, inter)
+    check_tokens("alpha_moe", config.name, tokens, most_tokens(block, shape))
+    sizes = buffer_sizes(batch.topk_ids.numel(), experts, block)
+    # Exact sizes: the length of slots sets the operator's grid, and -1 fills expert_of_tile to its end.
+    plan = Schedule(**{name: workspace.get(name, (size,), torch.int32, device) for name, size in sizes.items()})
+    x_fp8 = workspace.get("x", (tokens, hidden), torch.float8_e4m3fn, device)
+    return p, plan, x_fp8, workspace.get("x_scale", (tokens, hidden // SCALE_BLOCK), torch.float32, device)

@@ -70,14 +70,20 @@ def launch_steps(
     config: KernelConfig, prepared: Prepared, batch: Batch, out: Tensor, workspace: Workspace
 ) -> Iterator[None]:
     """The launches of a layer, stopping after each stage."""
-    p: dict[str, Any] = dict(config.params)
     w, x = prepared.weights, batch.hidden_states
     experts, hidden, inter = w.down.shape
-    fp8, block = w.gate_up_scale is not None, p["block_m"]
+    fp8 = w.gate_up_scale is not None
     check_bf16("deep_gemm", batch, out)
     check_batch("deep_gemm", batch, out, hidden, w.down.device)
-    shape = MoEShape(experts, batch.top_k, hidden, inter, "fp8" if fp8 else "bf16")
-    check_tokens("deep_gemm", config.name, batch.num_tokens, most_tokens(block, shape))
+
+    def parameters() -> dict[str, Any]:
+        params: dict[str, Any] = dict(config.params)
+        shape = MoEShape(experts, batch.top_k, hidden, inter, "fp8" if fp8 else "bf16")
+        check_tokens("deep_gemm", config.name, batch.num_tokens, most_tokens(params["block_m"], shape))
+        return params
+
+    p = workspace.plan("deep_gemm", (config, batch.topk_ids.shape, w.down.shape, w.down.dtype), x.device, parameters)
+    block = p["block_m"]
     rows = dispatch(x, batch.topk_ids, experts, block, fp8, workspace)
     size = len(rows.values)
     yield
