@@ -103,22 +103,28 @@ def _planned(paths: Sequence[Path], weights: MoEWeights, batch: Batch, workspace
     up, down = path.up, path.down
     blocks = tuple(c.block for c in ups)
 
-    def buffer(name: str, *shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
-        return workspace.get(name, shape, dtype, device)
-
     schedule, x, x_scale, tiles = None, None, None, [n]
     if not path.direct:
         sizes = [buffer_sizes(n, experts, block) for block in blocks]
         tiles = [size["expert_of_tile"] for size in sizes]
         largest = {name: max(size[name] for size in sizes) for name in sizes[0]}
-        schedule = Schedule(**{name: buffer(name, size, dtype=torch.int32) for name, size in largest.items()})
+        schedule = Schedule(
+            **{name: workspace.get(name, (size,), torch.int32, device) for name, size in largest.items()}
+        )
         if fp8:
-            x = buffer("x", tokens, hidden, dtype=torch.float8_e4m3fn)
-            x_scale = buffer("x_scale", tokens, hidden // up.step)
-    partial = buffer("partial_sums", up.split_k, n, 2 * inter) if up.split_k > 1 else None
-    act_scale = buffer("act_scale", n, -(-inter // up.step)) if fp8 and quantises_itself(up) else None
-    act = buffer("act", n, inter, dtype=dtype if act_scale is None else torch.float8_e4m3fn)
-    rows = buffer("total", tokens, hidden) if path.atomic else buffer("rows", down.split_k, n, hidden, dtype=dtype)
+            x = workspace.get("x", (tokens, hidden), torch.float8_e4m3fn, device)
+            x_scale = workspace.get("x_scale", (tokens, hidden // up.step), torch.float32, device)
+    partial, act_scale, act_dtype = None, None, dtype
+    if up.split_k > 1:
+        partial = workspace.get("partial_sums", (up.split_k, n, 2 * inter), torch.float32, device)
+    if fp8 and quantises_itself(up):
+        act_scale = workspace.get("act_scale", (n, -(-inter // up.step)), torch.float32, device)
+        act_dtype = torch.float8_e4m3fn
+    act = workspace.get("act", (n, inter), act_dtype, device)
+    if path.atomic:
+        rows = workspace.get("total", (tokens, hidden), torch.float32, device)
+    else:
+        rows = workspace.get("rows", (down.split_k, n, hidden), dtype, device)
     quantised = act_scale is not None
     return Plan(
         blocks,
