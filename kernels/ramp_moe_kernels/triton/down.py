@@ -17,7 +17,7 @@ from .gemm import (
     _product,
     _scale_blocks,
     _scaled,
-    _slots,
+    _sorted_ids,
     _tile,
     _weight_scale,
     _zeros,
@@ -60,7 +60,7 @@ def _products(
 
 @triton.jit
 def _down(
-    a_ptr, as_ptr, w_ptr, ws_ptr, bias_ptr, slots_ptr, expert_ptr, weight_ptr, out_ptr,
+    a_ptr, as_ptr, w_ptr, ws_ptr, bias_ptr, sorted_token_ids_ptr, expert_ids_ptr, weight_ptr, out_ptr,
     tiles, num_ids, num_experts, top_k, H, I,  # noqa: E741
     VARIANTS: tl.constexpr, V: tl.constexpr, SPLIT_K: tl.constexpr, DIRECT: tl.constexpr, FP8: tl.constexpr,
     SCALE: tl.constexpr, RAGGED: tl.constexpr, QUANTISE: tl.constexpr, ATOMIC: tl.constexpr, EMULATE: tl.constexpr,
@@ -70,7 +70,7 @@ def _down(
     if tiles is None:
         tiles = _most_tiles(num_ids, num_experts, C.BM)
     m, n = _tile(tiles, H, C.BN, C.GROUP_M)
-    expert, ids = _slots(m, slots_ptr, expert_ptr, num_ids, num_experts, C.BM, DIRECT)
+    expert, ids = _sorted_ids(m, sorted_token_ids_ptr, expert_ids_ptr, num_ids, num_experts, C.BM, DIRECT)
     if expert >= 0:
         split = tl.program_id(1)
         live = ids < num_ids
@@ -111,8 +111,8 @@ def down_kernel(
     w_ptr,  # [E, H, I]
     ws_ptr,  # float32 [E, H / SCALE, ceil(I / SCALE)], fp8 weights only
     bias_ptr,  # [E, H] or None
-    slots_ptr,
-    expert_ptr,
+    sorted_token_ids_ptr,
+    expert_ids_ptr,
     weight_ptr,  # float32 [num_ids], the routing weights
     out_ptr,  # ATOMIC: float32 [T, H], zeroed; else [SPLIT_K, num_ids, H]
     tiles,  # in all; None: as many as the choice has
@@ -138,7 +138,7 @@ def down_kernel(
     for v in tl.static_range(len(VARIANTS)):
         if choice_ptr is None or _is_chosen(choice, H, num_ids, num_experts, VARIANTS, v):
             _down(
-                a_ptr, as_ptr, w_ptr, ws_ptr, bias_ptr, slots_ptr, expert_ptr, weight_ptr, out_ptr,
+                a_ptr, as_ptr, w_ptr, ws_ptr, bias_ptr, sorted_token_ids_ptr, expert_ids_ptr, weight_ptr, out_ptr,
                 tiles, num_ids, num_experts, top_k, H, I,
                 VARIANTS, v, SPLIT_K, DIRECT, FP8, SCALE, RAGGED, QUANTISE, ATOMIC, EMULATE,
             )  # fmt: skip

@@ -62,9 +62,9 @@ def forward_steps(
         quantise = None
         if plan.x is not None and scale is not None:
             quantise, given = (x, plan.x, scale), plan.x
-        zero = plan.rows if atomic else None
+        zero = plan.block_n if atomic else None
         launch_schedule(ids, experts, plan.blocks, plan.schedule, choice, quantise=quantise, zero=zero)
-        tiling = ops.Tiling(plan.schedule.slots, plan.schedule.expert_of_tile, choice)
+        tiling = ops.Tiling(plan.schedule.sorted_token_ids, plan.schedule.expert_ids, choice)
         yield
 
     if plan.partial is not None:
@@ -75,12 +75,12 @@ def forward_steps(
         ops.up(plan.up, given, scale, weights, tiling, n, top_k, plan.act, plan.act_scale)
     yield
 
-    ops.down(plan.down, plan.act, plan.act_scale, weights, tiling, batch.topk_weights, n, top_k, plan.rows)
+    ops.down(plan.down, plan.act, plan.act_scale, weights, tiling, batch.topk_weights, n, top_k, plan.block_n)
     yield
     if atomic:
-        out.copy_(plan.rows)
+        out.copy_(plan.block_n)
     else:
-        launch_combine(plan.rows, ids, out, top_k, experts)
+        launch_combine(plan.block_n, ids, out, top_k, experts)
     yield
 
 
@@ -101,24 +101,24 @@ def _planned(paths: Sequence[Path], weights: MoEWeights, batch: Batch, workspace
     experts, hidden, inter = weights.down.shape
     ups, downs, path = [p.up for p in paths], [p.down for p in paths], paths[0]  # what follows of `path`, all share
     up, down = path.up, path.down
-    blocks = tuple(c.block for c in ups)
+    blocks = tuple(c.block_m for c in ups)
 
     schedule, x, x_scale, tiles = None, None, None, [n]
     if not path.direct:
         sizes = [buffer_sizes(n, experts, block) for block in blocks]
-        tiles = [size["expert_of_tile"] for size in sizes]
+        tiles = [size["expert_ids"] for size in sizes]
         largest = {name: max(size[name] for size in sizes) for name in sizes[0]}
         schedule = Schedule(
             **{name: workspace.get(name, (size,), torch.int32, device) for name, size in largest.items()}
         )
         if fp8:
             x = workspace.get("x", (tokens, hidden), torch.float8_e4m3fn, device)
-            x_scale = workspace.get("x_scale", (tokens, hidden // up.step), torch.float32, device)
+            x_scale = workspace.get("x_scale", (tokens, hidden // up.block_k), torch.float32, device)
     partial, act_scale, act_dtype = None, None, dtype
     if up.split_k > 1:
         partial = workspace.get("partial_sums", (up.split_k, n, 2 * inter), torch.float32, device)
     if fp8 and quantises_itself(up):
-        act_scale = workspace.get("act_scale", (n, -(-inter // up.step)), torch.float32, device)
+        act_scale = workspace.get("act_scale", (n, -(-inter // up.block_k)), torch.float32, device)
         act_dtype = torch.float8_e4m3fn
     act = workspace.get("act", (n, inter), act_dtype, device)
     if path.atomic:

@@ -3,8 +3,8 @@
 Both launch one CTA for each (M-tile, row tile, split of the reduction). An M-tile is BM slots of one expert, as
 `schedule` lays them out; CTAs past the last tile exit at once, so that the grid needs no count on the host.
 
-    slots           routed id (token * top_k + slot) of each row, num_ids for padding
-    expert_of_tile  the tile's expert, -1 past the last tile
+    sorted_token_ids  routed id (token * top_k + slot) of each row, num_ids for padding
+    expert_ids        the tile's expert, -1 past the last tile
 
 A launch may be any of several configurations (`config.Variant`), whichever an integer on the device says. Each is a
 branch of the kernel, whose registers and shared memory are those of the branch that takes most.
@@ -58,17 +58,17 @@ def _is_chosen(choice, rows, num_ids, num_experts, VARIANTS: tl.constexpr, V: tl
 
 
 @triton.jit
-def _slots(m, slots_ptr, expert_ptr, num_ids, num_experts, BM: tl.constexpr, DIRECT: tl.constexpr):
+def _sorted_ids(m, sorted_token_ids_ptr, expert_ids_ptr, num_ids, num_experts, BM: tl.constexpr, DIRECT: tl.constexpr):
     """(expert, routed ids [BM]) of M-tile m; expert -1 where there is nothing to do.
 
-    DIRECT: there is no schedule, each routed id is a tile of its own and expert_ptr holds the top-k ids themselves.
+    DIRECT: there is no schedule, each routed id is a tile of its own and expert_ids_ptr holds the top-k ids themselves.
     """
-    expert = tl.load(expert_ptr + m).to(tl.int64)
+    expert = tl.load(expert_ids_ptr + m).to(tl.int64)
     if DIRECT:
         expert = tl.where(expert < num_experts, expert, -1)
         ids = tl.where(tl.arange(0, BM) == 0, m, num_ids)
     else:
-        ids = tl.load(slots_ptr + m * BM + tl.arange(0, BM))
+        ids = tl.load(sorted_token_ids_ptr + m * BM + tl.arange(0, BM))
     return expert, ids
 
 

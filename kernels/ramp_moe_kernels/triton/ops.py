@@ -27,11 +27,11 @@ ACTIVATE_BLOCK = 1024
 
 @dataclass(frozen=True, slots=True)
 class Tiling:
-    """The M-tiles of a launch: `slots` routed ids each and the expert of each, as `schedule` lays them out. Which of
-    several configurations it is, choice int32 `[1]` says. Without slots (the direct path) each routed id is a tile, and
-    `experts` are the top-k ids."""
+    """The M-tiles of a launch: `sorted_token_ids` routed ids each and the expert of each, as `schedule` lays them out.
+    Which of several configurations it is, choice int32 `[1]` says. Without slots (the direct path) each routed id is a
+    tile, and `experts` are the top-k ids."""
 
-    slots: Tensor | None
+    sorted_token_ids: Tensor | None
     experts: Tensor
     choice: Tensor | None = None
 
@@ -104,7 +104,7 @@ def _constants(configs: Sequence[GemmConfig], n: int, k: int, weights: MoEWeight
 
 def _grid(configs: Sequence[GemmConfig], tiles: Sequence[int], n: int) -> tuple[int, int]:
     """For any of the configurations: where it is not the largest, CTAs without a tile exit at once."""
-    ctas = (count * -(-n // c.rows) for count, c in zip(tiles, configs, strict=True))
+    ctas = (count * -(-n // c.block_n) for count, c in zip(tiles, configs, strict=True))
     return max(ctas), configs[0].split_k
 
 
@@ -133,7 +133,7 @@ def up(
             weights.gate_up,
             weights.gate_up_scale,
             weights.gate_up_bias if gemm.grid[1] == 1 else None,
-            tiling.slots,
+            tiling.sorted_token_ids,
             tiling.experts,
             act,
             act_scale,
@@ -192,7 +192,7 @@ def down(
             weights.down,
             weights.down_scale,
             weights.down_bias,
-            tiling.slots,
+            tiling.sorted_token_ids,
             tiling.experts,
             topk_weights,
             out,

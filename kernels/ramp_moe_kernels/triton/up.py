@@ -17,7 +17,7 @@ from .gemm import (
     _product,
     _scale_blocks,
     _scaled,
-    _slots,
+    _sorted_ids,
     _tile,
     _weight_scale,
     _zeros,
@@ -89,7 +89,7 @@ def _store_activated(
 
 @triton.jit
 def _up(
-    x_ptr, xs_ptr, w_ptr, ws_ptr, bias_ptr, slots_ptr, expert_ptr, out_ptr, outs_ptr,
+    x_ptr, xs_ptr, w_ptr, ws_ptr, bias_ptr, sorted_token_ids_ptr, expert_ids_ptr, out_ptr, outs_ptr,
     tiles, num_ids, num_experts, top_k, H, I,  # noqa: E741
     VARIANTS: tl.constexpr, V: tl.constexpr, SPLIT_K: tl.constexpr, DIRECT: tl.constexpr, FP8: tl.constexpr,
     SCALE: tl.constexpr, RAGGED: tl.constexpr, QUANTISE_X: tl.constexpr, QUANTISE: tl.constexpr, LAYOUT: tl.constexpr,
@@ -100,7 +100,7 @@ def _up(
     if tiles is None:
         tiles = _most_tiles(num_ids, num_experts, C.BM)
     m, n = _tile(tiles, I, C.BN, C.GROUP_M)
-    expert, ids = _slots(m, slots_ptr, expert_ptr, num_ids, num_experts, C.BM, DIRECT)
+    expert, ids = _sorted_ids(m, sorted_token_ids_ptr, expert_ids_ptr, num_ids, num_experts, C.BM, DIRECT)
     if expert >= 0:
         split = tl.program_id(1)
         live = ids < num_ids
@@ -156,8 +156,8 @@ def up_kernel(
     w_ptr,  # [E, 2 I, H], rows in the order of LAYOUT
     ws_ptr,  # float32 [E, 2 ceil(I / SCALE), H / SCALE], fp8 only; likewise
     bias_ptr,  # [E, 2 I] or None; likewise
-    slots_ptr,
-    expert_ptr,
+    sorted_token_ids_ptr,
+    expert_ids_ptr,
     out_ptr,  # [num_ids, I], or float32 [SPLIT_K, num_ids, 2 I], gate first, before the activation
     outs_ptr,  # float32 [num_ids, ceil(I / BN)], QUANTISE only
     tiles,  # in all; None: as many as the choice has
@@ -186,7 +186,7 @@ def up_kernel(
     for v in tl.static_range(len(VARIANTS)):
         if choice_ptr is None or _is_chosen(choice, I, num_ids, num_experts, VARIANTS, v):
             _up(
-                x_ptr, xs_ptr, w_ptr, ws_ptr, bias_ptr, slots_ptr, expert_ptr, out_ptr, outs_ptr,
+                x_ptr, xs_ptr, w_ptr, ws_ptr, bias_ptr, sorted_token_ids_ptr, expert_ids_ptr, out_ptr, outs_ptr,
                 tiles, num_ids, num_experts, top_k, H, I,
                 VARIANTS, v, SPLIT_K, DIRECT, FP8, SCALE, RAGGED, QUANTISE_X, QUANTISE, LAYOUT, ACTIVATION, LIMIT,
                 EMULATE,
