@@ -15,7 +15,7 @@ import pytest
 import torch
 from moe_cases import H200, batch, error, expected, weights
 from ramp_moe import Candidate
-from ramp_moe.runtime.layer import MoELayer
+from ramp_moe.runtime.layer import LayerRuntime
 from ramp_moe.runtime.relayout import relayout
 from ramp_moe.runtime.warm import warm
 from ramp_moe.spec.launchable import Batch, MoEWeights
@@ -141,7 +141,7 @@ def test_a_layer_is_made_and_run_under(default: str, dtype: str) -> None:
     x = batch(9, 2, 4, 128, "padded", "cpu", torch.float16)
     wanted = expected(given, x, quantise=dtype == "fp8")
     with DEFAULTS[default]():
-        layer = MoELayer(given, 2, H200, [TritonMoE()])
+        layer = LayerRuntime(given, 2, H200, [TritonMoE()])
         layer.warm_up(9, torch.float16)
         out = layer(x.hidden_states, x.topk_ids.long(), x.topk_weights, num_valid=torch.full_like(x.topk_ids[0, :1], 9))
     assert (out.dtype, out.device.type) == (torch.float16, "cpu")
@@ -157,7 +157,7 @@ def test_a_routed_layer_is_warmed_and_run_under(default: str) -> None:
     wanted = expected(given, Batch(x.hidden_states, ids, scores), quantise=False)
     kernel, choice = TritonMoE(), torch.ones(1, dtype=torch.int32)
     with DEFAULTS[default]():
-        layer = MoELayer(given, 2, H200, [kernel], router=router)
+        layer = LayerRuntime(given, 2, H200, [kernel], router=router)
         first, second = (Candidate(kernel.name, kernel.default_config(layer.shape, H200, n)) for n in (9, 20))
         assert warm(layer, [first], 2, torch.float16) == {}
         out, other = layer.forward_hidden(x.hidden_states), torch.empty_like(x.hidden_states)

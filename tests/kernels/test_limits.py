@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 from ramp_moe import Hardware, Kernel, KernelConfig, KernelError, MoEShape, Registry, get_registry
-from ramp_moe.runtime.layer import MoELayer
+from ramp_moe.runtime.layer import LayerRuntime
 from ramp_moe.spec.kernel import most_tokens, usable_configs
 from ramp_moe.spec.launchable import Batch, MoEWeights, Workspace
 from ramp_moe_adapters.kernels.alpha_moe import launch as alpha_moe_launch
@@ -149,4 +149,4 @@ def test_as_many_ids_as_tiles_allow(block: int, experts: int) -> None:
 def test_a_layer_of_sizes_that_no_kernel_takes_says_so(hidden: int, inter: int, named: str, h200: Hardware) -> None:
     weights = MoEWeights(torch.zeros(2, 2 * inter, hidden).bfloat16(), torch.zeros(2, hidden, inter).bfloat16())
     with pytest.raises(KernelError, match=f"no kernel can compute .*triton: {named} is not a multiple of 16"):
-        MoELayer(weights, 1, h200, [TritonMoE()])
+        LayerRuntime(weights, 1, h200, [TritonMoE()])

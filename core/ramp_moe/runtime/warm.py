@@ -12,10 +12,10 @@ from ..spec.launchable import Batch
 if TYPE_CHECKING:
     import torch
 
-    from .layer import MoELayer
+    from .layer import LayerRuntime
 
 
-def warm(layer: MoELayer, candidates: Iterable[Candidate], max_tokens: int, dtype: torch.dtype) -> dict[str, str]:
+def warm(layer: LayerRuntime, candidates: Iterable[Candidate], max_tokens: int, dtype: torch.dtype) -> dict[str, str]:
     """Launch each candidate at the few batch sizes (`LaunchableKernel.warm_sizes`) that compile all that it runs for 1
     to max_tokens tokens. A batch of these sizes names no expert, so that a launch takes the GPU next to no time.
 

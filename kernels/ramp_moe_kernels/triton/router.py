@@ -243,7 +243,7 @@ def _outputs(
 
 @dataclass(frozen=True)
 class LinearRouter:
-    """A router for `MoELayer`: hidden states `[T, H]` -> (ids int32, weights float32), both `[T, top_k]`.
+    """A router for `LayerRuntime`: hidden states `[T, H]` -> (ids int32, weights float32), both `[T, top_k]`.
 
     weight `[E, H]` is the router's projection, of the dtype of the hidden states or float32; the other fields are
     `route`'s. Logits are float32 products where the weight is float32, as DeepSeek-V3 computes them.

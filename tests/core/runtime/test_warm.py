@@ -6,15 +6,15 @@ import pytest
 import torch
 from moe_cases import H200, weights
 from ramp_moe import Candidate, KernelError, ShapeError
-from ramp_moe.runtime.layer import MoELayer
+from ramp_moe.runtime.layer import LayerRuntime
 from ramp_moe.runtime.warm import warm
 from ramp_moe.spec.launchable import Batch
 from ramp_moe_kernels.triton.kernel import TritonMoE
 from ramp_moe_kernels.triton.sizes import warm_sizes
 
 
-def layer_of(kernel: TritonMoE) -> tuple[MoELayer, Candidate]:
-    layer = MoELayer(weights(4, 128, 64, "fp16", "cpu"), 2, H200, [kernel])
+def layer_of(kernel: TritonMoE) -> tuple[LayerRuntime, Candidate]:
+    layer = LayerRuntime(weights(4, 128, 64, "fp16", "cpu"), 2, H200, [kernel])
     return layer, Candidate(kernel.name, kernel.default_config(layer.shape, H200, 9))
 
 
