@@ -14,9 +14,11 @@ import fake_vllm
 import pytest
 import torch
 from moe_cases import H200, batch, error, expected, weights
+from ramp_moe import Candidate
 from ramp_moe.runtime.layer import LayerRuntime
 from ramp_moe.runtime.relayout import relayout
-from ramp_moe.spec.launchable import MoEWeights
+from ramp_moe.runtime.warm import warm
+from ramp_moe.spec.launchable import Batch, MoEWeights
 from ramp_moe_adapters.kernels.flashinfer_cutlass import launch as flashinfer_cutlass_launch
 from ramp_moe_adapters.kernels.flashinfer_cutlass.kernel import FlashInferCutlass
 from ramp_moe_adapters.kernels.vllm_triton.kernel import VllmTriton
@@ -24,6 +26,7 @@ from ramp_moe_kernels.cute import launch as cute_launch
 from ramp_moe_kernels.cute.kernel import CuteMoE
 from ramp_moe_kernels.reference import experts
 from ramp_moe_kernels.triton.kernel import TritonMoE
+from ramp_moe_kernels.triton.router import LinearRouter
 
 ROOT = Path(__file__).parents[1]
 PACKAGES = ("core", "adapters", "kernels")
@@ -42,14 +45,26 @@ LEGACY = {
 
 
 def implicit(source: str) -> list[tuple[int, str]]:
-    """Lines, and what is called there without saying dtype and device."""
-    found = []
-    for node in ast.walk(ast.parse(source)):
-        if not isinstance(node, ast.Call) or not isinstance(node.func, ast.Attribute):
+    """Lines, and what is called there without saying dtype and device; torch under another name, too."""
+    found, nodes = [], list(ast.walk(ast.parse(source)))
+    modules = {a.asname or a.name for n in nodes if isinstance(n, ast.Import) for a in n.names if a.name == "torch"}
+    taken = {
+        a.asname or a.name: a.name
+        for n in nodes
+        if isinstance(n, ast.ImportFrom) and n.module == "torch" and not n.level
+        for a in n.names
+    }
+    for node in nodes:
+        if not isinstance(node, ast.Call):
             continue
-        if not isinstance(node.func.value, ast.Name) or node.func.value.id != "torch":
-            continue
-        name, said = node.func.attr, {k.arg for k in node.keywords}
+        match node.func:
+            case ast.Attribute(value=ast.Name(id=module), attr=name) if module in {"torch", *modules}:
+                pass
+            case ast.Name(id=local) if local in taken:
+                name = taken[local]
+            case _:
+                continue
+        said = {k.arg for k in node.keywords}
         if name in LEGACY or (name in FACTORIES and not {"dtype", "device"} <= said):
             found.append((node.lineno, f"torch.{name}"))
     return found
@@ -72,6 +87,9 @@ def test_every_tensor_states_dtype_and_device(package: str) -> None:
         ("torch.scalar_tensor(1.0)", [(1, "torch.scalar_tensor")]),
         ("torch.rand(2, dtype=t, device=d, generator=g)", []),
         ("torch.empty_like(x); x.new_zeros(2)", []),
+        ("import torch as t; t.zeros(2)", [(1, "torch.zeros")]),
+        ("from torch import eye as unit; unit(2)", [(1, "torch.eye")]),
+        ("from torch import Tensor; isinstance(x, Tensor)", []),
     ],
 )
 def test_the_search_finds(source: str, found: list[tuple[int, str]]) -> None:
@@ -99,10 +117,19 @@ def default_dtype() -> Iterator[None]:
         torch.set_default_dtype(before)
 
 
+@contextmanager
+def default_device() -> Iterator[None]:
+    torch.set_default_device("meta")
+    try:
+        yield
+    finally:
+        torch.set_default_device(None)
+
+
 DEFAULTS: dict[str, Callable[[], Any]] = {
     "bf16": default_dtype,
     "inference": torch.inference_mode,
-    "meta": lambda: torch.device("meta"),
+    "meta": default_device,
 }
 
 
@@ -117,6 +144,25 @@ def test_a_layer_is_made_and_run_under(default: str, dtype: str) -> None:
         layer = LayerRuntime(given, 2, H200, [TritonMoE()])
         layer.warm_up(9, torch.float16)
         out = layer(x.hidden_states, x.topk_ids.long(), x.topk_weights, num_valid=torch.full_like(x.topk_ids[0, :1], 9))
+    assert (out.dtype, out.device.type) == (torch.float16, "cpu")
+    assert error(out, wanted) < 2e-2
+
+
+@pytest.mark.parametrize("default", DEFAULTS)
+def test_a_routed_layer_is_warmed_and_run_under(default: str) -> None:
+    """With the router, every launch that a server warms, and one launch that is any of two configurations."""
+    given, x = weights(4, 128, 128, "fp16", "cpu"), batch(9, 2, 4, 128, "uniform", "cpu", torch.float16)
+    router = LinearRouter(given.down[:, :, 0].contiguous(), 2)
+    ids, scores = router(x.hidden_states)
+    wanted = expected(given, Batch(x.hidden_states, ids, scores), quantise=False)
+    kernel, choice = TritonMoE(), torch.ones(1, dtype=torch.int32)
+    with DEFAULTS[default]():
+        layer = LayerRuntime(given, 2, H200, [kernel], router=router)
+        first, second = (Candidate(kernel.name, kernel.default_config(layer.shape, H200, n)) for n in (9, 20))
+        assert warm(layer, [first], 2, torch.float16) == {}
+        out, other = layer.forward_hidden(x.hidden_states), torch.empty_like(x.hidden_states)
+        layer.launch_inline([first, second], choice, Batch(x.hidden_states, ids, scores), other)
+    assert error(other, wanted) < 2e-2
     assert (out.dtype, out.device.type) == (torch.float16, "cpu")
     assert error(out, wanted) < 2e-2
 

@@ -99,11 +99,11 @@ class Stages:
             self.x = torch.empty(batch.num_tokens, hidden, dtype=torch.float8_e4m3fn, device=DEVICE)
             self.x_scale = torch.empty(batch.num_tokens, hidden // 128, device=DEVICE)
             quantise = (batch.hidden_states, self.x, self.x_scale)
-        self.tiling = ops.Tiling(None, batch.topk_ids, (n,))
+        self.tiling, self.tiles, self.direct = ops.Tiling(None, batch.topk_ids), n, direct
         if not direct:
             plan = allocate(n, experts, block, DEVICE)
             schedule(batch.topk_ids, experts, block, plan, quantise=quantise)
-            self.tiling = ops.Tiling(plan.sorted_token_ids, plan.expert_ids, (plan.expert_ids.numel(),))
+            self.tiling, self.tiles = ops.Tiling(plan.sorted_token_ids, plan.expert_ids), plan.expert_ids.numel()
         self.act = torch.randn(n, inter, device=DEVICE).to(batch.hidden_states.dtype)
         self.act_fp8 = self.act.to(torch.float8_e4m3fn) if self.fp8 else None
         self.act_scale = torch.rand(n, inter // 128, device=DEVICE) if self.fp8 else None
@@ -112,21 +112,21 @@ class Stages:
         self.total = torch.zeros(batch.num_tokens, hidden, device=DEVICE)
 
     def up(self, c: GemmConfig) -> None:
-        x, given = (
-            (self.x, self.x_scale, self.weights, self.tiling, self.n, self.top_k),
-            self.fp8 and quantises_itself(c),
-        )
+        quantised = self.fp8 and quantises_itself(c)
+        gemm = ops.up_gemm([c], [self.tiles], self.weights, False, self.direct, quantised)
+        given = (gemm, self.x, self.x_scale, self.weights, self.tiling, self.n, self.top_k)
         if c.split_k > 1:
-            ops.up([c], *x, self.partial, None)
+            ops.up(*given, self.partial, None)
             ops.activate(self.partial, self.weights, self.batch.topk_ids, self.act)
         else:
-            ops.up([c], *x, self.act_fp8 if given else self.act, self.act_scale if given else None)
+            ops.up(*given, self.act_fp8 if quantised else self.act, self.act_scale if quantised else None)
 
     def down(self, c: GemmConfig, quantised: bool) -> None:
         act, scale = (self.act_fp8, self.act_scale) if quantised else (self.act, None)
         atomic = c.split_k > 1
-        out = self.total if atomic else self.rows
-        ops.down([c], act, scale, self.weights, self.tiling, self.batch.topk_weights, out, atomic=atomic)
+        gemm = ops.down_gemm([c], [self.tiles], self.weights, False, self.direct, quantised, atomic)
+        topk_weights, out = self.batch.topk_weights, self.total if atomic else self.rows
+        ops.down(gemm, act, scale, self.weights, self.tiling, topk_weights, self.n, self.top_k, out)
 
 
 def blocks(tokens: int, shape: MoEShape) -> tuple[int, ...]:

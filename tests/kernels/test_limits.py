@@ -20,8 +20,9 @@ from ramp_moe_adapters.kernels.vllm_triton import launch as vllm_triton_launch
 from ramp_moe_kernels import limits
 from ramp_moe_kernels.cute import launch as cute_launch
 from ramp_moe_kernels.permute import permute
-from ramp_moe_kernels.triton import forward, schedule
+from ramp_moe_kernels.triton import forward
 from ramp_moe_kernels.triton.kernel import TritonMoE
+from ramp_moe_kernels.triton.schedule import max_tiles
 
 META = torch.device("meta")
 KERNELS = sorted(get_registry().kernels)
@@ -43,12 +44,10 @@ def up_to_the_first_launch(monkeypatch: pytest.MonkeyPatch) -> None:
     def reached(*args: Any, **kwargs: Any) -> Any:
         raise Reached
 
-    monkeypatch.setattr(schedule, "schedule", reached)
-    monkeypatch.setattr(forward, "schedule", reached)
+    for module in (forward, cute_launch, alpha_moe_launch, permute):
+        monkeypatch.setattr(module, "launch_schedule", reached)
     monkeypatch.setattr(forward.ops, "up", reached)
-    monkeypatch.setattr(cute_launch, "schedule", reached)
     monkeypatch.setattr(cute_launch, "load", lambda config: reached)
-    monkeypatch.setattr(permute, "schedule", reached)
     monkeypatch.setattr(permute, "permute_kernel", Launching())
     monkeypatch.setattr(vllm_triton_launch, "routing", reached)
     monkeypatch.setattr(flashinfer_cutlass_launch, "routed_in_one_block", reached)
@@ -143,8 +142,8 @@ def test_sizes_that_a_kernel_does_not_take_are_named(name: str, registry: Regist
 def test_as_many_ids_as_tiles_allow(block: int, experts: int) -> None:
     for tiles in (0, 1, 6, 7, 8, 100):
         most = limits.max_ids(tiles, experts, block)
-        assert schedule.max_tiles(most, experts, block) <= tiles
-        assert schedule.max_tiles(most + block, experts, block) > tiles
+        assert max_tiles(most, experts, block) <= tiles
+        assert max_tiles(most + block, experts, block) > tiles
 
 
 @pytest.mark.parametrize(("hidden", "inter", "named"), [(511, 64, "hidden_size 511"), (64, 40, "intermediate_size 40")])

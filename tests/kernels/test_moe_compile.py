@@ -15,7 +15,7 @@ from typing import Any
 
 import pytest
 from ramp_moe import Hardware, MoEShape, Registry
-from ramp_moe_kernels.triton.config import Gemm, GemmConfig, invalid
+from ramp_moe_kernels.triton.config import Gemm, GemmConfig, invalid, variants
 
 pytestmark = pytest.mark.slow
 
@@ -128,12 +128,11 @@ CASES = [
 def compiled(case: Case) -> dict[str, int]:
     """Compile one case as its launch would; sizes of what came out."""
     import triton
-    from ramp_moe_kernels.triton import gemm
-    from ramp_moe_kernels.triton.ops import variants
+    from ramp_moe_kernels.triton import down, epilogue, up
     from triton.backends.compiler import GPUTarget
 
-    kernel = getattr(gemm, f"{case.kernel}_kernel")
-    half, fp8, c, up = (
+    kernel = {"up": up.up_kernel, "down": down.down_kernel, "activate": epilogue.activate_kernel}[case.kernel]
+    half, fp8, c, is_up = (
         "*bf16" if case.dtype != "fp16" else "*fp16",
         case.dtype == "fp8",
         case.config,
@@ -152,15 +151,15 @@ def compiled(case: Case) -> dict[str, int]:
     }  # fmt: skip
     options: dict[str, Any] = {"num_warps": 4, **({"launch_pdl": True} if dependent else {})}
     if c is not None:
-        sizes = [n if case.even else n - 16 for n in ((case.inter, HIDDEN) if up else (HIDDEN, case.inter))]
-        given |= {"VARIANTS": variants(case.configs, *sizes), "SPLIT_K": c.split_k}
+        sizes = [n if case.even else n - 16 for n in ((case.inter, HIDDEN) if is_up else (HIDDEN, case.inter))]
+        given |= {"VARIANTS": variants(tuple(case.configs), *sizes), "SPLIT_K": c.split_k}
         given |= {"choice_ptr": "*i32", "tiles": None} if case.others else {"choice_ptr": None}
         options |= {"num_warps": c.warps, "num_stages": c.stages}
-        scaled = fp8 and not (case.direct if up else case.quantise)
+        scaled = fp8 and not (case.direct if is_up else case.quantise)
         loaded = weight if scaled else half
         given |= {"x_ptr": loaded, "a_ptr": loaded, "outs_ptr": "*fp32" if case.quantise else None}
         given |= {"xs_ptr": "*fp32" if scaled else None, "as_ptr": "*fp32" if scaled else None}
-        if up:
+        if is_up:
             given["out_ptr"] = "*fp32" if c.split_k > 1 else "*fp8e4nv" if case.quantise else half
         elif case.atomic:
             given["out_ptr"] = "*fp32"

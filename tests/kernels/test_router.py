@@ -181,13 +181,13 @@ def test_out_is_filled_and_nothing_beyond_it(num_experts, tokens) -> None:
         ({"num_groups": 7}, ShapeError, "do not divide into 7 groups"),
         ({"num_groups": 32, "topk_groups": 3}, ShapeError, "exceeds the 6 experts of 3 groups"),
         ({"scoring": "softmin"}, UnknownNameError, "softmax"),
-        ({"dtype": torch.float64}, KernelError, "not torch.float64"),
-        ({"dtype": torch.int32}, KernelError, "not torch.int32"),
+        ({"dtype": torch.float64}, KernelError, "router logits must be float32 or bfloat16 or float16, not float64"),
+        ({"dtype": torch.int32}, KernelError, "not int32"),
         ({"bias": (63,)}, ShapeError, r"must be \[64\]"),
-        ({"bias": (64,), "bias_dtype": torch.float64}, KernelError, "the bias in float32"),
+        ({"bias": (64,), "bias_dtype": torch.float64}, KernelError, "the router's bias must be float32"),
         ({"transposed": True}, KernelError, "contiguous"),
         ({"out": (4, 7)}, ShapeError, r"ids must be \[4, 8\]"),
-        ({"out": (4, 8), "out_dtype": torch.int64}, KernelError, "contiguous torch.int32"),
+        ({"out": (4, 8), "out_dtype": torch.int64}, KernelError, "router's ids must be int32, not int64"),
     ],
 )
 def test_refuses(change, error, message) -> None:

@@ -20,7 +20,6 @@ from ramp_moe.spec.launchable import Batch
 from ramp_moe_adapters.kernels.alpha_moe import launch as alpha_moe_launch
 from ramp_moe_kernels.cute import launch as cute_launch
 from ramp_moe_kernels.cute.config import Config
-from ramp_moe_kernels.triton import schedule
 
 FOLDER = Path(__file__).parents[2] / "profiles" / "benchmarks"
 PAGE = (FOLDER / "README.md").read_text()
@@ -120,7 +119,7 @@ class MadeUp:
         """Alpha-MoE's."""
         arguments[10].copy_(self.layer)
 
-    def in_order(self, rows: torch.Tensor, ids: torch.Tensor, out: torch.Tensor, num_experts: int) -> None:
+    def in_order(self, rows: torch.Tensor, ids: torch.Tensor, out: torch.Tensor, top_k: int, experts: int) -> None:
         out.copy_(rows.float().sum(0).view(*ids.shape, -1).sum(1))
 
 
@@ -165,9 +164,9 @@ def bench(monkeypatch: pytest.MonkeyPatch, h200: Hardware) -> ModuleType:
         (module.Measurement, "batch", batch),
         (cute_launch, "prepare", prepared),
         (cute_launch, "one_of", lambda _: ANY),
-        (cute_launch, "schedule", lambda *_, **__: None),
-        (cute_launch, "combine", made.in_order),
-        (schedule, "schedule", lambda *_, **__: None),
+        (cute_launch, "launch_schedule", lambda *_, **__: None),
+        (cute_launch, "launch_combine", made.in_order),
+        (alpha_moe_launch, "launch_schedule", lambda *_, **__: None),
         (alpha_moe_launch, "prepare", alpha),
         (torch.cuda, "synchronize", lambda: None),
         (torch.cuda, "device", lambda _: nullcontext()),

@@ -21,3 +21,6 @@ def test_a_stamp_changes_the_digest_and_no_other_byte(tmp_path: Path) -> None:
         assert path == tmp_path / "cute" / name
         assert stamped == old.replace(b"01234567", today.encode())
     assert not list(restamp.outdated(["cute/bf16", "triton"], tmp_path))
+    # Of the code before the last change, and of code before that.
+    assert len(list(restamp.outdated(["cute"], tmp_path, before=["01234567", "89abcdef"]))) == 1
+    assert not list(restamp.outdated(["cute"], tmp_path, before=["89abcdef"]))

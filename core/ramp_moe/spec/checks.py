@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from ..errors import KernelError
+from ..errors import KernelError, ShapeError
 from .launchable import Batch
 
 if TYPE_CHECKING:
@@ -25,7 +25,8 @@ def check_bf16(kernel: str, batch: Batch, out: Tensor) -> None:
 
 
 def check_batch(kernel: str, batch: Batch, out: Tensor, hidden_size: int, device: torch.device) -> None:
-    """Raises KernelError unless hidden states and `out` are both `[T, hidden_size]`, of one dtype, and on `device`.
+    """Raises KernelError unless hidden states and `out` are both `[T, hidden_size]`, of one dtype and on `device`, and
+    `out` is contiguous.
 
     device: where the weights are.
     """
@@ -35,10 +36,46 @@ def check_batch(kernel: str, batch: Batch, out: Tensor, hidden_size: int, device
             f"{kernel}: hidden_states {x.dtype} {list(x.shape)} and out {out.dtype} {list(out.shape)} must be "
             f"[T, {hidden_size}], of one dtype"
         )
+    if not out.is_contiguous():
+        raise KernelError(f"{kernel}: out must be contiguous, its strides are {out.stride()}; give a contiguous one")
     if not x.device == out.device == device:
         raise KernelError(
             f"{kernel}: hidden_states are on {x.device}, out on {out.device}, weights on {device}; move them together"
         )
+
+
+def check_dtype(what: str, tensor: Tensor, dtypes: tuple[torch.dtype, ...]) -> None:
+    """Raises KernelError for a tensor of none of the dtypes."""
+    if tensor.dtype not in dtypes:
+        names = " or ".join(str(dtype).removeprefix("torch.") for dtype in dtypes)
+        raise KernelError(f"{what} must be {names}, not {str(tensor.dtype).removeprefix('torch.')}; convert it")
+
+
+def check_device(what: str, tensor: Tensor, device: torch.device) -> None:
+    """Raises KernelError for a tensor that is not on `device`."""
+    if tensor.device != device:
+        raise KernelError(f"{what} must be on {device}, not on {tensor.device}; move it there")
+
+
+def check_gpu(what: str, tensor: Tensor) -> None:
+    """Raises KernelError for a tensor that is on no GPU."""
+    if not tensor.is_cuda:
+        raise KernelError(f"{what} must be on a GPU, not on {tensor.device}; move it there")
+
+
+def check_tensor(
+    what: str, tensor: Tensor, shape: tuple[int, ...], dtypes: tuple[torch.dtype, ...], device: torch.device
+) -> None:
+    """Raises ShapeError for another shape, KernelError for another dtype or device and for strides.
+
+    what: names the tensor and whose it is, as in "the schedule's slots".
+    """
+    if tensor.shape != shape:
+        raise ShapeError(f"{what} must be {list(shape)}, not {list(tensor.shape)}")
+    check_dtype(what, tensor, dtypes)
+    check_device(what, tensor, device)
+    if not tensor.is_contiguous():
+        raise KernelError(f"{what} must be contiguous; its strides are {tensor.stride()}: call .contiguous() on it")
 
 
 def check_aligned(kernel: str, name: str, tensor: Tensor) -> None:

@@ -7,10 +7,10 @@ import logging
 import math
 import threading
 from abc import abstractmethod
-from collections.abc import Hashable, Iterator, Sequence
+from collections.abc import Callable, Hashable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from ..errors import KernelError, RoutingError, ShapeError, UnknownNameError
 from .hardware import Hardware
@@ -20,6 +20,8 @@ from .shapes import SCALE_BLOCK, MoEShape, scale_block, scale_blocks
 if TYPE_CHECKING:
     import torch
     from torch import Tensor
+
+T = TypeVar("T")
 
 ACTIVATIONS = ("swiglu", "gelu_tanh", "swiglu_oai", "swiglu_clamped")
 """Activations of gated experts:
@@ -227,6 +229,8 @@ class Workspace:
     _latest: dict[tuple[str, int], Tensor] = field(default_factory=dict)
     """The views last returned. The layers of a model ask for the same ones, and making a view takes microseconds."""
     _outgrown: list[Tensor] = field(default_factory=list)
+    _plans: dict[tuple[str, int], tuple[object, Any]] = field(default_factory=dict)
+    """By name and stream, what `plan` was last asked for, and what it made."""
     lock: threading.RLock = field(default_factory=threading.RLock, repr=False, compare=False)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Workspace:
@@ -234,12 +238,7 @@ class Workspace:
 
     def get(self, name: str, shape: Sequence[int], dtype: torch.dtype, device: torch.device) -> Tensor:
         """An uninitialised tensor of this shape and dtype, on the current stream of `device`."""
-        import torch
-
-        stream = 0
-        if device.type == "cuda":  # several times as fast as current_stream(), which makes an object
-            index = torch.cuda.current_device() if device.index is None else device.index
-            stream = torch._C._cuda_getCurrentRawStream(index)
+        stream = _stream(device)
         latest = self._latest.get((name, stream))
         if latest is not None and latest.dtype == dtype and latest.shape == tuple(shape) and latest.device == device:
             return latest
@@ -253,9 +252,34 @@ class Workspace:
         found = self._latest[name, stream] = buffer[:size].view(dtype).view(tuple(shape))
         return found
 
+    def plan(self, name: str, key: object, device: torch.device, make: Callable[[], T]) -> T:
+        """What `make` returns, kept for as long as the key stays the same: the layers of a model launch alike.
+
+        name: of who asks; each has one plan for each stream. key: all that the plan depends on, a tuple to be compared.
+        A plan may hold buffers of this workspace, which live as long as it does.
+        """
+        at = name, _stream(device)
+        known = self._plans.get(at)
+        if known is not None and known[0] == key:
+            found: T = known[1]
+            return found
+        found = make()
+        self._plans[at] = key, found
+        return found
+
     @property
     def bytes(self) -> int:
         return sum(b.numel() for b in (*self._buffers.values(), *self._outgrown))
+
+
+def _stream(device: torch.device) -> int:
+    """The current stream's address; current_stream(), which makes an object, takes several times as long."""
+    import torch
+
+    if device.type != "cuda":
+        return 0
+    index = torch.cuda.current_device() if device.index is None else device.index
+    return torch._C._cuda_getCurrentRawStream(index)
 
 
 def allocate(size: int, device: torch.device) -> Tensor:
@@ -312,6 +336,12 @@ class LaunchableKernel(Kernel):
     @abstractmethod
     def default_config(self, shape: MoEShape, hardware: Hardware, num_tokens: int) -> KernelConfig:
         """The choice by batch size alone, for use without a profile."""
+
+    def warm_sizes(self, shape: MoEShape, max_tokens: int) -> Sequence[int]:
+        """Numbers of tokens, up to max_tokens: a configuration that was launched with each of them has compiled all
+        that batches of 1 to max_tokens tokens run. By default the largest alone, for a kernel of which the size of a
+        batch decides nothing that is compiled."""
+        return (max_tokens,)
 
     @abstractmethod
     def run(

@@ -139,6 +139,12 @@ class CuteMoE(LaunchableKernel, BuildableKernel):
             found = min(valid, key=lambda c: (abs(c.block_m - found.block_m), c.wide, c.ctas, c.split_k, -c.stages))
         return self.describe(found, shape)
 
+    def warm_sizes(self, shape: MoEShape, max_tokens: int) -> Sequence[int]:
+        """Of the Triton kernels before and after the fused one."""
+        from ..triton.sizes import warm_sizes
+
+        return warm_sizes(shape, max_tokens)
+
     def run(
         self, config: KernelConfig, prepared: Any, batch: Batch, out: Tensor, workspace: Workspace
     ) -> Iterator[None]:

@@ -13,8 +13,8 @@ from ramp_moe.spec.checks import check_aligned, check_batch, check_bf16, check_h
 from torch import Tensor
 
 from ..limits import check_tokens
-from ..triton.combine import combine
-from ..triton.schedule import Schedule, buffer_sizes, schedule
+from ..triton.combine import launch_combine
+from ..triton.schedule import Schedule, buffer_sizes, launch_schedule
 from .aot import load
 from .config import INTERMEDIATES, UP_ROWS, Config
 from .space import invalid, most_tokens, one_of
@@ -110,8 +110,8 @@ def launch_steps(
     if in_place:  # x is read while out is added to
         summed = workspace.get("summed", (tokens, hidden), torch.bfloat16, device)
     zero = None if config.combine == "rows" else summed
-    blocks = [c.block_m for c in configs] if choice is not None else config.block_m
-    schedule(batch.topk_ids, experts, blocks, plan, choice=choice, quantise=quantise, zero=zero)
+    blocks = tuple(c.block_m for c in configs)
+    launch_schedule(batch.topk_ids, experts, blocks, plan, choice, quantise=quantise, zero=zero)
     yield
     if n:
         function(
@@ -138,7 +138,7 @@ def launch_steps(
     if config.combine == "f32":
         out.copy_(summed)
     if config.combine == "rows":
-        combine(summed.view(parts, n, hidden), batch.topk_ids, out, num_experts=experts)
+        launch_combine(summed.view(parts, n, hidden), batch.topk_ids, out, batch.top_k, experts)
     if config.combine != "bf16":
         yield
 

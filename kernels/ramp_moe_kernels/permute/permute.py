@@ -23,9 +23,9 @@ from ramp_moe.plugin import KernelError, Workspace
 from torch import Tensor
 
 from ..limits import MAX_EXPERTS, MAX_IDS
-from ..triton.launch import dependent_launch
+from ..triton.launch import dependent_launch, on_device_of
 from ..triton.quantise import _GROUP, _quantise_groups, interpreted
-from ..triton.schedule import Schedule, buffer_sizes, max_tiles, schedule
+from ..triton.schedule import Schedule, buffer_sizes, launch_schedule, max_tiles
 
 FUSED_IDS = 2048
 STEP = 512
@@ -208,11 +208,11 @@ def permute(
     fused = num_ids <= FUSED_IDS
     # Never 128 bins: if weights went through L2 before, counting takes 12 us with 128 bins, 6 us with 256 (H200).
     bins = 64 if num_experts <= 64 else max(256, triton.next_power_of_2(num_experts))
-    with torch.cuda.device_of(x):
+    with on_device_of(x):
         if not fused:
             sizes = buffer_sizes(num_ids, num_experts, block)
             plan = Schedule(**{n: workspace.get(n, (s,), torch.int32, device) for n, s in sizes.items()})
-            schedule(topk_ids, num_experts, block, plan)
+            launch_schedule(topk_ids, num_experts, (block,), plan)
             invert_kernel[(triton.cdiv(size, SLOTS),)](
                 plan.sorted_token_ids, plan.num_tokens_post_padded, plan.histogram, rows.row_of_id, rows.ends,
                 num_ids, num_experts, block, BINS=bins, BLOCK=SLOTS,

@@ -10,15 +10,14 @@ import triton.language as tl
 from ramp_moe.plugin import Batch, Workspace
 from torch import Tensor
 
-from ..triton.gemm import CHUNK, _activate, _gate_row
-from ..triton.launch import dependent_launch
+from ..triton.combine import columns_of_program
+from ..triton.epilogue import CHUNK, _activate, _gate_row
+from ..triton.launch import dependent_launch, on_device_of
 from ..triton.quantise import _GROUP, _quantise_groups, interpreted
 from .permute import PermutedTokens
 
 MAX_GROUPS = 8
 """Most groups of 128 intermediates per program."""
-FEW_ELEMENTS = 256 * 1024
-"""Output elements up to which programs must be narrow, so that every SM has some."""
 
 
 @triton.jit(do_not_specialize=["num_experts"])
@@ -127,7 +126,7 @@ def activate(
     act = workspace.get("rows_act", (size, columns), torch.float8_e4m3fn if fp8 else gate_up.dtype, device)
     scale = workspace.get("rows_act_scale", (columns // 128, size), torch.float32, device) if fp8 else None
     groups = min(MAX_GROUPS, max(1, triton.next_power_of_2(columns) // 128))
-    with torch.cuda.device_of(gate_up):
+    with on_device_of(gate_up):
         activate_kernel[(topk_ids.numel(), triton.cdiv(columns, groups * 128))](
             gate_up, bias, topk_ids, rows.row_of_id, act, scale, experts, columns, size,
             LAYOUT=layout, ACTIVATION=activation, LIMIT=limit, GROUPS=groups,
@@ -143,8 +142,8 @@ def unpermute(values: Tensor, bias: Tensor | None, batch: Batch, rows: PermutedT
     The sum is in float32, one id after the other, and is cast once. Ids out of range contribute nothing.
     """
     tokens, columns = out.shape
-    block, warps = (256, 1) if out.numel() <= FEW_ELEMENTS else (1024, 4)
-    with torch.cuda.device_of(out):
+    block, warps = columns_of_program(tokens * columns)
+    with on_device_of(out):
         unpermute_kernel[(tokens, triton.cdiv(columns, block))](
             values, bias, batch.topk_ids, batch.topk_weights, rows.row_of_id, out, rows.ends.numel(), columns,
             TOP_K=batch.top_k, BLOCK=block, **dependent_launch(out.device), num_warps=warps,

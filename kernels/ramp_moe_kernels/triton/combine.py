@@ -8,10 +8,11 @@ import torch
 import triton
 import triton.language as tl
 from ramp_moe.plugin import KernelError, ShapeError
+from ramp_moe.spec.checks import check_gpu, check_tensor
 from torch import Tensor
 
-from .launch import dependent_launch
-from .quantise import DTYPES, check_tensor
+from .launch import dependent_launch, on_device_of
+from .quantise import DTYPES, interpreted
 
 FEW_ELEMENTS = 256 * 1024
 """Output elements up to which narrow programs are needed for all SMs to have some."""
@@ -77,7 +78,6 @@ def combine(
         )
     tokens, hidden = out.shape
     num_ids = partial.shape[-2]
-    split_k = partial.shape[0] if partial.ndim == 3 else 1
     if num_ids % tokens if tokens else num_ids:
         raise ShapeError(f"{num_ids} partial rows do not divide among {tokens} tokens")
     check_tensor("the partial sums", partial, (*partial.shape[:-1], hidden), DTYPES, out.device)
@@ -91,19 +91,39 @@ def combine(
         check_tensor("topk_ids", topk_ids, (tokens, top_k), (torch.int32, torch.int64), out.device)
     if num_valid is not None:
         check_tensor("num_valid", num_valid, (1,), (torch.int32,), out.device)
-    block, warps = (256, 1) if out.numel() <= FEW_ELEMENTS else (1024, 4)
-    with torch.cuda.device_of(out):
-        combine_kernel[(tokens, triton.cdiv(hidden, block))](
+    if not interpreted(combine_kernel):
+        check_gpu("the output", out)
+    launch_combine(partial, topk_ids, out, top_k, num_experts if topk_ids is not None else 0, num_valid)
+
+
+def launch_combine(
+    partial: Tensor,
+    topk_ids: Tensor | None,
+    out: Tensor,
+    top_k: int,
+    num_experts: int | None,
+    num_valid: Tensor | None = None,
+) -> None:
+    """`combine` of what was checked, or made to fit, with at least one token."""
+    tokens, hidden = out.shape
+    block, warps = columns_of_program(tokens * hidden)
+    with on_device_of(out):
+        combine_kernel[(tokens, -(-hidden // block))](
             partial,
             topk_ids,
             num_valid,
             out,
-            num_ids,
+            partial.shape[-2],
             hidden,
-            num_experts if topk_ids is not None else 0,
+            num_experts,
             TOP_K=top_k,
-            SPLIT_K=split_k,
+            SPLIT_K=partial.shape[0] if partial.ndim == 3 else 1,
             BLOCK=block,
             num_warps=warps,
             **dependent_launch(out.device),
         )
+
+
+def columns_of_program(elements: int) -> tuple[int, int]:
+    """(columns, warps) of a program, by the output's elements."""
+    return (256, 1) if elements <= FEW_ELEMENTS else (1024, 4)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import itertools
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -34,6 +35,46 @@ class GemmConfig:
             f"bm{self.block_m}-bn{self.block_n}-bk{self.block_k}-w{self.warps}-st{self.stages}"
             f"-gm{self.group_m}-sk{self.split_k}{swap}"
         )
+
+
+@dataclass(frozen=True, slots=True)
+class Variant:
+    """A configuration as the kernels are compiled for it, for a GEMM of `n` weight rows and a reduction of `k`.
+
+    BM, BN, BK   tokens, weight rows and reduction of a tile
+    GROUP_M      M-tiles that are walked side by side
+    SWAP         weight rows are WGMMA's M
+    EVEN_K       splits are of whole steps
+    EVEN_N       row tiles are full
+    STAGES       of the loop; 0 for the launch's
+    """
+
+    BM: int
+    BN: int
+    BK: int
+    GROUP_M: int
+    SWAP: bool
+    EVEN_K: bool
+    EVEN_N: bool
+    STAGES: int
+
+
+@functools.cache
+def variants(configs: tuple[GemmConfig, ...], n: int, k: int) -> tuple[Variant, ...]:
+    """What one launch can be, whose own stages are those of the first configuration."""
+    return tuple(
+        Variant(
+            BM=c.block_m,
+            BN=c.block_n,
+            BK=c.block_k,
+            GROUP_M=c.group_m,
+            SWAP=c.swap,
+            EVEN_K=k % (c.block_k * c.split_k) == 0,
+            EVEN_N=n % c.block_n == 0,
+            STAGES=0 if c.stages == configs[0].stages else c.stages,
+        )
+        for c in configs
+    )
 
 
 @dataclass(frozen=True, slots=True)

@@ -3,15 +3,39 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 
 import torch
 from ramp_moe.plugin import Batch, MoEWeights, Workspace
+from ramp_moe.spec.checks import check_batch, check_dtype
 from torch import Tensor
 
 from . import ops
-from .combine import combine
-from .config import GemmConfig, Path, quantises_itself
-from .schedule import Schedule, buffer_sizes, schedule
+from .combine import launch_combine
+from .config import Path, quantises_itself
+from .schedule import Schedule, buffer_sizes, launch_schedule
+
+
+@dataclass(frozen=True, slots=True)
+class Plan:
+    """What the size of a batch decides: buffers and launches.
+
+    schedule: None on the direct path. x and x_scale: the quantised hidden states, and partial: the up projection's
+    split sums, None where there are none. act and act_scale: the intermediate; without a scale it stays in the dtype
+    of the hidden states, and the down projection of fp8 weights quantises what it loads. rows: what the down projection
+    writes; a float32 total of each token if atomic.
+    """
+
+    blocks: tuple[int, ...]
+    schedule: Schedule | None
+    x: Tensor | None
+    x_scale: Tensor | None
+    up: ops.Gemm
+    partial: Tensor | None
+    act: Tensor
+    act_scale: Tensor | None
+    down: ops.Gemm
+    rows: Tensor
 
 
 def forward_steps(
@@ -23,73 +47,94 @@ def forward_steps(
     choice: Tensor | None = None,
 ) -> Iterator[None]:
     """[prepare], up, [activate], down, combine, stopping after each stage of the path's description: of one path, or of
-    that of several (of one `inline_key`) whose index choice int32 `[1]` holds."""
-    device, n = out.device, batch.topk_ids.numel()
-    experts, hidden, inter = weights.down.shape
-    path, ups, downs = paths[0], [p.up for p in paths], [p.down for p in paths]  # what follows of `path`, all share
-    up, down = path.up, path.down
-    total = workspace.get("total", (batch.num_tokens, hidden), torch.float32, device) if path.atomic else None
-    if path.direct:
-        x, x_scale, tiling = batch.hidden_states, None, ops.Tiling(None, batch.topk_ids, (n,))
-    else:
-        x, x_scale, tiling = _prepare([c.block_m for c in ups], up.block_k, choice, weights, batch, total, workspace)
+    that of several (of one `inline_key`) whose index choice int32 `[1]` holds. Raises KernelError for a batch or an
+    output that does not fit the weights."""
+    x, ids = batch.hidden_states, batch.topk_ids
+    experts, hidden, _ = weights.down.shape
+    check_batch("triton", batch, out, hidden, weights.down.device)
+    if weights.gate_up_scale is None:
+        check_dtype("triton: hidden_states", x, (weights.gate_up.dtype,))
+    plan = _plan(paths, weights, batch, workspace, choice is not None)
+    atomic, n, top_k = paths[0].atomic, ids.numel(), ids.shape[1]
+    tiling = ops.Tiling(None, ids)
+    given, scale = x, plan.x_scale
+    if plan.schedule is not None:
+        quantise = None
+        if plan.x is not None and scale is not None:
+            quantise, given = (x, plan.x, scale), plan.x
+        zero = plan.block_n if atomic else None
+        launch_schedule(ids, experts, plan.blocks, plan.schedule, choice, quantise=quantise, zero=zero)
+        tiling = ops.Tiling(plan.schedule.sorted_token_ids, plan.schedule.expert_ids, choice)
         yield
 
-    act, act_scale = _activations(up, weights, n, batch.hidden_states.dtype, workspace, device)
+    if plan.partial is not None:
+        ops.up(plan.up, given, scale, weights, tiling, n, top_k, plan.partial, None)
+        yield
+        ops.activate(plan.partial, weights, ids, plan.act)
+    else:
+        ops.up(plan.up, given, scale, weights, tiling, n, top_k, plan.act, plan.act_scale)
+    yield
+
+    ops.down(plan.down, plan.act, plan.act_scale, weights, tiling, batch.topk_weights, n, top_k, plan.block_n)
+    yield
+    if atomic:
+        out.copy_(plan.block_n)
+    else:
+        launch_combine(plan.block_n, ids, out, top_k, experts)
+    yield
+
+
+def _plan(paths: Sequence[Path], weights: MoEWeights, batch: Batch, workspace: Workspace, choosing: bool) -> Plan:
+    """The plan of the last batch, if it was of the same size and its layer's weights alike."""
+    x, ids, scale = batch.hidden_states, batch.topk_ids, weights.gate_up_scale
+    device = x.device
+    key = (
+        *paths, choosing, ids.shape, x.dtype, weights.down.shape, weights.down.dtype, device,
+        None if scale is None else scale.shape, weights.layout, weights.activation, weights.limit,
+    )  # fmt: skip
+    return workspace.plan("triton", key, device, lambda: _planned(paths, weights, batch, workspace, choosing))
+
+
+def _planned(paths: Sequence[Path], weights: MoEWeights, batch: Batch, workspace: Workspace, choosing: bool) -> Plan:
+    device, dtype, fp8 = batch.hidden_states.device, batch.hidden_states.dtype, ops.is_fp8(weights)
+    tokens, n = batch.num_tokens, batch.topk_ids.numel()
+    experts, hidden, inter = weights.down.shape
+    ups, downs, path = [p.up for p in paths], [p.down for p in paths], paths[0]  # what follows of `path`, all share
+    up, down = path.up, path.down
+    blocks = tuple(c.block_m for c in ups)
+
+    schedule, x, x_scale, tiles = None, None, None, [n]
+    if not path.direct:
+        sizes = [buffer_sizes(n, experts, block) for block in blocks]
+        tiles = [size["expert_ids"] for size in sizes]
+        largest = {name: max(size[name] for size in sizes) for name in sizes[0]}
+        schedule = Schedule(
+            **{name: workspace.get(name, (size,), torch.int32, device) for name, size in largest.items()}
+        )
+        if fp8:
+            x = workspace.get("x", (tokens, hidden), torch.float8_e4m3fn, device)
+            x_scale = workspace.get("x_scale", (tokens, hidden // up.block_k), torch.float32, device)
+    partial, act_scale, act_dtype = None, None, dtype
     if up.split_k > 1:
         partial = workspace.get("partial_sums", (up.split_k, n, 2 * inter), torch.float32, device)
-        ops.up(ups, x, x_scale, weights, tiling, n, batch.top_k, partial, None)
-        yield
-        ops.activate(partial, weights, batch.topk_ids, act)
+    if fp8 and quantises_itself(up):
+        act_scale = workspace.get("act_scale", (n, -(-inter // up.block_k)), torch.float32, device)
+        act_dtype = torch.float8_e4m3fn
+    act = workspace.get("act", (n, inter), act_dtype, device)
+    if path.atomic:
+        rows = workspace.get("total", (tokens, hidden), torch.float32, device)
     else:
-        ops.up(ups, x, x_scale, weights, tiling, n, batch.top_k, act, act_scale)
-    yield
-
-    if total is not None:
-        ops.down(downs, act, act_scale, weights, tiling, batch.topk_weights, total, atomic=True)
-        yield
-        out.copy_(total)
-    else:
-        rows = workspace.get("rows", (down.split_k, n, hidden), out.dtype, device)
-        ops.down(downs, act, act_scale, weights, tiling, batch.topk_weights, rows, atomic=False)
-        yield
-        combine(rows, batch.topk_ids, out, num_experts=experts)
-    yield
-
-
-def _prepare(
-    blocks: Sequence[int],
-    group: int,
-    choice: Tensor | None,
-    weights: MoEWeights,
-    batch: Batch,
-    total: Tensor | None,
-    workspace: Workspace,
-) -> tuple[Tensor, Tensor | None, ops.Tiling]:
-    """(x, x_scale, tiling): one launch schedules, quantises x for fp8 weights by groups of so many columns, and zeroes
-    `total`."""
-    device, n = batch.hidden_states.device, batch.topk_ids.numel()
-    experts, hidden, _ = weights.down.shape
-    sizes = [buffer_sizes(n, experts, block) for block in blocks]
-    largest = {name: max(size[name] for size in sizes) for name in sizes[0]}
-    plan = Schedule(**{name: workspace.get(name, (size,), torch.int32, device) for name, size in largest.items()})
-    x, x_scale, quantise = batch.hidden_states, None, None
-    if ops.is_fp8(weights):
-        q = workspace.get("x", (batch.num_tokens, hidden), torch.float8_e4m3fn, device)
-        x_scale = workspace.get("x_scale", (batch.num_tokens, hidden // group), torch.float32, device)
-        quantise, x = (x, q, x_scale), q
-    schedule(batch.topk_ids, experts, blocks, plan, choice=choice, quantise=quantise, zero=total)
-    tiles = tuple(size["expert_ids"] for size in sizes)
-    return x, x_scale, ops.Tiling(plan.sorted_token_ids, plan.expert_ids, tiles, choice)
-
-
-def _activations(
-    up: GemmConfig, weights: MoEWeights, n: int, dtype: torch.dtype, workspace: Workspace, device: torch.device
-) -> tuple[Tensor, Tensor | None]:
-    """The intermediate buffer and its scales; None for scales where it stays in the dtype of x, in which case the down
-    projection of fp8 weights quantises what it loads."""
-    inter = weights.down.shape[2]
-    if ops.is_fp8(weights) and quantises_itself(up):
-        scale = workspace.get("act_scale", (n, -(-inter // up.block_k)), torch.float32, device)
-        return workspace.get("act", (n, inter), torch.float8_e4m3fn, device), scale
-    return workspace.get("act", (n, inter), dtype, device), None
+        rows = workspace.get("rows", (down.split_k, n, hidden), dtype, device)
+    quantised = act_scale is not None
+    return Plan(
+        blocks,
+        schedule,
+        x,
+        x_scale,
+        ops.up_gemm(ups, tiles, weights, choosing, path.direct, quantised),
+        partial,
+        act,
+        act_scale,
+        ops.down_gemm(downs, tiles, weights, choosing, path.direct, quantised, path.atomic),
+        rows,
+    )

@@ -6,6 +6,7 @@ direct      up, down: no schedule; for tiny batches
 
 from __future__ import annotations
 
+import functools
 import itertools
 from collections.abc import Hashable, Iterator, Sequence
 from dataclasses import asdict, replace
@@ -132,7 +133,7 @@ class TritonMoE(LaunchableKernel):
 
     def default_config(self, shape: MoEShape, hardware: Hardware, num_tokens: int) -> KernelConfig:
         """The direct path for a few tokens, else a token block of about twice the experts' mean load."""
-        return self.describe(self._default_path(shape, hardware, num_tokens), shape)
+        return _default_config(self, shape, hardware, num_tokens)
 
     def _default_path(self, shape: MoEShape, hardware: Hardware, num_tokens: int) -> Path:
         """What mostly wins on an H200 (profiles/benchmarks), then ever smaller tiles, for less shared memory."""
@@ -162,10 +163,15 @@ class TritonMoE(LaunchableKernel):
                 return path
         raise KernelError(f"no configuration of {self.name} fits {hardware.name}")
 
+    def warm_sizes(self, shape: MoEShape, max_tokens: int) -> Sequence[int]:
+        from .sizes import warm_sizes  # torch and Triton: not needed to describe the kernel
+
+        return warm_sizes(shape, max_tokens, scale_group(shape))
+
     def run(
         self, config: KernelConfig, prepared: Any, batch: Batch, out: Tensor, workspace: Workspace
     ) -> Iterator[None]:
-        from .forward import forward_steps  # torch and Triton: not needed to describe the kernel
+        from .forward import forward_steps
 
         return forward_steps([_path(config)], prepared, batch, out, workspace)
 
@@ -193,9 +199,19 @@ class TritonMoE(LaunchableKernel):
             pass
 
 
+@functools.lru_cache(maxsize=1024)
+def _default_config(kernel: TritonMoE, shape: MoEShape, hardware: Hardware, num_tokens: int) -> KernelConfig:
+    return kernel.describe(kernel._default_path(shape, hardware, num_tokens), shape)
+
+
 def _path(config: KernelConfig) -> Path:
+    return _path_of(config.params)
+
+
+@functools.lru_cache(maxsize=4096)
+def _path_of(params: tuple[tuple[str, Any], ...]) -> Path:
     """What `describe` put into the parameters."""
-    p: dict[str, Any] = dict(config.params)
+    p: dict[str, Any] = dict(params)
     up, down = (
         GemmConfig(**{k.removeprefix(f"{gemm}_"): v for k, v in p.items() if k.startswith(f"{gemm}_")})
         for gemm in ("up", "down")

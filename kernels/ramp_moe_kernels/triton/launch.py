@@ -2,20 +2,29 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
+from typing import Any
 
 import torch
+from torch import Tensor
+
+_HERE = contextlib.nullcontext()
 
 
+def on_device_of(tensor: Tensor) -> contextlib.AbstractContextManager[Any]:
+    """In it the tensor's device is the current one, on which Triton launches. Mostly it is that already."""
+    index = tensor.get_device()
+    return _HERE if index < 0 or index == torch.cuda.current_device() else torch.cuda.device(index)
+
+
+@functools.cache
 def dependent_launch(device: torch.device) -> dict[str, bool]:
-    """Arguments of a kernel that begins with `gdc_wait` where PDL is set: programmatic dependent launch.
+    """Arguments of a kernel that begins with `gdc_wait` where PDL is set: programmatic dependent launch. Not to be
+    written to.
 
     The kernel's CTAs are set up while the kernel before it drains, which hides most of the launch latency. Only
     NVIDIA GPUs from sm_90 on have it; elsewhere, and in the interpreter, launches wait for each other as usual.
     """
-    return {"PDL": True, "launch_pdl": True} if _has_pdl(device.type, device.index) else {"PDL": False}
-
-
-@functools.cache
-def _has_pdl(kind: str, index: int | None) -> bool:
-    return kind == "cuda" and torch.version.hip is None and torch.cuda.get_device_capability(index)[0] >= 9
+    has = device.type == "cuda" and torch.version.hip is None and torch.cuda.get_device_capability(device)[0] >= 9
+    return {"PDL": True, "launch_pdl": True} if has else {"PDL": False}

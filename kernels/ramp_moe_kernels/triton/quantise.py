@@ -15,10 +15,12 @@ from __future__ import annotations
 import torch
 import triton
 import triton.language as tl
-from ramp_moe.plugin import KernelError, ShapeError
+from ramp_moe.plugin import ShapeError
+from ramp_moe.spec.checks import check_gpu, check_tensor
 from torch import Tensor
 
 from ..reference import FP8, FP8_MAX, GROUP, TINY
+from .launch import on_device_of
 
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 GROUP_SIZES = (128, 64, 32)
@@ -91,11 +93,13 @@ def quantise(x: Tensor, out: Tensor, scale: Tensor) -> None:
     knows another e4m3. Raises ShapeError for shapes that do not fit, KernelError for dtypes, strides and devices.
     """
     group = check_quantise(x, out, scale, x.device)
+    if not interpreted(quantise_kernel):
+        check_gpu("what is quantised", x)
     groups = scale.numel()
     if groups == 0:
         return
     size = groups_per_program(groups)
-    with torch.cuda.device_of(x):
+    with on_device_of(x):
         quantise_kernel[(-(-groups // size),)](
             x, out, scale, groups, GROUPS=size, GROUP=group, EMULATE_FP8=interpreted(quantise_kernel), num_warps=4
         )
@@ -114,27 +118,10 @@ def interpreted(kernel: object) -> bool:
 def check_quantise(x: Tensor, out: Tensor, scale: Tensor, device: torch.device) -> int:
     """Columns of a group, by the scale's shape. Raises what `quantise` says."""
     if x.ndim != 2 or x.shape[1] % GROUP:
-        raise ShapeError(f"activations to quantise must be [T, C] with C a multiple of {GROUP}, not {list(x.shape)}")
+        raise ShapeError(f"what is quantised must be [T, C] with C a multiple of {GROUP}, not {list(x.shape)}")
     tokens, columns = x.shape
-    check_tensor("the activations", x, (tokens, columns), DTYPES, device)
+    check_tensor("what is quantised", x, (tokens, columns), DTYPES, device)
     check_tensor("the quantised activations", out, (tokens, columns), (FP8,), device)
     group = next((g for g in GROUP_SIZES if scale.shape == (tokens, columns // g)), GROUP)
     check_tensor("their scale", scale, (tokens, columns // group), (torch.float32,), device)
     return group
-
-
-def check_tensor(
-    what: str, tensor: Tensor, shape: tuple[int, ...], dtypes: tuple[torch.dtype, ...], device: torch.device
-) -> None:
-    """Raises ShapeError for another shape; KernelError for another dtype or device, strides, and a missing GPU."""
-    if tensor.shape != shape:
-        raise ShapeError(f"{what} must be {list(shape)}, not {list(tensor.shape)}")
-    if tensor.dtype not in dtypes:
-        names = " or ".join(str(dtype).removeprefix("torch.") for dtype in dtypes)
-        raise KernelError(f"{what} must be {names}, not {str(tensor.dtype).removeprefix('torch.')}")
-    if tensor.device != device:
-        raise KernelError(f"{what} must be on {device}, not on {tensor.device}")
-    if not tensor.is_contiguous():
-        raise KernelError(f"{what} must be contiguous; strides are {tensor.stride()}")
-    if not tensor.is_cuda and not interpreted(quantise_kernel):
-        raise KernelError(f"{what} must be on a GPU, not on {tensor.device}")

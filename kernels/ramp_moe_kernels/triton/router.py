@@ -20,8 +20,11 @@ import torch
 import triton
 import triton.language as tl
 from ramp_moe.plugin import KernelError, ShapeError
+from ramp_moe.spec.checks import check_device, check_dtype, check_gpu, check_tensor
 
 from ..reference import WEIGHT_SUM_FLOOR, check_routing
+from .launch import on_device_of
+from .quantise import interpreted
 
 MAX_EXPERTS = 1024
 UNROLLED_TOP_K = 16
@@ -182,12 +185,15 @@ def route(
     if num_experts > MAX_EXPERTS:
         raise KernelError(f"the router kernel takes up to {MAX_EXPERTS} experts, not {num_experts}")
     if logits.stride(1) != 1 and num_tokens > 0 and num_experts > 1:
-        raise KernelError("the router kernel reads contiguous rows: call .contiguous() on the logits")
-    _check_input("logits", logits, logits.device)
+        raise KernelError("the router kernel reads contiguous rows; call .contiguous() on the logits")
+    check_dtype("router logits", logits, DTYPES)
+    if not interpreted(router_kernel):
+        check_gpu("router logits", logits)
     if bias is not None:
         if bias.shape != (num_experts,):
             raise ShapeError(f"the router's bias must be [{num_experts}], not {list(bias.shape)}")
-        _check_input("the bias", bias, logits.device)
+        check_dtype("the router's bias", bias, DTYPES)
+        check_device("the router's bias", bias, logits.device)
         bias = bias.contiguous()
     ids, weights = _outputs(num_tokens, top_k, logits.device, out)
     if num_tokens == 0:
@@ -196,8 +202,8 @@ def route(
     if topk_groups == num_groups:  # every group is kept: no groups
         num_groups = topk_groups = 1
     rows, warps = _launch_shape(num_experts, num_groups)
-    with torch.cuda.device_of(logits):
-        router_kernel[(triton.cdiv(num_tokens, rows),)](
+    with on_device_of(logits):
+        router_kernel[(-(-num_tokens // rows),)](
             logits,
             bias,
             ids,
@@ -223,17 +229,6 @@ def _launch_shape(num_experts: int, num_groups: int) -> tuple[int, int]:
     return max(1, min(32, ROW_ELEMENTS // padded)), 1 if padded <= MAX_EXPERTS else 4
 
 
-def _check_input(what: str, tensor: torch.Tensor, device: torch.device) -> None:
-    if tensor.dtype not in DTYPES:
-        names = ", ".join(str(dtype).removeprefix("torch.") for dtype in DTYPES)
-        raise KernelError(f"the router kernel takes {what} in {names}, not {tensor.dtype}")
-    if tensor.device != device:
-        raise KernelError(f"{what} must be on {device}, where the logits are, not on {tensor.device}")
-    # Under Triton's interpreter the kernel is no JITFunction, and runs where there is no GPU.
-    if not tensor.is_cuda and isinstance(router_kernel, triton.JITFunction):
-        raise KernelError(f"the router kernel needs a GPU: {what} must not be on {tensor.device}")
-
-
 def _outputs(
     num_tokens: int, top_k: int, device: torch.device, out: tuple[torch.Tensor, torch.Tensor] | None
 ) -> tuple[torch.Tensor, torch.Tensor]:
@@ -242,16 +237,13 @@ def _outputs(
         ids = torch.empty(shape, dtype=torch.int32, device=device)
         return ids, torch.empty(shape, dtype=torch.float32, device=device)
     for what, tensor, dtype in (("ids", out[0], torch.int32), ("weights", out[1], torch.float32)):
-        if tensor.shape != shape:
-            raise ShapeError(f"the router's {what} must be {list(shape)}, not {list(tensor.shape)}")
-        if tensor.dtype != dtype or tensor.device != device or not tensor.is_contiguous():
-            raise KernelError(f"the router's {what} must be contiguous {dtype} on {device}")
+        check_tensor(f"the router's {what}", tensor, shape, (dtype,), device)
     return out
 
 
 @dataclass(frozen=True)
 class LinearRouter:
-    """A router for `MoELayer`: hidden states `[T, H]` -> (ids int32, weights float32), both `[T, top_k]`.
+    """A router for `LayerRuntime`: hidden states `[T, H]` -> (ids int32, weights float32), both `[T, top_k]`.
 
     weight `[E, H]` is the router's projection, of the dtype of the hidden states or float32; the other fields are
     `route`'s. Logits are float32 products where the weight is float32, as DeepSeek-V3 computes them.

@@ -17,19 +17,25 @@ not depend on the order of programs. Further programs of the first launch quanti
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 import triton
 import triton.language as tl
 from ramp_moe.plugin import KernelError, ShapeError
+from ramp_moe.spec.checks import check_gpu, check_tensor
 from torch import Tensor
 
 from ..limits import MAX_EXPERTS, MAX_IDS
-from .quantise import _quantise_rows, check_quantise, check_tensor, groups_per_program, interpreted
+from ..reference import GROUP
+from .launch import on_device_of
+from .quantise import _quantise_rows, check_quantise, groups_per_program, interpreted
 
 MAX_BLOCK = 256
+MIN_CHUNK = 512
 MAX_CHUNK = 4096
 PROGRAMS = 128
 """Programs of one launch that sort: one an SM of a large GPU, since each of them counts all ids."""
@@ -361,45 +367,61 @@ def schedule(
         check_tensor("the choice", choice, (1,), (torch.int32,), topk_ids.device)
     if num_valid is not None:
         check_tensor("num_valid", num_valid, (1,), (torch.int32,), topk_ids.device)
-    x, x_fp8, x_scale = quantise or (None, None, None)
-    groups = groups_each = group = x_programs = 0
-    if x is not None and x_fp8 is not None and x_scale is not None:
-        group = check_quantise(x, x_fp8, x_scale, topk_ids.device)
-        groups = x_scale.numel()
-        groups_each = groups_per_program(groups)
-        x_programs = triton.cdiv(groups, groups_each)
-    zero_size = 0
+    if quantise is not None:
+        check_quantise(*quantise, topk_ids.device)
     if zero is not None:
         check_tensor("the tensor to zero", zero, tuple(zero.shape), (zero.dtype,), topk_ids.device)
-        zero_size = zero.numel()
+    if not interpreted(schedule_kernel):
+        check_gpu("topk_ids", topk_ids)
+    launch_schedule(topk_ids, num_experts, blocks, out, choice, num_valid, quantise, zero)
 
-    chunks = _chunks(num_ids)
-    chunk = MAX_CHUNK if chunks > 1 else max(512, triton.next_power_of_2(num_ids))
-    experts_each = triton.cdiv(num_experts * chunks, PROGRAMS if chunks == 1 else PROGRAMS_IN_CHUNKS)
-    parts = triton.cdiv(num_experts, experts_each)
+
+def launch_schedule(
+    topk_ids: Tensor,
+    num_experts: int,
+    blocks: tuple[int, ...],
+    out: Schedule,
+    choice: Tensor | None = None,
+    num_valid: Tensor | None = None,
+    quantise: tuple[Tensor, Tensor, Tensor] | None = None,
+    zero: Tensor | None = None,
+) -> None:
+    """`schedule` of what was checked, or made to fit: a batch's ids, and buffers of `buffer_sizes`."""
+    tokens, top_k = topk_ids.shape
+    num_ids = tokens * top_k
+    split = _split(num_ids, num_experts)
+    x, x_fp8, x_scale = quantise or (None, None, None)
+    groups = groups_each = group = x_programs = 0
+    if x is not None and x_scale is not None:
+        groups = x_scale.numel()
+        group = x.numel() // groups if groups else GROUP
+        groups_each = groups_per_program(groups)
+        x_programs = -(-groups // groups_each)
+    zero_size = 0 if zero is None else zero.numel()
     beside = (x, x_fp8, x_scale, groups, x_programs, zero, zero_size)
-    nothing = (None, None, None, 0, 0, None, 0)
-    beside_programs = x_programs + triton.cdiv(zero_size, ZERO_BLOCK)
+    beside_programs = x_programs + -(-zero_size // ZERO_BLOCK)
     constants = {
-        "CHUNK": chunk,
-        "BINS": _bins(num_experts),
+        "CHUNK": split.chunk,
+        "BINS": split.bins,
         "GROUPS": groups_each,
         "GROUP": group,
         "ZERO": ZERO_BLOCK,
         "EMULATE_FP8": interpreted(schedule_kernel),
-        "num_warps": _warps(chunk),
+        "num_warps": split.warps,
     }
-    with torch.cuda.device_of(topk_ids):
-        if chunks > 1:
-            histogram_kernel[(chunks + beside_programs,)](
-                topk_ids, num_valid, out.partial, num_ids, tokens, top_k, num_experts, chunks, *beside, **constants
-            )
-            beside, beside_programs = nothing, 0
-        schedule_kernel[(1 + chunks * parts + beside_programs,)](
+    with on_device_of(topk_ids):
+        if split.chunks > 1:
+            histogram_kernel[(split.chunks + beside_programs,)](
+                topk_ids, num_valid, out.partial, num_ids, tokens, top_k, num_experts, split.chunks, *beside,
+                **constants,
+            )  # fmt: skip
+            beside, beside_programs = _NOTHING, 0
+            constants |= {"GROUPS": 0, "GROUP": 0}
+        schedule_kernel[(1 + split.chunks * split.parts + beside_programs,)](
             topk_ids,
             num_valid,
             choice,
-            out.partial if chunks > 1 else None,
+            out.partial if split.chunks > 1 else None,
             out.sorted_token_ids,
             out.expert_ids,
             out.num_tokens_post_padded,
@@ -410,13 +432,35 @@ def schedule(
             num_experts,
             blocks[0],
             out.expert_ids.numel(),
-            chunks,
-            experts_each,
-            parts,
+            split.chunks,
+            split.experts_each,
+            split.parts,
             *beside,
             BLOCKS=None if choice is None else blocks,
             **constants,
         )
+
+
+_NOTHING = (None, None, None, 0, 0, None, 0)
+
+
+class Split(NamedTuple):
+    """How many programs sort: `chunks` chunks of `chunk` ids, `parts` programs each, of `experts_each` experts."""
+
+    chunks: int
+    chunk: int
+    experts_each: int
+    parts: int
+    bins: int
+    warps: int
+
+
+@functools.lru_cache(maxsize=1024)
+def _split(num_ids: int, num_experts: int) -> Split:
+    chunks = _chunks(num_ids)
+    chunk = MAX_CHUNK if chunks > 1 else max(MIN_CHUNK, triton.next_power_of_2(num_ids))
+    experts_each = -(-num_experts * chunks // (PROGRAMS if chunks == 1 else PROGRAMS_IN_CHUNKS))
+    return Split(chunks, chunk, experts_each, -(-num_experts // experts_each), _bins(num_experts), _warps(chunk))
 
 
 def _chunks(num_ids: int) -> int:

@@ -1,13 +1,17 @@
 """Write the version of today's code into shipped profiles whose times still hold, and change no other byte.
 
-python restamp.py --check KERNEL...   on an H200: stamp what `ramp-moe check` finds to hold, say what does not
-python restamp.py KERNEL[/DTYPE]...   stamp without measuring: after changes that leave what the GPU runs as it was
+python restamp.py --check KERNEL...            on an H200: stamp what `ramp-moe check` finds to hold, say what does not
+python restamp.py --from DIGEST,... KERNEL...  stamp without measuring: after changes that leave what the GPU runs as it
+                                               was, those profiles that name the code before, and no older ones
+
+A dtype may follow a kernel: triton/fp8.
 
 The digest after the `+` is what changes. The tables of versions follow by `python profiles/pages.py --write profiles`.
 """
 
 from __future__ import annotations
 
+import argparse
 import re
 import subprocess
 import sys
@@ -18,18 +22,23 @@ import ramp_moe_profiles
 from ramp_moe import get_registry, load_sweep
 
 SHIPPED = Path(ramp_moe_profiles.__file__).parent / "h200"
-VERSION = re.compile(rb'"kernel_version": "([^"+]*)\+[0-9a-f]{8}"')
+VERSION = re.compile(rb'"kernel_version": "([^"+]*)\+([0-9a-f]{8})"')
 
 
-def outdated(kernels: Sequence[str], folder: Path = SHIPPED) -> Iterator[tuple[Path, bytes]]:
+def outdated(
+    kernels: Sequence[str], folder: Path = SHIPPED, before: Sequence[str] = ()
+) -> Iterator[tuple[Path, bytes]]:
     """Profiles of the kernels, or of a dtype of one, that record another digest than today's, and what they should
-    hold."""
+    hold. before: only those that record one of these digests."""
     for path in sorted(folder.glob("*/*.json")):
         shape, name = load_sweep(path).shape, path.parent.name
         if name in kernels or f"{name}/{shape.dtype}" in kernels:
             today = get_registry().kernel(name).version().partition("+")[2].encode()
-            stamped = VERSION.sub(rb'"kernel_version": "\1+%b"' % today, before := path.read_bytes(), count=1)
-            if stamped != before:
+            found = VERSION.search(old := path.read_bytes())
+            if found is None or (before and found[2].decode() not in before):
+                continue
+            stamped = VERSION.sub(rb'"kernel_version": "\1+%b"' % today, old, count=1)
+            if stamped != old:
                 yield path, stamped
 
 
@@ -41,9 +50,15 @@ def holds(path: Path) -> bool:
 
 
 def main(arguments: Sequence[str]) -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("kernels", nargs="+", metavar="KERNEL[/DTYPE]")
+    how = parser.add_mutually_exclusive_group(required=True)
+    how.add_argument("--check", action="store_true")
+    how.add_argument("--from", dest="before", metavar="DIGEST,...")
+    asked = parser.parse_args(arguments)
     failed = 0
-    for path, stamped in outdated([a for a in arguments if a != "--check"]):
-        if "--check" in arguments and not holds(path):
+    for path, stamped in outdated(asked.kernels, before=asked.before.split(",") if asked.before else ()):
+        if asked.check and not holds(path):
             failed += 1
             print(f"{path} does not hold: measure it again")
             continue

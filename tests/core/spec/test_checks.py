@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from ramp_moe.errors import KernelError
-from ramp_moe.spec.checks import check_aligned, check_batch, check_bf16, check_hopper
+from ramp_moe.errors import KernelError, ShapeError
+from ramp_moe.spec.checks import check_aligned, check_batch, check_bf16, check_gpu, check_hopper, check_tensor
 from ramp_moe.spec.launchable import Batch
 
 ROOT = Path(__file__).parents[3]
@@ -63,16 +63,59 @@ def test_only_hopper() -> None:
         check_hopper("k", CPU)
 
 
-def test_launches_share_these_checks() -> None:
-    """Whoever asks for a tensor's address to judge it, or holds three devices against each other, writes one again."""
-    own = []
-    for package in ("kernels", "adapters"):
-        for file in (ROOT / package).rglob("launch.py"):
-            for node in ast.walk(ast.parse(file.read_text())):
-                three = isinstance(node, ast.Compare) and len(node.ops) > 1 and "device" in ast.unparse(node)
-                judged = (
-                    isinstance(node, ast.BinOp) and isinstance(node.op, ast.Mod) and "data_ptr" in ast.unparse(node)
-                )
-                if three or judged:
-                    own.append(f"{file.relative_to(ROOT)}:{node.lineno}")
+ASKED = ("is_contiguous", "is_cuda", "get_device_capability", ".device", "data_ptr")
+"""What a check of a tensor's place asks for."""
+ROOMS = ("kernels/ramp_moe_kernels", "adapters/ramp_moe_adapters/kernels")
+
+
+def own_checks(source: str) -> list[int]:
+    """Lines of conditions that ask where a tensor lies, and raise an error if it lies elsewhere."""
+    return [
+        node.lineno
+        for node in ast.walk(ast.parse(source))
+        if isinstance(node, ast.If)
+        and isinstance(node.body[0], ast.Raise)
+        and any(word in ast.unparse(node.test) for word in ASKED)
+    ]
+
+
+def test_kernels_and_adapters_share_these_checks() -> None:
+    files = [f for room in ROOMS for f in sorted((ROOT / room).rglob("*.py"))]
+    assert len(files) > 30
+    own = [f"{f.relative_to(ROOT)}:{line}" for f in files for line in own_checks(f.read_text())]
     assert not own, "use ramp_moe.spec.checks"
+
+
+@pytest.mark.parametrize(
+    ("test", "found"),
+    [
+        ("x.device != y.device", [1]),
+        ("not x.is_contiguous()", [1]),
+        ("torch.cuda.get_device_capability(d) != (9, 0)", [1]),
+        ("x.data_ptr() % 16", [1]),
+        ("x.ndim != 2", []),
+    ],
+)
+def test_the_search_finds(test: str, found: list[int]) -> None:
+    assert own_checks(f"if {test}:\n    raise KernelError") == found
+
+
+def test_a_tensor_as_it_must_be() -> None:
+    half, float32 = torch.zeros(4, 6, dtype=torch.float16), (torch.float32, torch.int32)
+    check_tensor("the sums", half, (4, 6), (torch.float16,), CPU)
+    for given, shape, dtypes, device, error, message in (
+        (half, (4, 7), (torch.float16,), CPU, ShapeError, r"the sums must be \[4, 7\], not \[4, 6\]"),
+        (half, (4, 6), float32, CPU, KernelError, "the sums must be float32 or int32, not float16; convert it"),
+        (half, (4, 6), (torch.float16,), torch.device("meta"), KernelError, "the sums must be on meta, not on cpu"),
+        (half.T, (6, 4), (torch.float16,), CPU, KernelError, r"the sums must be contiguous.*\.contiguous\(\)"),
+    ):
+        with pytest.raises(error, match=message):
+            check_tensor("the sums", given, shape, dtypes, device)
+    with pytest.raises(KernelError, match="the sums must be on a GPU, not on cpu; move it there"):
+        check_gpu("the sums", half)
+
+
+def test_an_output_that_is_not_contiguous() -> None:
+    batch = batch_of()
+    with pytest.raises(KernelError, match=r"^k: out must be contiguous, its strides are \(1, 3\)"):
+        check_batch("k", batch, torch.zeros(16, 3, dtype=torch.bfloat16).T, 16, CPU)

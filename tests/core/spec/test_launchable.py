@@ -352,3 +352,16 @@ def test_a_launchable_kernel_is_available_unless_it_says_otherwise() -> None:
     assert Comma().unavailable() == "requires = 'triton' names no packages; write requires = ('triton',)"
     with pytest.raises(TypeError, match="abstract"):
         LaunchableKernel()  # type: ignore[abstract]
+
+
+def test_a_plan_is_made_again_for_another_key() -> None:
+    workspace, made = Workspace(), []
+
+    def make() -> int:
+        made.append(len(made))
+        return made[-1]
+
+    def plan(name: str, *key: object) -> int:
+        return workspace.plan(name, key, CPU, make)
+
+    assert [plan("a", 1), plan("a", 1), plan("b", 1), plan("a", 2), plan("b", 1), plan("a", 1)] == [0, 0, 1, 2, 1, 3]

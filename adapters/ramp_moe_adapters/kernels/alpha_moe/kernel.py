@@ -125,6 +125,12 @@ class AlphaMoE(LaunchableKernel):
         block_m, stages = next(((m, st) for most, m, st in DEFAULTS if mean <= most), DEFAULT_LARGE)
         return self._config(shape, block_m, 32, 8, stages)
 
+    def warm_sizes(self, shape: MoEShape, max_tokens: int) -> Sequence[int]:
+        """Of the Triton kernels around the operator."""
+        from ramp_moe_kernels.triton.sizes import warm_sizes
+
+        return warm_sizes(shape, max_tokens)
+
     def run(
         self, config: KernelConfig, prepared: Any, batch: Batch, out: Tensor, workspace: Workspace
     ) -> Iterator[None]:

@@ -17,6 +17,7 @@ from ramp_moe.runtime.parts import overlap
 from ramp_moe.runtime.relayout import relayout
 from ramp_moe.spec.checks import check_aligned, check_batch, check_bf16, check_hopper
 from ramp_moe_kernels.limits import check_tokens
+from ramp_moe_kernels.triton.schedule import Schedule, buffer_sizes, launch_schedule
 from torch import Tensor
 
 from .config import CTA_HIDDEN, LAYOUT, most_tokens
@@ -70,24 +71,19 @@ def launch_steps(
     config: KernelConfig, prepared: PreparedAlphaMoE, batch: Batch, out: Tensor, workspace: Workspace
 ) -> Iterator[None]:
     """The launches of a layer, stopping after the preparation and after the operator."""
-    from ramp_moe_kernels.triton.schedule import Schedule, buffer_sizes, schedule
-
-    p: dict[str, Any] = dict(config.params)
-    x, block, device = batch.hidden_states, p["block_m"], out.device
+    x, device = batch.hidden_states, out.device
     experts, _, hidden = prepared.w.shape
     check_bf16("alpha_moe", batch, out)
     check_batch("alpha_moe", batch, out, hidden, prepared.w.device)
     check_aligned("alpha_moe", "out", out)
-    shape = MoEShape(experts, batch.top_k, hidden, prepared.w2.shape[2])
-    check_tokens("alpha_moe", config.name, batch.num_tokens, most_tokens(block, shape))
-    sizes = buffer_sizes(batch.topk_ids.numel(), experts, block)
-
-    # Exact sizes: the length of sorted_token_ids sets the operator's grid, and -1 fills expert_ids to its end.
-    plan = Schedule(**{name: workspace.get(name, (size,), torch.int32, device) for name, size in sizes.items()})
-    x_fp8 = workspace.get("x", (batch.num_tokens, hidden), torch.float8_e4m3fn, device)
-    x_scale = workspace.get("x_scale", (batch.num_tokens, hidden // SCALE_BLOCK), torch.float32, device)
+    key = config, batch.topk_ids.shape, prepared.w2.shape
+    p, plan, x_fp8, x_scale = workspace.plan(
+        "alpha_moe", key, device, lambda: _plan(config, prepared, batch, workspace)
+    )
+    block = p["block_m"]
     apart = not overlap(x, out)  # in place, x must be read before out is zeroed
-    schedule(batch.topk_ids, experts, block, plan, quantise=(x, x_fp8, x_scale), zero=out if apart else None)
+    zero = out if apart else None
+    launch_schedule(batch.topk_ids, experts, (block,), plan, quantise=(x, x_fp8, x_scale), zero=zero)
     if not apart:
         out.zero_()
     yield
@@ -112,3 +108,19 @@ def launch_steps(
             1.0,  # scaling_factor of all routing weights
         )
     yield
+
+
+def _plan(
+    config: KernelConfig, prepared: PreparedAlphaMoE, batch: Batch, workspace: Workspace
+) -> tuple[dict[str, Any], Schedule, Tensor, Tensor]:
+    """(parameters, the schedule's buffers, x in fp8 and its scale) for one batch size."""
+    p: dict[str, Any] = dict(config.params)
+    experts, hidden, inter = prepared.w2.shape
+    device, tokens, block = batch.hidden_states.device, batch.num_tokens, p["block_m"]
+    shape = MoEShape(experts, batch.top_k, hidden, inter)
+    check_tokens("alpha_moe", config.name, tokens, most_tokens(block, shape))
+    sizes = buffer_sizes(batch.topk_ids.numel(), experts, block)
+    # Exact sizes: the length of sorted_token_ids sets the operator's grid, and -1 fills expert_ids to its end.
+    plan = Schedule(**{name: workspace.get(name, (size,), torch.int32, device) for name, size in sizes.items()})
+    x_fp8 = workspace.get("x", (tokens, hidden), torch.float8_e4m3fn, device)
+    return p, plan, x_fp8, workspace.get("x_scale", (tokens, hidden // SCALE_BLOCK), torch.float32, device)

@@ -176,6 +176,13 @@ class DeepGEMM(LaunchableKernel):
             raise KernelError(f"{self.name} has no tile for {shape.label} on {hardware.name}")
         return self._config(shape, block, sms, up[0], down[0])
 
+    def warm_sizes(self, shape: MoEShape, max_tokens: int) -> Sequence[int]:
+        """Of the Triton kernels around the GEMMs."""
+        from ramp_moe_kernels.permute.permute import FUSED_IDS
+        from ramp_moe_kernels.triton.sizes import warm_sizes
+
+        return warm_sizes(shape, max_tokens, ids=(FUSED_IDS,))
+
     def run(
         self, config: KernelConfig, prepared: Any, batch: Batch, out: Tensor, workspace: Workspace
     ) -> Iterator[None]:

@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from ramp_moe.plugin import Batch, KernelConfig, KernelError, MoEShape, MoEWeights, Workspace
 from ramp_moe.runtime.relayout import relayout
+from ramp_moe.spec.checks import check_batch, check_bf16, check_hopper
 from ramp_moe_kernels.limits import check_tokens
 from ramp_moe_kernels.permute.permute import permute
 from ramp_moe_kernels.permute.unpermute import activate, unpermute
@@ -48,8 +49,7 @@ def prepare(weights: MoEWeights) -> PreparedDeepGEMM:
     device = weights.gate_up.device
     if weights.gate_up.dtype not in (torch.float8_e4m3fn, torch.bfloat16):
         raise KernelError(f"deep_gemm takes fp8 block-scaled or bf16 weights, not {weights.gate_up.dtype}")
-    if device.type != "cuda" or torch.cuda.get_device_capability(device) != (9, 0):
-        raise KernelError(f"deep_gemm is described for Hopper (sm_90); the weights are on {device}, something else")
+    check_hopper("deep_gemm", device)
     if weights.gate_up_scale is not None and weights.layout == "gate-up-interleaved-8":
         weights = relayout(weights, "gate-first")
     return PreparedDeepGEMM(weights, library())
@@ -70,14 +70,20 @@ def launch_steps(
     config: KernelConfig, prepared: PreparedDeepGEMM, batch: Batch, out: Tensor, workspace: Workspace
 ) -> Iterator[None]:
     """The launches of a layer, stopping after each stage."""
-    p: dict[str, Any] = dict(config.params)
     w, x = prepared.weights, batch.hidden_states
     experts, hidden, inter = w.down.shape
-    fp8, block = w.gate_up_scale is not None, p["block_m"]
-    if x.dtype != torch.bfloat16 or out.dtype != torch.bfloat16:
-        raise KernelError(f"deep_gemm writes bf16 only: hidden_states are {x.dtype}, out is {out.dtype}")
-    shape = MoEShape(experts, batch.top_k, hidden, inter, "fp8" if fp8 else "bf16")
-    check_tokens("deep_gemm", config.name, batch.num_tokens, most_tokens(block, shape))
+    fp8 = w.gate_up_scale is not None
+    check_bf16("deep_gemm", batch, out)
+    check_batch("deep_gemm", batch, out, hidden, w.down.device)
+
+    def parameters() -> dict[str, Any]:
+        params: dict[str, Any] = dict(config.params)
+        shape = MoEShape(experts, batch.top_k, hidden, inter, "fp8" if fp8 else "bf16")
+        check_tokens("deep_gemm", config.name, batch.num_tokens, most_tokens(params["block_m"], shape))
+        return params
+
+    p = workspace.plan("deep_gemm", (config, batch.topk_ids.shape, w.down.shape, w.down.dtype), x.device, parameters)
+    block = p["block_m"]
     rows = permute(x, batch.topk_ids, experts, block, fp8, workspace)
     size = len(rows.values)
     yield
