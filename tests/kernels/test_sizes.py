@@ -10,7 +10,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from ramp_moe import MoEShape
+import torch
+from moe_cases import H200, batch, weights
+from ramp_moe import Candidate, MoEShape
+from ramp_moe.runtime.layer import LayerRuntime
+from ramp_moe.runtime.warm import warm
 from ramp_moe_kernels.triton.kernel import TritonMoE
 from ramp_moe_kernels.triton.sizes import warm_sizes
 
@@ -53,3 +57,22 @@ def test_sizes_beyond_32_bits_are_among_them() -> None:
     """What is zeroed beside the schedule then has a count of 64 bits."""
     shape = MoEShape(8, 2, 8192, 1024, "bf16")
     assert 2**31 // 8192 in TritonMoE().warm_sizes(shape, 2**19)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", ["bf16", "fp8"])
+def test_nothing_is_compiled_once_warm(dtype: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    from triton import JITFunction
+
+    kernel = TritonMoE()
+    layer = LayerRuntime(weights(8, 256, 128, dtype, "cuda"), 2, H200, [kernel])
+    candidate = Candidate(kernel.name, kernel.default_config(layer.shape, H200, 64))
+    assert warm(layer, [candidate], 5000, torch.bfloat16) == {}
+
+    def compiles(self: Any, *_: Any, **__: Any) -> None:
+        raise AssertionError(f"{self.fn.__name__} is compiled")
+
+    monkeypatch.setattr(JITFunction, "_do_compile", compiles)
+    for tokens in (1, 3, 64, 256, 257, 700, 1500, 2049, 4999):
+        given = batch(tokens, 2, 8, 256, "uniform", "cuda", torch.bfloat16)
+        layer.launch(candidate, given, torch.empty_like(given.hidden_states))

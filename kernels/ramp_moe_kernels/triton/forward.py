@@ -62,7 +62,7 @@ def forward_steps(
         quantise = None
         if plan.x is not None and scale is not None:
             quantise, given = (x, plan.x, scale), plan.x
-        zero = plan.block_n if atomic else None
+        zero = plan.rows if atomic else None
         launch_schedule(ids, experts, plan.blocks, plan.schedule, choice, quantise=quantise, zero=zero)
         tiling = ops.Tiling(plan.schedule.sorted_token_ids, plan.schedule.expert_ids, choice)
         yield
@@ -75,12 +75,12 @@ def forward_steps(
         ops.up(plan.up, given, scale, weights, tiling, n, top_k, plan.act, plan.act_scale)
     yield
 
-    ops.down(plan.down, plan.act, plan.act_scale, weights, tiling, batch.topk_weights, n, top_k, plan.block_n)
+    ops.down(plan.down, plan.act, plan.act_scale, weights, tiling, batch.topk_weights, n, top_k, plan.rows)
     yield
     if atomic:
-        out.copy_(plan.block_n)
+        out.copy_(plan.rows)
     else:
-        launch_combine(plan.block_n, ids, out, top_k, experts)
+        launch_combine(plan.rows, ids, out, top_k, experts)
     yield
 
 

@@ -113,7 +113,7 @@ def test_saved_while_it_is_wrapped(stock: Any, tmp_path: Path) -> None:
     assert error(logits(loaded), expected) < TOLERANCE
     torch.save(model.state_dict(), tmp_path / "state.pt")
     assert same(torch.load(tmp_path / "state.pt"), state(first))
-    with pytest.raises(KernelError, match=r"a wrapped model cannot be pickled; save its state_dict\(\), or ramp_moe"):
+    with pytest.raises(KernelError, match="cannot be pickled"):
         torch.save(model, tmp_path / "model.pt")
 
 

@@ -207,9 +207,7 @@ def test_files(case: Case) -> None:
         assert all(torch.equal(found[name], tensor) for name, tensor in values(0, case.turned).items())
     assert type(pickle.loads(pickle.dumps(bank.w13))) is nn.Parameter
     for dump in (saved, pickle.dumps):
-        with pytest.raises(
-            KernelError, match=r"a wrapped model cannot be pickled; save its state_dict\(\), or ramp_moe"
-        ):
+        with pytest.raises(KernelError, match="cannot be pickled"):
             dump(bank)
 
 
