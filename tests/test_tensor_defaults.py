@@ -157,10 +157,10 @@ def test_a_routed_layer_is_warmed_and_run_under(default: str) -> None:
     wanted = expected(given, Batch(x.hidden_states, ids, scores), quantise=False)
     kernel, choice = TritonMoE(), torch.ones(1, dtype=torch.int32)
     with DEFAULTS[default]():
-        layer = LayerRuntime(given, 2, H200, [kernel], router=router)
+        layer = LayerRuntime(given, 2, H200, [kernel])
         first, second = (Candidate(kernel.name, kernel.default_config(layer.shape, H200, n)) for n in (9, 20))
         assert warm(layer, [first], 2, torch.float16) == {}
-        out, other = layer.forward_hidden(x.hidden_states), torch.empty_like(x.hidden_states)
+        out, other = layer(x.hidden_states, *router(x.hidden_states)), torch.empty_like(x.hidden_states)
         layer.launch_inline([first, second], choice, Batch(x.hidden_states, ids, scores), other)
     assert error(other, wanted) < 2e-2
     assert (out.dtype, out.device.type) == (torch.float16, "cpu")

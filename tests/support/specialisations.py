@@ -51,10 +51,10 @@ def weights_of(shape: MoEShape) -> MoEWeights:
 
 def prepared_of(kernel: LaunchableKernel, weights: MoEWeights) -> Any:
     if isinstance(kernel, AlphaMoE):
-        return alpha_moe.Prepared(
+        return alpha_moe.PreparedAlphaMoE(
             weights.gate_up, weights.gate_up_scale, weights.down, weights.down_scale, lambda *_: None
         )
-    return deep_gemm.Prepared(weights, None) if isinstance(kernel, DeepGEMM) else kernel.prepare(weights)
+    return deep_gemm.PreparedDeepGEMM(weights, None) if isinstance(kernel, DeepGEMM) else kernel.prepare(weights)
 
 
 def keys(kernel: LaunchableKernel, config: KernelConfig, shape: MoEShape, sizes: Any) -> set[Key]:

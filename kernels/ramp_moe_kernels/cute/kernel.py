@@ -140,7 +140,7 @@ class CuteMoE(LaunchableKernel, BuildableKernel):
         return self.describe(found, shape)
 
     def warm_sizes(self, shape: MoEShape, max_tokens: int) -> Sequence[int]:
-        """Of the Triton kernels before and after the fused one."""
+        """The sizes of the Triton kernels before and after the fused one."""
         from ..triton.sizes import warm_sizes
 
         return warm_sizes(shape, max_tokens)

@@ -126,7 +126,7 @@ class AlphaMoE(LaunchableKernel):
         return self._config(shape, block_m, 32, 8, stages)
 
     def warm_sizes(self, shape: MoEShape, max_tokens: int) -> Sequence[int]:
-        """Of the Triton kernels around the operator."""
+        """The sizes of the Triton kernels around the operator."""
         from ramp_moe_kernels.triton.sizes import warm_sizes
 
         return warm_sizes(shape, max_tokens)

@@ -177,7 +177,7 @@ class DeepGEMM(LaunchableKernel):
         return self._config(shape, block, sms, up[0], down[0])
 
     def warm_sizes(self, shape: MoEShape, max_tokens: int) -> Sequence[int]:
-        """Of the Triton kernels around the GEMMs."""
+        """The sizes of the Triton kernels around the GEMMs."""
         from ramp_moe_kernels.permute.permute import FUSED_IDS
         from ramp_moe_kernels.triton.sizes import warm_sizes
 
