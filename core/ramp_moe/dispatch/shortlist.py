@@ -137,7 +137,7 @@ def settled(model: CostModel, num_tokens: int, read_back_us: float, ranks: int =
         doublings = max(0, (size - 1).bit_length() - DRAWN.bit_length() + 1)
         of_fewer = representative(size >> doublings, model.shape.num_experts, model.shape.top_k, ranks)
         prices = {1: 0.0, 2: read_back_us, MOST: read_back_us} if read_back_us < math.inf else {1: 0.0}
-        short = shortlist(model, size, prices, max(prices), histograms=of_fewer << doublings)
+        short = shortlist(model.at(size), size, prices, max(prices), histograms=of_fewer << doublings)
         known[key] = None if short.pays else model.candidates[short.columns[0]]
     return known[key]
 

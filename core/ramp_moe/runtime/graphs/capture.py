@@ -303,7 +303,7 @@ class GraphDispatch:
 
     def _offer(self, mode: str, num_tokens: int) -> tuple[CostModel, Shortlist]:
         """The bodies that a mode would have, and the model that they are of."""
-        model, costs = self._left(), OVERHEAD_US[mode]
+        model, costs = self._left().at(num_tokens), OVERHEAD_US[mode]
         known = _shortlists.setdefault(model, {})
         key = mode, num_tokens, self._fixed, tuple(costs.items()), self._ranks
         if key not in known:
