@@ -68,9 +68,7 @@ def test_what_is_left_of_a_model_stays_corrected(model: CostModel) -> None:
     gone = {model.candidates[1].name}
     for left in (corrected.without(gone).at(16), corrected.at(16).without(gone)):
         assert dict(zip([c.name for c in left.candidates], left.log_factors, strict=True)) == {
-            c.name: pytest.approx(np.log(3.0) if i % 2 == 0 else 0.0)
-            for i, c in enumerate(model.candidates)
-            if i != 1
+            c.name: pytest.approx(np.log(3.0) if i % 2 == 0 else 0.0) for i, c in enumerate(model.candidates) if i != 1
         }
 
 

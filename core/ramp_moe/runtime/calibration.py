@@ -1,0 +1,277 @@
+"""Measuring, when a layer is loaded, what its kernels take on this GPU; and what follows from that.
+
+A search looks for the fastest candidate at each of a few batch sizes, on the layer's own weights. It times the engine's
+own path and the best of each kernel by the cost model, and corrects the model by what it saw. As long as the corrected
+model names a candidate that was not timed at that size, it times that, too. So it ends with a candidate that was timed,
+or when the time is over. Sizes take turns: a search that is cut short knows something of each.
+
+The correction of a candidate at a size is its measured over its predicted time. One that was not timed there has that
+of its kernel, or else the largest of all; without a profile always the largest. Only candidates that were timed are
+chosen from then on: they are compiled, and their output was checked.
+"""
+
+from __future__ import annotations
+
+import itertools
+import time
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import Protocol
+
+import numpy as np
+
+from ..cost_model.correction import Corrections
+from ..cost_model.model import DEFAULT_FORM, Candidate, CostModel, PartFit, get_form, parts_of
+from ..errors import KernelError, RampMoEError
+from ..measurements.calibration_file import Timing
+from ..measurements.sweep import PATH
+from ..measurements.trace import spread_out
+from ..spec.hardware import Hardware
+from ..spec.kernel import usable_configs
+from ..spec.launchable import LaunchableKernel
+from ..spec.routing import FloatArray, IntArray, expert_histogram, generate
+from ..spec.shapes import MoEShape
+
+ROUTINGS = ("uniform", "zipf1.2")
+"""Each size is timed on both, and judged by the mean."""
+ENGINE = ""
+"""Name of the engine's own path among timings."""
+MARGIN = 1.02
+"""The engine's own path is kept if it takes less than this factor of ours."""
+MOST = 5
+"""Candidates that are timed at one size beside those that the search begins with."""
+SPREAD = 6
+"""Configurations of a kernel that are tried without a profile, beside its defaults."""
+
+
+class Timer(Protocol):
+    """Runs candidates on the layer's weights."""
+
+    def time(self, candidate: Candidate | None, topk_ids: IntArray) -> float:
+        """Microseconds of one launch with a cold L2; of the engine's own path if None. topk_ids int64 `[T, k]` are of
+        all ranks' experts. Raises whatever the kernel raises, KernelError for a wrong output."""
+        ...
+
+
+@dataclass
+class Calibration:
+    """Times, and what failed."""
+
+    timings: list[Timing] = field(default_factory=list)
+    dropped: dict[str, str] = field(default_factory=dict)
+    complete: bool = False
+
+    def us(self, name: str, tokens: int) -> float | None:
+        """Mean over the routings; None if one was not timed."""
+        found = [t.us for t in self.timings if (t.candidate, t.tokens) == (name, tokens)]
+        return sum(found) / len(found) if len(found) == len(ROUTINGS) else None
+
+    @property
+    def tokens(self) -> tuple[int, ...]:
+        """Sizes at which any of ours was timed, ascending."""
+        return tuple(sorted({t.tokens for t in self.timings if t.candidate != ENGINE}))
+
+    @property
+    def timed(self) -> set[str]:
+        """Names of ours that were timed at any size and have not failed."""
+        return {t.candidate for t in self.timings if t.candidate != ENGINE} - self.dropped.keys()
+
+    def best(self, tokens: int) -> tuple[str, float] | None:
+        """The fastest of ours at a size, and its microseconds; None if none was timed."""
+        found = [(us, name) for name in sorted(self.timed) if (us := self.us(name, tokens)) is not None]
+        return (min(found)[1], min(found)[0]) if found else None
+
+    def engine_keeps(self, num_tokens: int) -> bool:
+        """Whether the engine's own path computes batches of this size: ours is not at least MARGIN faster. Between
+        sizes the logarithm of the ratio is interpolated in that of the tokens. False if nothing was compared."""
+        points = [
+            (np.log(n), np.log(engine / ours[1]))
+            for n in self.tokens
+            if (engine := self.us(ENGINE, n)) is not None and (ours := self.best(n)) is not None
+        ]
+        if not points:
+            return False
+        sizes, ratios = zip(*points, strict=True)
+        return bool(np.interp(np.log(max(num_tokens, 1)), sizes, ratios) < np.log(MARGIN))
+
+
+def spread(capture_sizes: Sequence[int], most: int) -> list[int]:
+    """Batch sizes to measure: powers of two up to `most`, the largest that is captured, and `most` itself."""
+    powers = [1 << i for i in range(most.bit_length()) if 1 << i <= most]
+    return sorted({*powers, *(n for n in (max(capture_sizes, default=1), most) if 1 <= n <= most)})
+
+
+def batch_of(routing: str, tokens: int, num_experts: int, top_k: int) -> IntArray:
+    """Top-k ids int64 `[tokens, top_k]` of a timing, always the same."""
+    return generate(routing, tokens, num_experts, top_k, seed=tokens)
+
+
+class Search:
+    """One shape's search. ep_size: ranks that share the experts, of which the shape has one rank's. model: None
+    without a profile. known: what an earlier search measured, which is not measured again. Kernels without a profile
+    run their defaults; if there is no model, others of their configurations, too."""
+
+    def __init__(
+        self,
+        shape: MoEShape,
+        hardware: Hardware,
+        kernels: Sequence[LaunchableKernel],
+        model: CostModel | None,
+        sizes: Sequence[int],
+        ep_size: int = 1,
+        known: Calibration | None = None,
+    ) -> None:
+        self.shape, self._ep_size, self.sizes = shape, ep_size, tuple(sizes)
+        self.found = known or Calibration()
+        profiled = set() if model is None else {c.kernel for c in model.candidates}
+        guessed = [k for k in kernels if k.name not in profiled]
+        self._guessed = {k.name for k in guessed}
+        """Kernels without a profile: what is predicted of them says nothing."""
+        self._defaults = {n: _defaults(shape, hardware, guessed, n) for n in self.sizes}
+        tried = {c.name: c for c in itertools.chain.from_iterable(self._defaults.values())}
+        if model is None:
+            tried |= {c.name: c for c in _spread(shape, hardware, guessed)}
+        self.model = guess(shape, hardware, model, list(tried.values()))
+        self._others = list(tried) if model is None else []
+        self._by_name = {c.name: c for c in self.model.candidates}
+        self._kernel = np.array([c.kernel for c in self.model.candidates])
+        self._contends = set(self.model.contenders.tolist())
+        self._predicted: dict[int, FloatArray] = {}
+
+    def run(self, timer: Timer, deadline: float, clock: Callable[[], float] = time.monotonic) -> Calibration:
+        """Measure until there is nothing more to measure, or `deadline` on the clock is past."""
+        todo = dict.fromkeys(self.sizes)
+        while todo:
+            for tokens in list(todo):
+                if clock() >= deadline:
+                    return self.found
+                name = self._next(tokens)
+                if name is None:
+                    del todo[tokens]
+                else:
+                    self._time(timer, name, tokens)
+        self.found.complete = True
+        return self.found
+
+    def corrected(self) -> CostModel:
+        """The model of the candidates that were timed, corrected. Raises KernelError if none was."""
+        gone = self._by_name.keys() - self.found.timed
+        if len(gone) == len(self._by_name):
+            reasons = (
+                "; ".join(f"{name}: {reason}" for name, reason in self.found.dropped.items()) or "no time was left"
+            )
+            raise KernelError(f"nothing could be timed ({reasons})")
+        return self.model.without(gone).corrected(self.corrections())
+
+    def corrections(self) -> Corrections:
+        """For every candidate of the model, at the sizes that were timed."""
+        sizes = self.found.tokens
+        rows = np.stack([self._log_factors(n) for n in sizes], 1)
+        return Corrections(sizes, {c.name: rows[i] for i, c in enumerate(self.model.candidates)})
+
+    def wanted(self) -> list[Candidate]:
+        """What the search begins with, each once, those of most sizes first: to be compiled before."""
+        count = Counter(itertools.chain.from_iterable(self._begin(n) for n in self.sizes))
+        return [self._by_name[name] for name, _ in count.most_common()]
+
+    def _next(self, tokens: int) -> str | None:
+        """What to time at a size; None if its best was timed."""
+        if self.found.us(ENGINE, tokens) is None and ENGINE not in self.found.dropped:
+            return ENGINE
+        begin = self._begin(tokens)
+        if (name := next((n for n in begin if self._open(n, tokens)), None)) is not None:
+            return name
+        if sum(self.found.us(n, tokens) is not None for n in self._by_name) >= len(begin) + MOST:
+            return None
+        expected = self._expected(tokens) * np.exp(self._log_factors(tokens))
+        for i in np.argsort(expected, kind="stable").tolist():
+            name = self.model.candidates[i].name
+            if i in self._contends and name not in self.found.dropped:
+                return name if self._open(name, tokens) else None
+        return None
+
+    def _open(self, name: str, tokens: int) -> bool:
+        return name not in self.found.dropped and self.found.us(name, tokens) is None
+
+    def _begin(self, tokens: int) -> list[str]:
+        """Each kernel's best by the model, or its default; without any profile everything else, too."""
+        names = [c.name for c in self._defaults[tokens]]
+        expected, dropped = self._expected(tokens), self.found.dropped
+        for kernel in dict.fromkeys(self._kernel.tolist()):
+            mine = [i for i in np.flatnonzero(self._kernel == kernel).tolist() if i in self._contends]
+            left = [i for i in mine if self.model.candidates[i].name not in dropped]
+            if left and kernel not in self._guessed:
+                names.insert(0, self.model.candidates[min(left, key=lambda i: float(expected[i]))].name)
+        return list(dict.fromkeys([*names, *self._others]))
+
+    def _time(self, timer: Timer, name: str, tokens: int) -> None:
+        times = []
+        for routing in ROUTINGS:
+            try:
+                ids = batch_of(routing, tokens, self.shape.num_experts * self._ep_size, self.shape.top_k)
+                times.append(Timing(tokens, routing, name, timer.time(self._by_name.get(name), ids)))
+            except Exception as e:  # whatever a kernel raises
+                told = " ".join(str(e).split())
+                self.found.dropped[name] = told if isinstance(e, RampMoEError) else f"{type(e).__name__}: {told}"
+                return
+        self.found.timings += times
+
+    def _expected(self, tokens: int) -> FloatArray:
+        """Predicted microseconds `[candidates]`, not corrected: the mean over the routings."""
+        if tokens not in self._predicted:
+            every = self.shape.num_experts * self._ep_size
+            ids = (batch_of(routing, tokens, every, self.shape.top_k) for routing in ROUTINGS)
+            here = np.stack([expert_histogram(i, every)[: self.shape.num_experts] for i in ids])
+            self._predicted[tokens] = self.model.cost(here).mean(0)
+        return self._predicted[tokens]
+
+    def _log_factors(self, tokens: int) -> FloatArray:
+        """`[candidates]` at one size."""
+        expected, candidates = self._expected(tokens), self.model.candidates
+        us = np.array([np.nan if (t := self.found.us(c.name, tokens)) is None else t for c in candidates])
+        known, logs = np.isfinite(us), np.log(us / expected)
+        if not known.any():
+            return np.zeros(len(candidates))
+        for kernel in set(self._kernel.tolist()):
+            mine, rest = self._kernel == kernel, ~known & (self._kernel == kernel)
+            if kernel in self._guessed:
+                logs[rest] = np.log(us[known].max() / expected[rest])
+            else:
+                logs[rest] = logs[mine & known].mean() if (mine & known).any() else logs[known].max()
+        return logs
+
+
+def guess(shape: MoEShape, hardware: Hardware, model: CostModel | None, candidates: Sequence[Candidate]) -> CostModel:
+    """The model, if there is one, with candidates that nothing is known of. By it they take a microsecond, whatever the
+    batch: their corrections are the times themselves."""
+    form, stages = (DEFAULT_FORM, (PATH,)) if model is None else (model.form, model.stages)
+    none = [0.0] * (len(get_form(form).terms) - 1)
+    fits: dict[str, PartFit] = {} if model is None else dict(model.fits)
+    for candidate in candidates:
+        for i, part in enumerate(parts_of(candidate, stages)):
+            terms = (float(i == 0), *none)
+            fits.setdefault(part.key, PartFit(part, terms, 1, 0.0, 0.0, (0.0, np.inf), (0, shape.num_experts), 0.0))
+    known = () if model is None else model.candidates
+    measured = () if model is None else model.measured
+    histograms, residuals = (None, ()) if model is None else (model.histograms, model.residuals)
+    every = [*known, *candidates]
+    return CostModel(shape, hardware, form, every, fits, stages, measured, histograms, residuals)
+
+
+def _defaults(shape: MoEShape, hardware: Hardware, kernels: Sequence[LaunchableKernel], tokens: int) -> list[Candidate]:
+    found = []
+    for kernel in kernels:
+        try:
+            found.append(Candidate(kernel.name, kernel.default_config(shape, hardware, tokens)))
+        except Exception:  # a plugin's own mistake: its other configurations may do
+            continue
+    return found
+
+
+def _spread(shape: MoEShape, hardware: Hardware, kernels: Sequence[LaunchableKernel]) -> Iterator[Candidate]:
+    """SPREAD configurations of each kernel, evenly spread over all."""
+    for kernel in kernels:
+        configs = usable_configs(kernel, shape, hardware)
+        for i in spread_out(len(configs), SPREAD):
+            yield Candidate(kernel.name, configs[i])
