@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
@@ -54,13 +54,17 @@ class Builder:
         self._plans: dict[tuple[MoEShape, torch.device], Plan] = {}
         self._workspaces: dict[torch.device, Workspace] = {}
 
-    def layer(self, weights: MoEWeights, top_k: int, ranks: int = 1) -> MoELayer:
-        """A layer of the weights, which are used as they are where a kernel reads them so. ranks: see `MoELayer`."""
+    def layer(
+        self, weights: MoEWeights, top_k: int, ranks: int = 1, refine: Callable[[Plan], Plan] | None = None
+    ) -> MoELayer:
+        """A layer of the weights, which are used as they are where a kernel reads them so. ranks: see `MoELayer`.
+        refine: makes another plan of a shape's, before its first layer is made."""
         shape, device = weights.shape(top_k), weights.gate_up.device
         plan = self._plans.get((shape, device))
         first = plan is None
         if plan is None:
             plan = self._plan(shape, self._hardware(device))
+            plan = plan if refine is None else refine(plan)
         wait = READ_BACK_US if device.type == "cuda" else 0.0
         found = MoELayer(
             weights,
@@ -98,12 +102,7 @@ class Builder:
 
     def _plan(self, shape: MoEShape, hardware: Hardware) -> Plan:
         """All kernels that run here, and what is recorded of them."""
-        registry = copy.copy(get_registry())
-        kernels = [k for k in registry.kernels.values() if isinstance(k, LaunchableKernel)]
-        usable = [k for k in kernels if not (k.unsupported(shape, hardware) or k.unavailable())]
-        if not usable:
-            reasons = "; ".join(f"{k.name}: {k.unsupported(shape, hardware) or k.unavailable()}" for k in kernels)
-            raise KernelError(f"no kernel can compute {shape.slug} on {hardware.name} ({reasons})")
+        registry, usable = copy.copy(get_registry()), usable_kernels(shape, hardware)
         registry.kernels = {k.name: k for k in usable}
         store = ProfileStore(shipped=registry.profile_dirs)
         try:
@@ -143,6 +142,16 @@ class Builder:
             f"copies={self.copies + 1} would hold the weights in {' and '.join(then.layouts)}, "
             f"{(then.bytes - now.bytes) / 2**20:,.0f} MiB more a layer, for a predicted gain of {gain:.1%}"
         )
+
+
+def usable_kernels(shape: MoEShape, hardware: Hardware) -> list[LaunchableKernel]:
+    """All registered kernels that compute the shape here. Raises KernelError with the reasons if there is none."""
+    kernels = [k for k in get_registry().kernels.values() if isinstance(k, LaunchableKernel)]
+    usable = [k for k in kernels if not (k.unsupported(shape, hardware) or k.unavailable())]
+    if not usable:
+        reasons = "; ".join(f"{k.name}: {k.unsupported(shape, hardware) or k.unavailable()}" for k in kernels)
+        raise KernelError(f"no kernel can compute {shape.slug} on {hardware.name} ({reasons})")
+    return usable
 
 
 def named(shape: MoEShape) -> MoEShape:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import importlib.util
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
@@ -137,6 +137,11 @@ class BuildableKernel(Kernel):
     def build(self, shape: MoEShape, hardware: Hardware, report: Progress, jobs: int | None = None) -> Built:
         """Compile what the cache lacks for a supported shape, in `jobs` processes (None: the kernel decides).
         Raises KernelError where something needed is missing, or where the cache cannot be written."""
+
+    def build_some(self, configs: Sequence[KernelConfig], report: Progress) -> dict[str, str]:
+        """Compile what the cache lacks of a few configurations, if that takes seconds. Returns those that cannot be
+        had, by name, with the reason. By default nothing is compiled."""
+        return {}
 
     @abstractmethod
     def prune(self) -> int:

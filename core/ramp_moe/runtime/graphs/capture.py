@@ -211,6 +211,14 @@ class GraphDispatch:
         self.plans[num_tokens] = plan
         return plan
 
+    def outlook(self, num_tokens: int) -> tuple[str, CostModel, Shortlist]:
+        """What `prepare` begins with: the mode of the least expected time, the model of its candidates, and the bodies
+        that it would have. Nothing is run. Raises KernelError if no candidate is left."""
+        offers = {m: self._offer(m, num_tokens) for m in self._modes if m not in self._refused}
+        mode = min(offers, key=lambda m: offers[m][1].expected_us)
+        model, short = offers[mode]
+        return (mode if short.pays else "single"), model, short
+
     def ready(self, num_tokens: int, dtype: torch.dtype) -> None:
         """Run every body that there is for `num_tokens` once on the current stream, so that its buffers have their size
         before a capture on it; not again, and not in a capture. For captures that must keep nothing that they

@@ -1,0 +1,75 @@
+"""What is done with batches of each size, as a short table."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Sequence
+
+from ..cost_model.model import CostModel
+from ..dispatch.shortlist import MOST, representative, shortlist
+from ..measurements.calibration_file import PlanRow
+from .calibrated_plan import Calibrated
+from .calibration import ENGINE, MARGIN
+from .graphs.capture import GraphDispatch
+
+EAGER = "eager"
+HEAD = ("tokens", "kernel", "mode", "bodies", "predicted", "measured", "{engine}", "histogram")
+ALONE: dict[int, float] = {1: 0.0}
+FREE: dict[int, float] = {1: 0.0, MOST: 0.0}
+
+
+def plan_rows(
+    made: Calibrated, graphs: GraphDispatch | None, captured: Sequence[int], eager: Sequence[int], ep_size: int
+) -> list[PlanRow]:
+    """A row for each size that is captured in graphs, and for each eager one. graphs: of one of the shape's layers."""
+    model = made.plan.model
+    assert model is not None
+    sizes = [(n, graphs) for n in sorted(captured)] + [(n, None) for n in sorted(eager)]
+    return [_row(made, model, in_graph, n, ep_size) for n, in_graph in sizes]
+
+
+def _row(made: Calibrated, model: CostModel, graphs: GraphDispatch | None, n: int, ep_size: int) -> PlanRow:
+    found = made.found
+    mode = EAGER if graphs is None else "single"
+    if made.keeps(n):
+        return PlanRow(n, ENGINE, mode, 1, None, None, found.us(ENGINE, n))
+    part, met = model.at(n), representative(n, model.num_experts, model.shape.top_k, ep_size)
+    free_us = None
+    if n in found.tokens:  # of the others it costs more time than it tells
+        free_us = shortlist(part, n, FREE, MOST, 0.0, met).gain_us
+    if graphs is None:
+        short = shortlist(part, n, ALONE, 1, 0.0, met)
+    else:
+        mode, part, short = graphs.outlook(n)
+    first = part.candidates[short.columns[0]].name
+    us = short.expected_us
+    return PlanRow(n, first, mode, len(short.columns), us, found.us(first, n), found.us(ENGINE, n), free_us)
+
+
+def table(rows: Sequence[PlanRow], engine: str) -> list[str]:
+    """Lines of the table. Sizes that follow each other and are treated alike share one, with the times of the largest
+    that was measured. engine: its name."""
+    cells = [[name.format(engine=engine) for name in HEAD]]
+    for _, alike in itertools.groupby(rows, key=lambda r: (r.choice, r.mode, r.bodies)):
+        group = list(alike)
+        last = next((r for r in reversed(group) if r.engine_us is not None or r.measured_us is not None), group[-1])
+        sizes = f"{group[0].tokens}" if len(group) == 1 else f"{group[0].tokens}-{group[-1].tokens}"
+        times = (last.predicted_us, last.measured_us, last.engine_us, last.histogram_us)
+        cells.append([sizes, last.choice or f"{engine}'s own", last.mode, str(last.bodies), *map(_us, times)])
+    widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
+    return ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in cells]
+
+
+def left(made: Calibrated, rows: Sequence[PlanRow], engine: str) -> str:
+    """One line on what is left to the engine, and why; empty if nothing is."""
+    kept = [str(r.tokens) for r in rows if r.choice == ENGINE]
+    dropped = "; ".join(f"{name}: {reason}" for name, reason in sorted(made.found.dropped.items()))
+    parts = [f"{engine}'s own path keeps {', '.join(kept)} tokens: nothing is {MARGIN - 1:.0%} faster" if kept else ""]
+    if not made.engine:
+        parts.append(f"{engine}'s own path keeps nothing: the weights are held in an order that it does not read")
+    parts.append(f"left out: {dropped}" if dropped else "")
+    return ". ".join(part for part in parts if part)
+
+
+def _us(us: float | None) -> str:
+    return "" if us is None else f"{us:.1f} us"
