@@ -13,37 +13,18 @@ from functools import partial
 import numpy as np
 
 from ..errors import KernelError, ProfileError
-from ..measurements.calibration_file import CalibrationRecord, load, locked, save
+from ..measurements.calibration_file import CalibrationRecord as CalibrationRecord
+from ..measurements.calibration_file import load, locked, save
 from ..spec.kernel import LAYOUTS, BuildableKernel, KernelConfig, layouts_of
 from ..spec.launchable import LaunchableKernel
 from .calibration import ENGINE, MARGIN, Calibration, Search, Timer
+from .calibration_seconds import Say
 from .layer_factory import Plan
 
-VARIABLE = "RAMP_MOE_CALIBRATE_S"
-SECONDS = 20.0
-"""For one shape on one GPU."""
 COMPILING = 0.5
 """Share of the time in which what must be compiled ahead is compiled; the rest of it is left out."""
 
 LATE = "not compiled within the time for it; `ramp-moe kernels build` compiles it ahead"
-
-Say = Callable[[str], None]
-"""Tells a person one line."""
-
-
-def seconds(say: Say) -> float:
-    """What RAMP_MOE_CALIBRATE_S says, 0 or more; SECONDS if it is not set, or, with a line, if it is no such number."""
-    given = os.environ.get(VARIABLE, "").strip()
-    if not given:
-        return SECONDS
-    try:
-        found = float(given)
-    except ValueError:
-        found = math.nan
-    if not 0 <= found < math.inf:
-        say(f"{VARIABLE}={given} is no number of seconds; {SECONDS:g} are taken, and 0 measures nothing")
-        return SECONDS
-    return found
 
 
 def measured(

@@ -1,19 +1,20 @@
-"""What is done with batches of each size, as a short table."""
+"""What is done with batches of each size."""
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Sequence
 
 from ..cost_model.model import CostModel
 from ..dispatch.shortlist import MOST, representative, shortlist
 from ..measurements.calibration_file import PlanRow
+from ..measurements.plan_table import table
 from .calibrated_plan import Calibrated
 from .calibration import ENGINE, MARGIN
 from .graphs.capture import GraphDispatch
 
+__all__ = ["left", "plan_rows", "table"]
+
 EAGER = "eager"
-HEAD = ("tokens", "kernel", "mode", "bodies", "predicted", "measured", "{engine}", "histogram")
 ALONE: dict[int, float] = {1: 0.0}
 FREE: dict[int, float] = {1: 0.0, MOST: 0.0}
 
@@ -46,20 +47,6 @@ def _row(made: Calibrated, model: CostModel, graphs: GraphDispatch | None, n: in
     return PlanRow(n, first, mode, len(short.columns), us, found.us(first, n), found.us(ENGINE, n), free_us)
 
 
-def table(rows: Sequence[PlanRow], engine: str) -> list[str]:
-    """Lines of the table. Sizes that follow each other and are treated alike share one, with the times of the largest
-    that was measured. engine: its name."""
-    cells = [[name.format(engine=engine) for name in HEAD]]
-    for _, alike in itertools.groupby(rows, key=lambda r: (r.choice, r.mode, r.bodies)):
-        group = list(alike)
-        last = next((r for r in reversed(group) if r.engine_us is not None or r.measured_us is not None), group[-1])
-        sizes = f"{group[0].tokens}" if len(group) == 1 else f"{group[0].tokens}-{group[-1].tokens}"
-        times = (last.predicted_us, last.measured_us, last.engine_us, last.histogram_us)
-        cells.append([sizes, last.choice or f"{engine}'s own", last.mode, str(last.bodies), *map(_us, times)])
-    widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
-    return ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in cells]
-
-
 def left(made: Calibrated, rows: Sequence[PlanRow], engine: str) -> str:
     """One line on what is left to the engine, and why; empty if nothing is."""
     kept = [str(r.tokens) for r in rows if r.choice == ENGINE]
@@ -69,7 +56,3 @@ def left(made: Calibrated, rows: Sequence[PlanRow], engine: str) -> str:
         parts.append(f"{engine}'s own path keeps nothing: the weights are held in an order that it does not read")
     parts.append(f"left out: {dropped}" if dropped else "")
     return ". ".join(part for part in parts if part)
-
-
-def _us(us: float | None) -> str:
-    return "" if us is None else f"{us:.1f} us"

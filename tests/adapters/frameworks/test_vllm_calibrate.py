@@ -15,7 +15,7 @@ import torch
 import vllm_cases  # noqa: F401  (before anything of vllm's)
 from moe_cases import batch, error, expected, weights
 from ramp_moe.measurements.calibration_file import records
-from ramp_moe.runtime import calibrated_plan, probe
+from ramp_moe.runtime import calibration_seconds, probe
 from ramp_moe.runtime.calibration import ENGINE, ROUTINGS
 from ramp_moe.runtime.layer_factory import Builder
 from ramp_moe.spec.launchable import Batch, MoEWeights
@@ -67,6 +67,7 @@ def times(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Callable[[Callable
         made = Times(us)
         monkeypatch.setattr(method, "_builder", Builder("h200"))
         monkeypatch.setattr(calibrate, "_agreed", {})
+        monkeypatch.setattr(calibrate, "_spent", [])
         monkeypatch.setattr(method, "_plans", {})
         monkeypatch.setattr(method, "_reported", set())
         monkeypatch.setitem(calibrate.TIMERS, DEVICE, lambda *_: made)
@@ -214,7 +215,7 @@ def test_if_everything_fails_vllm_has_the_layer(times: Any, said: list[str]) -> 
 
 
 def test_it_can_be_turned_off(times: Any, monkeypatch: pytest.MonkeyPatch, said: list[str]) -> None:
-    monkeypatch.setenv(calibrated_plan.VARIABLE, "0")
+    monkeypatch.setenv(calibration_seconds.VARIABLE, "0")
     timer = times(large_are_vllms)
     routed = experts_of(layer(), TOP_K, dtype=HALF, **SIZES)
     assert not timer.asked
@@ -224,14 +225,14 @@ def test_it_can_be_turned_off(times: Any, monkeypatch: pytest.MonkeyPatch, said:
 
 @pytest.mark.parametrize("nonsense", ["soon", "-1", "nan", "inf", "1e400"])
 def test_nonsense_is_the_default_with_a_line(monkeypatch: pytest.MonkeyPatch, nonsense: str) -> None:
-    monkeypatch.setenv(calibrated_plan.VARIABLE, nonsense)
+    monkeypatch.setenv(calibration_seconds.VARIABLE, nonsense)
     said: list[str] = []
-    assert calibrated_plan.seconds(said.append) == calibrated_plan.SECONDS
+    assert calibration_seconds.seconds(said.append) == calibration_seconds.SECONDS
     (line,) = said
-    assert line.startswith(f"{calibrated_plan.VARIABLE}={nonsense} is no number of seconds; 20 are taken")
+    assert line.startswith(f"{calibration_seconds.VARIABLE}={nonsense} is no number of seconds; 20 are taken")
     for given, found in (("", 20.0), ("0", 0.0), (" 7.5 ", 7.5)):
-        monkeypatch.setenv(calibrated_plan.VARIABLE, given)
-        assert calibrated_plan.seconds(said.append) == found
+        monkeypatch.setenv(calibration_seconds.VARIABLE, given)
+        assert calibration_seconds.seconds(said.append) == found
     assert len(said) == 1
 
 
@@ -255,6 +256,17 @@ def test_a_record_that_is_damaged_is_measured_again(times: Any, said: list[str],
     experts_of(layer(), TOP_K, dtype=HALF, **SIZES)
     assert again.asked
     assert any("corrupt or truncated" in line and line.endswith("it is measured again") for line in said)
+
+
+def test_the_time_is_for_a_model(times: Any, monkeypatch: pytest.MonkeyPatch, said: list[str]) -> None:
+    """A second shape has what the first left."""
+    from ramp_moe_adapters.frameworks.vllm import calibrate
+
+    timer = times(large_are_vllms)
+    monkeypatch.setattr(calibrate, "_spent", [19.0, 1.5])
+    experts_of(layer(), TOP_K, dtype=HALF, **SIZES)
+    assert not timer.asked
+    assert any("is not measured: the time for a model is over (RAMP_MOE_CALIBRATE_S)" in line for line in said)
 
 
 def test_whatever_measuring_raises_the_layer_is_made(

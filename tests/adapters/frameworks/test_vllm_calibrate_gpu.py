@@ -40,6 +40,7 @@ def fresh(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[None]:
 
     monkeypatch.setattr(method, "_builder", Builder())
     monkeypatch.setattr(calibrate, "_agreed", {})
+    monkeypatch.setattr(calibrate, "_spent", [])
     monkeypatch.setattr(method, "_plans", {})
     monkeypatch.setattr(method, "_reported", set())
     monkeypatch.setattr(calibrate, "usable_kernels", lambda *_: [TritonMoE()])

@@ -11,6 +11,7 @@ from collections.abc import Iterator
 from importlib import metadata
 
 from ramp_moe import Diagnostic
+from ramp_moe.runtime.calibration_seconds import VARIABLE, seconds
 
 from ...kernels.vllm_triton.kernel import VllmTriton
 from ..switches import NEITHER, state_of, switched_on
@@ -24,6 +25,10 @@ def diagnostics() -> Iterator[Diagnostic]:
     """What the switch says, and what the plugin would do in vLLM. Imports nothing of it."""
     on = state_of(SWITCH)
     yield Diagnostic("variable", SWITCH, NEITHER if on is None else "on" if on else "off")
+    said: list[str] = []
+    limit = seconds(said.append)
+    meaning = f"seconds to measure a model's layers when they are loaded: {limit:g}"
+    yield Diagnostic("variable", VARIABLE, said[0] if said else meaning if limit else "nothing is measured")
     try:
         version = metadata.version("vllm")
     except metadata.PackageNotFoundError:

@@ -8,6 +8,7 @@ from __future__ import annotations
 import contextvars
 import functools
 import os
+import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -19,6 +20,7 @@ from ramp_moe.plugin import Batch, Hardware, KernelError, LaunchableKernel, MoEW
 from ramp_moe.runtime import calibrated_plan, probe
 from ramp_moe.runtime.calibrated_plan import Calibrated, CalibrationRecord
 from ramp_moe.runtime.calibration import Calibration, Search, Timer, spread
+from ramp_moe.runtime.calibration_seconds import VARIABLE, seconds
 from ramp_moe.runtime.graph_timer import GraphTimer
 from ramp_moe.runtime.layer import MoELayer
 from ramp_moe.runtime.layer_factory import Plan, usable_kernels
@@ -37,6 +39,8 @@ STOCK = "vllm_triton"
 """The kernel that is vLLM's own path, which is timed as vLLM runs it instead."""
 ENGINE = "vLLM"
 _agreed: dict[object, CalibrationRecord | None] = {}
+_spent: list[float] = []
+"""Seconds of each shape that was measured in this process: the time is for a model."""
 
 
 @dataclass(frozen=True)
@@ -104,7 +108,7 @@ def calibrate(plan: Plan, layer: Layer, say: Callable[[str], None]) -> Calibrate
     """The shape's plan by what is measured on the layer; None if nothing is to be, or can be, measured. Raises
     KernelError if every candidate failed."""
     shape = layer.weights.shape(layer.top_k)
-    limit = calibrated_plan.seconds(say)
+    limit = seconds(say)
     kernels = [k for k in usable_kernels(shape, plan.hardware) if k.name != STOCK]
     model = plan.model
 
@@ -120,9 +124,15 @@ def calibrate(plan: Plan, layer: Layer, say: Callable[[str], None]) -> Calibrate
         return begun
 
     def measure() -> CalibrationRecord | None:
+        nonlocal limit
         make = TIMERS.get(layer.weights.gate_up.device.type)
         if not limit or make is None:
             return None
+        limit -= sum(_spent)
+        if limit <= 0:
+            say(f"{shape.slug} is not measured: the time for a model is over ({VARIABLE})")
+            return None
+        began = time.monotonic()
         try:
             key = key_of(layer, plan.hardware, kernels)
             return elsewhere(
@@ -133,6 +143,8 @@ def calibrate(plan: Plan, layer: Layer, say: Callable[[str], None]) -> Calibrate
         except Exception as e:  # whatever measuring raises: what is predicted stands
             say(f"nothing is measured: {why(e)}")
             return None
+        finally:
+            _spent.append(time.monotonic() - began)
 
     record = agree(group_key(layer.moe), measure)
     if record is None:
