@@ -41,8 +41,9 @@ class PlanRow(msgspec.Struct):
     """What is done with batches of `tokens`, as a report shows it.
 
     choice: a candidate, the first of a graph's bodies; empty for the engine's own path. mode and bodies: of the graph;
-    "eager" and 1 outside of graphs. Times are microseconds, None if nothing is known. histogram_us: what following the
-    histogram is predicted to save beyond its cost; of eager sizes, before the cost of reading it back.
+    "eager" and 1 outside of graphs. Times are microseconds, None if nothing is known: what the cost model predicts
+    without what was measured, what was measured, and the engine's own. histogram_us: what following the histogram would
+    save if choosing took no time.
     """
 
     tokens: int

@@ -113,16 +113,22 @@ def _progress(say: Say, kernel: str, before: int, every: int, done: int, total: 
 
 @dataclass(frozen=True)
 class Calibrated:
-    """A plan of the candidates that were timed. engine: whether the weights stay in the engine's order of rows, so that
-    its own path can compute with them."""
+    """A plan of the candidates that were timed.
+
+    engine: whether the weights stay in the engine's order of rows, so that its own path can compute with them. chosen:
+    by size that was measured, the candidate for the size alone. predicted: microseconds that the cost model had
+    predicted of it, on what was timed; none without a profile.
+    """
 
     plan: Plan
     found: Calibration
     engine: bool
+    chosen: Mapping[int, str]
+    predicted: Mapping[int, float]
 
     def keeps(self, num_tokens: int) -> bool:
         """Whether the engine's own path computes batches of this size."""
-        return self.engine and self.found.engine_keeps(num_tokens)
+        return self.engine and self.found.engine_keeps(num_tokens, self.chosen)
 
     @property
     def keeps_any(self) -> bool:
@@ -143,8 +149,11 @@ def calibrated(search: Search, plan: Plan, kernels: Sequence[LaunchableKernel], 
     kept = [k for k in kernels if k.name in names and layout in reads[k.name]]
     if not kept:
         raise KernelError(f"no kernel that was measured reads weights in {layout}")
+    model = model.restrict([k.name for k in kept])
+    chosen = search.chosen(model)
+    predicted = {n: us for n, name in chosen.items() if (us := search.predicted(name, n)) is not None}
     return Calibrated(
-        replace(plan, kernels=kept, model=model.restrict([k.name for k in kept])), search.found, layout == engine_layout
+        replace(plan, kernels=kept, model=model), search.found, layout == engine_layout, chosen, predicted
     )
 
 

@@ -15,7 +15,7 @@ from __future__ import annotations
 import itertools
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Protocol
 
@@ -23,6 +23,7 @@ import numpy as np
 
 from ..cost_model.correction import Corrections
 from ..cost_model.model import DEFAULT_FORM, Candidate, CostModel, PartFit, get_form, parts_of
+from ..dispatch.shortlist import representative
 from ..errors import KernelError, RampMoEError
 from ..measurements.calibration_file import Timing
 from ..measurements.sweep import PATH
@@ -77,18 +78,15 @@ class Calibration:
         """Names of ours that were timed at any size and have not failed."""
         return {t.candidate for t in self.timings if t.candidate != ENGINE} - self.dropped.keys()
 
-    def best(self, tokens: int) -> tuple[str, float] | None:
-        """The fastest of ours at a size, and its microseconds; None if none was timed."""
-        found = [(us, name) for name in sorted(self.timed) if (us := self.us(name, tokens)) is not None]
-        return (min(found)[1], min(found)[0]) if found else None
-
-    def engine_keeps(self, num_tokens: int) -> bool:
+    def engine_keeps(self, num_tokens: int, ours: Mapping[int, str]) -> bool:
         """Whether the engine's own path computes batches of this size: ours is not at least MARGIN faster. Between
-        sizes the logarithm of the ratio is interpolated in that of the tokens. False if nothing was compared."""
+        sizes the logarithm of the ratio is interpolated in that of the tokens. False if nothing was compared.
+
+        ours: by size, the candidate that computes batches otherwise."""
         points = [
-            (np.log(n), np.log(engine / ours[1]))
-            for n in self.tokens
-            if (engine := self.us(ENGINE, n)) is not None and (ours := self.best(n)) is not None
+            (np.log(n), np.log(engine / us))
+            for n, name in sorted(ours.items())
+            if (engine := self.us(ENGINE, n)) is not None and (us := self.us(name, n)) is not None
         ]
         if not points:
             return False
@@ -138,6 +136,7 @@ class Search:
         self._kernel = np.array([c.kernel for c in self.model.candidates])
         self._contends = set(self.model.contenders.tolist())
         self._predicted: dict[int, FloatArray] = {}
+        self._means: dict[int, FloatArray] = {}
 
     def run(self, timer: Timer, deadline: float, clock: Callable[[], float] = time.monotonic) -> Calibration:
         """Measure until there is nothing more to measure, or `deadline` on the clock is past."""
@@ -164,6 +163,15 @@ class Search:
             raise KernelError(f"nothing could be timed ({reasons})")
         return self.model.without(gone).corrected(self.corrections())
 
+    def chosen(self, model: CostModel) -> dict[int, str]:
+        """By size, what a corrected model chooses for the size alone."""
+        return {n: model.candidates[best(model.at(n), n, self._ep_size)].name for n in self.found.tokens}
+
+    def predicted(self, name: str, tokens: int) -> float | None:
+        """What the cost model predicts, before it is corrected, of what is timed; None without a profile."""
+        known = self._by_name[name].kernel not in self._guessed
+        return float(self._expected(tokens)[list(self._by_name).index(name)]) if known else None
+
     def corrections(self) -> Corrections:
         """For every candidate of the model, at the sizes that were timed."""
         sizes = self.found.tokens
@@ -184,7 +192,7 @@ class Search:
             return name
         if sum(self.found.us(n, tokens) is not None for n in self._by_name) >= len(begin) + MOST:
             return None
-        expected = self._expected(tokens) * np.exp(self._log_factors(tokens))
+        expected = self._mean(tokens) * np.exp(self._log_factors(tokens))
         for i in np.argsort(expected, kind="stable").tolist():
             name = self.model.candidates[i].name
             if i in self._contends and name not in self.found.dropped:
@@ -197,7 +205,7 @@ class Search:
     def _begin(self, tokens: int) -> list[str]:
         """Each kernel's best by the model, or its default; without any profile everything else, too."""
         names = [c.name for c in self._defaults[tokens]]
-        expected, dropped = self._expected(tokens), self.found.dropped
+        expected, dropped = self._mean(tokens), self.found.dropped
         for kernel in dict.fromkeys(self._kernel.tolist()):
             mine = [i for i in np.flatnonzero(self._kernel == kernel).tolist() if i in self._contends]
             left = [i for i in mine if self.model.candidates[i].name not in dropped]
@@ -226,6 +234,12 @@ class Search:
             self._predicted[tokens] = self.model.cost(here).mean(0)
         return self._predicted[tokens]
 
+    def _mean(self, tokens: int) -> FloatArray:
+        """The same over the batches by which candidates are chosen for a size."""
+        if tokens not in self._means:
+            self._means[tokens] = mean_us(self.model, tokens, self._ep_size)
+        return self._means[tokens]
+
     def _log_factors(self, tokens: int) -> FloatArray:
         """`[candidates]` at one size."""
         expected, candidates = self._expected(tokens), self.model.candidates
@@ -240,6 +254,17 @@ class Search:
             else:
                 logs[rest] = logs[mine & known].mean() if (mine & known).any() else logs[known].max()
         return logs
+
+
+def mean_us(model: CostModel, tokens: int, ep_size: int) -> FloatArray:
+    """Predicted microseconds `[candidates]`: the mean over batches of the size."""
+    return model.cost(representative(tokens, model.num_experts, model.shape.top_k, ep_size)).mean(0)
+
+
+def best(model: CostModel, tokens: int, ep_size: int) -> int:
+    """Index of the contender that is the best for the size alone."""
+    us = mean_us(model, tokens, ep_size)[model.contenders]
+    return int(model.contenders[int(us.argmin())])
 
 
 def guess(shape: MoEShape, hardware: Hardware, model: CostModel | None, candidates: Sequence[Candidate]) -> CostModel:

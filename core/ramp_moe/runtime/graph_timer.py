@@ -65,7 +65,7 @@ class GraphTimer:
             if not self._safe(candidate):
                 return self._median(lambda: self._enqueue(run))
             graph = torch.cuda.CUDAGraph()
-            graph.capture_begin()
+            graph.capture_begin(capture_error_mode="thread_local")  # NCCL has threads of its own
             try:
                 spans = self._enqueue(run)
             finally:

@@ -43,8 +43,8 @@ def _row(made: Calibrated, model: CostModel, graphs: GraphDispatch | None, n: in
     else:
         mode, part, short = graphs.outlook(n)
     first = part.candidates[short.columns[0]].name
-    us = short.expected_us
-    return PlanRow(n, first, mode, len(short.columns), us, found.us(first, n), found.us(ENGINE, n), free_us)
+    predicted = made.predicted.get(n) if made.chosen.get(n) == first else None
+    return PlanRow(n, first, mode, len(short.columns), predicted, found.us(first, n), found.us(ENGINE, n), free_us)
 
 
 def left(made: Calibrated, rows: Sequence[PlanRow], engine: str) -> str:

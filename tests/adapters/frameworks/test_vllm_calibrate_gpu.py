@@ -99,7 +99,7 @@ def test_sizes_that_vllm_keeps_are_computed_by_its_own_experts(
     """Eager and in a graph; the ranks add up."""
     from ramp_moe.runtime.calibration import Calibration
 
-    monkeypatch.setattr(Calibration, "engine_keeps", lambda self, n: True)
+    monkeypatch.setattr(Calibration, "engine_keeps", lambda self, n, ours: True)
     of, b = layer(dtype), given(48)
     ranks = [{}] if how == "alone" else [{how: (2, rank)} for rank in range(2)]
     total = torch.zeros(b.hidden_states.shape, dtype=torch.float32, device="cuda")
