@@ -28,6 +28,7 @@ from vllm.v1.worker.workspace import current_workspace_manager, is_workspace_man
 from ...kernels.vllm_triton.launch import prepare
 from ..engine_errors import both_failed, why
 from ..engine_weights import LAYOUT, Parameters
+from . import recorder
 from .stock import Stock
 
 if TYPE_CHECKING:
@@ -77,6 +78,7 @@ class RampExperts(FusedMoEExpertsModular):  # type: ignore[misc]
         which may leave batch sizes to vLLM's own path."""
         self._module, self._parameters, self.layer = weakref.ref(module), parameters, parameters.layer
         self.local_ids = local_ids(module)
+        recorder.take(self.moe_config)
         held = next((held for held in self.layer.held if held.layout == LAYOUT), None)
         if calibrated is not None and held is not None and calibrated.keeps_any:
             self._keeps, self.stock = cache(calibrated.keeps), Stock(self.moe_config, held)
@@ -165,6 +167,8 @@ class RampExperts(FusedMoEExpertsModular):  # type: ignore[misc]
         not fit, or a reload failed.
         """
         self._parameters.meet(parameters_of(self._module()))
+        if recorder.current is not None:
+            recorder.current.sample(id(self), topk_ids, global_num_experts)
         if self.stock is not None and self._keeps(len(hidden_states)):
             self._parameters.check()
             self.stock.run(
