@@ -258,7 +258,8 @@ class Search:
 
 def mean_us(model: CostModel, tokens: int, ep_size: int) -> FloatArray:
     """Predicted microseconds `[candidates]`: the mean over batches of the size."""
-    return model.cost(representative(tokens, model.num_experts, model.shape.top_k, ep_size)).mean(0)
+    us: FloatArray = model.cost(representative(tokens, model.num_experts, model.shape.top_k, ep_size)).mean(0)
+    return us
 
 
 def best(model: CostModel, tokens: int, ep_size: int) -> int:

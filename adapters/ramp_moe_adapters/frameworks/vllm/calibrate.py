@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextvars
 import functools
+import gc
 import os
 import time
 from collections.abc import Callable, Sequence
@@ -203,6 +204,7 @@ def elsewhere(run: Callable[[], CalibrationRecord]) -> CalibrationRecord:
     with ThreadPoolExecutor(1) as thread:
         found = thread.submit(there).result()
     if device is not None:
+        gc.collect()
         torch.cuda.empty_cache()
     return found
 

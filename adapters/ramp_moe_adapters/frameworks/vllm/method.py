@@ -13,6 +13,7 @@ from typing import Any
 from ramp_moe.plugin import KernelError, MoEShape, MoEWeights
 from ramp_moe.runtime.calibrated_plan import Calibrated
 from ramp_moe.runtime.layer_factory import Builder, Plan
+from vllm.model_executor.layers.fused_moe.experts.triton_moe import TritonExperts
 from vllm.model_executor.layers.fused_moe.oracle.fp8 import Fp8MoeBackend
 from vllm.model_executor.layers.fused_moe.oracle.unquantized import UnquantizedMoeBackend
 from vllm.model_executor.layers.fused_moe.unquantized_fused_moe_method import UnquantizedFusedMoEMethod
@@ -105,6 +106,8 @@ class _Dispatched:
         self.calibrated = _plans.get(shape)
         if self.calibrated is not None and shape not in _reported:
             _reported.add(shape)
+            if self.experts_cls not in (None, TritonExperts):
+                _say(f"vLLM would take {self.experts_cls.__name__}; ramp_moe is compared with its Triton experts alone")
             _report(self.calibrated, given, made.graphs)
         return found
 
