@@ -3,7 +3,8 @@
 A search looks for the fastest candidate at each of a few batch sizes, on the layer's own weights. It times the engine's
 own path and the best of each kernel by the cost model, and corrects the model by what it saw. As long as the corrected
 model names a candidate that was not timed at that size, it times that, too. So it ends with a candidate that was timed,
-or when the time is over. Sizes take turns: a search that is cut short knows something of each.
+or when the time is over. It begins with sizes far apart, and then they take turns: a search that is cut short knows
+something of small and large batches.
 
 The correction of a candidate at a size is its measured over its predicted time. One that was not timed there has that
 of its kernel, or else the largest of all; without a profile always the largest. Only candidates that were timed are
@@ -40,7 +41,7 @@ ENGINE = ""
 """Name of the engine's own path among timings."""
 MARGIN = 1.02
 """The engine's own path is kept if it takes less than this factor of ours."""
-MOST = 5
+MOST = 3
 """Candidates that are timed at one size beside those that the search begins with."""
 SPREAD = 6
 """Configurations of a kernel that are tried without a profile, beside its defaults."""
@@ -105,6 +106,17 @@ def batch_of(routing: str, tokens: int, num_experts: int, top_k: int) -> IntArra
     return generate(routing, tokens, num_experts, top_k, seed=tokens)
 
 
+def coarse_first(sizes: Sequence[int]) -> list[int]:
+    """The first and the last, then what lies in the middle of those before, and so on."""
+    order, gaps = [0, len(sizes) - 1], [(0, len(sizes) - 1)]
+    for low, high in gaps:
+        if high - low > 1:
+            middle = (low + high) // 2
+            order.append(middle)
+            gaps += [(low, middle), (middle, high)]
+    return [sizes[i] for i in dict.fromkeys(order)]
+
+
 class Search:
     """One shape's search. ep_size: ranks that share the experts, of which the shape has one rank's. model: None
     without a profile. known: what an earlier search measured, which is not measured again. Kernels without a profile
@@ -132,6 +144,7 @@ class Search:
             tried |= {c.name: c for c in _spread(shape, hardware, guessed)}
         self.model = guess(shape, hardware, model, list(tried.values()))
         self._others = list(tried) if model is None else []
+        """Timed at every size."""
         self._by_name = {c.name: c for c in self.model.candidates}
         self._kernel = np.array([c.kernel for c in self.model.candidates])
         self._contends = set(self.model.contenders.tolist())
@@ -140,18 +153,25 @@ class Search:
 
     def run(self, timer: Timer, deadline: float, clock: Callable[[], float] = time.monotonic) -> Calibration:
         """Measure until there is nothing more to measure, or `deadline` on the clock is past."""
-        todo = dict.fromkeys(self.sizes)
-        while todo:
-            for tokens in list(todo):
-                if clock() >= deadline:
-                    return self.found
-                name = self._next(tokens)
-                if name is None:
-                    del todo[tokens]
-                else:
-                    self._time(timer, name, tokens)
+        for name, tokens in self._steps():
+            if clock() >= deadline:
+                return self.found
+            self._time(timer, name, tokens)
         self.found.complete = True
         return self.found
+
+    def _steps(self) -> Iterator[tuple[str, int]]:
+        """What to time at which size, each named once the one before was timed."""
+        for tokens in coarse_first(self.sizes):
+            while (first := self._first(tokens)) is not None:
+                yield first, tokens
+        todo = list(self.sizes)
+        while todo:
+            for tokens in list(todo):
+                if (name := self._next(tokens)) is None:
+                    todo.remove(tokens)
+                else:
+                    yield name, tokens
 
     def corrected(self) -> CostModel:
         """The model of the candidates that were timed, corrected. Raises KernelError if none was."""
@@ -183,14 +203,16 @@ class Search:
         count = Counter(itertools.chain.from_iterable(self._begin(n) for n in self.sizes))
         return [self._by_name[name] for name, _ in count.most_common()]
 
+    def _first(self, tokens: int) -> str | None:
+        """What to time at a size before anything else at another; None if all of it was."""
+        return next((name for name in (ENGINE, *self._begin(tokens)) if self._open(name, tokens)), None)
+
     def _next(self, tokens: int) -> str | None:
-        """What to time at a size; None if its best was timed."""
-        if self.found.us(ENGINE, tokens) is None and ENGINE not in self.found.dropped:
-            return ENGINE
-        begin = self._begin(tokens)
-        if (name := next((n for n in begin if self._open(n, tokens)), None)) is not None:
-            return name
-        if sum(self.found.us(n, tokens) is not None for n in self._by_name) >= len(begin) + MOST:
+        """What to time at a size after that; None if its best was timed."""
+        if (other := next((n for n in self._others if self._open(n, tokens)), None)) is not None:
+            return other
+        timed = sum(self.found.us(n, tokens) is not None for n in self._by_name)
+        if timed >= len(self._begin(tokens)) + len(self._others) + MOST:
             return None
         expected = self._mean(tokens) * np.exp(self._log_factors(tokens))
         for i in np.argsort(expected, kind="stable").tolist():
@@ -203,7 +225,7 @@ class Search:
         return name not in self.found.dropped and self.found.us(name, tokens) is None
 
     def _begin(self, tokens: int) -> list[str]:
-        """Each kernel's best by the model, or its default; without any profile everything else, too."""
+        """Each kernel's best by the model, or its default."""
         names = [c.name for c in self._defaults[tokens]]
         expected, dropped = self._mean(tokens), self.found.dropped
         for kernel in dict.fromkeys(self._kernel.tolist()):
@@ -211,7 +233,7 @@ class Search:
             left = [i for i in mine if self.model.candidates[i].name not in dropped]
             if left and kernel not in self._guessed:
                 names.insert(0, self.model.candidates[min(left, key=lambda i: float(expected[i]))].name)
-        return list(dict.fromkeys([*names, *self._others]))
+        return names
 
     def _time(self, timer: Timer, name: str, tokens: int) -> None:
         times = []

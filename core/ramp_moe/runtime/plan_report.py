@@ -50,7 +50,8 @@ def _row(made: Calibrated, model: CostModel, graphs: GraphDispatch | None, n: in
 def left(made: Calibrated, rows: Sequence[PlanRow], engine: str) -> str:
     """One line on what is left to the engine, and why; empty if nothing is."""
     kept = [str(r.tokens) for r in rows if r.choice == ENGINE]
-    dropped = "; ".join(f"{name}: {reason}" for name, reason in sorted(made.found.dropped.items()))
+    faults = sorted(made.found.dropped.items())
+    dropped = "; ".join(f"{name or engine}: {reason}" for name, reason in faults)
     parts = [f"{engine}'s own path keeps {', '.join(kept)} tokens: nothing is {MARGIN - 1:.0%} faster" if kept else ""]
     if not made.engine:
         parts.append(f"{engine}'s own path keeps nothing: the weights are held in an order that it does not read")

@@ -258,6 +258,17 @@ def test_a_record_that_is_damaged_is_measured_again(times: Any, said: list[str],
     assert any("corrupt or truncated" in line and line.endswith("it is measured again") for line in said)
 
 
+def test_without_time_for_anything_what_is_predicted_stands(
+    times: Any, monkeypatch: pytest.MonkeyPatch, said: list[str]
+) -> None:
+    monkeypatch.setenv(calibration_seconds.VARIABLE, "1e-9")
+    timer = times(large_are_vllms)
+    of, b = layer(), given(9)
+    assert error(run(experts_of(of, TOP_K, dtype=HALF, **SIZES), b), expected(of, b, quantise=False)) < 2e-2
+    assert not timer.asked
+    assert any("no time was left to measure" in line for line in said)
+
+
 def test_the_time_is_for_a_model(times: Any, monkeypatch: pytest.MonkeyPatch, said: list[str]) -> None:
     """A second shape has what the first left."""
     from ramp_moe_adapters.frameworks.vllm import calibrate

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable
 from typing import Any
 
@@ -13,7 +14,7 @@ from hypothesis import strategies as st
 from ramp_moe import Candidate, CostModel, Hardware, KernelError
 from ramp_moe.dispatch.shortlist import settled
 from ramp_moe.measurements.calibration_file import Timing
-from ramp_moe.runtime.calibration import ENGINE, MARGIN, ROUTINGS, Calibration, Search, spread
+from ramp_moe.runtime.calibration import ENGINE, MARGIN, ROUTINGS, Calibration, Search, coarse_first, spread
 from ramp_moe.spec.routing import IntArray
 from ramp_moe_kernels.triton.kernel import TritonMoE
 
@@ -83,16 +84,29 @@ def test_nothing_is_timed_twice(h200: Hardware, model: CostModel) -> None:
     assert all(timer.asked.count(asked) == len(ROUTINGS) for asked in timer.asked)
 
 
-def test_sizes_take_turns(h200: Hardware, model: CostModel) -> None:
-    """A search that is cut short knows something of each, and goes on where it was."""
+def test_a_search_that_is_cut_short(h200: Hardware, model: CostModel) -> None:
+    """It knows the engine's time and ours of sizes far apart, and goes on where it was."""
     timer = FakeTimer(lambda name, n: 10.0)
-    half = searched(h200, model, timer, limit=2 * len(SIZES) + 1)
+    half = searched(h200, model, timer, limit=5)
     assert not half.found.complete
-    assert half.found.tokens == SIZES
-    assert all(half.found.us(ENGINE, n) == 10.0 for n in SIZES)
+    assert half.found.tokens == (SIZES[0], SIZES[-1])
+    assert all(half.found.us(ENGINE, n) == 10.0 for n in (SIZES[0], SIZES[-1]))
     again = FakeTimer(lambda name, n: 10.0)
     assert searched(h200, model, again, known=half.found).found.complete
     assert not set(again.asked) & set(timer.asked)
+
+
+@pytest.mark.parametrize("count", range(1, 20))
+def test_sizes_far_apart_come_first(count: int) -> None:
+    sizes = list(range(count))
+    order = coarse_first(sizes)
+    assert sorted(order) == sizes
+    assert order[:2] == [0, count - 1][:count]
+    for i in range(2, count):
+        known = sorted(order[:i])
+        widest = max(b - a for a, b in itertools.pairwise(known))
+        around = [(a, b) for a, b in itertools.pairwise(known) if a < order[i] < b]
+        assert around[0][1] - around[0][0] >= widest - 1
 
 
 def test_what_fails_is_dropped_and_the_next_best_is_timed(h200: Hardware, model: CostModel) -> None:

@@ -154,7 +154,11 @@ def calibrate(plan: Plan, layer: Layer, say: Callable[[str], None]) -> Calibrate
     if record.key["shape"] != shape.slug:  # experts that do not divide evenly
         say(f"rank 0 has measured {record.key['shape']}, this rank has {shape.slug}: what is predicted stands")
         return None
-    return calibrated_plan.calibrated(search(calibrated_plan.known(record)), plan, kernels, LAYOUT)
+    done = search(calibrated_plan.known(record))
+    if not done.found.tokens and not done.found.dropped:
+        say(f"no time was left to measure {shape.slug}: what is predicted stands ({VARIABLE})")
+        return None
+    return calibrated_plan.calibrated(done, plan, kernels, LAYOUT)
 
 
 def report(made: Calibrated, layer: Layer, graphs: Any, say: Callable[[str], None]) -> None:
