@@ -24,6 +24,8 @@ from .layer_factory import Plan
 COMPILING = 0.5
 """Share of the time in which what must be compiled ahead is compiled; the rest of it is left out."""
 
+WAITED = 1.0
+"""Seconds from which on another process held the lock."""
 LATE = "not compiled within the time for it; `ramp-moe kernels build` compiles it ahead"
 
 
@@ -37,11 +39,12 @@ def measured(
 ) -> CalibrationRecord:
     """What the cache has for the key, or else what a search of `limit` seconds finds, which is kept there.
 
-    Another process that measures the same is waited for, for as long. A search that was cut short goes on. A cache that
-    cannot be read or written costs a line. kernels: those of them that are compiled ahead are, before the search.
+    Another process that measures the same is waited for, for as long, and what it found is used. Else a search that was
+    cut short goes on. A cache that cannot be read or written costs a line. kernels: what the search begins with is
+    compiled before, of those of them that are compiled ahead.
     """
     with ExitStack() as stack:
-        kept = True
+        kept, asked = True, time.monotonic()
         try:
             if not stack.enter_context(locked(key, limit)):
                 say(f"another process has measured {key['shape']} for over {limit:g} s; it is not waited for")
@@ -49,7 +52,7 @@ def measured(
             kept = False
             say(f"what is measured is not kept: {e}")
         record = _known(key, say)
-        if record is not None and record.complete:
+        if record is not None and (record.complete or time.monotonic() - asked > WAITED):
             return record
         began = time.monotonic()
         search = make_search(None if record is None else Calibration(record.timings))

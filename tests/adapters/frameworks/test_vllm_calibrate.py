@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import pytest
 
@@ -365,3 +365,50 @@ def test_a_rank_that_has_no_layer_takes_part(times: Any, monkeypatch: pytest.Mon
     for _ in range(2):
         assert isinstance(experts(experts_of(layer(), TOP_K, dtype=HALF, **SIZES)), TritonExperts)
     assert calls == [None]
+
+
+class HostTimer:
+    """Runs what a GPU would time, and compares it with the reference."""
+
+    ran: ClassVar[list[str]] = []
+
+    def __init__(self, launch: Any, of: MoEWeights, dtype: Any, local: Any, safe: Any) -> None:
+        self._launch, self._of, self._local, self._safe = launch, of, local, safe
+
+    def time(self, candidate: Any, topk_ids: IntArray) -> float:
+        assert self._safe(candidate)
+        generator = torch.Generator().manual_seed(0)
+        x = torch.randn(len(topk_ids), HIDDEN, dtype=torch.float32, generator=generator).to(HALF)
+        ids = torch.tensor(topk_ids, dtype=torch.int32)
+        b = Batch(x, ids, torch.full(ids.shape, 0.5, dtype=torch.float32))
+        out = torch.full_like(x, float("nan"))
+        self._launch(candidate, b, out)
+        here = Batch(x, self._local(ids).int().contiguous(), b.topk_weights)
+        assert error(out, expected(self._of, here, quantise=False)) < 2e-2
+        self.ran.append(ENGINE if candidate is None else candidate.kernel)
+        return 10.0
+
+
+@pytest.mark.parametrize("ep", [(1, 0), (2, 1)])
+def test_what_is_timed_is_what_computes(times: Any, monkeypatch: pytest.MonkeyPatch, ep: tuple[int, int]) -> None:
+    """A rank's own experts, by ours and by vLLM's, of ids of all experts."""
+    from ramp_moe_adapters.frameworks.vllm import calibrate
+    from ramp_moe_adapters.frameworks.vllm.stock import Stock
+
+    def own(self: Stock, output: Any, x: Any, topk_weights: Any, topk_ids: Any, *rest: Any) -> None:
+        _, num_experts, expert_map, first, second = rest
+        assert num_experts == EXPERTS
+        assert min(first.numel(), second.numel()) >= len(x) * TOP_K * HIDDEN
+        ids = topk_ids if expert_map is None else expert_map[topk_ids]
+        output.copy_(expected(self._weights, Batch(x, ids.int(), topk_weights), quantise=False))
+
+    times(large_are_vllms)
+    HostTimer.ran.clear()
+    monkeypatch.setattr(Stock, "run", own)
+    monkeypatch.setattr(calibrate, "GraphTimer", HostTimer)
+    monkeypatch.setitem(calibrate.TIMERS, DEVICE, calibrate._gpu_timer)
+    experts_of(layer(), TOP_K, dtype=HALF, ep=ep, moe_options={"max_num_tokens": 1})
+    (record,) = records()
+    assert record.key["ep_size"] == str(ep[0])
+    assert not record.dropped
+    assert set(HostTimer.ran) == {ENGINE, "triton"}

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from contextlib import nullcontext
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -12,6 +14,7 @@ from graph_cases import SHAPE, priced, triton_of
 from ramp_moe import Hardware, KernelError
 from ramp_moe.measurements.calibration_file import CalibrationRecord, PlanRow, Timing, load, locked, save
 from ramp_moe.measurements.plan_table import table
+from ramp_moe.runtime import calibrated_plan
 from ramp_moe.runtime.calibrated_plan import LATE, best_layout, calibrated, compile_ahead, measured
 from ramp_moe.runtime.calibration import ENGINE, ROUTINGS, Calibration, Search
 from ramp_moe.runtime.layer_factory import Plan
@@ -108,6 +111,20 @@ def test_a_search_that_was_cut_short_goes_on(h200: Hardware) -> None:
     assert (ENGINE, 1) not in timer.asked
     assert record.seconds >= 3.0
     assert load(KEY) == record
+
+
+def test_what_another_process_found_meanwhile_is_used(h200: Hardware, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Cut short or not: a server of many ranks starts in the time of one."""
+    record = CalibrationRecord(
+        key=KEY, complete=False, seconds=20.0, timings=[Timing(1, r, "a", 1.0) for r in ROUTINGS]
+    )
+    save(record)
+    now = iter([0.0, 19.0])
+    monkeypatch.setattr(calibrated_plan, "time", SimpleNamespace(monotonic=lambda: next(now)))
+    monkeypatch.setattr(calibrated_plan, "locked", lambda key, limit: nullcontext(True))
+    timer = FakeTimer(lambda name, n: 10.0)
+    assert measured(KEY, search_of_(h200), lambda: timer, 20.0, lambda line: None) == record
+    assert not timer.asked
 
 
 def test_another_process_is_not_waited_for_without_end(h200: Hardware) -> None:

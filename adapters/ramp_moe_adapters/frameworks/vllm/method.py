@@ -99,11 +99,11 @@ class _Dispatched:
             calibrate.agree(calibrate.group_key(self.moe), lambda: None)
             leave(why(e))
             return None
-        for note in _builder.notes[said:]:
-            logger.warning("ramp_moe: %s", note)
+        self.calibrated = _plans.get(shape)
+        for note in _builder.notes[said:]:  # what was not profiled matters less once it was measured here
+            (logger.warning if self.calibrated is None else logger.info)("ramp_moe: %s", note)
         kernels, layouts = ", ".join(made.configs()), " and ".join(made.layouts)
         logger.info_once("ramp_moe: %s by %s; weights in %s", made.shape.slug, kernels, layouts)
-        self.calibrated = _plans.get(shape)
         if self.calibrated is not None and shape not in _reported:
             _reported.add(shape)
             if self.experts_cls not in (None, TritonExperts):
