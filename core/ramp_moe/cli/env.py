@@ -208,7 +208,7 @@ def _plan_lines(plans: Section) -> Iterator[str]:
         key, state = plan["key"], "complete" if plan["complete"] else "cut short; the next start goes on"
         where = f"{key['shape']} on {key['gpu']}, driver {key['driver']}"
         yield f"{where}, in {key['engine']} {key.get('vllm', '')}: {state}"
-        yield from (f"  {line}" for line in table([PlanRow(**row) for row in plan["rows"]], key["engine"]))
+        yield from (f"  {line}" for line in table([PlanRow(**row) for row in plan["plan"]], key["engine"]))
         if plan["left"]:
             yield f"  {plan['left']}"
 

@@ -60,7 +60,7 @@ class CalibrationRecord(msgspec.Struct, kw_only=True):
     """One shape's times on one GPU.
 
     key: what they depend on (see `path_of`). complete: nothing more was to be measured; else the time was over.
-    dropped: candidates that failed, each with its reason. rows and left: the report, and one line on what is left to
+    dropped: candidates that failed, each with its reason. plan and left: the report, and one line on what is left to
     the engine.
     """
 
@@ -71,7 +71,7 @@ class CalibrationRecord(msgspec.Struct, kw_only=True):
     seconds: float
     timings: list[Timing]
     dropped: dict[str, str] = {}
-    rows: list[PlanRow] = []
+    plan: list[PlanRow] = []
     left: str = ""
 
 

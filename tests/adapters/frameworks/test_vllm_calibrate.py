@@ -176,7 +176,7 @@ def test_a_shape_is_measured_once_and_kept(times: Any, said: list[str]) -> None:
     (record,) = records()
     assert record.complete
     assert record.left
-    assert len(record.rows) == 7
+    assert len(record.plan) == 7
     said.clear()
     again = times(large_are_vllms)
     routed = experts_of(layer(), TOP_K, dtype=HALF, **SIZES)

@@ -225,7 +225,7 @@ def test_what_a_server_would_do_with_a_model(tmp_path: Path, monkeypatch: pytest
     rows = [PlanRow(n, "triton/a" if n < 8 else "", "single", 1, 9.0, 9.5, 10.0, 0.1) for n in (1, 2, 4, 8)]
     for shape in ("E64-k8-h2048-i1024-bf16", "E8-k2-h4096-i14336-bf16"):
         key = {"engine": "vLLM", "gpu": "NVIDIA H200", "driver": "580.1", "shape": shape, "vllm": "0.33.0"}
-        save(CalibrationRecord(key=key, complete=True, seconds=1.0, timings=[], rows=rows, left=f"left of {shape}"))
+        save(CalibrationRecord(key=key, complete=True, seconds=1.0, timings=[], plan=rows, left=f"left of {shape}"))
     for model in ("olmoe-1b-7b", "E64-k8-h2048-i1024-bf16"):
         found = CliRunner().invoke(main, ["env", "--model", model])
         assert "E64-k8-h2048-i1024-bf16 on NVIDIA H200, driver 580.1, in vLLM 0.33.0: complete" in found.output
@@ -234,7 +234,7 @@ def test_what_a_server_would_do_with_a_model(tmp_path: Path, monkeypatch: pytest
         assert "left of E64" in found.output
         assert "left of E8" not in found.output
         (plan,) = json.loads(CliRunner().invoke(main, ["env", "--model", model, "--json"]).stdout)["plans"]
-        assert [row["tokens"] for row in plan["rows"]] == [1, 2, 4, 8]
+        assert [row["tokens"] for row in plan["plan"]] == [1, 2, 4, 8]
     unknown = CliRunner().invoke(main, ["env", "--model", "olmo"])
     assert unknown.exit_code == 2
     assert "unknown model 'olmo'" in unknown.output

@@ -35,7 +35,7 @@ def record(**changed: object) -> CalibrationRecord:
     rows = [PlanRow(1, "triton/a", "single", 1, 9.0, 9.5, 10.0, 0.0), PlanRow(8192, "", "eager", 1, None, None, 300.0)]
     given: dict[str, object] = {
         "key": KEY, "complete": True, "seconds": 1.5, "timings": [Timing(1, "uniform", "triton/a", 9.5)],
-        "dropped": {"cute/b": "raised"}, "rows": rows, "left": "8192: vLLM's own is faster",
+        "dropped": {"cute/b": "raised"}, "plan": rows, "left": "8192: vLLM's own is faster",
     }  # fmt: skip
     return CalibrationRecord(**{**given, **changed})  # type: ignore[arg-type]
 

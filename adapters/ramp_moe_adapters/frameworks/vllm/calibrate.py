@@ -172,8 +172,8 @@ def report(made: Calibrated, layer: Layer, graphs: Any, say: Callable[[str], Non
     if line:
         say(f"{shape.slug}: {line}")
     record = _agreed[group_key(layer.moe)]
-    if record is not None and (record.rows, record.left) != (rows, line):
-        record.rows, record.left = rows, line
+    if record is not None and (record.plan, record.left) != (rows, line):
+        record.plan, record.left = rows, line
         calibrated_plan.keep(record, say)
 
 
