@@ -120,7 +120,7 @@ def test_nothing_is_read_before_graphs_are_captured(
 
 def test_a_file_that_cannot_be_written_costs_one_line(recorder: Any, tmp_path: Path) -> None:
     said: list[str] = []
-    made = recorder.Recorder(tmp_path, lambda: True, said.append)
+    made = recorder.TrafficRecorder(tmp_path, lambda: True, said.append)
     made.sample(1, given(3).topk_ids, EXPERTS)
     made.flush()
     made.flush()
@@ -130,7 +130,7 @@ def test_a_file_that_cannot_be_written_costs_one_line(recorder: Any, tmp_path: P
 
 def test_layers_of_another_shape_are_left_out(recorder: Any, tmp_path: Path) -> None:
     said: list[str] = []
-    made = recorder.Recorder(tmp_path / "trace.jsonl", lambda: True, said.append)
+    made = recorder.TrafficRecorder(tmp_path / "trace.jsonl", lambda: True, said.append)
     b = given(3)
     made.sample(1, b.topk_ids, EXPERTS)
     for _ in range(2):

@@ -45,7 +45,7 @@ _spent: list[float] = []
 
 
 @dataclass(frozen=True)
-class Layer:
+class LoadedLayer:
     """One of vLLM's layers: its configuration and module, and this rank's weights as loaded. local_ids: see
     `RampExperts`. captured: sizes of CUDA graphs. most: tokens of the largest batch."""
 
@@ -67,13 +67,13 @@ class Layer:
         return spread(self.captured, self.most)
 
 
-def layer_of(module: Any, moe: Any, weights: MoEWeights, ep_size: int, local_ids: Tensor | None) -> Layer:
-    """Of vLLM's module."""
+def layer_of(module: Any, moe: Any, weights: MoEWeights, ep_size: int, local_ids: Tensor | None) -> LoadedLayer:
+    """Describe a module of vLLM, whose weights are loaded."""
     ranks = moe.dp_size * moe.pcp_size
     config = get_current_vllm_config_or_none()
     captured = () if config is None else config.compilation_config.cudagraph_capture_sizes or ()
     kept = tuple(sorted(n * ranks for n in captured))
-    return Layer(moe, module, weights, module.top_k, ep_size, local_ids, kept, moe.max_num_tokens * ranks)
+    return LoadedLayer(moe, module, weights, module.top_k, ep_size, local_ids, kept, moe.max_num_tokens * ranks)
 
 
 def group_key(moe: Any) -> object:
@@ -105,7 +105,7 @@ def _group() -> Any:
     return None if group is None or group.world_size == 1 else group
 
 
-def calibrate(plan: Plan, layer: Layer, say: Callable[[str], None]) -> Calibrated | None:
+def calibrate(plan: Plan, layer: LoadedLayer, say: Callable[[str], None]) -> Calibrated | None:
     """The shape's plan by what is measured on the layer; None if nothing is to be, or can be, measured. Raises
     KernelError if every candidate failed."""
     shape = layer.weights.shape(layer.top_k)
@@ -161,7 +161,7 @@ def calibrate(plan: Plan, layer: Layer, say: Callable[[str], None]) -> Calibrate
     return calibrated_plan.calibrated(done, plan, kernels, LAYOUT)
 
 
-def report(made: Calibrated, layer: Layer, graphs: Any, say: Callable[[str], None]) -> None:
+def report(made: Calibrated, layer: LoadedLayer, graphs: Any, say: Callable[[str], None]) -> None:
     """Log what is done with each size, and keep it beside what was measured. Of several ranks the first does."""
     if (group := _group()) is not None and group.rank_in_group:
         return
@@ -177,7 +177,7 @@ def report(made: Calibrated, layer: Layer, graphs: Any, say: Callable[[str], Non
         calibrated_plan.keep(record, say)
 
 
-def key_of(layer: Layer, hardware: Hardware, kernels: Sequence[LaunchableKernel]) -> dict[str, str]:
+def key_of(layer: LoadedLayer, hardware: Hardware, kernels: Sequence[LaunchableKernel]) -> dict[str, str]:
     """What times depend on."""
     weights, moe = layer.weights, layer.moe
     return {
@@ -213,7 +213,7 @@ def elsewhere(run: Callable[[], CalibrationRecord]) -> CalibrationRecord:
     return found
 
 
-def _gpu_timer(layer: Layer, kernels: Sequence[LaunchableKernel], hardware: Hardware) -> Timer:
+def _gpu_timer(layer: LoadedLayer, kernels: Sequence[LaunchableKernel], hardware: Hardware) -> Timer:
     """Times a layer of all kernels, beside vLLM's experts, on the loaded weights."""
     ours = MoELayer(layer.weights, layer.top_k, hardware, kernels, copies=3)
     stock, moe, module = Stock(layer.moe, layer.weights), layer.moe, layer.module
@@ -240,7 +240,7 @@ def _gpu_timer(layer: Layer, kernels: Sequence[LaunchableKernel], hardware: Hard
     return GraphTimer(launch, layer.weights, moe.in_dtype, local, safe)
 
 
-TIMERS: dict[str, Callable[[Layer, Sequence[LaunchableKernel], Hardware], Timer]] = {"cuda": _gpu_timer}
+TIMERS: dict[str, Callable[[LoadedLayer, Sequence[LaunchableKernel], Hardware], Timer]] = {"cuda": _gpu_timer}
 """By type of device."""
 
 

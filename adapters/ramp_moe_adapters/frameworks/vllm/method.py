@@ -37,12 +37,12 @@ def leave(reason: str) -> None:
     say("leaves experts to vLLM", reason)
 
 
-def _calibrated(layer: calibrate.Layer, plan: Plan) -> Plan:
+def _calibrated(layer: calibrate.LoadedLayer, plan: Plan) -> Plan:
     found = _plans[layer.weights.shape(layer.top_k)] = calibrate.calibrate(plan, layer, _say)
     return plan if found is None else found.plan
 
 
-def _report(made: Calibrated, layer: calibrate.Layer, graphs: Any) -> None:
+def _report(made: Calibrated, layer: calibrate.LoadedLayer, graphs: Any) -> None:
     """Say what is done with each size; what cannot be said does not stop a server."""
     try:
         calibrate.report(made, layer, graphs, _say)

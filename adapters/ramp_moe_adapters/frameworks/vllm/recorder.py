@@ -29,13 +29,13 @@ if TYPE_CHECKING:
 
 logger = init_logger("vllm.ramp_moe")
 FLUSH_SECONDS = 30.0
-current: Recorder | None = None
+current: TrafficRecorder | None = None
 """What samples this process' layers; None if nothing does."""
 captures = False
 """Whether the server captures CUDA graphs when it starts."""
 
 
-class Recorder:
+class TrafficRecorder:
     """Samples layers of one shape into one file. ready: whether the server has started, before which nothing is read.
     say: tells a person one line."""
 
@@ -113,7 +113,7 @@ def begin(path: str | Path | None = None) -> None:
         return
     if current is not None:
         current.close()
-    current = Recorder(Path(f"{named}{suffix}").absolute(), _started, logger.info)
+    current = TrafficRecorder(Path(f"{named}{suffix}").absolute(), _started, logger.info)
 
 
 def _rank() -> str | None:

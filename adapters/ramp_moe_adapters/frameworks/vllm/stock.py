@@ -30,7 +30,7 @@ class Stock:
         self._weights = weights
 
     def workspace_shapes(self, *sizes: Any) -> tuple[tuple[int, ...], ...]:
-        """Of vLLM's two workspaces and of the output; sizes are those that vLLM asks its experts' of."""
+        """Shapes of vLLM's two workspaces and of the output, for the sizes that vLLM gives its experts."""
         found: tuple[tuple[int, ...], ...] = self._experts.workspace_shapes(*sizes)
         return found
 
