@@ -183,7 +183,7 @@ def _content(folder: Path) -> dict[str, Any]:
 
 
 def _slugs(model: str) -> set[str]:
-    """The slugs of the model's layers in every dtype. Raises UnknownNameError, or ShapeError if a shard does not divide."""
+    """Slugs of the model's layers in every dtype. Raises UnknownNameError, or ShapeError if a shard does not divide."""
     registry, found = get_registry(), set[str]()
     failed: ShapeError | None = None
     for dtype in DTYPE_BYTES:
