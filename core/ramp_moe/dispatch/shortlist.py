@@ -134,12 +134,18 @@ def settled(model: CostModel, num_tokens: int, read_back_us: float, ranks: int =
     known = _settled.setdefault(model, {})
     key = size, read_back_us, ranks
     if key not in known:
-        doublings = max(0, (size - 1).bit_length() - DRAWN.bit_length() + 1)
-        of_fewer = representative(size >> doublings, model.shape.num_experts, model.shape.top_k, ranks)
+        met = met_at(size, model.shape.num_experts, model.shape.top_k, ranks)
         prices = {1: 0.0, 2: read_back_us, MOST: read_back_us} if read_back_us < math.inf else {1: 0.0}
-        short = shortlist(model.at(size), size, prices, max(prices), histograms=of_fewer << doublings)
+        short = shortlist(model.at(size), size, prices, max(prices), histograms=met)
         known[key] = None if short.pays else model.candidates[short.columns[0]]
     return known[key]
+
+
+def met_at(num_tokens: int, num_experts: int, top_k: int, ranks: int = 1) -> IntArray:
+    """The `representative` histograms; those of fewer tokens, scaled, for more than DRAWN tokens. It then takes
+    hundredths of a second, as large batches spread alike."""
+    doublings = max(0, (num_tokens - 1).bit_length() - DRAWN.bit_length() + 1)
+    return representative(num_tokens >> doublings, num_experts, top_k, ranks) << doublings
 
 
 @lru_cache(maxsize=128)

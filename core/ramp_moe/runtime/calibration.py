@@ -24,7 +24,7 @@ import numpy as np
 
 from ..cost_model.correction import Corrections
 from ..cost_model.model import DEFAULT_FORM, Candidate, CostModel, PartFit, get_form, parts_of
-from ..dispatch.shortlist import representative
+from ..dispatch.shortlist import DRAWN, met_at
 from ..errors import KernelError, RampMoEError
 from ..measurements.calibration_file import Timing
 from ..measurements.sweep import PATH
@@ -102,8 +102,9 @@ def spread(capture_sizes: Sequence[int], most: int) -> list[int]:
 
 
 def batch_of(routing: str, tokens: int, num_experts: int, top_k: int) -> IntArray:
-    """Top-k ids int64 `[tokens, top_k]` of a timing, always the same."""
-    return generate(routing, tokens, num_experts, top_k, seed=tokens)
+    """Top-k ids int64 `[tokens, top_k]` of a timing, always the same: those of DRAWN tokens again and again."""
+    drawn = generate(routing, min(tokens, DRAWN), num_experts, top_k, seed=tokens)
+    return np.resize(drawn, (tokens, top_k))
 
 
 def coarse_first(sizes: Sequence[int]) -> list[int]:
@@ -280,7 +281,7 @@ class Search:
 
 def mean_us(model: CostModel, tokens: int, ep_size: int) -> FloatArray:
     """Predicted microseconds `[candidates]`: the mean over batches of the size."""
-    us: FloatArray = model.cost(representative(tokens, model.num_experts, model.shape.top_k, ep_size)).mean(0)
+    us: FloatArray = model.cost(met_at(tokens, model.num_experts, model.shape.top_k, ep_size)).mean(0)
     return us
 
 

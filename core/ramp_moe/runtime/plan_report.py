@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from ..cost_model.model import CostModel
-from ..dispatch.shortlist import MOST, representative, shortlist
+from ..dispatch.shortlist import MOST, met_at, shortlist
 from ..measurements.calibration_file import PlanRow
 from ..measurements.plan_table import table
 from .calibrated_plan import Calibrated
@@ -34,7 +34,7 @@ def _row(made: Calibrated, model: CostModel, graphs: GraphDispatch | None, n: in
     mode = EAGER if graphs is None else "single"
     if made.keeps(n):
         return PlanRow(n, ENGINE, mode, 1, None, None, found.us(ENGINE, n))
-    part, met = model.at(n), representative(n, model.num_experts, model.shape.top_k, ep_size)
+    part, met = model.at(n), met_at(n, model.num_experts, model.shape.top_k, ep_size)
     free_us = None
     if n in found.tokens:  # of the others it costs more time than it tells
         free_us = shortlist(part, n, FREE, MOST, 0.0, met).gain_us
