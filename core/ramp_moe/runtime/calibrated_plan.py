@@ -19,7 +19,7 @@ from ..spec.kernel import LAYOUTS, BuildableKernel, KernelConfig, layouts_of
 from ..spec.launchable import LaunchableKernel
 from .calibration import ENGINE, MARGIN, Calibration, Search, Timer
 from .calibration_seconds import Say
-from .layer_factory import Plan
+from .layer_factory import LayerPlan
 
 COMPILING = 0.5
 """Share of the time in which what must be compiled ahead is compiled; the rest of it is left out."""
@@ -123,7 +123,7 @@ class Calibrated:
     predicted of it, on what was timed; none without a profile.
     """
 
-    plan: Plan
+    plan: LayerPlan
     found: Calibration
     engine: bool
     chosen: Mapping[int, str]
@@ -139,7 +139,7 @@ class Calibrated:
         return any(self.keeps(n) for n in self.found.tokens)
 
 
-def calibrated(search: Search, plan: Plan, kernels: Sequence[LaunchableKernel], engine_layout: str) -> Calibrated:
+def calibrated(search: Search, plan: LayerPlan, kernels: Sequence[LaunchableKernel], engine_layout: str) -> Calibrated:
     """The plan by what a search found. Raises KernelError if it timed nothing.
 
     There is one copy of the weights. It stays in the engine's order, unless another order is faster by MARGIN over the

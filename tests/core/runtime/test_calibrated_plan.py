@@ -17,7 +17,7 @@ from ramp_moe.measurements.plan_table import table
 from ramp_moe.runtime import calibrated_plan
 from ramp_moe.runtime.calibrated_plan import LATE, best_layout, calibrated, compile_ahead, measured
 from ramp_moe.runtime.calibration import ENGINE, ROUTINGS, Calibration, Search
-from ramp_moe.runtime.layer_factory import Plan
+from ramp_moe.runtime.layer_factory import LayerPlan
 from ramp_moe.runtime.plan_report import left, plan_rows
 from ramp_moe.spec.kernel import BuildableKernel, Built, KernelConfig, Progress
 from ramp_moe_kernels.triton.kernel import TritonMoE
@@ -175,7 +175,7 @@ def test_the_order_of_rows_is_the_engines_unless_another_is_faster_everywhere(
 def test_only_what_was_timed_is_in_the_plan(h200: Hardware) -> None:
     search = search_of(h200)
     search.run(FakeTimer(lambda name, n: 10.0 if name != ENGINE else (20.0, 5.0)[n > 16]), math.inf)
-    made = calibrated(search, Plan(h200, [TritonMoE()], search.model), [TritonMoE()], "gate-first")
+    made = calibrated(search, LayerPlan(h200, [TritonMoE()], search.model), [TritonMoE()], "gate-first")
     assert made.plan.model is not None
     assert {c.name for c in made.plan.model.candidates} == search.found.timed
     assert [made.keeps(n) for n in SIZES] == [False, False, True]

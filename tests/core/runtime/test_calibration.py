@@ -12,7 +12,7 @@ from graph_cases import SHAPE, priced, triton_of
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from ramp_moe import Candidate, CostModel, Hardware, KernelError
-from ramp_moe.dispatch.shortlist import settled
+from ramp_moe.dispatch.shortlist import choice_by_batch_size
 from ramp_moe.measurements.calibration_file import Timing
 from ramp_moe.runtime.calibration import ENGINE, MARGIN, ROUTINGS, Calibration, Search, coarse_first, spread
 from ramp_moe.spec.routing import IntArray
@@ -71,7 +71,7 @@ def test_the_search_ends_with_a_choice_that_was_timed(h200: Hardware, model: Cos
         corrected = search.corrected()
         for n, name in search.chosen(corrected).items():
             assert search.found.us(name, n) is not None
-            found = settled(corrected, n, np.inf)
+            found = choice_by_batch_size(corrected, n, np.inf)
             assert found is not None
             assert found.name == name, "so do layers choose"
 
@@ -151,12 +151,12 @@ def test_without_a_profile_the_fastest_that_was_timed_is_chosen(h200: Hardware) 
     timer = FakeTimer(lambda name, n: (5.0 if hash_of(name, n) else 10.0) * n)
     search = searched(h200, None, timer)
     for n in SIZES:
-        found = settled(search.corrected(), n, np.inf)
+        found = choice_by_batch_size(search.corrected(), n, np.inf)
         assert found is not None
         assert search.found.us(found.name, n) == min(
             us for name in search.found.timed if (us := search.found.us(name, n))
         )
-    assert settled(search.corrected(), 100, np.inf) is not None
+    assert choice_by_batch_size(search.corrected(), 100, np.inf) is not None
 
 
 def hash_of(name: str, n: int) -> bool:
@@ -169,12 +169,12 @@ def test_a_kernel_without_a_profile_takes_part(h200: Hardware, model: CostModel)
 
     search = Search(SHAPE, h200, [TritonMoE(), Strange()], model, SIZES)
     search.run(FakeTimer(lambda name, n: 1.0 if name.startswith("strange") else 10.0), 1e9, Clock())
-    found = settled(search.corrected(), 16, np.inf)
+    found = choice_by_batch_size(search.corrected(), 16, np.inf)
     assert found is not None
     assert found.kernel == "strange"
     search = Search(SHAPE, h200, [TritonMoE(), Strange()], model, SIZES)
     search.run(FakeTimer(lambda name, n: 30.0 if name.startswith("strange") else 10.0), 1e9, Clock())
-    found = settled(search.corrected(), 16, np.inf)
+    found = choice_by_batch_size(search.corrected(), 16, np.inf)
     assert found is not None
     assert found.kernel == "triton"
 

@@ -24,7 +24,7 @@ from ramp_moe.runtime.calibration import Calibration, Search, Timer, spread
 from ramp_moe.runtime.calibration_seconds import VARIABLE, seconds
 from ramp_moe.runtime.graph_timer import GraphTimer
 from ramp_moe.runtime.layer import MoELayer
-from ramp_moe.runtime.layer_factory import Plan, usable_kernels
+from ramp_moe.runtime.layer_factory import LayerPlan, usable_kernels
 from ramp_moe.runtime.plan_report import left, plan_rows, table
 from vllm.config import get_current_vllm_config_or_none
 from vllm.distributed.parallel_state import get_tp_group, model_parallel_is_initialized
@@ -105,7 +105,7 @@ def _group() -> Any:
     return None if group is None or group.world_size == 1 else group
 
 
-def calibrate(plan: Plan, layer: LoadedLayer, say: Callable[[str], None]) -> Calibrated | None:
+def calibrate(plan: LayerPlan, layer: LoadedLayer, say: Callable[[str], None]) -> Calibrated | None:
     """The shape's plan by what is measured on the layer; None if nothing is to be, or can be, measured. Raises
     KernelError if every candidate failed."""
     shape = layer.weights.shape(layer.top_k)

@@ -12,7 +12,7 @@ from typing import Any
 
 from ramp_moe.plugin import KernelError, MoEShape, MoEWeights
 from ramp_moe.runtime.calibrated_plan import Calibrated
-from ramp_moe.runtime.layer_factory import Builder, Plan
+from ramp_moe.runtime.layer_factory import Builder, LayerPlan
 from vllm.model_executor.layers.fused_moe.experts.triton_moe import TritonExperts
 from vllm.model_executor.layers.fused_moe.oracle.fp8 import Fp8MoeBackend
 from vllm.model_executor.layers.fused_moe.oracle.unquantized import UnquantizedMoeBackend
@@ -37,7 +37,7 @@ def leave(reason: str) -> None:
     say("leaves experts to vLLM", reason)
 
 
-def _calibrated(layer: calibrate.LoadedLayer, plan: Plan) -> Plan:
+def _calibrated(layer: calibrate.LoadedLayer, plan: LayerPlan) -> LayerPlan:
     found = _plans[layer.weights.shape(layer.top_k)] = calibrate.calibrate(plan, layer, _say)
     return plan if found is None else found.plan
 
@@ -89,10 +89,10 @@ class _Dispatched:
         try:
             if reason := self._misfit(layer):
                 raise KernelError(reason)
-            ranks = self.moe.num_experts // self.moe.num_local_experts
-            given = calibrate.layer_of(layer, self.moe, _weights(layer, self.moe), ranks, local_ids(layer))
+            ep_size = self.moe.num_experts // self.moe.num_local_experts
+            given = calibrate.layer_of(layer, self.moe, _weights(layer, self.moe), ep_size, local_ids(layer))
             shape = given.weights.shape(given.top_k)
-            made = _builder.layer(given.weights, given.top_k, ranks, partial(_calibrated, given))
+            made = _builder.layer(given.weights, given.top_k, ep_size, partial(_calibrated, given))
             made.read_back_us = math.inf  # the host would wait for the device, in every layer
             found = Parameters(layer, made, parameters_of(layer))
         except Exception as e:  # whatever a kernel raises: vLLM's experts can have the weights
