@@ -18,7 +18,7 @@ from ..registry.registry import get_registry
 from ..spec.hardware import Hardware
 from ..spec.launchable import LaunchableKernel, MoEWeights, Workspace
 from ..spec.shapes import MoEShape
-from .layer import MoELayer
+from .layer import LayerRuntime
 
 if TYPE_CHECKING:
     import torch
@@ -41,7 +41,7 @@ class LayerPlan:
 
 
 class Builder:
-    """Makes layers of weights. device: name of the hardware, or `auto`. copies: see `MoELayer`. What a person should
+    """Makes layers of weights. device: name of the hardware, or `auto`. copies: see `LayerRuntime`. What a person should
     know of them gathers in `notes`.
 
     Raises HardwareError for weights on a device that nothing runs on, UnknownNameError for a device that nobody
@@ -56,8 +56,8 @@ class Builder:
 
     def layer(
         self, weights: MoEWeights, top_k: int, ep_size: int = 1, refine: Callable[[LayerPlan], LayerPlan] | None = None
-    ) -> MoELayer:
-        """A layer of the weights, which are used as they are where a kernel reads them so. ep_size: see `MoELayer`.
+    ) -> LayerRuntime:
+        """A layer of the weights, which are used as they are where a kernel reads them so. ep_size: see `LayerRuntime`.
         refine: makes another plan of a shape's, before its first layer is made."""
         shape, device = weights.shape(top_k), weights.gate_up.device
         plan = self._plans.get((shape, device))
@@ -66,7 +66,7 @@ class Builder:
             plan = self._plan(shape, self._hardware(device))
             plan = plan if refine is None else refine(plan)
         wait = READ_BACK_US if device.type == "cuda" else 0.0
-        found = MoELayer(
+        found = LayerRuntime(
             weights,
             top_k,
             plan.hardware,
@@ -120,7 +120,7 @@ class Builder:
         known = {c.kernel for c in model.candidates}
         return LayerPlan(hardware, [k for k in usable if k.name in known], model)
 
-    def _shared(self, plan: LayerPlan, first: MoELayer) -> LayerPlan:
+    def _shared(self, plan: LayerPlan, first: LayerRuntime) -> LayerPlan:
         """What the first layer of a shape made of its plan, for the others: nothing is decided twice, and a model that
         needs no further restriction is one object, which shares what is derived from it."""
         self.notes += [f"{kernel} left out: {reason}" for kernel, reason in first.dropped.items()]

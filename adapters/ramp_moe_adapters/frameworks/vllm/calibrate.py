@@ -23,7 +23,7 @@ from ramp_moe.runtime.calibrated_plan import Calibrated, CalibrationRecord
 from ramp_moe.runtime.calibration import Calibration, Search, Timer, spread
 from ramp_moe.runtime.calibration_seconds import VARIABLE, seconds
 from ramp_moe.runtime.graph_timer import GraphTimer
-from ramp_moe.runtime.layer import MoELayer
+from ramp_moe.runtime.layer import LayerRuntime
 from ramp_moe.runtime.layer_factory import LayerPlan, usable_kernels
 from ramp_moe.runtime.plan_report import left, plan_rows, table
 from vllm.config import get_current_vllm_config_or_none
@@ -215,7 +215,7 @@ def elsewhere(run: Callable[[], CalibrationRecord]) -> CalibrationRecord:
 
 def _gpu_timer(layer: LoadedLayer, kernels: Sequence[LaunchableKernel], hardware: Hardware) -> Timer:
     """Times a layer of all kernels, beside vLLM's experts, on the loaded weights."""
-    ours = MoELayer(layer.weights, layer.top_k, hardware, kernels, copies=3)
+    ours = LayerRuntime(layer.weights, layer.top_k, hardware, kernels, copies=3)
     stock, moe, module = Stock(layer.moe, layer.weights), layer.moe, layer.module
     spaces = functools.lru_cache(maxsize=1)(lambda n: stock.workspaces(n, layer.top_k, module.activation, moe.in_dtype))
 

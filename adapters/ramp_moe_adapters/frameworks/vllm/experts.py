@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from ramp_moe.plugin import KernelError, MoEWeights
 from ramp_moe.runtime.calibrated_plan import Calibrated
-from ramp_moe.runtime.layer import MoELayer
+from ramp_moe.runtime.layer import LayerRuntime
 from vllm.logger import init_logger
 from vllm.model_executor.layers.fused_moe.activation import MoEActivation
 from vllm.model_executor.layers.fused_moe.modular_kernel import FusedMoEActivationFormat, FusedMoEExpertsModular
@@ -58,7 +58,7 @@ class RampExperts(FusedMoEExpertsModular):  # type: ignore[misc]
     """This rank's experts of one layer. The modular kernel gives them hidden states that are not quantised; they return
     the weighted sum over each token's experts of this rank."""
 
-    layer: MoELayer
+    layer: LayerRuntime
     """The layer of the loaded weights; from `take` on."""
     local_ids: Tensor | None = None
     """int32 `[global experts + 1]` with expert parallelism: the id on this rank, or -1 for experts of other ranks. The

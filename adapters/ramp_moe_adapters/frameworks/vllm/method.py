@@ -55,7 +55,7 @@ def _say(line: str) -> None:
 
 
 class _Dispatched:
-    """Mixin for vLLM's methods: the experts are a MoELayer, if one can be made of the loaded weights."""
+    """Mixin for vLLM's methods: the experts are a LayerRuntime, if one can be made of the loaded weights."""
 
     backend: str
     """Attribute with the backend of vLLM that weights are converted for."""

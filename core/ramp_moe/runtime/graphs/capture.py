@@ -99,7 +99,7 @@ class GraphDispatch:
     """Plans, and captures, one layer's dispatch in CUDA graphs.
 
     mode: one of MODES; where None, by batch size the one with the least expected time that this machine has. fixed:
-    kernels that mode "nodes" leaves out (see `LaunchableKernel.switchable`). ep_size: see `MoELayer`. Raises
+    kernels that mode "nodes" leaves out (see `LaunchableKernel.switchable`). ep_size: see `LayerRuntime`. Raises
     KernelError for a mode that cannot be had.
     """
 
