@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, cast
@@ -56,10 +56,17 @@ class Builder:
         self._plans: dict[tuple[MoEShape, torch.device], LayerPlan] = {}
         self._workspaces: dict[torch.device, Workspace] = {}
 
-    def layer(self, weights: MoEWeights, top_k: int, ep_size: int | None = None) -> LayerRuntime:
+    def layer(
+        self,
+        weights: MoEWeights,
+        top_k: int,
+        ep_size: int | None = None,
+        refine: Callable[[LayerPlan], LayerPlan] | None = None,
+    ) -> LayerRuntime:
         """Make a layer of the weights, which are not copied if a kernel reads them as they are.
 
         ep_size: that of the options if None.
+        refine: makes another plan from a shape's, before its first layer is made.
         """
         options = self.options
         shape, device = weights.shape(top_k), weights.gate_up.device
@@ -67,6 +74,7 @@ class Builder:
         first = plan is None
         if plan is None:
             plan = self._plan(shape, self._hardware(device))
+            plan = plan if refine is None else refine(plan)
         wait = options.host_sync_us
         if wait is None:
             wait = HOST_SYNC_US if device.type == "cuda" else 0.0
@@ -110,10 +118,7 @@ class Builder:
         """The kernels that run here, of those asked for, and what is recorded of them."""
         registry = copy.copy(get_registry())
         kernels = self._asked_for(registry)
-        usable = [k for k in kernels if not (k.unsupported(shape, hardware) or k.unavailable())]
-        if not usable:
-            reasons = "; ".join(f"{k.name}: {k.unsupported(shape, hardware) or k.unavailable()}" for k in kernels)
-            raise KernelError(f"no kernel can compute {shape.slug} on {hardware.name} ({reasons or 'none was named'})")
+        usable = usable_kernels(shape, hardware, kernels)
         if self.options.cost_model is not None:
             return self._known(hardware, usable, self.options.cost_model)
         registry.kernels = {k.name: k for k in usable}
@@ -177,6 +182,22 @@ class Builder:
             f"copies={copies + 1} would hold the weights in {' and '.join(then.layouts)}, "
             f"{(then.bytes - now.bytes) / 2**20:,.0f} MiB more a layer, for a predicted gain of {gain:.1%}"
         )
+
+
+def usable_kernels(
+    shape: MoEShape, hardware: Hardware, kernels: Sequence[LaunchableKernel] | None = None
+) -> list[LaunchableKernel]:
+    """Those of the kernels that compute the shape here; of all registered ones if None.
+
+    Raises KernelError with the reasons if there is none.
+    """
+    if kernels is None:
+        kernels = [k for k in get_registry().kernels.values() if isinstance(k, LaunchableKernel)]
+    usable = [k for k in kernels if not (k.unsupported(shape, hardware) or k.unavailable())]
+    if not usable:
+        reasons = "; ".join(f"{k.name}: {k.unsupported(shape, hardware) or k.unavailable()}" for k in kernels)
+        raise KernelError(f"no kernel can compute {shape.slug} on {hardware.name} ({reasons or 'none was named'})")
+    return usable
 
 
 def named(shape: MoEShape) -> MoEShape:
