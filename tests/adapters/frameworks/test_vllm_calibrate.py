@@ -71,6 +71,7 @@ def times(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Callable[[Callable
         monkeypatch.setattr(method, "_plans", {})
         monkeypatch.setattr(method, "_reported", set())
         monkeypatch.setitem(calibrate.TIMERS, DEVICE, lambda *_: made)
+        monkeypatch.setattr(calibrate, "warm", lambda layer, candidates, *_: {})
         return made
 
     return start
@@ -201,6 +202,26 @@ def test_what_fails_is_named_and_the_rest_computes(times: Any, said: list[str]) 
     (name,) = failing
     assert any(f"left out: {name}: RuntimeError: planted" in line for line in said)
     assert error(run(routed, b), expected(of, b, quantise=False)) < 2e-2
+
+
+def test_all_that_may_be_chosen_is_compiled_before(
+    times: Any, monkeypatch: pytest.MonkeyPatch, said: list[str]
+) -> None:
+    """Once for a shape, for batches up to the largest; what raises is dropped."""
+    from ramp_moe_adapters.frameworks.vllm import calibrate
+
+    timer, warmed = times(lambda name, n: 20.0 if name == ENGINE else 10.0 + len(name)), list[Any]()
+
+    def warm(layer: Any, candidates: Any, most: int, dtype: Any) -> dict[str, str]:
+        warmed.append(({c.name for c in candidates}, most, dtype))
+        return {min(warmed[0][0]): "planted"}
+
+    monkeypatch.setattr(calibrate, "warm", warm)
+    layers = [experts_of(layer(), TOP_K, dtype=HALF, **SIZES) for _ in range(2)]
+    assert warmed == [({name for name, _ in timer.asked if name != ENGINE}, 64, HALF)]
+    name = min(warmed[0][0])
+    assert experts(layers[0]).layer.dropped[name] == "planted"
+    assert f"ramp_moe: left out: {name}: planted" in said
 
 
 def test_if_everything_fails_vllm_has_the_layer(times: Any, said: list[str]) -> None:

@@ -73,6 +73,7 @@ def kernel(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> s
         )
         monkeypatch.setattr(vllm_method, "_plans", {})
         monkeypatch.setattr(vllm_method, "_report", lambda *_: None)
+        monkeypatch.setattr(vllm_method.calibrate, "compile_all", lambda *_: None)
         if DEVICE == "cpu":
             monkeypatch.setattr(Stock, "run", own)
     return str(request.param)

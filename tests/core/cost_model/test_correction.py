@@ -95,5 +95,5 @@ def test_triton_chooses_with_the_factors(h200: Hardware) -> None:
         table = CostTable.of(model.corrected(corrections).at(64), list(range(len(model.candidates))))
         selector = TritonSelector(table, SHAPE.num_experts, torch.device(device))
         ids = torch.tensor(generate(KINDS[0], 64, SHAPE.num_experts, SHAPE.top_k), dtype=torch.int32, device=device)
-        selector(ids, None)
+        selector.launch(ids)
         assert selector.choice.item() == i

@@ -26,6 +26,7 @@ from ramp_moe.runtime.graph_timer import GraphTimer
 from ramp_moe.runtime.layer import LayerRuntime
 from ramp_moe.runtime.layer_factory import LayerPlan, usable_kernels
 from ramp_moe.runtime.plan_report import left, plan_rows, table
+from ramp_moe.runtime.warm import warm
 from vllm.config import get_current_vllm_config_or_none
 from vllm.distributed.parallel_state import get_tp_group, model_parallel_is_initialized
 
@@ -159,6 +160,17 @@ def calibrate(plan: LayerPlan, layer: LoadedLayer, say: Callable[[str], None]) -
         say(f"no time was left to measure {shape.slug}: what is predicted stands ({VARIABLE})")
         return None
     return calibrated_plan.calibrated(done, plan, kernels, LAYOUT)
+
+
+def compile_all(made: Calibrated, layer: LoadedLayer, runtime: LayerRuntime, say: Callable[[str], None]) -> None:
+    """Compile what eager batches of any size can need, by launching what may be chosen. What raises is dropped."""
+    assert made.plan.model is not None
+    if layer.weights.gate_up.device.type not in TIMERS:
+        return
+    candidates = {c.name: c for c in made.plan.model.candidates}
+    for name, reason in warm(runtime, candidates.values(), layer.most, layer.moe.in_dtype).items():
+        say(f"left out: {name}: {reason}")
+        runtime.drop(candidates[name], reason)
 
 
 def report(made: Calibrated, layer: LoadedLayer, graphs: Any, say: Callable[[str], None]) -> None:

@@ -94,12 +94,14 @@ class _Dispatched:
             shape = given.weights.shape(given.top_k)
             made = _builder.layer(given.weights, given.top_k, ep_size, partial(_calibrated, given))
             made.host_sync_us = math.inf  # the host would wait for the device, in every layer
+            self.calibrated = _plans.get(shape)
+            if self.calibrated is not None and shape not in _reported:
+                calibrate.compile_all(self.calibrated, given, made, _say)
             found = Parameters(layer, made, parameters_of(layer))
         except Exception as e:  # whatever a kernel raises: vLLM's experts can have the weights
             calibrate.agree(calibrate.group_key(self.moe), lambda: None)
             leave(why(e))
             return None
-        self.calibrated = _plans.get(shape)
         for note in _builder.notes[said:]:  # what was not profiled matters less once it was measured here
             (logger.warning if self.calibrated is None else logger.info)("ramp_moe: %s", note)
         kernels, layouts = ", ".join(made.configs()), " and ".join(made.layouts)
