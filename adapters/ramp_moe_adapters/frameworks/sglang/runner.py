@@ -37,6 +37,7 @@ from ..engine_errors import both_failed, why
 from ..engine_weights import Parameters, place
 from ..known_fields import new_parameters
 from .checks import ACTIVATIONS, check_batch, check_layer, refusal
+from .model import CAPTURED, LOADED, Choices, captured, loaded
 
 if TYPE_CHECKING:
     from ramp_moe.runtime.layer import MoELayer
@@ -83,6 +84,8 @@ def install() -> None:
     add_moe_runner_backend_choices([NAME])
     HookRegistry.register(_RESOLVE, _resolved, HookType.AFTER)
     HookRegistry.register(_UNQUANTISED, _created, HookType.AFTER)
+    HookRegistry.register(LOADED, loaded, HookType.AFTER)
+    HookRegistry.register(CAPTURED, captured, HookType.AFTER)
 
 
 def _resolved(found: Any, *_: Any) -> Any:
@@ -103,7 +106,8 @@ def _created(_: None, method: Any, layer: Any, config: MoeRunnerConfig) -> None:
 
 
 class RampRunnerCore(DispatchMoeRunnerCore):  # type: ignore[misc]
-    """One layer's experts. Its MoELayer is made when it first runs, of the weights as SGLang has them then.
+    """One layer's experts. Its MoELayer is made of the weights as SGLang has loaded them (`make`); else when it first
+    runs, of the weights as SGLang has them then.
 
     SGLang's parameters follow that layer, so there is one copy. What SGLang loads into them later is computed with. A
     batch that fails is computed by SGLang's Triton runner.
@@ -117,6 +121,27 @@ class RampRunnerCore(DispatchMoeRunnerCore):  # type: ignore[misc]
         """Where the weights are that no layer could be made of."""
         self._failed: set[int] = set()
         """Batch sizes whose run before the capture of a graph failed."""
+        self.eager: Choices = {}
+        """What was run outside of graphs when it was warmed up."""
+
+    @property
+    def made(self) -> bool:
+        """Whether there is a layer."""
+        return self._parameters is not None
+
+    @property
+    def layer(self) -> MoELayer:
+        """That of SGLang's parameters, once it is made."""
+        assert self._parameters is not None
+        return self._parameters.layer
+
+    def make(self, info: Any, top_k: int) -> None:
+        """Make the layer of SGLang's parameters; each token visits top_k experts. If it cannot be made, SGLang's runner
+        computes it, and the log says why."""
+        try:
+            self._current(top_k, info)
+        except Exception as e:  # whatever a kernel raises; a server must not end by it
+            _say(f"{why(e)}: left to SGLang's Triton runner")
 
     @property
     def runner_backend(self) -> Backend:
@@ -135,7 +160,7 @@ class RampRunnerCore(DispatchMoeRunnerCore):  # type: ignore[misc]
             return self._by_sglang(dispatch_output, quant_info)
         try:
             check_batch(dispatch_output)
-            parameters = self._current(dispatch_output, quant_info)
+            parameters = self._current(dispatch_output.topk_output.topk_ids.shape[1], quant_info)
             if parameters is not None:
                 return StandardCombineInput(hidden_states=self._run(parameters.layer, dispatch_output))
         except Exception as e:  # whatever a kernel raises; a server must not end by it
@@ -154,9 +179,9 @@ class RampRunnerCore(DispatchMoeRunnerCore):  # type: ignore[misc]
         moved = {name: t.values() for name in TENSORS if isinstance(t := getattr(info, name, None), Placeholder)}
         return self._stock.run(given, replace(info, **moved) if moved else info)
 
-    def _current(self, given: Any, info: TritonMoeQuantInfo) -> Parameters | None:
-        """The layer of SGLang's parameters of now; None if it was refused before. Raises RampMoEError with the reason
-        if it is refused now."""
+    def _current(self, top_k: int, info: TritonMoeQuantInfo) -> Parameters | None:
+        """The layer of SGLang's parameters of now, None if it was refused before; each token visits top_k experts.
+        Raises RampMoEError with the reason if it is refused now."""
         tensors = {field: t for name, field in TENSORS.items() if (t := getattr(info, name)) is not None}
         if self._parameters is not None:
             self._parameters.meet(tensors)
@@ -169,7 +194,7 @@ class RampRunnerCore(DispatchMoeRunnerCore):  # type: ignore[misc]
             check_layer(self.config, info)
             detached = {field: t.detach() for field, t in tensors.items()}
             weights = MoEWeights(**detached, activation=ACTIVATIONS[self.config.activation])
-            layer = _layer(weights, given.topk_output.topk_ids.shape[1], _ranks(self.config))
+            layer = _layer(weights, top_k, _ranks(self.config))
             self._parameters = Parameters(self, layer, tensors)
         return self._parameters
 
