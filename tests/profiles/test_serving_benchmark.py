@@ -75,7 +75,7 @@ def bench(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
     monkeypatch.setenv("PYTHONPATH", "")
     measure = importlib.import_module("measure")
     measure.find_device = measure.device
-    monkeypatch.setattr(measure, "device", lambda: "pretended")
+    monkeypatch.setattr(measure, "device", lambda: ("pretended", 140.0))
     yield measure
     for name in own & sys.modules.keys():
         del sys.modules[name]
@@ -130,6 +130,22 @@ def test_the_floor(tmp_path: Path) -> None:
     tables = pages.load(FOLDER / "tables.py").tables(tmp_path)
     assert "| vllm | m | bf16 | 0 | 8 | 4.0 | 3.000 | 2.000 | 1.50x | 1.50x | 0.502 | 0.40 |" in tables["decode"]()
     assert tables["accuracy"]() == pages.UNMEASURED
+
+
+def test_engines_that_do_not_fit_the_gpu(bench: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Qwen3-30B's experts have 29 G parameters: 2 engines in bf16 fit 140 GiB, one in float32 beside them does not."""
+    output = tmp_path / "x.json"
+    command = ["--engine", "vllm", "--model", "qwen3-30b-a3b", "--dtype", "bf16", "--output", str(output)]
+    assert bench.main([*command, "--parts", "accuracy,mixed", "--repeats", "1"]) == 0
+    found = json.loads(output.read_text())
+    assert found["left_out"] == [
+        "accuracy: its float32 engine needs about 111 GiB more; run it alone, with fewer --layers"
+    ]
+    assert len(found["mixed"]) == 2
+    with pytest.raises(
+        SystemExit, match="stock, plugin, triton need about 180 GiB, and 140 GiB of GPU memory are free"
+    ):
+        bench.main([*command, "--variants", "stock,plugin,triton"])
 
 
 def test_what_no_time_is_left_for(bench: Any, tmp_path: Path) -> None:
@@ -201,7 +217,7 @@ def test_models_have_the_shapes_experts(model: str, dtype: str, bench: Any, tmp_
 def test_variants(bench: Any) -> None:
     """One that an engine calls a backend is asked for by its option; the others differ by variables alone."""
     variants = importlib.import_module("variants")
-    served = variants.Served("model", "plain", "fp8", 1000, 10)
+    served = variants.Served("model", "plain", "fp8", 1000, 10, 1)
     of = {name: variants.variant("vllm", name, served) for name in ("stock", "plugin", "deep_gemm", "float32")}
     assert of["stock"].arguments == of["plugin"].arguments
     assert of["stock"].variables["RAMP_MOE_VLLM"] == "0"

@@ -65,7 +65,7 @@ def plans() -> dict[str, Any]:
         from ramp_moe.runtime.layer import MoELayer
     except ImportError:
         return {}
-    layers = [found for found in gc.get_objects() if isinstance(found, MoELayer)]
+    layers = [found for found in gc.get_objects() if issubclass(type(found), MoELayer)]  # proxies may be dead
     if not layers:
         return {}
     dropped = {name: reason for layer in layers for name, reason in layer.dropped.items()}

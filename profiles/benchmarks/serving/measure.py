@@ -39,6 +39,9 @@ HERE = Path(__file__).parent
 TOKENS = MAX_BATCH * 256
 """Tokens whose keys and values an engine keeps: the largest batch of decode, with some to spare."""
 
+SHARE = 0.9
+"""Of the free GPU memory that engines may take for experts, keys and values."""
+
 
 def numbers(text: str) -> list[int]:
     """Ascending sizes of a list with commas. Raises ArgumentTypeError."""
@@ -86,13 +89,29 @@ def check(p: argparse.ArgumentParser, options: argparse.Namespace) -> None:
         p.error(f"name variants; {parts.REFERENCE} is none, it is what accuracy compares with")
 
 
-def device() -> str:
-    """The GPU's name. Raises SystemExit without one."""
+def device() -> tuple[str, float]:
+    """The GPU's name, and GiB of its memory that are free. Raises SystemExit without one."""
     import torch
 
     if not torch.cuda.is_available():
         raise SystemExit("engines are measured on a GPU, and torch finds none here")
-    return torch.cuda.get_device_name()
+    return torch.cuda.get_device_name(), torch.cuda.mem_get_info()[0] / 2**30
+
+
+def fit(options: argparse.Namespace, served: Served, free: float) -> str | None:
+    """Whether the variants fit into the GPU together. Returns why accuracy is left out, None if it is not; ends with a
+    message if they do not fit even so."""
+    needed = sum(served.gib(name) for name in options.variants)
+    if needed > free * SHARE:
+        raise SystemExit(
+            f"{', '.join(options.variants)} need about {needed:.0f} GiB, and {free:.0f} GiB of GPU memory are free: "
+            "name fewer variants, or fewer --layers"
+        )
+    reference = served.gib(parts.REFERENCE)
+    if "accuracy" not in options.parts or needed + reference <= free * SHARE:
+        return None
+    options.parts.remove("accuracy")
+    return f"its float32 engine needs about {reference:.0f} GiB more; run it alone, with fewer --layers"
 
 
 def versions(engine: str) -> dict[str, str]:
@@ -112,7 +131,9 @@ def serve(folder: Path, shape: MoEShape, layers: int | None) -> tuple[Served, di
     for name, of in (("model", found), ("plain", plain)):
         served_models.write(folder / name, of)
     token_bytes = served_models.cache_bytes_per_token(found)
-    return Served(str(folder / "model"), str(folder / "plain"), shape.dtype, TOKENS, token_bytes), found
+    an_expert = 3 * shape.hidden_size * shape.intermediate_size
+    parameters = an_expert * shape.num_experts * found["num_hidden_layers"]
+    return Served(str(folder / "model"), str(folder / "plain"), shape.dtype, TOKENS, token_bytes, parameters), found
 
 
 def environment(engine: str, folder: Path) -> dict[str, str]:
@@ -136,10 +157,11 @@ def main(arguments: Sequence[str]) -> int:
         shape = get_registry().shape(options.model, options.dtype)
     except RampMoEError as e:
         p.error(str(e))
-    gpu = device()
+    gpu, free = device()
     with tempfile.TemporaryDirectory(prefix="serving-") as temporary:
         folder = Path(temporary)
         served, config = serve(folder, shape, options.layers)
+        too_large = fit(options, served, free)
         logs = options.logs or folder / "logs"
         logs.mkdir(parents=True, exist_ok=True)
         run = Run(options.engine, served, environment(options.engine, folder), logs, options.output, options.seconds)
@@ -154,6 +176,8 @@ def main(arguments: Sequence[str]) -> int:
             "vocabulary": config["vocab_size"],
             "repeats": options.repeats,
         }
+        if too_large:
+            run.leave_out("accuracy", too_large)
         try:
             parts.measure(run, options)
         finally:

@@ -8,6 +8,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from ramp_moe.spec.shapes import DTYPE_BYTES
+
 ENGINES = ("vllm", "sglang")
 STOCK, PLUGIN, WITHOUT_EXPERTS = "stock", "plugin", "without_experts"
 REFERENCE = "float32"
@@ -16,7 +18,7 @@ MAX_BATCH = 256
 MAX_BATCHED_TOKENS = 8192
 MAX_LENGTH = 9216
 GRAPH_SIZES = (1, 2, 4, 8, 16, 32, 64, 128, 256)
-REFERENCE_TOKENS = 8192
+REFERENCE_TOKENS = 16384
 
 
 @dataclass(frozen=True)
@@ -31,14 +33,21 @@ class Variant:
 
 @dataclass(frozen=True)
 class Served:
-    """A model in a folder, and how many tokens' keys and values an engine keeps, which take `token_bytes` each. In
-    `plain` is the same without its quantisation."""
+    """A model in a folder, how many parameters its experts have, and how many tokens' keys and values an engine keeps,
+    which take `token_bytes` each. In `plain` is the same without its quantisation."""
 
     folder: str
     plain: str
     dtype: str
     tokens: int
     token_bytes: int
+    expert_parameters: int
+
+    def gib(self, name: str) -> float:
+        """About the GPU memory of a variant: experts, and keys and values."""
+        if name == REFERENCE:
+            return (4 * self.expert_parameters + 2 * REFERENCE_TOKENS * self.token_bytes) / 2**30
+        return (DTYPE_BYTES[self.dtype] * self.expert_parameters + self.tokens * self.token_bytes) / 2**30
 
 
 def variant(engine: str, name: str, served: Served) -> Variant:
