@@ -146,7 +146,7 @@ def test_the_table(builder: Builder, caplog: pytest.LogCaptureFixture) -> None:
     assert [line.removeprefix("ramp_moe: ") for line in caplog.messages][-5:] == [
         f"{layer.shape.title}, 2 of 2 layers",
         "  in graphs, 1 to 8 tokens: single, cute/a",
-        "  in graphs, 16 to 16 tokens: nodes, cute/a, first of 2",
+        "  in graphs, 16 tokens: nodes, cute/a, first of 2",
         "  1 to 2 tokens: eager, triton/c",
         "  dropped alpha_moe: it is not installed",
     ]

@@ -116,7 +116,8 @@ def _lines(choices: Mapping[int, tuple[str, str, int]]) -> Iterator[str]:
     for (mode, name, bodies), group in itertools.groupby(choices, key=lambda n: choices[n]):
         of = list(group)
         several = f", first of {bodies}" if bodies > 1 else ""
-        yield f"{of[0]} to {of[-1]} tokens: {mode}, {name}{several}"
+        tokens = f"{of[0]} to {of[-1]}" if len(of) > 1 else f"{of[0]}"
+        yield f"{tokens} tokens: {mode}, {name}{several}"
 
 
 def _cores(model: torch.nn.Module) -> Iterator[tuple[Any, RampRunnerCore]]:
