@@ -52,7 +52,7 @@ def core(runner: Any, layer: int = 0) -> Any:
 
 
 def test_sglang_calls_both_hooks() -> None:
-    plugin.install()
+    whole.install()
     HookRegistry.apply_hooks()
     for target in (whole.LOADED, whole.CAPTURED):
         assert target in HookRegistry._patched, "SGLang has no such method"

@@ -2,7 +2,7 @@
 be fastest for its batch, in CUDA graphs by the device's choice at every replay.
 
 SGLang loads `register` through the entry-point group `sglang.srt.plugins`, in every process. What needs SGLang itself
-is in `runner.py` beside this.
+is in `model.py` and `runner.py` beside this.
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ def register() -> None:
         _logger.warning("ramp_moe is no backend of %s: %s", f"sglang {version}".strip(), refusal)
         return
     try:
-        from .runner import install
+        from .model import install
 
         install()
     except Exception as e:  # a plugin that raises ends the server

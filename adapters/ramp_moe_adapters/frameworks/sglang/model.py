@@ -11,23 +11,29 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from ramp_moe.plugin import Batch
+from sglang.srt.plugins.hook_registry import HookRegistry, HookType
 from sglang.srt.runtime_context import get_schedule
 
 from ..engine_errors import why
+from . import runner as backend
+from .runner import Choices, RampRunnerCore
 
 if TYPE_CHECKING:
     from ramp_moe.runtime.layer import MoELayer
     from ramp_moe.spec.shapes import MoEShape
-
-    from .runner import RampRunnerCore
 
 LOADED = "sglang.srt.model_executor.model_runner.ModelRunner.load_model"
 CAPTURED = "sglang.srt.model_executor.model_runner.ModelRunner.init_cuda_graphs"
 EAGER = "eager"
 _logger = logging.getLogger("ramp_moe")
 
-Choices = dict[int, tuple[str, str, int]]
-"""By batch size how a layer dispatches, the (first) candidate, and how many there are."""
+
+def install() -> None:
+    """Make `ramp_moe` a choice of `--moe-runner-backend`, whose layers are made when a model is loaded. Again, it does
+    nothing. Raises KernelError as `runner.install` does."""
+    if backend.install():
+        HookRegistry.register(LOADED, loaded, HookType.AFTER)
+        HookRegistry.register(CAPTURED, captured, HookType.AFTER)
 
 
 def loaded(_: None, runner: Any, *args: Any, **options: Any) -> None:
@@ -122,8 +128,6 @@ def _lines(choices: Mapping[int, tuple[str, str, int]]) -> Iterator[str]:
 
 def _cores(model: torch.nn.Module) -> Iterator[tuple[Any, RampRunnerCore]]:
     """Modules whose runner is ramp_moe's, each with that."""
-    from .runner import RampRunnerCore
-
     for module in model.modules():
         core = getattr(getattr(getattr(module, "quant_method", None), "runner", None), "runner_core", None)
         if isinstance(core, RampRunnerCore):

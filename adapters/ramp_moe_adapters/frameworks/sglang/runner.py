@@ -37,7 +37,6 @@ from ..engine_errors import both_failed, why
 from ..engine_weights import Parameters, place
 from ..known_fields import new_parameters
 from .checks import ACTIVATIONS, check_batch, check_layer, refusal
-from .model import CAPTURED, LOADED, Choices, captured, loaded
 
 if TYPE_CHECKING:
     from ramp_moe.runtime.layer import MoELayer
@@ -56,6 +55,8 @@ TENSORS = {
 _RESOLVE = "sglang.srt.layers.moe.utils.resolve_moe_runner_backend"
 _UNQUANTISED = "sglang.srt.layers.quantization.unquant.UnquantizedFusedMoEMethod.create_moe_runner"
 _logger = logging.getLogger("ramp_moe")
+Choices = dict[int, tuple[str, str, int]]
+"""By batch size how a layer dispatches, the (first) candidate, and how many there are."""
 _builder = Builder()
 """Of all layers of the process: they share profiles and workspaces."""
 _said: set[str] = set()
@@ -72,11 +73,11 @@ class Backend(RegisteredMoeRunnerBackend):  # type: ignore[misc]
 BACKEND = Backend(NAME)
 
 
-def install() -> None:
-    """Make `ramp_moe` a choice of `--moe-runner-backend`. Again, it does nothing. Raises KernelError if this version
-    calls its runners in another way."""
+def install() -> bool:
+    """Make `ramp_moe` a choice of `--moe-runner-backend`. Returns False if it is one already. Raises KernelError if
+    this version calls its runners in another way."""
     if NAME in MOE_RUNNER_BACKEND_CHOICES:
-        return
+        return False
     known = inspect.signature(RampRunnerCore.run_from_dispatch).parameters
     if names := new_parameters(DispatchMoeRunnerCore.run_from_dispatch, known):
         raise KernelError(f"its runners are called with other arguments ({', '.join(names)})")
@@ -84,8 +85,7 @@ def install() -> None:
     add_moe_runner_backend_choices([NAME])
     HookRegistry.register(_RESOLVE, _resolved, HookType.AFTER)
     HookRegistry.register(_UNQUANTISED, _created, HookType.AFTER)
-    HookRegistry.register(LOADED, loaded, HookType.AFTER)
-    HookRegistry.register(CAPTURED, captured, HookType.AFTER)
+    return True
 
 
 def _resolved(found: Any, *_: Any) -> Any:
