@@ -155,7 +155,7 @@ class Measurement:
         ours = [
             contender
             for c, contender in self.cute.items()
-            if c.combine == "bf16" and c.block <= most and (c.split_k == 1 or tokens <= SPLIT_TOKENS)
+            if c.combine == "bf16" and c.block_m <= most and (c.split_k == 1 or tokens <= SPLIT_TOKENS)
         ]
         results: dict[str, dict[str, tuple[float, float]]] = {}
         finalists: list[tuple[str, Contender]] = []

@@ -23,8 +23,8 @@ from ramp_moe import MoEShape, get_registry
 from ramp_moe.profiler.bench import random_weights
 from ramp_moe.spec.launchable import Batch, Workspace
 from ramp_moe_adapters.kernels.deep_gemm.kernel import DeepGEMM
-from ramp_moe_adapters.kernels.deep_gemm.launch import Prepared, gemm, launch
-from ramp_moe_kernels.permute.permute import dispatch
+from ramp_moe_adapters.kernels.deep_gemm.launch import PreparedDeepGEMM, gemm, launch
+from ramp_moe_kernels.permute.permute import permute
 from ramp_moe_kernels.permute.unpermute import activate
 
 MODELS = ("olmoe-1b-7b", "qwen3-30b-a3b", "deepseek-v3-tp8", "mixtral-8x7b-tp4")
@@ -52,7 +52,7 @@ def graph_us(launch_once: Callable[[], None]) -> float:
     return statistics.median(times)
 
 
-def measure(kernel: DeepGEMM, prepared: Prepared, shape: MoEShape, tokens: int) -> dict[str, Any]:
+def measure(kernel: DeepGEMM, prepared: PreparedDeepGEMM, shape: MoEShape, tokens: int) -> dict[str, Any]:
     config = kernel.default_config(shape, get_registry().device("h200"), tokens)
     params: dict[str, Any] = dict(config.params)
     ids = torch.multinomial(torch.ones(tokens, shape.num_experts), shape.top_k).int().cuda()
@@ -62,7 +62,7 @@ def measure(kernel: DeepGEMM, prepared: Prepared, shape: MoEShape, tokens: int) 
     whole = graph_us(lambda: launch(config, prepared, batch, out, workspace))
 
     w = prepared.weights
-    rows = dispatch(x, ids, shape.num_experts, params["block_m"], True, workspace)
+    rows = permute(x, ids, shape.num_experts, params["block_m"], True, workspace)
     gate_up = torch.empty(len(rows.values), 2 * shape.intermediate_size, device="cuda", dtype=x.dtype).normal_()
     values = torch.empty(len(rows.values), shape.hidden_size, device="cuda", dtype=x.dtype)
     act, scale = activate(gate_up, None, ids, rows, True, w.layout, w.activation, w.limit, workspace)

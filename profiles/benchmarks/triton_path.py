@@ -103,7 +103,7 @@ class Stages:
         if not direct:
             plan = allocate(n, experts, block, DEVICE)
             schedule(batch.topk_ids, experts, block, plan, quantise=quantise)
-            self.tiling = ops.Tiling(plan.slots, plan.expert_of_tile, (plan.expert_of_tile.numel(),))
+            self.tiling = ops.Tiling(plan.sorted_token_ids, plan.expert_ids, (plan.expert_ids.numel(),))
         self.act = torch.randn(n, inter, device=DEVICE).to(batch.hidden_states.dtype)
         self.act_fp8 = self.act.to(torch.float8_e4m3fn) if self.fp8 else None
         self.act_scale = torch.rand(n, inter // 128, device=DEVICE) if self.fp8 else None
@@ -140,7 +140,7 @@ def blocks(tokens: int, shape: MoEShape) -> tuple[int, ...]:
 
 
 def worth(c: GemmConfig, shape: MoEShape) -> bool:
-    return c.stages in (3, 4) and not (shape.dtype != "fp8" and c.step == 128 and c.stages > 3)
+    return c.stages in (3, 4) and not (shape.dtype != "fp8" and c.block_k == 128 and c.stages > 3)
 
 
 def plausible(c: GemmConfig, tokens: int, shape: MoEShape) -> bool:
@@ -163,7 +163,7 @@ def candidates(weights: MoEWeights, batch: Batch, shape: MoEShape) -> Iterator[t
     for block, direct in variants:
         stages = Stages(weights, batch, block, direct)
         wanted = [
-            [c for c in space(gemm, shape, HARDWARE) if c.block == block and plausible(c, batch.num_tokens, shape)]
+            [c for c in space(gemm, shape, HARDWARE) if c.block_m == block and plausible(c, batch.num_tokens, shape)]
             for gemm in ("up", "down")
         ]
         ups = [(us, c) for c in wanted[0] if (us := tried(partial(stages.up, c)))]
@@ -202,8 +202,8 @@ def compile_share(work: tuple[int, int, str]) -> None:
     batch = Batch(torch.randn(8, 2048, device=DEVICE, dtype=torch.bfloat16), ids, torch.rand(8, 2, device=DEVICE))
     jobs = [(g, c) for g in ("up", "down") for c in space(g, shape, HARDWARE) if worth(c, shape)]
     for gemm, c in jobs[first::n]:
-        for direct in (False, True) if c.block == 16 else (False,):
-            stages = Stages(weights, batch, c.block, direct)
+        for direct in (False, True) if c.block_m == 16 else (False,):
+            stages = Stages(weights, batch, c.block_m, direct)
             if gemm == "up":
                 tried(partial(stages.up, c))
             else:

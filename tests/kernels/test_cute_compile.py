@@ -66,7 +66,7 @@ def test_what_was_compiled(built: Built) -> None:
     assert re.fullmatch(r"spills: \d+ bytes of local memory a thread, at \d+ registers", built.dropped[SPILLS.name])
     assert 0 < built.bytes < len(WHOLE) * 150_000
     cache = Cache(built.folder)
-    found = {c.block: entry.usage for c in WHOLE if (entry := cache.look_up(c))}
+    found = {c.block_m: entry.usage for c in WHOLE if (entry := cache.look_up(c))}
     assert {block: (u.registers, u.local_bytes) for block, u in found.items() if u} == {
         8: (168, 0),
         16: (168, 0),

@@ -74,13 +74,13 @@ def test_a_configuration_survives(c: Config) -> None:
     ("c", "shape", "reason"),
     [
         (replace(VALID, dtype="bf16"), SHAPE, "compiled for bf16, the weights are fp8"),
-        (replace(VALID, block=12), SHAPE, "8 to 128 by 8"),
-        (replace(VALID, block=0), SHAPE, "8 to 128 by 8"),
-        (replace(VALID, block=136), SHAPE, "8 to 128 by 8"),
+        (replace(VALID, block_m=12), SHAPE, "8 to 128 by 8"),
+        (replace(VALID, block_m=0), SHAPE, "8 to 128 by 8"),
+        (replace(VALID, block_m=136), SHAPE, "8 to 128 by 8"),
         (replace(VALID, warps=4), SHAPE, "8 warps' 32 or 4 warps' 64"),
         (replace(VALID, wide=4), SHAPE, "intermediate_size 768 is no multiple of 4 x 128"),
         (replace(VALID, wide=2), replace(SHAPE, intermediate_size=384), "384 is no multiple of 2 x 128"),
-        (replace(VALID, block=24, split_k=2), SHAPE, "split for up to 16 tokens"),
+        (replace(VALID, block_m=24, split_k=2), SHAPE, "split for up to 16 tokens"),
         (replace(VALID, wide=2, split_k=2), SHAPE, "one wide"),
         (replace(VALID, pair=True, split_k=2), SHAPE, "without a pair"),
         (replace(VALID, split_k=8), replace(SHAPE, hidden_size=768), "fewer steps of 128 than 8 splits"),
@@ -109,7 +109,7 @@ def test_launches_of_several_blocks(registry: Registry) -> None:
     for shape in (registry.shape(model, "fp8") for model in MODELS):
         for c in polymorphic(shape):
             alone = [c.of(block) for block in c.blocks]
-            assert [a.block for a in alone] == sorted({a.block for a in alone})
+            assert [a.block_m for a in alone] == sorted({a.block_m for a in alone})
             assert all(invalid(a, shape) is None and a.smaller == () for a in alone)
             assert one_of(alone[::-1]) == one_of(alone[1:3]) == c
             keys = {KERNEL.inline_key(KERNEL.describe(a, shape), shape) for a in alone}
@@ -118,14 +118,14 @@ def test_launches_of_several_blocks(registry: Registry) -> None:
         assert KERNEL.inline_key(KERNEL.describe(Config(8, 32, 8, 4, split_k=2), shape), shape) is None
 
 
-@pytest.mark.parametrize("c", [c for c in configurations(SHAPE) if c.block in (8, 64)], ids=lambda c: c.name)
+@pytest.mark.parametrize("c", [c for c in configurations(SHAPE) if c.block_m in (8, 64)], ids=lambda c: c.name)
 def test_the_grid_is_as_described(c: Config) -> None:
     """CTAs of the launch, one by one; those of a pair come in twos, of which the last may have one without work."""
     described, tiles_n = geometry(c, SHAPE), SHAPE.gate_up_rows // (UP_ROWS * c.wide)
     for tokens in (1, 3, 50, 333):
         ids = tokens * SHAPE.top_k
         histogram = expert_histogram(generate("zipf1.2", tokens, SHAPE.num_experts, SHAPE.top_k), SHAPE.num_experts)
-        used, most = sum(-(-h // c.block) for h in histogram.tolist()), described.max_m_tiles(ids, SHAPE.num_experts)
+        used, most = sum(-(-h // c.block_m) for h in histogram.tolist()), described.max_m_tiles(ids, SHAPE.num_experts)
         busy_m, grid_m = (m + m % 2 if c.pair else m for m in (used, most))
         ctas = [
             layout.tile_of(bx, by, tiles_n=tiles_n, grid_m=grid_m, split_k=c.split_k, group_m=c.group_m)
@@ -142,7 +142,7 @@ def test_the_worst_routing_fills_the_grid() -> None:
     c = Config(8, 32, 8, 3)
     for ids in (1, 7, 8, 9, 15, 16, 100):
         worst = np.array([int(e < min(ids, 8)) for e in range(8)])
-        worst[0] += max(0, ids - 8) // c.block * c.block
+        worst[0] += max(0, ids - 8) // c.block_m * c.block_m
         found = geometry(c, SHAPE)
         assert found.m_tiles(worst) == found.max_m_tiles(ids, 8)
 
@@ -203,7 +203,7 @@ def test_defaults_are_configurations(
 @pytest.mark.parametrize("model", MODELS)
 def test_defaults_grow(model: str, registry: Registry, h200: Hardware) -> None:
     blocks = [
-        _config(KERNEL.default_config(registry.shape(model, "fp8"), h200, tokens)).block
+        _config(KERNEL.default_config(registry.shape(model, "fp8"), h200, tokens)).block_m
         for tokens in (1, 16, 128, 1024, 8192, 65_536)
     ]
     assert blocks == sorted(blocks)
@@ -215,5 +215,5 @@ def test_a_reduction_is_split_for_few_tokens_alone(h200: Hardware) -> None:
     """Few weight tiles are few CTAs only as long as there are few tokens."""
     shape = MoEShape(8, 2, 2048, 512, "fp8")
     few, many = (_config(KERNEL.default_config(shape, h200, tokens)) for tokens in (4, 16_384))
-    assert (few.block, few.split_k) == (8, 4)
-    assert (many.block >= 64, many.split_k) == (True, 1)
+    assert (few.block_m, few.split_k) == (8, 4)
+    assert (many.block_m >= 64, many.split_k) == (True, 1)

@@ -183,7 +183,7 @@ def test_batches_it_refuses(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_what_is_not_listed_is_not_launched(config: Config, reason: str) -> None:
     """By the predicate that lists configurations: a grid of another shape would leave intermediates out."""
     config_of_another = KernelConfig(config.name, (), described(Config(8, 32, 8, 3)).params)
-    params = dict(config_of_another.params) | {f: getattr(config, f) for f in ("block", "warps", "wide", "split_k")}
+    params = dict(config_of_another.params) | {f: getattr(config, f) for f in ("block_m", "warps", "wide", "split_k")}
     b = given(3)
     with pytest.raises(KernelError, match=reason):
         KERNEL.launch(

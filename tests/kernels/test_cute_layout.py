@@ -205,13 +205,13 @@ def regions(c: Config) -> dict[str, tuple[int, int]]:
     element = ELEMENT[c.dtype]
     return {
         "weights": (c.stages * UP_ROWS * ROW_BYTES, 1024),
-        "tokens": (max(c.stages * c.block * ROW_BYTES, smem_map(c).buffers * c.warpgroups * c.block * pitch), 1024),
-        "hidden": (c.wide * c.block * INTERMEDIATES * element, 1024),
-        "parts": (c.split_k * c.block * UP_ROWS * 4 if c.split_k > 1 else 0, 16),
-        "x_scale": (c.stages * c.block * 4, 4),
-        "routing": (c.block * 4, 4),
-        "h_scale": (c.wide * c.block * 4, 4),
-        "maxima": (c.block * c.warps * 4, 4),
+        "tokens": (max(c.stages * c.block_m * ROW_BYTES, smem_map(c).buffers * c.warpgroups * c.block_m * pitch), 1024),
+        "hidden": (c.wide * c.block_m * INTERMEDIATES * element, 1024),
+        "parts": (c.split_k * c.block_m * UP_ROWS * 4 if c.split_k > 1 else 0, 16),
+        "x_scale": (c.stages * c.block_m * 4, 4),
+        "routing": (c.block_m * 4, 4),
+        "h_scale": (c.wide * c.block_m * 4, 4),
+        "maxima": (c.block_m * c.warps * 4, 4),
         "barriers": ((4 * c.stages + 1) * 8, 8),
     }
 

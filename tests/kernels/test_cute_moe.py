@@ -150,7 +150,7 @@ def test_every_configuration(dtype: str, block: int) -> None:
         for routing in ROUTINGS
         if tokens > 1 or routing in ("uniform", "padded")
     )
-    own = [c for c in have(dtype) if c.block == block]
+    own = [c for c in have(dtype) if c.block_m == block]
     if not own:
         pytest.skip(f"no object of a {dtype} configuration with block {block}")
     for config in own:
@@ -179,7 +179,7 @@ def test_random_layers(dtype: str) -> None:
     ):
         of = layer(dtype, experts, hidden, inter)
         for config in have(dtype, KINDS):
-            if inter % (128 * config.wide) or config.split_k * config.step > hidden:
+            if inter % (128 * config.wide) or config.split_k * config.block_k > hidden:
                 continue
             for tokens in (1, 5, 97):
                 check(config, of, given(tokens, "uniform", seed, top_k, of), f"{inter} x {hidden}")

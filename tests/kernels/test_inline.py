@@ -95,7 +95,7 @@ def test_what_one_launch_can_be(registry: Registry, h200: Hardware) -> None:
             assert (key is None) == path.direct
             groups.setdefault(key, []).append(path)
         del groups[None]
-        assert {p.up.block for p in max(groups.values(), key=len)} == {16, 32, 64}
+        assert {p.up.block_m for p in max(groups.values(), key=len)} == {16, 32, 64}
         for paths in groups.values():
             for a, b in itertools.pairwise(paths):
                 assert (a.up.warps, a.down.warps, a.atomic) == (b.up.warps, b.down.warps, b.atomic)

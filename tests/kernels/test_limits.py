@@ -19,7 +19,7 @@ from ramp_moe_adapters.kernels.flashinfer_cutlass import launch as flashinfer_cu
 from ramp_moe_adapters.kernels.vllm_triton import launch as vllm_triton_launch
 from ramp_moe_kernels import limits
 from ramp_moe_kernels.cute import launch as cute_launch
-from ramp_moe_kernels.permute import permute as rows_dispatch
+from ramp_moe_kernels.permute import permute
 from ramp_moe_kernels.triton import forward, schedule
 from ramp_moe_kernels.triton.kernel import TritonMoE
 
@@ -48,8 +48,8 @@ def up_to_the_first_launch(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(forward.ops, "up", reached)
     monkeypatch.setattr(cute_launch, "schedule", reached)
     monkeypatch.setattr(cute_launch, "load", lambda config: reached)
-    monkeypatch.setattr(rows_dispatch, "schedule", reached)
-    monkeypatch.setattr(rows_dispatch, "dispatch_kernel", Launching())
+    monkeypatch.setattr(permute, "schedule", reached)
+    monkeypatch.setattr(permute, "permute_kernel", Launching())
     monkeypatch.setattr(vllm_triton_launch, "routing", reached)
     monkeypatch.setattr(flashinfer_cutlass_launch, "routed_in_one_block", reached)
 
@@ -66,17 +66,17 @@ def prepared(kernel: Kernel, shape: MoEShape) -> Any:
     scales = (of(e, 2 * deep, h // 128), of(e, h // 128, deep)) if shape.dtype == "fp8" else (None, None)
     weights = MoEWeights(of(e, 2 * i, h, dtype=dtype), of(e, h, i, dtype=dtype), *scales)
     if kernel.name == "alpha_moe":
-        return alpha_moe_launch.Prepared(weights.gate_up, scales[0], weights.down, scales[1], lambda *of: None)
+        return alpha_moe_launch.PreparedAlphaMoE(weights.gate_up, scales[0], weights.down, scales[1], lambda *of: None)
     if kernel.name == "deep_gemm":
-        return deep_gemm_launch.Prepared(weights, None)
+        return deep_gemm_launch.PreparedDeepGEMM(weights, None)
     if kernel.name == "cute":
         down = weights.down.permute(1, 2, 0)
         scale = of(2, 1, h // 128, e) if shape.dtype == "fp8" else of(2, 1, 1, e)
-        return cute_launch.Prepared(weights.gate_up, scale, down, down, 0, shape.dtype)
+        return cute_launch.PreparedCute(weights.gate_up, scale, down, down, 0, shape.dtype)
     if kernel.name == "vllm_triton":
-        return vllm_triton_launch.Prepared(weights, lambda: None, lambda: None, {}, {})
+        return vllm_triton_launch.PreparedVllmTriton(weights, lambda: None, lambda: None, {}, {})
     if kernel.name == "flashinfer_cutlass":
-        return flashinfer_cutlass_launch.Prepared(weights, lambda: None, lambda: None, {}, {})
+        return flashinfer_cutlass_launch.PreparedFlashInfer(weights, lambda: None, lambda: None, {}, {})
     assert kernel.name == "triton"
     return weights
 

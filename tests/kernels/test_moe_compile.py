@@ -69,8 +69,8 @@ class Case:
         return MoEShape(64, 8, HIDDEN, self.inter, self.dtype)
 
 
-def tile(block: int, rows: int, step: int, warps: int = 4, stages: int = 3, **more: Any) -> GemmConfig:
-    return GemmConfig(block, rows, step, warps, stages, **more)
+def tile(block_m: int, block_n: int, block_k: int, warps: int = 4, stages: int = 3, **more: Any) -> GemmConfig:
+    return GemmConfig(block_m, block_n, block_k, warps, stages, **more)
 
 
 CASES = [
@@ -163,7 +163,7 @@ def compiled(case: Case) -> dict[str, int]:
         elif case.atomic:
             given["out_ptr"] = "*fp32"
         if case.direct:
-            given["slots_ptr"] = None
+            given["sorted_token_ids_ptr"] = None
     names = kernel.arg_names
     given = {n: given.get(n, "*i32" if n.endswith("_ptr") else "i32") for n in names}
     strings = ("ACTIVATION", "LAYOUT")  # the constants that are

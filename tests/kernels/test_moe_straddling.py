@@ -97,7 +97,7 @@ def paths(inter: int) -> dict[str, Path]:
         "quantises later": Path(narrow, narrow),
         "direct": Path(replace(narrow, split_k=2 if group < 128 else 1), narrow, direct=True),
         "direct, quantises itself": Path(whole, whole, direct=True),
-        "swapped": Path(replace(whole, swap=swap), replace(whole, rows=min(64, group), swap=swap)),
+        "swapped": Path(replace(whole, swap=swap), replace(whole, block_n=min(64, group), swap=swap)),
         "atomic": Path(narrow, replace(narrow, split_k=2 if inter > group else 1), atomic=True),
     }
 
@@ -158,8 +158,8 @@ def test_every_size_has_configurations(inter: int) -> None:
     assert KERNEL.unsupported(shape, H200) is None
     for path in KERNEL.paths(shape, H200):
         for gemm in (path.up, path.down):
-            assert gemm.step == group
-            assert group % gemm.rows == 0
+            assert gemm.block_k == group
+            assert group % gemm.block_n == 0
     # Blocks of every size that the weights may come with are whole groups, and no tile straddles the last of them.
     assert all(block % group == 0 for block in scale_blocks(inter))
     assert inter % group == 0 or scale_blocks(inter) == (128,)

@@ -1,4 +1,5 @@
-"""Rows sorted by expert, the activation on them and their combine, against plain Python; interpreted without a GPU."""
+"""Rows sorted by expert, the activation on them and their weighted sum, against plain Python; interpreted without a
+GPU."""
 
 from __future__ import annotations
 
@@ -14,8 +15,8 @@ from moe_cases import ROUTINGS, batch
 from ramp_moe.errors import KernelError
 from ramp_moe.spec.launchable import Batch, Workspace
 from ramp_moe_kernels import reference
-from ramp_moe_kernels.permute.permute import FUSED_IDS, Rows, capacity, dispatch
-from ramp_moe_kernels.permute.unpermute import activate, combine
+from ramp_moe_kernels.permute.permute import FUSED_IDS, PermutedTokens, capacity, permute
+from ramp_moe_kernels.permute.unpermute import activate, unpermute
 from test_quantise_combine import same_bits
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -49,8 +50,8 @@ def rows_by_hand(given: Batch, block: int) -> tuple[dict[int, int], list[int]]:
     return rows, ends
 
 
-def check(given: Batch, block: int, fp8: bool) -> Rows:
-    found = dispatch(given.hidden_states, given.topk_ids, EXPERTS, block, fp8, poisoned())
+def check(given: Batch, block: int, fp8: bool) -> PermutedTokens:
+    found = permute(given.hidden_states, given.topk_ids, EXPERTS, block, fp8, poisoned())
     rows, ends = rows_by_hand(given, block)
     assert found.ends.tolist() == ends
     index = found.row_of_id.tolist()
@@ -119,7 +120,7 @@ def reordered(gate: torch.Tensor, up: torch.Tensor, layout: str) -> torch.Tensor
 @pytest.mark.parametrize("inter", [128, 384])
 def test_activate(inter: int, layout: str, fp8: bool, bias: bool) -> None:
     given = batch(9, 2, EXPERTS, HIDDEN, "padded", DEVICE, torch.bfloat16)
-    rows = dispatch(given.hidden_states, given.topk_ids, EXPERTS, 64, False, Workspace())
+    rows = permute(given.hidden_states, given.topk_ids, EXPERTS, 64, False, Workspace())
     generator = torch.Generator().manual_seed(0)
     gate, up = (torch.randn(len(rows.values), inter, generator=generator).bfloat16() for _ in range(2))
     b_gate, b_up = (torch.randn(EXPERTS, inter, generator=generator) for _ in range(2))
@@ -145,7 +146,7 @@ def test_activate(inter: int, layout: str, fp8: bool, bias: bool) -> None:
 @pytest.mark.parametrize("routing", ROUTINGS)
 def test_combine(routing: str, bias: bool) -> None:
     given = batch(7, 3, EXPERTS, HIDDEN, routing, DEVICE, torch.bfloat16)
-    rows = dispatch(given.hidden_states, given.topk_ids, EXPERTS, 64, False, Workspace())
+    rows = permute(given.hidden_states, given.topk_ids, EXPERTS, 64, False, Workspace())
     values = torch.full(rows.values.shape, torch.nan, dtype=torch.bfloat16)
     by_hand, _ = rows_by_hand(given, 64)
     generator = torch.Generator().manual_seed(0)
@@ -158,7 +159,7 @@ def test_combine(routing: str, bias: bool) -> None:
             v = v + biases[given.topk_ids.flatten()[i]]
         expected[i // 3] += given.topk_weights.flatten()[i].cpu() * v
     out = torch.full((7, HIDDEN), torch.nan, dtype=torch.bfloat16, device=DEVICE)
-    combine(values.to(DEVICE), None if biases is None else biases.to(DEVICE), given, rows, out)
+    unpermute(values.to(DEVICE), None if biases is None else biases.to(DEVICE), given, rows, out)
     assert torch.allclose(out.float().cpu(), expected, rtol=1e-2, atol=1e-2)
 
 

@@ -20,7 +20,7 @@ POISON = -77
 
 def poisoned(max_ids: int, num_experts: int, block: int) -> Schedule:
     out = allocate(max_ids, num_experts, block, DEVICE)
-    for buffer in (out.slots, out.expert_of_tile, out.num_slots, out.histogram, out.partial):
+    for buffer in (out.sorted_token_ids, out.expert_ids, out.num_tokens_post_padded, out.histogram, out.partial):
         assert buffer is not None
         buffer.fill_(POISON)
     return out
@@ -35,22 +35,22 @@ def sort(topk_ids: torch.Tensor, num_experts: int, block: int, num_valid: int | 
     for i, expert in enumerate(flat):
         if 0 <= expert < num_experts:
             of_expert[expert].append(i)
-    slots: list[int] = []
+    sorted_token_ids: list[int] = []
     experts: list[int] = []
     for expert, ids in enumerate(of_expert):
         tiles = -(-len(ids) // block)
-        slots += ids + [topk_ids.numel()] * (tiles * block - len(ids))
+        sorted_token_ids += ids + [topk_ids.numel()] * (tiles * block - len(ids))
         experts += [expert] * tiles
-    return slots, experts, [len(ids) for ids in of_expert]
+    return sorted_token_ids, experts, [len(ids) for ids in of_expert]
 
 
 def check(out: Schedule, topk_ids: torch.Tensor, num_experts: int, block: int, num_valid: int | None = None) -> None:
-    slots, experts, histogram = sort(topk_ids.cpu(), num_experts, block, num_valid)
-    assert out.num_slots.tolist() == [len(slots)]
-    assert out.slots[: len(slots)].tolist() == slots
-    assert bool((out.slots[len(slots) :] == POISON).all()), "written past num_slots"
-    assert out.expert_of_tile[: len(experts)].tolist() == experts
-    assert bool((out.expert_of_tile[len(experts) :] == -1).all())
+    sorted_token_ids, experts, histogram = sort(topk_ids.cpu(), num_experts, block, num_valid)
+    assert out.num_tokens_post_padded.tolist() == [len(sorted_token_ids)]
+    assert out.sorted_token_ids[: len(sorted_token_ids)].tolist() == sorted_token_ids
+    assert bool((out.sorted_token_ids[len(sorted_token_ids) :] == POISON).all()), "written past num_tokens_post_padded"
+    assert out.expert_ids[: len(experts)].tolist() == experts
+    assert bool((out.expert_ids[len(experts) :] == -1).all())
     assert out.histogram[:num_experts].tolist() == histogram
     assert bool((out.histogram[num_experts:] == POISON).all()), "written past the experts"
 
@@ -152,7 +152,7 @@ def test_no_tokens() -> None:
 def test_larger_buffers_serve_again() -> None:
     out = poisoned(2 * MAX_CHUNK, 60, 16)
     for tokens, experts, block in ((75, 60, 16), (1, 60, 16), (20, 8, 64), (40, 3, 1)):
-        out.slots.fill_(POISON)
+        out.sorted_token_ids.fill_(POISON)
         out.histogram.fill_(POISON)
         ids = routed("random", tokens, 4, experts)
         schedule(ids, experts, block, out)
@@ -206,7 +206,7 @@ def test_bad_input() -> None:
         ({"choice": torch.tensor([0], device=DEVICE).int()}, "a choice among them belong together"),
         ({"block": (16, 16), "choice": torch.tensor([0], device=DEVICE)}, "the choice must be int32"),
         ({"block": (16, 257)}, "blocks of 1 to 256"),
-        ({"num_experts": 5}, "slots holds 64 of the 80"),
+        ({"num_experts": 5}, "sorted_token_ids holds 64 of the 80"),
         ({"topk_ids": ids.float()}, "topk_ids must be int32 or int64, not float32"),
         ({"topk_ids": ids.T}, "contiguous"),
         ({"num_valid": torch.tensor([1], device=DEVICE)}, "num_valid must be int32"),
@@ -235,8 +235,8 @@ COMPILE = """
     backend, arch, lanes = sys.argv[1:]
     target = GPUTarget(backend, int(arch) if arch.isdigit() else arch, int(lanes))
     fp8 = target.arch != 80
-    pointers = dict.fromkeys(("slots", "expert_of_tile", "num_slots", "histogram", "num_valid"), "*i32")
-    activations = {"x": "*bf16", "x_fp8": "*fp8e4nv", "x_scale": "*fp32", "zero": "*bf16"}
+    pointers = dict.fromkeys(("sorted_token_ids", "expert_ids", "num_tokens_post_padded", "histogram", "num_valid"),
+    "*i32") activations = {"x": "*bf16", "x_fp8": "*fp8e4nv", "x_scale": "*fp32", "zero": "*bf16"}
 
     def compile(kernel, warps, **changed):
         known = pointers | changed
@@ -304,7 +304,7 @@ def test_graph_replays_with_other_ids(tokens: int) -> None:
         valid.fill_(num_valid)
         x.normal_()
         zero.fill_(torch.nan)
-        for buffer in (out.slots, out.expert_of_tile, out.num_slots, out.histogram):
+        for buffer in (out.sorted_token_ids, out.expert_ids, out.num_tokens_post_padded, out.histogram):
             buffer.fill_(POISON)
         graph.replay()
         check(out, ids, num_experts, block, num_valid)

@@ -131,13 +131,13 @@ def bench(monkeypatch: pytest.MonkeyPatch, h200: Hardware) -> ModuleType:
     made = MadeUp()
     missing = SimpleNamespace(look_up=lambda c: None if c == ABSENT else c)
 
-    def prepared(weights: Any) -> cute_launch.Prepared:
+    def prepared(weights: Any) -> cute_launch.PreparedCute:
         scale = weights.gate_up_scale[None]
-        return cute_launch.Prepared(weights.gate_up, scale, weights.down.permute(1, 2, 0), scale, 0, "fp8")
+        return cute_launch.PreparedCute(weights.gate_up, scale, weights.down.permute(1, 2, 0), scale, 0, "fp8")
 
-    def alpha(weights: Any) -> alpha_moe_launch.Prepared:
+    def alpha(weights: Any) -> alpha_moe_launch.PreparedAlphaMoE:
         own = weights.gate_up, weights.gate_up_scale, weights.down, weights.down_scale
-        return alpha_moe_launch.Prepared(*own, made.operator)
+        return alpha_moe_launch.PreparedAlphaMoE(*own, made.operator)
 
     def batch(self: Any, *cell: Any, plain: Any = module.Measurement.batch) -> Any:
         made.batch, out, made.layer = plain(self, *cell)

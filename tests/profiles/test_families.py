@@ -12,12 +12,12 @@ pytestmark = [pytest.mark.slow, pytest.mark.xdist_group("pages")]
 
 
 def test_policies() -> None:
-    """None is faster than hindsight; overheads are added; on one copy dispatch runs what that serves."""
+    """None is faster than the oracle; overheads are added; on one copy dispatch runs what that serves."""
     for case in tables.cases():
         us = case.policies
         for times in us.values():
             known = np.isfinite(times)
-            assert (times[known] >= us["hindsight"][known]).all()
+            assert (times[known] >= us["oracle"][known]).all()
         assert (us["choosing"] > us["one copy"] + 3).all()
         assert set(case.layouts(1).kernels) <= set(case.layouts(2).kernels) <= set(case.families)
 
@@ -37,5 +37,5 @@ def test_the_trace_is_judged_on_its_second_half() -> None:
         sizes = Counter(c.tokens for c in cells if (c.dtype, c.routing) == (dtype, tables.TRACE))
         assert dict(sizes) == dict.fromkeys((4, 16, 64, 256, 1024), 5)
     for c in cells:
-        assert c.us["choosing"] > c.us["hindsight"] + 3
+        assert c.us["choosing"] > c.us["oracle"] + 3
         assert c.chosen.split("/")[0] in tables.present

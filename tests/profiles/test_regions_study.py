@@ -46,7 +46,7 @@ def test_every_model_can_be_measured(registry: Registry, h200: Hardware) -> None
         names = {c.name for c in usable_configs(measure.StudiedTriton(), shape, h200)}
         found = measure.paths(shape, h200)
         assert {p.name for p in found} == names
-        assert {p.up.block for p in found} == {16, 32, 64, 128}
+        assert {p.up.block_m for p in found} == {16, 32, 64, 128}
         assert {p.up.split_k for p in found} == {1, 4}
 
 

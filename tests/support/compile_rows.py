@@ -1,33 +1,34 @@
-"""Compiles the kernels of rows/ for an H200, without one, and prints what they take; test_rows.py runs it in a process
-of its own, since the others interpret kernels."""
+"""Compiles the kernels of permute/ for an H200, without one, and prints what they take; test_rows.py runs it in a
+process of its own, since the others interpret kernels."""
 
 from __future__ import annotations
 
 import json
 
 import triton
-from ramp_moe_kernels.permute.permute import dispatch_kernel, invert_kernel
-from ramp_moe_kernels.permute.unpermute import activate_kernel, combine_kernel
+from ramp_moe_kernels.permute.permute import invert_kernel, permute_kernel
+from ramp_moe_kernels.permute.unpermute import activate_kernel, unpermute_kernel
 from triton.backends.compiler import GPUTarget
 
 TARGET = GPUTarget("cuda", 90, 32)
 POINTERS = {
-    "x": "*bf16", "topk_ids": "*i32", "row_of_id": "*i32", "ends": "*i32", "slots": "*i32", "num_slots": "*i32",
-    "histogram": "*i32", "gate_up": "*bf16", "topk_weights": "*fp32", "out": "*bf16", "bias": "*fp32",
+    "x": "*bf16", "topk_ids": "*i32", "row_of_id": "*i32", "ends": "*i32", "sorted_token_ids": "*i32",
+    "num_tokens_post_padded": "*i32", "histogram": "*i32", "gate_up": "*bf16", "topk_weights": "*fp32", "out": "*bf16",
+    "bias": "*fp32",
 }  # fmt: skip
-DISPATCH = {"STEP": 512, "BINS": 256, "TOP_K": 8, "GROUPS": 8, "EMULATE_FP8": False, "PDL": True}
+PERMUTE = {"STEP": 512, "BINS": 256, "TOP_K": 8, "GROUPS": 8, "EMULATE_FP8": False, "PDL": True}
 ACTIVATE = {"ACTIVATION": "swiglu", "LIMIT": None, "GROUPS": 8, "EMULATE_FP8": False, "PDL": True}
 CASES = [
-    ("dispatch fused fp8", dispatch_kernel, {"rows": "*fp8e4nv", "scale": "*fp32"}, {**DISPATCH, "FUSED": True}),
-    ("dispatch fp8", dispatch_kernel, {"rows": "*fp8e4nv", "scale": "*fp32"}, {**DISPATCH, "FUSED": False}),
-    ("dispatch bf16", dispatch_kernel, {"rows": "*bf16", "scale": None}, {**DISPATCH, "FUSED": True}),
+    ("permute fused fp8", permute_kernel, {"rows": "*fp8e4nv", "scale": "*fp32"}, {**PERMUTE, "FUSED": True}),
+    ("permute fp8", permute_kernel, {"rows": "*fp8e4nv", "scale": "*fp32"}, {**PERMUTE, "FUSED": False}),
+    ("permute bf16", permute_kernel, {"rows": "*bf16", "scale": None}, {**PERMUTE, "FUSED": True}),
     ("invert", invert_kernel, {}, {"BINS": 256, "BLOCK": 1024}),
     *((f"activate fp8 {layout}", activate_kernel, {"act": "*fp8e4nv", "scale": "*fp32"}, {**ACTIVATE, "LAYOUT": layout})
       for layout in ("gate-first", "gate-up-interleaved-8", "up-first")),
     ("activate clamped", activate_kernel, {"act": "*bf16", "scale": None},
      {**ACTIVATE, "LAYOUT": "gate-first", "ACTIVATION": "swiglu_clamped", "LIMIT": 10.0}),
     ("activate bf16", activate_kernel, {"act": "*bf16", "scale": None}, {**ACTIVATE, "LAYOUT": "gate-first"}),
-    ("combine", combine_kernel, {"rows": "*bf16"}, {"TOP_K": 8, "BLOCK": 1024, "PDL": True}),
+    ("unpermute", unpermute_kernel, {"rows": "*bf16"}, {"TOP_K": 8, "BLOCK": 1024, "PDL": True}),
 ]  # fmt: skip
 
 if __name__ == "__main__":

@@ -12,7 +12,7 @@ from torch import Tensor
 
 CONTIGUOUS = {"gate_up": 3, "gate_up_scale": 2, "down": 1, "down_scale": 1}
 """The dimension along which elements are neighbours, where it is not the last."""
-INT32 = ("slots", "expert_of_tile", "num_slots", "choice")
+INT32 = ("sorted_token_ids", "expert_ids", "num_tokens_post_padded", "choice")
 
 
 def check_arguments(config: Config, arguments: dict[str, object]) -> None:
@@ -55,18 +55,18 @@ def emulated(config: Config) -> Callable[..., None]:
 
 def _compute(
     c: Config, x: Tensor, x_scale: Tensor, gate_up: Tensor, gate_up_scale: Tensor, down: Tensor, down_scale: Tensor,
-    out: Tensor, slots: Tensor, expert_of_tile: Tensor, num_slots: Tensor, routing: Tensor, top_k: int, tiles: int,
-    up_first: int,
+    out: Tensor, sorted_token_ids: Tensor, expert_ids: Tensor, num_tokens_post_padded: Tensor, routing: Tensor,
+    top_k: int, tiles: int, up_first: int,
 ) -> None:  # fmt: skip
     hidden, inter, _ = down.shape
     fp8, ids = c.dtype == "fp8", len(x) * top_k
     assert not inter % (128 * c.wide)
     x = x.float() * (x_scale.repeat_interleave(128, 1) if fp8 else 1)
-    used = int(num_slots) // c.block
-    assert used <= min(tiles, len(expert_of_tile), len(slots) // c.block)
+    used = int(num_tokens_post_padded) // c.block_m
+    assert used <= min(tiles, len(expert_ids), len(sorted_token_ids) // c.block_m)
     for tile in range(used):
-        e = int(expert_of_tile[tile])
-        own = slots[tile * c.block : (tile + 1) * c.block].long()
+        e = int(expert_ids[tile])
+        own = sorted_token_ids[tile * c.block_m : (tile + 1) * c.block_m].long()
         own = own[own < ids]
         token, rows = own // top_k, gate_up[..., e].float().permute(1, 2, 0, 3).reshape(2, inter, hidden)
         w2 = down[..., e].float()

@@ -12,7 +12,7 @@ from ramp_moe.measurements.sweep import (
     PATH,
     VERSION,
     Column,
-    Row,
+    MeasuredBatch,
     Run,
     ShapeRecord,
     SweepRecord,
@@ -47,11 +47,11 @@ def priced(hardware: Hardware, us_a_tile: Mapping[Candidate, float], shape: MoES
         for tokens, kind in itertools.product((1, 4, 16, 64, 256, 1024), KINDS):
             h = expert_histogram(generate(kind, tokens, shape.num_experts, shape.top_k, tokens), shape.num_experts)
             us = [20 + price * sum(-(-n // _block(c)) for n in h.tolist()) for c, price in mine.items()]
-            rows.append(Row(tokens, kind, h.tolist(), [us]))
+            rows.append(MeasuredBatch(tokens, kind, h.tolist(), [us]))
         record = SweepRecord(
             format=FORMAT, version=VERSION, device=hardware.name, kernel=name, kernel_version="1",
             shape=ShapeRecord.of(shape), runs=[Run("2026-01-01", hardware.device_names[0], "", {}, "made up")],
-            columns=[Column(PATH, path_key(name, c.config.name)) for c in mine], left_out=[], rows=rows,
+            columns=[Column(PATH, path_key(name, c.config.name)) for c in mine], left_out=[], batches=rows,
         )  # fmt: skip
         models.append(fit_sweep(make_sweep(record), list(mine), hardware))
     return join(models)

@@ -22,7 +22,16 @@ from ramp_moe import (
     generate,
 )
 from ramp_moe.cost_model.model import join
-from ramp_moe.measurements.sweep import FORMAT, VERSION, Column, Row, Run, ShapeRecord, SweepRecord, make_sweep
+from ramp_moe.measurements.sweep import (
+    FORMAT,
+    VERSION,
+    Column,
+    MeasuredBatch,
+    Run,
+    ShapeRecord,
+    SweepRecord,
+    make_sweep,
+)
 from ramp_moe.runtime.layer import MoELayer
 from ramp_moe.runtime.relayout import relayout
 from ramp_moe.spec.launchable import Batch, LaunchableKernel, MoEWeights, Workspace
@@ -130,11 +139,11 @@ def model_of(hardware: Hardware, kernel: FakeKernel, us_a_tile: dict[int, float]
                     generate(kind, tokens, shape.num_experts, shape.top_k, seed=tokens), shape.num_experts
                 )
                 tiles = sum(-(-n // block) for n in h.tolist())
-                rows.append(Row(tokens, kind, h.tolist(), [[1 + price * tiles]]))
+                rows.append(MeasuredBatch(tokens, kind, h.tolist(), [[1 + price * tiles]]))
         record = SweepRecord(
             format=FORMAT, version=VERSION, device=hardware.name, kernel=kernel.name, kernel_version="1",
             shape=ShapeRecord.of(shape), runs=[Run("2026-01-01", hardware.device_names[0], "", {}, "made up")],
-            columns=[Column("gemm", config.stages[0].key)], left_out=[], rows=rows,
+            columns=[Column("gemm", config.stages[0].key)], left_out=[], batches=rows,
         )  # fmt: skip
         found.append(fit_sweep(make_sweep(record), [Candidate(kernel.name, config)], hardware))
     return join(found)

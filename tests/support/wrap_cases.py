@@ -17,7 +17,7 @@ from ramp_moe import Candidate, Experts, ProfileError, get_registry
 from ramp_moe.runtime import layer_factory as building
 from ramp_moe.runtime.layer import MoELayer
 from ramp_moe.runtime.relayout import relayout
-from ramp_moe.runtime.wrapped_experts import RoutedExperts
+from ramp_moe.runtime.wrapped_experts import WrappedExperts
 from ramp_moe.spec.launchable import Batch, MoEWeights
 from torch import Tensor, nn
 
@@ -106,7 +106,7 @@ class Case:
 
     def wrapped(self, seed: int = 0) -> Bank:
         bank = Bank(seed, self.turned)
-        experts = RoutedExperts(bank, self.adapter(), K, self.builder())  # type: ignore[arg-type]
+        experts = WrappedExperts(bank, self.adapter(), K, self.builder())  # type: ignore[arg-type]
         experts.take(bank)
         experts.install(bank)
         return bank
@@ -114,7 +114,7 @@ class Case:
     def check(self, bank: Bank, expected: dict[str, Tensor]) -> None:
         """The bank reads as expected, and every kernel computes with that."""
         experts = bank._ramp_moe
-        assert isinstance(experts, RoutedExperts)
+        assert isinstance(experts, WrappedExperts)
         plain = Bank(0, self.turned)
         for name, tensor in expected.items():
             assert getattr(bank, name).shape == tensor.shape

@@ -103,7 +103,7 @@ def fit(
     written: list[dict[str, Any]] = []
     for name in names:
         replay = load_replay(registry, store, shape, hardware, [name])
-        quality = compare_recorded(replay, form).baselines["retrofitted"].as_dict()
+        quality = compare_recorded(replay, form).baselines["histogram"].as_dict()
         _, sweep = store.require(name, shape, hardware)
         configs = usable_configs(registry.kernel(name), shape, hardware)
         cost_model = fit_recorded(sweep, configs, hardware, form)

@@ -1,4 +1,4 @@
-"""`ramp-moe compare`: static dispatch, retrofitted dispatch and the best in hindsight, as recorded or measured now."""
+"""`ramp-moe compare`: static dispatch, dispatch by histogram and the oracle, as recorded or measured now."""
 
 from __future__ import annotations
 
@@ -91,7 +91,7 @@ def compare(
     html_path: Path | None,
     as_json: bool,
 ) -> None:
-    """Compare static dispatch, retrofitted dispatch and the best in hindsight, on recorded measurements or --live."""
+    """Compare static dispatch, dispatch by histogram and the oracle, on recorded measurements or --live."""
     if minutes is not None and not live:
         raise click.UsageError("--minutes says how long to measure: name --live, too")
     if live and stages:

@@ -185,7 +185,7 @@ def describe_profile(path: Path, sweep: Sweep, configs: Sequence[KernelConfig]) 
         "kernel_version": sweep.record.kernel_version,
         "file": str(path),
         "runs": msgspec.to_builtins(sweep.record.runs),
-        "batches": {split: len(sweep.rows_of(split)) for split in splits},
+        "batches": {split: len(sweep.batches_of(split)) for split in splits},
         "columns": {kind: sum(c.stage == kind for c in sweep.record.columns) for kind in sweep.stages},
         "left_out": msgspec.to_builtins(sweep.record.left_out),
         "spread": [asdict(s) | {"high": None if math.isinf(s.high) else s.high} for s in spread(sweep)],

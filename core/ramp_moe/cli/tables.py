@@ -27,7 +27,7 @@ def comparison(result: Comparison) -> list[RenderableType]:
     table.add_column("active", justify="right")
     table.add_column("static")
     table.add_column("us", justify="right")
-    table.add_column("retrofitted")
+    table.add_column("histogram")
     table.add_column("us", justify="right")
     if measured:
         table.add_column("best")
@@ -55,12 +55,14 @@ def comparison(result: Comparison) -> list[RenderableType]:
     s = result.speedup_over_static
     kind = "" if measured else "predicted "
     lines.append(
-        f"[bold]{kind}speed-up of retrofitted over static dispatch: geometric mean {s.geomean:.3f}x[/bold], "
+        f"[bold]{kind}speed-up of histogram over static dispatch: geometric mean {s.geomean:.3f}x[/bold], "
         f"min {s.min:.3f}x, max {s.max:.3f}x over {len(result.batches)} "
         + ("batches" if measured else "kinds of batch")
     )
     if result.best_over_static:
-        lines.append(f"best in hindsight over static dispatch: geometric mean {result.best_over_static.geomean:.3f}x")
+        lines.append(
+            f"oracle (best in hindsight) over static dispatch: geometric mean {result.best_over_static.geomean:.3f}x"
+        )
     if result.noise:
         lines.append(_noise(result.noise))
     if result.plugins:
@@ -71,7 +73,7 @@ def comparison(result: Comparison) -> list[RenderableType]:
 def _plugin_rows(rows: Sequence[Row]) -> Table:
     table = Table(title="plugins' kernels, alone and beside those above")
     table.add_column("kernels", overflow="fold")
-    for what in ("batches", "retrofitted over static", "best over static", "regret of retrofitted", "of static"):
+    for what in ("batches", "histogram over static", "best over static", "regret of histogram", "of static"):
         table.add_column(what, justify="right")
     for row in rows:
         speedups = (f"{r.geomean:.3f}x" for r in (row.speedup_over_static, row.best_over_static))
@@ -93,7 +95,7 @@ def _noise(noise: Noise) -> str:
 def _labels(batches: Sequence[Batch]) -> dict[tuple[str, str], str]:
     """Short names of the configurations, which are too long for a column: letters of the kernel and a number, in the
     order in which they appear."""
-    chosen = [(p.kernel, p.config) for b in batches for p in (b.static, b.retrofitted, b.best) if p]
+    chosen = [(p.kernel, p.config) for b in batches for p in (b.static, b.histogram, b.best) if p]
     kernels = {kernel: "" for kernel, _ in chosen}
     for kernel in kernels:
         lengths = range(1, len(kernel) + 1)
@@ -113,16 +115,16 @@ def _batch_cells(batch: Batch, labels: Mapping[tuple[str, str], str]) -> list[st
 
     colour = "[green]" if batch.speedup > 1.02 else "[red]" if batch.speedup < 0.98 else ""
     cells = [str(batch.tokens), escape(batch.routing), f"{batch.active_experts:.0f}", *pick(batch.static)]
-    cells += pick(batch.retrofitted)
+    cells += pick(batch.histogram)
     cells += [str(batch.steps), percent(batch.changed)] if batch.best is None else pick(batch.best)
     cells.append(f"{colour}{batch.speedup:.3f}x")
     if batch.best is not None:
-        cells.append(percent(batch.regret_of(batch.retrofitted)))
+        cells.append(percent(batch.regret_of(batch.histogram)))
     return cells
 
 
 def _policies(result: Comparison) -> Table:
-    table = Table(title="regret against the best in hindsight")
+    table = Table(title="regret against the oracle")
     table.add_column("dispatch")
     for what in ("mean", "median", "p95", "max"):
         table.add_column(what, justify="right")

@@ -117,6 +117,6 @@ def _launch(grids: Sequence[GridGeometry], num_sms: int) -> tuple[tuple[int, int
     """
     work = [g.block_n * g.k / g.split_k for g in grids]
     return tuple(
-        (g.block_m, g.ctas_per_m_tile, g.cluster_m, float(g.slots(num_sms)), w / work[0])
+        (g.block_m, g.ctas_per_m_tile, g.cluster_m, float(g.cta_slots(num_sms)), w / work[0])
         for g, w in zip(grids, work, strict=True)
     ) or ((1, 1, 1, np.inf, 1.0),)

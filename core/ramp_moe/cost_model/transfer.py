@@ -76,7 +76,7 @@ def transfer(sweeps: Sequence[Sweep], configs_of: ConfigsOf, shape: MoEShape, ha
 
     Raises ProfileError if there is no configuration.
     """
-    known = [s.only([PATH]) for s in sweeps if PATH in s.stages and s.rows_of("tune")]
+    known = [s.only([PATH]) for s in sweeps if PATH in s.stages and s.batches_of("tune")]
     candidates = [Candidate(sweeps[0].kernel, c) for c in configs_of(shape)] if known else []
     others = [configs_of(s.shape) for s in known]
     names = [c.name for c in candidates]
@@ -98,7 +98,7 @@ def transfer(sweeps: Sequence[Sweep], configs_of: ConfigsOf, shape: MoEShape, ha
 
 def _seen(sweep: Sweep, configs: Sequence[KernelConfig], hardware: Hardware, resident: int) -> _Seen | None:
     """Collect the sweep's batches. None if it has no time of a configuration that still exists."""
-    tune = sweep.select(sweep.rows_of("tune"))
+    tune = sweep.select(sweep.batches_of("tune"))
     try:
         there = candidates_of(tune, configs)
     except ProfileError:

@@ -218,7 +218,7 @@ def fit_recorded(
 def fitted_on(sweep: Sweep) -> Sweep:
     """Select what `fit_recorded` fits to: the sweep's `view`, restricted to the batches to fit on."""
     seen = view(sweep)
-    tune = seen.rows_of("tune")
+    tune = seen.batches_of("tune")
     if not tune:
         raise ProfileError(f"the sweep of {sweep.kernel} has no batches to fit on, only ones kept for judging")
     return seen.select(tune)

@@ -33,7 +33,8 @@ VALID = (1.0, 0.875, 0.75, 0.625)
 Engines at most double the size from one graph to the next, so half of the tokens or fewer go to a smaller graph."""
 
 DRAWN = 1024
-"""Most tokens for which `settled` draws batches. A larger batch is a multiple of the experts' tokens in one of these.
+"""Most tokens for which `choice_by_batch_size` draws batches. A larger batch is a multiple of the experts' tokens in
+one of these.
 """
 
 MOST_DRAWN = 8192
@@ -44,8 +45,8 @@ CELLS = 2**20
 """Bounds the number of draws, in tokens x experts over all kinds, to a twentieth of a second. There are at least one
 and at most SEEDS of a kind. Large batches need few, since theirs are alike."""
 
-_settled: WeakKeyDictionary[CostModel, dict[tuple[int, float, int], Candidate | None]] = WeakKeyDictionary()
-"""Keyed by model, then size, microseconds and ranks: the layers of a network share their entries."""
+_choices: WeakKeyDictionary[CostModel, dict[tuple[int, float, int], Candidate | None]] = WeakKeyDictionary()
+"""Keyed by model, then size, microseconds and ep_size: the layers of a network share their entries."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -122,20 +123,20 @@ def shortlist(
     return found[min(found)]
 
 
-def settled(model: CostModel, num_tokens: int, read_back_us: float, ranks: int = 1) -> Candidate | None:
+def choice_by_batch_size(model: CostModel, num_tokens: int, read_back_us: float, ep_size: int = 1) -> Candidate | None:
     """The best single candidate for about `num_tokens`, if the histogram is not worth reading back. None if it is.
 
     Reading it back takes the host `read_back_us`. It is worth that if knowing the histogram is predicted to gain more
-    than `read_back_us` and MARGIN. ranks: as in `representative`. Sizes are rounded up by less than a quarter. Each
+    than `read_back_us` and MARGIN. ep_size: as in `representative`. Sizes are rounded up by less than a quarter. Each
     size takes a few hundredths of a second, once for a model.
     """
     step = 1 << max(0, num_tokens.bit_length() - 3)
     size = -(-num_tokens // step) * step
-    known = _settled.setdefault(model, {})
-    key = size, read_back_us, ranks
+    known = _choices.setdefault(model, {})
+    key = size, read_back_us, ep_size
     if key not in known:
         doublings = max(0, (size - 1).bit_length() - DRAWN.bit_length() + 1)
-        of_fewer = representative(size >> doublings, model.shape.num_experts, model.shape.top_k, ranks)
+        of_fewer = representative(size >> doublings, model.shape.num_experts, model.shape.top_k, ep_size)
         prices = {1: 0.0, 2: read_back_us, MOST: read_back_us} if read_back_us < math.inf else {1: 0.0}
         short = shortlist(model, size, prices, max(prices), histograms=of_fewer << doublings)
         known[key] = None if short.pays else model.candidates[short.columns[0]]
@@ -143,23 +144,23 @@ def settled(model: CostModel, num_tokens: int, read_back_us: float, ranks: int =
 
 
 @lru_cache(maxsize=128)
-def representative(num_tokens: int, num_experts: int, top_k: int, ranks: int = 1) -> IntArray:
+def representative(num_tokens: int, num_experts: int, top_k: int, ep_size: int = 1) -> IntArray:
     """Histograms int64 `[batches, num_experts]`, read-only, that a graph of `num_tokens` may meet; always the same
     ones.
 
-    They cover every kind of routing that profiles are fitted to, full and padded. ranks: how many ranks share the
+    They cover every kind of routing that profiles are fitted to, full and padded. ep_size: how many ranks share the
     experts, of which these are one rank's. Each token's top_k are spread over all of them. For more than MOST_DRAWN
     tokens a smaller batch is drawn and scaled: larger ones take minutes to draw, and spread no further.
     """
     if doublings := max(0, (num_tokens - 1).bit_length() - MOST_DRAWN.bit_length() + 1):
-        scaled = representative(num_tokens >> doublings, num_experts, top_k, ranks) << doublings
+        scaled = representative(num_tokens >> doublings, num_experts, top_k, ep_size) << doublings
         scaled.flags.writeable = False
         return scaled
     # Tokens are drawn one after the other, so that the first rows of a draw are a draw of fewer. All sizes between two
     # powers of two share one draw.
-    drawn = _drawn(1 << (num_tokens - 1).bit_length(), num_experts * ranks, top_k)
+    drawn = _drawn(1 << (num_tokens - 1).bit_length(), num_experts * ep_size, top_k)
     valid = [math.ceil(share * num_tokens) for share in VALID]
-    of_all = (expert_histogram(ids[:n], num_experts * ranks) for ids in drawn for n in valid)
+    of_all = (expert_histogram(ids[:n], num_experts * ep_size) for ids in drawn for n in valid)
     histograms = np.stack([histogram[:num_experts] for histogram in of_all])
     histograms.flags.writeable = False
     return histograms

@@ -1,4 +1,4 @@
-"""Comparing dispatch policies on the same batches: static, by histogram (retrofitted), and the best in hindsight."""
+"""Comparing dispatch policies on the same batches: static, by histogram, and the oracle (the best in hindsight)."""
 
 from __future__ import annotations
 
@@ -71,15 +71,15 @@ class Batch:
     routing: str
     active_experts: float
     static: Pick
-    retrofitted: Pick
+    histogram: Pick
     best: Pick | None
     steps: int = 1
     changed: float = 0.0
-    """Share of the steps whose retrofitted choice differs from the static one."""
+    """Share of the steps whose histogram choice differs from the static one."""
 
     @property
     def speedup(self) -> float:
-        return self.static.us / self.retrofitted.us
+        return self.static.us / self.histogram.us
 
     def regret_of(self, pick: Pick) -> float | None:
         return None if self.best is None else pick.us / self.best.us - 1
@@ -87,7 +87,7 @@ class Batch:
     def as_dict(self) -> dict[str, Any]:
         return asdict(self) | {
             "speedup": self.speedup,
-            "regret": self.regret_of(self.retrofitted),
+            "regret": self.regret_of(self.histogram),
             "static_regret": self.regret_of(self.static),
         }
 
@@ -122,7 +122,7 @@ class Noise:
 class Row:
     """A comparison in one line: its kernels, the number of batches that all of them share, speed-ups and mean regrets.
 
-    The speed-ups are over static dispatch: of the retrofitted one, and of the best in hindsight.
+    The speed-ups are over static dispatch: of dispatch by histogram, and of the oracle.
     """
 
     kernels: tuple[str, ...]
@@ -136,7 +136,7 @@ class Row:
     def of(cls, result: Comparison) -> Row:
         """Make the row of a comparison on measured times."""
         assert result.best_over_static is not None
-        means = (result.baselines[policy].mean for policy in ("retrofitted", "static"))
+        means = (result.baselines[policy].mean for policy in ("histogram", "static"))
         ratios = result.speedup_over_static, result.best_over_static
         return cls(tuple(result.kernels), len(result.batches), *ratios, *means)
 
@@ -159,9 +159,9 @@ class Comparison:
     baselines: Mapping[str, Summary]
     """Regret of each policy by name; empty if nothing was measured."""
     speedup_over_static: Ratios
-    """Speed-ups of the retrofitted dispatch."""
+    """Speed-ups of dispatch by histogram."""
     best_over_static: Ratios | None
-    """Speed-ups of the best in hindsight, which no choice can exceed. None if nothing was measured."""
+    """Speed-ups of the oracle, which no choice can exceed. None if nothing was measured."""
     notes: list[str]
     noise: Noise | None = None
     """None if no batch was measured more than once."""
@@ -196,7 +196,7 @@ class Comparison:
             "sources": self.sources,
             "stages": self.stages,
             "stages_left_out": self.stages_left_out,
-            "regret": summaries.get("retrofitted", empty),
+            "regret": summaries.get("histogram", empty),
             "static_regret": summaries.get("static", empty),
             "baselines": summaries,
             "speedup_over_static": asdict(self.speedup_over_static),
@@ -238,7 +238,7 @@ def _held_out_policies(tune: Replay, test: Replay, form: str) -> _Policies:
     """Fit and tune every policy on `tune`, and let it choose for the batches of `test`."""
     table = static_table(tune.times_us, tune.labels)
     choices = {
-        "retrofitted": tune.fit(form=form).cost(test.histograms).argmin(1),
+        "histogram": tune.fit(form=form).cost(test.histograms).argmin(1),
         "static": table_choices(table, test.labels),
         "nearest-batch table": table_choices(sparse_table(table), test.labels),
         "one configuration": np.full(len(test.labels), single_choice(tune.times_us)),
@@ -252,19 +252,19 @@ def _held_out_policies(tune: Replay, test: Replay, form: str) -> _Policies:
 
 def _cross_validated_policies(replay: Replay, form: str) -> _Policies:
     times, labels = replay.times_us, replay.labels
-    retrofitted = [
+    by_histogram = [
         cross_validated_choices(replay.histograms, lambda rows: replay.fit(rows, form), seed=deal)
         for deal in range(DEALS)
     ]
     table = static_table(times, labels)
-    means = [float(regret(times, choices).mean()) for choices in retrofitted]
+    means = [float(regret(times, choices).mean()) for choices in by_histogram]
     notes = [
-        f"retrofitted choices are cross-validated, {DEALS} ways of dealing the batches into folds pooled (mean "
+        f"histogram choices are cross-validated, {DEALS} ways of dealing the batches into folds pooled (mean "
         f"regret {percent(min(means))} to {percent(max(means))}); the table shows the first",
         "static is judged on the uniform batches it was tuned on, which favours it",
     ]
     choices = {
-        "retrofitted": retrofitted,
+        "histogram": by_histogram,
         "static": [table_choices(table, labels)],
         "nearest-batch table": [table_choices(sparse_table(table), labels)],
         "one configuration": [single_choices(times, seed=deal) for deal in range(DEALS)],
@@ -278,7 +278,7 @@ def compare_recorded(
     """Judge every policy on measured times.
 
     The replay's test batches are judged, with everything fitted and tuned on the others. If it has no test batches, all
-    of them are judged, and the retrofitted choices are cross-validated. Mode "live" says that the test batches were
+    of them are judged, and the histogram choices are cross-validated. Mode "live" says that the test batches were
     measured just now. `table` is one more policy (see `vllm_table.judge`).
     """
     tune, test = replay.of("tune"), replay.of("test")
@@ -292,7 +292,7 @@ def compare_recorded(
             {**policies.choices, POLICY: [named.choices(judged.labels)]}, [*policies.notes, named.note()]
         )
     times, candidates = judged.times_us, judged.candidates
-    retrofitted, (static,) = policies.choices["retrofitted"], policies.choices["static"]
+    by_histogram, (static,) = policies.choices["histogram"], policies.choices["static"]
     rows = np.arange(len(times))
     static_us, best = times[rows, static], times.argmin(1)
     active = active_experts(judged.histograms)
@@ -306,9 +306,9 @@ def compare_recorded(
             routing=routing,
             active_experts=float(active[i]),
             static=pick(i, static[i]),
-            retrofitted=pick(i, retrofitted[0][i]),
+            histogram=pick(i, by_histogram[0][i]),
             best=pick(i, best[i]),
-            changed=float(static[i] != retrofitted[0][i]),
+            changed=float(static[i] != by_histogram[0][i]),
         )
         for i, (tokens, routing) in enumerate(judged.labels)
     ]
@@ -324,7 +324,7 @@ def compare_recorded(
         stages_left_out=replay.stages_left_out,
         batches=batches,
         baselines={name: Summary.of(pooled_regret(times, deals)) for name, deals in policies.choices.items()},
-        speedup_over_static=Ratios.of(np.concatenate([static_us / times[rows, choices] for choices in retrofitted])),
+        speedup_over_static=Ratios.of(np.concatenate([static_us / times[rows, choices] for choices in by_histogram])),
         best_over_static=Ratios.of(static_us / times.min(1)),
         noise=_noise(judged, policies),
         notes=[*replay.notes, *policies.notes, *_bounds(judged, policies)],
@@ -458,7 +458,7 @@ def _trace_batch(
         routing=routing,
         active_experts=float(active_experts(histograms).mean()),
         static=pick(static),
-        retrofitted=pick(chosen),
+        histogram=pick(chosen),
         best=None,
         steps=len(us),
         changed=float((chosen != static).mean()),

@@ -1,10 +1,10 @@
 """How good a choice is, judged on measured times: regret against exhaustive search, and the policies to beat.
 
-Regret of choosing c for a batch is time(c) / time(fastest) - 1, a fraction. The retrofitted choice of a row never comes
+Regret of choosing c for a batch is time(c) / time(fastest) - 1, a fraction. The histogram choice of a row never comes
 from a fit that saw the row. Either it is a test row, or rows are split into folds, and a fit on the other folds chooses
 for each.
 
-The fastest of many noisy cells flatters the hindsight that everything is compared with. If batches were measured in
+The fastest of many noisy cells flatters the oracle that everything is compared with. If batches were measured in
 several runs, `selection_noise` tells how much: it chooses on one run and judges on another.
 """
 
@@ -140,7 +140,7 @@ def selection_noise(runs_us: FloatArray) -> FloatArray:
 def split_half_regret(runs_us: FloatArray, choices: IndexArray) -> FloatArray:
     """Regret of choices within one run against the best of another run, `[ordered pairs, rows]`.
 
-    It estimates time(choice) / time(best) - 1 against a hindsight that noise does not flatter. Single values can be
+    It estimates time(choice) / time(best) - 1 against an oracle that noise does not flatter. Single values can be
     negative.
     """
     rows = np.arange(runs_us.shape[1])

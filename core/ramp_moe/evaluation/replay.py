@@ -35,7 +35,7 @@ from .regret import IndexArray
 
 
 @dataclass(frozen=True)
-class Recording:
+class KernelReplay:
     """One kernel's sweep, its path, and its candidates in the kernel's own order."""
 
     path: Path
@@ -58,7 +58,7 @@ class Replay:
 
     shape: MoEShape
     hardware: Hardware
-    recordings: tuple[Recording, ...]
+    recordings: tuple[KernelReplay, ...]
     histograms: IntArray
     labels: list[tuple[int, str]]
     times_us: FloatArray
@@ -86,7 +86,7 @@ class Replay:
 
     def of(self, split: Split) -> Replay | None:
         """Select the batches to fit on ("tune") or those kept for judging ("test"). None if there is none."""
-        rows = self.recordings[0].sweep.rows_of(split)
+        rows = self.recordings[0].sweep.batches_of(split)
         if not rows:
             return None
         return replace(
@@ -142,7 +142,7 @@ def load_replay(
     names = list(dict.fromkeys(kernels) or registry.kernels)
     chosen = {name: registry.kernel(name) for name in names}
     store.check(names, shape, hardware)
-    found: list[Recording] = []
+    found: list[KernelReplay] = []
     for name in names if kernels else _own_first(registry, names):
         if not kernels and found and name in registry.third_party:
             continue
@@ -167,17 +167,19 @@ def of_plugins(registry: Registry, store: ProfileStore, shape: MoEShape, hardwar
     return [n for n in sorted(registry.third_party) if store.find(n, shape, hardware) is not None]
 
 
-def _recording(path: Path, sweep: Sweep, configs: Sequence[KernelConfig], notes: list[str]) -> Recording:
+def _recording(path: Path, sweep: Sweep, configs: Sequence[KernelConfig], notes: list[str]) -> KernelReplay:
     candidates = candidates_of(sweep, configs, notes)
     complete = np.atleast_1d(np.isfinite(path_times(sweep, candidates)).all(axis=0))
     if not complete.all():
         notes.append(f"{sweep.kernel}: {int((~complete).sum())} configurations left out, not measured on every batch")
     if not complete.any():
         raise ProfileError(f"{path}: no configuration was measured on every batch")
-    return Recording(path, sweep, tuple(c for c, ok in zip(candidates, complete, strict=True) if ok))
+    return KernelReplay(path, sweep, tuple(c for c, ok in zip(candidates, complete, strict=True) if ok))
 
 
-def _align(shape: MoEShape, hardware: Hardware, found: Sequence[Recording], strict: bool, notes: list[str]) -> Replay:
+def _align(
+    shape: MoEShape, hardware: Hardware, found: Sequence[KernelReplay], strict: bool, notes: list[str]
+) -> Replay:
     """Keep the batches that all recordings share, in the order of the first."""
     kept = [found[0]]
     rows = _rows(found[0].sweep)
@@ -200,7 +202,7 @@ def _align(shape: MoEShape, hardware: Hardware, found: Sequence[Recording], stri
     for recording in kept:
         index = _rows(recording.sweep)
         aligned.append(
-            Recording(recording.path, recording.sweep.select([index[k] for k in rows]), recording.candidates)
+            KernelReplay(recording.path, recording.sweep.select([index[k] for k in rows]), recording.candidates)
         )
     first = aligned[0].sweep
     times = np.concatenate([path_times(r.sweep, r.candidates) for r in aligned], axis=1)
@@ -225,7 +227,7 @@ def _rows(sweep: Sweep) -> dict[tuple[int, bytes, int], int]:
     """Index the rows by batch: its tokens, its histogram, and how often the two occurred in the sweep before."""
     seen: Counter[tuple[int, bytes]] = Counter()
     rows = {}
-    for i, (row, histogram) in enumerate(zip(sweep.record.rows, sweep.histograms, strict=True)):
+    for i, (row, histogram) in enumerate(zip(sweep.record.batches, sweep.histograms, strict=True)):
         key = row.num_tokens, histogram.tobytes()
         rows[*key, seen[key]] = i
         seen[key] += 1

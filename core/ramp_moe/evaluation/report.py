@@ -23,7 +23,7 @@ SETTINGS = {"svg.fonttype": "none", "svg.hashsalt": "ramp-moe", "font.size": 10,
 """Settings of the plots. Text stays text, so that the page can be searched, and no label is a formula. A fixed salt
 makes the same result give the same file."""
 
-STATIC, RETROFITTED, BEST = "#b3541e", "#1f6fb4", "#4d4d4d"
+STATIC, HISTOGRAM, BEST = "#b3541e", "#1f6fb4", "#4d4d4d"
 
 _STYLE = """
 body { font: 15px/1.5 system-ui, sans-serif; margin: 2rem auto; max-width: 68rem; padding: 0 1rem; color: #1c1c1c }
@@ -77,7 +77,7 @@ def _page(result: Comparison) -> str:
     s = result.speedup_over_static
     plots = [("Latency by batch size", _latency(result.batches))]
     if measured:
-        plots.append(("Regret: how far from the best in hindsight", _regret(result.batches)))
+        plots.append(("Regret: how far from the oracle", _regret(result.batches)))
     plots.append(("Which configuration wins where", _winners(result.batches)))
     body = "\n".join(f"<h2>{html.escape(name)}</h2>\n{_svg(figure)}" for name, figure in plots)
     notes = "".join(f"<li>{html.escape(n)}</li>" for n in result.notes)
@@ -91,7 +91,7 @@ def _page(result: Comparison) -> str:
 <h1>{html.escape(title)}</h1>
 <p class="banner">{html.escape(result.provenance())}</p>
 <p><span class="figures">{s.geomean:.3f}x</span> {"" if measured else "predicted "}geometric mean speed-up of
-retrofitted over static dispatch; min {s.min:.3f}x, max {s.max:.3f}x.
+histogram over static dispatch; min {s.min:.3f}x, max {s.max:.3f}x.
 Kernels: {html.escape(", ".join(result.kernels))}.</p>
 {_policies(result)}
 {body}
@@ -141,17 +141,17 @@ def _batches(batches: Sequence[Batch]) -> str:
     def pick(p: Pick | None) -> list[str]:
         return ["", ""] if p is None else [html.escape(f"{p.kernel}/{p.config}"), f"{p.us:.1f}"]
 
-    head = ["tokens", "routing", "active", "static", "us", "retrofitted", "us", "best", "us", "speed-up", "regret"]
+    head = ["tokens", "routing", "active", "static", "us", "histogram", "us", "best", "us", "speed-up", "regret"]
     rows = [
         [
             str(b.tokens),
             html.escape(b.routing),
             f"{b.active_experts:.0f}",
             *pick(b.static),
-            *pick(b.retrofitted),
+            *pick(b.histogram),
             *pick(b.best),
             f"{b.speedup:.3f}",
-            percent(b.regret_of(b.retrofitted)),
+            percent(b.regret_of(b.histogram)),
         ]
         for b in batches
     ]
@@ -182,7 +182,7 @@ def _by_size(batches: Sequence[Batch], kinds: Sequence[str]) -> dict[str, dict[i
     """Microseconds by dispatch and batch size. Every routing of a size counts once."""
     found: dict[str, dict[int, list[float]]] = {kind: {} for kind in kinds}
     for b in batches:
-        for kind, p in (("static", b.static), ("retrofitted", b.retrofitted), ("best in hindsight", b.best)):
+        for kind, p in (("static", b.static), ("histogram", b.histogram), ("oracle", b.best)):
             if p is not None:
                 found[kind].setdefault(b.tokens, []).append(p.us)
     return found
@@ -191,12 +191,12 @@ def _by_size(batches: Sequence[Batch], kinds: Sequence[str]) -> dict[str, dict[i
 def _latency(batches: Sequence[Batch]) -> Figure:
     from matplotlib.figure import Figure
 
-    colours = {"static": STATIC, "retrofitted": RETROFITTED, "best in hindsight": BEST}
-    styles = {"static": "-", "retrofitted": "-", "best in hindsight": ":"}
+    colours = {"static": STATIC, "histogram": HISTOGRAM, "oracle": BEST}
+    styles = {"static": "-", "histogram": "-", "oracle": ":"}
     times = {k: v for k, v in _by_size(batches, list(colours)).items() if v}
     sizes = sorted(times["static"])
     mean = {k: np.array([np.exp(np.log(v[s]).mean()) for s in sizes]) for k, v in times.items()}
-    base = "best in hindsight" if "best in hindsight" in mean else "retrofitted"
+    base = "oracle" if "oracle" in mean else "histogram"
     figure = Figure(figsize=(10, 4))
     left, right = figure.subplots(1, 2)
     for kind, us in mean.items():
@@ -220,13 +220,13 @@ def _regret(batches: Sequence[Batch]) -> Figure:
     figure = Figure(figsize=(6.5, 3.6))
     axes = figure.subplots()
     share = np.arange(1, len(batches) + 1) / len(batches) * 100
-    for name, colour in (("static", STATIC), ("retrofitted", RETROFITTED)):
+    for name, colour in (("static", STATIC), ("histogram", HISTOGRAM)):
         values = sorted(100 * (b.regret_of(getattr(b, name)) or 0.0) for b in batches)
         axes.step(values, share, where="post", color=colour, label=name)
     _plain(axes)
     axes.set_xlim(left=0)
     axes.set_ylim(0, 101)
-    axes.set_xlabel("regret, % slower than the best in hindsight")
+    axes.set_xlabel("regret, % slower than the oracle")
     axes.set_ylabel("% of batches at or below")
     axes.legend(frameon=False, loc="lower right")
     figure.tight_layout()
@@ -236,7 +236,7 @@ def _regret(batches: Sequence[Batch]) -> Figure:
 def _winners(batches: Sequence[Batch]) -> Figure:
     """Plot batch size by routing, coloured by the token block of the winner.
 
-    The winner is the best in hindsight, or the retrofitted choice if nothing was measured. A cross marks a retrofitted
+    The winner is the oracle's choice, or the histogram choice if nothing was measured. A cross marks a histogram
     choice that is over 2% slower.
     """
     from matplotlib.colors import LogNorm
@@ -247,12 +247,12 @@ def _winners(batches: Sequence[Batch]) -> Figure:
     blocks = np.full((len(routings), len(sizes)), np.nan)
     figure = Figure(figsize=(1.6 + 0.78 * len(sizes), 1.4 + 0.42 * len(routings)))
     axes = figure.subplots()
-    kernels = list(dict.fromkeys(p.kernel for b in batches for p in (b.best, b.retrofitted) if p is not None))
+    kernels = list(dict.fromkeys(p.kernel for b in batches for p in (b.best, b.histogram) if p is not None))
     for b in batches:
-        winner = b.best or b.retrofitted
+        winner = b.best or b.histogram
         y, x = routings.index(b.routing), sizes.index(b.tokens)
         blocks[y, x] = winner.token_block
-        missed = (b.regret_of(b.retrofitted) or 0.0) > 0.02
+        missed = (b.regret_of(b.histogram) or 0.0) > 0.02
         # Letters tell kernels apart if several compete.
         letter = f"{chr(ord('A') + kernels.index(winner.kernel))} " if len(kernels) > 1 else ""
         text = f"{letter}{winner.token_block}{' ×' if missed else ''}"
@@ -265,7 +265,7 @@ def _winners(batches: Sequence[Batch]) -> Figure:
     axes.set_yticks(range(len(routings)), [printable(r) for r in routings])
     axes.set_xlabel("tokens in the batch")
     names = "; ".join(f"{chr(ord('A') + i)} = {k}" for i, k in enumerate(kernels)) if len(kernels) > 1 else kernels[0]
-    axes.set_title(f"token block of the winner ({names}); × = retrofitted over 2% slower", fontsize=9, loc="left")
+    axes.set_title(f"token block of the winner ({names}); × = histogram choice over 2% slower", fontsize=9, loc="left")
     axes.spines[:].set_visible(False)
     axes.tick_params(length=0)
     figure.tight_layout()

@@ -80,7 +80,7 @@ class Column(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     params: dict[str, ParamValue] = {}
 
 
-class Row(msgspec.Struct, forbid_unknown_fields=True):
+class MeasuredBatch(msgspec.Struct, forbid_unknown_fields=True):
     num_tokens: int
     routing: str
     histogram: list[int]
@@ -117,7 +117,7 @@ class SweepRecord(msgspec.Struct, forbid_unknown_fields=True):
     runs: list[Run]
     columns: list[Column]
     left_out: list[LeftOut]
-    rows: list[Row]
+    rows: list[MeasuredBatch]
 
 
 def path_key(kernel: str, config: str) -> str:
@@ -147,7 +147,7 @@ class Sweep:
     @property
     def labels(self) -> list[tuple[int, str]]:
         """Pairs (tokens, routing label), one for each row."""
-        return [(r.num_tokens, r.routing) for r in self.record.rows]
+        return [(r.num_tokens, r.routing) for r in self.record.batches]
 
     @cached_property
     def times_us(self) -> FloatArray:
@@ -169,7 +169,9 @@ class Sweep:
     def bounded(self) -> NDArray[np.bool_]:
         """Mask `[runs, rows, columns]` of the `runs_us` that are bounds."""
         columns = len(self.record.columns)
-        rows = [[[t is not None and t < 0 for t in u or [None] * columns] for u in r.runs_us] for r in self.record.rows]
+        rows = [
+            [[t is not None and t < 0 for t in u or [None] * columns] for u in r.runs_us] for r in self.record.batches
+        ]
         return np.array(rows, bool).swapaxes(0, 1)
 
     @cached_property
@@ -189,13 +191,13 @@ class Sweep:
         kinds = {c.stage for c in self.record.columns}
         return tuple(k for k in COLUMN_KINDS if k in kinds)
 
-    def rows_of(self, split: Split) -> list[int]:
+    def batches_of(self, split: Split) -> list[int]:
         """Indices of the batches to fit on ("tune"), or of those kept for judging ("test")."""
-        return [i for i, r in enumerate(self.record.rows) if r.split == split]
+        return [i for i, r in enumerate(self.record.batches) if r.split == split]
 
     def select(self, rows: Sequence[int]) -> Sweep:
         """Keep these rows, in this order."""
-        record = msgspec.structs.replace(self.record, rows=[self.record.rows[i] for i in rows])
+        record = msgspec.structs.replace(self.record, batches=[self.record.batches[i] for i in rows])
         index = np.asarray(rows, np.intp)
         return Sweep(record, self.shape, self.histograms[index], self.runs_us[:, index])
 
@@ -215,9 +217,9 @@ class Sweep:
     def _columns(self, index: Sequence[int]) -> Sweep:
         rows = [
             msgspec.structs.replace(r, runs_us=[u and [u[i] for i in index] for u in r.runs_us])
-            for r in self.record.rows
+            for r in self.record.batches
         ]
-        record = msgspec.structs.replace(self.record, columns=[self.record.columns[i] for i in index], rows=rows)
+        record = msgspec.structs.replace(self.record, columns=[self.record.columns[i] for i in index], batches=rows)
         return Sweep(record, self.shape, self.histograms, self.runs_us[:, :, index])
 
     def extended(self, other: Sweep) -> Sweep:
@@ -225,21 +227,21 @@ class Sweep:
         keys = [c.key for c in self.record.columns if c.key in other.column_of]
         mine, theirs = ([s.column_of[k] for k in keys] for s in (self, other))
 
-        def rows(sweep: Sweep, columns: list[int], before: int, after: int) -> list[Row]:
+        def rows(sweep: Sweep, columns: list[int], before: int, after: int) -> list[MeasuredBatch]:
             empty: list[list[float | None] | None] = [None]
             return [
                 msgspec.structs.replace(
                     r,
                     runs_us=[*empty * before, *(u and [u[i] for i in columns] for u in r.runs_us), *empty * after],
                 )
-                for r in sweep.record.rows
+                for r in sweep.record.batches
             ]
 
         record = msgspec.structs.replace(
             self.record,
             runs=[*self.record.runs, *other.record.runs],
             columns=[self.record.columns[i] for i in mine],
-            rows=[
+            batches=[
                 *rows(self, mine, 0, len(other.record.runs)),
                 *rows(other, theirs, len(self.record.runs), 0),
             ],
@@ -275,11 +277,11 @@ def make_sweep(record: SweepRecord, source: str = "sweep") -> Sweep:
     if len(set(keys)) != len(keys):
         i = next(i for i, k in enumerate(keys) if k in keys[:i])
         raise wrong(f"columns[{i}].key", f"{keys[i]!r} appears twice")
-    if not record.rows:
+    if not record.batches:
         raise wrong("rows", "a sweep needs at least one row")
-    if (cells := len(record.runs) * len(record.rows) * len(keys)) > MAX_CELLS:
+    if (cells := len(record.runs) * len(record.batches) * len(keys)) > MAX_CELLS:
         raise wrong("rows", f"runs, rows and columns make {cells} times, at most {MAX_CELLS} can be")
-    for i, row in enumerate(record.rows):
+    for i, row in enumerate(record.batches):
         if not 1 <= row.num_tokens <= MAX_COUNT:
             raise wrong(f"rows[{i}].num_tokens", f"{row.num_tokens} is not a number of tokens")
         try:
@@ -296,14 +298,14 @@ def make_sweep(record: SweepRecord, source: str = "sweep") -> Sweep:
                     raise wrong(
                         f"rows[{i}].runs_us[{r}][{j}]", f"{t} is no time in microseconds ({MIN_US:g} to {MAX_US:g})"
                     )
-    if not any(t is not None for row in record.rows for times in row.runs_us for t in times or ()):
+    if not any(t is not None for row in record.batches for times in row.runs_us for t in times or ()):
         raise wrong("rows", "no time was measured; measure again")
     absent = [None] * len(keys)
     return Sweep(
         record,
         shape,
-        np.array([r.histogram for r in record.rows], np.int64),
-        abs(np.array([[absent if u is None else u for u in r.runs_us] for r in record.rows], np.float64)).swapaxes(
+        np.array([r.histogram for r in record.batches], np.int64),
+        abs(np.array([[absent if u is None else u for u in r.runs_us] for r in record.batches], np.float64)).swapaxes(
             0, 1
         ),
     )

@@ -157,7 +157,7 @@ def check_profiles(
 def _rows(recorded: Replay) -> dict[int, PlannedBatch]:
     """Choose the batches to measure again, by row, the shortest first."""
     recording = recorded.recordings[0]
-    rows = recording.sweep.record.rows
+    rows = recording.sweep.record.batches
     by_time = np.argsort(recorded.times_us.min(1), kind="stable").tolist()
     seeded = [i for i in by_time if rows[i].seed is not None and rows[i].num_tokens <= MAX_TOKENS]
     spread_out = np.unique(np.linspace(0, len(seeded) - 1, BATCHES).round().astype(int)) if seeded else ()

@@ -1,4 +1,4 @@
-"""`ramp-moe compare --live`: static, retrofitted and hindsight dispatch, measured on batches that no profile saw."""
+"""`ramp-moe compare --live`: static, histogram and oracle dispatch, measured on batches that no profile saw."""
 
 from __future__ import annotations
 
@@ -100,7 +100,7 @@ def compare_live(
             "paths; run `ramp-moe profile` first"
         )
     tuned = {r.sweep.kernel: _profiled(r.sweep) for r in recorded.recordings}
-    seen = {(r.num_tokens, *r.histogram) for sweep in tuned.values() for r in sweep.record.rows}
+    seen = {(r.num_tokens, *r.histogram) for sweep in tuned.values() for r in sweep.record.batches}
     # With few experts, small batches can hardly differ.
     unseen = [b for b in held_out(shape, FIRST_SEED) if (b.num_tokens, *b.histogram(shape).tolist()) not in seen]
     batches = _in_turns([unseen, trace_batches(trace, shape) if trace else []])
@@ -154,7 +154,7 @@ def _failed(result: Result, notes: list[str]) -> set[str]:
 
 def _profiled(sweep: Sweep) -> Sweep:
     """Restrict a sweep to what the profile fits on, without the batches that it kept for judging."""
-    tune = sweep.rows_of("tune")
+    tune = sweep.batches_of("tune")
     if not tune:
         raise ProfileError(f"the profile of {sweep.kernel} has no batches to fit on; run `ramp-moe profile` first")
     return sweep.select(tune)

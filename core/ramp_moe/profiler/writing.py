@@ -31,7 +31,7 @@ from ..measurements.sweep import (
     VERSION,
     Column,
     LeftOut,
-    Row,
+    MeasuredBatch,
     Run,
     Sweep,
     SweepRecord,
@@ -123,7 +123,7 @@ def all_batches(bases: Sequence[Sweep], planned: Sequence[PlannedBatch]) -> list
     given = {(b.num_tokens, b.routing, b.seed): b for b in planned}
     found: dict[tuple[int, str, int], PlannedBatch] = {}
     for base in bases:
-        for row in base.record.rows:
+        for row in base.record.batches:
             if row.seed is None:
                 continue
             key = row.num_tokens, row.routing, row.seed
@@ -173,7 +173,10 @@ def write_profile(
         notes = [f"no times of {', '.join(names)}: {why}" for why, names in failed.items()] if place.base else []
         run = msgspec.structs.replace(header.run, seconds=round(taken.spent), notes=[*taken.notes, *notes])
         columns, times = _times(kernel, kept, taken, batches)
-        rows = [Row(b.num_tokens, b.routing, h.tolist(), [times[i]], b.seed, b.split) for i, (b, h) in batches.items()]
+        rows = [
+            MeasuredBatch(b.num_tokens, b.routing, h.tolist(), [times[i]], b.seed, b.split)
+            for i, (b, h) in batches.items()
+        ]
         if place.base is not None:
             record = _merged(place.base.record, run, columns, rows)
         else:
@@ -199,7 +202,7 @@ def write_profile(
 BatchKey = tuple[int, str, int | None, tuple[int, ...]]
 
 
-def _key(row: Row) -> BatchKey:
+def _key(row: MeasuredBatch) -> BatchKey:
     return row.num_tokens, row.routing, row.seed, tuple(row.histogram)
 
 
@@ -234,7 +237,7 @@ def _median(us: Sequence[float]) -> float | None:
     return round(float(np.median(us)), 3) if us else None
 
 
-def _merged(base: SweepRecord, run: Run, columns: Sequence[Column], measured: Sequence[Row]) -> SweepRecord:
+def _merged(base: SweepRecord, run: Run, columns: Sequence[Column], measured: Sequence[MeasuredBatch]) -> SweepRecord:
     """Extend `base` by another run, which has these columns and rows."""
     union = {c.key: c for c in (*base.columns, *columns)}
     index = {c.key: i for i, c in enumerate(columns)}
@@ -246,12 +249,12 @@ def _merged(base: SweepRecord, run: Run, columns: Sequence[Column], measured: Se
     }
     rows = [
         msgspec.structs.replace(r, runs_us=[*(us and [*us, *added] for us in r.runs_us), new.get(_key(r))])
-        for r in base.rows
+        for r in base.batches
     ]
-    known = {_key(r) for r in base.rows}
+    known = {_key(r) for r in base.batches}
     absent: list[Times | None] = [None] * len(base.runs)
     rows += [msgspec.structs.replace(r, runs_us=[*absent, new[_key(r)]]) for r in measured if _key(r) not in known]
-    return msgspec.structs.replace(base, runs=[*base.runs, run], columns=list(union.values()), rows=rows)
+    return msgspec.structs.replace(base, runs=[*base.runs, run], columns=list(union.values()), batches=rows)
 
 
 def _supersede(folder: Path, path: Path) -> Path:

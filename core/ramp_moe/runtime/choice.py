@@ -9,7 +9,7 @@ import numpy as np
 
 from ..cost_model.model import Candidate, CostModel
 from ..dispatch.dispatcher import Dispatcher
-from ..dispatch.shortlist import settled
+from ..dispatch.shortlist import choice_by_batch_size
 from ..errors import KernelError
 from ..spec.hardware import Hardware
 from ..spec.launchable import LaunchableKernel
@@ -33,15 +33,15 @@ class Chooser:
         hardware: Hardware,
         kernels: Sequence[LaunchableKernel],
         model: CostModel | None,
-        ranks: int,
+        ep_size: int,
     ) -> None:
-        self._shape, self._hardware, self._ranks = shape, hardware, ranks
+        self._shape, self._hardware, self._ep_size = shape, hardware, ep_size
         self._kernels = {kernel.name: kernel for kernel in kernels}
         self._failures = Counter[str]()
         self.dispatcher = None if model is None else Dispatcher(model.restrict(list(self._kernels)))
         """None if there is no model."""
         self._latest: dict[int, Candidate] = {}
-        """By number of tokens, what ran last, of the sizes that are not settled."""
+        """By number of tokens, what ran last, of the sizes whose choice the histogram makes."""
 
     def by_histogram(self, num_tokens: int, histogram: IntArray) -> Candidate:
         """The fastest by the model, which there must be."""
@@ -49,21 +49,21 @@ class Chooser:
         found = self._latest[num_tokens] = self.dispatcher.choose(histogram).candidate
         return found
 
-    def settled(self, num_tokens: int, read_back_us: float) -> Candidate | None:
+    def choice_by_batch_size(self, num_tokens: int, read_back_us: float) -> Candidate | None:
         """The one candidate for a batch size if reading the histogram back would not pay; None if it would."""
         if self.dispatcher is None:
             return self._static(num_tokens)
         if not read_back_us or not num_tokens:
             return None
-        return settled(self.dispatcher.model, num_tokens, read_back_us, self._ranks)
+        return choice_by_batch_size(self.dispatcher.model, num_tokens, read_back_us, self._ep_size)
 
     def by_size(self, num_tokens: int, read_back_us: float) -> Candidate:
-        """The settled candidate; or what ran last, whose buffers a capture need not allocate; or the model's choice
+        """The choice by batch size; or what ran last, whose buffers a capture need not allocate; or the model's choice
         for an even spread."""
-        if known := self.settled(num_tokens, read_back_us) or self._latest.get(num_tokens):
+        if known := self.choice_by_batch_size(num_tokens, read_back_us) or self._latest.get(num_tokens):
             return known
         assert self.dispatcher is not None
-        each, rest = divmod(-(-num_tokens * self._shape.top_k // self._ranks), self._shape.num_experts)
+        each, rest = divmod(-(-num_tokens * self._shape.top_k // self._ep_size), self._shape.num_experts)
         return self.dispatcher.choose(each + (np.arange(self._shape.num_experts) < rest)).candidate
 
     def _static(self, num_tokens: int) -> Candidate:

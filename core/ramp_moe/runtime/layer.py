@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     import torch
     from torch import Tensor
 
-    from .graphs.capture import GraphDispatch, Plan
+    from .graphs.capture import GraphDispatch, GraphPlan
     from .protocols import Owner
 
 Router = Callable[["Tensor"], "tuple[Tensor, Tensor]"]
@@ -38,7 +38,7 @@ class MoELayer:
     follows the size alone. Without a model so it does always: the first kernel's static default.
 
     In a CUDA graph the choice is made on the device at every replay: `warm_up` finds the candidates that win at a batch
-    size, checks them, and says how they are dispatched to (`graphs.capture.Plan`).
+    size, checks them, and says how they are dispatched to (`graphs.capture.GraphPlan`).
 
     kernels: launchable kernels by preference; those that cannot take the weights, or that read no layout in which they
     are held, are dropped, and `dropped` says why. So it does of kernels, and of single candidates, that later fail.
@@ -47,8 +47,8 @@ class MoELayer:
     kernels in their order.
     router: hidden states `[T, H]` -> (topk_ids int32 `[T, k]`, topk_weights float32 `[T, k]`), for `forward_hidden`.
     checked: read the ids back and raise RoutingError for one out of range, instead of skipping it.
-    ranks: over how many the experts are spread, these being one rank's (expert parallelism): batch sizes are then of
-    tokens whose top_k ids are of all ranks' experts.
+    ep_size: over how many ranks the experts are spread, these being one rank's (expert parallelism): batch sizes are
+    then of tokens whose top_k ids are of all ranks' experts.
     read_back_us: microseconds that reading the histogram back takes. 0: it is always read. inf: it never is.
     mode: of dispatch in graphs, one of `graphs.capture.MODES`; the cheapest that this machine has where None.
 
@@ -69,13 +69,13 @@ class MoELayer:
         copies: int = 1,
         mode: str | None = None,
         read_back_us: float = 0.0,
-        ranks: int = 1,
+        ep_size: int = 1,
     ) -> None:
         from .torch_op import register  # torch: whoever has weights has it
 
         self.shape = weights.shape(top_k)
         self.hardware, self.router, self.checked = hardware, router, checked
-        self.read_back_us, self.ranks = read_back_us, ranks
+        self.read_back_us, self.ep_size = read_back_us, ep_size
         self._device, self._dtype = weights.gate_up.device, weights.gate_up.dtype
         self.workspace = Workspace()
         self.layouts: tuple[str, ...] = ()
@@ -97,7 +97,7 @@ class MoELayer:
         if not self._kernels:
             reasons = "; ".join(f"{k}: {r}" for k, r in self.dropped.items()) or "none was given"
             raise KernelError(f"no kernel can compute {self.shape.label} on {hardware.name} ({reasons})")
-        self._chooser = Chooser(self.shape, hardware, [kernel for kernel, _ in self._kernels.values()], model, ranks)
+        self._chooser = Chooser(self.shape, hardware, [kernel for kernel, _ in self._kernels.values()], model, ep_size)
         self._most: dict[str, int | None] = {}
         """By candidate, the most tokens that it takes in one launch."""
         self._number = register(self)
@@ -107,7 +107,7 @@ class MoELayer:
             from .graphs.capture import GraphDispatch
 
             fixed = {name for name in safe if not self._kernels[name][0].switchable}
-            self.graphs = GraphDispatch(self, next(iter(self.held)), model.restrict(safe), top_k, mode, fixed, ranks)
+            self.graphs = GraphDispatch(self, next(iter(self.held)), model.restrict(safe), top_k, mode, fixed, ep_size)
 
     def _usable(self, kernels: Sequence[LaunchableKernel]) -> list[LaunchableKernel]:
         """Those that say that they can compute the shape here; the others are dropped."""
@@ -194,7 +194,7 @@ class MoELayer:
         """The kernel and configuration that `forward` would launch for this batch."""
         if _capturing(batch.topk_ids):
             return self._blind(batch.num_tokens)
-        if known := self._chooser.settled(batch.num_tokens, self.read_back_us):
+        if known := self._chooser.choice_by_batch_size(batch.num_tokens, self.read_back_us):
             return known
         histogram = expert_histogram(_in_range(batch, self.shape.num_experts), self.shape.num_experts)
         return self._chooser.by_histogram(batch.num_tokens, histogram)
@@ -205,7 +205,7 @@ class MoELayer:
             return self.graphs.plans[num_tokens].bodies[0]
         return self._chooser.by_size(num_tokens, self.read_back_us)
 
-    def warm_up(self, num_tokens: int, dtype: torch.dtype) -> Plan | None:
+    def warm_up(self, num_tokens: int, dtype: torch.dtype) -> GraphPlan | None:
         """Run, on the current stream, what a capture of `num_tokens` would launch, so that everything is compiled and
         every buffer has its size before. dtype is that of the hidden states. Returns how the captured layer will
         dispatch, None where it has no model to choose by. Raises ShapeError for no tokens, or a dtype that the layer
@@ -292,7 +292,7 @@ class MoELayer:
         elif dtype != self._dtype:
             raise ShapeError(f"hidden_states must be {self._dtype} as the weights are, not {dtype}")
 
-    def _plan(self, hidden_states: Tensor, topk_ids: Tensor) -> Plan | None:
+    def _plan(self, hidden_states: Tensor, topk_ids: Tensor) -> GraphPlan | None:
         """That of a graph in which the device chooses, if one is being captured."""
         if self.graphs is None or not _capturing(topk_ids):
             return None

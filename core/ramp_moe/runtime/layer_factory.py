@@ -32,7 +32,7 @@ development run, which has no file here, lost 0.4 to 0.5 ms a layer so: OLMoE, e
 
 
 @dataclass
-class Plan:
+class LayerPlan:
     """How the layers of one shape are made."""
 
     hardware: Hardware
@@ -51,11 +51,11 @@ class Builder:
     def __init__(self, device: str = "auto", copies: int = 1) -> None:
         self.device, self.copies = device, copies
         self.notes: list[str] = []
-        self._plans: dict[tuple[MoEShape, torch.device], Plan] = {}
+        self._plans: dict[tuple[MoEShape, torch.device], LayerPlan] = {}
         self._workspaces: dict[torch.device, Workspace] = {}
 
-    def layer(self, weights: MoEWeights, top_k: int, ranks: int = 1) -> MoELayer:
-        """A layer of the weights, which are used as they are where a kernel reads them so. ranks: see `MoELayer`."""
+    def layer(self, weights: MoEWeights, top_k: int, ep_size: int = 1) -> MoELayer:
+        """A layer of the weights, which are used as they are where a kernel reads them so. ep_size: see `MoELayer`."""
         shape, device = weights.shape(top_k), weights.gate_up.device
         plan = self._plans.get((shape, device))
         first = plan is None
@@ -70,11 +70,11 @@ class Builder:
             plan.model,
             copies=self.copies,
             read_back_us=wait,
-            ranks=ranks,
+            ep_size=ep_size,
         )
         found.workspace = self._workspaces.setdefault(device, Workspace())
         if first:
-            self._plans[shape, device] = self._settled(plan, found)
+            self._plans[shape, device] = self._shared(plan, found)
         return found
 
     def _hardware(self, device: torch.device) -> Hardware:
@@ -96,7 +96,7 @@ class Builder:
             )
         return get_registry().device(self.device)
 
-    def _plan(self, shape: MoEShape, hardware: Hardware) -> Plan:
+    def _plan(self, shape: MoEShape, hardware: Hardware) -> LayerPlan:
         """All kernels that run here, and what is recorded of them."""
         registry = copy.copy(get_registry())
         kernels = [k for k in registry.kernels.values() if isinstance(k, LaunchableKernel)]
@@ -116,12 +116,12 @@ class Builder:
                 f"nothing was measured in {shape.dtype} on {hardware.name}: the batch size alone decides; measure with "
                 f"`ramp-moe profile --model {named(shape).label} --dtype {shape.dtype}`"
             )
-            return Plan(hardware, static[:1], None)
+            return LayerPlan(hardware, static[:1], None)
         self.notes += notes
         known = {c.kernel for c in model.candidates}
-        return Plan(hardware, [k for k in usable if k.name in known], model)
+        return LayerPlan(hardware, [k for k in usable if k.name in known], model)
 
-    def _settled(self, plan: Plan, first: MoELayer) -> Plan:
+    def _shared(self, plan: LayerPlan, first: MoELayer) -> LayerPlan:
         """What the first layer of a shape made of its plan, for the others: nothing is decided twice, and a model that
         needs no further restriction is one object, which shares what is derived from it."""
         self.notes += [f"{kernel} left out: {reason}" for kernel, reason in first.dropped.items()]

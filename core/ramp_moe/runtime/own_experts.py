@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from torch.nn import Module
 
     from ..spec.launchable import MoEWeights
-    from .wrapped_experts import RoutedExperts
+    from .wrapped_experts import WrappedExperts
 
 
 @dataclass(frozen=True)
@@ -112,7 +112,7 @@ def _routing(module: Module, *given: Any, **named: Any) -> Any:
     return _routed(experts, module, *given, *named.values())
 
 
-def _routed(experts: RoutedExperts, module: Module, hidden_states: Tensor) -> Tensor:
+def _routed(experts: WrappedExperts, module: Module, hidden_states: Tensor) -> Tensor:
     flat = hidden_states.reshape(-1, hidden_states.shape[-1])
     route = cast(Experts, experts.adapter).route
     assert route is not None

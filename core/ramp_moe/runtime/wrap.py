@@ -14,7 +14,7 @@ from ..registry.experts_adapter import ExpertsAdapter
 from ..registry.registry import get_registry
 from .layer import MoELayer
 from .layer_factory import Builder, named
-from .wrapped_experts import RoutedExperts, experts_of
+from .wrapped_experts import WrappedExperts, experts_of
 
 if TYPE_CHECKING:
     import torch
@@ -27,7 +27,7 @@ class Wrapped:
     profiles that are missing, and what a further copy of the weights would gain. `str` says it all. As a
     context manager it unwraps the model in the end, after an error, too."""
 
-    experts: dict[str, RoutedExperts]
+    experts: dict[str, WrappedExperts]
     notes: tuple[str, ...]
     model: Module = field(repr=False, compare=False)
 
@@ -59,12 +59,12 @@ class Wrapped:
             experts.layer.warm_up(num_tokens, experts.taken(dtype))
 
     @contextmanager
-    def record(self) -> Iterator[Recording]:
+    def record(self) -> Iterator[RoutingRecording]:
         """What is routed while the context lasts, outside CUDA graphs and what torch has compiled. (In graphs,
         `layer.graphs.record` does.) Raises RoutingError within another recording of the same layers."""
         if any(experts.recorded is not None for experts in self.experts.values()):
             raise RoutingError("the model is being recorded already; one recording at a time")
-        recording = Recording(list(self.experts.values()))
+        recording = RoutingRecording(list(self.experts.values()))
         for experts in self.experts.values():
             experts.recorded = []
         try:
@@ -73,10 +73,10 @@ class Wrapped:
             recording.stop()
 
 
-class Recording:
+class RoutingRecording:
     """Batches that wrapped layers routed; one batch for each layer and call."""
 
-    def __init__(self, experts: list[RoutedExperts]) -> None:
+    def __init__(self, experts: list[WrappedExperts]) -> None:
         self._experts = experts
         self._batches: list[tuple[int, list[int]]] = []
 
@@ -120,7 +120,7 @@ def wrap(model: Module, *adapters: ExpertsAdapter, device: str = "auto", copies:
     if strays := [adapter for adapter in adapters if not isinstance(adapter, ExpertsAdapter)]:
         raise KernelError(f"an adapter is a ramp_moe.Experts, or another ExpertsAdapter, not {strays[0]!r:.60}")
     found = _find(model, [*adapters, *get_registry().experts.values()])
-    builder, done = Builder(device, copies), dict[str, RoutedExperts]()
+    builder, done = Builder(device, copies), dict[str, WrappedExperts]()
     devices = {str(tensor.device) for _, module, _ in found for tensor in module.parameters()}
     if len(devices) > 1:
         raise KernelError(f"the experts' weights lie on {', '.join(sorted(devices))}; wrap a model on one device")
@@ -131,7 +131,7 @@ def wrap(model: Module, *adapters: ExpertsAdapter, device: str = "auto", copies:
         for name, module, adapter in found:
             with _named(name):
                 check_parents(model, module)
-                done[name] = RoutedExperts(module, adapter, adapter.top_k_of(module, _parent(model, name)), builder)
+                done[name] = WrappedExperts(module, adapter, adapter.top_k_of(module, _parent(model, name)), builder)
                 done[name].take(module, others)
         for name, module, _ in found:
             with _named(name):
@@ -147,10 +147,10 @@ def unwrap(model: Module) -> None:
         raise KernelError(f"{type(model).__name__} is not wrapped")
 
 
-def attach(module: Module, adapter: ExpertsAdapter, top_k: int, builder: Builder) -> RoutedExperts:
+def attach(module: Module, adapter: ExpertsAdapter, top_k: int, builder: Builder) -> WrappedExperts:
     """Wrap one module. Raises RampMoEError if its experts cannot be a layer's; it is then as it was."""
     with _undone(module), _named(type(module).__name__):
-        experts = RoutedExperts(module, adapter, top_k, builder)
+        experts = WrappedExperts(module, adapter, top_k, builder)
         experts.take(module)
         experts.install(module)
     return experts

@@ -21,10 +21,10 @@ if TYPE_CHECKING:
     from .layer_factory import Builder
 
 KEY = "_ramp_moe"
-"""Attribute of a wrapped module that holds its RoutedExperts."""
+"""Attribute of a wrapped module that holds its WrappedExperts."""
 
 
-class RoutedExperts:
+class WrappedExperts:
     """One module's layer, called as frameworks call their experts.
 
     The layer reads the module's own tensors where it can. Of those that it holds in another order there is one copy,
@@ -186,7 +186,7 @@ class RoutedExperts:
         counts = torch.zeros(experts + 1, dtype=torch.int64, device=ids.device)
         self.recorded.append((len(topk_ids), counts.scatter_add_(0, ids, torch.ones_like(ids))[:experts]))
 
-    def __deepcopy__(self, memo: dict[int, Any]) -> RoutedExperts:
+    def __deepcopy__(self, memo: dict[int, Any]) -> WrappedExperts:
         """Of a copy of the module, which has a layer of its own."""
         from .placeholder import Placeholder
 
@@ -214,10 +214,10 @@ class RoutedExperts:
         raise KernelError("a wrapped model cannot be pickled; save its state_dict(), or ramp_moe.unwrap(model) first")
 
 
-def experts_of(module: Module) -> RoutedExperts | None:
+def experts_of(module: Module) -> WrappedExperts | None:
     """Those of a wrapped module."""
     found = getattr(module, KEY, None)
-    return found if isinstance(found, RoutedExperts) else None
+    return found if isinstance(found, WrappedExperts) else None
 
 
 def _where(module: Module, name: str) -> str | None:

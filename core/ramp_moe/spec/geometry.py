@@ -164,19 +164,19 @@ class GridGeometry:
         clusters = -(-self.max_m_tiles(max_ids, num_experts) // self.cluster_m)
         return clusters * self.cluster_m * self.ctas_per_m_tile
 
-    def slots(self, num_sms: int) -> int:
+    def cta_slots(self, num_sms: int) -> int:
         """CTAs that run at the same time on `num_sms` SMs."""
         resident = num_sms * self.ctas_per_sm
         return resident if self.persistent_ctas is None else min(resident, self.persistent_ctas)
 
     def waves(self, histogram: IntArray, num_sms: int) -> IntArray:
         """Rounds in which the slots are filled, rounded up: an almost empty last wave takes as long as a full one."""
-        waves: IntArray = -(-self.logical(histogram) // self.slots(num_sms))
+        waves: IntArray = -(-self.logical(histogram) // self.cta_slots(num_sms))
         return waves
 
     def tail_utilisation(self, histogram: IntArray, num_sms: int) -> FloatArray:
         """Share of the slots of all waves that have work, in (0, 1]; 1 for a batch without tokens."""
-        slots = self.waves(histogram, num_sms) * self.slots(num_sms)
+        slots = self.waves(histogram, num_sms) * self.cta_slots(num_sms)
         return np.where(slots > 0, self.logical(histogram) / np.maximum(slots, 1), 1.0)
 
     def padding_waste(self, histogram: IntArray) -> FloatArray:

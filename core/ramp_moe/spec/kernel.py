@@ -126,7 +126,7 @@ class Built:
 
 
 Progress = Callable[[int, int, str], None]
-"""Told how many parts of a build are settled, of how many, and which was the last ("" where that says nothing): the
+"""Told how many parts of a build are done, of how many, and which was the last ("" where that says nothing): the
 configurations, where each is compiled by itself."""
 
 

@@ -1,9 +1,9 @@
 """Two launches: up projection with SwiGLU, down projection with the weighted combine. Written to be read, not to win.
 
 Activations are bf16 (or fp16), weights fp8 e4m3 with [128, 128] block scales, dequantised on their way into the dot. A
-tile is `BM` slots of one expert: `slots[tile * BM + i]` is a routed id (token * top_k + k), or `num_ids` for padding;
-`expert_of_tile` is -1 past the last tile, where CTAs exit, so that the grid needs no count on the host. The library's
-schedule fills both on the device.
+tile is `BM` sorted ids of one expert: `sorted_token_ids[tile * BM + i]` is a routed id (token * top_k + k), or
+`num_ids` for padding; `expert_ids` is -1 past the last tile, where CTAs exit, so that the grid needs no count on the
+host. The library's schedule fills both on the device.
 """
 
 import torch
@@ -36,8 +36,8 @@ def up_kernel(
     x,
     w,
     scales,
-    slots,
-    expert_of_tile,
+    sorted_token_ids,
+    expert_ids,
     act,
     num_ids,
     top_k,
@@ -48,10 +48,10 @@ def up_kernel(
     EMULATE: tl.constexpr,
 ):
     """act[id, :] = silu(x[token] @ gate.T) * (x[token] @ up.T), [num_ids, INTER] in x's dtype."""
-    expert = tl.load(expert_of_tile + tl.program_id(0)).to(tl.int64)
+    expert = tl.load(expert_ids + tl.program_id(0)).to(tl.int64)
     if expert < 0:
         return
-    ids = tl.load(slots + tl.program_id(0) * BM + tl.arange(0, BM))
+    ids = tl.load(sorted_token_ids + tl.program_id(0) * BM + tl.arange(0, BM))
     live = ids < num_ids
     w += expert * 2 * INTER * HIDDEN
     scales += expert * (2 * INTER // 128) * (HIDDEN // 128)
@@ -68,8 +68,8 @@ def down_kernel(
     act,
     w,
     scales,
-    slots,
-    expert_of_tile,
+    sorted_token_ids,
+    expert_ids,
     topk_weights,
     out,
     num_ids,
@@ -81,10 +81,10 @@ def down_kernel(
     EMULATE: tl.constexpr,
 ):
     """out[token] += topk_weight * act[id] @ down.T, float32 [tokens, HIDDEN], zeroed before."""
-    expert = tl.load(expert_of_tile + tl.program_id(0)).to(tl.int64)
+    expert = tl.load(expert_ids + tl.program_id(0)).to(tl.int64)
     if expert < 0:
         return
-    ids = tl.load(slots + tl.program_id(0) * BM + tl.arange(0, BM))
+    ids = tl.load(sorted_token_ids + tl.program_id(0) * BM + tl.arange(0, BM))
     live = ids < num_ids
     w += expert * HIDDEN * INTER
     scales += expert * (HIDDEN // 128) * (INTER // 128)
@@ -105,7 +105,7 @@ def stages(bm, bn, weights, batch, out, workspace):
     total = workspace.get("total", x.shape, torch.float32, x.device)
     schedule(batch.topk_ids, experts, bm, plan, zero=total)
     yield
-    tiles, tiling = plan.expert_of_tile.numel(), (plan.slots, plan.expert_of_tile)
+    tiles, tiling = plan.expert_ids.numel(), (plan.sorted_token_ids, plan.expert_ids)
     const = {"HIDDEN": hidden, "INTER": inter, "BM": bm, "BN": bn}
     # Triton's interpreter, for where there is no GPU, multiplies float32 only.
     const["EMULATE"] = not isinstance(up_kernel, triton.JITFunction)

@@ -33,10 +33,10 @@ SM_SMEM_BYTES = 228 * 1024
 
 @dataclass(frozen=True, slots=True)
 class Config:
-    """One compiled kernel: `block` tokens of one expert by `wide` times 256 rows of gate and up, and their part of the
-    down projection.
+    """One compiled kernel: `block_m` tokens of one expert by `wide` times 256 rows of gate and up, and their part of
+    the down projection.
 
-    block: tokens of a CTA, the N of WGMMA: 8 to 128 by 8.
+    block_m: tokens of a CTA, the N of WGMMA: 8 to 128 by 8.
     tile, warps: weight rows of a warp's share, and consumer warps: (32, 8) or (64, 4).
     stages: weight tiles of 32 KiB in flight.
     ctas: CTAs that share an SM, which halves their shared memory and registers.
@@ -46,10 +46,10 @@ class Config:
     group_m: M-tiles whose CTAs run side by side, to find an expert's weights in L2; 1: weight rows first.
     combine: how the token's parts are added: into a bf16 output, into float32, or in order from a row each.
     dtype: of weights and activations.
-    smaller: blocks below `block`, ascending, any of which a launch can have instead, chosen on the device.
+    smaller: blocks below `block_m`, ascending, any of which a launch can have instead, chosen on the device.
     """
 
-    block: int
+    block_m: int
     tile: int
     warps: int
     stages: int
@@ -65,11 +65,11 @@ class Config:
     @property
     def blocks(self) -> tuple[int, ...]:
         """That a launch can have, ascending."""
-        return *self.smaller, self.block
+        return *self.smaller, self.block_m
 
     def of(self, block: int) -> Config:
         """The configuration of one of them alone."""
-        return replace(self, block=block, smaller=())
+        return replace(self, block_m=block, smaller=())
 
     @property
     def name(self) -> str:
@@ -81,7 +81,7 @@ class Config:
         return "-".join([*parts, *([self.dtype] if self.dtype != "fp8" else [])])
 
     @property
-    def step(self) -> int:
+    def block_k(self) -> int:
         """Elements along the reduction of one tile in shared memory."""
         return ROW_BYTES // ELEMENT[self.dtype]
 
@@ -98,7 +98,7 @@ class Config:
     @property
     def in_flight(self) -> int:
         """Accumulators that a warpgroup has in WGMMA while it scales another: as many as registers allow."""
-        return 2 if self.block <= (88 if self.ctas == 1 else 48) else 1
+        return 2 if self.block_m <= (88 if self.ctas == 1 else 48) else 1
 
     @property
     def threads(self) -> int:
@@ -122,8 +122,8 @@ class Config:
     @property
     def accumulators(self) -> int:
         """Registers of a consumer that hold sums."""
-        scaled = self.block // 2 * self.in_flight if self.dtype == "fp8" else 0
-        return self.block // 2 * self.tiles + scaled
+        scaled = self.block_m // 2 * self.in_flight if self.dtype == "fp8" else 0
+        return self.block_m // 2 * self.tiles + scaled
 
     @property
     def smem_limit(self) -> int:
@@ -143,7 +143,7 @@ class Config:
     @property
     def staged_bytes(self) -> int:
         """One buffer of output on its way out: a chunk of every warpgroup."""
-        return self.warpgroups * self.block * self.out_pitch * self.out_element
+        return self.warpgroups * self.block_m * self.out_pitch * self.out_element
 
 
 @dataclass(frozen=True, slots=True)
@@ -174,16 +174,16 @@ class SmemMap:
 
 def smem_map(c: Config) -> SmemMap:
     """The map, with two buffers of output where they fit."""
-    tokens, staged = c.stages * c.block * ROW_BYTES, c.staged_bytes
+    tokens, staged = c.stages * c.block_m * ROW_BYTES, c.staged_bytes
     regions = {  # bytes and alignment
         "weights": (c.stages * UP_ROWS * ROW_BYTES, 1024),
         "tokens": (max(tokens, 2 * staged), 1024),
-        "hidden": (c.wide * c.block * INTERMEDIATES * ELEMENT[c.dtype], 1024),
-        "parts": (c.split_k * c.block * UP_ROWS * 4 if c.split_k > 1 else 0, 16),
-        "x_scale": (c.stages * c.block * 4, 16),
-        "routing": (c.block * 4, 16),
-        "h_scale": (c.wide * c.block * 4, 16),
-        "maxima": (c.block * c.warps * 4, 16),
+        "hidden": (c.wide * c.block_m * INTERMEDIATES * ELEMENT[c.dtype], 1024),
+        "parts": (c.split_k * c.block_m * UP_ROWS * 4 if c.split_k > 1 else 0, 16),
+        "x_scale": (c.stages * c.block_m * 4, 16),
+        "routing": (c.block_m * 4, 16),
+        "h_scale": (c.wide * c.block_m * 4, 16),
+        "maxima": (c.block_m * c.warps * 4, 16),
         "barriers": ((4 * c.stages + 1) * 8, 16),
     }
     two = _laid_out(regions, 2)

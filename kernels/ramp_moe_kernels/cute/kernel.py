@@ -34,7 +34,7 @@ from .space import configurations, geometry, most_tokens, polymorphic, unaligned
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from .launch import Prepared
+    from .launch import PreparedCute
 
 HERE = Path(__file__).parent
 RUNS = (Place(HERE / "launch.py", "prepare"), Place(HERE / "launch.py", "launch_steps"))
@@ -85,7 +85,7 @@ class CuteMoE(LaunchableKernel, BuildableKernel):
         """A configuration as the library sees it."""
         beside = ("-quantise" if config.dtype == "fp8" else "") + ("" if config.combine == "rows" else "-zero")
         stages = [
-            Stage("schedule", f"{self.name}/prepare/bm{config.block}{beside}"),
+            Stage("schedule", f"{self.name}/prepare/bm{config.block_m}{beside}"),
             Stage("gemm", f"{self.name}/{config.name}", geometry(config, shape)),
         ]
         if config.combine == "f32":
@@ -112,7 +112,7 @@ class CuteMoE(LaunchableKernel, BuildableKernel):
         """All of them: the tensor map finds gate and up by the layout."""
         return (self.weight_layout(shape).key, *(key for key in LAYOUTS if key != self.weight_layout(shape).key))
 
-    def prepare(self, weights: MoEWeights) -> Prepared:
+    def prepare(self, weights: MoEWeights) -> PreparedCute:
         """Views of the weights as they are. Raises KernelError for weights or a device that it cannot work with."""
         from .aot import runtime
         from .launch import prepare  # torch: not needed to describe the kernel
@@ -135,7 +135,7 @@ class CuteMoE(LaunchableKernel, BuildableKernel):
             found = Config(32, 32, 8, 4, wide=2 - shape.intermediate_size // 128 % 2, dtype=shape.dtype)
         valid = configurations(shape)
         if found not in valid:
-            found = min(valid, key=lambda c: (abs(c.block - found.block), c.wide, c.ctas, c.split_k, -c.stages))
+            found = min(valid, key=lambda c: (abs(c.block_m - found.block_m), c.wide, c.ctas, c.split_k, -c.stages))
         return self.describe(found, shape)
 
     def run(

@@ -26,7 +26,7 @@ BITS = 4
 
 
 @dataclass(frozen=True, slots=True)
-class Prepared:
+class PreparedCute:
     """Views of a layer's weights: gate_up `[8, 2, I / 8, H, E]` (row in eight, gate or up, eight), its scale `[2, I /
     128, H / 128, E]`, down `[H, I, E]` and its scale `[H / 128, I / 128, E]`; up_first: 1 where index 0 of gate_up's
     second dimension is up. The scales of bf16 weights are a few floats of these dimensions, which are not read."""
@@ -39,7 +39,7 @@ class Prepared:
     dtype: str
 
 
-def prepare(weights: MoEWeights) -> Prepared:
+def prepare(weights: MoEWeights) -> PreparedCute:
     device = weights.gate_up.device
     check_hopper("cute", device)
     if weights.activation != "swiglu":
@@ -64,16 +64,16 @@ def prepare(weights: MoEWeights) -> Prepared:
         scale = None if scale is None else scale.view(experts, 2, blocks, -1).permute(1, 2, 3, 0)
     up_first, down = int(weights.layout == "up-first"), weights.down.permute(1, 2, 0)
     if scale is not None and weights.down_scale is not None:
-        return Prepared(rows, scale, down, weights.down_scale.permute(1, 2, 0), up_first, "fp8")
+        return PreparedCute(rows, scale, down, weights.down_scale.permute(1, 2, 0), up_first, "fp8")
     if weights.gate_up.dtype != torch.bfloat16:
         raise KernelError(f"cute computes with fp8 and bf16 weights, not {weights.gate_up.dtype}")
     unread = torch.ones(2, 1, 1, 1, dtype=torch.float32, device=device).expand(2, 1, 1, experts)
-    return Prepared(rows, unread, down, unread[0], up_first, "bf16")
+    return PreparedCute(rows, unread, down, unread[0], up_first, "bf16")
 
 
 def launch_steps(
     configs: Sequence[Config],
-    prepared: Prepared,
+    prepared: PreparedCute,
     batch: Batch,
     out: Tensor,
     workspace: Workspace,
@@ -88,10 +88,10 @@ def launch_steps(
     whole, codes = config, 0
     if choice is not None:
         whole = one_of(configs)
-        codes = sum(whole.blocks.index(c.block) << BITS * i for i, c in enumerate(configs))
+        codes = sum(whole.blocks.index(c.block_m) << BITS * i for i, c in enumerate(configs))
     shape = MoEShape(experts, batch.top_k, hidden, prepared.down.shape[1], prepared.dtype)
     check_tokens("cute", whole.name, tokens, most_tokens(whole, shape))
-    each = [buffer_sizes(n, experts, c.block) for c in configs]
+    each = [buffer_sizes(n, experts, c.block_m) for c in configs]
     sizes = {name: max(size[name] for size in each) for name in each[0]}
     function = compiled(whole, shape)
 
@@ -110,7 +110,7 @@ def launch_steps(
     if in_place:  # x is read while out is added to
         summed = workspace.get("summed", (tokens, hidden), torch.bfloat16, device)
     zero = None if config.combine == "rows" else summed
-    blocks = [c.block for c in configs] if choice is not None else config.block
+    blocks = [c.block_m for c in configs] if choice is not None else config.block_m
     schedule(batch.topk_ids, experts, blocks, plan, choice=choice, quantise=quantise, zero=zero)
     yield
     if n:
@@ -122,14 +122,14 @@ def launch_steps(
             prepared.down,
             prepared.down_scale,
             summed,
-            plan.slots,
-            plan.expert_of_tile,
-            plan.num_slots,
+            plan.sorted_token_ids,
+            plan.expert_ids,
+            plan.num_tokens_post_padded,
             batch.topk_weights.view(-1),
             batch.top_k,
-            sizes["expert_of_tile"],
+            sizes["expert_ids"],
             prepared.up_first,
-            plan.num_slots if choice is None else choice,
+            plan.num_tokens_post_padded if choice is None else choice,
             codes,
         )
     if in_place:
@@ -152,7 +152,7 @@ def compiled(config: Config, shape: MoEShape) -> Callable[..., None]:
     return load(config)
 
 
-def _check_batch(config: Config, prepared: Prepared, batch: Batch, out: Tensor) -> None:
+def _check_batch(config: Config, prepared: PreparedCute, batch: Batch, out: Tensor) -> None:
     if config.dtype != prepared.dtype:
         raise KernelError(f"{config.name} computes {config.dtype}; the weights are {prepared.dtype}")
     check_bf16("cute", batch, out)

@@ -102,19 +102,19 @@ class FusedMoE:
         self.fp8 = config.dtype == "fp8"
         self.element = Float8E4M3FN if self.fp8 else BFloat16
         self.map = smem_map(config)
-        self.parts_of_h = INTERMEDIATES // config.step  # tiles of 128 bytes that hold 128 intermediates
+        self.parts_of_h = INTERMEDIATES // config.block_k  # tiles of 128 bytes that hold 128 intermediates
 
     def mma(self):
         k = OperandMajorMode.K
         return sm90.make_trivial_tiled_mma(
-            self.element, self.element, k, k, Float32, (1, 1, 1), tiler_mn=(64, self.c.block)
+            self.element, self.element, k, k, Float32, (1, 1, 1), tiler_mn=(64, self.c.block_m)
         )
 
     def tile_layout(self, rows, stages):
         """Rows of 128 bytes, swizzled so that WGMMA reads eight of them without conflicts."""
-        order = sm90.get_smem_layout_atom(cutlass.utils.LayoutEnum.ROW_MAJOR, self.element, self.c.step)
+        order = sm90.get_smem_layout_atom(cutlass.utils.LayoutEnum.ROW_MAJOR, self.element, self.c.block_k)
         atom = warpgroup.make_smem_layout_atom(order, self.element)
-        return cute.tile_to_shape(atom, (rows, self.c.step, stages), order=(0, 1, 2))
+        return cute.tile_to_shape(atom, (rows, self.c.block_k, stages), order=(0, 1, 2))
 
     def launch_options(self):
         c = self.c
@@ -135,9 +135,9 @@ class FusedMoE:
         down: cute.Tensor,  # [H, I, E]
         down_scale: cute.Tensor,  # float32 [H / 128, I / 128, E]
         out: cute.Tensor,  # [T, H]; with combine "rows" [I / 128 / wide * T * k, H]
-        slots: cute.Tensor,  # int32 [capacity]: routed ids by expert; T * k or more where there is none
-        expert_of_tile: cute.Tensor,  # int32 [tiles]
-        num_slots: cute.Tensor,  # int32 [1]: slots in use, whole blocks
+        sorted_token_ids: cute.Tensor,  # int32 [capacity]: routed ids by expert; T * k or more where there is none
+        expert_ids: cute.Tensor,  # int32 [tiles]
+        num_tokens_post_padded: cute.Tensor,  # int32 [1]: slots in use, whole blocks
         routing: cute.Tensor,  # float32 [T * k]
         top_k: Int32,
         tiles: Int32,  # M-tiles to launch: as many as there can be
@@ -157,13 +157,13 @@ class FusedMoE:
             stride=(gate_up.stride[:3], gate_up.stride[3], gate_up.stride[4]),
         )
         mW1 = cute.make_tensor(gate_up.iterator, rows)
-        tma_w1, gW1 = cpasync.make_tiled_tma_atom(op, mW1, box, (box_rows, c.step))
-        tma_w2, gW2 = cpasync.make_tiled_tma_atom(op, down, box, (box_rows, c.step))
+        tma_w1, gW1 = cpasync.make_tiled_tma_atom(op, mW1, box, (box_rows, c.block_k))
+        tma_w2, gW2 = cpasync.make_tiled_tma_atom(op, down, box, (box_rows, c.block_k))
         tiles_n = gate_up.shape[2] * 16 // (UP_ROWS * c.wide)
         tiles_m = (tiles + 1) // 2 * 2 if c.pair else tiles
         self.kernel(
-            x, x_scale, tma_w1, gW1, gate_up_scale, tma_w2, gW2, down_scale, out, slots, expert_of_tile, num_slots,
-            routing, top_k, up_first, tiles_n, choice, blocks, w_layout, box_layout,
+            x, x_scale, tma_w1, gW1, gate_up_scale, tma_w2, gW2, down_scale, out, sorted_token_ids, expert_ids,
+            num_tokens_post_padded, routing, top_k, up_first, tiles_n, choice, blocks, w_layout, box_layout,
         ).launch(
             grid=(tiles_n * c.split_k, tiles_m, 1),
             block=(c.threads, 1, 1),
@@ -184,9 +184,9 @@ class FusedMoE:
         gW2: cute.Tensor,
         w2_scale: cute.Tensor,
         out: cute.Tensor,
-        slots: cute.Tensor,
-        expert_of_tile: cute.Tensor,
-        num_slots: cute.Tensor,
+        sorted_token_ids: cute.Tensor,
+        expert_ids: cute.Tensor,
+        num_tokens_post_padded: cute.Tensor,
         routing: cute.Tensor,
         top_k: Int32,
         up_first: Int32,
@@ -199,8 +199,8 @@ class FusedMoE:
         base = cutlass.utils.SmemAllocator().allocate(smem_bytes(self.c), 1024)
         if const_expr(len(self.c.blocks) == 1):
             self.body(
-                base, x, x_scale, tma_w1, gW1, w1_scale, tma_w2, gW2, w2_scale, out, slots, expert_of_tile, num_slots,
-                routing, top_k, up_first, tiles_n, w_layout, box_layout,
+                base, x, x_scale, tma_w1, gW1, w1_scale, tma_w2, gW2, w2_scale, out, sorted_token_ids, expert_ids,
+                num_tokens_post_padded, routing, top_k, up_first, tiles_n, w_layout, box_layout,
             )  # fmt: skip
         else:
             cute.arch.griddepcontrol_wait()
@@ -208,8 +208,8 @@ class FusedMoE:
             for i in cutlass.range_constexpr(len(self.c.blocks)):
                 if chosen == i:
                     FusedMoE(self.c.of(self.c.blocks[i])).body(
-                        base, x, x_scale, tma_w1, gW1, w1_scale, tma_w2, gW2, w2_scale, out, slots, expert_of_tile,
-                        num_slots, routing, top_k, up_first, tiles_n, w_layout, box_layout,
+                        base, x, x_scale, tma_w1, gW1, w1_scale, tma_w2, gW2, w2_scale, out, sorted_token_ids,
+                        expert_ids, num_tokens_post_padded, routing, top_k, up_first, tiles_n, w_layout, box_layout,
                     )  # fmt: skip
 
     @cute.jit
@@ -225,9 +225,9 @@ class FusedMoE:
         gW2: cute.Tensor,
         w2_scale: cute.Tensor,
         out: cute.Tensor,
-        slots: cute.Tensor,
-        expert_of_tile: cute.Tensor,
-        num_slots: cute.Tensor,
+        sorted_token_ids: cute.Tensor,
+        expert_ids: cute.Tensor,
+        num_tokens_post_padded: cute.Tensor,
         routing: cute.Tensor,
         top_k: Int32,
         up_first: Int32,
@@ -236,7 +236,7 @@ class FusedMoE:
         box_layout: cute.ComposedLayout,
     ):
         c = self.c
-        block, stages, tiles, in_flight = c.block, c.stages, c.tiles, c.in_flight
+        block, stages, tiles, in_flight = c.block_m, c.stages, c.tiles, c.in_flight
         octets = block // 8
         thread, _, _ = cute.arch.thread_idx()
         bx, by, _ = cute.arch.block_idx()
@@ -276,13 +276,13 @@ class FusedMoE:
         if const_expr(not c.pair):
             self.init_barriers(full_w, thread, 1)
         cute.arch.griddepcontrol_wait()
-        expert = expert_of_tile[cutlass.min(m_i, expert_of_tile.shape[0] - 1)]
-        m_tiles = num_slots[0] // block
+        expert = expert_ids[cutlass.min(m_i, expert_ids.shape[0] - 1)]
+        m_tiles = num_tokens_post_padded[0] // block
         paired = Int32(0)
         if const_expr(c.pair):
             other = m_i ^ 1
             if (other < m_tiles) & (m_i < m_tiles):
-                if expert_of_tile[other] == expert:
+                if expert_ids[other] == expert:
                     paired = Int32(1)
             self.init_barriers(full_w, thread, 1 + paired)
         cute.arch.mbarrier_init_fence()
@@ -293,7 +293,7 @@ class FusedMoE:
             cute.arch.sync_threads()
 
         if m_i < m_tiles:
-            steps = x.shape[1] // c.step
+            steps = x.shape[1] // c.block_k
             first, last = Int32(0), steps
             out_tiles = out.shape[1] // UP_ROWS
             out_first, out_step = Int32(0), 1
@@ -305,7 +305,7 @@ class FusedMoE:
                 if warp_index == 0:
                     # ---------------------------------------------------------------- weights
                     box_rows = UP_ROWS // 2 if c.pair else UP_ROWS
-                    whole = (box_rows, c.step)
+                    whole = (box_rows, c.block_k)
                     tW1 = cute.local_tile(gW1, whole, (None, None, None))
                     tW2 = cute.local_tile(gW2, whole, (None, None, None))
                     one, flat = cute.make_layout(1), cute.group_modes(sBox, 0, 2)
@@ -341,16 +341,18 @@ class FusedMoE:
                     # Where rows start stays in registers; negative where there is nothing to copy
                     rows, scale_rows = (cute.make_rmem_tensor((count,), Int32) for count in (turns, scale_turns))
                     for r in cutlass.range_constexpr(turns):
-                        rows[r] = self.start(x, slots, m_i * block, r * at_once + place, top_k)
+                        rows[r] = self.start(x, sorted_token_ids, m_i * block, r * at_once + place, top_k)
                     for r in cutlass.range_constexpr(scale_turns if self.fp8 else 0):
-                        scale_rows[r] = self.start(x_scale, slots, m_i * block, r * GATHER_THREADS + own, top_k)
+                        scale_rows[r] = self.start(
+                            x_scale, sorted_token_ids, m_i * block, r * GATHER_THREADS + own, top_k
+                        )
                     # Where a row's chunk goes; at_once rows further, its place among eight is 4 more, or less
                     first_to = place * ROW_BYTES + (chunk ^ (place % 8)) * CHUNK
                     stage, phase = Int32(0), Int32(1)
                     for _ in cutlass.range(c.wide, unroll=1):
                         for k in cutlass.range(first, last, 1, unroll=1):
                             cute.arch.mbarrier_wait(empty_x + stage, phase)
-                            column = k * c.step + chunk * width
+                            column = k * c.block_k + chunk * width
                             even_to = self.map.tokens + stage * (block * ROW_BYTES) + first_to
                             odd_to = self.map.tokens + stage * (block * ROW_BYTES) + (first_to ^ 4 * CHUNK)
                             for r in cutlass.range_constexpr(turns):
@@ -378,21 +380,21 @@ class FusedMoE:
                 own_group = pipeline.NamedBarrier(barrier_id=2 + group, num_threads=128)
                 slice_ = self.mma().get_slice(0)
                 fragment_a, fragment_b = self.mma().make_fragment_A, self.mma().make_fragment_B
-                tA = fragment_a(slice_.partition_A(cute.local_tile(sW, (64, c.step), (None, 0, None))))
+                tA = fragment_a(slice_.partition_A(cute.local_tile(sW, (64, c.block_k), (None, 0, None))))
                 first_tile = group * tiles
                 tX = fragment_b(slice_.partition_B(sX))
                 tH = fragment_b(slice_.partition_B(sH))
                 accumulator = cute.make_rmem_tensor((block // 2 * in_flight if self.fp8 else 1,), Float32)
                 sums = cute.make_rmem_tensor((4 * octets, tiles), Float32)
                 if own < block:
-                    slot = slots[m_i * block + own]
+                    slot = sorted_token_ids[m_i * block + own]
                     weight = Float32(0.0)
                     if slot < tokens * top_k:
                         weight = routing[slot]
                     sRouting[own] = weight
                 row_of_out = Int32(-1)  # of this thread's token in its warpgroup's staged rows
                 if own % 128 < block:
-                    slot = slots[m_i * block + own % 128]
+                    slot = sorted_token_ids[m_i * block + own % 128]
                     if slot < tokens * top_k:
                         row_of_out = slot // top_k
                         if const_expr(c.combine == "rows"):
@@ -490,8 +492,10 @@ class FusedMoE:
                             for j in cutlass.range_constexpr(2):
                                 for t in cutlass.range_constexpr(tiles):
                                     column = (group * tiles + t) * 32 + own_warp % 4 * 8 + lane // 4
-                                    part = w * self.parts_of_h + column // c.step
-                                    sH[8 * m + lane % 4 * 2 + j, column % c.step, part] = BFloat16(sums[4 * m + j, t])
+                                    part = w * self.parts_of_h + column // c.block_k
+                                    sH[8 * m + lane % 4 * 2 + j, column % c.block_k, part] = BFloat16(
+                                        sums[4 * m + j, t]
+                                    )
                     cute.arch.fence_proxy("async.shared", space="cta")  # written for WGMMA to read
                     all_consumers.arrive_and_wait()
 
@@ -594,11 +598,11 @@ class FusedMoE:
             cute.copy(tma, source[(None, n, k, expert)], target[(None, stage)], tma_bar_ptr=full + stage)
 
     @cute.jit
-    def start(self, source: cute.Tensor, slots: cute.Tensor, first: Int32, at: Int32, top_k: Int32):
+    def start(self, source: cute.Tensor, sorted_token_ids: cute.Tensor, first: Int32, at: Int32, top_k: Int32):
         """Elements of `source` before the row of a block's slot, -1 where it has none."""
         start = Int32(-1)
-        if at < self.c.block:
-            row = slots[first + at] // top_k
+        if at < self.c.block_m:
+            row = sorted_token_ids[first + at] // top_k
             if row < source.shape[0]:
                 start = row * source.shape[1]
         return start
@@ -621,7 +625,7 @@ class FusedMoE:
         """A 64 x block tile in registers, from `at` on: (to +) a b, over the columns of a step. Commits a group."""
         a = weights[(None, None, None, tile_index, stage)]
         mma = self.mma()
-        tile = cute.make_tensor(to.iterator + at, cute.make_layout(mma.partition_shape_C((64, self.c.block))))
+        tile = cute.make_tensor(to.iterator + at, cute.make_layout(mma.partition_shape_C((64, self.c.block_m))))
         for k in range(cute.size(a, mode=[2])):
             mma.set(warpgroup.Field.ACCUMULATE, add or k != 0)
             cute.gemm(mma, tile, a[(None, None, k)], b[(None, None, k)], tile)
@@ -632,7 +636,7 @@ class FusedMoE:
               all_consumers: cutlass.Constexpr):  # fmt: skip
         """sums <- the sum over the cluster, added up in the order of its CTAs."""
         c = self.c
-        octets, threads, nbytes = c.block // 8, 32 * c.warps, c.block * UP_ROWS * 4
+        octets, threads, nbytes = c.block_m // 8, 32 * c.warps, c.block_m * UP_ROWS * 4
         parts = cute.recast_ptr(base + self.map.parts, dtype=Float32)
         for t in cutlass.range_constexpr(c.tiles):
             for m in cutlass.range_constexpr(octets):
@@ -645,7 +649,7 @@ class FusedMoE:
         if own == 0:
             cute.arch.mbarrier_arrive_and_expect_tx(gathered, (c.split_k - 1) * nbytes)
         if (own < c.split_k) & (own != rank):
-            mine = (parts + rank * (c.block * UP_ROWS)).to_llvm_ptr()
+            mine = (parts + rank * (c.block_m * UP_ROWS)).to_llvm_ptr()
             prims.cp_async_bulk_shared_cluster_shared_cta(
                 prims.mapa(mine, own), mine, prims.mapa(gathered.to_llvm_ptr(), own), nbytes
             )
@@ -665,10 +669,10 @@ class FusedMoE:
         """Two tiles of sums, 128 output columns, to shared memory: a row a token."""
         c = self.c
         pitch = c.out_pitch
-        first = (buffer * c.warpgroups + group) * (c.block * pitch)
+        first = (buffer * c.warpgroups + group) * (c.block_m * pitch)
         if const_expr(c.combine == "f32"):
             rows = cute.recast_ptr(staged, dtype=Float32)
-            for m in cutlass.range_constexpr(c.block // 8):
+            for m in cutlass.range_constexpr(c.block_m // 8):
                 for i in cutlass.range_constexpr(8):
                     token = 8 * m + lane % 4 * 2 + i % 2
                     column = i // 4 * 64 + own_warp % 4 * 16 + i // 2 % 2 * 8 + lane // 4
@@ -678,7 +682,7 @@ class FusedMoE:
             rows = cute.recast_ptr(staged, dtype=BFloat16)
             transpose = cute.make_copy_atom(warp.StMatrix8x8x16bOp(transpose=True, num_matrices=4), BFloat16)
             exact, rounded = cute.make_rmem_tensor((8,), Float32), cute.make_rmem_tensor((8,), BFloat16)
-            for m in cutlass.range_constexpr(c.block // 8):
+            for m in cutlass.range_constexpr(c.block_m // 8):
                 for i in cutlass.range_constexpr(8):
                     exact[i] = sums[4 * m + i % 4, 2 * half + i // 4]
                 rounded.store(exact.load().to(BFloat16))
@@ -693,7 +697,7 @@ class FusedMoE:
         c = self.c
         pitch = c.out_pitch
         dtype = Float32 if c.combine == "f32" else BFloat16
-        at = ((buffer * c.warpgroups + group) * c.block + own) * pitch
+        at = ((buffer * c.warpgroups + group) * c.block_m + own) * pitch
         source = (cute.recast_ptr(staged, dtype=dtype) + at).to_llvm_ptr()
         target = (out.iterator + (Int64(row) * out.shape[1] + column)).to_llvm_ptr()
         nbytes = OUT_COLUMNS * dtype.width // 8

@@ -30,7 +30,7 @@ def invalid(c: Config, shape: MoEShape) -> str | None:
     """Why a configuration cannot run, or never pays; None where it is valid."""
     if c.dtype != shape.dtype:
         return f"compiled for {c.dtype}, the weights are {shape.dtype}"
-    if c.block % 8 or not 8 <= c.block <= 128:
+    if c.block_m % 8 or not 8 <= c.block_m <= 128:
         return "a token block is 8 to 128 by 8, the N of WGMMA"
     if (c.tile, c.warps) not in ((32, 8), (64, 4)):
         return "a CTA's 256 rows are 8 warps' 32 or 4 warps' 64"
@@ -43,10 +43,10 @@ def invalid(c: Config, shape: MoEShape) -> str | None:
     additions = shape.top_k * shape.intermediate_size // (c.wide * INTERMEDIATES)
     if c.dtype == c.combine == "bf16" and additions > MAX_ADDITIONS:
         return f"{additions} parts added up in bf16 are more than the {MAX_ADDITIONS} that it is exact enough for"
-    if c.split_k > 1 and (c.block > MAX_SPLIT_BLOCK or c.wide > 1 or c.pair):
+    if c.split_k > 1 and (c.block_m > MAX_SPLIT_BLOCK or c.wide > 1 or c.pair):
         return f"a reduction is split for up to {MAX_SPLIT_BLOCK} tokens, one wide, without a pair"
-    if c.split_k * c.step > shape.hidden_size:
-        return f"hidden_size {shape.hidden_size} has fewer steps of {c.step} than {c.split_k} splits"
+    if c.split_k * c.block_k > shape.hidden_size:
+        return f"hidden_size {shape.hidden_size} has fewer steps of {c.block_k} than {c.split_k} splits"
     if c.pair and c.group_m > 1:
         return "paired M-tiles share weights already"
     if (needed := smem_map(c).bytes) > c.smem_limit:
@@ -114,9 +114,9 @@ def geometry(c: Config, shape: MoEShape) -> GridGeometry:
     """The grid of a launch."""
     return GridGeometry.fused(
         shape,
-        block_m=c.block,
+        block_m=c.block_m,
         block_n=c.wide * UP_ROWS,
-        block_k=c.step,
+        block_k=c.block_k,
         split_k=c.split_k,
         ctas_per_sm=c.ctas,
         cluster_m=1 + c.pair,

@@ -1,1 +1,1 @@
-"""What surrounds two grouped GEMMs of someone else's over rows sorted by expert: dispatch, activation, combine."""
+"""What surrounds two grouped GEMMs of someone else's over rows sorted by expert: permute, activation, unpermute."""

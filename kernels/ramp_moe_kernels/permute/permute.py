@@ -38,7 +38,7 @@ SLOTS = 1024
 
 
 @dataclass(frozen=True, slots=True)
-class Rows:
+class PermutedTokens:
     """values `[capacity, C]` fp8 or the dtype of x; scale float32 `[C / 128, capacity]` with fp8, else None; row_of_id
     int32 `[n]`, not written for ids out of range; ends int32 `[E]`: the row after each expert's last, its first where
     it has none. Experts begin at multiples of the tile."""
@@ -74,7 +74,7 @@ def _rows_of_token(topk_ids, token, num_ids, top_k, num_experts, block, STEP: tl
 
 
 @triton.jit(do_not_specialize=["num_ids", "top_k", "num_experts", "block"])
-def dispatch_kernel(
+def permute_kernel(
     x,  # [T, C]: bf16 or fp16
     topk_ids,  # int32 [T, top_k]
     rows,  # [capacity, C]: fp8 with scale, else x's dtype
@@ -142,8 +142,8 @@ def dispatch_kernel(
 
 @triton.jit(do_not_specialize=["num_ids", "num_experts", "block"])
 def invert_kernel(
-    slots,  # int32 [num_slots or more]
-    num_slots,  # int32 [1]
+    sorted_token_ids,  # int32 [num_tokens_post_padded or more]
+    num_tokens_post_padded,  # int32 [1]
     histogram,  # int32 [E]
     row_of_id,
     ends,
@@ -153,10 +153,10 @@ def invert_kernel(
     BINS: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """row_of_id[slots[r]] = r; program 0 writes the experts' ends, too."""
+    """row_of_id[sorted_token_ids[r]] = r; program 0 writes the experts' ends, too."""
     program = tl.program_id(0)
     row = program * BLOCK + tl.arange(0, BLOCK)
-    ids = tl.load(slots + row, mask=row < tl.load(num_slots), other=num_ids)
+    ids = tl.load(sorted_token_ids + row, mask=row < tl.load(num_tokens_post_padded), other=num_ids)
     tl.store(row_of_id + ids, row, mask=ids < num_ids)
     if program == 0:
         bins = tl.arange(0, BINS)
@@ -168,19 +168,21 @@ def invert_kernel(
 def capacity(num_ids: int, num_experts: int, block: int) -> int:
     """Rows for the worst routing of `num_ids` ids, in whole tiles of `block`. Raises KernelError beyond the limits."""
     if not 1 <= num_ids <= MAX_IDS:
-        raise KernelError(f"dispatch takes 1 to {MAX_IDS} routed ids, not {num_ids}")
+        raise KernelError(f"permute takes 1 to {MAX_IDS} routed ids, not {num_ids}")
     if not 1 <= num_experts <= MAX_EXPERTS:
-        raise KernelError(f"dispatch takes 1 to {MAX_EXPERTS} experts, not {num_experts}")
+        raise KernelError(f"permute takes 1 to {MAX_EXPERTS} experts, not {num_experts}")
     return max_tiles(num_ids, num_experts, block) * block
 
 
-def dispatch(x: Tensor, topk_ids: Tensor, num_experts: int, block: int, fp8: bool, workspace: Workspace) -> Rows:
+def permute(
+    x: Tensor, topk_ids: Tensor, num_experts: int, block: int, fp8: bool, workspace: Workspace
+) -> PermutedTokens:
     """The rows of x bf16 or fp16 `[T, C]` for topk_ids int32 `[T, k]`, with an expert's rows padded to whole tiles of
     `block`; quantised by groups of 128 columns, of which C is a multiple then, if fp8. Buffers are the workspace's."""
     tokens, columns = x.shape
     num_ids, top_k, device = topk_ids.numel(), topk_ids.shape[1], x.device
     size = capacity(num_ids, num_experts, block)
-    rows = Rows(
+    rows = PermutedTokens(
         workspace.get("rows_x", (size, columns), torch.float8_e4m3fn if fp8 else x.dtype, device),
         workspace.get("rows_x_scale", (columns // 128, size), torch.float32, device) if fp8 else None,
         workspace.get("row_of_id", (num_ids,), torch.int32, device),
@@ -196,17 +198,17 @@ def dispatch(x: Tensor, topk_ids: Tensor, num_experts: int, block: int, fp8: boo
             plan = Schedule(**{n: workspace.get(n, (s,), torch.int32, device) for n, s in sizes.items()})
             schedule(topk_ids, num_experts, block, plan)
             invert_kernel[(triton.cdiv(size, SLOTS),)](
-                plan.slots, plan.num_slots, plan.histogram, rows.row_of_id, rows.ends,
+                plan.sorted_token_ids, plan.num_tokens_post_padded, plan.histogram, rows.row_of_id, rows.ends,
                 num_ids, num_experts, block, BINS=bins, BLOCK=SLOTS,
             )  # fmt: skip
         groups = max(1, min(COLUMNS, triton.next_power_of_2(columns)) // 128)
         # Where few tokens leave SMs idle, several programs share one, each of which counts all ids.
         parts = max(1, min(triton.cdiv(columns, groups * 128), PROGRAMS // tokens))
-        dispatch_kernel[(tokens, parts)](
+        permute_kernel[(tokens, parts)](
             x, topk_ids, rows.values, rows.scale, rows.row_of_id, rows.ends,
             num_ids, top_k, num_experts, block, columns, size,
             FUSED=fused, STEP=STEP, BINS=bins,
-            TOP_K=triton.next_power_of_2(top_k), GROUPS=groups, EMULATE_FP8=interpreted(dispatch_kernel),
+            TOP_K=triton.next_power_of_2(top_k), GROUPS=groups, EMULATE_FP8=interpreted(permute_kernel),
             **dependent_launch(device), num_warps=4,
         )  # fmt: skip
     return rows

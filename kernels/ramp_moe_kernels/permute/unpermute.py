@@ -13,7 +13,7 @@ from torch import Tensor
 from ..triton.gemm import CHUNK, _activate, _gate_row
 from ..triton.launch import dependent_launch
 from ..triton.quantise import _GROUP, _quantise_groups, interpreted
-from .permute import Rows
+from .permute import PermutedTokens
 
 MAX_GROUPS = 8
 FEW_ELEMENTS = 256 * 1024
@@ -69,7 +69,7 @@ def activate_kernel(
 
 
 @triton.jit(do_not_specialize=["num_experts"])
-def combine_kernel(
+def unpermute_kernel(
     rows,  # [capacity, C]
     bias,  # [E, C], or None
     topk_ids,  # int32 [T, TOP_K]
@@ -107,7 +107,7 @@ def activate(
     gate_up: Tensor,
     bias: Tensor | None,
     topk_ids: Tensor,
-    rows: Rows,
+    rows: PermutedTokens,
     fp8: bool,
     layout: str,
     activation: str,
@@ -132,13 +132,13 @@ def activate(
     return act, scale
 
 
-def combine(values: Tensor, bias: Tensor | None, batch: Batch, rows: Rows, out: Tensor) -> None:
+def unpermute(values: Tensor, bias: Tensor | None, batch: Batch, rows: PermutedTokens, out: Tensor) -> None:
     """out `[T, C]` = sum over a token's ids of routing weight * (its row of values `[capacity, C]` + bias), in float32,
     one id after the other, cast once; ids out of range contribute nothing."""
     tokens, columns = out.shape
     block, warps = (256, 1) if out.numel() <= FEW_ELEMENTS else (1024, 4)
     with torch.cuda.device_of(out):
-        combine_kernel[(tokens, triton.cdiv(columns, block))](
+        unpermute_kernel[(tokens, triton.cdiv(columns, block))](
             values, bias, batch.topk_ids, batch.topk_weights, rows.row_of_id, out, rows.ends.numel(), columns,
             TOP_K=batch.top_k, BLOCK=block, **dependent_launch(out.device), num_warps=warps,
         )  # fmt: skip

@@ -16,11 +16,11 @@ TOKEN_BLOCKS = (16, 32, 64, 128)
 
 @dataclass(frozen=True, slots=True)
 class GemmConfig:
-    """One grouped GEMM's launch: BM slots by `rows` weight rows (of gate and of up each, for the up projection)."""
+    """One grouped GEMM's launch: `block_m` sorted ids by `block_n` weight rows (of gate and of up each, for up)."""
 
-    block: int
-    rows: int
-    step: int
+    block_m: int
+    block_n: int
+    block_k: int
     warps: int = 4
     stages: int = 3
     group_m: int = 1
@@ -31,7 +31,7 @@ class GemmConfig:
     def name(self) -> str:
         swap = "-swap" if self.swap else ""
         return (
-            f"bm{self.block}-bn{self.rows}-bk{self.step}-w{self.warps}-st{self.stages}"
+            f"bm{self.block_m}-bn{self.block_n}-bk{self.block_k}-w{self.warps}-st{self.stages}"
             f"-gm{self.group_m}-sk{self.split_k}{swap}"
         )
 
@@ -51,14 +51,14 @@ class Path:
 
     @property
     def name(self) -> str:
-        tiles = "direct" if self.direct else f"bm{self.up.block}"
-        up, down = (c.name.removeprefix(f"bm{c.block}-") for c in (self.up, self.down))
+        tiles = "direct" if self.direct else f"bm{self.up.block_m}"
+        up, down = (c.name.removeprefix(f"bm{c.block_m}-") for c in (self.up, self.down))
         return f"{tiles}-up({up})-down({down})-{'atomic' if self.atomic else 'sum'}"
 
 
 def quantises_itself(up: GemmConfig) -> bool:
     """Whether an fp8 up projection's CTAs hold whole scale groups of their intermediates, and so can quantise them."""
-    return up.rows == up.step and up.split_k == 1
+    return up.block_n == up.block_k and up.split_k == 1
 
 
 def scale_group(shape: MoEShape) -> int:
@@ -73,25 +73,25 @@ def invalid(gemm: Gemm, config: GemmConfig, shape: MoEShape, hardware: Hardware,
     matrices = 2 if gemm == "up" else 1
     depth = shape.hidden_size if gemm == "up" else shape.intermediate_size
     group = scale_group(shape)
-    if fp8 and c.step != group:
+    if fp8 and c.block_k != group:
         return f"an fp8 step is one scale group of {group}"
-    if fp8 and group % c.rows:
+    if fp8 and group % c.block_n:
         return "a weight tile must lie within one scale block"
-    row_bytes = c.step * DTYPE_BYTES[shape.dtype]
-    tiles = c.stages * (c.block + matrices * c.rows) * row_bytes
+    row_bytes = c.block_k * DTYPE_BYTES[shape.dtype]
+    tiles = c.stages * (c.block_m + matrices * c.block_n) * row_bytes
     if quantise:
-        tiles += (c.stages + 1) * c.block * row_bytes
+        tiles += (c.stages + 1) * c.block_m * row_bytes
     # The transposed accumulator of swapped operands, and half of it otherwise, is exchanged through shared memory.
-    needed = max(tiles, matrices * c.block * c.rows * 4)
+    needed = max(tiles, matrices * c.block_m * c.block_n * 4)
     if needed > hardware.smem_per_sm_bytes - 4096:
         return f"{needed} bytes of tiles exceed shared memory"
-    if matrices * c.block * c.rows > 128 * 32 * c.warps:
+    if matrices * c.block_m * c.block_n > 128 * 32 * c.warps:
         return "accumulators would take over 128 registers a thread"
-    if c.warps > 4 and matrices * c.block * c.rows < 64 * 64:
+    if c.warps > 4 and matrices * c.block_m * c.block_n < 64 * 64:
         return "too little work for eight warps"
-    if c.swap and (c.rows < 64 or c.block > 64):
+    if c.swap and (c.block_n < 64 or c.block_m > 64):
         return "swapped operands need 64 weight rows, and pay for small token blocks only"
-    if c.split_k > 1 and c.split_k * c.step * 2 > depth:
+    if c.split_k > 1 and c.split_k * c.block_k * 2 > depth:
         return f"{c.split_k} splits leave less than two steps each"
     return None
 
@@ -99,7 +99,7 @@ def invalid(gemm: Gemm, config: GemmConfig, shape: MoEShape, hardware: Hardware,
 def invalid_path(path: Path, shape: MoEShape, hardware: Hardware) -> str | None:
     """Why a whole path cannot run; None where it is valid."""
     fp8 = shape.dtype == "fp8"
-    if path.up.block != path.down.block:
+    if path.up.block_m != path.down.block_m:
         return "both GEMMs read one schedule, of one token block"
     return invalid("up", path.up, shape, hardware, quantise=fp8 and path.direct) or invalid(
         "down", path.down, shape, hardware, quantise=fp8 and not quantises_itself(path.up)
@@ -109,17 +109,19 @@ def invalid_path(path: Path, shape: MoEShape, hardware: Hardware) -> str | None:
 def space(gemm: Gemm, shape: MoEShape, hardware: Hardware) -> Iterator[GemmConfig]:
     """Every valid configuration of one GEMM."""
     steps = (scale_group(shape),) if shape.dtype == "fp8" else (64, 128)
-    for block, rows, step, warps, stages, group_m, split_k, swap in itertools.product(
+    for block_m, block_n, block_k, warps, stages, group_m, split_k, swap in itertools.product(
         TOKEN_BLOCKS, (32, 64, 128), steps, (4, 8), (2, 3, 4, 5), (1, 8), (1, 4), (False, True)
     ):
-        config = GemmConfig(block, rows, step, warps, stages, group_m, split_k, swap)
+        config = GemmConfig(block_m, block_n, block_k, warps, stages, group_m, split_k, swap)
         if invalid(gemm, config, shape, hardware) is None:
             yield config
 
 
 def geometry(gemm: Gemm, config: GemmConfig, shape: MoEShape, direct: bool = False) -> GridGeometry:
-    """The grid of one launch. A CTA of the up projection covers `rows` of gate and as many of up; on the direct path
-    each routed id is an M-tile."""
+    """The grid of one launch. A CTA of the up projection covers `block_n` rows of gate and as many of up; on the direct
+    path each routed id is an M-tile."""
     describe, wide = (GridGeometry.gate_up, 2) if gemm == "up" else (GridGeometry.down, 1)
-    block_m = 1 if direct else config.block
-    return describe(shape, block_m=block_m, block_n=wide * config.rows, block_k=config.step, split_k=config.split_k)
+    block_m = 1 if direct else config.block_m
+    return describe(
+        shape, block_m=block_m, block_n=wide * config.block_n, block_k=config.block_k, split_k=config.split_k
+    )

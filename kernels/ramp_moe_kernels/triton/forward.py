@@ -32,7 +32,7 @@ def forward_steps(
     if path.direct:
         x, x_scale, tiling = batch.hidden_states, None, ops.Tiling(None, batch.topk_ids, (n,))
     else:
-        x, x_scale, tiling = _prepare([c.block for c in ups], up.step, choice, weights, batch, total, workspace)
+        x, x_scale, tiling = _prepare([c.block_m for c in ups], up.block_k, choice, weights, batch, total, workspace)
         yield
 
     act, act_scale = _activations(up, weights, n, batch.hidden_states.dtype, workspace, device)
@@ -79,8 +79,8 @@ def _prepare(
         x_scale = workspace.get("x_scale", (batch.num_tokens, hidden // group), torch.float32, device)
         quantise, x = (x, q, x_scale), q
     schedule(batch.topk_ids, experts, blocks, plan, choice=choice, quantise=quantise, zero=total)
-    tiles = tuple(size["expert_of_tile"] for size in sizes)
-    return x, x_scale, ops.Tiling(plan.slots, plan.expert_of_tile, tiles, choice)
+    tiles = tuple(size["expert_ids"] for size in sizes)
+    return x, x_scale, ops.Tiling(plan.sorted_token_ids, plan.expert_ids, tiles, choice)
 
 
 def _activations(
@@ -90,6 +90,6 @@ def _activations(
     projection of fp8 weights quantises what it loads."""
     inter = weights.down.shape[2]
     if ops.is_fp8(weights) and quantises_itself(up):
-        scale = workspace.get("act_scale", (n, -(-inter // up.step)), torch.float32, device)
+        scale = workspace.get("act_scale", (n, -(-inter // up.block_k)), torch.float32, device)
         return workspace.get("act", (n, inter), torch.float8_e4m3fn, device), scale
     return workspace.get("act", (n, inter), dtype, device), None

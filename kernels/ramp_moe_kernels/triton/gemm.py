@@ -3,8 +3,8 @@
 Both launch one CTA for each (M-tile, row tile, split of the reduction). An M-tile is BM slots of one expert, as
 `schedule` lays them out; CTAs past the last tile exit at once, so that the grid needs no count on the host.
 
-    slots           routed id (token * top_k + slot) of each row, num_ids for padding
-    expert_of_tile  the tile's expert, -1 past the last tile
+    sorted_token_ids  routed id (token * top_k + slot) of each row, num_ids for padding
+    expert_ids        the tile's expert, -1 past the last tile
 
 A launch may be any of several configurations (VARIANTS), whichever an integer on the device says. Each is a branch of
 the kernel, whose registers and shared memory are those of the branch that takes most.
@@ -62,17 +62,17 @@ def _is_chosen(choice, rows, num_ids, num_experts, VARIANTS: tl.constexpr, V: tl
 
 
 @triton.jit
-def _slots(m, slots_ptr, expert_ptr, num_ids, num_experts, BM: tl.constexpr, DIRECT: tl.constexpr):
+def _sorted_ids(m, sorted_token_ids_ptr, expert_ids_ptr, num_ids, num_experts, BM: tl.constexpr, DIRECT: tl.constexpr):
     """(expert, routed ids [BM]) of M-tile m; expert -1 where there is nothing to do.
 
-    DIRECT: there is no schedule, each routed id is a tile of its own and expert_ptr holds the top-k ids themselves.
+    DIRECT: there is no schedule, each routed id is a tile of its own and expert_ids_ptr holds the top-k ids themselves.
     """
-    expert = tl.load(expert_ptr + m).to(tl.int64)
+    expert = tl.load(expert_ids_ptr + m).to(tl.int64)
     if DIRECT:
         expert = tl.where(expert < num_experts, expert, -1)
         ids = tl.where(tl.arange(0, BM) == 0, m, num_ids)
     else:
-        ids = tl.load(slots_ptr + m * BM + tl.arange(0, BM))
+        ids = tl.load(sorted_token_ids_ptr + m * BM + tl.arange(0, BM))
     return expert, ids
 
 
@@ -197,8 +197,8 @@ def _up(
     w_ptr,
     ws_ptr,
     bias_ptr,
-    slots_ptr,
-    expert_ptr,
+    sorted_token_ids_ptr,
+    expert_ids_ptr,
     out_ptr,
     outs_ptr,
     tiles,
@@ -233,7 +233,7 @@ def _up(
     if tiles is None:
         tiles = _most_tiles(num_ids, num_experts, BM)
     m, n = _tile(tiles, I, BN, GROUP_M)
-    expert, ids = _slots(m, slots_ptr, expert_ptr, num_ids, num_experts, BM, DIRECT)
+    expert, ids = _sorted_ids(m, sorted_token_ids_ptr, expert_ids_ptr, num_ids, num_experts, BM, DIRECT)
     if expert >= 0:
         split = tl.program_id(1)
         live = ids < num_ids
@@ -327,8 +327,8 @@ def up_kernel(
     w_ptr,  # [E, 2 I, H], rows in the order of LAYOUT
     ws_ptr,  # float32 [E, 2 ceil(I / SCALE), H / SCALE], fp8 only; likewise
     bias_ptr,  # [E, 2 I] or None; likewise
-    slots_ptr,
-    expert_ptr,
+    sorted_token_ids_ptr,
+    expert_ids_ptr,
     out_ptr,  # [num_ids, I], or float32 [SPLIT_K, num_ids, 2 I], gate first, before the activation
     outs_ptr,  # float32 [num_ids, ceil(I / BN)], QUANTISE only
     tiles,  # in all; None: as many as the choice has
@@ -362,8 +362,8 @@ def up_kernel(
                 w_ptr,
                 ws_ptr,
                 bias_ptr,
-                slots_ptr,
-                expert_ptr,
+                sorted_token_ids_ptr,
+                expert_ids_ptr,
                 out_ptr,
                 outs_ptr,
                 tiles,
@@ -395,8 +395,8 @@ def _down(
     w_ptr,
     ws_ptr,
     bias_ptr,
-    slots_ptr,
-    expert_ptr,
+    sorted_token_ids_ptr,
+    expert_ids_ptr,
     weight_ptr,
     out_ptr,
     tiles,
@@ -428,7 +428,7 @@ def _down(
     if tiles is None:
         tiles = _most_tiles(num_ids, num_experts, BM)
     m, n = _tile(tiles, H, BN, GROUP_M)
-    expert, ids = _slots(m, slots_ptr, expert_ptr, num_ids, num_experts, BM, DIRECT)
+    expert, ids = _sorted_ids(m, sorted_token_ids_ptr, expert_ids_ptr, num_ids, num_experts, BM, DIRECT)
     if expert >= 0:
         split = tl.program_id(1)
         live = ids < num_ids
@@ -493,8 +493,8 @@ def down_kernel(
     w_ptr,  # [E, H, I]
     ws_ptr,  # float32 [E, H / SCALE, ceil(I / SCALE)], fp8 weights only
     bias_ptr,  # [E, H] or None
-    slots_ptr,
-    expert_ptr,
+    sorted_token_ids_ptr,
+    expert_ids_ptr,
     weight_ptr,  # float32 [num_ids], the routing weights
     out_ptr,  # ATOMIC: float32 [T, H], zeroed; else [SPLIT_K, num_ids, H]
     tiles,  # in all; None: as many as the choice has
@@ -525,8 +525,8 @@ def down_kernel(
                 w_ptr,
                 ws_ptr,
                 bias_ptr,
-                slots_ptr,
-                expert_ptr,
+                sorted_token_ids_ptr,
+                expert_ids_ptr,
                 weight_ptr,
                 out_ptr,
                 tiles,

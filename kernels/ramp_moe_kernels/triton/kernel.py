@@ -108,7 +108,7 @@ class TritonMoE(LaunchableKernel):
         stages = []
         if not path.direct:
             beside = ("-quantise" if shape.dtype == "fp8" else "") + ("-zero" if path.atomic else "")
-            stages.append(Stage("schedule", f"{self.name}/prepare/bm{up.block}{beside}"))
+            stages.append(Stage("schedule", f"{self.name}/prepare/bm{up.block_m}{beside}"))
         stages.append(Stage("gemm", f"{self.name}/{tiles}up/{up.name}", geometry("up", up, shape, path.direct)))
         if up.split_k > 1:
             stages.append(Stage("activation", f"{self.name}/activate/sk{up.split_k}"))

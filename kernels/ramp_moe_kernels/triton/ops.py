@@ -17,11 +17,11 @@ from .quantise import interpreted
 
 @dataclass(frozen=True, slots=True)
 class Tiling:
-    """The M-tiles of a launch: `slots` routed ids each and the expert of each, as `schedule` lays them out, at most
-    `tiles[i]` of them for the configuration i. Which of several configurations it is, choice int32 `[1]` says. Without
-    slots (the direct path) each routed id is a tile, and `experts` are the top-k ids."""
+    """The M-tiles of a launch: `sorted_token_ids` routed ids each and the expert of each, as `schedule` lays them out,
+    at most `tiles[i]` of them for the configuration i. Which of several configurations it is, choice int32 `[1]` says.
+    Without slots (the direct path) each routed id is a tile, and `experts` are the top-k ids."""
 
-    slots: Tensor | None
+    sorted_token_ids: Tensor | None
     experts: Tensor
     tiles: tuple[int, ...]
     choice: Tensor | None = None
@@ -54,7 +54,7 @@ def up(
         weights.gate_up,
         weights.gate_up_scale,
         weights.gate_up_bias if common.split_k == 1 else None,
-        tiling.slots,
+        tiling.sorted_token_ids,
         tiling.experts,
         act,
         act_scale,
@@ -66,7 +66,7 @@ def up(
         inter,
         VARIANTS=variants(configs, inter, hidden),
         SPLIT_K=common.split_k,
-        DIRECT=tiling.slots is None,
+        DIRECT=tiling.sorted_token_ids is None,
         FP8=weights.gate_up_scale is not None,
         SCALE=weights.scale_block or 0,
         RAGGED=_is_ragged(weights),
@@ -126,7 +126,7 @@ def down(
         weights.down,
         weights.down_scale,
         weights.down_bias,
-        tiling.slots,
+        tiling.sorted_token_ids,
         tiling.experts,
         topk_weights,
         out,
@@ -138,7 +138,7 @@ def down(
         inter,
         VARIANTS=variants(configs, hidden, inter),
         SPLIT_K=common.split_k,
-        DIRECT=tiling.slots is None,
+        DIRECT=tiling.sorted_token_ids is None,
         FP8=fp8,
         SCALE=weights.scale_block or 0,
         RAGGED=_is_ragged(weights),
@@ -156,13 +156,13 @@ def variants(configs: Sequence[GemmConfig], rows: int, depth: int) -> tuple[tupl
     whether splits are of whole steps, whether row tiles are full, and stages of the loop, 0 for those of the launch."""
     return tuple(
         (
-            c.block,
-            c.rows,
-            c.step,
+            c.block_m,
+            c.block_n,
+            c.block_k,
             c.group_m,
             c.swap,
-            depth % (c.step * c.split_k) == 0,
-            rows % c.rows == 0,
+            depth % (c.block_k * c.split_k) == 0,
+            rows % c.block_n == 0,
             0 if c.stages == configs[0].stages else c.stages,
         )
         for c in configs
@@ -171,7 +171,7 @@ def variants(configs: Sequence[GemmConfig], rows: int, depth: int) -> tuple[tupl
 
 def _grid(configs: Sequence[GemmConfig], tiling: Tiling, rows: int) -> tuple[int, int]:
     """For any of the configurations: where it is not the largest, CTAs without a tile exit at once."""
-    ctas = (tiles * -(-rows // c.rows) for tiles, c in zip(tiling.tiles, configs, strict=True))
+    ctas = (tiles * -(-rows // c.block_n) for tiles, c in zip(tiling.tiles, configs, strict=True))
     return max(ctas), configs[0].split_k
 
 

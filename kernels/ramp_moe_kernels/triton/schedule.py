@@ -6,8 +6,8 @@ launch, in which every program counts all ids again: that costs less than waitin
 
     launch   programs                                    write
     1        one a chunk                                 partial[chunk, :]: the chunk's histogram
-    2 or 1   one a chunk and some experts                slots of their ids; in chunk 0 also padding, expert_of_tile
-             one more                                    histogram, num_slots, -1 past the last tile
+    2 or 1   one a chunk and some experts                slots of their ids; in chunk 0 also padding, expert_ids
+             one more                                    histogram, num_tokens_post_padded, -1 past the last tile
 
 Nothing is added to memory, so that no buffer needs zeroing, and every word is written by one program: the result does
 not depend on the order of programs. Further programs of the first launch quantise activations and zero an output.
@@ -48,17 +48,17 @@ _FIELD = tl.constexpr(2**21 - 1)
 class Schedule:
     """Device tensors that `schedule` fills, int32; of buffers larger than a call needs the front is used.
 
-    slots `[max_tiles * block]`: routed ids, experts in increasing order, an expert's ids increasing; padding = n.
-        Nothing is written from num_slots on.
-    expert_of_tile `[max_tiles]`: the expert of each tile of `block` slots; -1 from the last tile to the buffer's end.
-    num_slots `[1]`: tiles * block that are in use (what vLLM calls num_tokens_post_padded).
+    sorted_token_ids `[max_tiles * block]`: routed ids, experts in increasing order, an expert's ids increasing; padding
+        = n. Nothing is written from num_tokens_post_padded on.
+    expert_ids `[max_tiles]`: the expert of each tile of `block` slots; -1 from the last tile to the buffer's end.
+    num_tokens_post_padded `[1]`: tiles * block that are in use.
     histogram `[num_experts]`: ids of each expert.
     partial: working memory, needed above 4096 ids.
     """
 
-    slots: Tensor
-    expert_of_tile: Tensor
-    num_slots: Tensor
+    sorted_token_ids: Tensor
+    expert_ids: Tensor
+    num_tokens_post_padded: Tensor
     histogram: Tensor
     partial: Tensor | None = None
 
@@ -81,9 +81,9 @@ def buffer_sizes(max_ids: int, num_experts: int, block: int) -> dict[str, int]:
         raise KernelError(f"the schedule takes blocks of 1 to {MAX_BLOCK} tokens, not {block}")
     tiles = max_tiles(max_ids, num_experts, block)
     return {
-        "slots": tiles * block,
-        "expert_of_tile": tiles,
-        "num_slots": 1,
+        "sorted_token_ids": tiles * block,
+        "expert_ids": tiles,
+        "num_tokens_post_padded": 1,
         "histogram": num_experts,
         "partial": _chunks(max_ids) * _bins(num_experts) if max_ids > MAX_CHUNK else 0,
     }
@@ -137,7 +137,7 @@ def _read_histograms(partial, chunk, chunks, BINS: tl.constexpr):
 
 @triton.jit
 def _schedule_expert(
-    expert, ids, experts, tiles, count, earlier, chunk, slots, expert_of_tile, num_ids, block, BINS: tl.constexpr
+    expert, ids, experts, tiles, count, earlier, chunk, sorted_token_ids, expert_ids, num_ids, block, BINS: tl.constexpr
 ):
     """Slots of one expert's ids of one chunk; in chunk 0 also its padding and its tiles' entries.
 
@@ -150,31 +150,33 @@ def _schedule_expert(
     first_tile = (packed & _FIELD).to(tl.int32)
     num_own = (packed >> _BITS & _FIELD).to(tl.int32)
     if num_own > 0:
-        slots += first_tile * block
+        sorted_token_ids += first_tile * block
         mine = experts == expert
         one = mine.to(tl.int32)
         of_lane = tl.sum(one, 0)
         rank = (packed >> 2 * _BITS).to(tl.int32) + tl.cumsum(of_lane, 0) - of_lane
-        tl.store(slots + rank[None, :] + tl.cumsum(one, 0) - 1, ids, mask=mine)
+        tl.store(sorted_token_ids + rank[None, :] + tl.cumsum(one, 0) - 1, ids, mask=mine)
         if chunk == 0:
             num_tiles = tl.cdiv(num_own, block)
             padding = num_own + tl.arange(0, _MAX_BLOCK)
-            tl.store(slots + padding, num_ids, mask=padding < num_tiles * block)
+            tl.store(sorted_token_ids + padding, num_ids, mask=padding < num_tiles * block)
             for first in range(0, num_tiles, _MAX_BLOCK):
                 tile = first + tl.arange(0, _MAX_BLOCK)
-                tl.store(expert_of_tile + first_tile + tile, expert, mask=tile < num_tiles)
+                tl.store(expert_ids + first_tile + tile, expert, mask=tile < num_tiles)
 
 
 @triton.jit
-def _summarise(tiles, count, expert_of_tile, num_slots, histogram, num_experts, block, capacity, BINS: tl.constexpr):
-    """histogram, num_slots, and -1 from the last tile to the end of the buffer."""
+def _summarise(
+    tiles, count, expert_ids, num_tokens_post_padded, histogram, num_experts, block, capacity, BINS: tl.constexpr
+):
+    """histogram, num_tokens_post_padded, and -1 from the last tile to the end of the buffer."""
     bins = tl.arange(0, BINS)
     tl.store(histogram + bins, count, mask=bins < num_experts)
     num_tiles = tl.sum(tiles)
-    tl.store(num_slots, num_tiles * block)
+    tl.store(num_tokens_post_padded, num_tiles * block)
     for first in range(num_tiles, capacity, _TAIL):
         tile = first + tl.arange(0, _TAIL)
-        tl.store(expert_of_tile + tile, -1, mask=tile < capacity)
+        tl.store(expert_ids + tile, -1, mask=tile < capacity)
 
 
 @triton.jit
@@ -255,16 +257,16 @@ def schedule_kernel(
     num_valid,  # int32 [1], or None
     choice,  # int32 [1]: index into BLOCKS; or None
     partial,  # int32 [chunks, BINS], or None: this launch counts for itself, there is one chunk
-    slots,
-    expert_of_tile,
-    num_slots,
+    sorted_token_ids,
+    expert_ids,
+    num_tokens_post_padded,
     histogram,
     num_ids,
     num_tokens,
     top_k,
     num_experts,
     block,
-    capacity,  # tiles that expert_of_tile has room for
+    capacity,  # tiles that expert_ids has room for
     chunks,
     experts_each,  # experts of a program
     parts,  # programs of a chunk
@@ -300,12 +302,23 @@ def schedule_kernel(
             count, earlier = _read_histograms(partial, chunk, chunks, BINS)
         tiles = tl.cdiv(count, block)
         if program == 0:
-            _summarise(tiles, count, expert_of_tile, num_slots, histogram, num_experts, block, capacity, BINS)
+            _summarise(tiles, count, expert_ids, num_tokens_post_padded, histogram, num_experts, block, capacity, BINS)
         else:
             first = worker % parts * experts_each
             for expert in range(first, tl.minimum(first + experts_each, num_experts)):
                 _schedule_expert(
-                    expert, ids, experts, tiles, count, earlier, chunk, slots, expert_of_tile, num_ids, block, BINS
+                    expert,
+                    ids,
+                    experts,
+                    tiles,
+                    count,
+                    earlier,
+                    chunk,
+                    sorted_token_ids,
+                    expert_ids,
+                    num_ids,
+                    block,
+                    BINS,
                 )
     else:
         program -= chunks * parts + 1
@@ -387,16 +400,16 @@ def schedule(
             num_valid,
             choice,
             out.partial if chunks > 1 else None,
-            out.slots,
-            out.expert_of_tile,
-            out.num_slots,
+            out.sorted_token_ids,
+            out.expert_ids,
+            out.num_tokens_post_padded,
             out.histogram,
             num_ids,
             tokens,
             top_k,
             num_experts,
             blocks[0],
-            out.expert_of_tile.numel(),
+            out.expert_ids.numel(),
             chunks,
             experts_each,
             parts,

@@ -40,7 +40,7 @@ from ramp_moe.measurements.json_file import write_atomically
 from ramp_moe.registry.detect import detect
 from ramp_moe.runtime.graphs import capture as dispatch
 from ramp_moe.runtime.graphs import conditional as graph
-from ramp_moe.runtime.graphs.capture import GraphDispatch, Plan
+from ramp_moe.runtime.graphs.capture import GraphDispatch, GraphPlan
 from ramp_moe.runtime.graphs.cost_table import CostTable
 from ramp_moe.runtime.graphs.recorder import Recorder
 from ramp_moe.runtime.graphs.selector_cuda import Selector
@@ -80,7 +80,7 @@ class Measurement:
         ids = generate(kind, self.tokens, self.shape.num_experts, self.shape.top_k, seed)
         return torch.from_numpy(ids).int().cuda()
 
-    def plan(self, mode: str | None, bodies: int | None = None) -> Plan:
+    def plan(self, mode: str | None, bodies: int | None = None) -> GraphPlan:
         """What the layer's graphs hold from now on: what pays, or that many bodies."""
         with forced(bodies):
             self.layer.graphs = GraphDispatch(self.layer, self.weights, self.model, self.shape.top_k, mode)
@@ -185,7 +185,7 @@ def of_bodies(m: Measurement) -> Iterable[dict[str, Any]]:
                 }  # fmt: skip
 
 
-def chosen(m: Measurement, plan: Plan, captured: torch.cuda.CUDAGraph, ids: torch.Tensor) -> str:
+def chosen(m: Measurement, plan: GraphPlan, captured: torch.cuda.CUDAGraph, ids: torch.Tensor) -> str:
     m.ids.copy_(ids)
     captured.replay()
     return plan.bodies[int(plan.selector.choice)].name

@@ -141,7 +141,7 @@ class Case:
         choosing = np.array([choosing_us(self.model, tokens) for tokens, _ in self.test.labels])
         own = us[rows, self.dispatched([self.family[self.single]])]
         found = {
-            "hindsight": us.min(1),
+            "oracle": us.min(1),
             "static": us[rows, self.static(self.families, labels)],
             "static, all kinds": us[rows, self.static(self.families, [(t, "uniform") for t, _ in labels])],
             "single": us[:, self.single],

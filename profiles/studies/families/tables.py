@@ -34,7 +34,7 @@ HERE = Path(__file__).parent
 DECODE = 512
 """Tokens up to which the aims are."""
 LOST = 0.98
-"""Below this speed-up retrofitting is said to lose: of two runs, most cells repeat to less."""
+"""Below this speed-up dispatch by histogram is said to lose: of two runs, most cells repeat to less."""
 TRACE = "trace"
 """The held-out study's kind of routing that was recorded."""
 VARIANTS = {
@@ -42,7 +42,7 @@ VARIANTS = {
     "choosing": "with choosing",
     "planned": "planned",
 }
-"""Of retrofitted dispatch, by policy."""
+"""Of dispatch by histogram, by policy."""
 INCLUDED = "choosing"
 """The variant that the tables tell where they tell one."""
 AIMS = (
@@ -101,11 +101,11 @@ def winners() -> str:
     return table(("dtype", "model", "tokens, or routing", "batches", *present, "configurations that win"), rows)
 
 
-HEAD = ("batches", *(f"over {f} alone" for f in present), "over static", "over static, all kinds", "over hindsight")
+HEAD = ("batches", *(f"over {f} alone" for f in present), "over static", "over static, all kinds", "over oracle")
 
 
 def against(some: Sequence[Cell], variant: str = INCLUDED) -> list[object]:
-    policies = (*(f"{f} tuned" for f in present), "static", "static, all kinds", "hindsight")
+    policies = (*(f"{f} tuned" for f in present), "static", "static, all kinds", "oracle")
     return [len(some), *(speedup(some, p, variant) for p in policies)]
 
 
@@ -147,12 +147,12 @@ def summary() -> str:
         some = [c for c in judged(dtype=dtype) if c.tokens <= limit]
         everywhere = [f for f in present if all(f"{f} tuned" in c.us for c in some)]
         best = min(everywhere, key=lambda f: sum(np.log(c.us[f"{f} tuned"]) for c in some))
-        policies = (f"{best} tuned", "static", "static, all kinds", "hindsight")
+        policies = (f"{best} tuned", "static", "static, all kinds", "oracle")
         cells = (" / ".join(speedup(some, p, v) for v in VARIANTS) for p in policies)
         lost = " / ".join(f"{np.mean([c.over('static', v) < LOST for c in some]):.0%}" for v in VARIANTS)
         rows.append((dtype, f"up to {limit}" if limit == DECODE else "all", len(some), best, *cells, lost))
     head = ("dtype", "tokens", "batches", "best family alone", "over it", "over static", "over static, all kinds",
-            "over hindsight", "slower than static by more than 2%")  # fmt: skip
+            "over oracle", "slower than static by more than 2%")  # fmt: skip
     return table(head, rows)
 
 
@@ -164,7 +164,7 @@ def unseen() -> str:
         (d, k, t, [c for c in unseen_cells() if (c.dtype, c.routing) == (d, k) and t in ("all", str(c.tokens))])
         for d, k, t in names
     ]
-    policies = (*(f"{f} tuned" for f in present), "static", "hindsight")
+    policies = (*(f"{f} tuned" for f in present), "static", "oracle")
     rows = []
     for *name, some in found:
         if not some:
@@ -174,13 +174,13 @@ def unseen() -> str:
         shares = ", ".join(f"{f} {n / len(some):.0%}" for f, n in won.most_common())
         rows.append((*name, len(some), shares, *(" / ".join(pair) if pair[0] else "-" for pair in pairs)))
     head = ("dtype", "routing", "tokens", "batches", "wins in hindsight", *(f"over {f} alone" for f in present),
-            "over static", "over hindsight")  # fmt: skip
+            "over static", "over oracle")  # fmt: skip
     return table(head, rows)
 
 
 def headline() -> str:
-    """Dispatch, free and planned, over each family, over static dispatch over all and over hindsight."""
-    policies = (*(f"{f} tuned" for f in present), "static", "hindsight")
+    """Dispatch, free and planned, over each family, over static dispatch over all and over the oracle."""
+    policies = (*(f"{f} tuned" for f in present), "static", "oracle")
     rows = []
     for dtype, limit in ((d, t) for d in DTYPES for t in (DECODE, 1 << 30)):
         some = [c for c in judged(dtype=dtype) if c.tokens <= limit]
@@ -188,7 +188,7 @@ def headline() -> str:
         cells = (" / ".join(pair) if pair[0] else "-" for pair in pairs)
         rows.append((dtype, f"up to {limit}" if limit == DECODE else "all", len(some), *cells))
     return table(
-        ("dtype", "tokens", "batches", *(f"over {f}" for f in present), "over all, static", "over hindsight"), rows
+        ("dtype", "tokens", "batches", *(f"over {f}" for f in present), "over all, static", "over oracle"), rows
     )
 
 

@@ -51,7 +51,7 @@ class Unseen:
 
         ran, one = dispatched(case.families), dispatched(self.one_copy)
         found = {
-            "hindsight": us.min(),
+            "oracle": us.min(),
             "static": us[static(np.arange(len(configs)))],
             "dispatch": us[ran],
             "choosing": us[one] + choosing_us(case.model, tokens),

@@ -154,7 +154,7 @@ def percent(value: float) -> str:
 
 
 def pooled(groups: Iterable[Group]) -> tuple[FloatArray, FloatArray]:
-    """Regrets of all draws: against the best in hindsight, and against the split-half best."""
+    """Regrets of all draws: against the oracle, and against the split-half best."""
     found = list(groups)
     return np.concatenate([g.regret for g in found]), np.concatenate([g.split_half.ravel() for g in found])
 

@@ -114,7 +114,7 @@ def compared(model: str, dtype: str, kernels: tuple[str, ...], form: str = DEFAU
 
 
 def dispatch() -> str:
-    """Held-out batches: static and retrofitted dispatch, with what noise makes of the regrets."""
+    """Held-out batches: static and histogram dispatch, with what noise makes of the regrets."""
     rows = []
     for dtype, kernels, model in CASES:
         found = compared(model, dtype, kernels)
@@ -128,21 +128,21 @@ def dispatch() -> str:
                 len(found.batches),
                 f"{speedup.geomean:.3f}x ({speedup.min:.2f} to {speedup.max:.2f})",
                 f"{best.geomean:.3f}x ({best.max:.2f})",
-                percent(found.baselines["retrofitted"].mean),
-                percent(compared(model, dtype, kernels, "active").baselines["retrofitted"].mean),
+                percent(found.baselines["histogram"].mean),
+                percent(compared(model, dtype, kernels, "active").baselines["histogram"].mean),
                 *(percent(found.baselines[k].mean) for k in ("static", "nearest-batch table")),
                 percent(noise.selection.mean) if noise else "",
-                f"{percent(noise.regret['retrofitted'])} / {percent(noise.regret['static'])}" if noise else "",
+                f"{percent(noise.regret['histogram'])} / {percent(noise.regret['static'])}" if noise else "",
             )
         )
-    head = ("model", "kernels", "batches", "retrofitted over static (min to max)", "best over static (max)",
-            "regret: retrofitted", "with --form active", "static", "nearest-batch table", "noise of choosing",
-            "against the split-half best: retrofitted / static")  # fmt: skip
+    head = ("model", "kernels", "batches", "histogram over static (min to max)", "best over static (max)",
+            "regret: histogram", "with --form active", "static", "nearest-batch table", "noise of choosing",
+            "against the split-half best: histogram / static")  # fmt: skip
     return table(head, rows)
 
 
 def alpha_moe() -> str:
-    """Alpha-MoE retrofitted over its own tables, by kind of held-out routing, the four models together: whole paths,
+    """Alpha-MoE by histogram over its own tables, by kind of held-out routing, the four models together: whole paths,
     and its own launch alone."""
     rows = []
     for stages, table_name in itertools.product(((), ("gemm",)), ("static", "nearest-batch table")):
@@ -235,7 +235,7 @@ def live() -> str:
             r = Ratios.of(np.array(values))
             name = f"{found['model']} {' + '.join(found['kernels'])}"
             rows.append((name, kind, len(values), f"{r.geomean:.3f}x", f"{r.max:.3f}x", f"{r.min:.3f}x"))
-    return table(("profile", "routing", "batches", "retrofitted over static, geometric mean", "max", "min"), rows)
+    return table(("profile", "routing", "batches", "histogram over static, geometric mean", "max", "min"), rows)
 
 
 def curve() -> str:
@@ -255,7 +255,7 @@ def curve() -> str:
             except ProfileError:
                 values.append("")
             rows.append((model, f"{' + '.join(kernels)} {dtype}", count, *values))
-    return table(("model", "kernels", "tune batches", "regret: retrofitted", "static"), rows)
+    return table(("model", "kernels", "tune batches", "regret: histogram", "static"), rows)
 
 
 def exhaustive() -> str:

@@ -123,8 +123,8 @@ def measure(bench: Timer, shape: MoEShape, hardware: Hardware, tokens: int, rout
         "routing": routing,
         "paths": [
             {
-                "block": p.up.block,
-                "rows": p.up.rows,
+                "block": p.up.block_m,
+                "rows": p.up.block_n,
                 "group_m": p.up.group_m,
                 "split_k": p.up.split_k,
                 "direct": p.direct,

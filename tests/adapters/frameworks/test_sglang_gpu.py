@@ -115,7 +115,7 @@ def test_a_batch_of_more_than_a_million_ids() -> None:
 class Priced(Builder):
     """Prices for which the routing decides which of four configurations is best."""
 
-    def layer(self, weights: MoEWeights, top_k: int, ranks: int = 1) -> MoELayer:
+    def layer(self, weights: MoEWeights, top_k: int, ep_size: int = 1) -> MoELayer:
         hardware = detect()
         return MoELayer(weights, top_k, hardware, [TritonMoE()], priced(hardware, triton_of()))
 

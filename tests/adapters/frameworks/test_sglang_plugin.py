@@ -161,7 +161,7 @@ def test_one_of_two_ranks_of_expert_parallelism(
         assert experts.layer.num_local_experts == E
         assert 0 < error(experts(x), expected(given, local, dtype == "fp8")) < TOLERANCE[dtype]
         assert not experts(elsewhere).any()
-        assert experts.runner.runner_core._parameters.layer.ranks == 2
+        assert experts.runner.runner_core._parameters.layer.ep_size == 2
 
 
 def test_the_routed_scaling_factor(builder: Builder) -> None:
@@ -209,8 +209,8 @@ def test_weights_are_sglangs_where_their_order_will_do(builder: Builder, stock: 
 class UpFirst(Builder):
     """As where kernels that want another order of rows are predicted to be faster."""
 
-    def layer(self, weights: MoEWeights, top_k: int, ranks: int = 1) -> MoELayer:
-        return super().layer(relayout(weights, "up-first"), top_k, ranks)
+    def layer(self, weights: MoEWeights, top_k: int, ep_size: int = 1) -> MoELayer:
+        return super().layer(relayout(weights, "up-first"), top_k, ep_size)
 
 
 @pytest.mark.parametrize("dtype", ["bf16", "fp8"])

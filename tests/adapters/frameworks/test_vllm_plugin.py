@@ -16,7 +16,7 @@ import torch
 import vllm_cases  # noqa: F401  (before anything of vllm's)
 from moe_cases import H200, batch, error, expected, weights
 from ramp_moe import KernelError
-from ramp_moe.runtime.layer_factory import Builder, Plan
+from ramp_moe.runtime.layer_factory import Builder, LayerPlan
 from ramp_moe.runtime.placeholder import Placeholder
 from ramp_moe.runtime.reference import dequantise
 from ramp_moe.runtime.relayout import relayout
@@ -141,7 +141,7 @@ def test_ranks_add_up(dtype: str, how: str) -> None:
         routed = experts_of(of, TOP_K, dtype=HALF, **{how: (2, rank)})
         shape = experts(routed).layer.shape
         assert (shape.num_experts, shape.intermediate_size) == (4 if how == "ep" else EXPERTS, INTER)
-        assert experts(routed).layer.ranks == (2 if how == "ep" else 1)
+        assert experts(routed).layer.ep_size == (2 if how == "ep" else 1)
         parts.append(run(routed, b).float())
     assert all(part.any() for part in parts)
     assert error(sum(parts), wanted(of, b)) < TOLERANCE
@@ -176,7 +176,7 @@ class Interleaved(TritonMoE):
 def test_weights_in_another_order_take_the_place_of_vllms(
     dtype: str, builder: Builder, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(builder, "_plan", lambda shape, hardware: Plan(hardware, [Interleaved()], None))
+    monkeypatch.setattr(builder, "_plan", lambda shape, hardware: LayerPlan(hardware, [Interleaved()], None))
     of, b = layer(dtype, bias=dtype == "half"), given(17, "skewed")
     routed = experts_of(of, TOP_K, dtype=HALF)
     (held,) = experts(routed).layer.held
@@ -438,7 +438,7 @@ def test_a_batch_that_fails_is_computed_by_vllm(
     said: list[str],
 ) -> None:  # fmt: skip
     """From weights in its order, whatever was raised; with one line in the log. The next batch is ramp_moe's."""
-    monkeypatch.setattr(builder, "_plan", lambda shape, hardware: Plan(hardware, [kernel()], None))
+    monkeypatch.setattr(builder, "_plan", lambda shape, hardware: LayerPlan(hardware, [kernel()], None))
     of, b = layer("fp8"), given(9, "padded")
     routed = experts_of(of, TOP_K, dtype=HALF)
 

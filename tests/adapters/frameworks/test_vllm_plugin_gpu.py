@@ -17,7 +17,7 @@ import torch
 import vllm_cases  # noqa: F401  (before anything of vllm's)
 from graph_cases import SHAPE, priced, triton_of
 from moe_cases import ROUTINGS, batch, error, expected, weights
-from ramp_moe.runtime.layer_factory import Builder, Plan
+from ramp_moe.runtime.layer_factory import Builder, LayerPlan
 from ramp_moe.spec.launchable import Batch, MoEWeights
 from ramp_moe_adapters.frameworks import vllm as plugin
 from ramp_moe_kernels.triton.kernel import TritonMoE
@@ -178,8 +178,8 @@ def test_the_device_chooses_in_the_graph(builder: Builder, monkeypatch: pytest.M
     for ep, shape in shapes.items():
         kernel = TritonMoE()
 
-        def plan(_: Any, hardware: Any, kernel: TritonMoE = kernel) -> Plan:
-            return Plan(hardware, [kernel], priced(hardware, triton_of(kernel=kernel)))
+        def plan(_: Any, hardware: Any, kernel: TritonMoE = kernel) -> LayerPlan:
+            return LayerPlan(hardware, [kernel], priced(hardware, triton_of(kernel=kernel)))
 
         monkeypatch.setattr(builder, "_plan", plan)
         of = weights(shape[0], shape[2], SHAPE.intermediate_size, "bf16", "cuda")

@@ -15,7 +15,7 @@ import torch
 import vllm_cases  # noqa: F401  (before anything of vllm's)
 from moe_cases import batch, error, expected, weights
 from ramp_moe import KernelError, RampMoEError
-from ramp_moe.runtime.layer_factory import Builder, Plan
+from ramp_moe.runtime.layer_factory import Builder, LayerPlan
 from ramp_moe.spec.launchable import Batch, MoEWeights
 from ramp_moe_adapters.frameworks import vllm as plugin
 from ramp_moe_kernels.triton.kernel import TritonMoE
@@ -62,7 +62,7 @@ def kernel(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> s
 
     made = KERNELS[request.param]()
     builder = Builder("auto" if DEVICE == "cuda" else "h200")
-    monkeypatch.setattr(builder, "_plan", lambda shape, hardware: Plan(hardware, [made], None))
+    monkeypatch.setattr(builder, "_plan", lambda shape, hardware: LayerPlan(hardware, [made], None))
     monkeypatch.setattr(vllm_method, "_builder", builder)
     return str(request.param)
 

@@ -35,7 +35,23 @@ EXPERTS, TOP_K, HIDDEN, INTER = 6, 3, 256, 256
 
 
 def emulate(
-    x, xs, w, ws, w2, w2s, slots, experts, num_slots, weights, out, top_k, block_m, block_n, warp_n, stages, factor
+    x,
+    xs,
+    w,
+    ws,
+    w2,
+    w2s,
+    sorted_token_ids,
+    experts,
+    num_tokens_post_padded,
+    weights,
+    out,
+    top_k,
+    block_m,
+    block_n,
+    warp_n,
+    stages,
+    factor,
 ) -> None:
     """What the operator computes, with its roundings and its blind spots; the asserts are what it trusts its caller in.
 
@@ -45,18 +61,18 @@ def emulate(
     for t, dtype in zip((x, w, w2, xs, ws, w2s, weights, out), (FP8,) * 3 + (torch.float32,) * 4, strict=False):
         assert t.dtype == dtype
     assert all(t.is_contiguous() for t in (x, xs, w, ws, w2, w2s, weights, out))
-    assert all(t.dtype == torch.int32 for t in (slots, experts, num_slots))
+    assert all(t.dtype == torch.int32 for t in (sorted_token_ids, experts, num_tokens_post_padded))
     assert out.dtype == torch.bfloat16
     assert (block_n, warp_n) in ((64, 4), (32, 8))
     assert 1 <= stages <= (5 if block_m <= 100 else 4)
-    tokens, grid = len(x), len(slots) // block_m
-    assert len(slots) == grid * block_m
+    tokens, grid = len(x), len(sorted_token_ids) // block_m
+    assert len(sorted_token_ids) == grid * block_m
     assert len(experts) >= grid
     half = torch.arange(256, device=x.device) // 8 % 2  # 8 gate rows, 8 up rows, ...
-    for tile in range(int(num_slots) // block_m):
+    for tile in range(int(num_tokens_post_padded) // block_m):
         e = int(experts[tile])
         assert 0 <= e < len(w), "scales would be read out of bounds"
-        ids = slots[tile * block_m : (tile + 1) * block_m].long()
+        ids = sorted_token_ids[tile * block_m : (tile + 1) * block_m].long()
         assert bool((ids >= 0).all()), "would be added to token 0"
         ids = ids[ids // top_k < tokens]
         token = ids // top_k

@@ -27,7 +27,7 @@ from ramp_moe.spec.launchable import Batch, MoEWeights, Workspace
 from ramp_moe_adapters.kernels.deep_gemm import kernel as deep_gemm
 from ramp_moe_adapters.kernels.deep_gemm.config import Tile, choose, pinned
 from ramp_moe_adapters.kernels.deep_gemm.kernel import DeepGEMM
-from ramp_moe_adapters.kernels.deep_gemm.launch import Prepared, gemm, library
+from ramp_moe_adapters.kernels.deep_gemm.launch import PreparedDeepGEMM, gemm, library
 
 KERNEL = DeepGEMM()
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -116,7 +116,9 @@ def configs(w: MoEWeights) -> list[KernelConfig]:
     return list(usable_configs(KERNEL, w.shape(TOP_K), H200))
 
 
-def run(config: KernelConfig, prepared: Prepared, batch: Batch, workspace: Workspace | None = None) -> torch.Tensor:
+def run(
+    config: KernelConfig, prepared: PreparedDeepGEMM, batch: Batch, workspace: Workspace | None = None
+) -> torch.Tensor:
     out = torch.full_like(batch.hidden_states, float("nan"))
     KERNEL.launch(config, prepared, batch, out, workspace or Workspace())
     return out
@@ -128,7 +130,7 @@ def test_emulated(dtype: str, routing: str) -> None:
     w, emulation = layer(dtype), Emulation()
     for config, tokens in zip((configs(w)[0], configs(w)[-1]), (1, 21), strict=True):
         given_batch = given(tokens, routing)
-        out = run(config, Prepared(w, emulation), given_batch)
+        out = run(config, PreparedDeepGEMM(w, emulation), given_batch)
         assert error(out, expected(w, given_batch, quantise=dtype == "fp8")) < QUANTISED[dtype]
         p = dict(config.params)
         for which, seen in zip(("up", "down"), emulation.seen[-2:], strict=True):
@@ -140,7 +142,7 @@ def test_emulated(dtype: str, routing: str) -> None:
 def test_biases_and_activations(activation: str) -> None:
     w = layer("bf16", activation=activation, bias=True)
     given_batch = given(9, "padded")
-    out = run(configs(w)[0], Prepared(w, Emulation()), given_batch)
+    out = run(configs(w)[0], PreparedDeepGEMM(w, Emulation()), given_batch)
     assert error(out, expected(w, given_batch, quantise=False)) < 0.01
 
 
@@ -151,7 +153,7 @@ def test_layouts_that_it_reads(dtype: str, layout: str) -> None:
     w = layer(dtype, bias=True)
     assert layout in KERNEL.readable_layouts(w.shape(TOP_K))
     config, given_batch = configs(w)[0], given(9, "padded")
-    plain, other = (run(config, Prepared(v, Emulation()), given_batch) for v in (w, relayout(w, layout)))
+    plain, other = (run(config, PreparedDeepGEMM(v, Emulation()), given_batch) for v in (w, relayout(w, layout)))
     assert torch.equal(plain, other)
 
 
@@ -163,7 +165,7 @@ def test_steps_are_the_stages() -> None:
     w, given_batch = layer("fp8"), given(5)
     config = configs(w)[0]
     out = torch.empty_like(given_batch.hidden_states)
-    keys = list(KERNEL.steps(config, Prepared(w, Emulation()), given_batch, out, Workspace()))
+    keys = list(KERNEL.steps(config, PreparedDeepGEMM(w, Emulation()), given_batch, out, Workspace()))
     assert keys == [s.key for s in config.stages]
 
 
@@ -171,7 +173,7 @@ def test_settings_are_restored_when_a_gemm_fails() -> None:
     w, emulation = layer("fp8"), Emulation()
     emulation.fails = True
     with pytest.raises(RuntimeError, match="Assertion error"):
-        run(configs(w)[-1], Prepared(w, emulation), given(5))
+        run(configs(w)[-1], PreparedDeepGEMM(w, emulation), given(5))
     assert emulation.seen[0][0] == dict(configs(w)[-1].params)["block_m"]
     assert (emulation.alignment, emulation.num_sms, emulation.pdl) == (128, 132, False)
 
@@ -179,7 +181,7 @@ def test_settings_are_restored_when_a_gemm_fails() -> None:
 def test_two_threads_do_not_see_each_others_settings() -> None:
     """The GEMMs alone: Triton's interpreter is not for threads."""
     emulation = Emulation()
-    prepared = Prepared(layer("bf16"), emulation)
+    prepared = PreparedDeepGEMM(layer("bf16"), emulation)
     chosen = [
         {"block_m": m, "num_sms": sms, "up_expected_m": m, "up_multiple": 16} for m, sms in ((64, 132), (128, 104))
     ]
@@ -204,7 +206,7 @@ def test_fp16_is_refused() -> None:
     w = layer("bf16")
     half = batch(3, TOP_K, EXPERTS, HIDDEN, "uniform", DEVICE, torch.float16)
     with pytest.raises(KernelError, match=r"writes bf16 only: hidden_states are torch.float16"):
-        run(configs(w)[0], Prepared(w, Emulation()), half)
+        run(configs(w)[0], PreparedDeepGEMM(w, Emulation()), half)
 
 
 # The description.
@@ -304,7 +306,7 @@ def test_a_multiple_pins_the_only_tile() -> None:
 
 
 @pytest.fixture(scope="module", params=["fp8", "bf16"])
-def on_gpu(request: pytest.FixtureRequest) -> tuple[str, MoEWeights, Prepared]:
+def on_gpu(request: pytest.FixtureRequest) -> tuple[str, MoEWeights, PreparedDeepGEMM]:
     w = weights(16, 512, 384, request.param, "cuda")
     return request.param, w, KERNEL.prepare(w)
 
@@ -317,7 +319,7 @@ def spread(w: MoEWeights) -> list[KernelConfig]:
 
 @pytest.mark.gpu
 @real
-def test_gpu_configurations(on_gpu: tuple[str, MoEWeights, Prepared]) -> None:
+def test_gpu_configurations(on_gpu: tuple[str, MoEWeights, PreparedDeepGEMM]) -> None:
     dtype, w, prepared = on_gpu
     workspace = Workspace()
     for config, routing in itertools.product(spread(w), ROUTINGS):
@@ -329,7 +331,7 @@ def test_gpu_configurations(on_gpu: tuple[str, MoEWeights, Prepared]) -> None:
 
 @pytest.mark.gpu
 @real
-def test_gpu_many_tokens(on_gpu: tuple[str, MoEWeights, Prepared]) -> None:
+def test_gpu_many_tokens(on_gpu: tuple[str, MoEWeights, PreparedDeepGEMM]) -> None:
     dtype, w, prepared = on_gpu
     for config in spread(w):
         given_batch = batch(3000, 4, 16, 512, "skewed", "cuda", torch.bfloat16)
@@ -338,7 +340,7 @@ def test_gpu_many_tokens(on_gpu: tuple[str, MoEWeights, Prepared]) -> None:
 
 @pytest.mark.gpu
 @real
-def test_gpu_graph_obeys_new_inputs(on_gpu: tuple[str, MoEWeights, Prepared]) -> None:
+def test_gpu_graph_obeys_new_inputs(on_gpu: tuple[str, MoEWeights, PreparedDeepGEMM]) -> None:
     dtype, w, prepared = on_gpu
     config = KERNEL.default_config(w.shape(4), H200, 64)
     fixed = batch(64, 4, 16, 512, "uniform", "cuda", torch.bfloat16)
@@ -365,7 +367,7 @@ def test_gpu_graph_obeys_new_inputs(on_gpu: tuple[str, MoEWeights, Prepared]) ->
 
 @pytest.mark.gpu
 @real
-def test_gpu_launches_and_grids(on_gpu: tuple[str, MoEWeights, Prepared]) -> None:
+def test_gpu_launches_and_grids(on_gpu: tuple[str, MoEWeights, PreparedDeepGEMM]) -> None:
     """Three launches beside DeepGEMM's two, whose grids are as described."""
     _, w, prepared = on_gpu
     config = usable_configs(KERNEL, w.shape(4), H200)[-1]

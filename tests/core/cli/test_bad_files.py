@@ -214,17 +214,17 @@ def test_folders_on_the_way_that_are_none(where: str) -> None:
 
 def test_a_sweep_that_was_not_measured_cannot_be_used(sweep_file: Path) -> None:
     raw = json.loads(sweep_file.read_text())
-    for row in raw["rows"]:
+    for row in raw["batches"]:
         row["runs_us"] = [None] * len(row["runs_us"])
     sweep_file.write_text(json.dumps(raw))
-    with pytest.raises(ProfileError, match=r"no time was measured; measure again - at `\$.rows`"):
+    with pytest.raises(ProfileError, match=r"no time was measured; measure again - at `\$.batches`"):
         ProfileStore([sweep_file])
 
 
 def test_few_words_do_not_make_many_times(sweep_file: Path) -> None:
     raw = json.loads(sweep_file.read_text())
     raw["runs"] *= 2000
-    raw["rows"] = [row | {"runs_us": [None] * 2000} for row in raw["rows"]]
+    raw["batches"] = [row | {"runs_us": [None] * 2000} for row in raw["batches"]]
     sweep_file.write_text(json.dumps(raw))
     with pytest.raises(ProfileError, match=r"runs, rows and columns make 23712000 times, at most 16777216 can be"):
         ProfileStore([sweep_file])

@@ -30,7 +30,7 @@ def test_compare_json(model: str, registry: Registry, shipped: ProfileStore, h20
     assert found["mode"] == "replay"
     assert (found["device"], found["model"], found["kernels"]) == ("h200", model, ["alpha_moe"])
     _, sweep = shipped.require("alpha_moe", registry.shape(model, "fp8"), h200)
-    assert len(found["batches"]) == len(sweep.rows_of("test")) > 0
+    assert len(found["batches"]) == len(sweep.batches_of("test")) > 0
     for key in ("regret", "static_regret"):
         assert set(found[key]) == {"mean", "median", "p95", "max"}
         assert 0 <= found[key]["median"] <= found[key]["p95"] <= found[key]["max"] < 1
@@ -251,7 +251,7 @@ def test_a_profile_that_has_no_part_is_not_passed_over(sweep_file: Path) -> None
 def test_markup_in_a_profile_is_printed_as_it_is(sweep_file: Path) -> None:
     raw = json.loads(sweep_file.read_text())
     raw["kernel_version"] = "[/x]"
-    raw["rows"][5]["routing"] = "[bold]"
+    raw["batches"][5]["routing"] = "[bold]"
     sweep_file.write_text(json.dumps(raw))
     result = run("compare", "--model", "olmoe-1b-7b", "--kernel", "alpha_moe", "--profile", sweep_file)
     assert result.exit_code == 0, result.output

@@ -237,11 +237,11 @@ def test_profiles_that_are_of_no_use(machine: Machine) -> None:
 def test_batches_that_cannot_be_drawn_again(machine: Machine) -> None:
     path = place(user_data_dir())
     raw = json.loads(path.read_text())
-    for row in raw["rows"]:
+    for row in raw["batches"]:
         row["seed"] = None
     path.write_text(json.dumps(raw))
     refused(machine, "none of its batches can be drawn again; run `ramp-moe profile`")
-    for row in raw["rows"]:
+    for row in raw["batches"]:
         row |= {"seed": 1, "routing": "unheard-of"}
     path.write_text(json.dumps(raw))
     refused(machine, "none of its batches can be drawn again; run `ramp-moe profile`")

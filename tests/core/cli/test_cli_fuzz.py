@@ -79,8 +79,8 @@ def small_sweep(sweep_file: Path) -> dict[str, Any]:
     raw: dict[str, Any] = json.loads(sweep_file.read_text())
     keep = range(0, len(raw["columns"]), 20)
     raw["columns"] = [raw["columns"][i] for i in keep]
-    raw["rows"] = raw["rows"][::3]
-    for i, row in enumerate(raw["rows"]):
+    raw["batches"] = raw["batches"][::3]
+    for i, row in enumerate(raw["batches"]):
         row["runs_us"] = [[times[j] for j in keep] for times in row["runs_us"]]
         row["split"] = "test" if i % 3 == 0 else "tune"
     return raw
@@ -119,7 +119,7 @@ def nulled(rows: list[dict[str, Any]], which: Callable[[int, int], bool]) -> Non
 def test_times_that_were_not_measured(
     small_sweep: dict[str, Any], tmp_path: Path, command: str, which: Callable[[int, int], bool]
 ) -> None:
-    nulled(small_sweep["rows"], which)
+    nulled(small_sweep["batches"], which)
     (tmp_path / "sweep.json").write_text(dumped(small_sweep))
     answers(command, *MODEL, "--profile", tmp_path / "sweep.json")
 

@@ -109,8 +109,8 @@ def test_what_a_profile_says_does_not_steer_the_terminal(
     monkeypatch.chdir(sweep_file.parent)
     kept = dict.fromkeys(("format", "device", "kernel", "shape", "columns", "split", "measured", "routing"), "")
     raw = strings_replaced(json.loads(sweep_file.read_text()), kept)
-    raw["rows"] = raw["rows"][::2]
-    for row in raw["rows"]:
+    raw["batches"] = raw["batches"][::2]
+    for row in raw["batches"]:
         row["routing"] += "" if row["routing"] == "uniform" else STEERING
     sweep_file.write_text(json.dumps(raw))
     Path("trace.json").write_text(json.dumps({"topk_ids": [[*range(8)]] * 8, "source": STEERING}))
@@ -155,7 +155,7 @@ def test_plots_whatever_matplotlib_is_set_to(settings: dict[str, str], tmp_path:
 
 def test_a_label_is_no_formula(sweep_file: Path, tmp_path: Path) -> None:
     raw = json.loads(sweep_file.read_text())
-    for row in raw["rows"][::7]:
+    for row in raw["batches"][::7]:
         row["routing"] = r"$\frac{$"
     sweep_file.write_text(json.dumps(raw))
     found = run(*COMPARE, "--profile", sweep_file, "--html", tmp_path / "r.html")

@@ -30,7 +30,7 @@ from ramp_moe.measurements.sweep import (
     FORMAT,
     VERSION,
     Column,
-    Row,
+    MeasuredBatch,
     Run,
     ShapeRecord,
     SweepRecord,
@@ -71,11 +71,11 @@ def synthetic(hardware: Hardware, stages: dict[str, tuple[Stage, tuple[float, ..
                 waves = math.ceil(g / hardware.num_sms) if form != "paper" else g / hardware.num_sms
             last = int((h > 0).sum()) if form == "active" else math.log(g + 1)
             times.append(a + b * waves + c * g + d * last)
-        rows.append(Row(tokens, "uniform", h.tolist(), [times]))
+        rows.append(MeasuredBatch(tokens, "uniform", h.tolist(), [times]))
     columns = [Column(stage.kind, key) for key, (stage, _) in stages.items()]
     record = SweepRecord(
         format=FORMAT, version=VERSION, device="h200", kernel="k", kernel_version="1", shape=ShapeRecord.of(SHAPE),
-        runs=[Run("2026-01-01", "NVIDIA H200", "", {}, "made up")], columns=columns, left_out=[], rows=rows,
+        runs=[Run("2026-01-01", "NVIDIA H200", "", {}, "made up")], columns=columns, left_out=[], batches=rows,
     )  # fmt: skip
     return make_sweep(record)
 
@@ -129,7 +129,7 @@ def test_non_negative_fit_is_optimal(replay: Replay) -> None:
     at_zero = 0
     for i, candidate in enumerate(model.candidates):
         fit = model.fits[candidate.config.stages[-1].key]
-        c, slots = np.array(fit.coefficients), fit.part.grids[0].slots(132)
+        c, slots = np.array(fit.coefficients), fit.part.grids[0].cta_slots(132)
         assert (c >= 0).all()
         g = candidate.config.gemms[0].logical(sweep.histograms)
         x = np.stack([np.ones(len(g)), np.ceil(g / slots), g, active], 1) / replay.times_us[:, i, None]
@@ -307,7 +307,7 @@ def test_a_bound_is_no_time_to_fit_to_unless_the_fit_is_below_it(h200: Hardware)
 
     def with_bounds(share: float) -> Sweep:
         for i in bounded:
-            sweep.record.rows[i].runs_us = [[-share * float(sweep.times_us[i, 0])]]
+            sweep.record.batches[i].runs_us = [[-share * float(sweep.times_us[i, 0])]]
         return make_sweep(sweep.record)
 
     low = with_bounds(0.2)
@@ -327,10 +327,10 @@ def test_what_has_hardly_more_than_bounds_stays_a_candidate(h200: Hardware) -> N
     sweep = synthetic(h200, stages_of(c, (5.0, 3.0, 0.02, 0.4)))
     record = sweep.record
     record.columns.insert(0, Column("gemm", "k/up/b"))
-    for i, row in enumerate(record.rows):
+    for i, row in enumerate(record.batches):
         us = float(sweep.times_us[i, 0])
         row.runs_us = [[20 * us if i < 3 else -3 * us, us]]
     candidates = [Candidate("k", behind), Candidate("k", c)]
     model = fit_sweep(make_sweep(record), candidates, h200)
     assert list(model.candidates) == candidates
-    assert model.cost(sweep.histograms).argmin(1).tolist() == [1] * len(record.rows)
+    assert model.cost(sweep.histograms).argmin(1).tolist() == [1] * len(record.batches)

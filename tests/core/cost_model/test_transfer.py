@@ -90,13 +90,13 @@ def test_sweeps_that_say_nothing(registry: Registry, shipped: ProfileStore, h200
     others_alone = [None if c.stage == "path" else 1.0 for c in first.record.columns]
     untimed = msgspec.structs.replace(
         first.record,
-        rows=[msgspec.structs.replace(r, runs_us=[others_alone]) for r in first.record.rows],
+        batches=[msgspec.structs.replace(r, runs_us=[others_alone]) for r in first.record.batches],
         runs=first.record.runs[:1],
     )
     alien = msgspec.structs.replace(
         first.record, columns=[msgspec.structs.replace(c, key=f"{c.key}-old") for c in first.record.columns]
     )
-    for useless in (make_sweep(untimed), make_sweep(alien), first.select(first.rows_of("test"))):
+    for useless in (make_sweep(untimed), make_sweep(alien), first.select(first.batches_of("test"))):
         found = transfer([useless, *others], configs_of, shape, h200)
         assert {k: f.coefficients for k, f in found.fits.items()} == {
             k: f.coefficients for k, f in expected.fits.items()

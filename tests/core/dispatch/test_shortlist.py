@@ -10,7 +10,16 @@ import numpy as np
 import pytest
 from ramp_moe import CostModel, KernelError, RampMoEError, RoutingError, expert_histogram, generate
 from ramp_moe.dispatch import shortlist as module
-from ramp_moe.dispatch.shortlist import DRAWN, MOST_DRAWN, VALID, Shortlist, _drawn, representative, settled, shortlist
+from ramp_moe.dispatch.shortlist import (
+    DRAWN,
+    MOST_DRAWN,
+    VALID,
+    Shortlist,
+    _drawn,
+    choice_by_batch_size,
+    representative,
+    shortlist,
+)
 from ramp_moe.evaluation.replay import Replay
 from ramp_moe.spec.routing import TUNE_KINDS, IntArray
 
@@ -176,36 +185,42 @@ def test_one_candidate_where_reading_back_takes_longer_than_it_gains(
 ) -> None:
     """A size stands for those down to 4/5 of it; the price decides, and what was found is not sought again."""
     best = shortlist(model, TOKENS, {1: 0.0, 8: 1e6}).columns
-    assert settled(model, TOKENS, 1e6) == settled(model, TOKENS, math.inf) == model.candidates[best[0]]
-    assert settled(model, TOKENS, 0.01) is None
+    assert (
+        choice_by_batch_size(model, TOKENS, 1e6)
+        == choice_by_batch_size(model, TOKENS, math.inf)
+        == model.candidates[best[0]]
+    )
+    assert choice_by_batch_size(model, TOKENS, 0.01) is None
     gains = shortlist(model, TOKENS, {1: 0.0, 2: 0.01, 8: 0.01}).gain_us
-    assert settled(model, TOKENS, 2 * gains) is not None
-    assert settled(model, 57, 1e6) is settled(model, 64, 1e6)
+    assert choice_by_batch_size(model, TOKENS, 2 * gains) is not None
+    assert choice_by_batch_size(model, 57, 1e6) is choice_by_batch_size(model, 64, 1e6)
     monkeypatch.setattr(module, "shortlist", None)
     for tokens in range(57, 65):
-        settled(model, tokens, 1e6)
+        choice_by_batch_size(model, tokens, 1e6)
 
 
-def test_large_sizes_are_settled_by_batches_of_fewer_tokens(model: CostModel, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_large_sizes_are_chosen_for_by_batches_of_fewer_tokens(
+    model: CostModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
     forget()
     drawn = []
     monkeypatch.setattr(module, "generate", lambda kind, n, *of: drawn.append(n) or generate(kind, n, *of))
     for tokens in (1000, 1024, 1025, 30_000):
-        assert settled(model, tokens, 1e6) is not None
+        assert choice_by_batch_size(model, tokens, 1e6) is not None
     assert max(drawn) == DRAWN
     forget()
     for tokens in (1024, 2048, 8192):  # as by batches of so many
         us = model.cost(representative(tokens, 64, 8)).mean(0)
-        found = next(i for i, c in enumerate(model.candidates) if c == settled(model, tokens, 1e6))
+        found = next(i for i, c in enumerate(model.candidates) if c == choice_by_batch_size(model, tokens, 1e6))
         assert us[found] < 1.01 * us.min()
 
 
 def test_a_rank_gets_its_part_of_what_is_routed(model: CostModel) -> None:
-    """64 experts of 256: a quarter of the ids on average, and what is settled is so for them."""
-    whole, part = (representative(TOKENS, 64, 8, ranks) for ranks in (1, 4))
+    """64 experts of 256: a quarter of the ids on average, and the choice by batch size is made for them."""
+    whole, part = (representative(TOKENS, 64, 8, ep_size) for ep_size in (1, 4))
     assert whole.shape == part.shape
     assert part.sum() == pytest.approx(whole.sum() / 4, rel=0.1)
-    assert settled(model, 256, 1e6, 4) != settled(model, 256, 1e6)
+    assert choice_by_batch_size(model, 256, 1e6, 4) != choice_by_batch_size(model, 256, 1e6)
 
 
 @pytest.mark.parametrize("tokens", [MOST_DRAWN, MOST_DRAWN + 1, 3 * MOST_DRAWN, 2**20])

@@ -31,7 +31,7 @@ from ramp_moe.measurements.sweep import (
     FORMAT,
     VERSION,
     Column,
-    Row,
+    MeasuredBatch,
     Run,
     ShapeRecord,
     SweepRecord,
@@ -83,7 +83,7 @@ def test_one_configuration_is_chosen_without_the_row() -> None:
     assert single_choices(times).tolist() == [0] * 6
 
 
-# mean regret: retrofitted (cross-validated), static. Rounded up; a better model lowers them.
+# mean regret: histogram (cross-validated), static. Rounded up; a better model lowers them.
 EXPECTED = {
     "olmoe-1b-7b": (0.0265, 0.061),
     "qwen3-30b-a3b": (0.0275, 0.066),
@@ -97,12 +97,10 @@ def test_regret_on_the_shipped_sweeps(registry: Registry, h200: Hardware, model:
     shape = registry.shape(model, "fp8")
     replay = load_replay(registry, exhaustive(shape), shape, h200, ["alpha_moe"])
     found = compare_recorded(replay)
-    retrofitted, static = EXPECTED[model]
-    assert found.baselines["retrofitted"].mean < retrofitted
+    by_histogram, static = EXPECTED[model]
+    assert found.baselines["histogram"].mean < by_histogram
     assert static - 0.002 < found.baselines["static"].mean < static
-    assert found.baselines["retrofitted"].mean < min(
-        s.mean for name, s in found.baselines.items() if name != "retrofitted"
-    )
+    assert found.baselines["histogram"].mean < min(s.mean for name, s in found.baselines.items() if name != "histogram")
     assert found.speedup_over_static.geomean > 1.025
 
 
@@ -110,7 +108,7 @@ def test_regret_on_the_shipped_sweeps(registry: Registry, h200: Hardware, model:
 def test_the_default_form_is_no_worse_than_the_papers(registry: Registry, h200: Hardware, model: str) -> None:
     shape = registry.shape(model, "fp8")
     replay = load_replay(registry, exhaustive(shape), shape, h200, ["alpha_moe"])
-    mean = {form: compare_recorded(replay, form).baselines["retrofitted"].mean for form in ("paper", "active")}
+    mean = {form: compare_recorded(replay, form).baselines["histogram"].mean for form in ("paper", "active")}
     assert mean["active"] < mean["paper"]
 
 
@@ -121,8 +119,8 @@ def test_comparison_adds_up(replay: Replay) -> None:
     assert len(found["batches"]) == 78
     for i, batch in enumerate(found["batches"]):
         assert batch["best"]["us"] == times[i].min()
-        assert batch["speedup"] == batch["static"]["us"] / batch["retrofitted"]["us"]
-        assert batch["regret"] == batch["retrofitted"]["us"] / batch["best"]["us"] - 1
+        assert batch["speedup"] == batch["static"]["us"] / batch["histogram"]["us"]
+        assert batch["regret"] == batch["histogram"]["us"] / batch["best"]["us"] - 1
         assert batch["regret"] >= 0
     # The table shows the first way of dealing the folds, the figures pool all of them.
     deals = [cross_validated_choices(replay.histograms, replay.fit, seed=deal) for deal in range(DEALS)]
@@ -171,7 +169,7 @@ def test_trace_of_another_shape(replay: Replay, tmp_path: Path) -> None:
 
 def test_repeated_batches_are_kept_apart(registry: Registry, sweep_file: Path, olmoe: MoEShape, h200: Hardware) -> None:
     raw = json.loads(sweep_file.read_text())
-    raw["rows"].append(raw["rows"][4] | {"runs_us": [[2 * t for t in raw["rows"][4]["runs_us"][0]]]})
+    raw["batches"].append(raw["batches"][4] | {"runs_us": [[2 * t for t in raw["batches"][4]["runs_us"][0]]]})
     sweep_file.write_text(json.dumps(raw))
     replay = load_replay(registry, ProfileStore([sweep_file]), olmoe, h200, ["alpha_moe"])
     assert replay.notes == []
@@ -184,7 +182,7 @@ def test_a_column_of_another_kind_drops_candidates_with_a_note(
 ) -> None:
     raw = json.loads(sweep_file.read_text())
     raw["columns"].append({"stage": "schedule", "key": "alpha_moe/prepare/bm8", "params": {}})
-    for row in raw["rows"]:
+    for row in raw["batches"]:
         row["runs_us"][0].append(3.0)
     sweep_file.write_text(json.dumps(raw))
     replay = load_replay(registry, ProfileStore([sweep_file]), olmoe, h200, ["alpha_moe"])
@@ -216,7 +214,7 @@ def test_configurations_with_gaps_are_left_out_and_noted(
     registry: Registry, sweep_file: Path, olmoe: MoEShape, h200: Hardware
 ) -> None:
     raw = json.loads(sweep_file.read_text())
-    raw["rows"][7]["runs_us"][0][3] = None
+    raw["batches"][7]["runs_us"][0][3] = None
     sweep_file.write_text(json.dumps(raw))
     replay = load_replay(registry, ProfileStore([sweep_file]), olmoe, h200, ["alpha_moe"])
     assert replay.times_us.shape == (78, 151)
@@ -238,7 +236,7 @@ def held_out_file(sweep_file: Path) -> Path:
     """Every third batch is kept for judging; a second run is 2% slower, and its second configuration another 10%."""
     raw = json.loads(sweep_file.read_text())
     raw["runs"].append(raw["runs"][0])
-    for i, row in enumerate(raw["rows"]):
+    for i, row in enumerate(raw["batches"]):
         row["split"] = "test" if i % 3 == 0 else "tune"
         row["runs_us"].append([t * (1.122 if j == 1 else 1.02) for j, t in enumerate(row["runs_us"][0])])
     sweep_file.write_text(json.dumps(raw))
@@ -257,7 +255,7 @@ def test_held_out_batches_are_judged_by_what_the_others_taught(
     found = compare_recorded(replay)
     assert [(b.tokens, b.routing) for b in found.batches] == test.labels
     chosen = tune.fit().cost(test.histograms).argmin(1)
-    assert [b.retrofitted.config for b in found.batches] == [replay.candidates[c].config.name for c in chosen]
+    assert [b.histogram.config for b in found.batches] == [replay.candidates[c].config.name for c in chosen]
     static = table_choices(static_table(tune.times_us, tune.labels), test.labels)
     assert [b.static.us for b in found.batches] == test.times_us[np.arange(26), static].tolist()
     assert found.noise is not None
@@ -274,7 +272,7 @@ def test_cells_that_one_run_missed_or_spoilt_have_no_part_in_the_noise(
     registry: Registry, held_out_file: Path, olmoe: MoEShape, h200: Hardware
 ) -> None:
     raw = json.loads(held_out_file.read_text())
-    rows = [row for row in raw["rows"] if row["split"] == "test"]
+    rows = [row for row in raw["batches"] if row["split"] == "test"]
     rows[0]["runs_us"][1][5] = None
     best = min(rows[1]["runs_us"][0])
     rows[1]["runs_us"][0] = [best * (1 + i) for i in range(len(rows[1]["runs_us"][0]))]
@@ -297,7 +295,7 @@ def test_a_profile_without_batches_to_fit_on(
     registry: Registry, sweep_file: Path, olmoe: MoEShape, h200: Hardware
 ) -> None:
     raw = json.loads(sweep_file.read_text())
-    for row in raw["rows"]:
+    for row in raw["batches"]:
         row["split"] = "test"
     sweep_file.write_text(json.dumps(raw))
     store = ProfileStore([sweep_file])
@@ -311,7 +309,7 @@ def test_stages_can_be_judged_alone(registry: Registry, sweep_file: Path, olmoe:
     """A whole path beside the stages is what is compared, unless the stages are asked for."""
     raw = json.loads(sweep_file.read_text())
     raw["columns"].append({"stage": "path", "key": "path/alpha_moe/bm8-bn64-wn4-st1", "params": {}})
-    for row in raw["rows"]:
+    for row in raw["batches"]:
         row["runs_us"][0].append(99.0)
     sweep_file.write_text(json.dumps(raw))
     store = ProfileStore([sweep_file])
@@ -331,7 +329,9 @@ def write_paths(folder: Path, kernel: Simulated, runs: list[list[int]]) -> None:
     configs = kernel.configs(SHAPE, HARDWARE)
     us = {(r, i): [100.0 * (r + 1) + 10 * i + c for c in range(len(configs))] for r, of in enumerate(runs) for i in of}
     rows = [
-        Row(8, "uniform", [16 - i, i, *[0] * 6], [us.get((r, i)) for r in range(len(runs))], i, "test" if i else "tune")
+        MeasuredBatch(
+            8, "uniform", [16 - i, i, *[0] * 6], [us.get((r, i)) for r in range(len(runs))], i, "test" if i else "tune"
+        )
         for i in range(4)
     ]
     record = SweepRecord(
@@ -386,7 +386,7 @@ def test_choices_that_were_never_timed_are_told(
     static = table_choices(static_table(replay.times_us, replay.labels), replay.labels)
     raw = json.loads(sweep_file.read_text())
     row = next(i for i, (_, kind) in enumerate(replay.labels) if kind != "uniform")
-    times = raw["rows"][row]["runs_us"][0]
+    times = raw["batches"][row]["runs_us"][0]
     times[static[row]] *= -1
     sweep_file.write_text(json.dumps(raw))
     bounded = load_replay(registry, ProfileStore([sweep_file]), olmoe, h200, ["alpha_moe"])
@@ -413,10 +413,10 @@ def test_batches_of_which_no_path_was_timed_are_not_fitted_to(sweep_file: Path) 
     raw = json.loads(sweep_file.read_text())
     path = {"stage": "path", "key": "path/alpha_moe/x", "params": {}}
     raw["columns"] = [*raw["columns"][:1], path]
-    for i, row in enumerate(raw["rows"]):
+    for i, row in enumerate(raw["batches"]):
         row["split"] = "test" if i % 2 else "tune"
         row["runs_us"] = [[times[0], None if i < 10 else times[1]] for times in row["runs_us"]]
     sweep_file.write_text(json.dumps(raw))
     seen = fitted_on(load_sweep(sweep_file))
-    assert {row.split for row in seen.record.rows} == {"tune"}
-    assert [row.histogram for row in seen.record.rows] == [row["histogram"] for row in raw["rows"][10::2]]
+    assert {row.split for row in seen.record.batches} == {"tune"}
+    assert [row.histogram for row in seen.record.batches] == [row["histogram"] for row in raw["batches"][10::2]]

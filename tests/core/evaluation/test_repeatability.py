@@ -25,11 +25,11 @@ def two_runs(sweep_file: Path) -> Path:
         {"stage": "schedule", "key": "alpha_moe/prepare/bm8", "params": {}},
     ]
     (first,) = (i for i, c in enumerate(raw["columns"]) if c["key"] == "alpha_moe/bm8-bn64-wn4-st1")
-    for row in raw["rows"]:
+    for row in raw["batches"]:
         once = row["runs_us"][0]
         once += [once[first] - 1, 3.0]
         row["runs_us"].append([t * (1.01 if t < 100 else 0.97) for t in once])
-    raw["rows"][3]["runs_us"][1] = None
+    raw["batches"][3]["runs_us"][1] = None
     sweep_file.write_text(json.dumps(raw))
     return sweep_file
 
@@ -48,7 +48,7 @@ def test_spread_by_latency(two_runs: Path) -> None:
 def test_spread_of_what_is_near_the_best(two_runs: Path) -> None:
     raw = json.loads(two_runs.read_text())
     raw["columns"].append({"stage": "path", "key": "path/alpha_moe/far-behind", "params": {}})
-    for row in raw["rows"]:
+    for row in raw["batches"]:
         for times in row["runs_us"]:
             if times is not None:
                 times.append(2 * times[-2])

@@ -67,15 +67,15 @@ def version_0(record: dict[str, Any]) -> dict[str, Any]:
         **{k: shape[k] for k in ("num_experts", "top_k", "hidden_size", "intermediate_size")},
         "configs": [c["params"] for c in record["columns"]],
         "noop_us": {},
-        "rows": [row(r) for r in record["rows"]],
+        "rows": [row(r) for r in record["batches"]],
     }
 
 
 def version_1(record: dict[str, Any]) -> dict[str, Any]:
     """The same content with its one run among the other fields."""
     (run,) = record.pop("runs")
-    rows = [{k: r[k] for k in ("num_tokens", "routing", "histogram")} for r in record["rows"]]
-    for old, new in zip(rows, record["rows"], strict=True):
+    rows = [{k: r[k] for k in ("num_tokens", "routing", "histogram")} for r in record["batches"]]
+    for old, new in zip(rows, record["batches"], strict=True):
         old["median_us"] = new["runs_us"][0]
     kept = ("device_name", "driver", "software", "method", "measured")
     del record["left_out"]
@@ -113,20 +113,23 @@ def _set(*path: Any) -> Edit:
         (lambda raw: {"hello": 1}, "is not a ramp-moe/sweep file"),
         (lambda raw: raw["runs"][0].pop("method") and None, r"missing required field `method` - at `\$.runs\[0\]`"),
         (_set("extra", 1), "unknown field `extra`"),
-        (_set("rows", 3, "num_tokens", "four"), r"Expected `int`, got `str` - at `\$.rows\[3\].num_tokens`"),
-        (_set("rows", 3, "num_tokens", 0), r"at `\$.rows\[3\].num_tokens`"),
-        (_set("rows", 2, "histogram", [1, 2]), r"2 entries, the shape has 64 experts - at `\$.rows\[2\].histogram`"),
-        (_set("rows", 2, "histogram", 0, -4), r"negative count .* - at `\$.rows\[2\].histogram`"),
-        (_set("rows", 0, "histogram", 0, 999), r"more than tokens x top_k = 8 - at `\$.rows\[0\].histogram`"),
-        (_set("rows", 1, "runs_us", 0, [1.0]), r"1 times for 152 columns - at `\$.rows\[1\].runs_us\[0\]`"),
-        (_set("rows", 1, "runs_us", []), r"0 runs, the sweep has 1 - at `\$.rows\[1\].runs_us`"),
-        (_set("rows", 1, "split", "train"), r"Invalid enum value 'train' - at `\$.rows\[1\].split`"),
+        (_set("batches", 3, "num_tokens", "four"), r"Expected `int`, got `str` - at `\$.batches\[3\].num_tokens`"),
+        (_set("batches", 3, "num_tokens", 0), r"at `\$.batches\[3\].num_tokens`"),
+        (
+            _set("batches", 2, "histogram", [1, 2]),
+            r"2 entries, the shape has 64 experts - at `\$.batches\[2\].histogram`",
+        ),
+        (_set("batches", 2, "histogram", 0, -4), r"negative count .* - at `\$.batches\[2\].histogram`"),
+        (_set("batches", 0, "histogram", 0, 999), r"more than tokens x top_k = 8 - at `\$.batches\[0\].histogram`"),
+        (_set("batches", 1, "runs_us", 0, [1.0]), r"1 times for 152 columns - at `\$.batches\[1\].runs_us\[0\]`"),
+        (_set("batches", 1, "runs_us", []), r"0 runs, the sweep has 1 - at `\$.batches\[1\].runs_us`"),
+        (_set("batches", 1, "split", "train"), r"Invalid enum value 'train' - at `\$.batches\[1\].split`"),
         (_set("runs", []), "at least one run"),
         (
-            _set("rows", 1, "runs_us", 0, 7, 0.0),
-            r"0.0 is no time in microseconds .* - at `\$.rows\[1\].runs_us\[0\]\[7\]`",
+            _set("batches", 1, "runs_us", 0, 7, 0.0),
+            r"0.0 is no time in microseconds .* - at `\$.batches\[1\].runs_us\[0\]\[7\]`",
         ),
-        (_set("rows", []), "at least one row"),
+        (_set("batches", []), "at least one batch"),
         (_set("columns", []), "at least one column"),
         (_set("columns", 5, "stage", "dance"), r"'dance' is not one of .* - at `\$.columns\[5\].stage`"),
         (lambda raw: raw["columns"].__setitem__(1, raw["columns"][0]), r"appears twice - at `\$.columns\[1\].key`"),
@@ -187,7 +190,7 @@ def test_links_are_followed_and_modes_kept(sweep_file: Path, tmp_path: Path) -> 
 
 
 def test_unmeasured_cells_and_selection(sweep_file: Path) -> None:
-    edited(sweep_file, _set("rows", 0, "runs_us", 0, 3, None))
+    edited(sweep_file, _set("batches", 0, "runs_us", 0, 3, None))
     sweep = load_sweep(sweep_file)
     assert np.isnan(sweep.times_us[0, 3])
     assert np.isfinite(sweep.times_us).sum() == sweep.times_us.size - 1
@@ -200,11 +203,11 @@ def two_runs(raw: dict[str, Any]) -> None:
     """A second run, 21% slower, that has no time for cell [0, 3] and did not measure row 2; row 1 is kept for judging.
     Columns: the whole path of the first configuration beside the others' stages."""
     raw["runs"].append(raw["runs"][0] | {"measured": "2026-12-01"})
-    for row in raw["rows"]:
+    for row in raw["batches"]:
         row["runs_us"].append([1.21 * t for t in row["runs_us"][0]])
-    raw["rows"][0]["runs_us"][1][3] = None
-    raw["rows"][2]["runs_us"][1] = None
-    raw["rows"][1]["split"] = "test"
+    raw["batches"][0]["runs_us"][1][3] = None
+    raw["batches"][2]["runs_us"][1] = None
+    raw["batches"][1]["split"] = "test"
     raw["columns"][0] |= {"stage": "path", "key": "path/alpha_moe/bm8-bn64-wn4-st1"}
 
 
@@ -216,13 +219,13 @@ def test_runs_splits_and_kinds_of_columns(sweep_file: Path) -> None:
     expected[0, 3] = one.times_us[0, 3]
     expected[2] = one.times_us[2]
     assert sweep.times_us == pytest.approx(expected)
-    assert sweep.rows_of("test") == [1]
-    assert sweep.rows_of("tune") == [0, *range(2, 78)]
+    assert sweep.batches_of("test") == [1]
+    assert sweep.batches_of("tune") == [0, *range(2, 78)]
     assert sweep.stages == ("path", "gemm")
     stages = sweep.only(["gemm"])
     assert stages.stages == ("gemm",)
     assert np.array_equal(stages.runs_us, sweep.runs_us[:, :, 1:], equal_nan=True)
-    assert stages.record.rows[2].runs_us[1] is None
+    assert stages.record.batches[2].runs_us[1] is None
     assert sweep.only(["path"]).runs_us.shape == (2, 78, 1)
     with pytest.raises(ProfileError, match="has no times of combine; it has path, gemm"):
         sweep.only(["combine", "gemm"])
@@ -232,10 +235,10 @@ def test_a_spoilt_time_gives_way_to_that_of_another_run(sweep_file: Path) -> Non
     def spoil(raw: dict[str, Any]) -> None:
         two_runs(raw)
         raw["runs"].append(raw["runs"][0] | {"measured": "2026-12-02"})
-        for row in raw["rows"]:
+        for row in raw["batches"]:
             row["runs_us"].append(None)
-        raw["rows"][4]["runs_us"] = [[us] * len(raw["columns"]) for us in (50.0, 1400.0, 60.0)]
-        raw["rows"][5]["runs_us"] = [[us] * len(raw["columns"]) for us in (70.0, 50.0, 51.0)]
+        raw["batches"][4]["runs_us"] = [[us] * len(raw["columns"]) for us in (50.0, 1400.0, 60.0)]
+        raw["batches"][5]["runs_us"] = [[us] * len(raw["columns"]) for us in (70.0, 50.0, 51.0)]
 
     sweep = load_sweep(edited(sweep_file, spoil))
     assert sweep.times_us[4] == pytest.approx((50.0 * 60.0) ** 0.5)
@@ -245,8 +248,8 @@ def test_a_spoilt_time_gives_way_to_that_of_another_run(sweep_file: Path) -> Non
 def test_a_bound_of_one_run_gives_way_to_the_time_of_another(sweep_file: Path) -> None:
     def bounds(raw: dict[str, Any]) -> None:
         two_runs(raw)
-        raw["rows"][4]["runs_us"][0][:2] = [1000.0, -300.0]
-        raw["rows"][4]["runs_us"][1][:2] = [-300.0, -330.0]
+        raw["batches"][4]["runs_us"][0][:2] = [1000.0, -300.0]
+        raw["batches"][4]["runs_us"][1][:2] = [-300.0, -330.0]
 
     sweep = load_sweep(edited(sweep_file, bounds))
     assert sweep.times_us[4, :2] == pytest.approx([1000.0, (300 * 330) ** 0.5])
@@ -261,7 +264,7 @@ def test_without_columns(sweep_file: Path) -> None:
     kept = [i for i in range(152) if i not in (0, 3)]
     assert [c.key for c in part.record.columns] == [keys[i] for i in kept]
     assert np.array_equal(part.runs_us, sweep.runs_us[:, :, kept], equal_nan=True)
-    assert part.record.rows[2].runs_us[1] is None
+    assert part.record.batches[2].runs_us[1] is None
     assert part.stages == ("gemm",)
 
 
@@ -273,8 +276,8 @@ def test_extended_by_the_batches_of_another(sweep_file: Path, tmp_path: Path) ->
     order = [4, 1, 2]
     raw["columns"] = [raw["columns"][i] for i in order] + [{"stage": "gemm", "key": "another", "params": {}}]
     raw["runs"] = [raw["runs"][0] | {"measured": "2027-01-01", "gpu": "GPU-7"}]
-    raw["rows"] = [
-        raw["rows"][i] | {"seed": i, "split": "test", "runs_us": [[10.0 + i, 20.0 + i, None, 40.0]]} for i in (3, 5)
+    raw["batches"] = [
+        raw["batches"][i] | {"seed": i, "split": "test", "runs_us": [[10.0 + i, 20.0 + i, None, 40.0]]} for i in (3, 5)
     ]
     (tmp_path / "other.json").write_text(json.dumps(raw))
     other = load_sweep(tmp_path / "other.json")
@@ -283,14 +286,14 @@ def test_extended_by_the_batches_of_another(sweep_file: Path, tmp_path: Path) ->
     assert [r.measured for r in both.record.runs] == ["2026-11-20", "2026-12-01", "2027-01-01"]
     assert both.record.runs[2].gpu == "GPU-7"
     assert both.labels == [*one.labels, *other.labels]
-    assert both.rows_of("test") == [1, 78, 79]
-    assert [r.seed for r in both.record.rows[78:]] == [3, 5]
+    assert both.batches_of("test") == [1, 78, 79]
+    assert [r.seed for r in both.record.batches[78:]] == [3, 5]
     assert np.array_equal(both.runs_us[:2, :78], one.runs_us[:, :, [1, 2, 4]], equal_nan=True)
     assert np.isnan(both.runs_us[:2, 78:]).all()
     assert np.isnan(both.runs_us[2, :78]).all()
     assert np.array_equal(both.runs_us[2, 78:], [[20.0 + i, np.nan, 10.0 + i] for i in (3, 5)], equal_nan=True)
-    assert both.record.rows[0].runs_us[2] is None
-    assert both.record.rows[2].runs_us[1:] == [None, None]
+    assert both.record.batches[0].runs_us[2] is None
+    assert both.record.batches[2].runs_us[1:] == [None, None]
     both.save(tmp_path / "both.json")
     assert load_sweep(tmp_path / "both.json").record == both.record
     assert msgspec.json.encode(one.record) == before

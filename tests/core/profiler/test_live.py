@@ -109,13 +109,13 @@ def check_choices(found: Comparison, batches: Sequence[PlannedBatch], sweep: Swe
     kernel = Simulated()
     model = fit_recorded(sweep, usable_configs(kernel, SHAPE, HARDWARE), HARDWARE)
     names = [c.config.name for c in model.candidates]
-    tune = sweep.select(sweep.rows_of("tune")).only(["path"])
+    tune = sweep.select(sweep.batches_of("tune")).only(["path"])
     table = static_table(tune.times_us, tune.labels)
     assert [c.key for c in tune.record.columns] == [f"path/sim/{n}" for n in names]
     assert [(b.tokens, b.routing) for b in found.batches] == [(b.num_tokens, b.routing) for b in batches]
     for judged, batch in zip(found.batches, batches, strict=True):
         histogram = batch.histogram(SHAPE)
-        assert judged.retrofitted.config == names[model.choose(histogram)[0]]
+        assert judged.histogram.config == names[model.choose(histogram)[0]]
         assert judged.static.config == names[table_choice(table, batch.num_tokens)]
         assert judged.active_experts == np.count_nonzero(histogram)
 
@@ -127,18 +127,18 @@ def test_profile_fit_and_compare(live: Live) -> None:
     assert found.mode == "live"
     check_choices(found, HELD_OUT, live.sweep())
     for judged, batch in zip(found.batches, HELD_OUT, strict=True):
-        for pick in (judged.static, judged.retrofitted, judged.best):
+        for pick in (judged.static, judged.histogram, judged.best):
             assert pick is not None
             us = slower.path_us(config_of(pick.config, slower), batch.histogram(SHAPE))
             assert pick.us == pytest.approx(us, rel=0.05)
-    assert {(b.retrofitted.config, b.static.config) for b in found.batches} >= {
+    assert {(b.histogram.config, b.static.config) for b in found.batches} >= {
         ("bm16-a", "bm16-a"),
         ("bm64-a", "bm64-a"),
     }
-    assert any(b.retrofitted.config != b.static.config for b in found.batches)
+    assert any(b.histogram.config != b.static.config for b in found.batches)
     assert found.noise is not None
     assert found.noise.batches == len(HELD_OUT)
-    assert found.baselines["retrofitted"].mean < 0.1
+    assert found.baselines["histogram"].mean < 0.1
     assert "time_stages" not in live.script.log.read_text()
     assert live.progress.notes == ["run 1 of 2", "run 2 of 2"]
     assert live.progress.phases == [("check", 5), ("measure", len(HELD_OUT))] * 2
@@ -252,7 +252,7 @@ def test_what_fails_is_left_out_with_a_note(live: Live, run: int) -> None:
     found = live.compare(scripts=[live.script] * (run - 1) + [fails])
     assert "sim/bm16-b left out: cannot be timed: ValueError: wrong by far" in found.notes
     assert "sim: 1 of 6 configurations left out, the sweep has no times for them (path)" in found.notes
-    shown = {p.config for b in found.batches for p in (b.static, b.retrofitted, b.best) if p}
+    shown = {p.config for b in found.batches for p in (b.static, b.histogram, b.best) if p}
     assert "bm16-b" not in shown
     assert len(found.batches) == len(HELD_OUT)
     assert found.noise is not None
@@ -311,7 +311,7 @@ def test_a_profile_of_stages_alone_is_refused(live: Live) -> None:
 
 def test_a_profile_without_batches_to_fit_on_is_refused(live: Live) -> None:
     sweep = live.sweep()
-    sweep.select(sweep.rows_of("test")).save(live.place())
+    sweep.select(sweep.batches_of("test")).save(live.place())
     with pytest.raises(ProfileError, match="the profile of sim has no batches to fit on; run `ramp-moe profile` first"):
         live.compare()
     assert not live.script.log.exists()

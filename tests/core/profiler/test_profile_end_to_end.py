@@ -105,14 +105,14 @@ def test_profile_fit_and_compare(tmp_path: Path, h200: Hardware) -> None:
     )
     assert (found.mode, found.kernels, len(found.batches)) == ("live", ["triton"], 8)
     for batch in found.batches:
-        for pick in (batch.static, batch.retrofitted, batch.best):
+        for pick in (batch.static, batch.histogram, batch.best):
             assert pick is not None
             assert pick.config in names
             assert 1 < pick.us < 1e5
     assert found.noise is not None
     assert found.noise.batches == 8
     assert found.noise.selection.mean < 0.2
-    assert found.baselines["retrofitted"].mean < 0.5
+    assert found.baselines["histogram"].mean < 0.5
 
 
 def test_an_illegal_access_is_isolated(tmp_path: Path, h200: Hardware) -> None:

@@ -164,14 +164,14 @@ def test_a_second_run_joins_the_first(call: Call) -> None:
     assert sweep.labels == [(b.num_tokens, b.routing) for b in expected]
     assert sweep.record.columns == before.record.columns
     assert np.array_equal(sweep.runs_us[0, :8], before.runs_us[0], equal_nan=True)
-    assert all(row.runs_us[0] is None for row in sweep.record.rows[8:])
+    assert all(row.runs_us[0] is None for row in sweep.record.batches[8:])
     for i, column in enumerate(sweep.record.columns):
         timed = np.flatnonzero(np.isfinite(sweep.runs_us[1, :, i])).tolist()
         if column.key in {path_key("sim", "bm16-b"), "sim/bm16-b"}:
             assert timed == []
         else:
             assert timed == (list(range(12)) if column.stage == "path" else staged(sweep, run=1))
-    splits = [r.split for r in sweep.record.rows]
+    splits = [r.split for r in sweep.record.batches]
     assert staged(sweep, run=1) == [i for i, split in enumerate(splits) if split == "test" or i % 3 == 0]
 
 
@@ -191,14 +191,14 @@ def test_a_second_run_measures_the_files_configurations_only(call: Call) -> None
 def test_rows_that_cannot_be_drawn_again_stay(call: Call) -> None:
     setting(call, minutes=0).run()
     raw = json.loads(place(call).read_text())
-    raw["rows"][0]["seed"] = None
-    raw["rows"][1]["histogram"] = [2, 0, 0, 0, 0, 0, 0, 0]
+    raw["batches"][0]["seed"] = None
+    raw["batches"][1]["histogram"] = [2, 0, 0, 0, 0, 0, 0, 0]
     place(call).write_text(json.dumps(raw))
     call.run()
     sweep = load_sweep(place(call))
-    measured = [[us is not None for us in r.runs_us] for r in sweep.record.rows]
+    measured = [[us is not None for us in r.runs_us] for r in sweep.record.batches]
     assert measured == [[True, False]] * 2 + [[True, True]] * 6 + [[False, True]] * 6
-    assert [(r.num_tokens, r.seed) for r in sweep.record.rows[8:10]] == [(64, 0), (1, 1)]
+    assert [(r.num_tokens, r.seed) for r in sweep.record.batches[8:10]] == [(64, 0), (1, 1)]
 
 
 @in_process

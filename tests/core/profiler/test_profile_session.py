@@ -54,7 +54,7 @@ def test_a_whole_run(call: Call) -> None:
     assert set(keys[5:]) == {"schedule/bm16", "schedule/bm64", "combine", *(f"sim/{n}" for n in kept[:4])}
     assert sweep.record.columns[0].params == {"block": 16, "kind": "a"}
     assert [(o.reason, o.configs) for o in sweep.record.left_out] == [(LOST, ["bm16-slow"])]
-    assert [(r.num_tokens, r.routing, r.seed, r.split) for r in sweep.record.rows] == [
+    assert [(r.num_tokens, r.routing, r.seed, r.split) for r in sweep.record.batches] == [
         (b.num_tokens, b.routing, b.seed, b.split) for b in BATCHES
     ]
     check_times(sweep, Simulated(), within=0.04)
@@ -217,7 +217,9 @@ def test_a_kernel_that_counts_a_repeated_expert_once(call: Call) -> None:
     assert everything.labels == labels
     assert distinct.labels == [(n, routing) for n, routing in labels if routing != "one-hot"]
     check_times(everything, Simulated())
-    assert [(r.num_tokens, r.routing) for r in distinct.record.rows if all(t is None for t in r.runs_us[0] or ())] == []
+    assert [
+        (r.num_tokens, r.routing) for r in distinct.record.batches if all(t is None for t in r.runs_us[0] or ())
+    ] == []
 
 
 @in_process
@@ -312,7 +314,7 @@ def test_given_batches_of_some_configurations(call: Call) -> None:
     check_times(sweep, Simulated(), run=1)
     # without those who know them, they stay, and only the plan's are measured
     setting(call, minutes=0).run()
-    rows = load_sweep(place(call)).record.rows
+    rows = load_sweep(place(call)).record.batches
     assert [[us is not None for us in r.runs_us] for r in rows] == [[True, True, False]] * 3 + [
         [False, False, True]
     ] * 8

@@ -124,7 +124,7 @@ def test_a_capture_takes_what_ran_before_it(h200: Hardware, monkeypatch: pytest.
 
 def test_a_rank_of_several_is_even_over_all(h200: Hardware, monkeypatch: pytest.MonkeyPatch) -> None:
     kernel = FakeKernel()
-    moe = layer(h200, kernel, model=model_of(h200, kernel, PRICES), ranks=4)
+    moe = layer(h200, kernel, model=model_of(h200, kernel, PRICES), ep_size=4)
     seen: list[list[int]] = []
     choose = moe._chooser.dispatcher.choose
     monkeypatch.setattr(

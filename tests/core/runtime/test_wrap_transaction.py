@@ -18,7 +18,7 @@ from ramp_moe.runtime import placeholder, refusals
 from ramp_moe.runtime import wrapped_experts as routed
 from ramp_moe.runtime.layer import MoELayer
 from ramp_moe.runtime.placeholder import Placeholder, Source
-from ramp_moe.runtime.wrapped_experts import KEY, RoutedExperts
+from ramp_moe.runtime.wrapped_experts import KEY, WrappedExperts
 from torch import Tensor, nn
 from wrap_cases import IDS, SCORES, Bank, InPlace, K, Turned, X, register_kernel
 
@@ -27,7 +27,7 @@ STEPS: list[tuple[Any, str]] = [
     (Turned, "weights"), (Turned, "names"), (Turned, "order"), (Turned, "given"), (Turned, "own"), (Turned, "install"),
     (Turned, "top_k_of"), (building.Builder, "layer"), (building.Builder, "_plan"), (building.Builder, "_settled"),
     (InPlace, "prepare"), (InPlace, "unsupported"), (MoELayer, "_hold"), (layers, "relayout"), (refusals, "check"),
-    (RoutedExperts, "__init__"), (RoutedExperts, "take"), (RoutedExperts, "install"), (placeholder, "become"),
+    (WrappedExperts, "__init__"), (WrappedExperts, "take"), (WrappedExperts, "install"), (placeholder, "become"),
     (Placeholder, "__new__"), (Source, "__init__"), (torch.utils, "swap_tensors"), (routed, "_plain_in_state_dict"),
     (nn.Module, "register_state_dict_post_hook"), (torch, "empty_like"), (torch, "empty"),
 ]  # fmt: skip

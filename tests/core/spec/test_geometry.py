@@ -128,7 +128,7 @@ def test_aligned_bound_is_vllms_buffer(ids: int, experts: int, block: int) -> No
 def test_waves_tail_and_padding(histogram: np.ndarray, g: GridGeometry, sms: int) -> None:
     slots = sms * g.ctas_per_sm if g.persistent_ctas is None else min(sms * g.ctas_per_sm, g.persistent_ctas)
     ctas = int(g.logical(histogram))
-    assert g.slots(sms) == slots
+    assert g.cta_slots(sms) == slots
     assert int(g.waves(histogram, sms)) == math.ceil(ctas / slots)
     if ctas == 0:
         assert float(g.tail_utilisation(histogram, sms)) == 1.0

@@ -194,7 +194,7 @@ class RampRunnerCore(DispatchMoeRunnerCore):  # type: ignore[misc]
             check_layer(self.config, info)
             detached = {field: t.detach() for field, t in tensors.items()}
             weights = MoEWeights(**detached, activation=ACTIVATIONS[self.config.activation])
-            layer = _layer(weights, top_k, _ranks(self.config))
+            layer = _layer(weights, top_k, _ep_size(self.config))
             self._parameters = Parameters(self, layer, tensors)
         return self._parameters
 
@@ -209,7 +209,7 @@ class RampRunnerCore(DispatchMoeRunnerCore):  # type: ignore[misc]
         return layer(x, topk.topk_ids.int().contiguous(), weights, _output(x))
 
 
-def _ranks(config: MoeRunnerConfig) -> int:
+def _ep_size(config: MoeRunnerConfig) -> int:
     """Over how many the experts are spread."""
     known = config.num_experts and config.num_local_experts
     return int(config.num_experts // config.num_local_experts) if known else 1
@@ -229,9 +229,9 @@ def _before_capture(x: Tensor) -> bool:
     return bool(get_is_capture_mode() or get_flags().dp.capturing_prefill_graph)
 
 
-def _layer(weights: MoEWeights, top_k: int, ranks: int) -> MoELayer:
+def _layer(weights: MoEWeights, top_k: int, ep_size: int) -> MoELayer:
     said = len(_builder.notes)
-    layer = _builder.layer(weights, top_k, ranks)
+    layer = _builder.layer(weights, top_k, ep_size)
     for note in _builder.notes[said:]:
         _say(note)
     return layer

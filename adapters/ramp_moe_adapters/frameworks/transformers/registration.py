@@ -12,7 +12,7 @@ import torch
 from ramp_moe.plugin import ExpertsAdapter, KernelError
 from ramp_moe.runtime.layer_factory import Builder
 from ramp_moe.runtime.wrap import attach
-from ramp_moe.runtime.wrapped_experts import RoutedExperts, experts_of
+from ramp_moe.runtime.wrapped_experts import WrappedExperts, experts_of
 
 from . import NAME
 
@@ -41,7 +41,7 @@ def experts_forward(module: Module, hidden_states: Tensor, top_k_index: Tensor, 
 
 
 @torch.compiler.disable  # type: ignore[untyped-decorator]
-def _attached(module: Module, top_k: int) -> RoutedExperts:
+def _attached(module: Module, top_k: int) -> WrappedExperts:
     said = len(_builder.notes)
     found = attach(module, _adapters[0], top_k, _builder)
     for note in _builder.notes[said:]:

@@ -62,8 +62,8 @@ class _Dispatched:
         try:
             if reason := self._misfit(layer):
                 raise KernelError(reason)
-            ranks = self.moe.num_experts // self.moe.num_local_experts
-            made = _builder.layer(_weights(layer, self.moe), layer.top_k, ranks)
+            ep_size = self.moe.num_experts // self.moe.num_local_experts
+            made = _builder.layer(_weights(layer, self.moe), layer.top_k, ep_size)
             found = Parameters(layer, made, parameters_of(layer))
         except Exception as e:  # whatever a kernel raises: vLLM's experts can have the weights
             leave(why(e))

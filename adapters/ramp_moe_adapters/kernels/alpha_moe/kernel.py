@@ -33,7 +33,7 @@ from .config import CTA_HIDDEN, LAYOUT, most_tokens
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from .launch import Prepared
+    from .launch import PreparedAlphaMoE
 
 CTA_WEIGHT_ROWS = 256
 BLOCK_K = 128
@@ -103,7 +103,7 @@ class AlphaMoE(LaunchableKernel):
             return "the package alpha_moe is missing; build Aleph-Alpha/Alpha-MoE from source with the installed torch"
         return f"{' and '.join(missing)} missing; pip install {' '.join(missing)}" if missing else None
 
-    def prepare(self, weights: MoEWeights) -> Prepared:
+    def prepare(self, weights: MoEWeights) -> PreparedAlphaMoE:
         """Interleave gate and up, which copies gate_up once, unless they are given so. Raises KernelError for weights,
         a device or an installation that the operator cannot work with."""
         from .launch import prepare  # torch: not needed to describe the kernel

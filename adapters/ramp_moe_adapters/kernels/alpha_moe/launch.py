@@ -25,7 +25,7 @@ Operator = Callable[..., Any]
 
 
 @dataclass(frozen=True, slots=True)
-class Prepared:
+class PreparedAlphaMoE:
     """Weights in Alpha-MoE's layout: w fp8 [E, 2 I, H] and its scales float32 [E, 2 I / 128, H / 128] interleaved, w2
     [E, H, I] and its scales [E, H / 128, I / 128] as they were; and the operator that takes them."""
 
@@ -47,7 +47,7 @@ def operator(device: torch.device) -> Operator:
         raise KernelError(f"alpha_moe cannot be loaded ({e}); build it with the torch that is installed") from e
 
 
-def prepare(weights: MoEWeights) -> Prepared:
+def prepare(weights: MoEWeights) -> PreparedAlphaMoE:
     if weights.gate_up_scale is None or weights.down_scale is None:
         raise KernelError(f"alpha_moe takes fp8 block-scaled weights, not {weights.gate_up.dtype}")
     if weights.activation != "swiglu":
@@ -61,11 +61,13 @@ def prepare(weights: MoEWeights) -> Prepared:
     interleaved = relayout(weights, LAYOUT)
     check_aligned("alpha_moe", "gate_up", interleaved.gate_up)
     assert interleaved.gate_up_scale is not None
-    return Prepared(interleaved.gate_up, interleaved.gate_up_scale, weights.down, weights.down_scale, launchable)
+    return PreparedAlphaMoE(
+        interleaved.gate_up, interleaved.gate_up_scale, weights.down, weights.down_scale, launchable
+    )
 
 
 def launch_steps(
-    config: KernelConfig, prepared: Prepared, batch: Batch, out: Tensor, workspace: Workspace
+    config: KernelConfig, prepared: PreparedAlphaMoE, batch: Batch, out: Tensor, workspace: Workspace
 ) -> Iterator[None]:
     """The launches of a layer, stopping after the preparation and after the operator."""
     from ramp_moe_kernels.triton.schedule import Schedule, buffer_sizes, schedule
@@ -80,7 +82,7 @@ def launch_steps(
     check_tokens("alpha_moe", config.name, batch.num_tokens, most_tokens(block, shape))
     sizes = buffer_sizes(batch.topk_ids.numel(), experts, block)
 
-    # Exact sizes: the length of slots sets the operator's grid, and -1 fills expert_of_tile to its end.
+    # Exact sizes: the length of sorted_token_ids sets the operator's grid, and -1 fills expert_ids to its end.
     plan = Schedule(**{name: workspace.get(name, (size,), torch.int32, device) for name, size in sizes.items()})
     x_fp8 = workspace.get("x", (batch.num_tokens, hidden), torch.float8_e4m3fn, device)
     x_scale = workspace.get("x_scale", (batch.num_tokens, hidden // SCALE_BLOCK), torch.float32, device)
@@ -97,9 +99,9 @@ def launch_steps(
             prepared.w_scale,
             prepared.w2,
             prepared.w2_scale,
-            plan.slots,
-            plan.expert_of_tile,
-            plan.num_slots,
+            plan.sorted_token_ids,
+            plan.expert_ids,
+            plan.num_tokens_post_padded,
             batch.topk_weights,
             out,
             batch.top_k,

@@ -1,5 +1,5 @@
 """DeepGEMM (deepseek-ai/DeepGEMM): two persistent grouped GEMMs for Hopper, fp8 block-scaled or bf16, between our
-dispatch, activation and combine.
+permute, activation and unpermute.
 
 The package itself is used unmodified; it must be installed only where the kernel is to run. Rows are sorted by expert
 and each expert's padded to whole tiles ("psum" layout: the device reads where each expert's rows end), so that a GEMM
@@ -47,7 +47,7 @@ from .config import Pinned, most_tokens, pinned
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from .launch import Prepared
+    from .launch import PreparedDeepGEMM
 
 LAUNCH = Path(__file__).with_name("launch.py")
 RUNS = (Place(LAUNCH, "prepare"), Place(LAUNCH, "launch_steps"))
@@ -119,11 +119,11 @@ class DeepGEMM(LaunchableKernel):
         return KernelConfig(
             name,
             (
-                Stage("schedule", f"rows/dispatch/bm{block}-{shape.dtype}"),
+                Stage("schedule", f"permute/bm{block}-{shape.dtype}"),
                 Stage("gemm", f"{self.name}/up/bm{block}-sm{sms}-{up.tile.name}", gemms[0]),
-                Stage("activation", f"rows/activate/{shape.dtype}"),
+                Stage("activation", f"permute/activate/{shape.dtype}"),
                 Stage("gemm", f"{self.name}/down/bm{block}-sm{sms}-{down.tile.name}", gemms[1]),
-                Stage("combine", "rows/combine"),
+                Stage("combine", "permute/unpermute"),
             ),
             tuple(params),
         )
@@ -151,7 +151,7 @@ class DeepGEMM(LaunchableKernel):
         cache = os.path.expanduser(os.environ.get("DG_JIT_CACHE_DIR", "~/.deep_gemm"))
         return None if _writable(cache) else f"deep_gemm cannot write its cache {cache}; set DG_JIT_CACHE_DIR"
 
-    def prepare(self, weights: MoEWeights) -> Prepared:
+    def prepare(self, weights: MoEWeights) -> PreparedDeepGEMM:
         """The weights as they are. Raises KernelError for weights, a device or an installation that it cannot use."""
         from .launch import prepare  # torch: not needed to describe the kernel
 

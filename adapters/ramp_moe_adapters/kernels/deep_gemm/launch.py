@@ -1,4 +1,4 @@
-"""A batch through DeepGEMM: dispatch, up, activation, down, combine.
+"""A batch through DeepGEMM: permute, up, activation, down, unpermute.
 
 DeepGEMM's settings belong to the process, and are read when a GEMM is launched. So they are set, used and restored
 under a lock, which is DeepGEMM's in this process as far as this library is concerned.
@@ -17,8 +17,8 @@ import torch
 from ramp_moe.plugin import Batch, KernelConfig, KernelError, MoEShape, MoEWeights, Workspace
 from ramp_moe.runtime.relayout import relayout
 from ramp_moe_kernels.limits import check_tokens
-from ramp_moe_kernels.permute.permute import dispatch
-from ramp_moe_kernels.permute.unpermute import activate, combine
+from ramp_moe_kernels.permute.permute import permute
+from ramp_moe_kernels.permute.unpermute import activate, unpermute
 from torch import Tensor
 
 from .config import most_tokens
@@ -39,12 +39,12 @@ _lock = threading.RLock()
 
 
 @dataclass(frozen=True, slots=True)
-class Prepared:
+class PreparedDeepGEMM:
     weights: MoEWeights
     library: Any
 
 
-def prepare(weights: MoEWeights) -> Prepared:
+def prepare(weights: MoEWeights) -> PreparedDeepGEMM:
     device = weights.gate_up.device
     if weights.gate_up.dtype not in (torch.float8_e4m3fn, torch.bfloat16):
         raise KernelError(f"deep_gemm takes fp8 block-scaled or bf16 weights, not {weights.gate_up.dtype}")
@@ -52,7 +52,7 @@ def prepare(weights: MoEWeights) -> Prepared:
         raise KernelError(f"deep_gemm is described for Hopper (sm_90); the weights are on {device}, something else")
     if weights.gate_up_scale is not None and weights.layout == "gate-up-interleaved-8":
         weights = relayout(weights, "gate-first")
-    return Prepared(weights, library())
+    return PreparedDeepGEMM(weights, library())
 
 
 def library() -> Any:
@@ -67,7 +67,7 @@ def library() -> Any:
 
 
 def launch_steps(
-    config: KernelConfig, prepared: Prepared, batch: Batch, out: Tensor, workspace: Workspace
+    config: KernelConfig, prepared: PreparedDeepGEMM, batch: Batch, out: Tensor, workspace: Workspace
 ) -> Iterator[None]:
     """The launches of a layer, stopping after each stage."""
     p: dict[str, Any] = dict(config.params)
@@ -78,7 +78,7 @@ def launch_steps(
         raise KernelError(f"deep_gemm writes bf16 only: hidden_states are {x.dtype}, out is {out.dtype}")
     shape = MoEShape(experts, batch.top_k, hidden, inter, "fp8" if fp8 else "bf16")
     check_tokens("deep_gemm", config.name, batch.num_tokens, most_tokens(block, shape))
-    rows = dispatch(x, batch.topk_ids, experts, block, fp8, workspace)
+    rows = permute(x, batch.topk_ids, experts, block, fp8, workspace)
     size = len(rows.values)
     yield
     gate_up = workspace.get("rows_gate_up", (size, 2 * inter), x.dtype, x.device)
@@ -91,12 +91,12 @@ def launch_steps(
     values = workspace.get("rows_out", (size, hidden), x.dtype, x.device)
     gemm(prepared, p, "down", act, act_scale, w.down, w.down_scale, values, rows.ends)
     yield
-    combine(values, w.down_bias, batch, rows, out)
+    unpermute(values, w.down_bias, batch, rows, out)
     yield
 
 
 def gemm(
-    prepared: Prepared,
+    prepared: PreparedDeepGEMM,
     params: dict[str, Any],
     which: str,
     a: Tensor,

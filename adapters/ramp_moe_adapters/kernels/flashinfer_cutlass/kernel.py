@@ -48,7 +48,7 @@ from .config import ALIGNMENT, LAYOUT, WITHOUT_DEEP_GEMM, Fp8Tile, Tactic, fp8_t
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from .launch import Prepared
+    from .launch import PreparedFlashInfer
 
 LAUNCH = Path(__file__).with_name("launch.py")
 RUNS = (Place(LAUNCH, "prepare"), Place(LAUNCH, "launch"))
@@ -172,7 +172,7 @@ class FlashInferCutlass(LaunchableKernel, BuildableKernel):
         """Delete the module as other versions of FlashInfer have compiled it into the cache of the same user."""
         return build.prune()
 
-    def prepare(self, weights: MoEWeights) -> Prepared:
+    def prepare(self, weights: MoEWeights) -> PreparedFlashInfer:
         """Load FlashInfer's module, which is compiled now if it is not yet, and put the rows of up first, which copies
         gate_up once, unless they are given so. Raises KernelError for weights, a device or an installation that it
         cannot work with, and where the module's tactics are not those that are known here."""

@@ -44,7 +44,7 @@ it was asked about, and wants room for that."""
 
 
 @dataclass(frozen=True, slots=True)
-class Prepared:
+class PreparedFlashInfer:
     """The weights, up first, FlashInfer's functions, and the arguments that are the same for every batch, of each."""
 
     weights: MoEWeights
@@ -54,7 +54,7 @@ class Prepared:
     sizes: Mapping[str, Any]
 
 
-def prepare(weights: MoEWeights) -> Prepared:
+def prepare(weights: MoEWeights) -> PreparedFlashInfer:
     fp8, dtype = weights.gate_up_scale is not None, weights.gate_up.dtype
     if dtype not in (torch.float8_e4m3fn, torch.bfloat16):
         raise KernelError(f"flashinfer_cutlass takes bf16 or fp8 block-scaled weights, not {dtype}")
@@ -92,7 +92,7 @@ def prepare(weights: MoEWeights) -> Prepared:
     if not fp8:
         check_tactics(core)
     batch = ("input", "token_selected_experts", "token_final_scales", "output", "profile_ids", "workspace_buffer")
-    return Prepared(
+    return PreparedFlashInfer(
         weights,
         _function(core, "cutlass_fused_moe", (*batch, *arguments)),
         _function(core, "cutlass_fused_moe_workspace_size", ("max_num_tokens", "top_k", *sizes)),
@@ -164,7 +164,7 @@ def _function(core: Any, name: str, passed: tuple[str, ...]) -> Callable[..., An
     return function
 
 
-def launch(config: KernelConfig, prepared: Prepared, batch: Batch, out: Tensor, workspace: Workspace) -> None:
+def launch(config: KernelConfig, prepared: PreparedFlashInfer, batch: Batch, out: Tensor, workspace: Workspace) -> None:
     _check(batch, out, prepared.weights)
     x, experts, tactics = batch.hidden_states, len(prepared.weights.down), dict(config.params)
     # In fp8 there are no tactics, and these are ignored: so the autotuner is not asked.

@@ -41,7 +41,7 @@ from . import static_table as vllm_static
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from .launch import Prepared
+    from .launch import PreparedVllmTriton
 
 VERSIONS = ((0, 33), (0, 34))
 """From the first on, below the second: those whose source this adapter was written against."""
@@ -161,7 +161,7 @@ class VllmTriton(LaunchableKernel):
     def weight_layout(self, shape: MoEShape) -> WeightLayout:
         return WeightLayout("gate-first", shape.num_experts * shape.expert_bytes)
 
-    def prepare(self, weights: MoEWeights) -> Prepared:
+    def prepare(self, weights: MoEWeights) -> PreparedVllmTriton:
         """The weights as they are, with vLLM's description of their scales and biases. Raises KernelError for an
         activation that vLLM has not, or a vLLM that cannot be imported or has other functions."""
         from .launch import prepare  # torch: not needed to describe the kernel

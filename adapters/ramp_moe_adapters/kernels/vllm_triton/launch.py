@@ -41,7 +41,7 @@ _override = threading.Lock()
 
 
 @dataclass(frozen=True, slots=True)
-class Prepared:
+class PreparedVllmTriton:
     """The weights as they are, vLLM's functions, and the arguments of fused_experts that are the same for every batch;
     `zeros` has a 0-dimensional tensor for each dtype of hidden states."""
 
@@ -52,7 +52,7 @@ class Prepared:
     zeros: Mapping[torch.dtype, Tensor]
 
 
-def prepare(weights: MoEWeights) -> Prepared:
+def prepare(weights: MoEWeights) -> PreparedVllmTriton:
     if weights.activation not in ACTIVATIONS:
         raise KernelError(f"vllm_triton computes {' and '.join(ACTIVATIONS)}, not {weights.activation}")
     try:
@@ -65,7 +65,7 @@ def prepare(weights: MoEWeights) -> Prepared:
         "activation": getattr(_attribute(package, "MoEActivation"), ACTIVATIONS[weights.activation]),
         "quant_config": _quant_config(weights, config),
     }
-    return Prepared(
+    return PreparedVllmTriton(
         weights,
         _function(package, "fused_experts", ("hidden_states", "topk_weights", "topk_ids", *arguments)),
         _function(package, "override_config", ("config",)),
@@ -112,7 +112,7 @@ def _function(module: Any, name: str, passed: tuple[str, ...]) -> Callable[..., 
     return function
 
 
-def launch(config: KernelConfig, prepared: Prepared, batch: Batch, out: Tensor, workspace: Workspace) -> None:
+def launch(config: KernelConfig, prepared: PreparedVllmTriton, batch: Batch, out: Tensor, workspace: Workspace) -> None:
     _check(batch, out, prepared.weights)
     x = batch.hidden_states
     # Triton and vLLM launch on the current device, whichever x is on.
@@ -122,7 +122,7 @@ def launch(config: KernelConfig, prepared: Prepared, batch: Batch, out: Tensor, 
         torch.where(routed[:, None], result, prepared.zeros[x.dtype], out=out)
 
 
-def _run(prepared: Prepared, config: dict[str, Any], **batch: Tensor) -> Tensor:
+def _run(prepared: PreparedVllmTriton, config: dict[str, Any], **batch: Tensor) -> Tensor:
     """fused_experts under a configuration. vLLM's override_config does not put the old one back after an exception, so
     none may pass through it."""
     outcome: Tensor | BaseException

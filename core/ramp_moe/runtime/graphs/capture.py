@@ -76,7 +76,7 @@ class Launches(Protocol):
 
 
 @dataclass(frozen=True)
-class Plan:
+class GraphPlan:
     """What a graph for `num_tokens` gets. `mode` and why it is that one; the bodies, of which the first is the best for
     the batch size alone; the shortlist that they are; in mode "nodes", how many kernels they have."""
 
@@ -99,8 +99,8 @@ class GraphDispatch:
     """Plans, and captures, one layer's dispatch in CUDA graphs.
 
     mode: one of MODES; where None, by batch size the one with the least expected time that this machine has. fixed:
-    kernels that mode "nodes" leaves out (see `LaunchableKernel.switchable`). ranks: see `MoELayer`. Raises KernelError
-    for a mode that cannot be had.
+    kernels that mode "nodes" leaves out (see `LaunchableKernel.switchable`). ep_size: see `MoELayer`. Raises
+    KernelError for a mode that cannot be had.
     """
 
     def __init__(
@@ -111,7 +111,7 @@ class GraphDispatch:
         top_k: int,
         mode: str | None = None,
         fixed: Collection[str] = (),
-        ranks: int = 1,
+        ep_size: int = 1,
     ) -> None:
         import torch
 
@@ -121,9 +121,9 @@ class GraphDispatch:
         if mode in self._refused:
             raise KernelError(_cannot(f"{mode}: {self._refused[mode]}"))
         self._modes = MODES if mode is None else (mode,)
-        self._fixed, self._ranks = frozenset(fixed), ranks
+        self._fixed, self._ep_size = frozenset(fixed), ep_size
         self.dropped: dict[str, str] = {}
-        self.plans: dict[int, Plan] = {}
+        self.plans: dict[int, GraphPlan] = {}
         self.recorder: Recorder | None = None
         self._recorders: list[Recorder] = []  # graphs write to them for as long as they live
         self.names = [c.name for c in model.candidates]
@@ -152,7 +152,7 @@ class GraphDispatch:
         self._recorders.append(self.recorder)
         return self.recorder
 
-    def prepare(self, num_tokens: int, dtype: torch.dtype) -> Plan:
+    def prepare(self, num_tokens: int, dtype: torch.dtype) -> GraphPlan:
         """Decide what a graph for `num_tokens` gets, and run every body once: it is compiled, its buffers have their
         size, and its output is right, or that of another layer of the same cost model was. A candidate that raises,
         writes outside its output or computes something else is dropped (`dropped` says why) before any capture, and
@@ -207,7 +207,7 @@ class GraphDispatch:
         why = "; ".join(["least expected time", *(f"{m}: {refused[m]}" for m in self._modes if m in refused)])
         if len(bodies) == 1:
             mode, why = "single", "one candidate is best, or switching would cost more than it gains"
-        plan = Plan(num_tokens, mode, why, bodies, short, kernels, selector)
+        plan = GraphPlan(num_tokens, mode, why, bodies, short, kernels, selector)
         self.plans[num_tokens] = plan
         return plan
 
@@ -231,7 +231,7 @@ class GraphDispatch:
         self._ready.add(key)
 
     def capture(
-        self, plan: Plan, x: Tensor, topk_ids: Tensor, topk_weights: Tensor, out: Tensor, num_valid: Tensor | None
+        self, plan: GraphPlan, x: Tensor, topk_ids: Tensor, topk_weights: Tensor, out: Tensor, num_valid: Tensor | None
     ) -> None:
         """Add the choice and the plan's bodies to the graph that is captured on the current stream. Everything that is
         given is read, and out written, at every replay; num_valid int32 `[1]`, where given, is how many tokens are
@@ -288,7 +288,7 @@ class GraphDispatch:
 
         return self._launches.workspace.get("kernel_ids", tuple(topk_ids.shape), torch.int32, topk_ids.device)
 
-    def _run_all(self, plan: Plan, batch: Batch, out: Tensor, choice: Tensor) -> None:
+    def _run_all(self, plan: GraphPlan, batch: Batch, out: Tensor, choice: Tensor) -> None:
         import torch
 
         outs = self._outs(plan, out)
@@ -297,7 +297,7 @@ class GraphDispatch:
             self._launches.launch(candidate, Batch(batch.hidden_states, ids, batch.topk_weights), outs[i])
         torch.index_select(outs, 0, choice, out=out[None])
 
-    def _outs(self, plan: Plan, out: Tensor) -> Tensor:
+    def _outs(self, plan: GraphPlan, out: Tensor) -> Tensor:
         """Every gated body's own."""
         return self._launches.workspace.get("gated_out", (len(plan.bodies), *out.shape), out.dtype, out.device)
 
@@ -305,13 +305,13 @@ class GraphDispatch:
         """The bodies that a mode would have, and the model that they are of."""
         model, costs = self._left(), OVERHEAD_US[mode]
         known = _shortlists.setdefault(model, {})
-        key = mode, num_tokens, self._fixed, tuple(costs.items()), self._ranks
+        key = mode, num_tokens, self._fixed, tuple(costs.items()), self._ep_size
         if key not in known:
             few = model
             if mode == "nodes" and (switchable := {c.kernel for c in model.candidates} - self._fixed):
                 few = model.restrict(sorted(switchable))
             groups = [self._launches.inline_key(c) for c in few.candidates] if mode == "inline" else None
-            met = representative(num_tokens, model.shape.num_experts, self._top_k, self._ranks)
+            met = representative(num_tokens, model.shape.num_experts, self._top_k, self._ep_size)
             short = shortlist(few, num_tokens, costs, max(costs), histograms=met, groups=groups)
             known[key] = None if few is model else few, short
         part, short = known[key]

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True)
-class Recording:
+class RecordedBatches:
     """Batches in the order they ran: tokens, choices int64 `[batches]`, histograms int64 `[batches, num_experts]`;
     `lost` batches before them were overwritten."""
 
@@ -63,7 +63,7 @@ class Recorder:
                 f"{top_k} of {num_experts} on {device}; make it for those"
             )
 
-    def read(self) -> Recording:
+    def read(self) -> RecordedBatches:
         """What is recorded so far. Waits for the device; nothing is forgotten by reading."""
         import torch
 
@@ -72,7 +72,7 @@ class Recorder:
         total = int(self.counter.item())
         kept = min(total, self.slots)
         entries = self.ring.roll(-(total % self.slots) if kept == self.slots else 0, 0)[:kept].cpu().long().numpy()
-        return Recording(entries[:, 0], entries[:, 1], entries[:, 2:], total - kept)
+        return RecordedBatches(entries[:, 0], entries[:, 1], entries[:, 2:], total - kept)
 
     def write(self, path: str | Path, candidates: Sequence[str], source: str = "") -> None:
         """Write a routing trace (see `measurements.trace`), whole or not at all: a header with `source`, how often each

@@ -94,7 +94,7 @@ def _square_away(log, axis, set_, points, unit, num_rows, ROWS: tl.constexpr):
 # What changes with the batch and the table must not each compile a kernel of its own.
 _SIZES = [
     "num_ids", "num_tokens", "top_k", "num_experts", "num_blocks", "num_launches", "num_grids", "num_parts",
-    "num_candidates", "num_rows", "parts_each", "num_slots",
+    "num_candidates", "num_rows", "parts_each", "ring_slots",
 ]  # fmt: skip
 
 
@@ -137,7 +137,7 @@ def select_kernel(
     num_candidates,
     num_rows,
     parts_each,  # of the candidate that has most
-    num_slots,
+    ring_slots,
     # Powers of two
     BINS: tl.constexpr,
     BLOCKS: tl.constexpr,
@@ -227,7 +227,7 @@ def select_kernel(
     tl.store(choice, chosen)
 
     if ring is not None:
-        entry = ring + recorded % num_slots * (2 + num_experts)
+        entry = ring + recorded % ring_slots * (2 + num_experts)
         tl.store(entry, tokens)
         tl.store(entry + 1, tl.load(label + chosen))
         tl.store(entry + 2 + expert, count, mask=expert < num_experts)
@@ -321,7 +321,7 @@ class TritonSelector:
                 num_ids=topk_ids.numel(),
                 num_tokens=num_tokens,
                 top_k=top_k,
-                num_slots=1 if recorder is None else recorder.slots,
+                ring_slots=1 if recorder is None else recorder.slots,
                 **self._sizes,
                 **self._constants,
                 num_warps=_WARPS,

@@ -35,7 +35,7 @@ def build(
 
     A configuration that spills registers, fails to compile, or is not compiled within `timeout` seconds is dropped; the
     cache remembers why. Damaged entries are made again, which is noted. Other processes may build the same at the same
-    time, and any may be killed. `report` is told, in this thread, how many are settled, of how many, and which was the
+    time, and any may be killed. `report` is told, in this thread, how many are done, of how many, and which was the
     last ("" at first).
 
     Raises KernelError where something needed is missing, the message names it, or where the cache cannot be written.
@@ -52,7 +52,7 @@ def build(
             entry = cache.look_up(config)
         except Damaged as e:
             note = f"{e}; compiled again"
-        if entry is not None and entry.settled:
+        if entry is not None and entry.finished:
             done.append(Outcome(config.name, entry, compiled=False))
         else:
             missing.append((config, note))

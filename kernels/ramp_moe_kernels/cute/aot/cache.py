@@ -68,7 +68,7 @@ class Entry(msgspec.Struct, kw_only=True):
     lost: int = 0
 
     @property
-    def settled(self) -> bool:
+    def finished(self) -> bool:
         """Whether compiling it again would be in vain."""
         return self.lost == 0 or self.lost >= MAX_LOST
 

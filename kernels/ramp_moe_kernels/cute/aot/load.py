@@ -34,7 +34,7 @@ def load(config: Configuration) -> Callable[..., None]:
     except Damaged as e:
         warnings.warn(f"{e}; it is compiled again", stacklevel=2)
         entry = None
-    if entry is None or not entry.settled:
+    if entry is None or not entry.finished:
         if dsl_folder() is None:
             raise KernelError(
                 f"{config.name} is not compiled: {cache.folder} lacks it. Run `ramp-moe kernels build`, which needs "

@@ -39,7 +39,7 @@ class Pool:
         self._stopped = False
 
     def outcomes(self, configs: Sequence[tuple[Configuration, str | None]], jobs: int) -> Generator[Outcome]:
-        """Each configuration, with its note, as it is settled. However this ends, so do the workers. Raises KernelError
+        """Each configuration, with its note, as it is done. However this ends, so do the workers. Raises KernelError
         where no worker can be started, or where the cache cannot be written."""
         self._todo.extend(configs)
         threads = [threading.Thread(target=self._work) for _ in range(min(jobs, len(configs)))]
@@ -97,14 +97,14 @@ class Pool:
             self._done.put(None)
 
     def _known(self, config: Configuration) -> tuple[Entry | None, int]:
-        """What another build has settled meanwhile, or how many compilers are lost to it."""
+        """What another build has finished meanwhile, or how many compilers are lost to it."""
         try:
             entry = self._cache.look_up(config)
         except Damaged:
             entry = None
         if entry is None:
             return None, 0
-        return (entry if entry.settled else None), entry.lost
+        return (entry if entry.finished else None), entry.lost
 
     def _compile(self, config: Configuration, worker: Worker, lost: int) -> tuple[Entry, bool]:
         """Compile a configuration and store what became of it; also whether the worker lives."""

@@ -14,7 +14,7 @@ from moe_cases import H200, weights
 from ramp_moe import Candidate, KernelConfig, KernelError, expert_histogram
 from ramp_moe.runtime.graphs import capture as dispatch
 from ramp_moe.runtime.graphs import conditional as graph
-from ramp_moe.runtime.graphs.capture import Plan
+from ramp_moe.runtime.graphs.capture import GraphPlan
 from ramp_moe.runtime.layer import MoELayer
 from ramp_moe.spec.launchable import Batch, Workspace
 from ramp_moe_kernels.triton.kernel import TritonMoE
@@ -73,7 +73,7 @@ class Captured:
     """A layer in a graph of its own, and the tensors that it reads at each replay."""
 
     layer: MoELayer
-    plan: Plan
+    plan: GraphPlan
     graph: torch.cuda.CUDAGraph
     x: torch.Tensor
     ids: torch.Tensor

@@ -17,7 +17,7 @@ from layer_cases import BLOCKS, SHAPE, FakeKernel, K, inputs, weights
 from ramp_moe import Candidate, Hardware, KernelConfig, KernelError, expert_histogram
 from ramp_moe.runtime.graphs import capture as dispatch
 from ramp_moe.runtime.graphs import conditional as graph
-from ramp_moe.runtime.graphs.capture import GraphDispatch, Plan
+from ramp_moe.runtime.graphs.capture import GraphDispatch, GraphPlan
 from ramp_moe.runtime.layer import MoELayer
 from ramp_moe.runtime.reference import reference
 from ramp_moe.spec.launchable import Batch, Workspace
@@ -90,11 +90,11 @@ def dispatcher(monkeypatch: pytest.MonkeyPatch, h200: Hardware) -> Callable[...,
     return make
 
 
-def prepared(graphs: GraphDispatch) -> Plan:
+def prepared(graphs: GraphDispatch) -> GraphPlan:
     return graphs.prepare(TOKENS, torch.bfloat16)
 
 
-def names(plan: Plan) -> set[str]:
+def names(plan: GraphPlan) -> set[str]:
     return {c.config.name for c in plan.bodies}
 
 
