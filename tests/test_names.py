@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -38,3 +39,33 @@ def test_modules_that_are_imported_anywhere_are_there() -> None:
 def test_files_that_documents_name_are_there(path: Path) -> None:
     named = FILE.findall(path.read_text())
     assert not [name for name in named if not (ROOT / name).is_file() and not (path.parent / name).is_file()]
+
+
+def code() -> dict[Path, str]:
+    return {path: path.read_text() for folder in PACKAGES.values() for path in (ROOT / folder).rglob("*.py")}
+
+
+TWICE = {"Batch", "Judged", "Launch", "Outcome", "Place", "Row", "Run", "Worker"}
+"""Classes of two rooms that know nothing of each other."""
+
+
+def test_a_class_has_its_name_for_itself() -> None:
+    found = Counter(name for text in code().values() for name in re.findall(r"(?m)^class (\w+)", text))
+    assert {name for name, n in found.items() if n > 1} <= TWICE
+
+
+@pytest.mark.parametrize(
+    ("word", "instead"),
+    [
+        (r"expert_of_tile", "expert_ids"),
+        (r"num_slots", "num_tokens_post_padded"),
+        (r"retrofitted", "histogram"),
+        (r"ranks: int\b", "ep_size"),
+        (r"(?:weight_rows|block_tokens|block_weights)\b", "n, block_m, block_n"),
+        (r"def dispatch(?:_kernel)?\(x\b", "permute"),
+        (r"class RoutedExperts\b", "WrappedExperts, since vLLM has a class of that name"),
+    ],
+)
+def test_the_fields_names_are_used(word: str, instead: str) -> None:
+    found = [str(path.relative_to(ROOT)) for path, text in code().items() if re.search(word, text)]
+    assert not found, f"say {instead}"

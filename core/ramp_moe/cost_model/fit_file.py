@@ -1,4 +1,4 @@
-"""Fitted coefficients on disk: format "ramp-moe/fit", version 2, one JSON object:
+"""Fitted coefficients on disk: format "ramp-moe/fit", version 3, one JSON object:
 
     device, kernel, shape         what the fit is for
     form, terms                   the cost model form, and the order of its coefficients
@@ -14,8 +14,8 @@
                                   token block, the spline's constant, and a weight for each batch. A configuration that
                                   it does not name is never chosen
 
-A fit is out of date, and not used, if its digest is not that of the sweep found beside it. Version 1 had other
-coefficients, which must be fitted again.
+A fit is out of date, and not used, if its digest is not that of the sweep found beside it. Version 2 called
+stages that kernels share by other keys. Version 1 had other coefficients, which must be fitted again.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ import numpy as np
 
 from ..errors import ProfileError, RampMoEError
 from ..measurements.json_file import read_json, write_json
-from ..measurements.sweep import COLUMN_KINDS, MAX_US, MIN_US, ShapeRecord, Sweep
+from ..measurements.sweep import COLUMN_KINDS, MAX_US, MIN_US, ShapeRecord, Sweep, key_of_today
 from ..spec.hardware import Hardware
 from ..spec.kernel import KernelConfig
 from ..spec.routing import IntArray
@@ -39,7 +39,7 @@ from .model import FORMS, Candidate, CostModel, PartFit, parts_of, provenance
 from .residual import Residual
 
 FORMAT = "ramp-moe/fit"
-VERSION = 2
+VERSION = 3
 
 
 class PartRecord(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
@@ -140,7 +140,7 @@ def save_fit(path: Path, record: FitRecord) -> None:
 
 def load_fit(path: Path) -> FitRecord:
     """Read and validate a fit file. Raises ProfileError naming the file and the field."""
-    record = read_json(path, FitRecord, FORMAT, VERSION, {1: _from_version_1})
+    record = read_json(path, FitRecord, FORMAT, VERSION, {1: _from_version_1, 2: _from_version_2})
     try:
         record.shape.shape()
     except RampMoEError as e:
@@ -166,6 +166,10 @@ def load_fit(path: Path) -> FitRecord:
 
 def _from_version_1(raw: dict[str, Any]) -> dict[str, Any]:
     raise ValueError("fits: they had other coefficients then; fit again")
+
+
+def _from_version_2(raw: dict[str, Any]) -> dict[str, Any]:
+    return {**raw, "version": 3, "fits": [{**fit, "key": key_of_today(fit["key"])} for fit in raw["fits"]]}
 
 
 def model_from_fit(

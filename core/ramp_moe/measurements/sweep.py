@@ -1,6 +1,6 @@
 """Sweeps: measured times of a kernel's stages and whole paths over routings, and the file that holds them.
 
-A sweep file (format "ramp-moe/sweep", version 2) is one JSON object:
+A sweep file (format "ramp-moe/sweep", version 3) is one JSON object:
 
     device, kernel, kernel_version   hardware name in this library; which kernel, and the version or commit that ran
     shape                            num_experts, top_k, hidden_size, intermediate_size, dtype, name
@@ -9,10 +9,10 @@ A sweep file (format "ramp-moe/sweep", version 2) is one JSON object:
                                      "seconds" (of the run, all its kernels together), "notes"}
     columns                          what was timed: {"stage": kind or "path", "key": stage key, "params": {...}}
     left_out                         configurations without a column, by reason: {"reason", "configs"}
-    rows                             one for each batch: {"num_tokens", "routing" (a label), "histogram" [E],
+    batches                          what it was timed on: {"num_tokens", "routing" (a label), "histogram" [E],
                                      "seed" (of the label's generator), "split", "runs_us" [runs][columns]}
 
-Times are microseconds, the median over launches. null marks a cell, or a whole run of a row, that was not measured or
+Times are microseconds, the median over launches. null marks a cell, or a whole run of a batch, that was not measured or
 failed. A negative time is a bound: the configuration takes at least its absolute value. It was not measured, since it
 was far behind on smaller batches already.
 
@@ -21,8 +21,8 @@ top-k ids to output. A stage without a column (quantisation, for one) is not in 
 
 `split` is "tune" for batches to fit and to tune static tables on, "test" for those that are kept for judging.
 
-Version 1 had one run, its fields beside the others, and no splits. Version 0 is the headerless form of the first
-measurements.
+Version 2 called the batches rows, and the kernels' parameters and shared stages by other names. Version 1 had one run,
+its fields beside the others, and no splits. Version 0 is the headerless form of the first measurements.
 """
 
 from __future__ import annotations
@@ -44,15 +44,15 @@ from ..spec.shapes import MoEShape
 from .json_file import read_json, write_json
 
 FORMAT = "ramp-moe/sweep"
-VERSION = 2
+VERSION = 3
 PATH = "path"
 COLUMN_KINDS = (PATH, *STAGE_KINDS)
 Split = Literal["tune", "test"]
 MIN_US, MAX_US = 1e-3, 1e9
 """Times outside are mistakes of unit; squares of what is inside stay finite in a fit."""
 MAX_CELLS = 2**24
-"""Most runs x rows x columns: a hundred times what the largest sweep has. A row that lacks a run holds one null for it.
-"""
+"""Most runs x batches x columns: a hundred times what the largest sweep has. A batch that lacks a run holds one null
+for it."""
 SPOILT = 1.25
 """Ratio to the shortest run from which on a time counts as disturbed. Disturbances only lengthen a measurement, and
 seldom hit twice; undisturbed runs repeat to a few per cent."""
@@ -117,7 +117,7 @@ class SweepRecord(msgspec.Struct, forbid_unknown_fields=True):
     runs: list[Run]
     columns: list[Column]
     left_out: list[LeftOut]
-    rows: list[MeasuredBatch]
+    batches: list[MeasuredBatch]
 
 
 def path_key(kernel: str, config: str) -> str:
@@ -127,14 +127,14 @@ def path_key(kernel: str, config: str) -> str:
 
 @dataclass(frozen=True)
 class Sweep:
-    """A validated sweep: `record` as in the file, `shape`, and arrays made from its rows."""
+    """A validated sweep: `record` as in the file, `shape`, and arrays made from its batches."""
 
     record: SweepRecord
     shape: MoEShape
     histograms: IntArray
-    """int64 `[rows, num_experts]`"""
+    """int64 `[batches, num_experts]`"""
     runs_us: FloatArray
-    """float64 `[runs, rows, columns]`: the time or its bound in microseconds, NaN if neither is known"""
+    """float64 `[runs, batches, columns]`: the time or its bound in microseconds, NaN if neither is known"""
 
     @property
     def kernel(self) -> str:
@@ -146,12 +146,12 @@ class Sweep:
 
     @property
     def labels(self) -> list[tuple[int, str]]:
-        """Pairs (tokens, routing label), one for each row."""
+        """Pairs (tokens, routing label), one for each batch."""
         return [(r.num_tokens, r.routing) for r in self.record.batches]
 
     @cached_property
     def times_us(self) -> FloatArray:
-        """Times float64 `[rows, columns]` in microseconds: the geometric mean over the runs that measured a cell.
+        """Times float64 `[batches, columns]` in microseconds: the geometric mean over the runs that measured a cell.
 
         Times longer than SPOILT times the shortest do not count. A cell that has only bounds gets their mean (see
         `only_bounded`). It is NaN if there is neither.
@@ -167,16 +167,16 @@ class Sweep:
 
     @cached_property
     def bounded(self) -> NDArray[np.bool_]:
-        """Mask `[runs, rows, columns]` of the `runs_us` that are bounds."""
+        """Mask `[runs, batches, columns]` of the `runs_us` that are bounds."""
         columns = len(self.record.columns)
-        rows = [
-            [[t is not None and t < 0 for t in u or [None] * columns] for u in r.runs_us] for r in self.record.batches
+        masks = [
+            [[t is not None and t < 0 for t in u or [None] * columns] for u in b.runs_us] for b in self.record.batches
         ]
-        return np.array(rows, bool).swapaxes(0, 1)
+        return np.array(masks, bool).swapaxes(0, 1)
 
     @cached_property
     def only_bounded(self) -> NDArray[np.bool_]:
-        """Mask `[rows, columns]` of the `times_us` that are bounds, since no run measured the cell."""
+        """Mask `[batches, columns]` of the `times_us` that are bounds, since no run measured the cell."""
         measured = np.isfinite(self.runs_us) & ~self.bounded
         return np.asarray(self.bounded.any(0) & ~measured.any(0))
 
@@ -195,10 +195,10 @@ class Sweep:
         """Indices of the batches to fit on ("tune"), or of those kept for judging ("test")."""
         return [i for i, r in enumerate(self.record.batches) if r.split == split]
 
-    def select(self, rows: Sequence[int]) -> Sweep:
-        """Keep these rows, in this order."""
-        record = msgspec.structs.replace(self.record, batches=[self.record.batches[i] for i in rows])
-        index = np.asarray(rows, np.intp)
+    def select(self, batches: Sequence[int]) -> Sweep:
+        """Keep the batches of these indices, in this order."""
+        record = msgspec.structs.replace(self.record, batches=[self.record.batches[i] for i in batches])
+        index = np.asarray(batches, np.intp)
         return Sweep(record, self.shape, self.histograms[index], self.runs_us[:, index])
 
     def only(self, stages: Sequence[str]) -> Sweep:
@@ -215,11 +215,11 @@ class Sweep:
         return self._columns([i for i, c in enumerate(self.record.columns) if c.key not in keys])
 
     def _columns(self, index: Sequence[int]) -> Sweep:
-        rows = [
+        batches = [
             msgspec.structs.replace(r, runs_us=[u and [u[i] for i in index] for u in r.runs_us])
             for r in self.record.batches
         ]
-        record = msgspec.structs.replace(self.record, columns=[self.record.columns[i] for i in index], batches=rows)
+        record = msgspec.structs.replace(self.record, columns=[self.record.columns[i] for i in index], batches=batches)
         return Sweep(record, self.shape, self.histograms, self.runs_us[:, :, index])
 
     def extended(self, other: Sweep) -> Sweep:
@@ -227,7 +227,7 @@ class Sweep:
         keys = [c.key for c in self.record.columns if c.key in other.column_of]
         mine, theirs = ([s.column_of[k] for k in keys] for s in (self, other))
 
-        def rows(sweep: Sweep, columns: list[int], before: int, after: int) -> list[MeasuredBatch]:
+        def spread(sweep: Sweep, columns: list[int], before: int, after: int) -> list[MeasuredBatch]:
             empty: list[list[float | None] | None] = [None]
             return [
                 msgspec.structs.replace(
@@ -242,8 +242,8 @@ class Sweep:
             runs=[*self.record.runs, *other.record.runs],
             columns=[self.record.columns[i] for i in mine],
             batches=[
-                *rows(self, mine, 0, len(other.record.runs)),
-                *rows(other, theirs, len(self.record.runs), 0),
+                *spread(self, mine, 0, len(other.record.runs)),
+                *spread(other, theirs, len(self.record.runs), 0),
             ],
         )
         return make_sweep(record)
@@ -278,28 +278,28 @@ def make_sweep(record: SweepRecord, source: str = "sweep") -> Sweep:
         i = next(i for i, k in enumerate(keys) if k in keys[:i])
         raise wrong(f"columns[{i}].key", f"{keys[i]!r} appears twice")
     if not record.batches:
-        raise wrong("rows", "a sweep needs at least one row")
+        raise wrong("batches", "a sweep needs at least one batch")
     if (cells := len(record.runs) * len(record.batches) * len(keys)) > MAX_CELLS:
-        raise wrong("rows", f"runs, rows and columns make {cells} times, at most {MAX_CELLS} can be")
-    for i, row in enumerate(record.batches):
-        if not 1 <= row.num_tokens <= MAX_COUNT:
-            raise wrong(f"rows[{i}].num_tokens", f"{row.num_tokens} is not a number of tokens")
+        raise wrong("batches", f"runs, batches and columns make {cells} times, at most {MAX_CELLS} can be")
+    for i, batch in enumerate(record.batches):
+        if not 1 <= batch.num_tokens <= MAX_COUNT:
+            raise wrong(f"batches[{i}].num_tokens", f"{batch.num_tokens} is not a number of tokens")
         try:
-            check_histogram(row.histogram, shape.num_experts, row.num_tokens * shape.top_k)
+            check_histogram(batch.histogram, shape.num_experts, batch.num_tokens * shape.top_k)
         except RampMoEError as e:
-            raise wrong(f"rows[{i}].histogram", str(e)) from None
-        if len(row.runs_us) != len(record.runs):
-            raise wrong(f"rows[{i}].runs_us", f"{len(row.runs_us)} runs, the sweep has {len(record.runs)}")
-        for r, times in enumerate(row.runs_us):
+            raise wrong(f"batches[{i}].histogram", str(e)) from None
+        if len(batch.runs_us) != len(record.runs):
+            raise wrong(f"batches[{i}].runs_us", f"{len(batch.runs_us)} runs, the sweep has {len(record.runs)}")
+        for r, times in enumerate(batch.runs_us):
             if times is not None and len(times) != len(keys):
-                raise wrong(f"rows[{i}].runs_us[{r}]", f"{len(times)} times for {len(keys)} columns")
+                raise wrong(f"batches[{i}].runs_us[{r}]", f"{len(times)} times for {len(keys)} columns")
             for j, t in enumerate(times or ()):
                 if t is not None and not MIN_US <= abs(t) <= MAX_US:
                     raise wrong(
-                        f"rows[{i}].runs_us[{r}][{j}]", f"{t} is no time in microseconds ({MIN_US:g} to {MAX_US:g})"
+                        f"batches[{i}].runs_us[{r}][{j}]", f"{t} is no time in microseconds ({MIN_US:g} to {MAX_US:g})"
                     )
-    if not any(t is not None for row in record.batches for times in row.runs_us for t in times or ()):
-        raise wrong("rows", "no time was measured; measure again")
+    if not any(t is not None for batch in record.batches for times in batch.runs_us for t in times or ()):
+        raise wrong("batches", "no time was measured; measure again")
     absent = [None] * len(keys)
     return Sweep(
         record,
@@ -315,7 +315,12 @@ def load_sweep(path: str | Path) -> Sweep:
     """Read and validate a sweep file of any version. Raises ProfileError naming the file and the field."""
     path = Path(path)
     record = read_json(
-        path, SweepRecord, FORMAT, VERSION, {0: _from_version_0, 1: _from_version_1}, _recognise_version_0
+        path,
+        SweepRecord,
+        FORMAT,
+        VERSION,
+        {0: _from_version_0, 1: _from_version_1, 2: _from_version_2},
+        _recognise_version_0,
     )
     return make_sweep(record, str(path))
 
@@ -369,3 +374,40 @@ def _from_version_1(raw: dict[str, Any]) -> dict[str, Any]:
     for row in rows:
         del row["median_us"]
     return {**raw, "version": 2, "runs": [run], "left_out": [], "rows": rows}
+
+
+def _from_version_2(raw: dict[str, Any]) -> dict[str, Any]:
+    """Migrate a file whose batches were called rows."""
+    batches = raw.pop("rows")
+    columns = [
+        {
+            **column,
+            "key": key_of_today(column["key"]),
+            "params": {param_of_today(raw["kernel"], k): v for k, v in column.get("params", {}).items()},
+        }
+        for column in raw["columns"]
+    ]
+    return {**raw, "version": 3, "columns": columns, "batches": batches}
+
+
+def key_of_today(key: str) -> str:
+    """The key of a stage that older files may call otherwise."""
+    for old, new in (("rows/dispatch/", "permute/"), ("rows/activate/", "permute/activate/")):
+        if key.startswith(old):
+            return new + key.removeprefix(old)
+    return "permute/unpermute" if key == "rows/combine" else key
+
+
+OLD_PARAMS = {
+    "cute": {"block": "block_m"},
+    "triton": {
+        f"{gemm}_{old}": f"{gemm}_{new}"
+        for gemm in ("up", "down")
+        for old, new in (("block", "block_m"), ("rows", "block_n"), ("step", "block_k"))
+    },
+}
+
+
+def param_of_today(kernel: str, param: str) -> str:
+    """The name of a kernel's parameter that older files may call otherwise."""
+    return OLD_PARAMS.get(kernel, {}).get(param, param)

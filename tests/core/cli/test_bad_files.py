@@ -60,7 +60,7 @@ DAMAGE: dict[str, tuple[Callable[[Path], object], str]] = {
         "file (its format says 'safetensors')",
     ),
     "foreign list": (lambda p: p.write_text("[1, 2]"), "file"),
-    "newer": (edited(version=99), "version 99, this ramp-moe reads up to 2; upgrade"),
+    "newer": (edited(version=99), "version 99, this ramp-moe reads up to 3; upgrade"),
     "older": (edited(version=-1), "version -1 never existed"),
     "another device": (edited(device="b200"), "its place says"),
     "another kernel": (edited(kernel="triton"), "its place says"),
@@ -226,5 +226,5 @@ def test_few_words_do_not_make_many_times(sweep_file: Path) -> None:
     raw["runs"] *= 2000
     raw["batches"] = [row | {"runs_us": [None] * 2000} for row in raw["batches"]]
     sweep_file.write_text(json.dumps(raw))
-    with pytest.raises(ProfileError, match=r"runs, rows and columns make 23712000 times, at most 16777216 can be"):
+    with pytest.raises(ProfileError, match=r"runs, batches and columns make 23712000 times, at most 16777216 can be"):
         ProfileStore([sweep_file])

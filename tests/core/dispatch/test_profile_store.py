@@ -127,7 +127,7 @@ def test_a_fit_older_than_its_sweep_is_not_used(
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"version": 3}, "version 3, this ramp-moe reads up to 2"),
+        ({"version": 4}, "version 4, this ramp-moe reads up to 3"),
         ({"version": 1}, "from version 1: .* other coefficients then; fit again"),
         ({"form": "magic"}, r"form 'magic' of terms .* is not known here; fit again"),
         (

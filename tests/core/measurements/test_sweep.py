@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -12,7 +13,10 @@ import msgspec
 import numpy as np
 import pytest
 from ramp_moe import ProfileError, load_sweep
+from ramp_moe.measurements.json_file import peek_format
+from ramp_moe.measurements.sweep import FORMAT, VERSION
 
+ROOT = Path(__file__).parents[3]
 Edit = Callable[[dict[str, Any]], Any]
 
 
@@ -78,11 +82,16 @@ def version_1(record: dict[str, Any]) -> dict[str, Any]:
     for old, new in zip(rows, record["batches"], strict=True):
         old["median_us"] = new["runs_us"][0]
     kept = ("device_name", "driver", "software", "method", "measured")
-    del record["left_out"]
+    del record["left_out"], record["batches"]
     return record | {"version": 1, "rows": rows} | {k: run[k] for k in kept}
 
 
-@pytest.mark.parametrize("older", [version_0, version_1])
+def version_2(record: dict[str, Any]) -> dict[str, Any]:
+    """The same content with its batches called rows."""
+    return record | {"version": 2, "rows": record.pop("batches")}
+
+
+@pytest.mark.parametrize("older", [version_0, version_1, version_2])
 def test_older_versions_migrate_to_the_same_sweep(sweep_file: Path, older: Edit) -> None:
     new = load_sweep(sweep_file)
     before = edited(sweep_file, older).read_bytes()
@@ -106,7 +115,7 @@ def _set(*path: Any) -> Edit:
 @pytest.mark.parametrize(
     ("edit", "message"),
     [
-        (_set("version", 99), "version 99, this ramp-moe reads up to 2; upgrade ramp-moe"),
+        (_set("version", 99), "version 99, this ramp-moe reads up to 3; upgrade ramp-moe"),
         (_set("version", 0.5), "is not a ramp-moe/sweep file"),
         (_set("format", "other"), r"is not a ramp-moe/sweep file \(its format says 'other'\)"),
         (lambda raw: [1, 2], "is not a ramp-moe/sweep file"),
@@ -150,6 +159,52 @@ def test_truncated_and_corrupt_files(sweep_file: Path, damage: Callable[[bytes],
     sweep_file.write_bytes(damage(sweep_file.read_bytes()))
     with pytest.raises(ProfileError, match="is corrupt or truncated"):
         load_sweep(sweep_file)
+
+
+SHIPPED = sorted(
+    path
+    for folder in ("profiles", "examples")
+    for path in (ROOT / folder).rglob("*.json")
+    if peek_format(path) == FORMAT
+)
+
+
+def test_every_shipped_sweep_is_read() -> None:
+    """Archived ones of older versions, too; what dispatch reads is of today's."""
+    versions = {path: json.loads(path.read_bytes())["version"] for path in SHIPPED}
+    assert len(SHIPPED) > 40
+    assert {1, VERSION} == set(versions.values())
+    assert all(v == VERSION for p, v in versions.items() if "archive" not in p.parts)
+    for path in SHIPPED:
+        sweep = load_sweep(path)
+        assert sweep.record.version == VERSION
+        assert not [c.key for c in sweep.record.columns if c.key.startswith("rows/")]
+
+
+RENAMED = {"permute/activate/": "rows/activate/", "permute/unpermute": "rows/combine", "permute/": "rows/dispatch/"}
+OF_KERNEL = {
+    "cute": {"block_m": "block"},
+    "triton": {
+        f"{gemm}_{new}": f"{gemm}_{old}"
+        for gemm in ("up", "down")
+        for new, old in {"block_m": "block", "block_n": "rows", "block_k": "step"}.items()
+    },
+}
+
+
+@pytest.mark.parametrize("kernel", ["deep_gemm", "cute", "triton", "alpha_moe"])
+def test_a_shipped_file_as_version_2_wrote_it_loads_equal(kernel: str, tmp_path: Path) -> None:
+    """Its stages' keys and its configurations' parameters, too."""
+    today = next(p for p in SHIPPED if p.parent.name == kernel and "archive" not in p.parts)
+    raw = version_2(json.loads(today.read_bytes()))
+    for column in raw["columns"]:
+        for new, old in RENAMED.items():
+            column["key"] = re.sub(f"^{new}", old, column["key"])
+        own = OF_KERNEL.get(kernel, {})
+        column["params"] = {own.get(k, k): v for k, v in column.get("params", {}).items()}
+    path = tmp_path / "old.json"
+    path.write_text(json.dumps(raw))
+    assert load_sweep(path).record == load_sweep(today).record
 
 
 def test_broken_version_0(sweep_file: Path) -> None:

@@ -274,7 +274,7 @@ def test_time_spent_before_an_interruption_counts(call: Call, monkeypatch: pytes
 @pytest.mark.parametrize(
     ("damage", "message"),
     [
-        (lambda raw: raw | {"version": 99}, "has ramp-moe/sweep version 99, this ramp-moe reads up to 2"),
+        (lambda raw: raw | {"version": 99}, "has ramp-moe/sweep version 99, this ramp-moe reads up to 3"),
         (lambda raw: raw | {"kernel": "other"}, "is for other, E8.*not what its place says; move it"),
         (lambda raw: [], "is not a ramp-moe/sweep file"),
     ],
