@@ -62,10 +62,10 @@ def plans() -> dict[str, Any]:
     """What ramp_moe's layers chose: by batch size the mode and the candidates of the first layer, how many layers there
     are, and which kernels were dropped. Nothing in a variant without them."""
     try:
-        from ramp_moe.runtime.layer import MoELayer
+        from ramp_moe.runtime.layer import LayerRuntime
     except ImportError:
         return {}
-    layers = [found for found in gc.get_objects() if issubclass(type(found), MoELayer)]  # proxies may be dead
+    layers = [found for found in gc.get_objects() if issubclass(type(found), LayerRuntime)]  # proxies may be dead
     if not layers:
         return {}
     dropped = {name: reason for layer in layers for name, reason in layer.dropped.items()}

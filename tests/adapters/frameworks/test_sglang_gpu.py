@@ -14,7 +14,7 @@ import torch
 from graph_cases import SHAPE, priced, triton_of
 from moe_cases import batch, error, expected, weights
 from ramp_moe.registry.detect import detect
-from ramp_moe.runtime.layer import MoELayer
+from ramp_moe.runtime.layer import LayerRuntime
 from ramp_moe.runtime.layer_factory import Builder
 from ramp_moe.spec.launchable import Batch, MoEWeights
 from ramp_moe_adapters.frameworks.sglang import model as whole
@@ -115,9 +115,9 @@ def test_a_batch_of_more_than_a_million_ids() -> None:
 class Priced(Builder):
     """Prices for which the routing decides which of four configurations is best."""
 
-    def layer(self, weights: MoEWeights, top_k: int, ep_size: int = 1) -> MoELayer:
+    def layer(self, weights: MoEWeights, top_k: int, ep_size: int = 1) -> LayerRuntime:
         hardware = detect()
-        return MoELayer(weights, top_k, hardware, [TritonMoE()], priced(hardware, triton_of()))
+        return LayerRuntime(weights, top_k, hardware, [TritonMoE()], priced(hardware, triton_of()))
 
 
 def test_the_device_chooses_at_every_replay(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -19,7 +19,7 @@ from . import runner as backend
 from .runner import Choices, RampRunnerCore
 
 if TYPE_CHECKING:
-    from ramp_moe.runtime.layer import MoELayer
+    from ramp_moe.runtime.layer import LayerRuntime
     from ramp_moe.spec.shapes import MoEShape
 
 LOADED = "sglang.srt.model_executor.model_runner.ModelRunner.load_model"
@@ -69,7 +69,7 @@ def make_layers(model: torch.nn.Module, top_k: int | None) -> None:
             core.make(module.quant_method.get_triton_quant_info(module), ids)
 
 
-def warm_up(layer: MoELayer, most: int, dtype: torch.dtype) -> Choices:
+def warm_up(layer: LayerRuntime, most: int, dtype: torch.dtype) -> Choices:
     """Run a layer at all sizes up to `most` tokens that choices are made for. Returns what ran. Raises KernelError if
     no kernel computes some size."""
     shape, device, found = layer.shape, layer.held[0].down.device, Choices()

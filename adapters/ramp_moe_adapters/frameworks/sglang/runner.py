@@ -39,7 +39,7 @@ from ..known_fields import new_parameters
 from .checks import ACTIVATIONS, check_batch, check_layer, refusal
 
 if TYPE_CHECKING:
-    from ramp_moe.runtime.layer import MoELayer
+    from ramp_moe.runtime.layer import LayerRuntime
     from torch import Tensor
 
 NAME = "ramp_moe"
@@ -106,7 +106,7 @@ def _created(_: None, method: Any, layer: Any, config: MoeRunnerConfig) -> None:
 
 
 class RampRunnerCore(DispatchMoeRunnerCore):  # type: ignore[misc]
-    """One layer's experts. Its MoELayer is made of the weights as SGLang has loaded them (`make`); else when it first
+    """One layer's experts. Its LayerRuntime is made of the weights as SGLang has loaded them (`make`); else when it first
     runs, of the weights as SGLang has them then.
 
     SGLang's parameters follow that layer, so there is one copy. What SGLang loads into them later is computed with. A
@@ -130,7 +130,7 @@ class RampRunnerCore(DispatchMoeRunnerCore):  # type: ignore[misc]
         return self._parameters is not None
 
     @property
-    def layer(self) -> MoELayer:
+    def layer(self) -> LayerRuntime:
         """That of SGLang's parameters, once it is made."""
         assert self._parameters is not None
         return self._parameters.layer
@@ -198,7 +198,7 @@ class RampRunnerCore(DispatchMoeRunnerCore):  # type: ignore[misc]
             self._parameters = Parameters(self, layer, tensors)
         return self._parameters
 
-    def _run(self, layer: MoELayer, given: StandardDispatchOutput) -> Tensor:
+    def _run(self, layer: LayerRuntime, given: StandardDispatchOutput) -> Tensor:
         x, topk = given.hidden_states.contiguous(), given.topk_output
         weights = topk.topk_weights.float().contiguous()
         if self.config.routed_scaling_factor is not None:
@@ -229,7 +229,7 @@ def _before_capture(x: Tensor) -> bool:
     return bool(get_is_capture_mode() or get_flags().dp.capturing_prefill_graph)
 
 
-def _layer(weights: MoEWeights, top_k: int, ep_size: int) -> MoELayer:
+def _layer(weights: MoEWeights, top_k: int, ep_size: int) -> LayerRuntime:
     said = len(_builder.notes)
     layer = _builder.layer(weights, top_k, ep_size)
     for note in _builder.notes[said:]:
