@@ -95,7 +95,13 @@ def test_another_vllm_is_left_alone(monkeypatch: pytest.MonkeyPatch, version: st
     assert (VllmTriton().unavailable() is None) == fits
 
 
-READ = {"RAMP_MOE_VLLM": "a switch", "RAMP_MOE_PLUGINS": "a list of names", "RAMP_MOE_CACHE": "a folder"}
+READ = {
+    "RAMP_MOE_VLLM": "a switch",
+    "RAMP_MOE_PLUGINS": "a list of names",
+    "RAMP_MOE_CACHE": "a folder",
+    "RAMP_MOE_CALIBRATE_S": "seconds",
+    "RAMP_MOE_RECORD": "a file",
+}
 
 
 def test_every_variable_is_known_and_switches_are_read_alike() -> None:
