@@ -17,7 +17,7 @@ from ..errors import HardwareError, KernelError, ProfileError
 from ..registry.detect import detect
 from ..registry.registry import Registry, get_registry
 from ..spec.hardware import Hardware
-from ..spec.launchable import LaunchableKernel, MoEWeights, Workspace
+from ..spec.launchable import LaunchableKernel, MoEWeights, Workspace, obstacle
 from ..spec.shapes import MoEShape
 from .layer import LayerRuntime
 from .options import DispatchOptions
@@ -193,10 +193,11 @@ def usable_kernels(
     """
     if kernels is None:
         kernels = [k for k in get_registry().kernels.values() if isinstance(k, LaunchableKernel)]
-    usable = [k for k in kernels if not (k.unsupported(shape, hardware) or k.unavailable())]
+    reasons = {k.name: obstacle(k, shape, hardware) for k in kernels}
+    usable = [k for k in kernels if reasons[k.name] is None]
     if not usable:
-        reasons = "; ".join(f"{k.name}: {k.unsupported(shape, hardware) or k.unavailable()}" for k in kernels)
-        raise KernelError(f"no kernel can compute {shape.slug} on {hardware.name} ({reasons or 'none was named'})")
+        why = "; ".join(f"{name}: {reason}" for name, reason in reasons.items())
+        raise KernelError(f"no kernel can compute {shape.slug} on {hardware.name} ({why or 'none was named'})")
     return usable
 
 
