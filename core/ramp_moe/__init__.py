@@ -1,7 +1,6 @@
 """ramp-moe: pick the fastest MoE kernel for every batch from its expert histogram.
 
-`import ramp_moe` needs none of the GPU libraries, and imports nothing by itself: a name is imported when it is first
-used.
+`import ramp_moe` needs no GPU library. Each public name is imported when it is first used.
 """
 
 import importlib
@@ -113,7 +112,7 @@ __all__ = [
 ]
 
 
-if not TYPE_CHECKING:  # to which every name would then seem to exist
+if not TYPE_CHECKING:  # a type checker would take every name to exist
 
     def __getattr__(name: str) -> Any:
         home = _HOME.get(name)

@@ -1,4 +1,4 @@
-"""Every error that a caller can provoke derives from RampMoEError: a line or two that name the thing and the remedy."""
+"""The errors that a caller can provoke. All derive from RampMoEError, and name the thing and the remedy."""
 
 from __future__ import annotations
 
@@ -9,7 +9,8 @@ from collections.abc import Iterable
 class RampMoEError(Exception):
     """Base class. The command line prints the message and exits with code 2.
 
-    remedy: ends the message, on a line of its own."""
+    remedy: the last line of the message.
+    """
 
     def __init__(self, *args: object, remedy: str = "") -> None:
         super().__init__(*((f"{args[0]}\n{remedy}", *args[1:]) if remedy else args))
@@ -17,7 +18,10 @@ class RampMoEError(Exception):
 
 
 class ShapeError(RampMoEError):
-    """A MoE shape or grid geometry that cannot exist (a count below one, a shard that does not divide)."""
+    """A MoE shape or grid geometry that cannot exist: for one, a count below one, or a shard that does not divide.
+
+    Also raised for tensors of other shapes, dtypes or devices than a layer takes.
+    """
 
 
 class RoutingError(RampMoEError):
@@ -25,7 +29,7 @@ class RoutingError(RampMoEError):
 
 
 class UnknownNameError(RampMoEError):
-    """A model, device, kernel, form or routing kind that nobody registered; suggests the nearest name."""
+    """A model, device, kernel, form or routing kind that nobody registered. The message suggests the nearest name."""
 
     def __init__(self, what: str, name: str, known: Iterable[str], remedy: str = "") -> None:
         known = sorted(known)
@@ -35,7 +39,7 @@ class UnknownNameError(RampMoEError):
 
 
 class HardwareError(RampMoEError):
-    """The GPU at hand is absent, unknown, or not what its constants say (a MIG slice, for one)."""
+    """A GPU that is absent, unknown, or not as its constants say, such as a MIG slice."""
 
 
 class ProfileError(RampMoEError):
@@ -43,7 +47,7 @@ class ProfileError(RampMoEError):
 
 
 class NoProfileError(ProfileError):
-    """Nothing was recorded for this shape and device: no file is at fault."""
+    """No profile was recorded for this shape and device. No file is at fault."""
 
 
 class KernelError(RampMoEError):
@@ -51,7 +55,7 @@ class KernelError(RampMoEError):
 
 
 def describe(thing: object) -> str:
-    """str() of something a plugin made, on one line; what a plugin made may fail at that, too."""
+    """Convert an object that a plugin made to text on one line, even if its `__str__` raises."""
     try:
         return " ".join(str(thing).split()) or "no message"
     except Exception as e:

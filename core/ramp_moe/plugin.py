@@ -1,8 +1,8 @@
-"""What a kernel plugin imports: `from ramp_moe.plugin import Kernel, KernelConfig, Stage, ...`.
+"""The names that a kernel plugin imports: `from ramp_moe.plugin import Kernel, KernelConfig, Stage, ...`.
 
-Describing a kernel takes Kernel or LaunchableKernel, KernelConfig, Stage, GridGeometry and WeightLayout. Running one
-takes Batch, MoEWeights and Workspace besides. `hookimpl` marks the function through which the library finds it.
-Importing this imports no torch.
+To describe a kernel, a plugin needs Kernel or LaunchableKernel, KernelConfig, Stage, GridGeometry and WeightLayout. To
+run one, it also needs Batch, MoEWeights and Workspace. `hookimpl` marks the function through which the library finds
+the kernel. This module does not import torch.
 """
 
 from .errors import (

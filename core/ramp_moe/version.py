@@ -1,4 +1,4 @@
-"""The installed version, read when it is first asked for."""
+"""The installed version of the library."""
 
 from __future__ import annotations
 
@@ -15,4 +15,4 @@ def _installed() -> str:
 
 
 __version__ = _installed()
-"""Version of the installed distribution, "0+unknown" if the sources run uninstalled."""
+"""Version of the installed distribution; "0+unknown" if the sources run without being installed."""

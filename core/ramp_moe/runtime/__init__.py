@@ -1,4 +1,4 @@
-"""Layers that run with torch. Only their use imports torch, not the import of this package."""
+"""Layers that compute with torch. Importing this package does not import torch; using a layer does."""
 
 from .layer import LayerRuntime
 from .relayout import relayout

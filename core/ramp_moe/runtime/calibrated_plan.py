@@ -1,4 +1,4 @@
-"""From a shape's kernels and cost model to a plan that was measured on this GPU: from the cache, or by a search."""
+"""Makes a shape's plan from times on this GPU, which come from the cache or from a search."""
 
 from __future__ import annotations
 
@@ -22,10 +22,10 @@ from .calibration_seconds import Say
 from .layer_factory import LayerPlan
 
 COMPILING = 0.5
-"""Share of the time in which what must be compiled ahead is compiled; the rest of it is left out."""
+"""Share of the time limit for compiling kernels that are compiled ahead. What it does not suffice for is left out."""
 
 WAITED = 1.0
-"""Seconds from which on another process held the lock."""
+"""If the lock took longer than these seconds, another process held it."""
 LATE = "not compiled within the time for it; `ramp-moe kernels build` compiles it ahead"
 
 
@@ -37,11 +37,12 @@ def measured(
     say: Say,
     kernels: Sequence[LaunchableKernel] = (),
 ) -> CalibrationRecord:
-    """What the cache has for the key, or else what a search of `limit` seconds finds, which is kept there.
+    """The cache's record for the key. If it has none, a search of `limit` seconds makes it, and the cache keeps it.
 
-    Another process that measures the same is waited for, for as long, and what it found is used. Else a search that was
-    cut short goes on. A cache that cannot be read or written costs a line. kernels: what the search begins with is
-    compiled before, of those of them that are compiled ahead.
+    If another process measures the same, it is waited for, `limit` seconds at most, and its record is used. A record
+    of a search that was cut short is continued otherwise. A cache that cannot be read or written costs a line of `say`.
+
+    kernels: of those that are compiled ahead, the candidates that the search begins with are compiled before it.
     """
     with ExitStack() as stack:
         kept, asked = True, time.monotonic()
@@ -71,7 +72,7 @@ def measured(
 
 
 def keep(record: CalibrationRecord, say: Say) -> None:
-    """Write a record; a line if that is impossible."""
+    """Write a record into the cache, or say why that is impossible."""
     try:
         save(record)
     except ProfileError as e:
@@ -83,7 +84,7 @@ def known(record: CalibrationRecord) -> Calibration:
 
 
 def compile_ahead(search: Search, kernels: Sequence[LaunchableKernel], deadline: float, say: Say) -> None:
-    """Compile what the search begins with, until the deadline; what is not compiled then is left out of it."""
+    """Compile what the search begins with. Candidates that are not compiled at the deadline are left out of it."""
     wanted = search.wanted()
     for kernel in kernels:
         if isinstance(kernel, BuildableKernel):
@@ -93,7 +94,10 @@ def compile_ahead(search: Search, kernels: Sequence[LaunchableKernel], deadline:
 
 
 def _compiled(kernel: BuildableKernel, configs: Sequence[KernelConfig], deadline: float, say: Say) -> dict[str, str]:
-    """Compile as many at a time as there are processors. Returns those that cannot be had, with the reason."""
+    """Compile as many configurations at a time as there are processors.
+
+    Returns the reasons why configurations are left out, by their names.
+    """
     dropped: dict[str, str] = {}
     each = max(1, len(os.sched_getaffinity(0)))
     for first in range(0, len(configs), each):
@@ -103,7 +107,7 @@ def _compiled(kernel: BuildableKernel, configs: Sequence[KernelConfig], deadline
         done = partial(_progress, say, kernel.name, first, len(configs))
         try:
             dropped |= kernel.build_some(configs[first : first + each], done)
-        except KernelError as e:  # nothing can be compiled here: what is there already may do
+        except KernelError as e:  # nothing can be compiled here; objects that exist already are still used
             say(f"{kernel.name}: {e}")
             break
     return dropped
@@ -118,9 +122,10 @@ def _progress(say: Say, kernel: str, before: int, every: int, done: int, total: 
 class Calibrated:
     """A plan of the candidates that were timed.
 
-    engine: whether the weights stay in the engine's order of rows, so that its own path can compute with them. chosen:
-    by size that was measured, the candidate for the size alone. predicted: microseconds that the cost model had
-    predicted of it, on what was timed; none without a profile.
+    engine: whether the weights stay in the engine's order of rows, so that its own path can compute with them.
+    chosen: name of the candidate for a size alone, by measured size.
+    predicted: microseconds that the cost model had predicted for it, by measured size. Kernels without a profile have
+        none.
     """
 
     plan: LayerPlan
@@ -135,15 +140,18 @@ class Calibrated:
 
     @property
     def keeps_any(self) -> bool:
-        """Whether it keeps a size: between measured ones the ratio is not larger than at both."""
+        """Whether the engine's own path keeps any size.
+
+        The measured sizes tell: between two of them, the interpolated ratio is no smaller than at one of them.
+        """
         return any(self.keeps(n) for n in self.found.tokens)
 
 
 def calibrated(search: Search, plan: LayerPlan, kernels: Sequence[LaunchableKernel], engine_layout: str) -> Calibrated:
-    """The plan by what a search found. Raises KernelError if it timed nothing.
+    """The plan by what a search found, with one copy of the weights.
 
-    There is one copy of the weights. It stays in the engine's order, unless another order is faster by MARGIN over the
-    sizes, and slower at none than the best with the engine's: kernels that do not read the order are left out.
+    The weights stay in the engine's order of rows, unless `best_layout` prefers another. Kernels that do not read the
+    weights' order are left out. Raises KernelError if the search timed nothing, or if no measured kernel is left.
     """
     model = search.corrected()
     reads = {k.name: layouts_of(k, search.shape) for k in kernels}
@@ -161,7 +169,10 @@ def calibrated(search: Search, plan: LayerPlan, kernels: Sequence[LaunchableKern
 
 
 def best_layout(found: Calibration, reads: Mapping[str, Sequence[str]], engine_layout: str) -> str:
-    """The order of rows to hold the weights in."""
+    """The order of rows in which to hold the weights.
+
+    It is the engine's, unless another is faster by MARGIN in the geometric mean over the sizes, and slower at none.
+    """
 
     def times(layout: str) -> list[float]:
         names = [n for n in found.timed if layout in reads[n.partition("/")[0]]]

@@ -1,13 +1,15 @@
-"""Measuring, when a layer is loaded, what its kernels take on this GPU; and what follows from that.
+"""Measures a layer's kernels on this GPU when the layer is loaded, and corrects the cost model by the times.
 
 A search looks for the fastest candidate at each of a few batch sizes, on the layer's own weights. It times the engine's
-own path and the best of each kernel by the cost model, and corrects the model by what it saw. As long as the corrected
-model names a candidate that was not timed at that size, it times that, too. So it ends with a candidate that was timed,
-or when the time is over. It begins with sizes far apart, and then they take turns: a search that is cut short knows
-something of small and large batches.
+own path and each kernel's best candidate by the cost model, and corrects the model by their times. If the corrected
+model then prefers a candidate that was not timed at that size, the search times that, too. A size is done once the
+preferred candidate was timed, or MOST further ones were. The search ends when all sizes are done, or at its deadline.
+It begins with sizes far apart, and then takes them in turn. So a search that is cut short knows both small and large
+batches.
 
-The correction of a candidate at a size is its measured over its predicted time. One that was not timed there has that
-of its kernel, or else the largest of all; without a profile always the largest. Only candidates that were timed are
+The correction of a candidate at a size is its measured time over its predicted time. A candidate that was not timed
+there takes the mean correction of its kernel, or the largest of all if none of the kernel was timed. For kernels
+without a profile, it counts as slow as the slowest candidate that was timed there. Only candidates that were timed are
 chosen from then on: they are compiled, and their output was checked.
 """
 
@@ -36,54 +38,58 @@ from ..spec.routing import FloatArray, IntArray, expert_histogram, generate
 from ..spec.shapes import MoEShape
 
 ROUTINGS = ("uniform", "zipf1.2")
-"""Each size is timed on both, and judged by the mean."""
+"""Routings on which each size is timed. Their mean time decides."""
 ENGINE = ""
 """Name of the engine's own path among timings."""
 MARGIN = 1.02
-"""The engine's own path is kept if it takes less than this factor of ours."""
+"""The engine's own path is kept if its time is less than this factor times ours."""
 MOST = 3
-"""Candidates that are timed at one size beside those that the search begins with."""
+"""Most candidates that are timed at one size beyond those that the search begins with."""
 SPREAD = 6
-"""Configurations of a kernel that are tried without a profile, beside its defaults."""
+"""Configurations of a kernel that are tried if there is no profile at all, beyond its defaults."""
 
 
 class Timer(Protocol):
     """Runs candidates on the layer's weights."""
 
     def time(self, candidate: Candidate | None, topk_ids: IntArray) -> float:
-        """Microseconds of one launch with a cold L2; of the engine's own path if None. topk_ids int64 `[T, k]` are of
-        all ranks' experts. Raises whatever the kernel raises, KernelError for a wrong output."""
+        """Microseconds of one launch with a cold L2.
+
+        candidate: None: the engine's own path. topk_ids: int64 `[T, k]`, of all ranks' experts. Raises whatever the
+        kernel raises, and KernelError for a wrong output.
+        """
         ...
 
 
 @dataclass
 class Calibration:
-    """Times, and what failed."""
+    """What a search has found: the times, the reasons why candidates were dropped, and whether it was completed."""
 
     timings: list[Timing] = field(default_factory=list)
     dropped: dict[str, str] = field(default_factory=dict)
     complete: bool = False
 
     def us(self, name: str, tokens: int) -> float | None:
-        """Mean over the routings; None if one was not timed."""
+        """Microseconds of a candidate, the mean over the routings; None if one of them was not timed."""
         found = [t.us for t in self.timings if (t.candidate, t.tokens) == (name, tokens)]
         return sum(found) / len(found) if len(found) == len(ROUTINGS) else None
 
     @property
     def tokens(self) -> tuple[int, ...]:
-        """Sizes at which any of ours was timed, ascending."""
+        """Batch sizes at which any of our candidates was timed, ascending."""
         return tuple(sorted({t.tokens for t in self.timings if t.candidate != ENGINE}))
 
     @property
     def timed(self) -> set[str]:
-        """Names of ours that were timed at any size and have not failed."""
+        """Names of our candidates that were timed at any size and have not failed."""
         return {t.candidate for t in self.timings if t.candidate != ENGINE} - self.dropped.keys()
 
     def engine_keeps(self, num_tokens: int, ours: Mapping[int, str]) -> bool:
-        """Whether the engine's own path computes batches of this size: ours is not at least MARGIN faster. Between
-        sizes the logarithm of the ratio is interpolated in that of the tokens. False if nothing was compared.
+        """Whether the engine's own path computes batches of this size, since ours is not faster by MARGIN.
 
-        ours: by size, the candidate that computes batches otherwise."""
+        ours: by measured size, the name of our candidate. Between measured sizes the ratio of the times is
+        interpolated, with logarithms of ratio and tokens. Returns False if nothing was compared.
+        """
         points = [
             (np.log(n), np.log(engine / us))
             for n, name in sorted(ours.items())
@@ -96,19 +102,19 @@ class Calibration:
 
 
 def spread(capture_sizes: Sequence[int], most: int) -> list[int]:
-    """Batch sizes to measure: powers of two up to `most`, the largest that is captured, and `most` itself."""
+    """Batch sizes to measure: powers of two up to `most`, the largest captured size, and `most` itself."""
     powers = [1 << i for i in range(most.bit_length()) if 1 << i <= most]
     return sorted({*powers, *(n for n in (max(capture_sizes, default=1), most) if 1 <= n <= most)})
 
 
 def batch_of(routing: str, tokens: int, num_experts: int, top_k: int) -> IntArray:
-    """Top-k ids int64 `[tokens, top_k]` of a timing, always the same: those of DRAWN tokens again and again."""
+    """Top-k ids int64 `[tokens, top_k]` of a timing, always the same. Beyond DRAWN tokens the ids repeat."""
     drawn = generate(routing, min(tokens, DRAWN), num_experts, top_k, seed=tokens)
     return np.resize(drawn, (tokens, top_k))
 
 
 def coarse_first(sizes: Sequence[int]) -> list[int]:
-    """The first and the last, then what lies in the middle of those before, and so on."""
+    """Reorder sizes: the first, the last, the one in the middle, those in the middle of the halves, and so on."""
     order, gaps = [0, len(sizes) - 1], [(0, len(sizes) - 1)]
     for low, high in gaps:
         if high - low > 1:
@@ -119,9 +125,15 @@ def coarse_first(sizes: Sequence[int]) -> list[int]:
 
 
 class Search:
-    """One shape's search. ep_size: ranks that share the experts, of which the shape has one rank's. model: None
-    without a profile. known: what an earlier search measured, which is not measured again. Kernels without a profile
-    run their defaults; if there is no model, others of their configurations, too."""
+    """The search for one shape.
+
+    model: None if there is no profile.
+    sizes: batch sizes to measure, ascending.
+    ep_size: ranks that share the experts, of which the shape has one rank's.
+    known: what an earlier search measured, which is not measured again.
+
+    Of kernels without a profile the defaults are timed, and without a model SPREAD other configurations, too.
+    """
 
     def __init__(
         self,
@@ -138,14 +150,14 @@ class Search:
         profiled = set() if model is None else {c.kernel for c in model.candidates}
         guessed = [k for k in kernels if k.name not in profiled]
         self._guessed = {k.name for k in guessed}
-        """Kernels without a profile: what is predicted of them says nothing."""
+        """Kernels without a profile. Their predicted times mean nothing."""
         self._defaults = {n: _defaults(shape, hardware, guessed, n) for n in self.sizes}
         tried = {c.name: c for c in itertools.chain.from_iterable(self._defaults.values())}
         if model is None:
             tried |= {c.name: c for c in _spread(shape, hardware, guessed)}
         self.model = guess(shape, hardware, model, list(tried.values()))
         self._others = list(tried) if model is None else []
-        """Timed at every size."""
+        """Names of candidates that are timed at every size."""
         self._by_name = {c.name: c for c in self.model.candidates}
         self._kernel = np.array([c.kernel for c in self.model.candidates])
         self._contends = set(self.model.contenders.tolist())
@@ -153,7 +165,7 @@ class Search:
         self._means: dict[int, FloatArray] = {}
 
     def run(self, timer: Timer, deadline: float, clock: Callable[[], float] = time.monotonic) -> Calibration:
-        """Measure until there is nothing more to measure, or `deadline` on the clock is past."""
+        """Measure until everything is measured, or until `clock` reaches `deadline`."""
         for name, tokens in self._steps():
             if clock() >= deadline:
                 return self.found
@@ -162,7 +174,7 @@ class Search:
         return self.found
 
     def _steps(self) -> Iterator[tuple[str, int]]:
-        """What to time at which size, each named once the one before was timed."""
+        """Pairs of a candidate's name and a size to time it at. Each follows from the times before it."""
         for tokens in coarse_first(self.sizes):
             while (first := self._first(tokens)) is not None:
                 yield first, tokens
@@ -175,7 +187,7 @@ class Search:
                     yield name, tokens
 
     def corrected(self) -> CostModel:
-        """The model of the candidates that were timed, corrected. Raises KernelError if none was."""
+        """The corrected model, of the candidates that were timed. Raises KernelError if none was."""
         gone = self._by_name.keys() - self.found.timed
         if len(gone) == len(self._by_name):
             reasons = (
@@ -185,31 +197,31 @@ class Search:
         return self.model.without(gone).corrected(self.corrections())
 
     def chosen(self, model: CostModel) -> dict[int, str]:
-        """By size, what a corrected model chooses for the size alone."""
+        """The name of the candidate that a corrected model chooses for a size alone, by measured size."""
         return {n: model.candidates[best(model.at(n), n, self._ep_size)].name for n in self.found.tokens}
 
     def predicted(self, name: str, tokens: int) -> float | None:
-        """What the cost model predicts, before it is corrected, of what is timed; None without a profile."""
+        """Microseconds that the uncorrected cost model predicts for the timed batches; None without a profile."""
         known = self._by_name[name].kernel not in self._guessed
         return float(self._expected(tokens)[list(self._by_name).index(name)]) if known else None
 
     def corrections(self) -> Corrections:
-        """For every candidate of the model, at the sizes that were timed."""
+        """The corrections of every candidate of the model, at the sizes that were timed."""
         sizes = self.found.tokens
         rows = np.stack([self._log_factors(n) for n in sizes], 1)
         return Corrections(sizes, {c.name: rows[i] for i, c in enumerate(self.model.candidates)})
 
     def wanted(self) -> list[Candidate]:
-        """What the search begins with, each once, those of most sizes first: to be compiled before."""
+        """The candidates that the search begins with, which are compiled before it. Those of most sizes come first."""
         count = Counter(itertools.chain.from_iterable(self._begin(n) for n in self.sizes))
         return [self._by_name[name] for name, _ in count.most_common()]
 
     def _first(self, tokens: int) -> str | None:
-        """What to time at a size before anything else at another; None if all of it was."""
+        """The next of what the search begins with at a size; None if all of it was timed."""
         return next((name for name in (ENGINE, *self._begin(tokens)) if self._open(name, tokens)), None)
 
     def _next(self, tokens: int) -> str | None:
-        """What to time at a size after that; None if its best was timed."""
+        """The next to time at a size, after what the search begins with; None if the size is done."""
         if (other := next((n for n in self._others if self._open(n, tokens)), None)) is not None:
             return other
         timed = sum(self.found.us(n, tokens) is not None for n in self._by_name)
@@ -226,7 +238,7 @@ class Search:
         return name not in self.found.dropped and self.found.us(name, tokens) is None
 
     def _begin(self, tokens: int) -> list[str]:
-        """Each kernel's best by the model, or its default."""
+        """Names of what to time first at a size: each kernel's best by the model, or its default."""
         names = [c.name for c in self._defaults[tokens]]
         expected, dropped = self._mean(tokens), self.found.dropped
         for kernel in dict.fromkeys(self._kernel.tolist()):
@@ -249,7 +261,7 @@ class Search:
         self.found.timings += times
 
     def _expected(self, tokens: int) -> FloatArray:
-        """Predicted microseconds `[candidates]`, not corrected: the mean over the routings."""
+        """Uncorrected predictions in microseconds `[candidates]`, the mean over the timed batches."""
         if tokens not in self._predicted:
             every = self.shape.num_experts * self._ep_size
             ids = (batch_of(routing, tokens, every, self.shape.top_k) for routing in ROUTINGS)
@@ -258,13 +270,13 @@ class Search:
         return self._predicted[tokens]
 
     def _mean(self, tokens: int) -> FloatArray:
-        """The same over the batches by which candidates are chosen for a size."""
+        """Uncorrected predictions in microseconds `[candidates]`, by `mean_us`."""
         if tokens not in self._means:
             self._means[tokens] = mean_us(self.model, tokens, self._ep_size)
         return self._means[tokens]
 
     def _log_factors(self, tokens: int) -> FloatArray:
-        """`[candidates]` at one size."""
+        """Logarithms of the corrections `[candidates]` at one size; 0 if nothing was timed there."""
         expected, candidates = self._expected(tokens), self.model.candidates
         us = np.array([np.nan if (t := self.found.us(c.name, tokens)) is None else t for c in candidates])
         known, logs = np.isfinite(us), np.log(us / expected)
@@ -280,20 +292,22 @@ class Search:
 
 
 def mean_us(model: CostModel, tokens: int, ep_size: int) -> FloatArray:
-    """Predicted microseconds `[candidates]`: the mean over batches of the size."""
+    """Predicted microseconds `[candidates]`, the mean over the batches of `met_at`."""
     us: FloatArray = model.cost(met_at(tokens, model.num_experts, model.shape.top_k, ep_size)).mean(0)
     return us
 
 
 def best(model: CostModel, tokens: int, ep_size: int) -> int:
-    """Index of the contender that is the best for the size alone."""
+    """Index of the contender that is predicted to be fastest for a size alone."""
     us = mean_us(model, tokens, ep_size)[model.contenders]
     return int(model.contenders[int(us.argmin())])
 
 
 def guess(shape: MoEShape, hardware: Hardware, model: CostModel | None, candidates: Sequence[Candidate]) -> CostModel:
-    """The model, if there is one, with candidates that nothing is known of. By it they take a microsecond, whatever the
-    batch: their corrections are the times themselves."""
+    """The model, extended by candidates that were never measured. They take one microsecond whatever the batch.
+
+    Their corrections are then the measured times themselves. model: None: the result has these candidates alone.
+    """
     form, stages = (DEFAULT_FORM, (PATH,)) if model is None else (model.form, model.stages)
     none = [0.0] * (len(get_form(form).terms) - 1)
     fits: dict[str, PartFit] = {} if model is None else dict(model.fits)

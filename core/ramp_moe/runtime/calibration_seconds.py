@@ -1,4 +1,4 @@
-"""How long a server may measure when it loads a model. Imports nothing heavy."""
+"""Reads how long a server may measure when it loads a model. Imports nothing heavy."""
 
 from __future__ import annotations
 
@@ -8,14 +8,17 @@ from collections.abc import Callable
 
 VARIABLE = "RAMP_MOE_CALIBRATE_S"
 SECONDS = 20.0
-"""For one model on one GPU."""
+"""Default for one model on one GPU."""
 
 Say = Callable[[str], None]
 """Tells a person one line."""
 
 
 def seconds(say: Say) -> float:
-    """What RAMP_MOE_CALIBRATE_S says, 0 or more; SECONDS if it is not set, or, with a line, if it is no such number."""
+    """The number that RAMP_MOE_CALIBRATE_S holds; SECONDS if it is not set.
+
+    If it is not a finite number of 0 or more, says so in one line, and returns SECONDS.
+    """
     given = os.environ.get(VARIABLE, "").strip()
     if not given:
         return SECONDS

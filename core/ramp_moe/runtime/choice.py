@@ -1,4 +1,4 @@
-"""Which candidate computes an eager batch, among those that have not failed."""
+"""Chooses the candidate that computes an eager batch, among those that have not failed."""
 
 from __future__ import annotations
 
@@ -17,17 +17,17 @@ from ..spec.routing import IntArray
 from ..spec.shapes import MoEShape
 
 MOST_FAILURES = 3
-"""Candidates of one kernel that may fail before the kernel is dropped as a whole, if there are others."""
+"""Failed candidates after which their kernel is dropped as a whole, if there are other kernels."""
 
 MOST_SIZES = 1024
-"""Batch sizes whose choice is remembered. Servers' eager batches can be of any size."""
+"""Most batch sizes whose choice is remembered. Servers' eager batches can be of any size."""
 
 
 class Chooser:
-    """Names candidates of a layer's kernels, by a cost model or without.
+    """Chooses among the candidates of a layer's kernels.
 
-    Without a model it is the first kernel's static default. So it is for kernels that the model has no candidates of,
-    once all that it has have failed.
+    Without a cost model it takes the static default of the first kernel that has one. It does the same once all of a
+    model's candidates have failed: kernels without a candidate in the model are then left.
     """
 
     def __init__(
@@ -44,22 +44,25 @@ class Chooser:
         self.dispatcher = None if cost_model is None else Dispatcher(cost_model.restrict(list(self._kernels)))
         """None if there is no model."""
         self._latest: dict[int, Candidate] = {}
-        """By number of tokens, what ran last, of the sizes at which the histogram decides."""
+        """The latest choice by histogram, by number of tokens."""
         self._known: dict[tuple[int, float], Candidate | None] = {}
-        """What `choice_by_batch_size` found."""
+        """Results of `choice_by_batch_size`, by its arguments."""
 
     @property
     def kernels(self) -> list[LaunchableKernel]:
-        """Those that were not dropped."""
+        """The kernels that were not dropped, in the order of preference."""
         return list(self._kernels.values())
 
     @property
     def model(self) -> CostModel | None:
-        """Of the candidates that were not dropped."""
+        """The cost model of the candidates that were not dropped; None if there is none."""
         return None if self.dispatcher is None else self.dispatcher.model
 
     def by_histogram(self, num_tokens: int, histogram: IntArray) -> Candidate:
-        """The fastest by the model, which there must be."""
+        """The candidate that the model predicts to be fastest. There must be a model.
+
+        histogram: int64 `[num_experts]` of a batch of num_tokens.
+        """
         assert self.dispatcher is not None
         found = self._latest[num_tokens] = self.dispatcher.choose(histogram, num_tokens).candidate
         return found
@@ -81,8 +84,11 @@ class Chooser:
         return choice_by_batch_size(self.dispatcher.model, num_tokens, host_sync_us, self._ep_size)
 
     def by_size(self, num_tokens: int, host_sync_us: float) -> Candidate:
-        """The choice by batch size; or what ran last, whose buffers a capture need not allocate; or the model's choice
-        for an even spread."""
+        """The choice for a batch size alone, also if the histogram decides in eager batches.
+
+        In that case it is the candidate that ran last, since a capture need not allocate its buffers. If none ran, it
+        is the model's choice for an even spread.
+        """
         if known := self.choice_by_batch_size(num_tokens, host_sync_us) or self._latest.get(num_tokens):
             return known
         assert self.dispatcher is not None
@@ -102,8 +108,12 @@ class Chooser:
         raise KernelError(f"no kernel has a default for {num_tokens} tokens ({'; '.join(failed)})")
 
     def drop(self, candidate: Candidate, even_last: bool) -> str | None:
-        """Name a candidate no more. Returns what is dropped: its name, or its kernel's if that has failed several times
-        or has nothing else. None if it is the last and stays, since it may do for another batch."""
+        """Choose a candidate no more.
+
+        Returns the name of what is dropped: the candidate, or its kernel. The kernel is dropped if it has failed
+        MOST_FAILURES times, or has no other candidate. None if nothing is dropped: the last candidate stays, since it
+        may compute other batches, unless even_last.
+        """
         kernel = candidate.kernel
         self._known.clear()
         if kernel not in self._kernels:

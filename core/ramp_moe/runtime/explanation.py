@@ -1,4 +1,4 @@
-"""What a layer runs for a batch of so many tokens, and why."""
+"""Explains which candidate a layer runs for a batch size, and why."""
 
 from __future__ import annotations
 
@@ -14,17 +14,19 @@ if TYPE_CHECKING:
     from .layer import LayerRuntime
 
 SHOWN = 10
-"""Most candidates in the text."""
+"""Most candidates that the text lists."""
 
 
 @dataclass(frozen=True)
 class Explanation:
-    """What an eager batch of `tokens` runs; `str` is a text for a person.
+    """Which candidate an eager batch of `tokens` runs. `str` is a text for a person.
 
-    candidate: the choice. why: what decides it. candidates: all that are predicted, the fastest first, each with
-    `kernel`, `config`, `predicted_us`, `extrapolated`, `gemms`, `max_tokens`, `launches`; empty without a cost model.
-    The histogram is that of uniform routing. graph: what a CUDA graph of this size does, None if none was warmed up.
-    notes: what was left out, and other remarks.
+    candidate: the choice.
+    why: what decides it.
+    candidates: all that the cost model predicts for uniform routing, the fastest first; empty without a cost model.
+        Each has `kernel`, `config`, `predicted_us`, `extrapolated`, `gemms`, `max_tokens` and `launches`.
+    graph: how a CUDA graph of this size dispatches; None if none was warmed up.
+    notes: in which layouts the weights are held, what was left out, and other remarks.
     """
 
     title: str
@@ -52,7 +54,7 @@ class Explanation:
 
 
 def explain(layer: LayerRuntime, tokens: int) -> Explanation:
-    """See `MoELayer.explain`."""
+    """Do what `MoELayer.explain` describes."""
     if isinstance(tokens, bool) or not isinstance(tokens, int) or tokens < 1:
         raise ShapeError(f"a batch has a whole number of tokens, 1 or more, not {tokens!r:.60}")
     shape, chooser = layer.shape, layer.chooser

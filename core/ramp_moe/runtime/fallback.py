@@ -1,4 +1,4 @@
-"""Eager batches whose kernel raises: the next best candidate computes them."""
+"""Computes eager batches whose kernel raises with the next best candidate."""
 
 from __future__ import annotations
 
@@ -20,13 +20,17 @@ _logger = logging.getLogger("ramp_moe")
 
 
 def compute(layer: Launching, choose: Callable[[], Candidate], batch: Batch, out: Tensor) -> None:
-    """Run what `choose` names. A candidate that raises is dropped, with one line in the log, and what is then named
-    runs, until the batch is computed: candidates write all of out, and only read the batch.
+    """Run the candidate that `choose` returns. If it raises, drop it with one line in the log, and choose again.
 
-    Without memory enough the same candidate is tried on ever smaller parts of the batch. ShapeError and RoutingError
-    are about the batch, and raised as they are. Raises KernelError with the reasons if no candidate is left. So it does
-    in a capture, if out is hidden_states, which may be half overwritten by then, and if the GPU answers no more: after
-    an illegal access nothing runs in this process.
+    This is repeated until the batch is computed. It is safe since candidates write all of out, and only read the batch.
+    If memory is lacking, the same candidate is tried on ever smaller parts of the batch. ShapeError and RoutingError
+    are about the batch, and raised as they are.
+
+    Raises KernelError with the reasons if no candidate is left. Raises KernelError at the first failure in three cases:
+
+    - in the capture of a graph;
+    - if out overlaps hidden_states, which may be half overwritten by then;
+    - if the GPU answers no more: after an illegal access nothing runs in this process.
     """
     failed: dict[str, str] = {}
     most = None
@@ -43,11 +47,11 @@ def compute(layer: Launching, choose: Callable[[], Candidate], batch: Batch, out
             said = f"{type(e).__name__}: {e}".partition("\n")[0]
             if reason := _lost(out):
                 raise KernelError(f"{candidate.name} failed ({said}), and the GPU with it ({reason}); restart") from e
-            where = None  # from where there is no second try
+            where = None  # the case that rules out a second try
             if _capturing(out):
                 where = "in the capture of a graph"
             elif overlap(batch.hidden_states, out):
-                where = "where out is hidden_states"
+                where = "while out overlaps hidden_states"
             if isinstance(e, torch.OutOfMemoryError):  # which says nothing of the candidate
                 if where is not None:
                     raise KernelError(f"{candidate.name} lacks memory {where}; free some, then run that again") from e
@@ -68,7 +72,7 @@ def compute(layer: Launching, choose: Callable[[], Candidate], batch: Batch, out
 
 
 def _fewer(batch: Batch, most: int | None) -> int | None:
-    """Half as many tokens at a time; None if that are too few."""
+    """Half as many tokens at a time; None if those are fewer than ALIGNED_TOKENS."""
     half = (batch.num_tokens if most is None else most) // 2
     return half if half >= ALIGNED_TOKENS else None
 
@@ -80,7 +84,7 @@ def _capturing(out: Tensor) -> bool:
 
 
 def _lost(out: Tensor) -> str | None:
-    """Why the GPU does not answer this process; None if it does, as far as can be asked."""
+    """Why the GPU does not answer this process; None if it does, or if it cannot be asked: in a capture."""
     import torch
 
     if not out.is_cuda or _capturing(out):

@@ -1,4 +1,4 @@
-"""Times candidates on a layer's own weights, inside CUDA graphs with a cold L2, so that no time contains the host's."""
+"""Times candidates on a layer's own weights, with a cold L2. CUDA graphs keep the host's time out."""
 
 from __future__ import annotations
 
@@ -19,19 +19,21 @@ FLUSH_BYTES = 256 * 2**20
 """Several times the largest L2 cache."""
 REPLAYS = 7
 LONG_US, LONG_REPLAYS = 1000.0, 3
-"""From LONG_US microseconds on, fewer replays do."""
+"""If the first replay takes more than LONG_US microseconds, LONG_REPLAYS suffice."""
 CHECKED_TOKENS = 32
+"""First tokens of a batch whose output is compared with the reference."""
 
 Launch = Callable[[Candidate | None, Batch, Tensor], None]
 """Runs a candidate, or the engine's own path if None, on a batch whose ids are of all ranks' experts."""
 
 
 class GraphTimer:
-    """A `calibration.Timer` on the current device.
+    """A `calibration.Timer` on the current device. Its memory is freed with it.
 
-    weights: this rank's, for the float32 reference that the first output of each candidate is compared with. dtype: of
-    hidden states. local: ids of all ranks' experts to this rank's, -1 for others. safe: whether a candidate may be
-    captured; others are timed from the host. Memory is freed with the timer.
+    weights: this rank's. The first output of each candidate is compared with their float32 reference.
+    dtype: of hidden states.
+    local: converts ids of all ranks' experts to this rank's, and other ranks' to -1.
+    safe: whether a candidate may be captured. Others are timed from the host.
     """
 
     def __init__(
@@ -51,7 +53,7 @@ class GraphTimer:
 
     @torch.inference_mode()
     def time(self, candidate: Candidate | None, topk_ids: IntArray) -> float:
-        """The median. Raises KernelError for a wrong output of the candidate's first batch."""
+        """The median of REPLAYS or LONG_REPLAYS launches. Raises KernelError for a wrong output of the first batch."""
         self._stream.wait_stream(torch.cuda.current_stream(self._device))
         with torch.cuda.stream(self._stream):
             batch, out = self._batch(topk_ids)
@@ -93,10 +95,10 @@ class GraphTimer:
         return before, _mark()
 
     def _batch(self, topk_ids: IntArray) -> tuple[Batch, Tensor]:
-        """Normal hidden states, and even weights."""
+        """A batch of normally distributed hidden states and equal routing weights, and its output tensor."""
         key = (len(topk_ids), hash(topk_ids.tobytes()))
         if key not in self._batches:
-            self._batches.clear()  # one is enough: those of a size follow each other
+            self._batches.clear()  # one is enough: launches of one batch follow each other
             generator = torch.Generator(self._device).manual_seed(len(topk_ids))
             size = len(topk_ids), self._weights.gate_up.shape[2]
             x = torch.randn(size, dtype=torch.float32, device=self._device, generator=generator).to(self._dtype)

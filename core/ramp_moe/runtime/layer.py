@@ -1,4 +1,4 @@
-"""A MoE layer over any launchable kernels: weights and a dispatcher in, hidden states out."""
+"""One MoE layer's weights, with the kernels that compute with them and the choice among those kernels."""
 
 from __future__ import annotations
 
@@ -29,9 +29,9 @@ if TYPE_CHECKING:
     from .protocols import Owner
 
 HALVES = {"torch.bfloat16": "bf16", "torch.float16": "fp16"}
-"""Dtypes of hidden states."""
+"""Names of the dtypes of hidden states, by `str(torch.dtype)`."""
 MOST_READY = 1024
-"""Candidates whose launch is remembered."""
+"""Most candidates for which `_Ready` is remembered."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,27 +45,30 @@ class _Ready:
 
 
 class LayerRuntime:
-    """Runs one MoE layer's weights: chooses kernel and configuration for every batch, and launches them.
+    """Computes with one MoE layer's weights: chooses a kernel and a configuration for every batch, and launches them.
 
-    `MoELayer` is this as a module, and finds by itself what is given here. The options are those of `DispatchOptions`.
+    `MoELayer` wraps it as a module, and finds the hardware, kernels and cost model itself. The other arguments are
+    options of `DispatchOptions`.
 
-    With a cost model an eager batch's choice follows its expert histogram, read back from the device: one host
-    synchronisation per call. If that is predicted to gain less than `host_sync_us`, the batch size alone decides.
-    Without a model the batch size always decides: the first kernel's static default.
+    With a cost model, an eager batch's expert histogram is read back from the device, and decides. This is one host
+    synchronisation per call. If it is predicted to gain less than `host_sync_us`, the batch size alone decides. Without
+    a model the batch size always decides, by the first kernel's static default.
 
     In a CUDA graph the choice is made on the device at every replay. `warm_up` finds the candidates that win at a batch
-    size, checks them, and says how they are dispatched to (`graphs.capture.GraphPlan`).
+    size, checks them, and returns how the graph dispatches (`graphs.capture.GraphPlan`).
 
-    kernels: by preference. One that cannot take the weights, or reads no layout in which they are held, is dropped, and
-    `dropped` says why. So is a kernel, or a single candidate, that later fails.
-    copies: `layouts` says in which layouts the weights are held. With a cost model they are those whose kernels are
-    predicted to lose least on the batches of its profile; without one, those that serve the first kernels.
-    ep_size: batch sizes are of tokens whose top_k ids are spread over the experts of all these ranks.
+    kernels: in the order of preference. A kernel is dropped if it cannot take the weights, or reads none of the layouts
+        in which they are held. A kernel or candidate that fails later is dropped, too. `dropped` says why.
+    copies: most layouts in which the weights are held; `layouts` names them. With a cost model they are those that are
+        predicted to lose least on the batches of its profile. Without one, they serve the first kernels.
+    ep_size: ranks that share the experts, of which the weights are one rank's. A token's top_k ids are spread over the
+        experts of all ranks.
 
-    `held` has the weights in those layouts. A layout other than the one given is a copy of gate_up (`relayout`), which
-    takes memory beside the caller's until the caller drops the weights. Give them in that layout to avoid it.
+    `held` has the weights in those layouts. In a layout other than the given one, gate_up is a copy (`relayout`). It
+    takes memory beside the caller's tensor until the caller drops that. Weights given in the right layout avoid this.
 
-    Raises KernelError if no kernel computes the shape here, ShapeError or HardwareError for a cost model of another.
+    Raises KernelError if no kernel computes the shape here. Raises ShapeError or HardwareError if the cost model is for
+    another shape or GPU.
     """
 
     def __init__(
@@ -93,11 +96,11 @@ class LayerRuntime:
         self.held: tuple[MoEWeights, ...] = ()
         self.dropped: dict[str, str] = {}
         self.derived = set[str]()
-        """Kernels that launch with something that they made of the weights, in memory of its own."""
+        """Kernels that launch with something that they derived from the weights, in memory of its own."""
         self.owner: weakref.ref[Owner] | None = None
-        """What a module calls this layer through; it knows whether the module still has these weights."""
+        """The object through which a module calls this layer. It knows whether the module still has these weights."""
         self.stale: str | None = None
-        """Why the weights held are not to be computed with."""
+        """Why this layer must not compute with the weights it holds; None if it may."""
         self._kernels: dict[str, tuple[LaunchableKernel, Any]] = {}
         if cost_model is not None:
             self._check(cost_model)
@@ -112,9 +115,9 @@ class LayerRuntime:
             self.shape, hardware, [kernel for kernel, _ in self._kernels.values()], cost_model, ep_size
         )
         self._ready: dict[int, _Ready] = {}
-        """By the identity of a candidate, what its launch needs."""
+        """Keyed by `id` of the candidate."""
         self._choosers: dict[torch.dtype, Chooser] = {}
-        """By dtype of the hidden states, over the kernels that take it; if all take all, `chooser` is the only one."""
+        """Choosers among the kernels that take a dtype of hidden states, by dtype. Unused if every kernel takes all."""
         self._picky = any({*HALVES.values()} - {*kernel.hidden_dtypes} for kernel in self.kernels.values())
         self._number = register(self)
         self.graphs: GraphDispatch | None = None
@@ -127,7 +130,7 @@ class LayerRuntime:
             self.graphs = GraphDispatch(self, next(iter(self.held)), known, top_k, mode, fixed, ep_size)
 
     def _usable(self, kernels: Sequence[LaunchableKernel]) -> list[LaunchableKernel]:
-        """Those that say that they can compute the shape here; the others are dropped."""
+        """The kernels that say that they can compute the shape here. The others are dropped."""
         usable: dict[str, LaunchableKernel] = {}
         for kernel in kernels:
             if kernel.name in usable:
@@ -146,7 +149,10 @@ class LayerRuntime:
     def _hold(
         self, weights: MoEWeights, usable: Sequence[LaunchableKernel], copies: int, cost_model: CostModel | None
     ) -> LaunchableKernel | None:
-        """Choose the layouts, and prepare the kernels that read one of them; or a kernel that refuses the weights."""
+        """Choose the layouts, and prepare the kernels that read one of them.
+
+        Returns a kernel that refuses the weights, as soon as there is one. None if none does.
+        """
         times = None
         if cost_model is not None:
             names = [k.name for k in usable]
@@ -191,10 +197,12 @@ class LayerRuntime:
     def update(self, weights: MoEWeights) -> None:
         """Compute with new weights from now on, also in CUDA graphs that were captured before.
 
-        weights: of the shape, dtype, device and activation of those held, with rows in any order of LAYOUTS. They are
-        copied into the memory of those held, which they may share, in the order of the current stream. What kernels
-        derived from the weights is derived again. Raises ShapeError for weights that do not fit, before anything is
-        written; KernelError if a kernel does not take them.
+        weights: of the shape, dtype, device and activation of those held, with rows in any order of LAYOUTS. They may
+            share memory with those held.
+
+        The new values are copied into the memory of those held, in the order of the current stream. Kernels then derive
+        again what they had derived. Raises ShapeError for weights that do not fit, before anything is written. Raises
+        KernelError if a kernel does not take them.
         """
         from .update import update
 
@@ -202,11 +210,11 @@ class LayerRuntime:
 
     @property
     def kernels(self) -> Mapping[str, LaunchableKernel]:
-        """By name, in the order of preference."""
+        """The kernels by name, in the order of preference."""
         return {name: kernel for name, (kernel, _) in self._kernels.items()}
 
     def kernel(self, name: str) -> tuple[LaunchableKernel, Any]:
-        """The kernel of this name, and what it prepared of the weights."""
+        """The kernel of this name, and what its `prepare` returned."""
         return self._kernels[name]
 
     def weights_of(self, kernel: LaunchableKernel) -> MoEWeights:
@@ -229,7 +237,7 @@ class LayerRuntime:
         return chooser.by_histogram(batch.num_tokens, histogram)
 
     def _blind(self, num_tokens: int, dtype: torch.dtype) -> Candidate:
-        """The choice for a batch size alone: the best single one if a graph was planned for it, else the chooser's."""
+        """The choice for a batch size alone: the first body of the graph planned for it, else the chooser's choice."""
         if (plan := self._planned(num_tokens, dtype)) is not None:
             return plan.bodies[0]
         return self._chooser_for(dtype).by_size(num_tokens, self.host_sync_us)
@@ -239,7 +247,7 @@ class LayerRuntime:
         return None if plan is None or plan.dtype is not dtype else plan
 
     def _chooser_for(self, dtype: torch.dtype) -> Chooser:
-        """Over the kernels that take hidden states of this dtype. Raises KernelError if none does."""
+        """The chooser among kernels that take hidden states of this dtype. Raises KernelError if none does."""
         if not self._picky:
             return self.chooser
         if dtype not in self._choosers:
@@ -260,14 +268,18 @@ class LayerRuntime:
         return Chooser(self.shape, self.hardware, kernels, model, self.ep_size)
 
     def takes(self, candidate: Candidate, dtype: torch.dtype) -> bool:
-        """Whether its kernel computes hidden states of this dtype."""
+        """Whether the candidate's kernel takes hidden states of this dtype."""
         return HALVES.get(str(dtype)) in self._kernels[candidate.kernel][0].hidden_dtypes
 
     def warm_up(self, num_tokens: int, dtype: torch.dtype) -> GraphPlan | None:
-        """Run, on the current stream, what a capture of `num_tokens` would launch, so that everything is compiled and
-        every buffer has its size before. dtype is that of the hidden states. Returns how the captured layer will
-        dispatch, None where it has no model to choose by. Raises ShapeError for no tokens, or a dtype that the layer
-        does not take."""
+        """Prepare the capture of a CUDA graph of `num_tokens`: run once on the current stream what it would launch.
+
+        Everything is then compiled, and every buffer has its size. dtype: of the hidden states.
+
+        Returns how the graph will dispatch. None if its kernel is chosen before the capture: on the CPU, without a cost
+        model, or without a kernel that a graph can hold. Raises ShapeError for less than one token, or for a dtype that
+        the layer does not take.
+        """
         import torch
 
         if num_tokens < 1:
@@ -284,8 +296,11 @@ class LayerRuntime:
         return None
 
     def ready(self, num_tokens: int, dtype: torch.dtype) -> None:
-        """Run once on the current stream what a capture of `num_tokens` would launch, where that was warmed up, maybe
-        on another stream: the capture then allocates nothing that must outlive it. Does nothing in a capture."""
+        """Run once on the current stream what a capture of `num_tokens` would launch.
+
+        The capture then allocates nothing that must outlive it. Does nothing in a capture, or if this size was not
+        warmed up. `warm_up` may have run on another stream.
+        """
         if self.graphs is not None:
             self.graphs.ready(num_tokens, dtype)
 
@@ -297,11 +312,14 @@ class LayerRuntime:
         out: Tensor | None = None,
         num_valid: Tensor | int | None = None,
     ) -> Tensor:
-        """The layer's output `[T, H]` in the dtype of hidden_states (bf16 or fp16).
+        """The layer's output `[T, H]` in the dtype of hidden_states, on the current stream.
 
-        topk_ids int32 or int64 `[T, k]`, topk_weights float32 `[T, k]`; ids of -1 or E are skipped. num_valid: tokens
-        from there on are padding, and their output is 0; below 0 it counts as 0, above T as T. An integer tensor of one
-        element on the device, best int32 `[1]`; or outside of captures an int. Runs in the order of the current stream.
+        hidden_states: bf16 or fp16 `[T, H]`.
+        topk_ids: int32 or int64 `[T, k]`. Ids of -1 or E are skipped.
+        topk_weights: float32 `[T, k]`.
+        out: contiguous, as the output; None: it is allocated.
+        num_valid: number of tokens before the padding, whose output is 0. An integer tensor of one element on the
+            device, best int32 `[1]`; outside of captures also an int. Clamped to [0, T].
 
         A batch of more tokens than a kernel takes is computed in parts. Outside of captures a candidate that raises is
         dropped (`dropped` says why), and the next best computes the batch (see `compute`). Raises ShapeError or
@@ -356,7 +374,7 @@ class LayerRuntime:
             raise ShapeError(f"hidden_states must be {self._dtype} as the weights are, not {dtype}")
 
     def _plan(self, hidden_states: Tensor) -> GraphPlan | None:
-        """That of a graph in which the device chooses."""
+        """The plan of a graph in which the device chooses; None if there is none for this batch size and dtype."""
         plan = self._planned(hidden_states.shape[0], hidden_states.dtype)
         return None if plan is None or plan.selector is None else plan
 
@@ -368,8 +386,8 @@ class LayerRuntime:
         out: Tensor | None = None,
         num_valid: Tensor | int | None = None,
     ) -> Tensor:
-        """`forward`; what torch.compile traces is one opaque operator (see `torch_op`), as is what gradients are
-        asked of."""
+        """Call `forward`. Under torch.compile, or if a gradient is asked for, through one opaque operator (see
+        `torch_op`)."""
         import torch
 
         differentiable = torch.is_grad_enabled() and (hidden_states.requires_grad or topk_weights.requires_grad)
@@ -395,14 +413,16 @@ class LayerRuntime:
         return found
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        """A copy is another layer, with a number of its own."""
+        """Give a copy a number of its own, since it is another layer."""
         from .torch_op import register
 
         self.__dict__.update(state, _number=register(self), _ready={})
 
     def launch(self, candidate: Candidate, batch: Batch, out: Tensor, most: int | None = None) -> None:
-        """Run one candidate, whatever the dispatcher would have chosen: in parts if the batch has more tokens than it
-        takes in one launch, or than `most`."""
+        """Run one candidate, whatever the dispatcher would have chosen.
+
+        most: tokens of a launch, if less than the candidate takes. A batch of more tokens is computed in parts.
+        """
         ready = self._ready.get(id(candidate))
         if ready is None or ready.candidate is not candidate:
             ready = self._made_ready(candidate)
@@ -429,9 +449,11 @@ class LayerRuntime:
         return most_tokens(self._kernels[candidate.kernel][0], candidate.config, self.shape)
 
     def drop(self, candidate: Candidate, reason: str, wrong: bool = False) -> str | None:
-        """Choose a candidate no more, in eager batches and in graphs that are planned from now on; `dropped` says why.
-        Returns what is dropped, which after several failures is its kernel; None if it is the last one, which stays
-        unless its output is wrong."""
+        """Choose a candidate no more, in eager batches and in graphs that are planned from now on.
+
+        `dropped` then says why. Returns the name of what is dropped: the candidate, or its kernel after several
+        failures. None if nothing is: the last candidate stays, unless its output is `wrong`.
+        """
         name = self.chooser.drop(candidate, even_last=wrong)
         self._choosers.clear()
         if name is not None:
@@ -441,13 +463,16 @@ class LayerRuntime:
         return name
 
     def inline_key(self, candidate: Candidate) -> Hashable | None:
-        """What candidates must share for `launch_inline` to take them together; None for one that it never takes."""
+        """The key that candidates must share for `launch_inline` to take them together. None if it never takes one."""
         kernel, _ = self._kernels[candidate.kernel]
         key = kernel.inline_key(candidate.config, self.shape)
         return None if key is None else (candidate.kernel, key)
 
     def launch_inline(self, candidates: Sequence[Candidate], choice: Tensor, batch: Batch, out: Tensor) -> None:
-        """Run candidates[choice], two to four of one `inline_key`, as the device reads choice int32 `[1]`."""
+        """Run candidates[choice], with choice int32 `[1]` read by the device.
+
+        candidates: two to four, which share one `inline_key`.
+        """
         kernel, prepared = self._kernels[candidates[0].kernel]
         with self.workspace.lock:
             kernel.launch_inline([c.config for c in candidates], choice, prepared, batch, out, self.workspace)
@@ -467,6 +492,6 @@ def _capturing(topk_ids: Tensor) -> bool:
 
 
 def _in_range(batch: Batch, num_experts: int) -> Tensor:
-    """Ids with those out of range marked as padding, as the kernels treat them."""
+    """The batch's ids, with those outside [0, E] as -1, which `expert_histogram` skips as the kernels do."""
     ids = batch.topk_ids
     return ids.masked_fill((ids < 0) | (ids > num_experts), -1)

@@ -1,4 +1,4 @@
-"""The layers of a model, over every kernel that runs here: one cost model for each shape, one workspace for all."""
+"""Makes a model's layers from all kernels that run here: one cost model per shape, one workspace per device."""
 
 from __future__ import annotations
 
@@ -26,16 +26,19 @@ if TYPE_CHECKING:
     import torch
 
 UNMEASURED = "triton"
-"""Of kernels that nothing is known of, the one to run: it takes any layout, and needs nothing but Triton."""
+"""The kernel to run if none was measured: it takes any layout, and needs nothing but Triton."""
 INTERPRET = "TRITON_INTERPRET"
 HOST_SYNC_US = 300.0
-"""Default on a GPU. While the host waits it launches nothing of what comes after, and the GPU then waits for it. A
-development run, which has no file here, lost 0.4 to 0.5 ms a layer so: OLMoE, eager, on an H200."""
+"""Default of `DispatchOptions.host_sync_us` on a GPU.
+
+While the host waits it launches nothing further, and the GPU then waits for the host. A development run lost 0.4 to
+0.5 ms per layer by that (OLMoE, eager, on an H200). No file here records it.
+"""
 
 
 @dataclass
 class LayerPlan:
-    """How the layers of one shape are made."""
+    """The hardware, kernels and cost model of all layers of one shape on one device."""
 
     hardware: Hardware
     kernels: list[LaunchableKernel]
@@ -43,11 +46,13 @@ class LayerPlan:
 
 
 class Builder:
-    """Makes layers of weights. device: name of the hardware, or `auto`. `notes` gathers what a person should know of
-    the layers.
+    """Makes layers from weights. `notes` collects what a person should know about them.
 
-    Raises HardwareError for weights on a device that nothing runs on, UnknownNameError for a device or a kernel that
-    nobody registered, KernelError if no kernel takes the weights, ProfileError for a profile that is damaged.
+    device: name of the hardware, or `auto` to detect it.
+
+    `layer` raises HardwareError for weights on a device where no kernel runs. It raises UnknownNameError for a device
+    or a kernel that nobody registered, KernelError if no kernel takes the weights, and ProfileError for a damaged
+    profile.
     """
 
     def __init__(self, device: str = "auto", options: DispatchOptions | None = None) -> None:
@@ -115,7 +120,7 @@ class Builder:
         return get_registry().device(self.device)
 
     def _plan(self, shape: MoEShape, hardware: Hardware) -> LayerPlan:
-        """The kernels that run here, of those asked for, and what is recorded of them."""
+        """The plan of a shape: those kernels of the options that run here, and the cost model of their profiles."""
         registry = copy.copy(get_registry())
         kernels = self._asked_for(registry)
         usable = usable_kernels(shape, hardware, kernels)
@@ -150,7 +155,7 @@ class Builder:
         return cast("list[LaunchableKernel]", found)
 
     def _known(self, hardware: Hardware, usable: list[LaunchableKernel], model: CostModel) -> LayerPlan:
-        """The kernels that the model predicts."""
+        """The plan with the kernels that the model predicts. Raises KernelError if none of them runs here."""
         known = {c.kernel for c in model.candidates}
         if not (kernels := [k for k in usable if k.name in known]):
             raise KernelError(
@@ -160,8 +165,10 @@ class Builder:
         return LayerPlan(hardware, kernels, model)
 
     def _shared(self, plan: LayerPlan, first: LayerRuntime) -> LayerPlan:
-        """What the first layer of a shape made of its plan, for the others: nothing is decided twice, and a model that
-        needs no further restriction is one object, which shares what is derived from it."""
+        """The plan for the further layers of a shape: without the kernels that the first layer dropped.
+
+        So nothing is decided twice. All layers have the same model object, and share what is derived from it.
+        """
         self.notes += [f"{kernel} left out: {reason}" for kernel, reason in first.dropped.items()]
         if plan.model is None:
             return plan
@@ -171,7 +178,7 @@ class Builder:
         return replace(plan, kernels=kept, model=plan.model.restrict([k.name for k in kept]))
 
     def _gain(self, model: CostModel, shape: MoEShape, kernels: Sequence[LaunchableKernel]) -> str | None:
-        """What one more copy of the weights would gain; None where it is nothing."""
+        """A note on what one more copy of the weights would gain; None if less than 0.1%."""
         copies = self.options.copies
         times = kernel_times(model, [k.name for k in kernels], weighed_batches(model))
         now, then = (choose_layouts(shape, kernels, n, times) for n in (copies, copies + 1))
@@ -187,9 +194,10 @@ class Builder:
 def usable_kernels(
     shape: MoEShape, hardware: Hardware, kernels: Sequence[LaunchableKernel] | None = None
 ) -> list[LaunchableKernel]:
-    """Those of the kernels that compute the shape here; of all registered ones if None.
+    """The kernels that compute the shape here.
 
-    Raises KernelError with the reasons if there is none.
+    kernels: to choose from; None: all registered ones that can be launched. Raises KernelError with the reasons if none
+    computes the shape.
     """
     if kernels is None:
         kernels = [k for k in get_registry().kernels.values() if isinstance(k, LaunchableKernel)]
@@ -202,7 +210,7 @@ def usable_kernels(
 
 
 def named(shape: MoEShape) -> MoEShape:
-    """The shape with the name of the registered model that has it, if one has."""
+    """The shape with the name of the registered model that has it; without a name if none has it."""
     models = get_registry().models.values()
     name = next((m.name for m in models if replace(m.shape, dtype=shape.dtype) == shape), None)
     return replace(shape, name=name)

@@ -1,4 +1,4 @@
-"""`ramp_moe.MoELayer`: a MoE layer's experts as a module, dispatched to the fastest kernels that run here."""
+"""`ramp_moe.MoELayer`: a MoE layer's experts as a torch module, computed by the fastest kernels that run here."""
 
 from __future__ import annotations
 
@@ -32,21 +32,26 @@ class MoELayer(torch.nn.Module):
 
     It finds the GPU, the kernels that run there and their profiles. Build it when the weights are on the GPU.
 
-    weights: see `MoEWeights`. They become the module's parameters, by the names of its fields, without gradients. A
-    tensor is used as it is if the kernels read it so. If they need its rows in another order, the layer holds it in
-    that order alone, once the caller drops `weights`: the parameter still reads and writes as before, but has no
-    address (`runtime.placeholder`). `state_dict` has plain tensors in the order given; `load_state_dict`, `update` and
-    writes to a parameter reach the kernels, in captured CUDA graphs, too. What replaces parameters, as `to`, `half` or
-    `load_state_dict(assign=True)`, has the next call build another layer of them, or raise KernelError.
-
-    top_k: experts a token visits.
-    router: hidden states `[T, H]` to (topk_ids `[T, k]`, topk_weights `[T, k]`), for calls with hidden states alone.
-    device: name of the hardware; `auto` detects it.
+    weights: see `MoEWeights`. They become the module's parameters, named as its fields, without gradients.
+    top_k: experts per token.
+    router: maps hidden states `[T, H]` to (topk_ids `[T, k]`, topk_weights `[T, k]`), for calls with hidden states
+        alone.
+    device: name of the hardware, or `auto` to detect it.
     options: see `DispatchOptions`.
 
-    Inference only: a backward pass raises KernelError. On a GPU copy.deepcopy raises KernelError, and so does pickling
-    anywhere: save the state_dict. Raises HardwareError for weights on the CPU, KernelError if no kernel takes them,
-    ProfileError for a damaged profile, UnknownNameError for a name that nobody registered.
+    If the kernels read a tensor in the order given, it is used in place. If they need its rows in another order, the
+    layer holds it in that order alone, once the caller drops `weights`. The parameter still reads and writes as before,
+    but has no address (`runtime.placeholder`).
+
+    `state_dict` has plain tensors in the order given. `load_state_dict`, `update` and writes to a parameter reach the
+    kernels, also in captured CUDA graphs. `to`, `half` and `load_state_dict(assign=True)` replace parameters: the next
+    call then builds another layer from them, or raises KernelError.
+
+    Inference only: a backward pass raises KernelError. On a GPU, copy.deepcopy raises KernelError. Pickling raises it
+    anywhere: save the state_dict.
+
+    Raises HardwareError for weights on the CPU, and KernelError if no kernel takes them. Raises ProfileError for a
+    damaged profile, and UnknownNameError for a name that nobody registered.
     """
 
     def __init__(
@@ -71,17 +76,18 @@ class MoELayer(torch.nn.Module):
 
     @property
     def runtime(self) -> LayerRuntime:
-        """What runs the weights that the module has now. Raises KernelError if nothing can."""
+        """The LayerRuntime of the weights that the module has now. Raises KernelError if none can be made."""
         return self._experts.current()
 
     @property
     def dropped(self) -> Mapping[str, str]:
-        """Why kernels, or single candidates, are not used; by name."""
+        """Why kernels or single candidates are not used, by their names."""
         return self.runtime.dropped
 
     @property
     def notes(self) -> tuple[str, ...]:
-        """What a person should know: profiles that are missing, kernels left out, what a second copy would gain."""
+        """What a person should know: missing profiles, kernels left out, what another copy of the weights would
+        gain."""
         return tuple(dict.fromkeys(self._experts.builder.notes))
 
     def forward(
@@ -92,9 +98,10 @@ class MoELayer(torch.nn.Module):
         out: Tensor | None = None,
         num_valid: Tensor | int | None = None,
     ) -> Tensor:
-        """The layer's output `[T, H]` in the dtype of hidden_states, as `LayerRuntime.forward` describes it.
+        """The layer's output `[T, H]` in the dtype of hidden_states. `LayerRuntime.forward` describes the arguments.
 
-        Without topk_ids and topk_weights the router gives them. Raises RoutingError if there is none.
+        If topk_ids and topk_weights are None, the router gives them. Raises RoutingError if there is no router, or if
+        only one of them is None.
         """
         if topk_ids is None or topk_weights is None:
             if topk_ids is not None or topk_weights is not None or self.router is None:
@@ -103,7 +110,10 @@ class MoELayer(torch.nn.Module):
         return self._experts.run(hidden_states, topk_ids, topk_weights, out, num_valid)
 
     def explain(self, tokens: int = 512) -> Explanation:
-        """What an eager batch of `tokens` would run, and why; print it. Raises ShapeError for less than one token."""
+        """Explain which candidate an eager batch of `tokens` would run, and why. `str` of the result is a text.
+
+        Raises ShapeError for less than one token.
+        """
         return explain(self.runtime, tokens)
 
     def warm_up(self, num_tokens: int, dtype: torch.dtype) -> GraphPlan | None:

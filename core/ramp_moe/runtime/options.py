@@ -1,4 +1,4 @@
-"""What a person may set of how a layer finds and chooses its kernels."""
+"""The options by which a layer finds and chooses its kernels."""
 
 from __future__ import annotations
 
@@ -15,24 +15,25 @@ if TYPE_CHECKING:
     from ..spec.launchable import LaunchableKernel
 
 MODES = ("nodes", "switch", "inline", "gated", "single")
-"""How a CUDA graph dispatches (see `graphs.capture`); the cheapest first, for two bodies."""
+"""Ways in which a CUDA graph dispatches (see `graphs.capture`), the cheapest for two bodies first."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class DispatchOptions:
-    """How a `MoELayer` finds its kernels and chooses among them. Every option has a default that suits most layers.
+    """How a `MoELayer` finds its kernels and chooses among them. The defaults suit most layers.
 
     kernels: launchable kernels, or names of registered ones, by preference. None: all that run here.
     cost_model: predicts their times. None: it is fitted to the profiles of the shape and the GPU.
-    profiles: files and folders of profiles, looked at before the user's own and those that ship.
-    copies: in how many layouts the weights may be held. A second one serves kernels that the first does not.
+    profiles: files and folders of profiles. They come before the user's own and those that ship.
+    copies: most layouts in which the weights may be held. A second one serves kernels that the first does not.
     mode: how CUDA graphs dispatch, one of MODES. None: the cheapest that runs here.
-    host_sync_us: microseconds that reading a batch's histogram back costs. A batch size for which that is predicted to
-        gain less gets one kernel. 0: it is always read; math.inf: never. None: 300 on a GPU, 0 elsewhere.
+    host_sync_us: microseconds that it costs to read a batch's histogram back. If that is predicted to gain less at a
+        batch size, one kernel computes that size. 0: always read; math.inf: never. None: 300 on a GPU, 0 elsewhere.
     ep_size: ranks that share the experts, of which the layer has one rank's.
-    checked: read the ids of every batch back, and raise RoutingError for one out of range instead of skipping it.
+    checked: whether to read the ids of every batch back, and to raise RoutingError for one out of range. Otherwise it
+        is skipped.
 
-    Raises KernelError for a value that cannot be, UnknownNameError for a mode that does not exist.
+    Raises KernelError for a value of the wrong type or range, UnknownNameError for a mode that does not exist.
     """
 
     kernels: Sequence[LaunchableKernel | str] | None = None

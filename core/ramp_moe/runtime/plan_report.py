@@ -1,4 +1,4 @@
-"""What is done with batches of each size."""
+"""Reports what computes batches of each size."""
 
 from __future__ import annotations
 
@@ -22,7 +22,10 @@ FREE: dict[int, float] = {1: 0.0, MOST: 0.0}
 def plan_rows(
     made: Calibrated, graphs: GraphDispatch | None, captured: Sequence[int], eager: Sequence[int], ep_size: int
 ) -> list[PlanRow]:
-    """A row for each size that is captured in graphs, and for each eager one. graphs: of one of the shape's layers."""
+    """One row for each captured size, then one for each eager size.
+
+    graphs: of one of the shape's layers; None if none dispatches in graphs.
+    """
     model = made.plan.model
     assert model is not None
     sizes = [(n, graphs) for n in sorted(captured)] + [(n, None) for n in sorted(eager)]
@@ -36,7 +39,7 @@ def _row(made: Calibrated, model: CostModel, graphs: GraphDispatch | None, n: in
         return PlanRow(n, ENGINE, mode, 1, None, None, found.us(ENGINE, n))
     part, met = model.at(n), met_at(n, model.num_experts, model.shape.top_k, ep_size)
     free_us = None
-    if n in found.tokens:  # of the others it costs more time than it tells
+    if n in found.tokens:  # at other sizes it is not worth its time
         free_us = shortlist(part, n, FREE, MOST, 0.0, met).gain_us
     if graphs is None:
         short = shortlist(part, n, ALONE, 1, 0.0, met)
@@ -48,7 +51,7 @@ def _row(made: Calibrated, model: CostModel, graphs: GraphDispatch | None, n: in
 
 
 def left(made: Calibrated, rows: Sequence[PlanRow], engine: str) -> str:
-    """One line on what is left to the engine, and why; empty if nothing is."""
+    """One line on the sizes that the engine keeps, and on what was left out and why; empty if there is neither."""
     kept = [str(r.tokens) for r in rows if r.choice == ENGINE]
     faults = sorted(made.found.dropped.items())
     dropped = "; ".join(f"{name or engine}: {reason}" for name, reason in faults)

@@ -1,6 +1,6 @@
-"""Kernels of third-party plugins are tried in a process apart before a server runs them.
+"""Tries kernels of third-party plugins in a separate process before a server runs them.
 
-One that crashes or hangs takes nothing else with it.
+So a kernel that crashes or hangs takes nothing else with it.
 """
 
 from __future__ import annotations
@@ -18,20 +18,20 @@ from ..spec.launchable import LaunchableKernel
 from ..spec.shapes import MoEShape
 
 SECONDS = 60.0
-"""For one kernel: `ramp-moe check-kernel` takes about half of that where everything must be compiled."""
+"""Time limit for one kernel. `ramp-moe check-kernel` takes about half of it if everything must be compiled."""
 CONFIGS = 2
 """How many configurations are launched."""
 
 
 def third_party(kernels: Iterable[LaunchableKernel]) -> list[LaunchableKernel]:
-    """Those that are not the library's own."""
+    """The kernels that are not the library's own."""
     return [k for k in kernels if k.name in get_registry().third_party]
 
 
 def fault(kernel: str, shape: MoEShape, hardware: Hardware, seconds: float = SECONDS) -> str | None:
-    """Why a registered kernel must not run in this process, as `ramp-moe check-kernel` finds it; None if it may.
+    """Why a registered kernel must not run in this process; None if it may. `ramp-moe check-kernel` decides.
 
-    It has failed if it gives no answer within `seconds`.
+    A kernel that gives no answer within `seconds` must not run either.
     """
     told = ("--model", shape.slug, "--device", hardware.name, "--configs", str(CONFIGS), "--json")
     child = subprocess.Popen(

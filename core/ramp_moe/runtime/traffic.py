@@ -1,8 +1,8 @@
-"""What a server's layers routed, sampled on the device while they run, for `ramp-moe compare --trace`.
+"""Samples on the device what a server's layers route, for `ramp-moe compare --trace`.
 
-Each layer keeps the latest SLOTS batches of each class of sizes, and counts all of them. Sizes of a class have the same
-next power of two. A batch costs one launch of one CTA, in CUDA graphs, too, and nothing on the host. A layer's memory
-is CLASSES * (SLOTS * (experts + 1) * 4 + 8) bytes: 0.15 MB with 128 experts.
+Each layer keeps the latest SLOTS batches of each class of sizes, and counts all of them. Sizes that round up to the
+same power of two are one class. A batch costs one launch of one CTA, also in CUDA graphs, and nothing else on the host.
+A layer's memory is CLASSES * (SLOTS * (experts + 1) * 4 + 8) bytes: 0.15 MB with 128 experts.
 """
 # Triton is untyped, and so is every function that it compiles.
 # mypy: disable-error-code="import-untyped, untyped-decorator, no-untyped-def, no-untyped-call"
@@ -23,7 +23,7 @@ from ..measurements.json_file import write_atomically
 
 SLOTS = 16
 CLASSES = 18
-"""Up to 131,072 tokens; larger batches are in the last class."""
+"""Number of classes, which reach up to 131,072 tokens. Larger batches are in the last one."""
 BLOCK = 1024
 """Ids that the launch reads at a time."""
 
@@ -40,7 +40,8 @@ def sample_kernel(
     BINS: tl.constexpr,  # a power of two, more than num_experts
     BLOCK: tl.constexpr,
 ):
-    """Write the batch's tokens and histogram over the oldest entry, and count it. Ids out of range are skipped."""
+    """Overwrite the oldest entry with the batch's tokens and histogram, and count the batch. Ids out of range are
+    skipped."""
     count = tl.load(seen)
     entry = ring + (count % SLOTS) * (1 + num_experts)
     histogram = tl.zeros((BINS,), tl.int32)
@@ -55,9 +56,9 @@ def sample_kernel(
 
 
 class Traffic:
-    """Samples of the layers of one model; calls of one layer follow each other on one stream.
+    """Holds the samples of one model's layers. The calls of one layer must follow each other on one stream.
 
-    num_experts: of all ranks. Raises RoutingError if there is nothing to write.
+    num_experts: of all ranks.
     """
 
     def __init__(self, num_experts: int, top_k: int, device: torch.device) -> None:
@@ -66,14 +67,14 @@ class Traffic:
         self._seen: list[Tensor] = []
 
     def layer(self) -> int:
-        """Make place for another layer, and return its number."""
+        """Allocate the memory of another layer, and return its number."""
         size = CLASSES, SLOTS, 1 + self.num_experts
         self._rings.append(torch.zeros(size, dtype=torch.int32, device=self._device))
         self._seen.append(torch.zeros(CLASSES, dtype=torch.int64, device=self._device))
         return len(self._rings) - 1
 
     def sample(self, layer: int, topk_ids: Tensor) -> None:
-        """Keep a batch of a layer, in the order of the current stream: topk_ids contiguous int32 or int64 `[T, k]`."""
+        """Sample a batch of a layer on the current stream. topk_ids: contiguous int32 or int64 `[T, k]`."""
         tokens = len(topk_ids)
         if not tokens:
             return
@@ -91,8 +92,10 @@ class Traffic:
         )
 
     def read(self) -> Iterator[tuple[int, list[int], float]]:
-        """Tokens and histogram of each batch that is kept, and how many that ran it stands for. Waits for a copy of the
-        samples alone: nothing that runs meanwhile is held up."""
+        """Tokens and histogram of each kept batch, and the number of batches for which it stands.
+
+        The host waits only for the copy of the samples. Nothing that runs on the GPU meanwhile is held up.
+        """
         rings, seen = _to_host(self._rings), _to_host(self._seen)
         for ring, counts in zip(rings, seen, strict=True):
             for entries, count in zip(ring, counts.tolist(), strict=True):
@@ -103,8 +106,11 @@ class Traffic:
                     yield tokens, histogram, count / len(good)
 
     def write(self, path: Path, source: str) -> int:
-        """Write a trace, whole or not at all, and return how many batches it has. Raises RoutingError if none ran,
-        ProfileError if the file cannot be written."""
+        """Write a trace, whole or not at all, and return its number of batches.
+
+        source: a note on where the batches are from. Raises RoutingError if no batch ran, ProfileError if the file
+        cannot be written.
+        """
         batches = [
             {"tokens": tokens, "histogram": histogram, "runs": round(runs, 3)}
             for tokens, histogram, runs in self.read()

@@ -1,4 +1,4 @@
-"""Compile before serving whatever eager batches of a layer can need."""
+"""Compiles, before serving, whatever eager batches of a layer can need."""
 
 from __future__ import annotations
 
@@ -16,11 +16,12 @@ if TYPE_CHECKING:
 
 
 def warm(layer: LayerRuntime, candidates: Iterable[Candidate], max_tokens: int, dtype: torch.dtype) -> dict[str, str]:
-    """Launch each candidate at the few batch sizes (`LaunchableKernel.warm_sizes`) that compile all that it runs for 1
-    to max_tokens tokens. A batch of these sizes names no expert, so that a launch takes the GPU next to no time.
+    """Launch each candidate at its `LaunchableKernel.warm_sizes`: it then compiles nothing for 1 to max_tokens tokens.
 
-    dtype: of the hidden states. Returns the candidates that raised, with the reason: those are not to be served from.
-    Raises ShapeError if max_tokens is below 1.
+    The batches route to no expert, so that a launch takes the GPU next to no time. dtype: of the hidden states.
+
+    Returns the reasons why candidates raised, by their names. A server must not use those. Raises ShapeError if
+    max_tokens is below 1.
     """
     import torch
 

@@ -1,4 +1,4 @@
-"""`ramp_moe.wrap`: have the MoE layers of a model that exists computed by dispatched layers; `unwrap` undoes it."""
+"""`ramp_moe.wrap`: has dispatched layers compute the MoE layers of an existing model. `unwrap` undoes it."""
 
 from __future__ import annotations
 
@@ -24,9 +24,14 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Wrapped:
-    """What was wrapped: experts by the names of their modules, and notes for a person to read, on kernels left out,
-    profiles that are missing, and what a further copy of the weights would gain. `str` says it all. As a
-    context manager it unwraps the model in the end, after an error, too."""
+    """What `wrap` did. As a context manager it unwraps the model at the end of the block, also after an error.
+
+    experts: by the names of their modules.
+    notes: for a person to read, on kernels left out, missing profiles, and what another copy of the weights would gain.
+    model: the wrapped model.
+
+    `str` gives a text of layers, kernels and notes.
+    """
 
     experts: dict[str, WrappedExperts]
     notes: tuple[str, ...]
@@ -36,7 +41,7 @@ class Wrapped:
         return self
 
     def __exit__(self, *raised: object) -> None:
-        """As `unwrap`, but what was unwrapped already, or wrapped anew, is left alone."""
+        """Unwrap the model, unless it was unwrapped already or wrapped anew."""
         mine = list(self.experts.values())
         if any(experts_of(module) in mine for module in self.model.modules()):
             unwrap(self.model)
@@ -55,14 +60,17 @@ class Wrapped:
         return "\n".join([*lines, *(f"note: {note}" for note in self.notes)])
 
     def warm_up(self, num_tokens: int, dtype: torch.dtype) -> None:
-        """`LayerRuntime.warm_up` of every layer, before CUDA graphs of so many tokens are captured."""
+        """Call `LayerRuntime.warm_up` of every layer, before CUDA graphs of `num_tokens` are captured."""
         for experts in self.experts.values():
             experts.layer.warm_up(num_tokens, experts.taken(dtype))
 
     @contextmanager
     def record(self) -> Iterator[RoutingRecording]:
-        """What is routed while the context lasts, outside CUDA graphs and what torch has compiled. (In graphs,
-        `layer.graphs.record` does.) Raises RoutingError within another recording of the same layers."""
+        """Record what is routed while the context lasts.
+
+        Batches in CUDA graphs, or in code that torch has compiled, are not recorded. For graphs there is
+        `layer.graphs.record`. Raises RoutingError within another recording of the same layers.
+        """
         if any(experts.recorded is not None for experts in self.experts.values()):
             raise RoutingError("the model is being recorded already; one recording at a time")
         recording = RoutingRecording(list(self.experts.values()))
@@ -75,7 +83,7 @@ class Wrapped:
 
 
 class RoutingRecording:
-    """Batches that wrapped layers routed; one batch for each layer and call."""
+    """Records the batches that wrapped layers route, one per layer and call."""
 
     def __init__(self, experts: list[WrappedExperts]) -> None:
         self._experts = experts
@@ -89,8 +97,9 @@ class RoutingRecording:
     def write(self, path: str | Path, source: str = "") -> None:
         """Write a trace of batches (see `measurements.trace`), whole or not at all.
 
-        Raises RoutingError if nothing was recorded, or if the layers differ in experts or top-k; ProfileError if the
-        file cannot be written."""
+        source: a note on where the batches are from. Raises RoutingError if nothing was recorded, or if the layers
+        differ in experts or top-k. Raises ProfileError if the file cannot be written.
+        """
         shapes = {(e.layer.shape.num_experts, e.layer.shape.top_k) for e in self._experts}
         if len(shapes) > 1:
             raise RoutingError("a trace is of layers that are alike; these differ in their number of experts or top-k")
@@ -100,22 +109,23 @@ class RoutingRecording:
 
 
 def wrap(model: Module, *adapters: ExpertsAdapter, device: str = "auto", copies: int = 1) -> Wrapped:
-    """Have every MoE layer of `model` computed by the kernel that is predicted to be fastest for each batch.
+    """Have each batch of every MoE layer of `model` computed by the kernel that is predicted to be fastest.
 
-    It stays so until `unwrap(model)`; or for the length of a block, `with ramp_moe.wrap(model) as wrapped:`.
+    The effect lasts until `unwrap(model)`, or for a block: `with ramp_moe.wrap(model) as wrapped:`.
 
-    adapters: of modules of your own (`ramp_moe.Experts`), before those of the frameworks that are known. device: the
-    hardware's name where it is not to be detected. copies: of the weights, in as many layouts; with one, a weight is
-    either used as it lies in the model or moved, never doubled.
+    adapters: for modules of your own (`ramp_moe.Experts`). They come before those of known frameworks.
+    device: name of the hardware, or `auto` to detect it.
+    copies: most layouts in which the weights are held. With one, each weight is used in place or moved, never doubled.
 
     Parameters stay the same objects. A moved one is read and written as before, in the model's own order, but it has no
     address (`runtime.placeholder`). `state_dict()` has copies of it; writing to those does not reach the model. If a
     module's weights are replaced, its next call computes with the new ones, or raises KernelError.
 
-    Inference only: a backward pass through a wrapped layer raises KernelError. Raises KernelError where a model has no
-    layer, is wrapped already, lies on several devices, or has weights, activations or layouts that cannot be had, and
-    for any failure on the way, device memory included; HardwareError for weights on the CPU. Whatever is raised, the
-    model is then as it was.
+    Inference only: a backward pass through a wrapped layer raises KernelError.
+
+    Raises KernelError if the model has no MoE layer, is wrapped already, or has experts on several devices. Raises
+    KernelError, too, if no kernel takes the weights, activation or layout, and for any other failure, out of memory
+    included. Raises HardwareError for weights on the CPU. Whatever is raised, the model is then as it was.
     """
     _check_module(model)
     if strays := [adapter for adapter in adapters if not isinstance(adapter, ExpertsAdapter)]:
@@ -141,15 +151,18 @@ def wrap(model: Module, *adapters: ExpertsAdapter, device: str = "auto", copies:
 
 
 def unwrap(model: Module) -> None:
-    """Leave the model as it was before `wrap`, with the weights that it has now. Raises KernelError for one that is not
-    wrapped, and if there is no memory for weights that had been moved: the rest of the model is then wrapped still."""
+    """Undo `wrap`. The model keeps the weights that it has now.
+
+    Raises KernelError if the model is not wrapped, or if there is no memory to move weights back. The modules that are
+    not unwrapped by then stay wrapped.
+    """
     _check_module(model)
     if not _remove(model):
         raise KernelError(f"{type(model).__name__} is not wrapped")
 
 
 def attach(module: Module, adapter: ExpertsAdapter, top_k: int, builder: Builder) -> WrappedExperts:
-    """Wrap one module. Raises RampMoEError if its experts cannot be a layer's; it is then as it was."""
+    """Wrap one module. Raises RampMoEError if no layer can be made of its experts; the module is then as it was."""
     with _undone(module), _named(type(module).__name__):
         experts = WrappedExperts(module, adapter, top_k, builder)
         experts.take(module)
@@ -163,7 +176,7 @@ def _parent(model: Module, name: str) -> Module:
 
 @contextmanager
 def _undone(model: Module) -> Iterator[None]:
-    """If this fails, at whatever step, the model is as it was; what was wrapped before stays wrapped."""
+    """Unwrap again what the context wrapped, if anything in it fails. What was wrapped before stays wrapped."""
     before = {id(module) for module in model.modules() if experts_of(module)}
     try:
         yield
@@ -173,8 +186,10 @@ def _undone(model: Module) -> Iterator[None]:
 
 
 def _remove(model: Module, kept: Collection[int] = ()) -> bool:
-    """Whether something was wrapped. The last one goes first: modules may share what `install` changed. kept: ids of
-    modules that stay wrapped."""
+    """Unwrap the model's modules, the last one first, since modules may share what `install` changed.
+
+    kept: ids of modules that stay wrapped. Returns whether anything was unwrapped.
+    """
     from .module import MoELayer  # torch
 
     every = [(name, m) for name, m in model.named_modules() if not isinstance(m, MoELayer)]
@@ -188,7 +203,7 @@ def _remove(model: Module, kept: Collection[int] = ()) -> bool:
 
 
 def _check_module(model: object) -> None:
-    """Raises KernelError for what is no module: a model's name, or its class."""
+    """Raises KernelError for anything but a module: for a model's name, or its class."""
     if not callable(getattr(model, "named_modules", None)) or isinstance(model, type):
         raise KernelError(f"a model is a torch.nn.Module, not {model!r:.60}; load it first")
 
@@ -210,7 +225,7 @@ def _find(model: Module, adapters: list[ExpertsAdapter]) -> list[tuple[str, Modu
 
 @contextmanager
 def _named(name: str) -> Iterator[None]:
-    """Errors say of which module they are; they are RampMoEErrors, of whatever kind they were."""
+    """Put the module's name before the message of an error, and turn errors of other kinds into KernelErrors."""
     try:
         yield
     except RampMoEError as e:

@@ -124,7 +124,7 @@ def test_what_is_said_of_the_batch_is_raised(error: Exception, h200: Hardware) -
 def test_a_half_overwritten_input_is_not_computed_again(h200: Hardware) -> None:
     moe = layer(h200, Failing(RuntimeError("no luck")), FakeKernel("good"))
     x = X.clone()
-    with pytest.raises(KernelError, match="failed where out is hidden_states and is dropped; run that again"):
+    with pytest.raises(KernelError, match="failed while out overlaps hidden_states and is dropped; run that again"):
         moe(x, IDS, SCORES, out=x)
     x = X.clone()
     assert torch.equal(moe(x, IDS, SCORES, out=x), moe(X, IDS, SCORES))
@@ -184,7 +184,7 @@ def test_without_memory_the_parts_are_smaller(h200: Hardware, caplog: pytest.Log
     assert moe.dropped == {}, "another batch may fit"
 
 
-@pytest.mark.parametrize("where", ["in the capture of a graph", "where out is hidden_states"])
+@pytest.mark.parametrize("where", ["in the capture of a graph", "while out overlaps hidden_states"])
 def test_without_memory_nothing_is_dropped_where_there_is_no_second_try(
     where: str, h200: Hardware, monkeypatch: pytest.MonkeyPatch
 ) -> None:

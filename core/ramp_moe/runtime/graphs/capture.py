@@ -1,11 +1,13 @@
-"""Dispatch inside CUDA graphs: the few candidates that win at a batch size become bodies of the graph, and the batch's
-expert histogram chooses one on the device at every replay.
+"""Dispatch inside CUDA graphs.
 
-    nodes    the kernel that chooses switches the bodies' kernels on and off (see `graph`)
-    switch   a conditional node runs one body's graph (see `graph`)
-    inline   the bodies are one: kernels that read the choice and are any of several configurations, of one kernel
-    gated    every body runs, all but the chosen one on a batch whose ids are padding, into an output of its own: where
-             the driver, torch or the GPU has neither of the others
+The few candidates that win at a batch size become bodies of the graph. At every replay the device chooses one of them
+by the batch's expert histogram. There are five modes:
+
+    nodes    the kernel that chooses switches the bodies' kernels on and off (see `conditional`)
+    switch   a conditional node runs one body's graph (see `conditional`)
+    inline   all bodies are configurations of one kernel, which reads the choice: one launch sequence
+    gated    every body runs, with an output of its own. Those not chosen see only padding. It needs nothing from the
+             driver, and takes most time.
     single   one body: the best for the batch size
 """
 
@@ -42,23 +44,31 @@ OVERHEAD_US: Mapping[str, Mapping[int, float]] = {
     "gated": {1: 0.0, 2: 30.0, 4: 65.0, 8: 120.0},
     "single": {1: 0.0},
 }
-"""Of a layer in a graph, by bodies up to the most that there may be, on an H200, the choice included
-(profiles/benchmarks/graph_dispatch)."""
+"""Microseconds that dispatch adds to a layer in a graph, by mode and number of bodies, the choice included.
+
+The largest number is the most bodies of the mode. Measured on an H200 (profiles/benchmarks/graph_dispatch).
+"""
 CHECKED_TOKENS = 32
+"""First tokens of a batch whose output is compared with the reference."""
 STATES = 1024
-"""Captures of one layer in mode "nodes"."""
+"""Most captures of one layer in mode "nodes"."""
 GUARD = 7.0
+"""Value of the rows around a tested output, which must not change."""
 _shortlists: WeakKeyDictionary[CostModel, dict[Hashable, tuple[CostModel | None, Shortlist]]] = WeakKeyDictionary()
-"""Of a model, by what they depend on, each with the part of the model that it is of, None for the whole: the layers of
-a network share theirs, at dozens of batch sizes each."""
+"""Shortlists of each cost model, by their other arguments. The layers of a network share them.
+
+Each stands with the part of the model that its columns refer to; None: the whole model.
+"""
 
 _right: WeakKeyDictionary[CostModel, dict[Hashable, set[str]]] = WeakKeyDictionary()
-"""Of a model, by size and dtype, the candidates whose output was right in one of its layers: engines capture dozens of
-sizes of dozens of layers, which run the same code."""
+"""Candidates whose output was right in one layer of each cost model, by batch size and dtype.
+
+Engines capture dozens of sizes of dozens of layers, which all run the same code.
+"""
 
 
 class Launches(Protocol):
-    """What runs a candidate: a layer."""
+    """What graph dispatch needs from a layer."""
 
     workspace: Workspace
 
@@ -77,8 +87,15 @@ class Launches(Protocol):
 
 @dataclass(frozen=True)
 class GraphPlan:
-    """What a graph for `num_tokens` gets. `mode` and why it is that one; the bodies, of which the first is the best for
-    the batch size alone; the shortlist that they are; in mode "nodes", how many kernels they have."""
+    """How a graph for `num_tokens` dispatches.
+
+    dtype: of the hidden states.
+    why: the reason for the mode.
+    bodies: the first is the best for the batch size alone.
+    shortlist: what the bodies were chosen by.
+    kernels: in mode "nodes", the number of kernels that all bodies launch; else 0.
+    selector: chooses the body; None with a single one.
+    """
 
     num_tokens: int
     dtype: torch.dtype
@@ -89,15 +106,15 @@ class GraphPlan:
     kernels: int = 0
     selector: Selector | None = field(default=None, repr=False)
     switching: CudaSelector | None = field(default=None, repr=False)
-    """The selector where it also sets the graph's nodes: in modes "nodes" and "switch"."""
+    """The selector if it also sets the graph's nodes, in modes "nodes" and "switch"; else None."""
 
 
 class _Fault(NamedTuple):
     reason: str
     wrong: bool = False
-    """Whether it computed something else; else it raised."""
+    """Whether the output was wrong. If not, the candidate raised."""
     passing: bool = False
-    """Whether memory was lacking, which says nothing of the candidate."""
+    """Whether memory was lacking, which is no fault of the candidate."""
 
 
 @dataclass
@@ -110,13 +127,13 @@ class _Trial:
     right: set[str]
     """Candidates whose output was right, in any layer of the cost model."""
     refused: dict[str, str]
-    """Why modes cannot be had, by mode."""
+    """Why modes are impossible, by mode."""
     unfit: dict[str, str]
-    """Why candidates cannot compute the batch: their kernels say so."""
+    """Why candidates do not take the batch's dtype, by name."""
     run: set[str] = field(default_factory=set)
-    """Candidates that were run."""
+    """Names of the candidates that were run."""
     skipped: dict[str, str] = field(default_factory=dict)
-    """Why candidates are left out of this plan alone."""
+    """Why candidates are left out of this plan alone, by name."""
 
 
 class _Offer(NamedTuple):
@@ -130,11 +147,13 @@ class _Offer(NamedTuple):
 
 
 class GraphDispatch:
-    """Plans, and captures, one layer's dispatch in CUDA graphs.
+    """Plans and captures one layer's dispatch in CUDA graphs.
 
-    mode: one of MODES; where None, by batch size the one with the least expected time that this machine has. fixed:
-    kernels that mode "nodes" leaves out (see `LaunchableKernel.switchable`). ep_size: see `LayerRuntime`. Raises
-    KernelError for a mode that cannot be had.
+    mode: one of MODES; None: at each batch size the one with the least expected time, of those possible here.
+    fixed: kernels that mode "nodes" leaves out (see `LaunchableKernel.switchable`).
+    ep_size: see `LayerRuntime`.
+
+    Raises KernelError for an unknown mode, and for one that is impossible on this machine.
     """
 
     def __init__(
@@ -161,37 +180,42 @@ class GraphDispatch:
         self.recorder: Recorder | None = None
         self._recorders: list[Recorder] = []  # graphs write to them for as long as they live
         self.names = [c.name for c in cost_model.candidates]
-        """By index, what a recorder's entries say was chosen."""
+        """Names of the candidates, by the index that a recorder writes."""
         self._launches, self._weights, self._model, self._top_k = launches, weights, cost_model, top_k
         self._device = weights.gate_up.device
         self._side = _side_stream(self._device)
-        # Engines empty the pool that weights are loaded into while they sleep: this must not be there.
+        # While engines sleep they free the pool that weights are loaded into: this memory must not come from there.
         self._states = allocate(4 * STATES, self._device).view(torch.int32).view(STATES, 1).fill_(-1)
         self._captures = 0
         self._ready: set[tuple[int, torch.dtype, int]] = set()
 
     def drop(self, name: str, reason: str) -> None:
-        """Plan no graph with the candidate of this name, or with those of the kernel, from now on."""
+        """Plan no graph with a candidate from now on. name: of the candidate, or of a kernel for all of its
+        candidates."""
         gone = {n for n in self.names if name in (n, n.partition("/")[0])}
         for found in gone:
             self.dropped.setdefault(found, reason)
         self.plans = {n: plan for n, plan in self.plans.items() if not gone & {c.name for c in plan.bodies}}
 
     def record(self, slots: int) -> Recorder:
-        """Keep the latest `slots` batches of the graphs that are captured from now on, and what was chosen for each, on
-        the device: `recorder.write(path, names)` makes a trace of them that `ramp-moe compare --trace` reads. Graphs of
-        one body are not recorded: nothing counts their ids."""
+        """Record the batches of the graphs that are captured from now on, and what was chosen for each.
+
+        The device keeps the latest `slots` of them. `Recorder.write` makes a trace for `ramp-moe compare --trace`.
+        Graphs of a single body are not recorded, since nothing counts their ids.
+        """
         experts = self._weights.down.shape[0]
         self.recorder = Recorder(slots, experts, self._top_k, self._device)
         self._recorders.append(self.recorder)
         return self.recorder
 
     def prepare(self, num_tokens: int, dtype: torch.dtype) -> GraphPlan:
-        """Decide what a graph for `num_tokens` gets, and run every body once: it is compiled, its buffers have their
-        size, and its output is right, or that of another layer of the same cost model was.
+        """Decide how a graph for `num_tokens` dispatches, and run every body once.
 
-        A candidate that raises, writes outside its output or computes something else is dropped before any capture, and
-        the next best takes its place; `dropped` says why. What computes something else is run in no eager batch either.
+        Every body is then compiled, and its buffers have their size. Its output was right, here or in another layer of
+        the same cost model.
+
+        A candidate that raises, writes outside its output or computes something else is dropped before any capture.
+        `dropped` says why, and the next best takes its place. One whose output is wrong runs in no eager batch either.
         One that lacks memory is left out of this plan alone. Raises KernelError with the reasons if none is left.
         """
         known = self.plans.get(num_tokens)
@@ -225,10 +249,10 @@ class GraphDispatch:
         return _Trial(batch, expected, right, refused, unfit)
 
     def _cheapest(self, trial: _Trial) -> _Offer:
-        """First step: the mode with the least expected time, and its bodies."""
+        """Take the first step: find the mode with the least expected time, and its bodies."""
         model = self._left({**trial.unfit, **trial.skipped}).at(trial.batch.num_tokens)
         if self._modes == MODES and {c.kernel for c in model.candidates} <= self._fixed:
-            trial.refused["nodes"] = "no kernel here is as fast where nodes are switched"
+            trial.refused["nodes"] = "every kernel here is slower if its nodes are switched"
         modes = [m for m in self._modes if m not in trial.refused]
         if not modes:
             raise KernelError(_cannot(f"{self._modes[0]}: {trial.refused[self._modes[0]]}"))
@@ -236,7 +260,7 @@ class GraphDispatch:
         return min(offers, key=lambda o: o.short.expected_us)  # of equal ones the first
 
     def _run_once(self, bodies: Sequence[Candidate], trial: _Trial) -> bool:
-        """Second step: run every body that has not been. False if one of them is to be done without."""
+        """Take the second step: run every body that was not run yet. Returns False if one of them is left out."""
         for candidate in bodies:
             name = candidate.name
             if name in trial.run:
@@ -250,12 +274,12 @@ class GraphDispatch:
                 trial.skipped[name] = found.reason
             else:
                 self.dropped[name] = found.reason
-                if found.wrong:  # in an eager batch, too; what raises is dropped when it does
+                if found.wrong:  # so would it be in eager batches; a candidate that raises is dropped when it does
                     self._launches.drop(candidate, found.reason, wrong=True)
         return not any(c.name in self.dropped or c.name in trial.skipped for c in bodies)
 
     def _planned(self, offer: _Offer, trial: _Trial) -> GraphPlan:
-        """Third step: the plan. Raises KernelError if the mode cannot be had with these bodies."""
+        """Take the third step: make the plan. Raises KernelError if the mode is impossible with these bodies."""
         mode, bodies, tokens = offer.mode, offer.bodies, trial.batch.num_tokens
         dtype = trial.batch.hidden_states.dtype
         skipped = [f"{name}: {reason}" for name, reason in trial.skipped.items()]
@@ -273,7 +297,7 @@ class GraphDispatch:
         return GraphPlan(tokens, dtype, mode, why, bodies, offer.short, kernels, selector, switching)
 
     def outlook(self, num_tokens: int) -> tuple[str, CostModel, Shortlist]:
-        """What `prepare` begins with: the mode of the least expected time, the model of its candidates, and its bodies.
+        """The mode that `prepare` would try first, the model that its shortlist refers to, and that shortlist.
 
         Nothing is run. Raises KernelError if no candidate is left.
         """
@@ -283,9 +307,11 @@ class GraphDispatch:
         return (offer.mode if offer.short.pays else "single"), offer.model, offer.short
 
     def ready(self, num_tokens: int, dtype: torch.dtype) -> None:
-        """Run every body that there is for `num_tokens` once on the current stream, so that its buffers have their size
-        before a capture on it; not again, and not in a capture. For captures that must keep nothing that they
-        allocate."""
+        """Run every body of the plan for `num_tokens` once per stream, on the current one.
+
+        Their buffers then have their size, and a capture on that stream allocates none. Does nothing in a capture, or
+        without a plan for this size and dtype.
+        """
         import torch
 
         plan, stream = self.plans.get(num_tokens), torch.cuda.current_stream(self._device)
@@ -304,9 +330,11 @@ class GraphDispatch:
     def capture(
         self, plan: GraphPlan, x: Tensor, topk_ids: Tensor, topk_weights: Tensor, out: Tensor, num_valid: Tensor | None
     ) -> None:
-        """Add the choice and the plan's bodies to the graph that is captured on the current stream. Everything that is
-        given is read, and out written, at every replay; num_valid int32 `[1]`, where given, is how many tokens are
-        none of the padding."""
+        """Add the choice and the plan's bodies to the graph that is captured on the current stream.
+
+        Every replay reads the tensors given, and writes out. They are as `LayerRuntime.forward` takes them; num_valid
+        is int32 `[1]` or None.
+        """
         assert plan.selector is not None
         ids = self._kernel_ids(topk_ids)
         batch = Batch(x, ids, topk_weights)
@@ -325,7 +353,7 @@ class GraphDispatch:
             graph.capture_switch(select, bodies, self._side)
 
     def _state(self) -> Tensor:
-        """Memory of its own for one more capture in mode "nodes": what was chosen last."""
+        """Memory for what was chosen last, int32 `[1]`, of one more capture in mode "nodes"."""
         if self._captures == STATES:
             raise KernelError(f"one layer can be captured {STATES} times in mode nodes; give mode='switch' for more")
         self._captures += 1
@@ -339,7 +367,7 @@ class GraphDispatch:
         return CudaSelector(table, self._weights.down.shape[0], self._device)
 
     def _selector(self, table: CostTable) -> Selector:
-        """One that chooses, and need not set nodes. Raises KernelError if there is none."""
+        """A selector that need not set nodes. Raises KernelError if there is none."""
         try:
             return self._cuda_selector(table)
         except KernelError:
@@ -365,11 +393,11 @@ class GraphDispatch:
         torch.index_select(outs, 0, choice, out=out[None])
 
     def _outs(self, plan: GraphPlan, out: Tensor) -> Tensor:
-        """Every gated body's own."""
+        """The outputs of gated bodies, `[bodies, T, H]`."""
         return self._launches.workspace.get("gated_out", (len(plan.bodies), *out.shape), out.dtype, out.device)
 
     def _offer(self, mode: str, model: CostModel, num_tokens: int) -> _Offer:
-        """The bodies that a mode would have."""
+        """The bodies that a mode would have at a batch size."""
         costs = OVERHEAD_US[mode]
         known = _shortlists.setdefault(model, {})
         key = mode, num_tokens, self._fixed, tuple(costs.items()), self._ep_size
@@ -393,7 +421,7 @@ class GraphDispatch:
         return self._model.without(without)
 
     def _kernels(self, bodies: Sequence[Candidate], batch: Batch) -> int:
-        """How many kernels the bodies have. Raises KernelError if they cannot be nodes that are switched."""
+        """The number of kernels that the bodies launch. Raises KernelError if mode "nodes" cannot switch them."""
         import torch
 
         out, kernels = torch.empty_like(batch.hidden_states), 0
@@ -410,7 +438,8 @@ class GraphDispatch:
         return kernels
 
     def _check_inline(self, bodies: Sequence[Candidate], trial: _Trial) -> None:
-        """Run the one launch as each of the bodies. Raises KernelError if they cannot be one."""
+        """Run the common launch once as each of the bodies. Raises KernelError if they have none, or if it is
+        wrong."""
         import torch
 
         keys = {self._launches.inline_key(c) for c in bodies}
@@ -430,15 +459,17 @@ class GraphDispatch:
     def _misbehaves(
         self, launch: Callable[[Batch, Tensor], None], batch: Batch, expected: Tensor | None
     ) -> _Fault | None:
-        """Why what this launches must not be captured; None where nothing is wrong with it, as far as is asked: its
-        output is not looked at where nothing is expected."""
+        """Why a launch must not be captured; None if nothing is wrong with it.
+
+        expected: the first tokens' output `[tokens, H]`; None: the output is not compared.
+        """
         import torch
 
         x = batch.hidden_states
         guarded = torch.full((len(x) + 2, x.shape[1]), GUARD, dtype=x.dtype, device=x.device)
         try:
             for stream in (torch.cuda.current_stream(self._device), self._side):
-                # A capture runs on the caller's stream, or on ours: buffers are each stream's own.
+                # A capture runs on the caller's stream or on ours, and each stream has buffers of its own.
                 stream.wait_stream(torch.cuda.current_stream(self._device))
                 with torch.cuda.stream(stream):
                     launch(batch, guarded[1:-1])
@@ -458,7 +489,7 @@ class GraphDispatch:
         return None
 
     def _batch(self, num_tokens: int, dtype: torch.dtype) -> Batch:
-        """Random, evenly routed."""
+        """A random batch with even routing."""
         import torch
 
         experts, hidden = self._weights.down.shape[:2]
@@ -472,15 +503,18 @@ class GraphDispatch:
 
 @cache
 def _side_stream(device: torch.device) -> torch.cuda.Stream:
-    """One for all layers, for which a workspace has one set of buffers: graphs with conditional nodes of layers that
-    share a workspace must not run at the same time."""
+    """The stream on which all layers capture bodies of conditional nodes.
+
+    Buffers are each stream's own, so these bodies share one set of a workspace. Graphs of such layers must not run at
+    the same time.
+    """
     import torch
 
     return torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
 
 
 def _cannot(mode_and_reason: str) -> str:
-    return f"dispatch in graphs cannot be had in mode {mode_and_reason}; leave the mode out"
+    return f"graphs cannot dispatch in mode {mode_and_reason}; leave the mode out"
 
 
 def _first(batch: Batch, tokens: int) -> Batch:

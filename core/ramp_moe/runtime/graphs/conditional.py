@@ -1,11 +1,10 @@
-"""One of several bodies inside a CUDA graph that is being captured, chosen on the device at every replay.
+"""Adds several bodies to a CUDA graph in capture, of which the device chooses one at every replay.
 
-    nodes   every body on a branch of its own, its kernel nodes switched on or off by the kernel that chooses (device-
-            updatable nodes, CUDA 12.4): kernels alone, and the graph can be instantiated once
-    switch  a conditional node with a graph for each body (CUDA 12.8): whatever can be captured
+    nodes   Every body has a branch of its own. The kernel that chooses switches its kernel nodes on or off (device-
+            updatable nodes, CUDA 12.4). Bodies launch kernels alone, and the graph can be instantiated only once.
+    switch  A conditional node has a graph for each body (CUDA 12.8). Bodies are whatever can be captured.
 
-Both are added to the capture in progress on the current stream, so they live inside an engine's own capture, between
-whatever else it captures there.
+Both are added to the capture in progress on the current stream. So they also work inside an engine's own capture.
 """
 
 from __future__ import annotations
@@ -25,15 +24,16 @@ if TYPE_CHECKING:
 
 Body = Callable[[], None]
 Select = Callable[[int], "Launch"]
-"""Launches the choice on the current stream, given the handle of the conditional node that it is to set, or 0."""
+"""Launches the choice on the current stream. Takes the handle of the conditional node to set; 0: there is none."""
 NODES_SINCE, SWITCH_SINCE = 12040, 12080
+"""CUDA versions from which on the modes exist, as the driver counts them."""
 MAX_NODES = 128
-"""Of all bodies together, as select.cu has it."""
+"""Most kernel nodes of all bodies together; NODES of select.cu."""
 
 
 @functools.cache
 def unsupported(mode: str) -> str | None:
-    """Why a mode cannot be had on this machine; None where it can."""
+    """Why a mode is impossible on this machine; None if it is possible."""
     import torch
 
     if torch.version.cuda is None:
@@ -56,8 +56,10 @@ def _version(text: str) -> int:
 
 
 def kernel_nodes(body: Body, side: torch.cuda.Stream) -> int | None:
-    """How many kernels a body launches, found by capturing it on a stream of its own; None where it launches something
-    else, too. Run the body before: what it loads or compiles cannot be captured."""
+    """The number of kernels that a body launches; None if it launches anything else, too.
+
+    The body is captured on `side` to find out. Run it before: what it loads or compiles cannot be captured.
+    """
     from cuda.bindings import runtime
 
     graph = _captured(body, side, None)
@@ -71,7 +73,7 @@ def kernel_nodes(body: Body, side: torch.cuda.Stream) -> int | None:
 
 
 def _captured(body: Body, side: torch.cuda.Stream, into: Any) -> Any:
-    """The graph of what a body launches: a new one, or added to `into`."""
+    """Capture a body on `side`: into the graph `into`, or if None into a new one. Returns the graph."""
     import torch
     from cuda.bindings import runtime
 
@@ -90,8 +92,11 @@ def _captured(body: Body, side: torch.cuda.Stream, into: Any) -> Any:
 
 
 def capture_nodes(select: Select, function: Any, bodies: Sequence[Body]) -> int:
-    """Add the choice and the bodies, each of kernels alone, to the capture on the current stream, in mode "nodes".
-    Returns the number of kernel nodes. `select` must leave room for the nodes in its launch (`last`)."""
+    """Add the choice and the bodies to the capture on the current stream, in mode "nodes".
+
+    Each body must launch kernels alone. `select` must launch with `last`, which the nodes need. Returns the number of
+    kernel nodes. Raises KernelError for more than MAX_NODES.
+    """
     from cuda.bindings import driver
 
     launch = select(0)
@@ -119,8 +124,11 @@ def capture_nodes(select: Select, function: Any, bodies: Sequence[Body]) -> int:
 
 
 def capture_switch(select: Select, bodies: Sequence[Body], side: torch.cuda.Stream) -> None:
-    """Add the choice and the bodies to the capture on the current stream, in mode "switch". `side` is a stream that
-    does nothing else. The choice is one of the bodies whatever the costs are: beyond them, none would run."""
+    """Add the choice and the bodies to the capture on the current stream, in mode "switch".
+
+    side: a stream that does nothing else. The choice must be the index of a body even if costs are NaN: otherwise none
+    would run.
+    """
     from cuda.bindings import runtime
 
     graph, _ = _capture()
@@ -139,7 +147,10 @@ def capture_switch(select: Select, bodies: Sequence[Body], side: torch.cuda.Stre
 
 
 def _capture() -> tuple[Any, list[Any]]:
-    """The graph that the current stream is captured into, and the nodes that its next launch would depend on."""
+    """The graph that the current stream is captured into, and the nodes that its next launch would depend on.
+
+    Raises KernelError without a capture.
+    """
     import torch
     from cuda.bindings import runtime
 
@@ -162,9 +173,11 @@ def _continue_from(nodes: list[Any]) -> None:
 
 
 def _between(last: Sequence[Any], first: Any) -> list[Any]:
-    """The nodes that `last` depend on, themselves included, down to `first`. Programmatic edges from `first`, over
-    which a kernel may begin before the one before has ended, become full ones: what is about to be switched off must
-    not have begun."""
+    """The nodes `last` and all that they depend on, up to but without `first`.
+
+    Programmatic edges from `first` become full ones. Over a programmatic edge a kernel may begin before the other has
+    ended, and what is about to be switched off must not have begun.
+    """
     from cuda.bindings import runtime
 
     graph, _ = _capture()
@@ -187,7 +200,7 @@ def _between(last: Sequence[Any], first: Any) -> list[Any]:
 
 
 def _device_updatable(node: Any) -> int:
-    """Make a captured kernel node one that kernels can switch; its handle on the device."""
+    """Make a captured kernel node one that kernels can switch. Returns its handle for the device."""
     from cuda.bindings import driver
 
     attribute = driver.CUlaunchAttributeID.CU_LAUNCH_ATTRIBUTE_DEVICE_UPDATABLE_KERNEL_NODE

@@ -1,4 +1,4 @@
-"""A cost model as arrays, for kernels that evaluate `ramp_moe.cost_model.formula` where the histogram is."""
+"""A cost model as arrays, for kernels that evaluate `ramp_moe.cost_model.formula` on the device."""
 
 from __future__ import annotations
 
@@ -20,56 +20,63 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 MAX_BLOCKS, MAX_LAUNCHES, MAX_PARTS, MAX_CANDIDATES, MAX_DISTANCES = 64, 256, 1024, 512, 6144
-"""Limits of the kernels, which keep all of these in shared memory."""
+"""Limits of the kernels. select.cu keeps these arrays in shared memory."""
 LARGEST_BLOCK = 2**30
-"""Of any expert's tokens, with room to round up in 32 bits."""
+"""A block larger than any expert's tokens, with which 32 bits suffice for rounding up."""
 
 
 @dataclass(frozen=True)
 class CostTable:
-    """B distinct token blocks, L launches of up to G grids (see `grids`), P parts, C candidates that are sums of parts,
-    Q sets of R points from which distances are taken (see `residual`). int32 and float32.
+    """Arrays of int32 and float32, from which `ramp_moe.cost_model.formula` computes the cost of each candidate.
 
-    `ramp_moe.cost_model.formula` defines how they become a cost. In its step 6, candidate c has the set of points
-    q = set_of[c]: weight[r] is weights[r, c], z[r] is points[q, :, r], and its block is blocks[set_block[q]]. Only
-    candidates that the model would ever choose are in it.
+    Their sizes are:
+
+        B   distinct token blocks
+        L   launches, each of up to G grids (see `grids`)
+        P   parts
+        C   candidates, which are sums of parts. Only contenders of the model are in the table.
+        Q   sets of R points, to which distances are taken (see `residual`)
+
+    In step 6 of the formula, candidate c has the set of points q = set_of[c]. Its weight[r] is weights[r, c], its z[r]
+    is points[q, :, r], and its block is blocks[set_block[q]].
     """
 
     blocks: NDArray[np.int32]
-    """`[B]`, ascending: the first counts routed ids, the last active experts"""
+    """`[B]`, ascending. M-tiles of the first block are routed ids, those of the last are active experts."""
     grid_block: NDArray[np.int32]
     """`[G, L]`: index into blocks"""
     grid_ctas: NDArray[np.float32]
-    """`[G, L]`: CTAs an M-tile; 0 where a launch has fewer grids"""
+    """`[G, L]`: CTAs per M-tile; 0 if the launch has fewer grids"""
     grid_cluster: NDArray[np.int32]
-    """`[G, L]`: M-tiles a cluster, a power of two: theirs are rounded up to whole clusters"""
+    """`[G, L]`: M-tiles per cluster, a power of two. Numbers of M-tiles are rounded up to whole clusters."""
     grid_slots: NDArray[np.float32]
-    """`[G, L]`: CTAs a wave; infinite for launches without a grid"""
+    """`[G, L]`: CTAs per wave; infinite without a grid"""
     grid_work: NDArray[np.float32]
-    """`[G, L]`"""
+    """`[G, L]`: work of a CTA, relative to those of other grids"""
     launch_of: NDArray[np.int32]
-    """`[P]`"""
+    """`[P]`: index of the part's launch"""
     coefficients: NDArray[np.float32]
-    """`[len(TERMS), P]`, microseconds a unit"""
+    """`[len(TERMS), P]`, microseconds per unit of the term"""
     floor: NDArray[np.float32]
-    """`[P]`, microseconds"""
+    """`[P]`: least microseconds of a part"""
     first: NDArray[np.int32]
     """`[C + 1]`: candidate c is the sum of parts[first[c] : first[c + 1]]"""
     parts: NDArray[np.int32]
+    """`[first[C]]`: indices of the candidates' parts"""
     unit: NDArray[np.float32]
-    """`[Q, 3]`"""
+    """`[Q, 3]`: by which the logarithms of a batch are multiplied, along each axis"""
     points: NDArray[np.float32]
-    """`[Q, 3, R]`"""
+    """`[Q, 3, R]`: in those units"""
     set_block: NDArray[np.int32]
     """`[Q]`: index into blocks"""
     set_of: NDArray[np.int32]
-    """`[C]`: index of a set of points, any where the weights are 0"""
+    """`[C]`: index of a set of points; of any set if the candidate's weights are 0"""
     constant: NDArray[np.float32]
-    """`[C]`"""
+    """`[C]`: logarithm that is added to the weighted distances"""
     weights: NDArray[np.float32]
     """`[R, C]`"""
     label: NDArray[np.int32]
-    """`[C]`: what is recorded for a candidate that is chosen, its index in the model"""
+    """`[C]`: number that a recorder writes for a candidate; by default its index in the model"""
 
     @property
     def num_candidates(self) -> int:
@@ -77,7 +84,10 @@ class CostTable:
 
     @classmethod
     def of(cls, model: CostModel, columns: Sequence[int]) -> CostTable:
-        """Of these of the model's candidates, each a contender. Raises KernelError beyond the limits."""
+        """Make the table of some candidates of a model.
+
+        columns: their indices. Raises KernelError for one that is no contender, and beyond the limits.
+        """
         if outsiders := set(columns) - set(model.contenders.tolist()):
             raise KernelError(f"{model.candidates[min(outsiders)].name} is no contender: the model never chooses it")
         candidates = [model.candidates[c] for c in columns]
@@ -87,7 +97,7 @@ class CostTable:
         grids = Grids([f.part.grids for f in fits], model.hardware.num_sms)
         most = max(map(len, grids.launches))
         blocks = grids.blocks.tolist()
-        # A grid that is none: no CTAs, in endless slots.
+        # Launches of fewer grids are padded with one of no CTAs, in infinitely many slots.
         padded = [(*launch, *[(1, 0, 1, np.inf, 0.0)] * (most - len(launch))) for launch in grids.launches]
         block, ctas, cluster, slots, work = (
             np.array([[g[i] for g in launch] for launch in padded]).T for i in range(5)
@@ -128,11 +138,11 @@ class CostTable:
 
 
 def _corrections(model: CostModel, columns: Sequence[int], blocks: Sequence[int]) -> dict[str, NDArray[Any]]:
-    """The table's arrays that correct."""
+    """The table's arrays of step 6, by name."""
     names = [model.candidates[c].name for c in columns]
     rows = max((len(r.ids) for r in model.residuals), default=0)
     set_of, constant = np.zeros(len(names), np.int32), np.zeros(len(names), np.float32)
-    # A residual of fewer batches than another weighs the points that it lacks with 0.
+    # If a residual has fewer batches than another, the points that it lacks have weight 0.
     weights = np.zeros((rows, len(names)), np.float32)
     sets: dict[tuple[int, int], int] = {}
     for c, name in enumerate(names):

@@ -1,4 +1,4 @@
-"""CUDA C++ that comes with the library, compiled and linked when first needed: by NVRTC and nvJitLink, no nvcc."""
+"""Compiles and loads the library's CUDA C++ when it is first needed, with NVRTC and nvJitLink instead of nvcc."""
 
 from __future__ import annotations
 
@@ -13,14 +13,17 @@ INSTALL = "pip install 'ramp-moe[graphs]'"
 
 
 class Function(NamedTuple):
-    """One that is loaded on a device, and the bytes of shared memory that a launch may ask for beside its own."""
+    """A function that is loaded on a device. shared_bytes: of dynamic shared memory that a launch may ask for."""
 
     handle: Any
     shared_bytes: int
 
 
 def checked(result: tuple[Any, ...], doing: str) -> Any:
-    """What a CUDA call returned beside its status: nothing, one value, or several. Raises KernelError."""
+    """What a CUDA call returned beside its status: None, one value, or a tuple. Raises KernelError if it failed.
+
+    doing: what the call is for, for the message.
+    """
     status, *values = result
     if int(status) != 0:
         raise KernelError(f"{doing}: {status.name}")
@@ -28,7 +31,7 @@ def checked(result: tuple[Any, ...], doing: str) -> Any:
 
 
 def unavailable() -> str | None:
-    """Why nothing can be compiled here; None where it can."""
+    """Why nothing can be compiled here; None if it can."""
     try:
         from cuda.bindings import driver, nvjitlink, nvrtc, runtime  # noqa: F401
     except ImportError as e:
@@ -37,8 +40,10 @@ def unavailable() -> str | None:
 
 
 def compile_cubin(source: str, name: str, arch: str) -> bytes:
-    """The cubin of a file of CUDA C++ for an architecture ("sm_90"), linked with the device runtime. Needs no GPU.
-    Raises KernelError with the compiler's log."""
+    """Compile CUDA C++ to a cubin that is linked with the device runtime. Needs no GPU.
+
+    name: of the file, for messages. arch: for one "sm_90". Raises KernelError with the compiler's log.
+    """
     if reason := unavailable():
         raise KernelError(f"{name} cannot be compiled: {reason}")
     from cuda.bindings import nvjitlink, nvrtc
@@ -67,7 +72,10 @@ def compile_cubin(source: str, name: str, arch: str) -> bytes:
 
 @functools.cache
 def load(path: Path, function: str, device: int) -> Function:
-    """The function of a file of CUDA C++, loaded on a device; once a process. Raises KernelError."""
+    """Compile a file of CUDA C++, and load one of its functions on a device, once per process.
+
+    Raises KernelError if either fails.
+    """
     import torch
     from cuda.bindings import driver
 
@@ -88,7 +96,7 @@ def load(path: Path, function: str, device: int) -> Function:
 
 @functools.cache
 def _device_runtime() -> Path | None:
-    """libcudadevrt.a: in a wheel of the CUDA runtime, or in a toolkit."""
+    """Path of libcudadevrt.a, in a wheel of the CUDA runtime or in a toolkit; None if it is in neither."""
     folders = []
     spec = importlib.util.find_spec("nvidia")
     for root in spec.submodule_search_locations or () if spec else ():

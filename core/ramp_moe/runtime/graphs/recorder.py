@@ -1,4 +1,4 @@
-"""What a layer routed and chose, kept on the device while graphs are replayed, for the host to read at its leisure."""
+"""Records on the device what a layer routes and chooses while graphs are replayed. The host reads it at any time."""
 
 from __future__ import annotations
 
@@ -20,8 +20,13 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class RecordedBatches:
-    """Batches in the order they ran: tokens, choices int64 `[batches]`, histograms int64 `[batches, num_experts]`;
-    `lost` batches before them were overwritten."""
+    """Batches in the order in which they ran.
+
+    tokens: int64 `[batches]`.
+    choices: int64 `[batches]`, labels of the cost table.
+    histograms: int64 `[batches, num_experts]`.
+    lost: number of batches before them, which were overwritten.
+    """
 
     tokens: IntArray
     choices: IntArray
@@ -29,19 +34,22 @@ class RecordedBatches:
     lost: int
 
     def counts(self, candidates: Sequence[str]) -> dict[str, int]:
-        """How often each of the named candidates was chosen, the commonest first; without those that never were."""
+        """How often each candidate was chosen, the most frequent first. Those that never were are left out.
+
+        candidates: names by label.
+        """
         return {candidates[c]: n for c, n in Counter(self.choices.tolist()).most_common()}
 
 
 class Recorder:
     """The latest `slots` batches of one layer, which selection kernels write and `read` reads.
 
-    ring int32 `[slots, 2 + num_experts]`: an entry is [tokens, choice, histogram...], where tokens counts those before
-    num_valid and choice is the candidate's label in the cost table. counter int64 `[1]`: batches so far; batch i is, or
-    was, entry i % slots. A kernel that is given both writes entry counter % slots and then counter + 1: calls that
-    share a recorder must follow each other on one stream.
+    ring: int32 `[slots, 2 + num_experts]`. An entry is [tokens, choice, histogram...]. tokens counts those before
+        num_valid, and choice is the candidate's label in the cost table.
+    counter: int64 `[1]`, batches so far. Batch i is, or was, entry i % slots.
 
-    Raises KernelError for a number below one.
+    A selection kernel writes entry counter % slots, and then counter + 1. So calls that share a recorder must follow
+    each other on one stream. Raises KernelError if any argument is below one.
     """
 
     def __init__(self, slots: int, num_experts: int, top_k: int, device: torch.device | str) -> None:
@@ -56,7 +64,7 @@ class Recorder:
         self.counter = torch.zeros(1, dtype=torch.int64, device=device)
 
     def check(self, num_experts: int, top_k: int, device: torch.device) -> None:
-        """Raises KernelError where a selection kernel of these would not write what this holds."""
+        """Raises KernelError if a selection kernel of these sizes, or on this device, cannot write here."""
         if (self.num_experts, self.top_k, self.ring.device) != (num_experts, top_k, device):
             raise KernelError(
                 f"the recorder is for {self.top_k} of {self.num_experts} experts on {self.ring.device}, the choice for "
@@ -64,7 +72,7 @@ class Recorder:
             )
 
     def read(self) -> RecordedBatches:
-        """What is recorded so far. Waits for the device; nothing is forgotten by reading."""
+        """Read what is recorded so far, and keep it. Waits for the device."""
         import torch
 
         if self.ring.is_cuda:
@@ -75,11 +83,11 @@ class Recorder:
         return RecordedBatches(entries[:, 0], entries[:, 1], entries[:, 2:], total - kept)
 
     def write(self, path: str | Path, candidates: Sequence[str], source: str = "") -> None:
-        """Write a routing trace (see `measurements.trace`), whole or not at all: a header with `source`, how often each
-        candidate was chosen and how many batches were lost; then the batches with a token.
+        """Write a routing trace (see `measurements.trace`), whole or not at all.
 
-        candidates: names by label in the cost table. Raises RoutingError where nothing was recorded, ProfileError where
-        the file cannot be written.
+        Its header has `source`, how often each candidate was chosen, and how many batches were lost. The batches with a
+        token follow. candidates: names by label in the cost table. Raises RoutingError if no batch with a token was
+        recorded, ProfileError if the file cannot be written.
         """
         found = self.read()
         if not found.tokens.any():

@@ -1,10 +1,9 @@
-// Chooses a candidate for a batch: top-k ids -> expert histogram -> cost of every candidate -> the cheapest, of
-// equal ones the first; and acts on the graph that it runs in. One CTA of 1024 threads. The cost is that of
-// ramp_moe/cost_model/formula.py, whose steps are named below; the table's arrays are CostTable's.
+// Chooses a candidate for a batch, and sets the nodes of the graph that it runs in: top-k ids -> expert histogram ->
+// cost of every candidate -> the cheapest, the first of equal ones. One CTA of 1024 threads. The cost is that of
+// ramp_moe/cost_model/formula.py, whose steps are named below. The table's arrays are those of CostTable.
 //
-// Little is computed: the time is that of waiting. So the table is on its way to shared memory from the beginning, and
-// is there when the histogram is; everything else that is read from global memory is asked for at once, too. Between
-// barriers,
+// Little is computed: most of the time is waiting for memory. So the copy of the table to shared memory begins first,
+// and is complete when the histogram is. Other reads of global memory are issued early, too. Between barriers,
 //
 //   threads    an id each              -> hist[], by atomics; ids as kernels take them
 //   a warp     a token block           -> counts[]: its M-tiles (step 1)
@@ -31,7 +30,7 @@ struct Params {
   // out
   int* choice;                // [1]
   int* histogram;             // [num_experts]
-  int* kernel_ids;            // [num_ids]: int32, -1 for what is not in range or padding; or null
+  int* kernel_ids;            // [num_ids]: int32, -1 for padding and for ids out of range; or null
   float* cost;                // [num_candidates], microseconds; or null
   int* last;                  // [1]: the choice that the nodes are set to, -1 at first; or null
   int* ring;                  // [slots, 2 + num_experts]: tokens, label of the choice, histogram; or null
@@ -59,7 +58,7 @@ __device__ __forceinline__ void load_experts(const Params& p, int first, int val
   for (int j = 0; j < BATCH; j++) e[j] = expert_of(p, first + j * THREADS, valid);
 }
 
-// Of the lanes' costs, none negative: the least, and the first of the candidates that have it.
+// The least of the lanes' costs, none of which is negative, and the first of the candidates that have it.
 __device__ __forceinline__ void cheapest(unsigned& bits, int& candidate) {
   const unsigned least = __reduce_min_sync(ALL, bits);
   candidate = __reduce_min_sync(ALL, bits == least ? candidate : CANDIDATES);
@@ -131,8 +130,8 @@ extern "C" __global__ void __launch_bounds__(THREADS) select_candidate(const __g
   for (int i = t; i < p.num_experts; i += THREADS) p.histogram[i] = hist[i];
 #pragma unroll 1
   for (int b = warp; b < p.num_blocks; b += WARPS) {
-    // ceil(count / block) is the floor of (count + block - 1/2) / block, which single precision has right up to 65,536
-    // ids and blocks of 2,048. The last block, of any number of tokens, only asks whether there are some.
+    // ceil(count / block) is the floor of (count + block - 1/2) / block, which single precision computes exactly up to
+    // 65,536 ids and blocks of 2,048. The last block takes any number of tokens: it counts experts that have some.
     const float block = ints(p.at.blocks)[b], share_of = __frcp_rn(block);
     int n = 0;
 #pragma unroll 4
@@ -158,7 +157,7 @@ extern "C" __global__ void __launch_bounds__(THREADS) select_candidate(const __g
   }
   __syncthreads();
 
-  // Columns for 32 candidates or more, a power of two, of as many threads each as there are.
+  // Each candidate has a column of threads. Columns are a power of two, at least 32, and divide all threads.
   int log_columns = 5;
   while (1 << log_columns < p.num_candidates) log_columns++;
   const int log_rows = 10 - log_columns, columns = 1 << log_columns, rows = 1 << log_rows, column = t & columns - 1;
@@ -170,7 +169,7 @@ extern "C" __global__ void __launch_bounds__(THREADS) select_candidate(const __g
     for (int r = t >> log_columns; r < p.num_rows; r += rows)
       sum += weights[r * p.num_candidates + column] * distance[r];
   }
-  share[(t >> log_columns) * (columns + 1) + column] = sum;  // one more: the next lines read down the columns
+  share[(t >> log_columns) * (columns + 1) + column] = sum;  // + 1: the next reads go down the columns
   __syncthreads();
 
   int candidate = t >> log_rows;
@@ -181,7 +180,7 @@ extern "C" __global__ void __launch_bounds__(THREADS) select_candidate(const __g
     if (candidate < p.num_candidates) {
       const float v = us[candidate] * __expf(floats(p.at.constant)[candidate] + logarithm);
       if (p.cost && !(t & rows - 1)) p.cost[candidate] = v;
-      bits = __float_as_uint(v);  // of numbers that are not negative, in their order
+      bits = __float_as_uint(v);  // keeps the order of numbers that are not negative
     }
     cheapest(bits, candidate);
   }

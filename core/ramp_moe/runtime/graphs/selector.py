@@ -1,4 +1,4 @@
-"""What a graph asks of whatever chooses among its bodies on the device."""
+"""The interface of what chooses among a graph's bodies on the device."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ if TYPE_CHECKING:
 class Selector(Protocol):
     """Chooses one of a cost table's candidates.
 
-    choice int32 `[1]`: the candidate's index, after a launch in the order of the stream.
+    choice: int32 `[1]`, the candidate's index. A launch writes it, in the order of the stream.
     """
 
     choice: Tensor
@@ -25,10 +25,13 @@ class Selector(Protocol):
         kernel_ids: Tensor | None = None,
         recorder: Recorder | None = None,
     ) -> object:
-        """Choose for topk_ids int32 or int64 `[T, k]`, contiguous, on the current stream.
+        """Choose a candidate for a batch, on the current stream.
 
-        num_valid int32 `[1]`: tokens from there on are padding; None if there is none. kernel_ids int32 `[T, k]`, if
-        given, becomes the ids as kernels take them: -1 for padding and what is out of range. recorder: gets what was
-        routed and chosen. Raises KernelError for what it does not take.
+        topk_ids: contiguous int32 or int64 `[T, k]`.
+        num_valid: int32 `[1]`, number of tokens before the padding; None: there is no padding.
+        kernel_ids: int32 `[T, k]`, which becomes the ids as kernels take them: -1 for padding. None: not wanted.
+        recorder: records what was routed and chosen.
+
+        Raises KernelError for arguments that it does not take.
         """
         ...

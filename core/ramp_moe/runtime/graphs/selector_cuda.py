@@ -1,4 +1,4 @@
-"""Choosing a candidate on the device, in one launch of `select.cu`."""
+"""Chooses a candidate on the device, in one launch of `select.cu`."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ class Params(ctypes.Structure):
 
 
 def packed(table: CostTable) -> tuple[NDArray[np.int32], list[int]]:
-    """The table's arrays one after the other, each from a multiple of 16 bytes on, as words; and where each begins."""
+    """The table's arrays one after the other, as words, and the word at which each begins: a multiple of four."""
     at, words = [], []
     size = 0
     for name in _ARRAYS:
@@ -60,7 +60,7 @@ def packed(table: CostTable) -> tuple[NDArray[np.int32], list[int]]:
 
 
 class Launch:
-    """Arguments of one launch, kept for as long as a graph that holds it may change them."""
+    """Arguments of one launch. They must live until a capture has added its nodes to them."""
 
     def __init__(self, params: Params) -> None:
         self.params = params
@@ -68,16 +68,19 @@ class Launch:
 
     @property
     def address(self) -> int:
-        """Of what the driver takes as kernelParams."""
+        """The address that the driver takes as kernelParams."""
         return ctypes.addressof(self._arguments)
 
 
 class CudaSelector:
-    """Chooses among a table's candidates.
+    """Chooses among a table's candidates. A launch writes its attributes, in the order of the stream.
 
-    After a launch, in the order of the stream, `choice` int32 `[1]` is the index of the cheapest, of equal ones the
-    first; `histogram` int32 `[E]` the batch's; and `cost` float32 `[C]`, where `with_cost`, microseconds by candidate.
-    Raises KernelError if the kernel cannot be compiled.
+    choice: int32 `[1]`, index of the cheapest candidate, the first of equal ones.
+    histogram: int32 `[E]`, of the batch.
+    cost: float32 `[C]`, microseconds of each candidate; None without with_cost.
+
+    Raises KernelError for more than MAX_EXPERTS experts, for a table that does not fit into shared memory, and if the
+    kernel cannot be compiled.
     """
 
     def __init__(self, table: CostTable, num_experts: int, device: torch.device, with_cost: bool = False) -> None:
@@ -94,7 +97,7 @@ class CudaSelector:
         self.cost = torch.zeros(table.num_candidates, dtype=torch.float32, device=self.device) if with_cost else None
         words, at = packed(table)
         self._table = torch.from_numpy(words).to(self.device)
-        # What does not fit, the weights of many candidates, is read from where it is.
+        # The weights of many candidates may not fit into shared memory. They are then read from global memory.
         num_shared = len(words) if 4 * len(words) <= room else at[_ARRAYS.index("weights")]
         if 4 * num_shared > room:
             raise KernelError(f"a cost model of {4 * num_shared} bytes does not fit into {room}: give fewer candidates")
@@ -123,12 +126,13 @@ class CudaSelector:
         handle: int = 0,
         last: Tensor | None = None,
     ) -> Launch:
-        """Choose for topk_ids int32 or int64 `[T, k]`, contiguous, on the current stream.
+        """Choose a candidate for a batch as `Selector.launch` describes it.
 
-        num_valid int32 `[1]`: tokens from there on are padding. kernel_ids int32 `[T, k]`, where given, becomes the ids
-        as kernels take them: -1 for padding and what is out of range. handle: of a conditional node that is set to the
-        choice. last int32 `[1]`: for nodes that are given to the launch later. Raises KernelError for ids that it does
-        not take.
+        kernel_ids: ids out of range become -1, too.
+        handle: of the conditional node to set to the choice; 0: there is none.
+        last: int32 `[1]`, what the nodes are set to, -1 at first. Required if nodes are added to the launch later.
+
+        Raises KernelError for ids that it does not take, and for a recorder of other sizes.
         """
         import torch
         from cuda.bindings import driver

@@ -1,13 +1,13 @@
-"""Choosing a candidate where the routing is: top-k ids -> histogram -> cost of every candidate -> the cheapest.
+"""Chooses a candidate on the device, in Triton: top-k ids -> histogram -> cost of every candidate -> the cheapest.
 
 The cost is that of `ramp_moe.cost_model.formula`, whose steps are named below.
 
-One program, since a launch costs more than what is computed here. Code that runs once a layer comes from memory each
-time: it is kept short by many warps, by tiles of at most 4096 elements and by loops that are not unrolled.
+There is one program, since a second launch costs more than what is computed here. Code that runs once per layer is
+fetched from memory each time. Many warps, tiles of at most 4096 elements and loops that are not unrolled keep it short.
 
     count       int32   [BINS]        ids of each expert
-    tiles       float32 [BLOCKS]      M-tiles of each token block: of the first routed ids, of the last active experts
-                                      (step 1)
+    tiles       float32 [BLOCKS]      M-tiles of each token block (step 1): routed ids for the first, active experts for
+                                      the last
     part_us     float32 [PARTS]       (steps 2 to 4)
     us          float32 [CANDIDATES]  sums of parts; infinite past the last (step 5)
     corrected   float32 [STEP]        STEP at a time in their order (step 6)
@@ -30,7 +30,7 @@ from .recorder import Recorder
 
 MAX_IDS, MAX_EXPERTS = 65_536, 1024
 
-_CHUNK = tl.constexpr(1024)  # ids that are counted at a time: more take more code
+_CHUNK = tl.constexpr(1024)  # ids that are counted at a time; more would take more code
 _WARPS = 16
 _TILE = 4096
 
@@ -43,12 +43,12 @@ def _load_ids(topk_ids, first, num_ids):
 
 @triton.jit
 def _count(topk_ids, num_valid, num_ids, num_tokens, top_k, num_experts, BINS: tl.constexpr):
-    """(count int32 [BINS], tokens): ids of each expert, and tokens before `num_valid`, which alone count."""
+    """Returns (count, tokens): ids of each expert, int32 [BINS], and tokens before `num_valid`. Only those count."""
     count = tl.zeros((BINS,), tl.int32)
     tokens = num_tokens
     ids = _load_ids(topk_ids, 0, num_ids)
     if num_valid is not None:
-        # Any value is harmless: it is brought into range before the product, which cannot overflow then.
+        # Any value is safe: it is clamped before the product, which then cannot overflow.
         tokens = tl.minimum(tl.maximum(tl.load(num_valid), 0), num_tokens)
     for first in range(0, num_ids, _CHUNK):
         following = _load_ids(topk_ids, first + _CHUNK, num_ids)
@@ -67,8 +67,8 @@ def _tiles(count, blocks, num_blocks, BINS: tl.constexpr, BLOCKS: tl.constexpr, 
     for first in range(0, num_blocks, STEP):
         step = first + tl.arange(0, STEP)
         block = tl.load(blocks + step, mask=step < num_blocks, other=1).to(tl.float32)
-        # The rounded-up quotient, exactly while count + block < 2^21: the half keeps quotients off whole numbers by
-        # more than the reciprocal is wrong. A division of integers takes ten times as long.
+        # The quotient rounded up, exact while count + block < 2^21: the half keeps quotients off whole numbers by more
+        # than the reciprocal's error. An integer division takes ten times as long.
         up = tl.floor((count.to(tl.float32)[None, :] + (block - 0.5)[:, None]) * (1.0 / block)[:, None])
         # The last block holds any number of tokens, too many for that.
         up = tl.where((step == num_blocks - 1)[:, None], tl.minimum(count, 1).to(tl.float32)[None, :], up)
@@ -84,7 +84,10 @@ def _log(count):
 
 @triton.jit
 def _square_away(log, axis, set_, points, unit, num_rows, ROWS: tl.constexpr):
-    """float32 [STEP, ROWS]: along one axis, from a batch at log [STEP] to the points of sets set_ [STEP]."""
+    """Squared distances along one axis, float32 [STEP, ROWS].
+
+    They are from a batch at log [STEP], or a scalar, to the points of the sets set_ [STEP].
+    """
     row = tl.arange(0, ROWS)
     of_axis = set_ * 3 + axis
     at = tl.load(points + of_axis[:, None] * num_rows + row[None, :], mask=row[None, :] < num_rows, other=0.0)
@@ -92,7 +95,7 @@ def _square_away(log, axis, set_, points, unit, num_rows, ROWS: tl.constexpr):
     return away * away
 
 
-# What changes with the batch and the table must not each compile a kernel of its own.
+# Values that change with the batch or the table must not compile a kernel each.
 _SIZES = [
     "num_ids", "num_tokens", "top_k", "num_experts", "num_blocks", "num_launches", "num_grids", "num_parts",
     "num_candidates", "num_rows", "parts_each", "ring_slots",
@@ -137,7 +140,7 @@ def select_kernel(
     num_parts,
     num_candidates,
     num_rows,
-    parts_each,  # of the candidate that has most
+    parts_each,  # parts of the candidate that has most
     ring_slots,
     # Powers of two
     BINS: tl.constexpr,
@@ -153,7 +156,7 @@ def select_kernel(
 ):
     if ring is not None:
         recorded = tl.load(counter)  # long before it is written: every thread reads it for itself
-    # What the table says is asked for first, and comes while ids are counted.
+    # The table's loads are issued first, and complete while ids are counted.
     part = tl.arange(0, PARTS)
     of_part = part < num_parts
     launch = tl.load(launch_of + part, mask=of_part, other=0)
@@ -180,7 +183,7 @@ def select_kernel(
 
     of_block = tl.reshape(tl.gather(tiles, tl.reshape(block, (GRIDS * PARTS,)), 0), (GRIDS, PARTS)).to(tl.int32)
     ctas = ((of_block + cluster - 1) & -cluster).to(tl.float32) * per_tile
-    waves = tl.div_rn(ctas, per_wave)  # as IEEE says: a full wave must not round up to another
+    waves = tl.div_rn(ctas, per_wave)  # rounded as by IEEE: a full wave must not become two
     all_ctas = tl.sum(ctas * work, 0)
     part_us += us_wave * tl.sum(waves * work, 0) + us_whole_wave * tl.sum(tl.ceil(waves) * work, 0)
     part_us += us_cta * all_ctas + us_log_cta * tl.log(1.0 + all_ctas) + us_active * active
@@ -223,7 +226,7 @@ def select_kernel(
             best_us = tl.minimum(corrected, best_us)
     elif cost_us is not None:
         tl.store(cost_us + candidate, us, mask=exists)
-    # The first of equal ones; and one that exists, even if every cost were NaN.
+    # The first of equal candidates; an existing one even if every cost is NaN.
     chosen = tl.min(tl.where(best_us == tl.min(best_us), best, num_candidates - 1))
     tl.store(choice, chosen)
 
@@ -236,11 +239,13 @@ def select_kernel(
 
 
 class TritonSelector:
-    """Chooses among a table's candidates by the top-k ids on the device, in one launch that the host does not wait for.
+    """Chooses among a table's candidates by the top-k ids on the device, in one launch. The host does not wait.
 
-    choice int32 `[1]`: the candidate's index; histogram int32 `[num_experts]`. Both are allocated once and belong to
-    the latest call in the order of the stream; a captured graph fills them again when it is replayed. Raises
-    KernelError for more experts than 1024, and without a GPU.
+    choice: int32 `[1]`, the candidate's index.
+    histogram: int32 `[num_experts]`.
+
+    Both are allocated once, and hold the results of the latest call in the order of the stream. A captured graph fills
+    them again at each replay. Raises KernelError for more than 1024 experts, and without a GPU.
     """
 
     def __init__(self, table: CostTable, num_experts: int, device: torch.device | str) -> None:
@@ -289,9 +294,11 @@ class TritonSelector:
         recorder: Recorder | None = None,
         cost_us: Tensor | None = None,
     ) -> None:
-        """See `Selector.launch`; 65,536 ids at most. Fills `histogram` and, if given, cost_us float32 `[candidates]`
-        with microseconds. Deterministic. Raises KernelError for too many ids, for dtypes, strides and devices, and a
-        recorder of something else; ShapeError for shapes.
+        """Choose a candidate for a batch as `Selector.launch` describes it. Also fills `histogram`. Deterministic.
+
+        cost_us: float32 `[candidates]`, which becomes microseconds; None: not wanted. Raises KernelError for more than
+        65,536 ids, for wrong dtypes, strides or devices, and for a recorder of other sizes. Raises ShapeError for wrong
+        shapes.
         """
         self._check("topk_ids", topk_ids, None, torch.int32, torch.int64)
         num_tokens, top_k = topk_ids.shape

@@ -142,13 +142,13 @@ def test_bodies_that_cannot_be_switched_node_by_node(
         assert plan.mode == found
         assert len(plan.bodies) > 1
         assert re.search(why, plan.why)
-    with pytest.raises(KernelError, match=f"cannot be had in mode {why}; leave the mode out"):
+    with pytest.raises(KernelError, match=f"in mode {why}; leave the mode out"):
         prepared(dispatcher("nodes")[0])
 
 
 def test_a_mode_that_cannot_be_had(dispatcher: Make) -> None:
     for mode in ("nodes", "switch"):
-        with pytest.raises(KernelError, match=f"cannot be had in mode {mode}: {OLD}; leave the mode out"):
+        with pytest.raises(KernelError, match=f"in mode {mode}: {OLD}; leave the mode out"):
             dispatcher(mode, {mode: OLD})
     with pytest.raises(
         KernelError, match=r"there is no mode 'best' .* take one of nodes, switch, inline, gated, single"
@@ -385,7 +385,7 @@ def test_no_node_is_switched_where_all_kernels_are_slow_so_unless_asked(dispatch
         graphs._fixed = frozenset({"fake"})
         plan = prepared(graphs)
         assert plan.mode == found
-        assert ("no kernel here is as fast where nodes are switched" in plan.why) is (mode is None)
+        assert ("nodes are switched" in plan.why) is (mode is None)
 
 
 def test_without_nvrtc_the_choice_is_made_in_triton(dispatcher: Make, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -395,7 +395,7 @@ def test_without_nvrtc_the_choice_is_made_in_triton(dispatcher: Make, monkeypatc
         raise KernelError("no cuda.bindings")
 
     monkeypatch.setattr(dispatch, "CudaSelector", type("CudaSelector", (), {"__init__": fails}))
-    with pytest.raises(KernelError, match=r"cannot be had in mode nodes: no cuda\.bindings; leave the mode out"):
+    with pytest.raises(KernelError, match=r"in mode nodes: no cuda\.bindings; leave the mode out"):
         prepared(dispatcher("nodes")[0])
     graphs, _ = dispatcher("gated")
     plan, recorder = prepared(graphs), graphs.record(4)
