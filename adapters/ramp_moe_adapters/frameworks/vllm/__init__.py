@@ -1,7 +1,7 @@
-"""The plugin of vLLM 0.33 that the entry point `vllm.general_plugins` names.
+"""The plugin for vLLM 0.33 that the entry point `vllm.general_plugins` names.
 
-It does nothing unless RAMP_MOE_VLLM is 1, true, yes or on: vLLM's own option for this, `--moe-backend`, knows vLLM's
-backends alone. What needs vLLM itself is in `layer.py` and the files that it imports.
+It does nothing unless RAMP_MOE_VLLM is 1, true, yes or on. (vLLM's own option for experts, `--moe-backend`, only takes
+vLLM's own backends.) `layer.py` and the files that it imports need vLLM. This file does not.
 """
 
 from __future__ import annotations
@@ -20,11 +20,11 @@ from ..switches import NEITHER, state_of, switched_on
 SWITCH = "RAMP_MOE_VLLM"
 RECORD = "RAMP_MOE_RECORD"
 _logger = logging.getLogger("vllm.ramp_moe")
-"""Below vLLM's logger, the only one that vLLM configures."""
+"""A child of vLLM's logger, since vLLM configures no other."""
 
 
 def diagnostics() -> Iterator[Diagnostic]:
-    """What the switch says, and what the plugin would do in vLLM. Imports nothing of it."""
+    """What the variables are set to, and what the plugin would do in vLLM. Does not import vLLM."""
     on = state_of(SWITCH)
     yield Diagnostic("variable", SWITCH, NEITHER if on is None else "on" if on else "off")
     said: list[str] = []
@@ -47,18 +47,21 @@ def diagnostics() -> Iterator[Diagnostic]:
 
 
 def record(path: str | Path) -> None:
-    """Have the layers of this process' engine sample what they route into a trace for `ramp-moe compare --trace`, from
-    now on. CUDA graphs that were captured before are not sampled; RAMP_MOE_RECORD=path samples all. Needs vLLM."""
+    """Have the layers of this process's engine sample what they route, from now on. Needs vLLM.
+
+    path: of the trace, for `ramp-moe compare --trace`. CUDA graphs that were captured before are not sampled. With
+    RAMP_MOE_RECORD=path in the environment, all are.
+    """
     from .recorder import begin
 
     begin(path)
 
 
 def register() -> None:
-    """Have MoE layers that vLLM makes from now on in this process computed by dispatched layers, if switched on.
+    """Replace the MoE layers that vLLM makes from now on in this process by dispatched ones, if switched on.
 
-    vLLM calls this in every process, in some of them more than once. Another version than 0.33, one whose interface
-    differs, and one whose experts another plugin has replaced, are left alone, with one line in the log.
+    vLLM calls this in every process, and more than once in some. Three kinds of vLLM are left alone, with one line in
+    the log: other versions than 0.33, those with another interface, and those whose experts another plugin replaced.
     """
     if not switched_on(SWITCH, _logger):
         return

@@ -1,6 +1,6 @@
-"""Measuring one of vLLM's layers of each shape when it is loaded, against vLLM's own experts. Needs vLLM.
+"""Measures the first of vLLM's layers of each shape when it is loaded, against vLLM's own experts. Needs vLLM.
 
-Rank 0 of a tensor-parallel group measures, and all its ranks choose by what it found.
+Rank 0 of a tensor-parallel group measures, and all ranks of the group choose by its times.
 """
 
 from __future__ import annotations
@@ -38,17 +38,24 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 STOCK = "vllm_triton"
-"""The kernel that is vLLM's own path, which is timed as vLLM runs it instead."""
+"""The adapter kernel of vLLM's own path. It is not timed, since that path is timed as vLLM runs it."""
 ENGINE = "vLLM"
 _agreed: dict[object, CalibrationRecord | None] = {}
+"""Records that the ranks share, by `group_key`."""
 _spent: list[float] = []
-"""Seconds of each shape that was measured in this process: the time is for a model."""
+"""Seconds that each measured shape took in this process. The time limit is for the whole model."""
 
 
 @dataclass(frozen=True)
 class LoadedLayer:
-    """One of vLLM's layers: its configuration and module, and this rank's weights as loaded. local_ids: see
-    `RampExperts`. captured: sizes of CUDA graphs. most: tokens of the largest batch."""
+    """One of vLLM's layers, with this rank's weights as they were loaded.
+
+    moe: its configuration.
+    module: its RoutedExperts.
+    local_ids: see `RampExperts`.
+    captured: numbers of tokens of CUDA graphs, ascending.
+    most: tokens of the largest batch.
+    """
 
     moe: Any
     module: Any
@@ -78,15 +85,15 @@ def layer_of(module: Any, moe: Any, weights: MoEWeights, ep_size: int, local_ids
 
 
 def group_key(moe: Any) -> object:
-    """What is the same of a layer on all ranks that agree."""
+    """The properties of a layer that are equal on all ranks of a tensor-parallel group."""
     sizes = moe.num_experts, moe.experts_per_token, moe.hidden_dim, moe.intermediate_size_per_partition
     return *sizes, str(moe.in_dtype), str(moe.activation), moe.has_bias
 
 
 def agree(key: object, measure: Callable[[], CalibrationRecord | None]) -> CalibrationRecord | None:
-    """What rank 0 of the tensor-parallel group measured; the same on all ranks, once for a key.
+    """What rank 0 of the tensor-parallel group measured, on all of its ranks. `measure` runs once per key.
 
-    Every rank must call this for the same keys in the same order, whatever fails before.
+    Every rank must call this for the same keys in the same order, whatever failed before.
     """
     if key not in _agreed:
         group = _group()
@@ -107,8 +114,10 @@ def _group() -> Any:
 
 
 def calibrate(plan: LayerPlan, layer: LoadedLayer, say: Callable[[str], None]) -> Calibrated | None:
-    """The shape's plan by what is measured on the layer; None if nothing is to be, or can be, measured. Raises
-    KernelError if every candidate failed."""
+    """Make the shape's plan from times on the layer. Returns None if nothing is to be, or can be, measured.
+
+    plan: without times. Raises KernelError if every candidate failed.
+    """
     shape = layer.weights.shape(layer.top_k)
     limit = seconds(say)
     kernels = [k for k in usable_kernels(shape, plan.hardware) if k.name != STOCK]
@@ -163,7 +172,10 @@ def calibrate(plan: LayerPlan, layer: LoadedLayer, say: Callable[[str], None]) -
 
 
 def compile_all(made: Calibrated, layer: LoadedLayer, runtime: LayerRuntime, say: Callable[[str], None]) -> None:
-    """Compile what eager batches of any size can need, by launching what may be chosen. What raises is dropped."""
+    """Compile what eager batches of any size can need, by launching every candidate that may be chosen.
+
+    Candidates that raise are dropped.
+    """
     assert made.plan.model is not None
     if layer.weights.gate_up.device.type not in TIMERS:
         return
@@ -174,7 +186,7 @@ def compile_all(made: Calibrated, layer: LoadedLayer, runtime: LayerRuntime, say
 
 
 def report(made: Calibrated, layer: LoadedLayer, graphs: Any, say: Callable[[str], None]) -> None:
-    """Log what is done with each size, and keep it beside what was measured. Of several ranks the first does."""
+    """Log what computes each size, and keep it in the cache beside the times. Only the first of several ranks does."""
     if (group := _group()) is not None and group.rank_in_group:
         return
     rows = plan_rows(made, graphs, layer.captured, layer.eager, layer.ep_size)
@@ -190,7 +202,7 @@ def report(made: Calibrated, layer: LoadedLayer, graphs: Any, say: Callable[[str
 
 
 def key_of(layer: LoadedLayer, hardware: Hardware, kernels: Sequence[LaunchableKernel]) -> dict[str, str]:
-    """What times depend on."""
+    """The key of a calibration record: all that its times depend on."""
     weights, moe = layer.weights, layer.moe
     return {
         "engine": ENGINE,
@@ -208,7 +220,7 @@ def key_of(layer: LoadedLayer, hardware: Hardware, kernels: Sequence[LaunchableK
 
 
 def elsewhere(run: Callable[[], CalibrationRecord]) -> CalibrationRecord:
-    """Run in a thread of its own: vLLM may have this one allocate from the pool that a sleeping server frees."""
+    """Call `run` in a separate thread. In this one, vLLM may allocate from the pool that a sleeping server frees."""
     context = contextvars.copy_context()
     device = torch.cuda.current_device() if torch.cuda.is_available() else None
 
@@ -226,7 +238,7 @@ def elsewhere(run: Callable[[], CalibrationRecord]) -> CalibrationRecord:
 
 
 def _gpu_timer(layer: LoadedLayer, kernels: Sequence[LaunchableKernel], hardware: Hardware) -> Timer:
-    """Times a layer of all kernels, beside vLLM's experts, on the loaded weights."""
+    """The timer of all kernels and of vLLM's experts, on the loaded weights."""
     ours = LayerRuntime(layer.weights, layer.top_k, hardware, kernels, copies=3)
     stock, moe, module = Stock(layer.moe, layer.weights), layer.moe, layer.module
     spaces = functools.lru_cache(maxsize=1)(lambda n: stock.workspaces(n, layer.top_k, module.activation, moe.in_dtype))
@@ -253,7 +265,7 @@ def _gpu_timer(layer: LoadedLayer, kernels: Sequence[LaunchableKernel], hardware
 
 
 TIMERS: dict[str, Callable[[LoadedLayer, Sequence[LaunchableKernel], Hardware], Timer]] = {"cuda": _gpu_timer}
-"""By type of device."""
+"""Makers of timers, by type of device. Nothing is measured on other types."""
 
 
 def _driver() -> str:

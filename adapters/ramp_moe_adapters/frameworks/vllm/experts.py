@@ -1,6 +1,6 @@
-"""Experts of vLLM 0.33's modular kernel that a dispatched layer computes. Needs vLLM.
+"""Experts for vLLM 0.33's modular kernel, computed by a dispatched layer. Needs vLLM.
 
-A batch that fails is computed by vLLM's own Triton path, so the server lives on.
+If a batch fails, vLLM's own Triton path computes it. So the server goes on.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ if TYPE_CHECKING:
 
 ACTIVATIONS = {MoEActivation.SILU: "swiglu", MoEActivation.GELU_TANH: "gelu_tanh"}
 BLOCK_SCALES = [create_fp8_quant_key(static=True, group_shape=GroupShape(side, side)) for side in (128, 64, 32)]
-"""vLLM repeats the scales of 128 for smaller blocks, if those of 128 do not divide a tensor-parallel shard."""
+"""Sides of a scale's block. If 128 does not divide a tensor-parallel shard, vLLM repeats scales for smaller blocks."""
 PARAMETERS = {
     "w13_weight": "gate_up",
     "w2_weight": "down",
@@ -45,37 +45,43 @@ PARAMETERS = {
     "w13_bias": "gate_up_bias",
     "w2_bias": "down_bias",
 }
-"""vLLM's parameters, and the fields of MoEWeights that they are."""
+"""Names of vLLM's parameters, with the fields of MoEWeights that they become."""
 logger = init_logger("vllm.ramp_moe")
 
 
 def say(message: str, reason: str) -> None:
-    """Log a warning, once in a process for each reason."""
+    """Log a warning, once per process and reason."""
     logger.warning_once(f"ramp_moe {message}: %s", reason)
 
 
 class RampExperts(FusedMoEExpertsModular):  # type: ignore[misc]
-    """This rank's experts of one layer. The modular kernel gives them hidden states that are not quantised; they return
-    the weighted sum over each token's experts of this rank."""
+    """This rank's experts of one layer. They compute the weighted sum over each token's experts of this rank.
+
+    The modular kernel gives them hidden states that are not quantised.
+    """
 
     layer: LayerRuntime
-    """The layer of the loaded weights; from `take` on."""
+    """The layer of the loaded weights, which `take` sets."""
     local_ids: Tensor | None = None
-    """int32 `[global experts + 1]` with expert parallelism: the id on this rank, or -1 for experts of other ranks. The
-    last place has -1 as well; the ids -1 and `global experts` point to it."""
+    """int32 `[global experts + 1]`: by global id, the id on this rank, or -1 for experts of other ranks.
+
+    The last entry is -1, too: the ids -1 and `global experts` refer to it. None without expert parallelism.
+    """
     stock: Stock | None = None
     """vLLM's own path, if it keeps some batch sizes."""
 
     def __init__(self, *args: Any, **options: Any) -> None:
         super().__init__(*args, **options)
         self._failed: set[int] = set()
-        """Batch sizes whose run before the capture of a graph failed."""
+        """Batch sizes at which a batch has failed. In the capture of a graph, vLLM's Triton path computes them."""
         self._keeps: Callable[[int], bool] = lambda num_tokens: False
         """Whether vLLM's own path computes batches of this size."""
 
     def take(self, module: Any, parameters: Parameters, calibrated: Calibrated | None = None) -> None:
-        """Compute with the layer of vLLM's parameters; module has them. calibrated: what was measured of its shape,
-        which may leave batch sizes to vLLM's own path."""
+        """Compute with the layer that was made from vLLM's parameters.
+
+        module: has the parameters. calibrated: times of its shape, by which vLLM's own path may keep batch sizes.
+        """
         self._module, self._parameters, self.layer = weakref.ref(module), parameters, parameters.layer
         self.local_ids = local_ids(module)
         recorder.take(self.moe_config)
@@ -84,8 +90,10 @@ class RampExperts(FusedMoEExpertsModular):  # type: ignore[misc]
             self._keeps, self.stock = cache(calibrated.keeps), Stock(self.moe_config, held)
 
     def load(self, module: Any) -> None:
-        """Compute with what vLLM has loaded into its parameters since. Raises RampMoEError if it does not fit; the
-        layer then computes no batch until something is loaded that does."""
+        """Compute with what vLLM has loaded into its parameters since.
+
+        Raises RampMoEError if it does not fit. The layer then computes no batch until fitting weights are loaded.
+        """
         self._parameters.load(parameters_of(module))
         here = local_ids(module)
         if self.local_ids is not None and here is not None:
@@ -127,7 +135,7 @@ class RampExperts(FusedMoEExpertsModular):  # type: ignore[misc]
 
     @staticmethod
     def _supports_parallel_config(moe_parallel_config: Any) -> bool:
-        """With data parallelism only tokens that are gathered unchanged; no experts that move between ranks."""
+        """Whether tokens are gathered unchanged, or not at all, and experts do not move between ranks."""
         config = moe_parallel_config
         gathered = not config.use_all2all_kernels or config.use_ag_rs_all2all_kernels
         return gathered and not config.use_passthrough_all2all and not config.enable_eplb
@@ -136,8 +144,11 @@ class RampExperts(FusedMoEExpertsModular):  # type: ignore[misc]
         return TopKWeightAndReduceNoOP()
 
     def workspace_shapes(self, M: int, N: int, K: int, *rest: Any) -> tuple[tuple[int, ...], ...]:
-        """Of vLLM's own path if it keeps any size, since vLLM makes its workspaces before it runs the others. Else none
-        but the output `[M, K]`: layers have a workspace of their own."""
+        """Shapes of vLLM's two workspaces and of the output `[M, K]`.
+
+        The workspaces are those of vLLM's own path if it keeps any size. Otherwise they are empty, since layers have a
+        workspace of their own.
+        """
         return ((0,), (0,), (M, K)) if self.stock is None else self.stock.workspace_shapes(M, N, K, *rest)
 
     def apply(
@@ -158,13 +169,18 @@ class RampExperts(FusedMoEExpertsModular):  # type: ignore[misc]
         expert_tokens_meta: Any,
         apply_router_weight_on_input: bool,
     ) -> None:
-        """Write output `[T, H]` of hidden_states `[T, H]` bf16 or fp16, topk_ids int32 or int64 `[T, k]`, which are
-        global if there is an expert_map, and topk_weights `[T, k]` of any float, which the hidden states were already
-        multiplied by if apply_router_weight_on_input. Weights, scales and workspaces are the layer's own.
+        """Compute a batch.
 
-        vLLM's own path computes batches of the sizes that it keeps, and its Triton path a batch that fails. Raises
-        KernelError with both reasons if that fails, too; RampMoEError if parameters were exchanged for others that do
-        not fit, or a reload failed.
+        output: `[T, H]`, which is written.
+        hidden_states: bf16 or fp16 `[T, H]`.
+        topk_ids: int32 or int64 `[T, k]`, global ids if there is an expert_map.
+        topk_weights: `[T, k]` of any float dtype.
+        apply_router_weight_on_input: whether hidden_states were multiplied by topk_weights already.
+
+        Weights, scales and workspaces are the layer's own, but for batch sizes that vLLM's own path keeps.
+
+        If a batch fails, vLLM's Triton path computes it. Raises KernelError with both reasons if that fails, too.
+        Raises RampMoEError if parameters were exchanged for others that do not fit, or if a reload failed.
         """
         self._parameters.meet(parameters_of(self._module()))
         if recorder.current is not None:
@@ -197,8 +213,11 @@ class RampExperts(FusedMoEExpertsModular):  # type: ignore[misc]
                 raise both_failed(e, "vLLM's Triton path", other) from e
 
     def _warm_up(self, num_tokens: int, dtype: torch.dtype) -> None:
-        """Before a batch size is captured. vLLM runs each once, on the stream of the capture, and locks its workspaces
-        when all are captured."""
+        """Prepare the capture of a batch size, unless captures are over.
+
+        vLLM runs each size once before its capture, on the stream of the capture. It locks its workspaces when all
+        sizes are captured.
+        """
         graphs, moe = self.layer.graphs, self.moe_config
         if graphs is None or not 0 < num_tokens <= moe.max_capture_size * moe.dp_size * moe.pcp_size:
             return
@@ -209,8 +228,14 @@ class RampExperts(FusedMoEExpertsModular):  # type: ignore[misc]
 
 
 def by_vllm(experts: MoEWeights, x: Tensor, ids: Tensor, weights: Tensor, output: Tensor) -> None:
-    """Write what vLLM's Triton path computes of experts in its order of rows: x `[T, H]`, ids int32 `[T, k]` of this
-    rank's experts, of which any out of range is skipped, weights float32 `[T, k]`, output `[T, H]`."""
+    """Compute a batch with vLLM's Triton path.
+
+    experts: with rows in vLLM's order.
+    x: `[T, H]`.
+    ids: int32 `[T, k]` of this rank's experts; those out of range are skipped.
+    weights: float32 `[T, k]`.
+    output: `[T, H]`, which is written.
+    """
     prepared = prepare(experts)
     here = (ids >= 0) & (ids < len(experts.gate_up))
     found = prepared.fused_experts(
@@ -223,13 +248,13 @@ def by_vllm(experts: MoEWeights, x: Tensor, ids: Tensor, weights: Tensor, output
 
 
 def parameters_of(module: Any) -> dict[str, Tensor]:
-    """vLLM's parameters of routed experts, by field of MoEWeights."""
+    """vLLM's parameters of a module of routed experts, by field of MoEWeights."""
     found = {field: module._parameters.get(name) for name, field in PARAMETERS.items()}
     return {field: t for field, t in found.items() if t is not None}
 
 
 def local_ids(module: Any) -> Tensor | None:
-    """See `RampExperts.local_ids`; None without expert parallelism."""
+    """Make `RampExperts.local_ids` from the module's expert_map; None without expert parallelism."""
     here = module.expert_map
     return None if here is None else torch.cat((here, here.new_full((1,), -1))).to(module.w13_weight.device)
 

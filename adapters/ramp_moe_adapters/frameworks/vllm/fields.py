@@ -1,6 +1,6 @@
-"""What vLLM 0.33 says of a layer: every field of its configurations, and which of their values ramp_moe computes.
+"""The fields of vLLM 0.33's configurations of a layer, each with the values that ramp_moe computes.
 
-A field that is not listed, and has another value than its default, leaves the layer to vLLM.
+If a field is not listed and does not have its default, vLLM computes the layer.
 """
 
 from __future__ import annotations
@@ -15,10 +15,10 @@ LAYER: Known = {
             *("hidden_dim", "hidden_dim_unpadded", "intermediate_size", "intermediate_size_per_partition"),
             *("intermediate_size_per_partition_unpadded", "activation", "device", "in_dtype", "has_bias"),
             *("moe_parallel_config", "max_num_tokens", "max_capture_size", "is_lora_enabled"),
-            # Of the router, and of what comes after the experts.
+            # These concern the router, and what comes after the experts.
             *("routing_method", "router_logits_dtype", "has_hash_routing", "require_decomposed_backend"),
             *("shared_expert_prefix", "skip_final_all_reduce"),
-            # Without elastic expert parallelism, which is refused before, the number of data-parallel ranks.
+            # The number of data-parallel ranks: elastic expert parallelism, where it differs, is refused before.
             "elastic_ep_max_dp_size",
         ),
         ANY,
@@ -37,7 +37,7 @@ LAYER: Known = {
     "aiter_fmoe_shared_expert_enabled": (False, None),
     "use_mxfp4_w4a4_dsv4": (False,),
 }
-"""Of FusedMoEConfig."""
+"""Fields of FusedMoEConfig."""
 PARALLEL: Known = {
     **dict.fromkeys(
         (
@@ -48,13 +48,13 @@ PARALLEL: Known = {
     ),
     "enable_eplb": (False,),
 }
-"""Of FusedMoEParallelConfig."""
+"""Fields of FusedMoEParallelConfig."""
 QUANTISATION: Known = {
     "_a1": ANY,
     "_a2": ANY,
     "_w1": ANY,
     "_w2": ANY,
-    # Of the scales of activations, which ramp_moe makes itself.
+    # These concern the scales of activations, which ramp_moe computes itself.
     "is_scale_swizzled": ANY,
     "is_scale_transposed": ANY,
     "gemm1_alpha": NO,
@@ -62,17 +62,17 @@ QUANTISATION: Known = {
     "gemm1_clamp_limit": NO,
     "mx_alignment": (0,),
 }
-"""Of FusedMoEQuantConfig."""
+"""Fields of FusedMoEQuantConfig."""
 _WEIGHT: Known = {"dtype": ANY, "shape": ANY, "scale": ANY, "bias": ANY, "alpha_or_gscale": NO, "zp": NO}
 _ACTIVATION: Known = {**_WEIGHT, "scale": NO}
 TENSORS = {"a1": _ACTIVATION, "a2": _ACTIVATION, "w1": _WEIGHT, "w2": _WEIGHT}
-"""Of its FusedMoEQuantDesc, each of one tensor."""
+"""Fields of its FusedMoEQuantDesc objects, by the tensor that each describes."""
 CONSTRUCTOR: Known = {
     **dict.fromkeys(
         (
             *("layer_name", "params_dtype", "moe_config", "quant_config", "expert_map_manager"),
             *("ckpt_gate_proj_name", "ckpt_down_proj_name", "ckpt_up_proj_name", "is_fused_checkpoint_transposed"),
-            # Of the router, which has computed ids and weights before the experts run.
+            # These concern the router, which computes ids and weights before the experts run.
             *("renormalize", "use_grouped_topk", "num_expert_group", "topk_group", "custom_routing_function"),
             *("scoring_func", "routed_scaling_factor", "e_score_correction_bias", "hash_indices_table"),
             "apply_router_weight_on_input",
@@ -83,4 +83,4 @@ CONSTRUCTOR: Known = {
     "swiglu_alpha": NO,
     "swiglu_beta": NO,
 }
-"""Of RoutedExperts."""
+"""Arguments of RoutedExperts."""

@@ -1,4 +1,4 @@
-"""vLLM 0.33's class of routed experts, replaced through its registry of such layers. Needs vLLM."""
+"""Replaces vLLM 0.33's class of routed experts, through vLLM's registry of replaceable layers. Needs vLLM."""
 
 from __future__ import annotations
 
@@ -27,16 +27,16 @@ from .fields import CONSTRUCTOR, LAYER, PARALLEL
 from .method import DispatchedFp8Method, DispatchedUnquantizedMethod, leave
 
 NAME = "RoutedExperts"
-"""The class that vLLM makes, in its registry of those that are replaced."""
+"""Name of the class in vLLM's registry."""
 CHECKPOINTS = {
     *("auto", "hf", "safetensors", "fastsafetensors", "instanttensor"),
     *("runai_streamer", "mistral", "pt", "npcache", "dummy"),
 }
-"""Formats whose weights are as they were published, not converted for the experts that vLLM would take."""
+"""Load formats whose weights are as published. In others they may be converted for the experts that vLLM would take."""
 
 
 class DispatchedRoutedExperts(RoutedExperts):  # type: ignore[misc]
-    """vLLM's routed experts, with a method of ours if the layer fits."""
+    """vLLM's routed experts, with a method of ours if ramp_moe can compute the layer."""
 
     def __init__(self, *args: Any, **options: Any) -> None:
         given = inspect.signature(RoutedExperts.__init__).bind(self, *args, **options).arguments
@@ -51,10 +51,10 @@ class DispatchedRoutedExperts(RoutedExperts):  # type: ignore[misc]
                 raise KernelError(reason)
             fp8 = isinstance(method, Fp8MoEMethod)
             ours = DispatchedFp8Method(method.quant_config, self) if fp8 else DispatchedUnquantizedMethod(moe_config)
-        except Exception as e:  # a configuration that is not as expected, too: vLLM's method takes the layer
+        except Exception as e:  # also a configuration that is not as expected: vLLM's method takes the layer
             leave(why(e))
             return method
-        ours.supports_pre_processed_weights = False  # nobody else has them in the order that the layer holds them in
+        ours.supports_pre_processed_weights = False  # no one else has weights in the order of rows that the layer uses
         return ours
 
     def _misfit(self, method: Any, moe: Any) -> str | None:
@@ -88,8 +88,11 @@ class DispatchedRoutedExperts(RoutedExperts):  # type: ignore[misc]
 
 
 def install() -> None:
-    """Have vLLM make our routed experts instead of its own; not if somebody else's are made, or if vLLM would call ours
-    with other arguments than ours take."""
+    """Have vLLM make our routed experts instead of its own.
+
+    vLLM is left alone, with a warning, if another plugin has replaced them, or if it calls experts with arguments that
+    ours do not take.
+    """
     other = op_registry_oot.get(NAME)
     if other is DispatchedRoutedExperts:
         return

@@ -1,7 +1,7 @@
 """vLLM 0.33's methods for unquantised and fp8 experts, with a dispatched layer in place of the experts. Needs vLLM.
 
-vLLM loads the weights as for its Triton experts: gate rows first, fp8 with float32 scales of [128, 128] blocks. If no
-layer can be made of them, vLLM's own choice of experts takes them.
+vLLM loads the weights as for its Triton experts: gate rows first, and fp8 with float32 scales of [128, 128] blocks. If
+no layer can be made from them, the experts that vLLM itself would choose take them.
 """
 
 from __future__ import annotations
@@ -27,10 +27,11 @@ from .experts import ACTIVATIONS, RampExperts, local_ids, logger, parameters_of,
 from .fields import LAYER, PARALLEL, QUANTISATION, TENSORS
 
 _builder = Builder()
-"""Of all layers of the process: they share profiles and workspaces."""
+"""Makes all layers of the process. They share profiles and workspaces."""
 _plans: dict[MoEShape, Calibrated | None] = {}
-"""What was measured, by shape."""
+"""Measured plans by shape; None if a shape was not measured."""
 _reported = set[MoEShape]()
+"""Shapes that were compiled and reported."""
 
 
 def leave(reason: str) -> None:
@@ -43,7 +44,7 @@ def _calibrated(layer: calibrate.LoadedLayer, plan: LayerPlan) -> LayerPlan:
 
 
 def _report(made: Calibrated, layer: calibrate.LoadedLayer, graphs: Any) -> None:
-    """Say what is done with each size; what cannot be said does not stop a server."""
+    """Report what computes each size. A report that fails does not stop a server."""
     try:
         calibrate.report(made, layer, graphs, _say)
     except Exception as e:
@@ -55,22 +56,24 @@ def _say(line: str) -> None:
 
 
 class _Dispatched:
-    """Mixin for vLLM's methods: the experts are a LayerRuntime, if one can be made of the loaded weights."""
+    """Mixin for vLLM's methods: a LayerRuntime computes the experts, if one can be made from the loaded weights."""
 
     backend: str
-    """Attribute with the backend of vLLM that weights are converted for."""
+    """Name of the attribute with vLLM's backend, for which vLLM converts the weights."""
     unconverted: Any
-    """The backend that they are not converted for."""
+    """The backend for which vLLM leaves the weights as they were loaded."""
     experts_cls: Any
     moe_kernel: Any
     moe: Any
     calibrated: Calibrated | None = None
-    """What was measured of the layer's shape."""
+    """The measured plan of the layer's shape."""
 
     def process_weights_after_loading(self, layer: Any) -> None:
-        """Make the layer of what was loaded. Again, have it compute with what was loaded since: in CUDA graphs that
-        were captured before, too. Raises RampMoEError if new weights do not fit the layer, which then computes no batch
-        until weights that fit are loaded."""
+        """Make the layer from the loaded weights. If it exists already, have it compute with the newly loaded ones.
+
+        CUDA graphs that were captured before then compute with those, too. Raises RampMoEError if new weights do not
+        fit. The layer then computes no batch until fitting weights are loaded.
+        """
         if self.experts_cls is RampExperts:
             self.moe_kernel.fused_experts.load(layer)
             return
@@ -83,8 +86,10 @@ class _Dispatched:
             self.moe_kernel.fused_experts.take(layer, found, self.calibrated)
 
     def _made(self, layer: Any) -> Parameters | None:
-        """What was loaded, with the layer that holds it alone from then on; None, with a line in the log, if there can
-        be no layer."""
+        """Make a layer from the loaded parameters, which share its memory from then on.
+
+        Returns None, with a line in the log, if no layer can be made.
+        """
         said = len(_builder.notes)
         try:
             if reason := self._misfit(layer):
@@ -102,7 +107,7 @@ class _Dispatched:
             calibrate.agree(calibrate.group_key(self.moe), lambda: None)
             leave(why(e))
             return None
-        for note in _builder.notes[said:]:  # what was not profiled matters less once it was measured here
+        for note in _builder.notes[said:]:  # a missing profile matters less if the layer was measured here
             (logger.warning if self.calibrated is None else logger.info)("ramp_moe: %s", note)
         kernels, layouts = ", ".join(made.configs()), " and ".join(made.layouts)
         logger.info_once("ramp_moe: %s by %s; weights in %s", made.shape.slug, kernels, layouts)
@@ -114,7 +119,7 @@ class _Dispatched:
         return found
 
     def _misfit(self, layer: Any) -> str | None:
-        """A field of vLLM's configurations that ramp_moe does not compute; None if there is none."""
+        """Why ramp_moe does not compute the layer: a field of vLLM's configurations; None if every field fits."""
         converted = getattr(self, self.backend)
         setattr(self, self.backend, self.unconverted)
         try:
@@ -136,7 +141,8 @@ class DispatchedFp8Method(_Dispatched, Fp8MoEMethod):  # type: ignore[misc]
 
 
 def _weights(layer: Any, moe: Any) -> MoEWeights:
-    """The layer's parameters themselves. Raises KernelError or ShapeError if they cannot be used."""
+    """MoEWeights of the layer's parameters, in their memory. Raises KernelError or ShapeError if they cannot be
+    used."""
     padded = moe.hidden_dim, moe.intermediate_size_per_partition
     if padded != (moe.hidden_dim_unpadded, moe.intermediate_size_per_partition_unpadded):
         raise KernelError(f"vLLM has padded the weights to {padded[0]} and {padded[1]}")

@@ -1,8 +1,8 @@
-"""Recording what a server routes: RAMP_MOE_RECORD=trace.jsonl, or `record("trace.jsonl")` while it runs. Needs vLLM.
+"""Records what a server routes: by RAMP_MOE_RECORD=trace.jsonl, or `record("trace.jsonl")` while it runs. Needs vLLM.
 
-Each layer that ramp_moe computes samples its batches on the device (see `ramp_moe.runtime.traffic`): one launch of one
-CTA a layer and step. Graphs that were captured before the recording began are not sampled. A thread writes the file
-every FLUSH_SECONDS, and once more when the process ends.
+Each layer that ramp_moe computes samples its batches on the device (see `ramp_moe.runtime.traffic`), by one launch of
+one CTA per layer and step. Graphs that were captured before the recording began are not sampled. A thread writes the
+file every FLUSH_SECONDS, and once more when the process ends.
 """
 
 from __future__ import annotations
@@ -30,14 +30,17 @@ if TYPE_CHECKING:
 logger = init_logger("vllm.ramp_moe")
 FLUSH_SECONDS = 30.0
 current: TrafficRecorder | None = None
-"""What samples this process' layers; None if nothing does."""
+"""The recorder of this process's layers; None if nothing is recorded."""
 captures = False
 """Whether the server captures CUDA graphs when it starts."""
 
 
 class TrafficRecorder:
-    """Samples layers of one shape into one file. ready: whether the server has started, before which nothing is read.
-    say: tells a person one line."""
+    """Samples layers of one shape into one file.
+
+    ready: whether the server has started. Before that, the GPU's samples are not read.
+    say: tells a person one line.
+    """
 
     def __init__(self, path: Path, ready: Callable[[], bool], say: Callable[[str], None]) -> None:
         self._path, self._ready, self._say = path, ready, say
@@ -49,14 +52,16 @@ class TrafficRecorder:
         atexit.register(self.close)
 
     def sample(self, layer: int, topk_ids: Tensor, num_experts: int) -> None:
-        """Keep a batch, whose ids are of all ranks' experts. layer: anything that tells one layer from another. Layers
-        of another shape than the first are left out."""
+        """Sample a batch of a layer. Layers of another shape than the first are left out.
+
+        layer: any number that identifies the layer. topk_ids: int32 or int64 `[T, k]`, of all ranks' experts.
+        """
         number = self._numbers[layer] if layer in self._numbers else self._begin(layer, topk_ids, num_experts)
         if number is not None and self._traffic is not None:
             self._traffic.sample(number, topk_ids.contiguous())
 
     def flush(self) -> None:
-        """Write what is sampled so far. A file that cannot be written costs one line."""
+        """Write what is sampled so far. If the file cannot be written, says so in one line."""
         if self._traffic is None or not self._ready():
             return
         with self._writing:
@@ -71,7 +76,7 @@ class TrafficRecorder:
                 self._failed = True
 
     def close(self) -> None:
-        """Write the file for the last time."""
+        """Stop writing at intervals, and write the file for the last time."""
         atexit.unregister(self.close)
         self._stop.set()
         self.flush()
@@ -95,16 +100,16 @@ class TrafficRecorder:
 
 
 def take(moe: Any) -> None:
-    """Begin with what RAMP_MOE_RECORD names, if it does, now that a layer of this configuration is loaded."""
+    """Note that a layer of this configuration was loaded, and begin to record if RAMP_MOE_RECORD names a file."""
     global captures
     captures = captures or bool(moe.max_capture_size)
     begin()
 
 
 def begin(path: str | Path | None = None) -> None:
-    """Record into `path` from now on, or into what RAMP_MOE_RECORD names, if it is set and nothing is recorded yet.
+    """Record into `path` from now on. None: into the file that RAMP_MOE_RECORD names, unless something is recorded.
 
-    Of ranks that route alike the first records. Ranks of pipeline parallelism write files of their own.
+    Among ranks that route the same batches, the first records. Each pipeline-parallel rank writes its own file.
     """
     global current
     named = path or os.environ.get(RECORD, "").strip()
@@ -117,7 +122,7 @@ def begin(path: str | Path | None = None) -> None:
 
 
 def _rank() -> str | None:
-    """What is added to the file's name; None if another rank records what this one routes."""
+    """Suffix of this rank's file name; None if another rank records what this one routes."""
     if not model_parallel_is_initialized():
         return ""
     if get_tp_group().rank_in_group or get_dp_group().rank_in_group:
@@ -127,6 +132,8 @@ def _rank() -> str | None:
 
 
 def _started() -> bool:
-    """Whether vLLM has captured its graphs: no other thread may use the GPU while it does. It then locks its
-    workspaces."""
+    """Whether vLLM has captured its graphs. No other thread may use the GPU before.
+
+    vLLM locks its workspaces once all graphs are captured.
+    """
     return not captures or bool(is_workspace_manager_initialized() and current_workspace_manager().is_locked())

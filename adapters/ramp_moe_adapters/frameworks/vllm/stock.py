@@ -1,4 +1,4 @@
-"""vLLM 0.33's own Triton experts on the weights that a layer holds, as vLLM would run them. Needs vLLM."""
+"""Runs vLLM 0.33's own Triton experts on the weights that a layer holds, as vLLM would. Needs vLLM."""
 
 from __future__ import annotations
 
@@ -18,10 +18,10 @@ if TYPE_CHECKING:
 
 
 class Stock:
-    """Runs them with one launch sequence, vLLM's, and nothing beside it.
+    """Runs vLLM's Triton experts, with exactly vLLM's launches.
 
-    moe: vLLM's configuration of the layer. weights: gate-first, which are read in place: what is written to them later
-    is computed with.
+    moe: vLLM's configuration of the layer.
+    weights: with gate rows first. They are read in place, so that later writes to them take effect.
     """
 
     def __init__(self, moe: Any, weights: MoEWeights) -> None:
@@ -47,8 +47,10 @@ class Stock:
         workspace2: Tensor,
         apply_router_weight_on_input: bool = False,
     ) -> None:
-        """Write output `[T, H]`; the arguments are those of `FusedMoEExpertsModular.apply`, hidden_states not quantised
-        yet."""
+        """Write output `[T, H]`. The arguments are those of `FusedMoEExpertsModular.apply`.
+
+        hidden_states are not quantised yet.
+        """
         experts = self._experts
         x, scale = moe_kernel_quantize_input(
             hidden_states, None, experts.quant_dtype, experts.per_act_token_quant, experts.block_shape
@@ -72,7 +74,7 @@ class Stock:
         )
 
     def workspaces(self, num_tokens: int, top_k: int, activation: Any, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-        """Two of its own, as vLLM would give for `num_tokens`."""
+        """Allocate the two workspaces that vLLM would give for `num_tokens`."""
         experts, rows, hidden = self._weights.gate_up.shape
         sizes = (num_tokens, rows, hidden, top_k, experts, experts, None, activation)
         first, second, _ = self.workspace_shapes(*sizes)

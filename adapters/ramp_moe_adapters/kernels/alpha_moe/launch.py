@@ -1,6 +1,6 @@
-"""Weights and batches as Alpha-MoE's operator wants them, and its call.
+"""Converts weights and batches to what Alpha-MoE's operator takes, and calls it.
 
-The operator checks no dtype, no device and little else, and ends the process where it has no code for the device; so
+The operator checks little, and neither dtypes nor devices. It ends the process if it has no code for the device. So
 everything that it relies on is checked here.
 """
 
@@ -27,8 +27,12 @@ Operator = Callable[..., Any]
 
 @dataclass(frozen=True, slots=True)
 class PreparedAlphaMoE:
-    """Weights in Alpha-MoE's layout: w fp8 [E, 2 I, H] and its scales float32 [E, 2 I / 128, H / 128] interleaved, w2
-    [E, H, I] and its scales [E, H / 128, I / 128] as they were; and the operator that takes them."""
+    """Weights in Alpha-MoE's layout, and the operator that takes them.
+
+    w: fp8 `[E, 2 I, H]`, gate and up interleaved.
+    w_scale: float32 `[E, 2 I / 128, H / 128]`, interleaved likewise.
+    w2, w2_scale: `[E, H, I]` and `[E, H / 128, I / 128]`, the tensors that were given.
+    """
 
     w: Tensor
     w_scale: Tensor
@@ -38,8 +42,8 @@ class PreparedAlphaMoE:
 
 
 def operator(device: torch.device) -> Operator:
-    """The operator, for weights on `device`. Raises KernelError where it is absent, was built for another torch, or
-    has no code for the device."""
+    """Alpha-MoE's operator. Raises KernelError if it is absent, was built for another torch, or has no code for
+    `device`."""
     check_hopper("alpha_moe", device)
     try:
         importlib.import_module("alpha_moe")  # registers it; finds libtorch through torch, imported before
@@ -70,7 +74,7 @@ def prepare(weights: MoEWeights) -> PreparedAlphaMoE:
 def launch_steps(
     config: KernelConfig, prepared: PreparedAlphaMoE, batch: Batch, out: Tensor, workspace: Workspace
 ) -> Iterator[None]:
-    """The launches of a layer, stopping after the preparation and after the operator."""
+    """Launch a layer. Yields after the preparation and after the operator."""
     x, device = batch.hidden_states, out.device
     experts, _, hidden = prepared.w.shape
     check_bf16("alpha_moe", batch, out)
@@ -113,7 +117,7 @@ def launch_steps(
 def _plan(
     config: KernelConfig, prepared: PreparedAlphaMoE, batch: Batch, workspace: Workspace
 ) -> tuple[dict[str, Any], Schedule, Tensor, Tensor]:
-    """(parameters, the schedule's buffers, x in fp8 and its scale) for one batch size."""
+    """The configuration's parameters, and for one batch size the schedule's buffers, x in fp8 and its scale."""
     p: dict[str, Any] = dict(config.params)
     experts, hidden, inter = prepared.w2.shape
     device, tokens, block = batch.hidden_states.device, batch.num_tokens, p["block_m"]

@@ -1,7 +1,7 @@
-"""A batch through DeepGEMM: permute, up, activation, down, unpermute.
+"""Computes a batch with DeepGEMM: permute, up, activation, down, unpermute.
 
-DeepGEMM's settings belong to the process, and are read when a GEMM is launched. So they are set, used and restored
-under a lock, which is DeepGEMM's in this process as far as this library is concerned.
+DeepGEMM's settings belong to the process, and are read when a GEMM is launched. So this library sets, uses and restores
+them under one lock.
 """
 
 from __future__ import annotations
@@ -56,7 +56,7 @@ def prepare(weights: MoEWeights) -> PreparedDeepGEMM:
 
 
 def library() -> Any:
-    """The module. Raises KernelError where it cannot be loaded or lacks what is needed."""
+    """The module deep_gemm. Raises KernelError if it cannot be loaded, or lacks a function that is needed."""
     try:
         module = importlib.import_module("deep_gemm")
     except Exception as e:  # it loads a library, looks for a compiler and makes folders
@@ -69,7 +69,7 @@ def library() -> Any:
 def launch_steps(
     config: KernelConfig, prepared: PreparedDeepGEMM, batch: Batch, out: Tensor, workspace: Workspace
 ) -> Iterator[None]:
-    """The launches of a layer, stopping after each stage."""
+    """Launch a layer. Yields after each stage."""
     w, x = prepared.weights, batch.hidden_states
     experts, hidden, inter = w.down.shape
     fp8 = w.gate_up_scale is not None
@@ -112,7 +112,10 @@ def gemm(
     out: Tensor,
     ends: Tensor,
 ) -> None:
-    """out `[capacity, N]` = a `[capacity, K]` by each expert's b `[N, K]`, for rows up to the expert's end."""
+    """Write out `[capacity, N]`: each expert's rows of a `[capacity, K]`, times its b `[N, K]` transposed.
+
+    which: `up` or `down`, whose settings are taken. ends: each expert's end among the rows.
+    """
     psum = {"use_psum_layout": True, "expected_m_for_psum_layout": params[f"{which}_expected_m"]}
     dg = prepared.library
     settings = _settings(dg, params["block_m"], params["num_sms"], params[f"{which}_multiple"])
@@ -130,7 +133,7 @@ def _settings(dg: Any, block_m: int, num_sms: int, multiple: int) -> Iterator[No
         try:
             dg.set_mk_alignment_for_contiguous_layout(block_m)
             dg.set_num_sms(num_sms)
-            # Its kernels wait for what they depend on themselves, as ours do: their prologues overlap our ends.
+            # DeepGEMM's kernels wait for their inputs themselves, as ours do. So their prologues overlap our ends.
             dg.set_pdl(True)
             if multiple > 1:
                 getattr(dg, MULTIPLE)((1, multiple))

@@ -1,8 +1,8 @@
-"""FlashInfer's `cutlass_fused_moe` as the library calls a kernel: its arguments, two tactics at a time, in our memory.
+"""Calls FlashInfer's `cutlass_fused_moe` with a configuration's two tactics, in memory of a workspace.
 
-Where a token names an expert twice, FlashInfer's routing of many tokens counts it once, and reads a row for the second
-that was never written. So such ids are merged by one small launch before, for the batches that are routed so. Ids that
-are no expert it skips everywhere.
+If a token names an expert twice, FlashInfer's routing of many tokens counts it once. For the second id it then reads a
+row that was never written. So for batches with this routing, one small launch before merges equal ids. FlashInfer skips
+ids outside the experts in any routing.
 """
 # Triton is untyped, and so is every function that it compiles.
 # mypy: disable-error-code="import-untyped, untyped-decorator, no-untyped-def, no-untyped-call"
@@ -32,20 +32,25 @@ from .config import ALIGNMENT, COUNTS, LAYOUT
 PACKAGE = "flashinfer.fused_moe"
 ARCH = "90"
 ONE_BLOCK_TOP_K = (1, 2, 4, 6, 8)
-"""With which FlashInfer routes in one block, which takes every id by itself."""
+"""Values of top_k with which FlashInfer can route in one block. That routing takes every id by itself."""
 ONE_BLOCK = ((256, 254), (128, 510))
-"""Up to so many tokens, and as many experts: by the block's shared memory."""
+"""Pairs (most tokens, most experts) up to which it does. The block's shared memory sets these limits."""
 TOKENS = 64
-"""Of one program of the merging kernel."""
+"""Tokens of one program of the merging kernel."""
 
 _lock = threading.Lock()
-"""Held from asking for a workspace's size to the launch: in fp8, FlashInfer's runner remembers the largest batch that
-it was asked about, and wants room for that."""
+"""Held from the question for a workspace's size to the launch.
+
+In fp8, FlashInfer's runner remembers the largest batch in any question, and expects a workspace for that one.
+"""
 
 
 @dataclass(frozen=True, slots=True)
 class PreparedFlashInfer:
-    """The weights, up first, FlashInfer's functions, and the arguments that are the same for every batch, of each."""
+    """The weights with up rows first, and FlashInfer's two functions with the arguments that every batch shares.
+
+    arguments: of fused_moe. sizes: of workspace_size.
+    """
 
     weights: MoEWeights
     fused_moe: Callable[..., Any]
@@ -102,7 +107,7 @@ def prepare(weights: MoEWeights) -> PreparedFlashInfer:
 
 
 def _biases(weights: MoEWeights) -> dict[str, Tensor]:
-    """Both, bf16, or neither, since FlashInfer takes no single one."""
+    """The arguments of both biases in bf16, or of neither: FlashInfer does not take a single one."""
     given = {"fc1_expert_biases": weights.gate_up_bias, "fc2_expert_biases": weights.down_bias}
     if all(b is None for b in given.values()):
         return {}
@@ -113,7 +118,7 @@ def _biases(weights: MoEWeights) -> dict[str, Tensor]:
 
 
 def library() -> Any:
-    """flashinfer.fused_moe.core, once its module is compiled. Raises KernelError where it cannot be loaded."""
+    """The package flashinfer.fused_moe.core, once its module is compiled. Raises KernelError if it cannot be loaded."""
     if reason := module.problem():
         raise KernelError(reason)
     if not module.ready():
@@ -127,7 +132,7 @@ def library() -> Any:
 
 
 def check_tactics(core: Any) -> None:
-    """Raises KernelError where the module's tactics are not as many as are known here."""
+    """Raises KernelError if the module's number of tactics is not the one that this adapter knows."""
     runner = (
         core.get_cutlass_fused_moe_module(ARCH)
         .MoERunner(
@@ -155,7 +160,7 @@ def check_tactics(core: Any) -> None:
 
 
 def _function(core: Any, name: str, passed: tuple[str, ...]) -> Callable[..., Any]:
-    """The function, where it takes these arguments by name. Raises KernelError with those that it does not take."""
+    """The function of this name. Raises KernelError if it does not take all of the arguments by name."""
     function: Callable[..., Any] | None = getattr(core, name, None)
     if function is None:
         raise KernelError(f"the installed flashinfer has no {name}, which this adapter uses")
@@ -189,8 +194,10 @@ def launch(config: KernelConfig, prepared: PreparedFlashInfer, batch: Batch, out
 
 
 class FromWorkspace(TorchFunctionMode):
-    """Within it, `torch.empty` is served from a workspace: FlashInfer's wrapper allocates what only its low-latency
-    mode uses, each time, and a graph would hold on to it."""
+    """Context in which `torch.empty` takes its memory from a workspace.
+
+    FlashInfer's wrapper allocates in each call what only its low-latency mode uses. A graph would keep that memory.
+    """
 
     def __init__(self, workspace: Workspace) -> None:
         super().__init__()
@@ -212,7 +219,7 @@ def _check(batch: Batch, out: Tensor, weights: MoEWeights) -> None:
 
 
 def routed_in_one_block(num_tokens: int, top_k: int, experts: int) -> bool:
-    """Whether FlashInfer's routing is the one that counts every id by itself."""
+    """Whether FlashInfer routes a batch in one block, which takes every id by itself."""
     fits = any(num_tokens <= tokens and experts <= most for tokens, most in ONE_BLOCK)
     return fits and top_k in ONE_BLOCK_TOP_K
 
@@ -225,10 +232,10 @@ def merging_kernel(
     weights,  # [tokens, TOP_K]
     num_tokens,
     TOP_K: tl.constexpr,
-    WIDTH: tl.constexpr,  # TOP_K as a power of two
+    WIDTH: tl.constexpr,  # TOP_K rounded up to a power of two
     BLOCK: tl.constexpr,
 ):
-    """An id that its token has before becomes -1, and its weight is added to the first one's."""
+    """Replace a token's repeated ids by -1, and add their weights to that of the first one."""
     token, slot = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK), tl.arange(0, WIDTH)
     inside = (token < num_tokens)[:, None] & (slot < TOP_K)[None, :]
     at = token[:, None] * TOP_K + slot[None, :]
@@ -246,7 +253,8 @@ def merging_kernel(
 
 
 def merged(batch: Batch, workspace: Workspace) -> tuple[Tensor, Tensor]:
-    """(ids int32 `[T, k]` that name no expert twice, weights float32 `[T, k]`)."""
+    """Merge equal ids of a token. Returns ids int32 `[T, k]` that name no expert twice, and weights float32
+    `[T, k]`."""
     tokens, top_k = batch.topk_ids.shape
     ids = workspace.get("ids", (tokens, top_k), torch.int32, batch.topk_ids.device)
     weights = workspace.get("weights", (tokens, top_k), torch.float32, batch.topk_ids.device)

@@ -1,13 +1,16 @@
-"""vLLM's `fused_experts` as the library calls a kernel: its arguments, one configuration at a time, ids to be skipped.
+"""Calls vLLM's `fused_experts` with one configuration, and has it skip ids that are out of range.
 
-It has no argument for its output (vllm 0.33 dropped `inplace`), so the result is copied. This copy and the launch that
-looks after the ids are what a path here takes longer than in vLLM's own layer.
+It has no argument for its output (vllm 0.33 dropped `inplace`), so the result is copied. By this copy, and by the
+launch that treats the ids, a path here takes longer than in vLLM's own layer.
 
-Where an id is out of range, vllm 0.33 goes wrong without a word: up to E / 4 routed ids, its GEMM takes the id for an
-expert as it is (E reads past the weights; -1 alone is seen to); above, `moe_align_block_size` leaves the id out, the
-GEMMs then never write its rows of an uninitialised buffer, and `moe_sum` adds them. So such an id is given an expert
-that its token visits anyway, and weight 0, by one small launch before; a token without any expert is made zero when the
-result is copied, whatever its hidden state holds.
+For ids out of range, vllm 0.33 silently computes wrong results:
+
+- Up to E / 4 routed ids, its GEMM skips -1 alone. It takes any other id for an expert: E reads past the weights.
+- Above, `moe_align_block_size` leaves the id out. The GEMMs never write its rows of an uninitialised buffer, and
+  `moe_sum` adds them.
+
+So one small launch before gives such an id weight 0, and an expert that its token visits anyway. If a token visits no
+expert, its output is set to zero when the result is copied, whatever its hidden state holds.
 """
 # Triton is untyped, and so is every function that it compiles.
 # mypy: disable-error-code="import-untyped, untyped-decorator, no-untyped-def, no-untyped-call"
@@ -31,19 +34,24 @@ from torch import Tensor
 
 PACKAGE = "vllm.model_executor.layers.fused_moe"
 ACTIVATIONS = {"swiglu": "SILU", "gelu_tanh": "GELU_TANH"}
-"""Members of vLLM's MoEActivation for gate-first rows. Its SWIGLUOAI wants them interleaved; that of gate-first rows
-needs a limit that `fused_experts` does not pass on."""
+"""Members of vLLM's MoEActivation for gate-first rows, by our names.
+
+Its SWIGLUOAI takes interleaved rows. The one for gate-first rows needs a limit, which `fused_experts` does not pass on.
+"""
 TOKENS = 64
-"""Of one program of the routing kernel."""
+"""Tokens of one program of the routing kernel."""
 
 _override = threading.Lock()
-"""Held while vLLM's global configuration is ours."""
+"""Held while vLLM's global configuration is set to one of ours."""
 
 
 @dataclass(frozen=True, slots=True)
 class PreparedVllmTriton:
-    """The weights as they are, vLLM's functions, and the arguments of fused_experts that are the same for every batch;
-    `zeros` has a 0-dimensional tensor for each dtype of hidden states."""
+    """The weights that were given, and vLLM's functions.
+
+    arguments: of fused_experts, the same for every batch.
+    zeros: a zero `[]` in each dtype of hidden states.
+    """
 
     weights: MoEWeights
     fused_experts: Callable[..., Tensor]
@@ -75,7 +83,10 @@ def prepare(weights: MoEWeights) -> PreparedVllmTriton:
 
 
 def quant_config(weights: MoEWeights, config: Any) -> Any:
-    """None for weights that have neither scales nor biases."""
+    """vLLM's configuration of the weights' scales and biases; None if they have neither.
+
+    config: the module that makes it. Raises KernelError for scale blocks that vLLM counts in another way.
+    """
     biases = {"w1_bias": weights.gate_up_bias, "w2_bias": weights.down_bias}
     if weights.gate_up_scale is not None:
         given = {"w1_scale": weights.gate_up_scale, "w2_scale": weights.down_scale, **biases}
@@ -98,8 +109,7 @@ def _attribute(module: Any, name: str) -> Any:
 
 
 def _function(module: Any, name: str, passed: tuple[str, ...]) -> Callable[..., Any]:
-    """The function, where it can be called with these arguments by name and no others. KernelError tells what does not
-    fit."""
+    """The function of this name. Raises KernelError if it lacks one of the arguments, or requires others."""
     function: Callable[..., Any] = _attribute(module, name)
     parameters = inspect.signature(function).parameters.values()
     needed = {p.name for p in parameters if p.default is p.empty}
@@ -123,8 +133,10 @@ def launch(config: KernelConfig, prepared: PreparedVllmTriton, batch: Batch, out
 
 
 def _run(prepared: PreparedVllmTriton, config: dict[str, Any], **batch: Tensor) -> Tensor:
-    """fused_experts under a configuration. vLLM's override_config does not put the old one back after an exception, so
-    none may pass through it."""
+    """Call fused_experts under a configuration.
+
+    vLLM's override_config does not restore the old one after an exception, so none may pass through it.
+    """
     outcome: Tensor | BaseException
     with _override, prepared.override_config(config):
         try:
@@ -153,10 +165,10 @@ def routing_kernel(
     num_tokens,
     num_experts,
     TOP_K: tl.constexpr,
-    WIDTH: tl.constexpr,  # TOP_K as a power of two
+    WIDTH: tl.constexpr,  # TOP_K rounded up to a power of two
     BLOCK: tl.constexpr,
 ):
-    """Ids out of range become the token's largest valid one (0 where it has none), at weight 0."""
+    """Replace ids out of range by the token's largest valid one, or 0 if it has none, and their weights by 0."""
     token, slot = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK), tl.arange(0, WIDTH)
     inside = (token < num_tokens)[:, None] & (slot < TOP_K)[None, :]
     at = token[:, None] * TOP_K + slot[None, :]
@@ -169,8 +181,11 @@ def routing_kernel(
 
 
 def routing(batch: Batch, num_experts: int, workspace: Workspace) -> tuple[Tensor, Tensor, Tensor]:
-    """(ids int32 `[T, k]` all of which are experts, weights float32 `[T, k]`, whether a token has any id bool
-    `[T]`)."""
+    """Replace ids out of range, and set their weights to 0.
+
+    Returns ids int32 `[T, k]`, all in range; weights float32 `[T, k]`; and bool `[T]`, whether a token visits any
+    expert.
+    """
     tokens, top_k = batch.topk_ids.shape
     device = batch.topk_ids.device
     ids = workspace.get("ids", (tokens, top_k), torch.int32, device)
