@@ -1,4 +1,4 @@
-"""The parts of the benchmark; `measure.py` says what each is."""
+"""The parts of the benchmark. `measure.py` describes each."""
 
 from __future__ import annotations
 
@@ -22,11 +22,11 @@ SKEWS = (1.0, 2.5)
 HTTP = {"requests": 256, "prompt": 128, "output": 64, "clients": 64}
 ENDURANCE = 2000
 ROUTED = 2048
-"""Tokens of the batch from which it is told over how many experts fewer spread."""
+"""Tokens of the batch by which active experts of smaller batches are counted."""
 
 
 def measure(run: Run, options: argparse.Namespace) -> None:
-    """All parts that are asked for. Engines live from the first part that needs them to the last."""
+    """Measure all parts that are asked for. Engines live from the first part that needs them to the last."""
     asked = [part for part in PARTS if part in options.parts]
     offline = [part for part in asked if part not in SERVERS]
     if offline:
@@ -50,7 +50,7 @@ def measure(run: Run, options: argparse.Namespace) -> None:
 
 
 def of(run: Run, *left_out: str) -> list[EngineProcess]:
-    """The engines that live."""
+    """The engines that live, without the reference and those named."""
     return [engine for engine in run.engines if engine.name not in (REFERENCE, *left_out)]
 
 
@@ -95,8 +95,10 @@ def decode(run: Run, options: argparse.Namespace, skew: float = 0.0) -> None:
 
 
 def _active(run: Run, batches: Sequence[int]) -> dict[int, float]:
-    """Experts that a batch of each size spreads over, in the mean of the layers; of the stock engine if there is one.
-    Empty if it has no eager batch."""
+    """Mean number of active experts of a layer, by batch size. Empty if the engine has no eager batch.
+
+    The engine is the first one with experts of its own: the stock engine if there is one.
+    """
     engine = next(iter(of(run, PLUGIN, WITHOUT_EXPERTS)), None)
     asked = (("call", "start_routing"), ("generate", 1, ROUTED, 1, 999), ("call", "active_experts", list(batches)))
     found = None
@@ -153,7 +155,7 @@ def skew(run: Run, options: argparse.Namespace) -> None:
 
 
 def http(run: Run, options: argparse.Namespace) -> None:
-    """Servers start one after another, which is what `ready_s` is of, and take turns."""
+    """Measure the HTTP servers. They start one after another, which `ready_s` times, and then take turns."""
     servers = _servers(run, [name for name in options.variants if name != WITHOUT_EXPERTS])
     sizes = HTTP["prompt"], HTTP["output"], run.record["vocabulary"]
     rows: dict[str, list[dict[str, Any]]] = {server.name: [] for server in servers}
@@ -196,7 +198,7 @@ def endurance(run: Run, options: argparse.Namespace) -> None:
 
 
 def _servers(run: Run, names: Sequence[str]) -> list[http_load.Server]:
-    """Those that answer in time."""
+    """Start a server of each variant, one after another. Returns those that answer in time."""
     found = []
     for name in names:
         if run.left <= 0:
@@ -222,7 +224,7 @@ def _port() -> int:
 
 
 def _gpu_bytes() -> int:
-    """In use on the first GPU, by the driver's count; 0 if it does not say."""
+    """Bytes in use on the first GPU, as the driver counts them; 0 if it does not tell."""
     asked = ["nvidia-smi", "--query-gpu=memory.used", "--format=csv,noheader,nounits", "--id=0"]
     try:
         return int(subprocess.run(asked, capture_output=True, text=True, check=True, timeout=30).stdout) << 20
@@ -231,7 +233,7 @@ def _gpu_bytes() -> int:
 
 
 def _columns(rows: Sequence[dict[str, Any]]) -> dict[str, list[Any]]:
-    """Each measure of the repeats, as a list."""
+    """Each measure as a list over the repeats."""
     return {name: [row.get(name) for row in rows] for name in rows[0]}
 
 

@@ -1,4 +1,4 @@
-"""One run: the engines that live, the time that is left, and the result, which is written as it goes."""
+"""One run of the benchmark: its living engines, the time left, and the result, which is written as it grows."""
 
 from __future__ import annotations
 
@@ -16,11 +16,15 @@ from variants import Served, compiled, variant
 FORMAT = "ramp-moe/serving"
 VERSION = 1
 START_S = 420.0
-"""For engines, and for a server, to start."""
+"""Time limit for engines, and for a server, to start."""
 
 
 class Run:
-    """Writes its `record` to `output`. variables: of every engine. seconds: after which nothing new is begun."""
+    """Writes its `record` to `output`.
+
+    variables: environment variables of every engine.
+    seconds: after these, nothing new is begun.
+    """
 
     def __init__(
         self, engine: str, served: Served, variables: dict[str, str], logs: Path, output: Path, seconds: float
@@ -39,14 +43,14 @@ class Run:
         print(f"[{time.perf_counter() - self._begun:6.1f}] {line}", flush=True)
 
     def write(self) -> None:
-        """Whole or not at all."""
+        """Write the record, whole or not at all."""
         self._output.parent.mkdir(parents=True, exist_ok=True)
         beside = self._output.with_name(f".{self._output.name}.tmp")
         beside.write_text(json.dumps(self.record, indent=1))
         os.replace(beside, self._output)
 
     def add(self, part: str, **row: Any) -> None:
-        """Another row of a part of the record."""
+        """Add a row to a part of the record."""
         self.record.setdefault(part, []).append(row)
         self.write()
 
@@ -56,8 +60,10 @@ class Run:
         self.write()
 
     def start(self, names: Sequence[str]) -> list[EngineProcess]:
-        """Start engines; those that do not start are left out, with the reason. All of vLLM's at once; SGLang sizes its
-        memory by what is free, so its own follow each other."""
+        """Start engines. Those that do not start are left out, with the reason.
+
+        vLLM's start together. SGLang sizes its memory by what is free, so its engines start one after another.
+        """
         alive = []
         for together in [names] if self.engine == "vllm" else [[name] for name in names]:
             begun = time.perf_counter()
@@ -78,7 +84,7 @@ class Run:
         return alive
 
     def of(self, name: str) -> dict[str, Any]:
-        """What is recorded of a variant itself."""
+        """The record of a variant itself."""
         return self.record["variants"].setdefault(name, {})  # type: ignore[no-any-return]
 
     def drop(self, engine: EngineProcess, why: str) -> None:
@@ -92,7 +98,7 @@ class Run:
         self.engines.remove(engine)
 
     def ask(self, engine: EngineProcess, what: str, *args: Any, **options: Any) -> Any:
-        """What the engine answers; None, and the engine is dropped, if it fails."""
+        """Call a method of `Driven` in the engine's process. If it fails, the engine is dropped, and None returned."""
         try:
             return engine(what, *args, **options)
         except EngineError as e:
@@ -100,14 +106,14 @@ class Run:
             return None
 
     def turns(self, engines: Sequence[EngineProcess], repeats: int) -> Iterator[tuple[int, EngineProcess]]:
-        """Every repeat of every engine that lives, in turn, in the other order every other time."""
+        """Yield each repeat with each living engine. The order of engines is reversed in every other repeat."""
         for repeat in range(repeats):
             for engine in engines[:: 1 if repeat % 2 == 0 else -1]:
                 if engine in self.engines:
                     yield repeat, engine
 
     def cells(self, part: str, sizes: Sequence[Any], measure: Callable[[Any], None]) -> None:
-        """Measure each size, as far as the time goes: by the one before, which took at most as long."""
+        """Measure each size. A size is left out if less time is left than the longest one before it took."""
         took = 0.0
         for size in sizes:
             if self.left < took:

@@ -1,4 +1,4 @@
-"""A process for each engine, so that several live on one GPU, and one that dies takes no other with it."""
+"""Runs each engine in a process of its own. So several live on one GPU, and one that dies takes no other with it."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ class EngineError(Exception):
 
 
 class Driven:
-    """An engine in its process, and what is measured of it."""
+    """An engine inside its process, with the methods that measure it."""
 
     def __init__(self, module: str, arguments: dict[str, Any]) -> None:
         start = time.perf_counter()
@@ -38,15 +38,20 @@ class Driven:
         return self.engine.call(what, *args)
 
     def prompts(self, number: int, length: int, seed: int) -> list[list[int]]:
-        """Random ids; the first and last few, which may be special, are left out."""
+        """Prompts of random ids. The first and last 200 ids, which may be special, are left out."""
         draw = random.Random(seed)
         ids = range(200, self.engine.vocabulary - 200)
         return [draw.choices(ids, k=length) for _ in range(number)]
 
     def generate(self, number: int, length: int, output: int, seed: int, record: bool = False) -> dict[str, Any]:
-        """Serve a batch at once. All in milliseconds: `wall`; `first_token` and `step` as the engine times them; if
-        recorded `gpu`, the median of the decode steps' graphs, `period` from one to the next, and `prefill`, the sum of
-        the graphs of the prompts."""
+        """Serve a batch at once. Returns the number of `tokens`, and milliseconds:
+
+        wall                 the whole batch
+        first_token, step    as the engine times them
+        gpu                  median of the graphs of decode steps, if recorded
+        period               median from the start of one such graph to the next, if recorded
+        prefill              sum of the graphs of the prompts, if recorded
+        """
         prompts = self.prompts(number, length, seed)
         if record:
             self.call("start_recording")
@@ -58,7 +63,7 @@ class Driven:
         if not record:
             return measured
         replays = self.call("recorded")
-        # The first steps may have part of the batch, where prompts take several.
+        # The first steps may have only part of the batch, if its prompts take several steps.
         steps = [(ms, at) for kind, ms, at in replays if kind == "graph"][-(output - 2) :]
         if len(steps) > 3:
             measured["gpu"] = statistics.median(ms for ms, _ in steps)
@@ -73,7 +78,7 @@ class Driven:
 
 
 class EngineProcess:
-    """Starts a process with a variant's engine; `wait` until it is ready. What it prints goes into a file."""
+    """Starts a process with a variant's engine. Its output goes into a file. `wait` returns when it is ready."""
 
     def __init__(self, module: str, variant: Variant, variables: Mapping[str, str], log: Path) -> None:
         self.name = variant.name
@@ -85,11 +90,11 @@ class EngineProcess:
         theirs.close()
 
     def wait(self, seconds: float) -> float:
-        """The seconds that it took to start. Raises EngineError."""
+        """Wait for the engine, `seconds` at most. Returns the seconds that it took to start. Raises EngineError."""
         return float(self._answer(seconds))
 
     def __call__(self, what: str, *args: Any, seconds: float = 180.0, **options: Any) -> Any:
-        """What a method of `Driven` returns. Raises EngineError."""
+        """Call a method of `Driven` in the process. Raises EngineError if it fails or takes too long."""
         try:
             self._connection.send((what, args, options))
         except OSError:
@@ -108,7 +113,7 @@ class EngineProcess:
         return answer
 
     def stop(self) -> None:
-        """End it, and whatever it started."""
+        """End the process, and whatever it started."""
         if self._process.pid is not None:
             with contextlib.suppress(ProcessLookupError, PermissionError):
                 os.killpg(self._process.pid, signal.SIGKILL)
@@ -118,7 +123,7 @@ class EngineProcess:
 
 
 def _serve(module: str, arguments: dict[str, Any], variables: Mapping[str, str], log: str, connection: Any) -> None:
-    """The process: answers until its parent is gone."""
+    """Run the process: make the engine, and answer calls until the parent is gone."""
     os.setpgid(0, 0)
     with open(log, "ab", buffering=0) as file:
         os.dup2(file.fileno(), sys.stdout.fileno())

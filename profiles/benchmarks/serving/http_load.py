@@ -1,4 +1,4 @@
-"""An engine's HTTP server, and clients that load it."""
+"""Starts an engine's HTTP server, and loads it with clients."""
 
 from __future__ import annotations
 
@@ -24,12 +24,17 @@ START = {"vllm": ("-m", "vllm.entrypoints.cli.main", "serve"), "sglang": ("-m", 
 HEALTH_S = 0.25
 REQUEST_S = 120.0
 SETTLED = 100
-"""Requests after which a server's memory should grow no more."""
+"""Number of requests after which a server's memory should grow no more."""
 
 
 @dataclass(frozen=True)
 class Request:
-    """Token ids of a prompt, how many to generate, and after how many seconds the client leaves, if it does."""
+    """A request to a server.
+
+    prompt: token ids.
+    output: number of tokens to generate.
+    patience: seconds after which the client leaves; None: it stays.
+    """
 
     prompt: Sequence[int]
     output: int
@@ -38,7 +43,13 @@ class Request:
 
 @dataclass
 class Answers:
-    """Of the requests that a server was sent: each one's seconds, and what went wrong with how many."""
+    """The outcome of requests to a server.
+
+    seconds: of each request that was answered.
+    failed: the reason for each request that failed.
+    cancelled: number of requests that clients left.
+    tokens: generated in all.
+    """
 
     seconds: list[float] = field(default_factory=list)
     failed: list[str] = field(default_factory=list)
@@ -47,7 +58,7 @@ class Answers:
 
 
 class Server:
-    """Starts an engine's server with a variant. Its output goes into a file."""
+    """Starts an engine's HTTP server with a variant. Its output goes into a file."""
 
     def __init__(self, engine: str, variant: Variant, folder: str, port: int, variables: Mapping[str, str], log: Path):
         self.engine, self.name, self.folder, self.port = engine, variant.name, folder, port
@@ -63,7 +74,7 @@ class Server:
             )
 
     def ready(self, seconds: float) -> float | None:
-        """Seconds from its start until it answers; None if it ended before, or did not in time."""
+        """Wait until the server answers. Returns the seconds since its start; None if it ended, or took too long."""
         while time.perf_counter() - self._begun < seconds and self._process.poll() is None:
             with contextlib.suppress(OSError, http.client.HTTPException):
                 if self._ask("GET", "/health", None, 3.0)[0] == 200:
@@ -72,7 +83,7 @@ class Server:
         return None
 
     def load(self, requests: Sequence[Request], clients: int) -> tuple[float, Answers]:
-        """Send the requests, `clients` at a time. Seconds until all are answered, and the answers."""
+        """Send the requests, `clients` at a time. Returns the seconds until all are answered, and the answers."""
         todo, answers, lock = list(reversed(requests)), Answers(), threading.Lock()
 
         def work() -> None:
@@ -92,7 +103,7 @@ class Server:
         return time.perf_counter() - start, answers
 
     def resident_bytes(self) -> int:
-        """Of host memory, of the server and all that it started."""
+        """Bytes of host memory of the server and all that it started."""
         import psutil  # which both engines need
 
         total = 0
@@ -138,7 +149,7 @@ class Server:
             answer = connection.getresponse()
             return answer.status, answer.read()
         finally:
-            connection.close()  # to the server that is a client that leaves, if it has not answered
+            connection.close()  # if the server has not answered yet, the client leaves by this
 
     def _body(self, request: Request) -> tuple[str, Any]:
         ids, output = list(request.prompt), request.output
@@ -155,13 +166,13 @@ class Server:
 
 
 def even(number: int, prompt: int, output: int, vocabulary: int, seed: int) -> list[Request]:
-    """Requests of equal lengths, of random ids."""
+    """Requests of equal lengths, with random ids."""
     draw = random.Random(seed)
     return [Request(draw.choices(range(200, vocabulary - 200), k=prompt), output) for _ in range(number)]
 
 
 def mixed(number: int, vocabulary: int, seed: int) -> list[Request]:
-    """Requests of prompts of 8 to 2,048 tokens and outputs of 1 to 128; one client in ten leaves early."""
+    """Requests with prompts of 8 to 2,048 tokens and outputs of 1 to 128. One client in ten leaves early."""
     draw = random.Random(seed)
     return [
         Request(
@@ -174,7 +185,7 @@ def mixed(number: int, vocabulary: int, seed: int) -> list[Request]:
 
 
 def summary(seconds: float, answers: Answers) -> dict[str, Any]:
-    """What is kept of a load."""
+    """The figures of a load that are recorded."""
     return {
         "tokens_per_s": answers.tokens / seconds,
         "median_s": statistics.median(answers.seconds) if answers.seconds else None,

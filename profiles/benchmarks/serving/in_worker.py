@@ -1,5 +1,6 @@
-"""What is measured inside an engine's own process, where the model is: `vllm_worker.py` and `sglang_worker.py` bring it
-there. Neither engine's code for experts is touched, unless the variant is `without_experts`.
+"""Measures inside an engine's own process, which has the model. `vllm_worker.py` and `sglang_worker.py` load this file.
+
+Neither engine's code for experts is touched, unless the variant is `without_experts`.
 """
 
 from __future__ import annotations
@@ -13,13 +14,13 @@ import random_weights
 import torch
 
 ROUNDED = "SERVING_ROUNDED"
-"""Variable: the dtype whose values the weights of a float32 engine are rounded to."""
+"""Variable with the dtype to whose values the weights of a float32 engine are rounded."""
 WITHOUT_EXPERTS = "SERVING_WITHOUT_EXPERTS"
-"""Variable: if 1, experts return zeros, so that a step takes what everything else takes."""
+"""Variable. If it is 1, experts return zeros, so that a step takes the time of everything else."""
 _replays: list[tuple[str, Any, Any, float]] | None = None
-"""While recording: kind of graph, start, end, the host's time."""
+"""Replays while recording, else None: kind of graph, event before, event after, host seconds."""
 _routed: list[Any] | None = None
-"""While recording: top-k ids of each layer."""
+"""Top-k ids of each layer and batch while recording, else None."""
 
 
 def start_recording() -> None:
@@ -29,7 +30,7 @@ def start_recording() -> None:
 
 
 def recorded() -> list[tuple[str, float, float]]:
-    """Kind, GPU milliseconds and host second of each replay since, and record no more."""
+    """Stop recording. Returns the kind, GPU milliseconds and host seconds at the start of each replay."""
     global _replays
     torch.cuda.synchronize()
     found, _replays = _replays or [], None
@@ -37,7 +38,7 @@ def recorded() -> list[tuple[str, float, float]]:
 
 
 def timed(replay: Any, kind: str) -> Any:
-    """A method that replays a graph, with events around it while recording."""
+    """Wrap a method that replays a graph: while recording, events are recorded around it."""
 
     def with_events(self: Any, *args: Any, **options: Any) -> Any:
         if _replays is None:
@@ -54,13 +55,16 @@ def timed(replay: Any, kind: str) -> Any:
 
 
 def memory() -> dict[str, float]:
-    """GiB that torch has allocated and reserved."""
+    """GiB that torch has allocated, and reserved."""
     return {what: getattr(torch.cuda, f"memory_{what}")() / 2**30 for what in ("allocated", "reserved")}
 
 
 def plans() -> dict[str, Any]:
-    """What ramp_moe's layers chose: by batch size the mode and the candidates of the first layer, how many layers there
-    are, and which kernels were dropped. Nothing in a variant without them."""
+    """What ramp_moe's layers chose; empty in a variant without them.
+
+    It has the number of layers, the kernels that any of them dropped, and by batch size the mode and the bodies of one
+    layer.
+    """
     try:
         from ramp_moe.runtime.layer import LayerRuntime
     except ImportError:
@@ -76,14 +80,16 @@ def plans() -> dict[str, Any]:
 
 
 def start_routing() -> None:
-    """Keep the ids of each eager batch from now on."""
+    """Record the ids of each eager batch from now on."""
     global _routed
     _routed = []
 
 
 def active_experts(batches: list[int]) -> list[float]:
-    """For each batch size, over how many experts of a layer that many tokens spread, in the mean of the layers' batches
-    since; and keep no more. Empty if no eager batch was as large."""
+    """Stop recording ids. Returns, for each batch size, the mean number of experts that a layer's batch visits.
+
+    Recorded batches are cut into batches of that size. Empty if none was as large as the largest size.
+    """
     global _routed
     found, _routed = [ids for ids in _routed or [] if len(ids) >= max(batches)], None
     means = []
@@ -94,7 +100,7 @@ def active_experts(batches: list[int]) -> list[float]:
 
 
 def routing(select: Any) -> Any:
-    """A method that returns weights and ids of a batch's experts, which keeps the ids while recording."""
+    """Wrap a method that returns weights and ids of a batch's experts: while recording, the ids are kept."""
 
     def select_experts(self: Any, *args: Any, **options: Any) -> Any:
         found = select(self, *args, **options)
@@ -106,14 +112,14 @@ def routing(select: Any) -> Any:
 
 
 def answer(what: str, args: Any, model: Any) -> Any:
-    """Call a function of this file by name; `skew` is of the model's parameters."""
+    """Call a function of this file by name, or `skew` of random_weights with the model's parameters."""
     if what == "skew":
         return random_weights.skew(dict(model.named_parameters()), *args)
     return globals()[what](*args)
 
 
 def draw(model: Any, *_: Any, **__: Any) -> None:
-    """In place of an engine's own random weights."""
+    """Draw a model's weights, in place of the engine's own random ones."""
     random_weights.fill(dict(model.named_parameters()), os.environ.get(ROUNDED))
 
 

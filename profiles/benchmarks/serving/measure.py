@@ -3,9 +3,9 @@
     python profiles/benchmarks/serving/measure.py --engine vllm --model olmoe-1b-7b --dtype fp8 \\
         --variants stock,plugin,deep_gemm --output result.json
 
-Variants are engines of their own that live on one GPU, and take turns. `stock` is the engine's own choice of kernel for
-experts, `plugin` is ramp_moe's, `without_experts` has none and shows what all else takes; other names are the engine's
-own backends (`--moe-backend`, `--moe-runner-backend`). Parts, in this order:
+Each variant is an engine of its own. They live on one GPU, and take turns. `stock` is the engine's own choice of kernel
+for experts, and `plugin` is ramp_moe's. `without_experts` has none, and shows the time of everything else. Other names
+are the engine's own backends (`--moe-backend`, `--moe-runner-backend`). Parts, in this order:
 
     accuracy      log-probabilities of prompts against the same weights in a float32 engine
     decode        GPU time of a decode step, and time per output token, by batch size
@@ -13,9 +13,9 @@ own backends (`--moe-backend`, `--moe-runner-backend`). Parts, in this order:
     mixed         256 requests of 512 tokens in, 128 out
     skew          decode with routers that favour some experts
     http          the HTTP server: start from warm caches, then 64 clients
-    endurance     the HTTP server: 2,000 requests of mixed lengths, of which a tenth is cancelled
+    endurance     the HTTP server: 2,000 requests of mixed lengths, a tenth of which clients cancel
 
-The result is written after each cell. With `--seconds` the rest is left out in time, and said to be.
+The result is written after each cell. What `--seconds` does not suffice for is left out, and the result says so.
 """
 
 from __future__ import annotations
@@ -37,14 +37,14 @@ from variants import ENGINES, MAX_BATCH, PLUGIN, STOCK, Served
 
 HERE = Path(__file__).parent
 TOKENS = MAX_BATCH * 256
-"""Tokens whose keys and values an engine keeps: the largest batch of decode, with some to spare."""
+"""Tokens for whose keys and values an engine has memory: the largest batch of decode, with some to spare."""
 
 SHARE = 0.9
-"""Of the free GPU memory that engines may take for experts, keys and values."""
+"""Share of the free GPU memory that engines may take for experts, keys and values."""
 
 
 def numbers(text: str) -> list[int]:
-    """Ascending sizes of a list with commas. Raises ArgumentTypeError."""
+    """Parse sizes that commas separate, and sort them. Raises ArgumentTypeError."""
     try:
         found = sorted({int(x) for x in text.split(",")})
     except ValueError:
@@ -76,7 +76,7 @@ def parser() -> argparse.ArgumentParser:
 
 
 def check(p: argparse.ArgumentParser, options: argparse.Namespace) -> None:
-    """Ends with a message for options that cannot be."""
+    """End with a message if options are impossible."""
     if unknown := [part for part in options.parts if part not in parts.PARTS]:
         p.error(f"there is no part {', '.join(unknown)}; there are {', '.join(parts.PARTS)}")
     if options.batches[-1] > MAX_BATCH:
@@ -99,8 +99,10 @@ def device() -> tuple[str, float]:
 
 
 def fit(options: argparse.Namespace, served: Served, free: float) -> str | None:
-    """Whether the variants fit into the GPU together. Returns why accuracy is left out, None if it is not; ends with a
-    message if they do not fit even so."""
+    """Check that the variants fit into the GPU's memory together. Ends with a message if they do not.
+
+    Returns why accuracy is left out: its reference does not fit, too. None if it does.
+    """
     needed = sum(served.gib(name) for name in options.variants)
     if needed > free * SHARE:
         raise SystemExit(
@@ -125,7 +127,7 @@ def versions(engine: str) -> dict[str, str]:
 
 
 def serve(folder: Path, shape: MoEShape, layers: int | None) -> tuple[Served, dict[str, object]]:
-    """The model, written into a folder, and its configuration."""
+    """Write the model into a folder. Returns it, and its configuration."""
     found = served_models.config(shape, layers)
     plain = {k: v for k, v in found.items() if k != "quantization_config"}
     for name, of in (("model", found), ("plain", plain)):
@@ -137,7 +139,7 @@ def serve(folder: Path, shape: MoEShape, layers: int | None) -> tuple[Served, di
 
 
 def environment(engine: str, folder: Path) -> dict[str, str]:
-    """Variables of every engine; also has this folder on the module path of all processes."""
+    """Variables of every engine. Also puts this folder on the module path of all processes."""
     os.environ["PYTHONPATH"] = os.pathsep.join([str(HERE), *filter(None, [os.environ.get("PYTHONPATH")])])
     if engine == "sglang":
         import sglang_engine

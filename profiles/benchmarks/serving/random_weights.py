@@ -1,8 +1,8 @@
-"""Random weights of a sensible size, the same in every engine that names its parameters alike.
+"""Random weights of a sensible size, the same in every engine that has the same names of parameters.
 
-The engines' own random weights are within 1e-3 of zero, so that rounding decides who is routed where. Here activations
-keep their size from layer to layer. The first channel of the hidden states is a constant, so the first column of a
-router is a bias by expert: `skew` sets it.
+The engines' own random weights are within 1e-3 of zero, so that rounding decides the routing. Here activations keep
+their size from layer to layer. The first channel of the hidden states is a constant. So the first column of a router is
+a bias by expert, which `skew` sets.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 CONSTANT = 6.0
-"""The first channel of every embedding."""
+"""Value of the first channel of every embedding."""
 FP8 = torch.float8_e4m3fn
 BLOCK = 128
 SPREAD = 0.022
@@ -27,7 +27,8 @@ SCALES = ("scale_inv", "_scale")
 def fill(parameters: Mapping[str, Tensor], rounded: str | None = None) -> None:
     """Draw a model's parameters in place.
 
-    rounded: `bf16` or `fp8` for a model in float32 that is to have exactly the values that the model has in that dtype.
+    rounded: `bf16` or `fp8`, for a float32 model that must have exactly the values of the model in that dtype. None:
+        the model has its own dtype.
     """
     for name, parameter in parameters.items():
         p = parameter.data
@@ -45,7 +46,7 @@ def fill(parameters: Mapping[str, Tensor], rounded: str | None = None) -> None:
 
 
 def skew(parameters: Mapping[str, Tensor], strength: float) -> int:
-    """Bias each router by `strength` times a normal draw an expert; 0 for none. Returns how many routers there are."""
+    """Bias each router by `strength` times a normal draw per expert; 0: no bias. Returns the number of routers."""
     routers = {name: p for name, p in parameters.items() if _is_router(name) and p.dim() == 2}
     for name, p in routers.items():
         drawn = torch.randn(len(p), dtype=torch.float32, device="cpu", generator=_generator(f"{name}.skew", "cpu"))
@@ -54,7 +55,7 @@ def skew(parameters: Mapping[str, Tensor], strength: float) -> int:
 
 
 def quantise(w: Tensor) -> tuple[Tensor, Tensor]:
-    """e4m3 of w float32 `[N, K]`, and the scales float32 `[N / 128, K / 128]` of its blocks."""
+    """Quantise w float32 `[N, K]` to e4m3. Returns it, and the scales float32 `[N / 128, K / 128]` of its blocks."""
     n, k = w.shape
     blocks = w.view(n // BLOCK, BLOCK, k // BLOCK, BLOCK)
     scales = blocks.abs().amax((1, 3), keepdim=True) / 448.0
@@ -95,7 +96,7 @@ def _is_router(name: str) -> bool:
 
 
 def _is_plain(name: str) -> bool:
-    """Whether it stays in bf16 where the model is in fp8."""
+    """Whether a parameter stays in bf16 if the model is in fp8."""
     return _is_router(name) or "embed_tokens" in name or "lm_head" in name
 
 

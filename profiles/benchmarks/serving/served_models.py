@@ -1,8 +1,8 @@
-"""Models to serve, made of the library's shapes: a configuration and a tokenizer, without weights.
+"""Makes models to serve from the library's shapes: a configuration and a tokenizer, without weights.
 
 OLMoE-1B-7B and Qwen3-30B-A3B are as they were published. Any other shape becomes the experts of a small Qwen3-MoE,
-whose attention is not what is measured: DeepSeek-V3's on one of eight tensor-parallel ranks (`deepseek-v3-tp8`),
-Mixtral's on one of four (`mixtral-8x7b-tp4`).
+whose attention is not measured. Examples are DeepSeek-V3's experts on one of eight tensor-parallel ranks
+(`deepseek-v3-tp8`), and Mixtral's on one of four (`mixtral-8x7b-tp4`).
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ PUBLISHED = {"olmoe-1b-7b": OLMOE, "qwen3-30b-a3b": QWEN3}
 
 
 def config(shape: MoEShape, layers: int | None = None) -> dict[str, Any]:
-    """What is in the model's config.json. layers: how many it has; None for its own number."""
+    """The contents of the model's config.json. layers: number of layers; None: the model's own."""
     around = PUBLISHED.get(shape.name or "", OTHER)
     found = around | {
         "attention_bias": False,

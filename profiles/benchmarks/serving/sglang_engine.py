@@ -1,4 +1,4 @@
-"""SGLang in this process, driven by token ids."""
+"""Runs SGLang in this process, with prompts of token ids."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ VARIABLES = {"SGLANG_PLUGINS": f"{PLUGIN},ramp_moe"}
 
 
 class Engine:
-    """SGLang's class for offline use. arguments: its own."""
+    """SGLang's class for offline use. arguments: of that class."""
 
     def __init__(self, arguments: dict[str, Any]) -> None:
         import sglang
@@ -23,17 +23,17 @@ class Engine:
         self.vocabulary = int(json.loads(Path(arguments["model_path"], "config.json").read_text())["vocab_size"])
 
     def call(self, what: str, *args: Any) -> Any:
-        """What a function of `in_worker` returns in the scheduler."""
+        """Call a function of `in_worker` in the scheduler."""
         self._engine.collective_rpc("serving", what=what, args=list(args), path=str(self._answer))
         return json.loads(self._answer.read_text())
 
     def generate(self, prompts: list[list[int]], output: int) -> dict[str, Any]:
-        """Greedy, `output` tokens for each prompt. SGLang times no single token here: the caller has the whole."""
+        """Generate `output` tokens per prompt, greedily. SGLang times no single token here: the caller times all."""
         answers = self._generate(prompts, output)
         return {"tokens": sum(len(a["output_ids"]) for a in answers)}
 
     def log_probabilities(self, prompts: list[list[int]]) -> list[list[float]]:
-        """Of each prompt's tokens after the first."""
+        """Log-probabilities of each prompt's tokens after the first."""
         answers = self._generate(prompts, 1, return_logprob=True, logprob_start_len=0)
         return [[p[0] for p in a["meta_info"]["input_token_logprobs"][1:]] for a in answers]
 
@@ -44,7 +44,7 @@ class Engine:
 
 
 def register_plugin(folder: Path) -> None:
-    """Write into a folder of the module path what names `sglang_worker` to SGLang as a plugin."""
+    """Register `sglang_worker` as a plugin of SGLang, by files in a folder of the module path."""
     record = folder / f"{PLUGIN}-0.dist-info"
     record.mkdir(parents=True, exist_ok=True)
     (record / "METADATA").write_text(f"Metadata-Version: 2.1\nName: {PLUGIN}\nVersion: 0\n")

@@ -1,4 +1,4 @@
-"""SGLang's plugin that has the engine measured; `sglang_engine.py` registers it."""
+"""The plugin of SGLang by which the engine is measured. `sglang_engine.py` registers it."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import torch
 
 
 def register() -> None:
-    """SGLang calls this in each of its processes."""
+    """Install the measurements. SGLang calls this in each of its processes."""
     import sglang.srt.model_loader.loader as loader
     from sglang.srt.layers.moe.moe_runner import MoeRunner
     from sglang.srt.managers.scheduler import Scheduler
@@ -27,8 +27,10 @@ def register() -> None:
 
 
 def _serving(self: Any, what: str, args: list[Any], path: str) -> None:
-    """A method of the scheduler that `Engine.collective_rpc` calls by name. It returns nothing, so the answer goes into
-    a file."""
+    """Answer a call of `in_worker`. `Engine.collective_rpc` calls this method of the scheduler by name.
+
+    Such a call returns nothing, so the answer goes into a file.
+    """
     Path(path).write_text(json.dumps(in_worker.answer(what, args, self.tp_worker.model_runner.model)))
 
 

@@ -1,7 +1,7 @@
-"""The tables of the README beside this, from what measure.py wrote.
+"""Makes the tables of this folder's README from the files that measure.py wrote.
 
-`python profiles/pages.py --write serving` fills the page. Several files may be of one engine, model, dtype and GPU: a
-variant that was run by itself is put beside the others. Figures are medians of repeats.
+`python profiles/pages.py --write serving` fills the page. Files of the same engine, model, dtype and GPU are merged, so
+that a variant can be run by itself. Figures are medians of repeats.
 """
 
 from __future__ import annotations
@@ -17,13 +17,13 @@ from pages import Tables, over, table
 HERE = Path(__file__).parent
 STOCK, PLUGIN, WITHOUT_EXPERTS = "stock", "plugin", "without_experts"
 BYTES_PER_MS = 4.3e9
-"""Of an H200's memory, read by a copy."""
+"""Bandwidth at which a copy reads an H200's memory."""
 GPU, TOKEN = "gpu", "step"
-"""Milliseconds of a decode step: of its graph, and per output token as the engine times it."""
+"""Names of the milliseconds of a decode step: of its graph, and per output token as the engine times it."""
 
 
 class Setting:
-    """Everything that was measured of one engine, model, dtype and GPU."""
+    """All measurements of one engine, model, dtype and GPU."""
 
     def __init__(self, files: Sequence[dict[str, Any]]) -> None:
         f = files[0]
@@ -42,16 +42,16 @@ class Setting:
         return statistics.median(values) if values else None
 
     def values(self, part: str, *names: str) -> list[tuple[Any, ...]]:
-        """The different values of columns of a part, ascending."""
+        """The distinct values of some columns of a part, ascending."""
         return sorted({tuple(row[name] for name in names) for row in self.rows(part)})
 
     def others(self, part: str) -> list[str]:
-        """Variants of a part beside ours and the engine's own choice."""
+        """The engine's backends among the variants of a part: all but STOCK, PLUGIN and WITHOUT_EXPERTS."""
         ours = (STOCK, PLUGIN, WITHOUT_EXPERTS)
         return sorted({row["variant"] for row in self.rows(part)} - set(ours))
 
     def active(self, batch: int, skew: float) -> float | None:
-        """Experts of a layer that a batch of decode spreads over: measured, or else what even routing makes."""
+        """Active experts of a layer in a decode batch: measured, or else those of even routing, if there is no skew."""
         found = [row["active_experts"] for row in self.rows("decode", batch=batch, skew=skew)]
         known: list[float] = [x for x in found if x is not None]
         if known:
@@ -60,8 +60,10 @@ class Setting:
         return None if skew else float(number * (1 - (1 - top_k / number) ** batch))
 
     def floor(self, batch: int, skew: float) -> float | None:
-        """Milliseconds of a decode step whose experts take what reading their weights does: the step without experts,
-        and the bytes of those that are active. None if the step without experts was not measured."""
+        """Milliseconds of a decode step whose experts only take the time of reading the weights of the active ones.
+
+        It is the step without experts plus that time. None if the step without experts was not measured.
+        """
         rest, active = self.value("decode", GPU, WITHOUT_EXPERTS, batch=batch, skew=skew), self.active(batch, skew)
         if rest is None or active is None:
             return None
@@ -85,14 +87,14 @@ def number(x: float | None, digits: int = 2) -> str:
 
 
 def share(stock: float | None, ours: float | None, floor: float | None) -> str:
-    """Of what is possible, what was gained."""
+    """The gain over stock as a share of the possible gain."""
     if stock is None or ours is None or floor is None or stock <= floor:
         return "-"
     return f"{(stock - ours) / (stock - floor):.2f}"
 
 
 def _ratios(s: Setting, other: str) -> list[float]:
-    """Other's time over ours, of each size of decode that has both, with a random router."""
+    """Another variant's time over ours, for each decode batch that has both, without skew."""
     found = []
     for row in s.rows("decode", variant=PLUGIN, skew=0.0):
         theirs, ours = (s.value("decode", GPU, name, batch=row["batch"], skew=0.0) for name in (other, PLUGIN))
@@ -205,7 +207,7 @@ MAKERS = {
 
 
 def tables(folder: Path = HERE) -> Tables:
-    """Makers of the page's tables over a folder's files."""
+    """The makers of the page's tables, for a folder's files."""
     return over(lambda: settings(folder), MAKERS)
 
 

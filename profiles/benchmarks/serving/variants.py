@@ -1,4 +1,4 @@
-"""What is compared: an engine's own choice of kernels for experts, each other that it has, and ramp_moe's plugin."""
+"""The variants to compare: an engine's own choice of kernels for experts, its backends, and ramp_moe's plugin."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from ramp_moe.spec.shapes import DTYPE_BYTES
 ENGINES = ("vllm", "sglang")
 STOCK, PLUGIN, WITHOUT_EXPERTS = "stock", "plugin", "without_experts"
 REFERENCE = "float32"
-"""Of the engine in float32, to which log-probabilities are compared; no variant that can be asked for."""
+"""Name of the engine in float32, with which log-probabilities are compared. It cannot be asked for as a variant."""
 MAX_BATCH = 256
 MAX_BATCHED_TOKENS = 8192
 MAX_LENGTH = 9216
@@ -23,7 +23,12 @@ REFERENCE_TOKENS = 16384
 
 @dataclass(frozen=True)
 class Variant:
-    """An engine to start: the arguments of its Python class, options of its server, and variables."""
+    """An engine to start.
+
+    arguments: of its Python class.
+    server: options of its HTTP server.
+    variables: of its environment.
+    """
 
     name: str
     arguments: Mapping[str, Any]
@@ -33,8 +38,15 @@ class Variant:
 
 @dataclass(frozen=True)
 class Served:
-    """A model in a folder, how many parameters its experts have, and how many tokens' keys and values an engine keeps,
-    which take `token_bytes` each. In `plain` is the same without its quantisation."""
+    """A model to serve.
+
+    folder: of the model.
+    plain: folder of the same model without quantisation.
+    dtype: `bf16` or `fp8`.
+    tokens: for whose keys and values an engine has memory.
+    token_bytes: of one token's keys and values.
+    expert_parameters: number of parameters of all experts.
+    """
 
     folder: str
     plain: str
@@ -44,20 +56,19 @@ class Served:
     expert_parameters: int
 
     def gib(self, name: str) -> float:
-        """About the GPU memory of a variant: experts, and keys and values."""
+        """About the GiB of GPU memory of a variant, for experts, keys and values."""
         if name == REFERENCE:
             return (4 * self.expert_parameters + 2 * REFERENCE_TOKENS * self.token_bytes) / 2**30
         return (DTYPE_BYTES[self.dtype] * self.expert_parameters + self.tokens * self.token_bytes) / 2**30
 
 
 def variant(engine: str, name: str, served: Served) -> Variant:
-    """The variant of this name: STOCK, PLUGIN, WITHOUT_EXPERTS, REFERENCE, or one that the engine calls a backend of
-    its experts."""
+    """Make the variant of this name: STOCK, PLUGIN, WITHOUT_EXPERTS, REFERENCE, or one of the engine's backends."""
     return {"vllm": _vllm, "sglang": _sglang}[engine](name, served)
 
 
 def compiled(name: str) -> Path:
-    """Where vLLM keeps what it compiles for a variant: apart, since they start at the same time."""
+    """Folder in which vLLM keeps what it compiles for a variant. Each has its own, since they start together."""
     root = os.environ.get("VLLM_CACHE_ROOT") or Path.home() / ".cache" / "vllm"
     return Path(root, f"serving-{name}")
 
@@ -125,7 +136,7 @@ def _sglang(name: str, served: Served) -> Variant:
 
 
 def _of_worker(name: str, served: Served) -> dict[str, str]:
-    """What `in_worker.py` asks for."""
+    """The variables of a variant that `in_worker.py` reads."""
     of: dict[str, dict[str, str]] = {
         REFERENCE: {"SERVING_ROUNDED": served.dtype},
         WITHOUT_EXPERTS: {"SERVING_WITHOUT_EXPERTS": "1"},

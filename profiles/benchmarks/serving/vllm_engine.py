@@ -1,4 +1,4 @@
-"""vLLM in this process, driven by token ids."""
+"""Runs vLLM in this process, with prompts of token ids."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ VARIABLES = {"VLLM_NO_USAGE_STATS": "1", "VLLM_HOST_IP": "127.0.0.1"}
 
 
 class Engine:
-    """vLLM's class for offline use. arguments: its own."""
+    """vLLM's class for offline use. arguments: of that class."""
 
     def __init__(self, arguments: dict[str, Any]) -> None:
         from vllm import LLM
@@ -17,12 +17,15 @@ class Engine:
         self.vocabulary = int(self._llm.llm_engine.vllm_config.model_config.get_vocab_size())
 
     def call(self, what: str, *args: Any) -> Any:
-        """What a function of `in_worker` returns in the worker."""
+        """Call a function of `in_worker` in the worker."""
         return self._llm.collective_rpc("serving", args=(what, *args))[0]
 
     def generate(self, prompts: list[list[int]], output: int) -> dict[str, Any]:
-        """Greedy, `output` tokens for each prompt. Seconds: `first_token` is that of the last request to get one, from
-        when the first was scheduled; `step` the mean between its tokens."""
+        """Generate `output` tokens per prompt, greedily. Returns seconds as the engine times them.
+
+        first_token: from the time when the first request was scheduled, for the last request that gets a token.
+        step: mean between the tokens of that request.
+        """
         answers = self._generate(prompts, max_tokens=output)
         times = [a.metrics for a in answers]
         last = max(times, key=lambda t: t.first_token_ts)
@@ -33,7 +36,7 @@ class Engine:
         }
 
     def log_probabilities(self, prompts: list[list[int]]) -> list[list[float]]:
-        """Of each prompt's tokens after the first."""
+        """Log-probabilities of each prompt's tokens after the first."""
         answers = self._generate(prompts, max_tokens=1, prompt_logprobs=0)
         pairs = zip(prompts, answers, strict=True)
         return [[p[t].logprob for t, p in zip(ids[1:], a.prompt_logprobs[1:], strict=True)] for ids, a in pairs]

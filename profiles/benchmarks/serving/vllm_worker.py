@@ -1,4 +1,4 @@
-"""vLLM's extension of a worker: importing it has the engine measured."""
+"""The extension of vLLM's worker by which the engine is measured. Importing it installs the measurements."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from vllm.model_executor.model_loader.dummy_loader import DummyModelLoader
 
 
 class Extension:
-    """Methods that `collective_rpc` calls by name."""
+    """Methods of the worker that `collective_rpc` calls by name."""
 
     def serving(self, what: str, *args: Any) -> Any:
         return in_worker.answer(what, args, self.get_model())  # type: ignore[attr-defined]
