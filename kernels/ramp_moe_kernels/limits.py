@@ -1,6 +1,6 @@
-"""How large a layer and a batch can be: what describes a kernel and what launches it read the same numbers here.
+"""Limits on the size of a layer and of a batch, both for describing kernels and for launching them.
 
-The schedule sorts up to MAX_IDS routed ids of up to MAX_EXPERTS experts, so every kernel that is built on it does.
+Every kernel that is built on the schedule has its limits: MAX_IDS routed ids and MAX_EXPERTS experts.
 """
 
 from __future__ import annotations
@@ -8,12 +8,12 @@ from __future__ import annotations
 from ramp_moe.plugin import KernelError, MoEShape
 
 MAX_IDS = 2**20
-"""Routed ids of one batch: tokens * top_k."""
+"""Most routed ids of one batch: tokens * top_k."""
 MAX_EXPERTS = 1024
 MAX_ELEMENTS = 2**31 - 1
-"""Of what is addressed with 32 bits, and of the widest buffer that a batch gets: 4 GiB in bf16."""
+"""Most elements of a tensor that is addressed with 32 bits, and of a batch's widest buffer: 4 GiB in bf16."""
 MAX_TILES = 65_535
-"""CTAs along a grid's y axis."""
+"""Most CTAs along a grid's y axis."""
 
 
 def too_many_experts(shape: MoEShape) -> str | None:
@@ -24,7 +24,7 @@ def too_many_experts(shape: MoEShape) -> str | None:
 
 
 def max_ids(tiles: int, num_experts: int, block: int) -> int:
-    """The most routed ids whose worst routing needs at most so many tiles of `block` slots (see `max_tiles`)."""
+    """The most routed ids whose worst routing needs at most `tiles` tiles of `block` slots (see `max_tiles`)."""
     return tiles if tiles <= num_experts else num_experts + (tiles - num_experts) * block
 
 

@@ -1,4 +1,4 @@
-"""What our kernels compute, in plain torch: how they quantise, the router, and the layer with what they round.
+"""What our kernels compute, in plain torch: quantisation, the router, and the layer with its intermediate roundings.
 
 The layer itself is `ramp_moe.runtime.reference`. T tokens, k experts per token, E experts, hidden size H, intermediate
 size I. Nothing here is meant to be fast. On a GPU the products follow `torch.get_float32_matmul_precision()`; leave it
@@ -19,7 +19,7 @@ GROUP = 128
 FP8 = torch.float8_e4m3fn
 FP8_MAX = 448.0
 TINY = 1e-10
-"""Smallest amax that a scale is made of, so that a group of zeros has a scale."""
+"""Smallest amax from which a scale is computed, so that a group of zeros has a scale."""
 WEIGHT_SUM_FLOOR = 1e-20
 """Added to the sum that renormalised weights are divided by: sigmoid scores can all underflow to zero."""
 
@@ -30,9 +30,10 @@ SCORINGS = ("softmax", "sigmoid")
 
 
 def quantise_weights(w: Tensor, block: int = GROUP) -> tuple[Tensor, Tensor]:
-    """(fp8 e4m3 `[..., R, C]`, float32 scale `[..., ceil(R/B), ceil(C/B)]`) of float `w [..., R, C]`.
+    """Quantise float `w [..., R, C]` by blocks of B = `block` rows and columns. The last blocks may be short.
 
-    B is `block`; the last blocks may be short. Gate and up have blocks of their own: `[E, 2, I, H]`.
+    Returns fp8 e4m3 `[..., R, C]` and the float32 scale `[..., ceil(R/B), ceil(C/B)]`. Gate and up have separate
+    blocks, so give them as `[E, 2, I, H]`.
     """
     rows, columns = w.shape[-2:]
     padded = pad(w.float(), (0, -columns % block, 0, -rows % block))
@@ -43,10 +44,10 @@ def quantise_weights(w: Tensor, block: int = GROUP) -> tuple[Tensor, Tensor]:
 
 
 def quantise_activations(x: Tensor, group: int = GROUP) -> tuple[Tensor, Tensor]:
-    """(fp8 e4m3 `[T, C]`, float32 scale `[T, ceil(C/G)]`) of float `x [T, C]`, one scale a token and G columns.
+    """Quantise float `x [T, C]` with one scale per token and G = `group` columns. The last group may be short.
 
-    G is `group`; the last group may be short. scale = max(amax, 1e-10) / 448; values are divided by it, rounded to
-    nearest even, and never exceed 448. A NaN or an infinity spoils its own group only.
+    Returns fp8 e4m3 `[T, C]` and the float32 scale `[T, ceil(C/G)]`. scale = max(amax, 1e-10) / 448. Values are divided
+    by it, rounded to nearest even, and never exceed 448. A NaN or an infinity spoils its own group only.
     """
     columns = x.shape[1]
     groups = pad(x.float(), (0, -columns % group)).reshape(len(x), -(-columns // group), group)
@@ -55,17 +56,17 @@ def quantise_activations(x: Tensor, group: int = GROUP) -> tuple[Tensor, Tensor]
 
 
 def _scale(amax: Tensor) -> Tensor:
-    # By a tensor: on a GPU torch divides by a number through its reciprocal, which rounds differently.
+    # 448 is a tensor: on a GPU, torch multiplies by the reciprocal of a number, which rounds differently.
     return amax.clamp(min=TINY) / torch.full_like(amax, FP8_MAX)
 
 
 def _to_fp8(values: Tensor) -> Tensor:
-    # 448 is exceeded by a rounding error of the division at most, but beyond it e4m3 knows only NaN.
+    # A quotient exceeds 448 by a rounding error at most, but beyond 448 e4m3 has only NaN.
     return values.clamp(-FP8_MAX, FP8_MAX).to(FP8)
 
 
 def _through_fp8(x: Tensor, group: int) -> Tensor:
-    """float32 `x [T, C]` after a round trip through fp8 with a scale a group: what a fp8 GEMM is fed."""
+    """float32 `x [T, C]` after a round trip through fp8 with one scale per group, as an fp8 GEMM reads it."""
     values, scale = quantise_activations(x, group)
     return values.float() * scale.repeat_interleave(group, -1)[:, : x.shape[1]]
 
@@ -74,7 +75,7 @@ def _through_fp8(x: Tensor, group: int) -> Tensor:
 
 
 def check_routing(num_experts: int, top_k: int, scoring: str, num_groups: int, topk_groups: int) -> None:
-    """Raises UnknownNameError or ShapeError for a routing that cannot be, whoever computes it."""
+    """Raises UnknownNameError or ShapeError for a routing that no kernel could compute."""
     if scoring not in SCORINGS:
         raise UnknownNameError("scoring", scoring, SCORINGS)
     if not 1 <= top_k <= num_experts:
@@ -100,19 +101,19 @@ def route(
     renormalise: bool = True,
     scale: float = 1.0,
 ) -> tuple[Tensor, Tensor]:
-    """(ids int32 `[T, k]`, weights float32 `[T, k]`) of router `logits [T, E]`, best expert first.
+    """Choose experts by router `logits [T, E]`. Returns ids int32 and weights float32, both `[T, k]`, best first.
 
     1. An expert's score is the softmax or the sigmoid of its logit.
     2. Experts are chosen by score, or by score + `bias [E]` (DeepSeek-V3's correction bias).
     3. With groups of E / num_groups neighbouring experts, only those of the best `topk_groups` groups can be chosen. A
-       group is worth its best expert, or with a bias the sum of its two best (DeepSeek-V2 and V3).
-    4. The weight is the score without the bias; `renormalise` makes the weights of a token sum to one; `scale`
+       group is worth its best expert (DeepSeek-V2), or with a bias the sum of its two best (V3).
+    4. The weight is the score without the bias. `renormalise` makes the weights of a token sum to one. `scale`
        multiplies them last. (gpt-oss' softmax over the chosen logits is softmax scoring, renormalised.)
 
-    Ties go to the lowest index, of a group as of an expert. Sigmoid scores tie as float32: above a logit of 17 all are
-    1.0. So do those that DeepSeek-V3, GLM-4.5, MiniMax-M2 and LFM2 give to `torch.topk`; Llama 4 orders its logits.
-    Softmax without a bias takes the order of the logits, which is that of the exact scores. A NaN counts as the best,
-    so that it shows in its token's weights; ids are distinct experts even then.
+    Ties go to the lowest index of a group or an expert. Sigmoid scores are compared as float32, and all are 1.0 above a
+    logit of 17. DeepSeek-V3, GLM-4.5, MiniMax-M2 and LFM2 compare theirs likewise; Llama 4 compares logits. Softmax
+    without a bias compares logits, whose order is that of the exact scores. A NaN counts as the best, so that it shows
+    in its token's weights. The ids are distinct experts even then.
 
     Raises UnknownNameError for the scoring, ShapeError for counts that do not fit each other or the tensors.
     """
@@ -147,9 +148,12 @@ def _nan_first(values: Tensor) -> Tensor:
 
 
 def _best(values: Tensor, count: int, among: Tensor | None = None) -> Tensor:
-    """Indices `[T, count]` of the largest of `values [T, N]` in descending order, the lower index first on a tie."""
+    """Indices `[T, count]` of the largest of `values [T, N]` in descending order, the lower index first on a tie.
+
+    among: bool `[T, N]`, the values that may be chosen; None: all.
+    """
     order = values.sort(stable=True, dim=-1, descending=True).indices
-    if among is not None:  # those outside go last, even behind an -inf inside
+    if among is not None:  # those outside come last, even after an -inf inside
         order = order.gather(-1, (~among).gather(-1, order).sort(stable=True, dim=-1).indices)
     return order[:, :count]
 
@@ -176,13 +180,15 @@ def experts(
 ) -> Tensor:
     """float32 `[T, H]`: the sum over each token's experts of weight * (down @ activation(gate_up @ x)).
 
-    `x [T, H]`; `gate_up [E, 2I, H]`, its rows, scales and bias in the order of `layout`, as `MoEWeights` has it;
-    `down [E, H, I]`; `topk_ids [T, k]`, where -1 and E are skipped; `topk_weights [T, k]`. fp8 weights come with
-    `gate_up_scale [E, 2 ceil(I/B), H/B]` and `down_scale [E, H/B, ceil(I/B)]`, blocks as `MoEWeights` has them.
-    Biases `[E, 2I]` and `[E, H]` are added to each expert's products, the second before the weight.
-    `quantise` rounds what each product is fed, x and the activated intermediate, to fp8 as a W8A8 kernel does: in
-    groups of as many columns as the smallest of `scale_blocks`. `stored_as` is the dtype that the intermediate goes
-    through memory in before it is.
+    `x [T, H]`, `down [E, H, I]` and `topk_weights [T, k]`. `gate_up [E, 2I, H]` has its rows, scales and bias in the
+    order of `layout`, as `MoEWeights` has it. Ids -1 and E of `topk_ids [T, k]` are skipped.
+
+    fp8 weights have `gate_up_scale [E, 2 ceil(I/B), H/B]` and `down_scale [E, H/B, ceil(I/B)]`, in blocks as
+    `MoEWeights` has them. Biases `[E, 2I]` and `[E, H]` are added to each expert's products, the second before the
+    weight.
+
+    `quantise` rounds the operands x and activated intermediate to fp8 as a W8A8 kernel does. A group has as many
+    columns as the smallest of `scale_blocks`. `stored_as` is the dtype in which the intermediate is stored before that.
 
     Raises RoutingError for ids that are not integers or lie outside [-1, E], ShapeError for tensors that do not fit
     each other, KernelError for fp8 weights without scales, UnknownNameError for the activation and the layout.
@@ -243,10 +249,10 @@ def shared(
     down_scale: Tensor | None = None,
     quantise: bool = False,
 ) -> Tensor:
-    """float32 `[T, H]` of the expert that every token visits: `gate_up [2I, H]`, gate rows first, `down [H, I]`.
+    """float32 `[T, H]` of the expert that every token visits.
 
-    `gate_weight [H]` or `[1, H]` multiplies the result by sigmoid(x @ gate_weight), as Qwen2-MoE does. Scales and
-    `quantise` are those of `experts`, as are the errors.
+    `gate_up [2I, H]` has gate rows first, and `down` is `[H, I]`. With `gate_weight [H]` or `[1, H]` the result is
+    multiplied by sigmoid(x @ gate_weight), as in Qwen2-MoE. Scales, `quantise` and errors are those of `experts`.
     """
     _, rows, hidden = _check_weights(x, gate_up[None], down[None])
     for name, weight, scale, matrices in (("gate_up", gate_up, gate_up_scale, 2), ("down", down, down_scale, 1)):
@@ -270,7 +276,7 @@ def shared(
 
 
 def _rounding(group: int | None, stored_as: torch.dtype = torch.float32) -> layer.Rounding:
-    """What the intermediate goes through: `stored_as`, and fp8 if there is a `group`."""
+    """The function that rounds the intermediate: to `stored_as`, and through fp8 if there is a `group`."""
 
     def rounded(intermediate: Tensor) -> Tensor:
         h = intermediate.to(stored_as).float()
@@ -280,7 +286,7 @@ def _rounding(group: int | None, stored_as: torch.dtype = torch.float32) -> laye
 
 
 def _block(gate_up_scale: Tensor | None, inter: int, hidden: int) -> int:
-    """Rows, and columns, that share a scale; SCALE_BLOCK without scales."""
+    """Rows or columns that share a scale; SCALE_BLOCK without scales."""
     return SCALE_BLOCK if gate_up_scale is None else scale_block(gate_up_scale.shape[-1], hidden, inter)
 
 
@@ -290,7 +296,7 @@ def _check_scaled(name: str, weight: Tensor, scale: Tensor | None) -> None:
 
 
 def _check_weights(x: Tensor, gate_up: Tensor, down: Tensor) -> tuple[int, int, int]:
-    """(E, 2I, H) of weights that fit each other and x, or ShapeError."""
+    """Returns (E, 2I, H). Raises ShapeError if weights and x do not fit each other."""
     if x.ndim != 2 or gate_up.ndim != 3 or down.ndim != 3:
         raise ShapeError("x must be [T, H], gate_up [E, 2I, H] and down [E, H, I] (no E for a shared expert)")
     num_experts, rows, hidden = gate_up.shape

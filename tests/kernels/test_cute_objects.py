@@ -200,7 +200,7 @@ def test_loading_needs_no_dsl(cache: Cache) -> None:
 
 @pytest.mark.usefixtures("tvm_ffi")
 def test_what_cannot_be_loaded(cache: Cache) -> None:
-    with pytest.raises(KernelError, match=r"^b is not to be had: spills: 216 bytes"):
+    with pytest.raises(KernelError, match=r"^b .*: spills: 216 bytes"):
         load_module.load(Fake("b"))
     with pytest.raises(KernelError, match=r"^c is not compiled: .* lacks it. Run `ramp-moe kernels build`"):
         load_module.load(Fake("c"))
@@ -220,7 +220,7 @@ def test_what_is_missing_is_compiled_where_that_is_possible(
     assert list(build([Fake("e")], cache=cache, compiler=lost.compiler).dropped) == ["e"]
     assert load_module.load(Fake("e"))()[1] == "e"
     assert load_module.load(Fake("c"))()[1] == "c"
-    with pytest.raises(KernelError, match=r"^d is not to be had: TypeError: no such tile"):
+    with pytest.raises(KernelError, match=r"^d .*: TypeError: no such tile"):
         load_module.load(Fake("d"))
 
 

@@ -1,8 +1,8 @@
-"""Who arrives at the fused kernel's mbarriers: what each is told to expect, and what the roles do.
+"""The arrivals at the fused kernel's mbarriers: what each barrier expects, and what the roles do.
 
 The kernel initialises its barriers by `expected`, and its roles branch by the warps and lanes that are named here.
-`check` counts thread by thread what arrives and holds it against that, since a barrier that waits for one arrival too
-many hangs, and one that waits for too few corrupts.
+`check` counts thread by thread what arrives, and compares. A barrier that expects an arrival too many hangs. One that
+expects too few corrupts.
 """
 
 from __future__ import annotations
@@ -23,13 +23,13 @@ PRODUCER_WARPS = PRODUCER_THREADS // WARP
 FIRST_GATHERER = PRODUCER_THREADS - GATHER_THREADS
 """The first thread that copies tokens."""
 OWN_LANE, OTHER_LANE = 0, 1
-"""Lanes of a consumer warp that release a stage: to this CTA's producers, and to the other's of a pair."""
+"""Lanes of a consumer warp that release a stage: the first to this CTA's producers, the second to the pair's other."""
 STAGE_BYTES = UP_ROWS * ROW_BYTES
 """Bytes of weights in a stage."""
 
 
 class Arrivals(NamedTuple):
-    """A number for each kind of barrier. Of the first four kinds there is one a stage."""
+    """A number for each kind of barrier. The first four kinds have one barrier per stage."""
 
     full_w: int
     empty_w: int
@@ -39,13 +39,15 @@ class Arrivals(NamedTuple):
 
 
 def expected(c: Config, readers: int = 1) -> Arrivals:
-    """Arrivals that complete a phase. `readers`: CTAs that read what this one's stages are released for; the kernel
-    passes a number that only the device knows."""
+    """Arrivals that complete a phase.
+
+    readers: CTAs that read what is loaded into this one's stages. In the kernel, only the device knows this number.
+    """
     return Arrivals(full_w=1, empty_w=c.warps * readers, full_x=GATHER_THREADS, empty_x=c.warps, gathered=1)
 
 
 def expected_bytes(c: Config) -> Arrivals:
-    """Bytes that complete a phase, beside the arrivals."""
+    """Bytes that complete a phase, in addition to the arrivals."""
     return Arrivals(STAGE_BYTES, 0, 0, 0, (c.split_k - 1) * part_bytes(c))
 
 
@@ -74,7 +76,7 @@ def landing(c: Config, paired: bool = False) -> list[Arrivals]:
 
 
 def check(c: Config) -> None:
-    """Raise KernelError, naming the barrier, if the roles do not do what a phase expects."""
+    """Raises KernelError that names the barrier, if the roles do not do what a phase expects."""
     for one in map(c.of, c.blocks):
         for paired in (False, True) if c.pair else (False,):
             for unit, wanted, per_cta in (
@@ -93,7 +95,7 @@ def _ctas(c: Config) -> int:
 
 
 def _arrivals_of(thread: int, rank: int, c: Config, paired: bool) -> Iterator[tuple[str, int]]:
-    """The barriers on which a thread of CTA `rank` arrives in a phase, and the CTAs that they are of."""
+    """The barriers on which a thread of CTA `rank` arrives in a phase, each with its CTA."""
     warp, lane = divmod(thread, WARP)
     if warp == WEIGHTS_WARP:
         if lane == 0:  # elected; it expects the bytes, too
@@ -111,7 +113,7 @@ def _arrivals_of(thread: int, rank: int, c: Config, paired: bool) -> Iterator[tu
 
 
 def _bytes_of(rank: int, c: Config, paired: bool) -> Iterator[tuple[str, int, int]]:
-    """The barriers that copies of CTA `rank` report to in a phase, the CTAs that they are of, and bytes."""
+    """The barriers to which copies of CTA `rank` report in a phase, each with its CTA, and bytes."""
     box = STAGE_BYTES // 2 if c.pair else STAGE_BYTES
     if paired:  # its half, for both
         yield from (("full_w", at, box) for at in range(2))

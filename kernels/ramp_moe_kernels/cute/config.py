@@ -14,18 +14,18 @@ Combine = Literal["bf16", "f32", "rows"]
 ROW_BYTES = 128
 """Bytes of a row of every tile in shared memory, the widest swizzle: 128 fp8 or 64 bf16 elements of the reduction."""
 UP_ROWS = 256
-"""Rows of gate and up that a CTA multiplies at a time, which make INTERMEDIATES; output columns likewise."""
+"""Rows of gate and up that a CTA multiplies at a time, for INTERMEDIATES; also output columns."""
 INTERMEDIATES = 128
 OUT_COLUMNS = 128
 """Output columns that a consumer warpgroup hands over at a time."""
 OUT_PAD_BYTES = 16
-"""Between staged rows of output, against bank conflicts."""
+"""Bytes between staged rows of output, against bank conflicts."""
 PRODUCER_THREADS = 128
 GATHER_THREADS = 96
-"""Of the producer's, those that copy tokens; its first warp loads weights."""
+"""Producer threads that copy tokens. The first producer warp loads weights."""
 ELEMENT = {"fp8": 1, "bf16": 2}
 ADDRESSING = 36
-"""Registers that a consumer needs beside its sums, about."""
+"""Registers that a consumer needs in addition to its sums, about."""
 SM_REGISTERS = 64 * 1024
 SM_SMEM_BYTES = 228 * 1024
 """Shared memory of a Hopper SM, of which the system keeps 1 KiB for each CTA."""
@@ -33,20 +33,22 @@ SM_SMEM_BYTES = 228 * 1024
 
 @dataclass(frozen=True, slots=True)
 class Config:
-    """One compiled kernel: `block_m` tokens of one expert by `wide` times 256 rows of gate and up, and their part of
+    """One compiled kernel.
+
+    A CTA computes `block_m` tokens of one expert by `wide` times 256 rows of gate and up, and with them their part of
     the down projection.
 
     block_m: tokens of a CTA, the N of WGMMA: 8 to 128 by 8.
     tile, warps: weight rows of a warp's share, and consumer warps: (32, 8) or (64, 4).
     stages: weight tiles of 32 KiB in flight.
     ctas: CTAs that share an SM, which halves their shared memory and registers.
-    wide: times 256 rows, one after the other; the sums over them leave the CTA once.
+    wide: how many times 256 rows a CTA computes one after the other. The sums over them leave the CTA once.
     split_k: CTAs of a cluster that share the reduction over hidden_size, and then the output columns.
-    pair: two M-tiles of one expert in a cluster load every weight tile together, each one half of it for both.
+    pair: two M-tiles of one expert in a cluster share the loads of weight tiles. Each loads one half for both.
     group_m: M-tiles whose CTAs run side by side, to find an expert's weights in L2; 1: weight rows first.
-    combine: how the token's parts are added: into a bf16 output, into float32, or in order from a row each.
+    combine: how a token's parts are added: into a bf16 output, into a float32 one, or in order, from one row each.
     dtype: of weights and activations.
-    smaller: blocks below `block_m`, ascending, any of which a launch can have instead, chosen on the device.
+    smaller: other blocks, ascending, all below `block_m`. The device can choose one of them for a launch.
     """
 
     block_m: int
@@ -64,16 +66,16 @@ class Config:
 
     @property
     def blocks(self) -> tuple[int, ...]:
-        """That a launch can have, ascending."""
+        """The token blocks that a launch can have, ascending."""
         return *self.smaller, self.block_m
 
     def of(self, block: int) -> Config:
-        """The configuration of one of them alone."""
+        """The configuration of one of `blocks` alone."""
         return replace(self, block_m=block, smaller=())
 
     @property
     def name(self) -> str:
-        """Of files and functions, too."""
+        """A unique name, for files and functions, too."""
         parts = [f"bm{'.'.join(map(str, self.blocks))}", f"t{self.tile}", f"w{self.warps}", f"st{self.stages}"]
         parts += [f"cta{self.ctas}"] * (self.ctas > 1) + [f"wide{self.wide}"] * (self.wide > 1)
         parts += [f"sk{self.split_k}"] * (self.split_k > 1) + ["pair"] * self.pair
@@ -87,12 +89,12 @@ class Config:
 
     @property
     def warpgroups(self) -> int:
-        """Of consumers."""
+        """Number of consumer warpgroups."""
         return self.warps // 4
 
     @property
     def tiles(self) -> int:
-        """WGMMA tiles of 64 rows of a warpgroup."""
+        """Number of a warpgroup's WGMMA tiles, of 64 rows each."""
         return UP_ROWS // 64 // self.warpgroups
 
     @property
@@ -106,14 +108,18 @@ class Config:
 
     @property
     def register_pool(self) -> int:
-        """Registers that a CTA is launched with, by eights a thread. `setmaxnreg` only moves them between roles: a
-        consumer that asks for more than the producers have given waits forever."""
+        """Registers with which a CTA is launched: for each thread a multiple of eight.
+
+        `setmaxnreg` only moves them between roles. A consumer that asks for more than the producers gave waits forever.
+        """
         return SM_REGISTERS // self.ctas // self.threads // 8 * 8 * self.threads
 
     @property
     def registers(self) -> tuple[int, int]:
-        """A producer's, which knows up to 11 rows that it copies, and a consumer's, within `register_pool`: where sums
-        leave some, producers have more."""
+        """Registers of a producer and of a consumer thread, within `register_pool`.
+
+        A producer keeps up to 11 rows that it copies. If the sums leave registers, producers get more.
+        """
         if self.warps == 8 and self.ctas == 2:
             return 32, 104
         few, many = (224, 232) if self.ctas == 1 else (200, 216)
@@ -132,7 +138,7 @@ class Config:
 
     @property
     def out_element(self) -> int:
-        """Bytes of an element of output on its way out."""
+        """Bytes of an element of staged output."""
         return 4 if self.combine == "f32" else 2
 
     @property
@@ -142,13 +148,13 @@ class Config:
 
     @property
     def staged_bytes(self) -> int:
-        """One buffer of output on its way out: a chunk of every warpgroup."""
+        """Bytes of one buffer of staged output, which has a chunk of every warpgroup."""
         return self.warpgroups * self.block_m * self.out_pitch * self.out_element
 
 
 @dataclass(frozen=True, slots=True)
 class SmemMap:
-    """Byte offsets in a CTA's shared memory, and how much that is.
+    """Byte offsets in a CTA's shared memory, and its total size `bytes`.
 
     weights    stages x 256 rows x 128 bytes, swizzled
     tokens     stages x block rows x 128 bytes, swizzled; then staged output, in `buffers` buffers
@@ -173,7 +179,7 @@ class SmemMap:
 
 
 def smem_map(c: Config) -> SmemMap:
-    """The map, with two buffers of output where they fit."""
+    """The map of a configuration, with two buffers of staged output if they fit, else one."""
     tokens, staged = c.stages * c.block_m * ROW_BYTES, c.staged_bytes
     regions = {  # bytes and alignment
         "weights": (c.stages * UP_ROWS * ROW_BYTES, 1024),
@@ -193,7 +199,7 @@ def smem_map(c: Config) -> SmemMap:
 
 
 def smem_bytes(c: Config) -> int:
-    """Shared memory of a CTA, for any of its blocks."""
+    """Bytes of shared memory of a CTA, enough for any of its blocks."""
     return max(smem_map(c.of(block)).bytes for block in c.blocks)
 
 

@@ -18,12 +18,15 @@ from .output import Output
 FP8_MAX = 448.0
 LOG2_E = 1.4426950408889634
 TINY = 1e-10
-"""Least maximum that a scale is made of."""
+"""Least maximum from which a scale is computed."""
 
 
 class Consumer(Role):
-    """A thread of the consumer warps. `sums` `[block / 2, tiles]` are its registers, a column for each WGMMA tile of 64
-    weight rows; `accumulator` has those that WGMMA adds to in fp8, for `in_flight` tiles."""
+    """A thread of the consumer warps.
+
+    sums: `[block / 2, tiles]`, its registers, with one column per WGMMA tile of 64 weight rows.
+    accumulator: the registers to which WGMMA adds in fp8, for `in_flight` tiles.
+    """
 
     def __init__(
         self, layouts: Layouts, given: KernelParameters, shared: Shared, tile: CtaTile, thread: Int32, warp_index: Int32
@@ -47,7 +50,7 @@ class Consumer(Role):
 
     @cute.jit
     def consume(self):
-        """Both projections of the CTA's tile."""
+        """Compute both projections of the CTA's tile."""
         c, tile = self.config, self.tile
         self.read_routing()
         row = self.output.row()
@@ -72,7 +75,7 @@ class Consumer(Role):
 
     @cute.jit
     def read_routing(self):
-        """Put the routing weights of the block's slots into shared memory, 0 where a slot has no token."""
+        """Put the routing weights of the block's slots into shared memory; 0 if a slot has no token."""
         given, routing = self.given, self.shared.routing
         if self.own < self.config.block_m:
             slot = given.sorted_token_ids[self.tile.m * self.config.block_m + self.own]
@@ -124,7 +127,7 @@ class Consumer(Role):
         return [(scales[0, n, k, expert], scales[1, n, k, expert])] * self.config.tiles
 
     def down_scales(self, n, k):
-        """fp8: the scale of the rows of each tile in step k; two tiles, 128 output columns, share one. None in bf16."""
+        """fp8: the scale of each tile's rows in step k. Two tiles, 128 output columns, share one. None in bf16."""
         if not self.layouts.fp8:
             return None
         c, tile, halves = self.config, self.tile, self.config.tiles // 2
@@ -134,7 +137,7 @@ class Consumer(Role):
 
     @cute.jit
     def multiply_step(self, stage: Int32, b: cute.Tensor, weight_scales, token_scales: cute.Tensor, column: Int32):
-        """sums += the weights of a stage times b, in fp8 with their scales and a column of the tokens'."""
+        """sums += the weights of a stage times b; in fp8 with the weights' scales and a column of the tokens'."""
         if const_expr(self.layouts.fp8):
             self.multiply_scaled(stage, b, weight_scales, token_scales, column)
         else:
@@ -152,7 +155,7 @@ class Consumer(Role):
             warpgroup.wait_group(min(t + in_flight, tiles) - (t + 1))
             at = t % in_flight * (block // 2)
             scales = weight_scales[t]
-            # By tokens if gate and up have a scale each, or else by rows: the assembler assigns registers by the order.
+            # By tokens if gate and up have a scale each, else by rows: the order decides how registers are assigned.
             order = (0, 2, 1, 3) if len(scales) == 2 else (0, 1, 2, 3)
             for m in cutlass.range_constexpr(block // 8):
                 for i in order:
@@ -171,7 +174,10 @@ class Consumer(Role):
         warpgroup.wait_group(0)
 
     def multiply(self, to, at, t, stage, b, add):
-        """A 64 x block tile in registers, from `at` on: (to +) a b, over the columns of a step. Commits a group."""
+        """Multiply a tile of 64 weight rows and b over a step, in WGMMA. Commits a group.
+
+        The result is 64 x block registers of `to`, from `at` on. It is added to them if `add`.
+        """
         a = self.weights[(None, None, None, self.first_tile + t, stage)]
         mma = self.layouts.mma()
         tile = cute.make_tensor(to.iterator + at, cute.make_layout(mma.partition_shape_C((64, self.config.block_m))))
@@ -182,7 +188,7 @@ class Consumer(Role):
 
     @cute.jit
     def release(self, stage: Int32, tokens_stage):
-        """Give a stage of weights, and one of tokens unless that is None, back to the producers that fill it."""
+        """Give a stage of weights back to its producers, and one of tokens, unless that is None."""
         cute.arch.sync_warp()
         if self.lane == OWN_LANE:
             cute.arch.mbarrier_arrive(self.barriers.empty_w + stage)
@@ -225,7 +231,7 @@ class Consumer(Role):
 
     @cute.jit
     def swiglu(self):
-        """Gate and up to intermediates, in registers 4m and 4m + 1."""
+        """Compute intermediates from gate and up, into registers 4m and 4m + 1."""
         for t in cutlass.range_constexpr(self.config.tiles):
             for m in cutlass.range_constexpr(self.config.block_m // 8):
                 for j in cutlass.range_constexpr(2):
@@ -237,8 +243,10 @@ class Consumer(Role):
 
     @cute.jit
     def quantise(self, w: Int32):
-        """fp8: intermediates and their scales, times routing weights, to shared memory. A token's largest is found of a
-        thread's, then of the 8 lanes that share it, then of all warps'."""
+        """fp8: write intermediates to shared memory, and their scales times routing weights.
+
+        A token's maximum is reduced over a thread, then over the 8 lanes that share the token, then over all warps.
+        """
         c, sums = self.config, self.sums
         maxima, hidden, scales = self.shared.maxima, self.shared.hidden, self.shared.h_scale
         for m in cutlass.range_constexpr(c.block_m // 8):
@@ -271,7 +279,7 @@ class Consumer(Role):
 
     @cute.jit
     def round(self, w: Int32):
-        """bf16: intermediates to shared memory."""
+        """bf16: write intermediates to shared memory."""
         c = self.config
         for m in cutlass.range_constexpr(c.block_m // 8):
             for j in cutlass.range_constexpr(2):
@@ -282,7 +290,7 @@ class Consumer(Role):
                     self.shared.hidden[self.token(m, j), column % c.block_k, part] = value
 
     def hidden_column(self, t):
-        """Which of the CTA's 128 intermediates this thread has in tile t."""
+        """Index, among the CTA's 128 intermediates, of the one that this thread has in tile t."""
         return (self.first_tile + t) * 32 + self.own_warp % 4 * 8 + self.lane // 4
 
     def token(self, m, j):

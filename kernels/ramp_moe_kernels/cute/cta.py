@@ -1,4 +1,4 @@
-"""What the roles of a CTA of the fused kernel share: the launch's parameters, its tile, its memory, its layouts."""
+"""The common objects of a CTA's roles in the fused kernel: parameters, tile, memory and layouts."""
 # The DSL traces Python: annotations must be types at run time, and its functions are untyped.
 # mypy: disable-error-code="import-not-found, import-untyped, untyped-decorator, no-untyped-def, no-untyped-call, misc"
 
@@ -14,7 +14,7 @@ from .config import INTERMEDIATES, UP_ROWS, Config, smem_map
 
 
 class KernelParameters(NamedTuple):
-    """Parameters of the kernel, in the order in which they are passed to the device."""
+    """Parameters of the kernel, in the order in which the device gets them."""
 
     x: cute.Tensor  # [T, H]
     x_scale: cute.Tensor  # float32 [T, H / 128]
@@ -37,7 +37,7 @@ class KernelParameters(NamedTuple):
 
 
 class Barriers(NamedTuple):
-    """Pointers to the mbarriers, of the first four kinds to that of stage 0."""
+    """Pointers to the mbarriers. For the first four kinds, they point at the barrier of stage 0."""
 
     full_w: cute.Pointer
     empty_w: cute.Pointer
@@ -62,7 +62,7 @@ class Shared(NamedTuple):
 
 
 class CtaTile(NamedTuple):
-    """What a CTA computes: an M-tile by a weight tile, or its part of that."""
+    """The work of a CTA: an M-tile by a weight tile, or its part of that."""
 
     n: Int32  # of tiles_n
     m: Int32
@@ -77,7 +77,7 @@ class CtaTile(NamedTuple):
 
 
 class Layouts:
-    """What follows from a configuration: types, tiled layouts, and views of shared memory by them."""
+    """The types, tiled layouts and views of shared memory that follow from a configuration."""
 
     def __init__(self, config: Config) -> None:
         self.config = config
@@ -94,14 +94,14 @@ class Layouts:
         )
 
     def tile(self, rows, stages):
-        """Rows of 128 bytes, swizzled so that WGMMA reads eight of them without conflicts."""
+        """The layout of rows of 128 bytes, swizzled so that WGMMA reads eight of them without conflicts."""
         step = self.config.block_k
         order = sm90.get_smem_layout_atom(cutlass.utils.LayoutEnum.ROW_MAJOR, self.element, step)
         atom = warpgroup.make_smem_layout_atom(order, self.element)
         return cute.tile_to_shape(atom, (rows, step, stages), order=(0, 1, 2))
 
     def boxes(self):
-        """The ring of weights, by what one TMA copy loads."""
+        """The layout of the ring of weights in boxes, each of which one TMA copy loads."""
         return self.tile(self.box_rows, self.config.stages * (UP_ROWS // self.box_rows))
 
     def shared(self, base) -> Shared:
@@ -128,7 +128,7 @@ class Layouts:
 
 
 class Role:
-    """A role of a CTA, with what it works on."""
+    """A role of a CTA, with the objects on which it works."""
 
     def __init__(self, layouts: Layouts, given: KernelParameters, shared: Shared, tile: CtaTile) -> None:
         self.config = layouts.config

@@ -1,4 +1,4 @@
-"""The fused CuTe kernel as a kernel of the library: what it can compute, its configurations and their grids."""
+"""The fused CuTe kernel as a kernel of the library: its limits, configurations and grids."""
 
 from __future__ import annotations
 
@@ -38,18 +38,19 @@ if TYPE_CHECKING:
 
 HERE = Path(__file__).parent
 RUNS = (Place(HERE / "launch.py", "prepare"), Place(HERE / "launch.py", "launch_steps"))
-"""What decides the times, beside what objects are compiled from."""
+"""The code on which times depend, in addition to what objects are compiled from."""
 FEW = 16.0
-"""Mean tokens of an active expert up to which the weights' way from memory decides, and arithmetic does not."""
+"""Mean tokens of an active expert up to which reading weights from memory takes longer than computing."""
 MANY = 48.0
-"""From where on the weights' way from L2 does."""
+"""Mean tokens of an active expert above which reading weights from L2 does."""
 
 
 class CuteMoE(LaunchableKernel, BuildableKernel):
-    """fp8 (e4m3 W8A8, [128, 128] weight scales) and bf16 weights without biases, activation swiglu, on Hopper. Takes
-    bf16 hidden states. Compiled ahead of time: `ramp-moe kernels build --kernel cute`.
+    """The library's fused kernel for Hopper, compiled ahead of time by `ramp-moe kernels build --kernel cute`.
 
-    In fp8 the intermediate is quantised from float32, which vLLM's and SGLang's own paths round to bf16 first.
+    Computes fp8 (e4m3 W8A8, [128, 128] weight scales) and bf16 weights without biases, with activation swiglu. Takes
+    bf16 hidden states. In fp8 the intermediate is quantised from float32; vLLM's and SGLang's own paths round it to
+    bf16 first.
     """
 
     name = "cute"
@@ -83,7 +84,7 @@ class CuteMoE(LaunchableKernel, BuildableKernel):
         return [self.describe(c, shape) for c in configurations(shape)]
 
     def describe(self, config: Config, shape: MoEShape) -> KernelConfig:
-        """A configuration as the library sees it."""
+        """The KernelConfig of a configuration."""
         beside = ("-quantise" if config.dtype == "fp8" else "") + ("" if config.combine == "rows" else "-zero")
         stages = [
             Stage("schedule", f"{self.name}/prepare/bm{config.block_m}{beside}"),
@@ -115,11 +116,11 @@ class CuteMoE(LaunchableKernel, BuildableKernel):
         return WeightLayout("gate-up-interleaved-8", shape.num_experts * shape.expert_bytes)
 
     def readable_layouts(self, shape: MoEShape) -> tuple[str, ...]:
-        """All of them: the tensor map finds gate and up by the layout."""
+        """All layouts: the tensor map finds gate and up by the layout."""
         return (self.weight_layout(shape).key, *(key for key in LAYOUTS if key != self.weight_layout(shape).key))
 
     def prepare(self, weights: MoEWeights) -> PreparedCute:
-        """Views of the weights as they are. Raises KernelError for weights or a device that it cannot work with."""
+        """Views of the weights that were given. Raises KernelError for weights or a device that it does not support."""
         from .aot import runtime
         from .launch import prepare  # torch: not needed to describe the kernel
 
@@ -128,7 +129,7 @@ class CuteMoE(LaunchableKernel, BuildableKernel):
         return prepare(weights)
 
     def default_config(self, shape: MoEShape, hardware: Hardware, num_tokens: int) -> KernelConfig:
-        """By the mean tokens of an expert that has some."""
+        """A configuration by the mean tokens of the experts that have any."""
         ids = num_tokens * shape.top_k
         mean = ids / max(1, min(ids, shape.num_experts))
         ctas = min(ids, shape.num_experts) * shape.gate_up_rows // UP_ROWS
@@ -153,15 +154,17 @@ class CuteMoE(LaunchableKernel, BuildableKernel):
     def run(
         self, config: KernelConfig, prepared: Any, batch: Batch, out: Tensor, workspace: Workspace
     ) -> Iterator[None]:
-        """Two launches up to 4096 routed ids, three above, one more for a combine in float32 or in order. Raises
-        KernelError for hidden states that are not bf16, for batches beyond the schedule's or the grid's limits, and
-        where the configuration is not compiled."""
+        """Launch a layer: two launches up to 4096 routed ids, three above. A combine in float32 or in order adds one.
+
+        Raises KernelError for hidden states that are not bf16, for batches beyond the schedule's or the grid's limits,
+        and if the configuration is not compiled.
+        """
         from .launch import launch_steps
 
         return launch_steps([_config(config)], prepared, batch, out, workspace)
 
     def inline_key(self, config: KernelConfig, shape: MoEShape) -> Hashable | None:
-        """The name of the polymorphic launch that can be this configuration."""
+        """The name of a polymorphic launch that can compute this configuration; None if there is none."""
         return next((c.name for c in polymorphic(shape) if _config(config) in map(c.of, c.blocks)), None)
 
     def launch_inline(
@@ -180,7 +183,7 @@ class CuteMoE(LaunchableKernel, BuildableKernel):
 
 
 def _config(config: KernelConfig) -> Config:
-    """What `describe` put into the parameters."""
+    """The configuration that `describe` put into the parameters."""
     params: dict[str, Any] = dict(config.params)
     try:
         return Config(**params)

@@ -1,4 +1,4 @@
-"""Weights and batches as the fused CuTe kernel takes them, and its launches."""
+"""Converts weights and batches to what the fused CuTe kernel takes, and launches it."""
 
 from __future__ import annotations
 
@@ -22,14 +22,21 @@ from .space import invalid, most_tokens, one_of
 ROW_CHUNK = 8
 """Rows of gate, then of up, that the kernel's tensor map reads in turn."""
 BITS = 4
-"""Of a choice's block in what the kernel is told."""
+"""Bits for each choice's block in the argument `blocks` of the kernel."""
 
 
 @dataclass(frozen=True, slots=True)
 class PreparedCute:
-    """Views of a layer's weights: gate_up `[8, 2, I / 8, H, E]` (row in eight, gate or up, eight), its scale `[2, I /
-    128, H / 128, E]`, down `[H, I, E]` and its scale `[H / 128, I / 128, E]`; up_first: 1 where index 0 of gate_up's
-    second dimension is up. The scales of bf16 weights are a few floats of these dimensions, which are not read."""
+    """Views of a layer's weights.
+
+    gate_up: `[8, 2, I / 8, H, E]`: row in eight, gate or up, eight.
+    gate_up_scale: `[2, I / 128, H / 128, E]`.
+    down: `[H, I, E]`.
+    down_scale: `[H / 128, I / 128, E]`.
+    up_first: 1 if index 0 of gate_up's second dimension is up, else 0.
+
+    The scales of bf16 weights have these dimensions, too, but only a few elements, which are not read.
+    """
 
     gate_up: Tensor
     gate_up_scale: Tensor
@@ -79,8 +86,11 @@ def launch_steps(
     workspace: Workspace,
     choice: Tensor | None = None,
 ) -> Iterator[None]:
-    """One configuration, or those of a polymorphic one, of which choice int32 `[1]` holds the index. Stops after the
-    preparation, the kernel, and what adds up its output where it does not itself."""
+    """Launch a layer. Yields after the preparation, after the kernel, and after the combine if there is one.
+
+    configs: one, or several that a polymorphic configuration can compute. choice: int32 `[1]`, index of the one to run;
+    None with one.
+    """
     x, device, config = batch.hidden_states, out.device, configs[0]
     tokens, hidden = x.shape
     n, experts = batch.topk_ids.numel(), prepared.down.shape[2]
@@ -145,7 +155,10 @@ def launch_steps(
 
 @functools.cache
 def compiled(config: Config, shape: MoEShape) -> Callable[..., None]:
-    """The function of a configuration that is valid for a shape, loaded once: reading it costs more than launching."""
+    """The function of a configuration, loaded once, since loading takes longer than launching.
+
+    Raises KernelError if the configuration is not valid for the shape.
+    """
     for block in config.blocks:
         if reason := invalid(config.of(block), shape):
             raise KernelError(f"cute: {config.name} cannot run: {reason}")

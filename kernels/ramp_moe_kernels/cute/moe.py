@@ -10,7 +10,7 @@ are 128 intermediates. Both GEMMs swap operands: weights are WGMMA's A (64 rows 
 that a block may be as small as 8 tokens. The intermediates never leave shared memory.
 
 Roles        warp 0        loads weights by TMA, 256 rows x 128 bytes a stage, first of gate and up, then of down
-             warps 1-3     copy tokens' 128 bytes (and scales) by cp.async, from where they lie unsorted
+             warps 1-3     copy tokens' 128 bytes (and scales) by cp.async, from their unsorted rows
              warps 4-      consumers: warpgroup g multiplies rows [g * 256 / warpgroups, ...) of every stage
 
 Timeline     warp 0        W1 W1 W1 ... W1 | W2 W2 ... W2           runs ahead by `stages`, also over the phases
@@ -44,11 +44,11 @@ Out          128 columns of a warpgroup at a time: bf16, transposed by stmatrix,
 
 split_k      The CTAs of a cluster multiply a part of hidden_size each and send their sums to all others, who add
              them up in the same order: all have the same intermediates. Each computes its part of the output columns.
-pair         Two CTAs of a cluster whose M-tiles belong to one expert load half of every stage each, for both (TMA
-             multicast), and so read weights from L2 once for two M-tiles. M-tiles of two experts load for themselves.
+pair         Two CTAs of a cluster have M-tiles of one expert. Each loads half of every stage for both (TMA multicast),
+             so that weights are read from L2 once for two M-tiles. M-tiles of two experts load for themselves.
 
-blocks       One launch that is any of several token blocks, all else equal: the one chosen on the device, of which the
-             schedule is, too. Every CTA reads the choice first; registers and shared memory are the largest's.
+blocks       One launch for several token blocks, all else equal. The device chooses one, for the schedule, too. Every
+             CTA reads the choice first. Registers and shared memory are those of the largest block.
 
 What hangs or corrupts, learnt the hard way: TMA under a branch of one thread (it elects one itself); the token of an
 accumulator taken from a warpgroup's slice instead of the lane; a plain store to shared memory before cp.async's arrival
@@ -155,7 +155,7 @@ class FusedMoE:
 
     @cute.jit
     def body(self, base: cute.Pointer, given: KernelParameters):
-        """A CTA: its tile and its barriers, then the role of each warp."""
+        """Run a CTA: find its tile, initialise its barriers, then take the role of each warp."""
         c = self.config
         thread, _, _ = cute.arch.thread_idx()
         bx, by, _ = cute.arch.block_idx()
@@ -166,7 +166,7 @@ class FusedMoE:
         shared = self.layouts.shared(base)
         n_i, m_i, rank = self.place(bx, by, given.tiles_n)
 
-        # What the schedule wrote; a pair's barriers depend on it
+        # the schedule's output; a pair's barriers depend on it
         if const_expr(not c.pair):
             self.init_barriers(shared.barriers, thread, 1)
         cute.arch.griddepcontrol_wait()
@@ -222,7 +222,7 @@ class FusedMoE:
 
     @cute.jit
     def init_barriers(self, barriers: Barriers, thread: Int32, readers: Int32):
-        """readers: how many CTAs of a cluster read what is loaded into this one's stages."""
+        """Initialise the barriers. readers: CTAs of a cluster that read what is loaded into this one's stages."""
         arrivals = expected(self.config, readers)
         if thread == 0:
             for i in cutlass.range_constexpr(self.config.stages):
@@ -234,7 +234,7 @@ class FusedMoE:
 
 
 def arguments(config: Config):
-    """Tensors of any size, as `FusedMoE.__call__` takes them."""
+    """Arguments of `FusedMoE.__call__` for compiling, with tensors of any size."""
     element = Float8E4M3FN if config.dtype == "fp8" else BFloat16
     width = CHUNK * 8 // element.width  # elements in 16 bytes, to which tensor maps align
     result = Float32 if config.combine == "f32" else BFloat16

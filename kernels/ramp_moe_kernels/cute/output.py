@@ -1,4 +1,4 @@
-"""The way of the fused kernel's sums to global memory: staged in shared memory, and added to the output from there."""
+"""Moves the fused kernel's sums to global memory: stages them in shared memory, and adds them to the output."""
 # The DSL traces Python: annotations must be types at run time, and its functions are untyped.
 # mypy: disable-error-code="import-not-found, import-untyped, untyped-decorator, no-untyped-def, no-untyped-call, misc"
 
@@ -14,7 +14,7 @@ from .cta import CtaTile, KernelParameters, Layouts, Role, Shared
 
 
 class Output(Role):
-    """The part of a consumer warpgroup that hands over its columns of the output."""
+    """The part of a consumer warpgroup that writes its columns of the output."""
 
     def __init__(
         self,
@@ -33,7 +33,7 @@ class Output(Role):
 
     @cute.jit
     def row(self):
-        """The row of the output of this thread's token in its warpgroup's staged rows; -1 if it has none."""
+        """The output's row for this thread's token among its warpgroup's staged rows; -1 if there is no token."""
         c, given = self.config, self.given
         row = Int32(-1)
         if self.own % 128 < c.block_m:
@@ -46,7 +46,7 @@ class Output(Role):
 
     @cute.jit
     def store(self, sums: cute.Tensor, n: Int32, row: Int32, buffer: Int32):
-        """Hand over 256 columns, 128 of a warpgroup at a time. Returns the buffer that is next."""
+        """Write 256 columns, 128 of a warpgroup at a time. Returns the index of the next buffer."""
         tiles, buffers = self.config.tiles, self.layouts.map.buffers
         for half in cutlass.range_constexpr(tiles // 2):
             if const_expr(buffers == 1):  # the last columns have left
@@ -67,7 +67,7 @@ class Output(Role):
 
     @cute.jit
     def stage(self, sums: cute.Tensor, half: cutlass.Constexpr, buffer: Int32):
-        """Two tiles of sums, 128 output columns, to shared memory: a row a token."""
+        """Write two tiles of sums, 128 output columns, to shared memory, with one row per token."""
         c, own_warp, lane = self.config, self.own_warp, cute.arch.lane_idx()
         pitch = c.out_pitch
         first = (buffer * c.warpgroups + self.group) * (c.block_m * pitch)
@@ -93,7 +93,7 @@ class Output(Role):
 
     @cute.jit
     def send(self, row: Int32, column: Int32, buffer: Int32):
-        """This thread's staged row on its way: added to the output, or stored."""
+        """Start the copy of this thread's staged row, which is added to the output, or stored."""
         c, out = self.config, self.given.out
         dtype = Float32 if c.combine == "f32" else BFloat16
         at = ((buffer * c.warpgroups + self.group) * c.block_m + self.own % 128) * c.out_pitch

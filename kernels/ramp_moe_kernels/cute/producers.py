@@ -19,7 +19,7 @@ CHUNKS = ROW_BYTES // CHUNK
 
 
 class WeightsProducer(Role):
-    """One warp, all of it: TMA elects a thread itself."""
+    """The warp that loads weights. All of its threads call TMA, which elects one itself."""
 
     @cute.jit
     def produce_weights(self):
@@ -41,7 +41,7 @@ class WeightsProducer(Role):
                 state.advance()
 
     def partition(self, tma, weights):
-        """A matrix by boxes, `[elements, rows, steps, experts]`, and the ring that they go to, `[elements, boxes]`."""
+        """Partition a matrix into boxes, `[elements, rows, steps, experts]`, and their ring, `[elements, boxes]`."""
         boxes = cute.local_tile(weights, (self.layouts.box_rows, self.config.block_k), (None, None, None))
         ring = cute.group_modes(self.shared.boxes, 0, 2)
         to, source = cpasync.tma_partition(tma, 0, cute.make_layout(1), ring, cute.group_modes(boxes, 0, 2))
@@ -89,7 +89,7 @@ class TokensProducer(Role):
     def gather_tokens(self):
         """Copy the tokens' steps that the consumers multiply with gate and up."""
         c, tile = self.config, self.tile
-        # Where rows start stays in registers; negative where there is nothing to copy
+        # The starts of rows stay in registers; negative if there is nothing to copy
         rows = cute.make_rmem_tensor((self.turns,), Int32)
         scale_rows = cute.make_rmem_tensor((self.scale_turns,), Int32)
         for r in cutlass.range_constexpr(self.turns):
@@ -109,7 +109,7 @@ class TokensProducer(Role):
         given, width = self.given, CHUNK * 8 // self.layouts.element.width
         cute.arch.mbarrier_wait(self.barriers.empty_x + stage, state.phase)
         column = k * self.config.block_k + self.chunk * width
-        # Where a row's chunk goes; a turn further, its place among eight is 4 more, or less
+        # The offset of a row's chunk; one turn later, its position in eight is 4 more, or less
         first_to = self.place * ROW_BYTES + (self.chunk ^ (self.place % 8)) * CHUNK
         even_to = at.tokens + stage * (block * ROW_BYTES) + first_to
         odd_to = at.tokens + stage * (block * ROW_BYTES) + (first_to ^ 4 * CHUNK)
@@ -127,7 +127,7 @@ class TokensProducer(Role):
 
     @cute.jit
     def start(self, source: cute.Tensor, first: Int32, at: Int32):
-        """Elements of `source` before the row of the slot `at` of the block from `first`, -1 where it has none."""
+        """Offset in `source` of the row of slot `at` in the block that begins at `first`; -1 if it has no token."""
         start = Int32(-1)
         if at < self.config.block_m:
             row = self.given.sorted_token_ids[first + at] // self.given.top_k
@@ -136,9 +136,11 @@ class TokensProducer(Role):
         return start
 
     def copy_row(self, source, start, column, to, nbytes):
-        """nbytes of a row of `source`, or zeros where there is none, to offset `to` of shared memory, by cp.async. It
-        does not branch: all of a thread's copies are under way at once. 16 bytes go past L1, where nobody reads them
-        again."""
+        """Copy nbytes of a row of `source` to offset `to` of shared memory by cp.async; zeros if there is no row.
+
+        It does not branch, so that all of a thread's copies are in flight at once. Copies of 16 bytes bypass L1, from
+        which nobody would read them again.
+        """
         cache = cpasync.LoadCacheMode.GLOBAL if nbytes == CHUNK else cpasync.LoadCacheMode.ALWAYS
         dtype, count = source.element_type, nbytes * 8 // source.element_type.width
         atom = cute.make_copy_atom(cpasync.CopyG2SOp(cache_mode=cache), dtype, num_bits_per_copy=8 * nbytes)

@@ -1,7 +1,7 @@
-"""The configuration space of the fused CuTe kernel: the one predicate of what is valid, what is worth compiling, grids.
+"""The configuration space of the fused CuTe kernel: what is valid, what is worth compiling, and grids.
 
-The predicate serves enumeration, pruning and launch alike. What only the compiler knows, spilled registers, is read
-from what it made (see `objects`).
+One predicate serves enumeration, pruning and launch. Spilled registers, which only the compiler knows, are read from
+the compiled object (see `aot.cubin`).
 """
 
 from __future__ import annotations
@@ -20,14 +20,16 @@ from .config import ADDRESSING, INTERMEDIATES, UP_ROWS, Combine, Config, smem_ma
 MAX_SPLIT_BLOCK = 16
 """Largest token block of a split reduction: every CTA of a cluster holds all the others' sums."""
 BF16_ADDRESSING = 56
-"""Registers that a consumer needs beside its sums in bf16, about: what fewer leave is spilled."""
+"""Registers that a consumer needs in addition to its sums in bf16, about. With fewer it spills."""
 MAX_ADDITIONS = 48
-"""Of parts to a bf16 output, which make a relative error of 0.009: fp8 has 0.044 from rounding its operands, and more
-additions show in bf16 alone."""
+"""Most parts that bf16 weights add to a bf16 output, with a relative error of 0.009.
+
+fp8 has no such limit, since rounding its operands makes an error of 0.044 already.
+"""
 
 
 def invalid(c: Config, shape: MoEShape) -> str | None:
-    """Why a configuration cannot run, or never pays; None where it is valid."""
+    """Why a configuration cannot run, or never pays; None if it is valid."""
     if c.dtype != shape.dtype:
         return f"compiled for {c.dtype}, the weights are {shape.dtype}"
     if c.block_m % 8 or not 8 <= c.block_m <= 128:
@@ -58,7 +60,7 @@ def invalid(c: Config, shape: MoEShape) -> str | None:
 
 
 def space() -> Iterator[Config]:
-    """What is worth compiling, valid or not: all of it for any shape of the class, see `configurations`."""
+    """The configurations that are worth compiling, valid for a shape or not (see `configurations`)."""
     blocks = range(8, 129, 8)
     for block, stages, wide in itertools.product(blocks, (3, 4), (1, 2)):  # one CTA an SM: deep rings
         yield Config(block, 32, 8, stages, wide=wide)
@@ -87,17 +89,17 @@ POLYMORPHIC = (
     Config(64, 32, 8, 3, wide=2, smaller=(8, 16, 32)),
     Config(64, 64, 4, 2, ctas=2, wide=2, smaller=(8, 16, 32)),
 )
-"""Launches that are any of four token blocks."""
+"""Configurations whose launches can have any of four token blocks."""
 
 
 def polymorphic(shape: MoEShape) -> list[Config]:
-    """Those that are valid for every one of their blocks."""
+    """The POLYMORPHIC configurations that are valid for a shape with every one of their blocks."""
     given = (replace(c, dtype=shape.dtype) for c in POLYMORPHIC)
     return [c for c in given if all(invalid(c.of(block), shape) is None for block in c.blocks)]
 
 
 def one_of(configs: Sequence[Config]) -> Config:
-    """The polymorphic configuration that all of them are. Raises KernelError where there is none."""
+    """The polymorphic configuration that can compute all of `configs`. Raises KernelError if there is none."""
     for c in POLYMORPHIC:
         whole = replace(c, dtype=configs[0].dtype)
         if all(config in [whole.of(block) for block in whole.blocks] for config in configs):
@@ -106,7 +108,7 @@ def one_of(configs: Sequence[Config]) -> Config:
 
 
 def configurations(shape: MoEShape) -> list[Config]:
-    """Every valid one."""
+    """The configurations of `space` that are valid for a shape."""
     return [c for c in (replace(c, dtype=shape.dtype) for c in space()) if invalid(c, shape) is None]
 
 
@@ -125,14 +127,14 @@ def geometry(c: Config, shape: MoEShape) -> GridGeometry:
 
 @functools.cache
 def most_tokens(c: Config, shape: MoEShape) -> int:
-    """The most tokens of one launch: the schedule's ids, the grid's tiles, and x counted in 32 bits."""
+    """The most tokens of one launch, limited by the schedule's ids, the grid's tiles, and x's elements in 32 bits."""
     tiles = MAX_TILES - MAX_TILES % (1 + c.pair)
     of_elements = MAX_ELEMENTS // shape.hidden_size * shape.top_k
     return max_tokens(shape, max_ids(tiles, shape.num_experts, min(c.blocks)), of_elements)
 
 
 def unaligned(shape: MoEShape) -> str | None:
-    """Why no configuration can compute a shape; None where some can."""
+    """Why no configuration can compute a shape; None if some can."""
     if shape.hidden_size % UP_ROWS:
         return f"hidden_size {shape.hidden_size} is not a multiple of {UP_ROWS}, the output columns of a tile"
     if shape.intermediate_size % SCALE_BLOCK:

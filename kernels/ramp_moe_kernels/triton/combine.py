@@ -32,8 +32,10 @@ def combine_kernel(
     BLOCK: tl.constexpr,
     PDL: tl.constexpr,
 ):
-    """Program (token, columns). Rows of skipped ids were never written: they are masked out of the load, since what
-    memory holds there, NaN included, would survive a multiplication by zero."""
+    """Combine BLOCK columns of one token; the programs are (token, columns).
+
+    Rows of skipped ids were never written, so they are not loaded: a NaN there would survive a multiplication by zero.
+    """
     if PDL:
         tl.extra.cuda.gdc_wait()
         tl.extra.cuda.gdc_launch_dependents()
@@ -63,14 +65,16 @@ def combine(
     num_experts: int | None = None,
     num_valid: Tensor | None = None,
 ) -> None:
-    """out `[T, H]` = sum over a token's k ids of partial `[n, H]`, or of `[S, n, H]` (S partial sums an id), n = T*k.
+    """Write out `[T, H]`: each token's sum over its k rows of `partial`, which contain the routing weights already.
 
-    Summed in float32 one after the other, an id's S sums and then the next id's, and cast once: equal inputs give
-    equal bits. Routing weights are already in `partial`. partial and out are bf16, fp16 or float32, contiguous.
+    partial: `[n, H]` with n = T * k, or `[S, n, H]` with S partial sums per id.
+    topk_ids: int32 or int64 `[T, k]`, given with num_experts. Rows of ids outside [0, num_experts) are neither read nor
+        added. None: all rows count.
+    num_valid: int32 `[1]` on the device. Tokens from there on become 0.
 
-    topk_ids int32 or int64 `[T, k]`, with num_experts: ids outside [0, num_experts) contribute nothing and their rows
-    are not read; None: all rows count. num_valid int32 `[1]` on the device: later tokens become 0. Without tokens
-    nothing is launched. Raises ShapeError for shapes that do not fit, KernelError for dtypes, strides and devices.
+    partial and out are bf16, fp16 or float32, and contiguous. The sums are in float32, always in the same order: an
+    id's S sums, then the next id's. The result is cast once, so equal inputs give equal bits. Without tokens nothing is
+    launched. Raises ShapeError for shapes that do not fit, KernelError for wrong dtypes, strides and devices.
     """
     if partial.ndim not in (2, 3) or out.ndim != 2:
         raise ShapeError(
@@ -104,7 +108,7 @@ def launch_combine(
     num_experts: int | None,
     num_valid: Tensor | None = None,
 ) -> None:
-    """`combine` of what was checked, or made to fit, with at least one token."""
+    """Do what `combine` does, without checks. There must be at least one token."""
     tokens, hidden = out.shape
     block, warps = columns_of_program(tokens * hidden)
     with on_device_of(out):
@@ -125,5 +129,5 @@ def launch_combine(
 
 
 def columns_of_program(elements: int) -> tuple[int, int]:
-    """(columns, warps) of a program, by the output's elements."""
+    """Columns and warps of a program, by the number of the output's elements."""
     return (256, 1) if elements <= FEW_ELEMENTS else (1024, 4)

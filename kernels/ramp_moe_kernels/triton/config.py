@@ -1,4 +1,4 @@
-"""The configuration space of the Triton path, and the one predicate that says which points of it are valid."""
+"""The configuration space of the Triton path, and the predicates that say which points of it are valid."""
 
 from __future__ import annotations
 
@@ -17,7 +17,10 @@ TOKEN_BLOCKS = (16, 32, 64, 128)
 
 @dataclass(frozen=True, slots=True)
 class GemmConfig:
-    """One grouped GEMM's launch: `block_m` sorted ids by `block_n` weight rows (of gate and of up each, for up)."""
+    """The launch of one grouped GEMM. A CTA computes `block_m` sorted ids by `block_n` weight rows.
+
+    For the up projection, these are `block_n` rows of gate and as many of up.
+    """
 
     block_m: int
     block_n: int
@@ -42,11 +45,11 @@ class Variant:
     """A configuration as the kernels are compiled for it, for a GEMM of `n` weight rows and a reduction of `k`.
 
     BM, BN, BK   tokens, weight rows and reduction of a tile
-    GROUP_M      M-tiles that are walked side by side
+    GROUP_M      M-tiles whose CTAs run side by side
     SWAP         weight rows are WGMMA's M
-    EVEN_K       splits are of whole steps
-    EVEN_N       row tiles are full
-    STAGES       of the loop; 0 for the launch's
+    EVEN_K       splits have whole steps only
+    EVEN_N       row tiles are all full
+    STAGES       stages of the loop; 0: those of the launch
     """
 
     BM: int
@@ -61,7 +64,7 @@ class Variant:
 
 @functools.cache
 def variants(configs: tuple[GemmConfig, ...], n: int, k: int) -> tuple[Variant, ...]:
-    """What one launch can be, whose own stages are those of the first configuration."""
+    """The variants that one launch can compute. Its own stages are those of the first configuration."""
     return tuple(
         Variant(
             BM=c.block_m,
@@ -81,8 +84,8 @@ def variants(configs: tuple[GemmConfig, ...], n: int, k: int) -> tuple[Variant, 
 class Path:
     """The launches of one forward pass: [prepare], up, [activate], down, combine.
 
-    direct: no schedule, each routed id is a tile of its own; for tiny batches.
-    atomic: the down projection adds to a float32 output, cast at the end, instead of a combine of its rows.
+    direct: there is no schedule, and each routed id is a tile of its own. For tiny batches.
+    atomic: the down projection adds to a float32 output, which is cast at the end. There is no combine.
     """
 
     up: GemmConfig
@@ -98,18 +101,21 @@ class Path:
 
 
 def quantises_itself(up: GemmConfig) -> bool:
-    """Whether an fp8 up projection's CTAs hold whole scale groups of their intermediates, and so can quantise them."""
+    """Whether an fp8 up projection's CTAs hold whole scale groups of intermediates, and so can quantise them."""
     return up.block_n == up.block_k and up.split_k == 1
 
 
 def scale_group(shape: MoEShape) -> int:
-    """Columns of an activation that share an fp8 scale: as many as the smallest scale blocks of the weights have."""
+    """Columns of an activation that share an fp8 scale, as many as in the smallest scale block of the weights."""
     return scale_blocks(shape.intermediate_size)[-1]
 
 
 def invalid(gemm: Gemm, config: GemmConfig, shape: MoEShape, hardware: Hardware, quantise: bool = False) -> str | None:
-    """Why a configuration cannot run, or never pays; None where it is valid. quantise: the launch quantises the
-    activations that it loads (fp8 only), which then pass through shared memory in both dtypes."""
+    """Why a configuration cannot run, or never pays; None if it is valid.
+
+    quantise: the launch quantises the activations that it loads (fp8 only). They then pass through shared memory in
+    both dtypes.
+    """
     c, fp8 = config, shape.dtype == "fp8"
     matrices = 2 if gemm == "up" else 1
     depth = shape.hidden_size if gemm == "up" else shape.intermediate_size
@@ -138,7 +144,7 @@ def invalid(gemm: Gemm, config: GemmConfig, shape: MoEShape, hardware: Hardware,
 
 
 def invalid_path(path: Path, shape: MoEShape, hardware: Hardware) -> str | None:
-    """Why a whole path cannot run; None where it is valid."""
+    """Why a whole path cannot run; None if it is valid."""
     fp8 = shape.dtype == "fp8"
     if path.up.block_m != path.down.block_m:
         return "both GEMMs read one schedule, of one token block"
@@ -159,8 +165,11 @@ def space(gemm: Gemm, shape: MoEShape, hardware: Hardware) -> Iterator[GemmConfi
 
 
 def geometry(gemm: Gemm, config: GemmConfig, shape: MoEShape, direct: bool = False) -> GridGeometry:
-    """The grid of one launch. A CTA of the up projection covers `block_n` rows of gate and as many of up; on the direct
-    path each routed id is an M-tile."""
+    """The grid of one launch.
+
+    A CTA of the up projection covers `block_n` rows of gate and as many of up. On the direct path each routed id is an
+    M-tile.
+    """
     describe, wide = (GridGeometry.gate_up, 2) if gemm == "up" else (GridGeometry.down, 1)
     block_m = 1 if direct else config.block_m
     return describe(

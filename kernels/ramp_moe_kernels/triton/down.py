@@ -30,10 +30,10 @@ def _products(
     C: tl.constexpr, SPLIT_K: tl.constexpr, FP8: tl.constexpr, SCALE: tl.constexpr, QUANTISE: tl.constexpr,
     EMULATE: tl.constexpr,
 ):  # fmt: skip
-    """float32 sums [BM, BN] of a by w over this split's steps of the reduction.
+    """float32 [BM, BN]: the product of a and w over this split's steps of the reduction.
 
-    a_ptrs [BM, BK] and w_ptrs [BN, BK] point at the split's first step; so do the scales' pointers, None where nothing
-    has scales.
+    a_ptrs [BM, BK] and w_ptrs [BN, BK] point at the split's first step. So do the pointers to scales; None without
+    scales.
     """
     STAGES: tl.constexpr = C.STAGES if C.STAGES > 0 else None
     acc = _zeros(C)
@@ -65,7 +65,7 @@ def _down(
     VARIANTS: tl.constexpr, V: tl.constexpr, SPLIT_K: tl.constexpr, DIRECT: tl.constexpr, FP8: tl.constexpr,
     SCALE: tl.constexpr, RAGGED: tl.constexpr, QUANTISE: tl.constexpr, ATOMIC: tl.constexpr, EMULATE: tl.constexpr,
 ):  # fmt: skip
-    """`down_kernel`, as the configuration VARIANTS[V]."""
+    """Do what `down_kernel` does, with the configuration VARIANTS[V]."""
     C: tl.constexpr = VARIANTS[V]
     if tiles is None:
         tiles = _most_tiles(num_ids, num_experts, C.BM)
@@ -115,7 +115,7 @@ def down_kernel(
     expert_ids_ptr,
     weight_ptr,  # float32 [num_ids], the routing weights
     out_ptr,  # ATOMIC: float32 [T, H], zeroed; else [SPLIT_K, num_ids, H]
-    tiles,  # in all; None: as many as the choice has
+    tiles,  # M-tiles of the grid; None: as many as the chosen variant has
     num_ids,
     num_experts,
     top_k,

@@ -16,8 +16,10 @@ CHUNK = tl.constexpr(ROW_CHUNK)
 
 @triton.jit
 def _gate_row(r, rows, CHUNK: tl.constexpr, LAYOUT: tl.constexpr):
-    """(where row r of the gate lies, how far behind it the same row of up does), for `rows` rows of each. CHUNK is how
-    many of each come in turn where they are interleaved."""
+    """Returns the position of the gate's row r, and the distance from there to the same row of up.
+
+    rows: rows of gate, and of up. CHUNK: rows of each that alternate if gate and up are interleaved.
+    """
     if LAYOUT == "gate-first":
         gate = r
         up = rows
@@ -33,7 +35,7 @@ def _gate_row(r, rows, CHUNK: tl.constexpr, LAYOUT: tl.constexpr):
 
 @triton.jit
 def _tanh(x):
-    """tanh by exp, exact to float32 rounding for both signs (tl has none that is portable)."""
+    """Compute tanh by exp, to float32 rounding for both signs. (tl has no portable tanh.)"""
     e = tl.exp(-2 * tl.abs(x))
     t = (1 - e) / (1 + e)
     return tl.where(x < 0, -t, t)
@@ -41,7 +43,7 @@ def _tanh(x):
 
 @triton.jit
 def _activate(gate, up, ACTIVATION: tl.constexpr, LIMIT: tl.constexpr):
-    """LIMIT: where swiglu_clamped cuts gate and up off; None for the others."""
+    """Apply the activation to gate and up. LIMIT: at which swiglu_clamped clamps them; None for the others."""
     if ACTIVATION == "swiglu":
         out = gate * tl.sigmoid(gate) * up
     elif ACTIVATION == "gelu_tanh":
@@ -61,11 +63,11 @@ def _activate(gate, up, ACTIVATION: tl.constexpr, LIMIT: tl.constexpr):
 
 @triton.jit
 def _quantise(v, EMULATE_FP8: tl.constexpr):
-    """fp8 and scale a row of [BM, BK], as `quantise` computes them.
+    """Quantise v [BM, BK] with one scale per row, as `quantise` does. Returns fp8 and the scales.
 
-    Quotients are IEEE's: values of few bits, such as bf16 ones, over a scale of few bits are often exactly between two
-    fp8 numbers, where an inexact quotient rounds to the wrong one. One division a row and Markstein's correction, two
-    fused multiply-adds, give them for a third of the instructions of a division each.
+    Quotients must be correctly rounded. bf16 values over a scale of few bits often lie exactly between two fp8 numbers,
+    and an inexact quotient then rounds to the wrong one. One division per row and Markstein's correction, two fused
+    multiply-adds, give them for a third of the instructions of a division each.
     """
     amax = tl.maximum(tl.max(tl.abs(v), 1), 1e-10)
     scale = tl.div_rn(amax, tl.full(amax.shape, 448.0, tl.float32))
@@ -91,7 +93,7 @@ def activate_kernel(
     BLOCK: tl.constexpr,
     PDL: tl.constexpr,
 ):
-    """Add up the splits of the up projection, in order, and activate: one CTA for each routed id and BLOCK columns."""
+    """Add up the splits of the up projection in order, and activate. One CTA takes a routed id and BLOCK columns."""
     _after_previous(PDL)
     i = tl.program_id(0).to(tl.int64)
     expert = tl.load(ids_ptr + i).to(tl.int64)

@@ -18,12 +18,14 @@ from .schedule import Schedule, buffer_sizes, launch_schedule
 
 @dataclass(frozen=True, slots=True)
 class Plan:
-    """What the size of a batch decides: buffers and launches.
+    """The buffers and launches of a batch, which follow from its size.
 
-    schedule: None on the direct path. x and x_scale: the quantised hidden states, and partial: the up projection's
-    split sums, None where there are none. act and act_scale: the intermediate; without a scale it stays in the dtype
-    of the hidden states, and the down projection of fp8 weights quantises what it loads. rows: what the down projection
-    writes; a float32 total of each token if atomic.
+    schedule: None on the direct path.
+    x, x_scale: the quantised hidden states; None if they are not quantised beforehand.
+    partial: the up projection's sums by split; None with a single split.
+    act, act_scale: the intermediate. Without a scale it stays in the dtype of the hidden states, and the down
+        projection of fp8 weights quantises what it loads.
+    rows: what the down projection writes; if atomic, a float32 total of each token.
     """
 
     blocks: tuple[int, ...]
@@ -46,9 +48,11 @@ def forward_steps(
     workspace: Workspace,
     choice: Tensor | None = None,
 ) -> Iterator[None]:
-    """[prepare], up, [activate], down, combine, stopping after each stage of the path's description: of one path, or of
-    that of several (of one `inline_key`) whose index choice int32 `[1]` holds. Raises KernelError for a batch or an
-    output that does not fit the weights."""
+    """Launch [prepare], up, [activate], down and combine. Yields after each stage of the path's description.
+
+    paths: one, or several of one `inline_key`. choice: int32 `[1]`, index of the one to run; None with one path. Raises
+    KernelError for a batch or an output that does not fit the weights.
+    """
     x, ids = batch.hidden_states, batch.topk_ids
     experts, hidden, _ = weights.down.shape
     check_batch("triton", batch, out, hidden, weights.down.device)
@@ -85,7 +89,7 @@ def forward_steps(
 
 
 def _plan(paths: Sequence[Path], weights: MoEWeights, batch: Batch, workspace: Workspace, choosing: bool) -> Plan:
-    """The plan of the last batch, if it was of the same size and its layer's weights alike."""
+    """The plan for a batch. That of the last batch is reused if size and weights are alike."""
     x, ids, scale = batch.hidden_states, batch.topk_ids, weights.gate_up_scale
     device = x.device
     key = (

@@ -1,13 +1,13 @@
-"""What the two grouped GEMMs of a MoE layer share: `up_kernel` (gate and up, then the activation) and `down_kernel`.
+"""The common part of a MoE layer's grouped GEMMs `up_kernel` (gate and up, then the activation) and `down_kernel`.
 
 Both launch one CTA for each (M-tile, row tile, split of the reduction). An M-tile is BM slots of one expert, as
-`schedule` lays them out; CTAs past the last tile exit at once, so that the grid needs no count on the host.
+`schedule` lays them out. CTAs past the last tile exit at once, so that the host need not count tiles for the grid.
 
     sorted_token_ids  routed id (token * top_k + slot) of each row, num_ids for padding
     expert_ids        the tile's expert, -1 past the last tile
 
-A launch may be any of several configurations (`config.Variant`), whichever an integer on the device says. Each is a
-branch of the kernel, whose registers and shared memory are those of the branch that takes most.
+A launch may have several configurations (`config.Variant`), of which an integer on the device chooses one. Each is a
+branch of the kernel. Registers and shared memory are those of the branch that takes most.
 
 For tiny batches there is a direct path without a schedule: each routed id is an M-tile of its own, with one live row.
 
@@ -16,10 +16,10 @@ Layout of one step along the reduction, for the plain and the swapped operands:
     plain    acc [BM, BN] += x [BM, BK] @ w [BN, BK].T      tokens are M: mma for BM < 64, wgmma from 64 on
     SWAP     acc [BN, BM] += w [BN, BK] @ x [BM, BK].T      weight rows are M: wgmma with few tokens as N
 
-fp8: BK is the group of activations that share a scale, so that each step has one scale a token (xs) and one a weight
+fp8: BK is the group of activations that share a scale. So each step has one scale per token (xs) and one per weight
 tile (ws), and acc += dot * xs * ws. Products of two fp8 values are summed in float32 within a step and promoted after
 it. A weight tile lies in one [SCALE, SCALE] block; blocks of gate and of up each count from their first row. RAGGED:
-the intermediate size is no multiple of SCALE, so that each half's last block of rows is short.
+the intermediate size is no multiple of SCALE, so the last block of rows of gate, and of up, is short.
 """
 # Triton is untyped, and so is every function that it compiles.
 # mypy: disable-error-code="import-untyped, untyped-decorator, no-untyped-def, no-untyped-call"
@@ -32,8 +32,11 @@ import triton.language as tl
 
 @triton.jit
 def _tile(tiles, rows, BN: tl.constexpr, GROUP_M: tl.constexpr):
-    """(M-tile, row tile) of this CTA. GROUP_M M-tiles are walked side by side before the next row tile, so that the
-    weights of an expert with several tiles are read while they are still in L2."""
+    """The M-tile and row tile of this CTA.
+
+    GROUP_M M-tiles run side by side before the next row tile. So the weights of an expert with several tiles are read
+    while they are still in L2.
+    """
     pid = tl.program_id(0)
     row_tiles = tl.cdiv(rows, BN)
     group = pid // (GROUP_M * row_tiles)
@@ -45,13 +48,14 @@ def _tile(tiles, rows, BN: tl.constexpr, GROUP_M: tl.constexpr):
 
 @triton.jit
 def _most_tiles(num_ids, num_experts, BM: tl.constexpr):
-    """What `max_tiles` says on the host."""
+    """Compute what `max_tiles` computes on the host."""
     return tl.minimum(num_ids, num_experts + tl.maximum(num_ids - num_experts, 0) // BM)
 
 
 @triton.jit
 def _is_chosen(choice, rows, num_ids, num_experts, VARIANTS: tl.constexpr, V: tl.constexpr):
-    """Whether this CTA is to run VARIANTS[V], whose own grid may end before that of another."""
+    """Whether this CTA runs VARIANTS[V]: it is chosen, and its grid, which may be smaller than another's, has this
+    CTA."""
     C: tl.constexpr = VARIANTS[V]
     tiles = _most_tiles(num_ids, num_experts, C.BM)
     return (choice == V) & (tl.program_id(0) < tiles * tl.cdiv(rows, C.BN))
@@ -59,9 +63,9 @@ def _is_chosen(choice, rows, num_ids, num_experts, VARIANTS: tl.constexpr, V: tl
 
 @triton.jit
 def _sorted_ids(m, sorted_token_ids_ptr, expert_ids_ptr, num_ids, num_experts, BM: tl.constexpr, DIRECT: tl.constexpr):
-    """(expert, routed ids [BM]) of M-tile m; expert -1 where there is nothing to do.
+    """The expert and the routed ids [BM] of M-tile m. The expert is -1 if there is nothing to do.
 
-    DIRECT: there is no schedule, each routed id is a tile of its own and expert_ids_ptr holds the top-k ids themselves.
+    DIRECT: there is no schedule. Each routed id is a tile of its own, and expert_ids_ptr has the top-k ids themselves.
     """
     expert = tl.load(expert_ids_ptr + m).to(tl.int64)
     if DIRECT:
@@ -74,8 +78,11 @@ def _sorted_ids(m, sorted_token_ids_ptr, expert_ids_ptr, num_ids, num_experts, B
 
 @triton.jit
 def _after_previous(PDL: tl.constexpr):
-    """Programmatic dependent launch (NVIDIA, sm_90 on): this kernel was started while the one before it still ran.
-    Wait for its memory, then let the next one start. Without it the launch itself waits."""
+    """Wait for the writes of the kernel before, then let the next one start.
+
+    With programmatic dependent launch (PDL; NVIDIA, sm_90 on), this kernel was started while the one before still ran.
+    Without it the launch itself waits.
+    """
     if PDL:
         tl.extra.cuda.gdc_wait()
         tl.extra.cuda.gdc_launch_dependents()
@@ -83,7 +90,7 @@ def _after_previous(PDL: tl.constexpr):
 
 @triton.jit
 def _zeros(C: tl.constexpr):
-    """An accumulator."""
+    """A zero accumulator, float32 [BM, BN], or [BN, BM] if SWAP."""
     if C.SWAP:
         acc = tl.full((C.BN, C.BM), 0, tl.float32)
     else:
@@ -93,7 +100,7 @@ def _zeros(C: tl.constexpr):
 
 @triton.jit
 def _load_x(ptrs, live, left, C: tl.constexpr):
-    """Activations [BM, BK] of the live rows, of which `left` columns are left in the reduction."""
+    """Load activations [BM, BK] of the live rows. left: columns left in the reduction."""
     if C.EVEN_K:
         x = tl.load(ptrs, mask=live[:, None], other=0.0)
     else:
@@ -103,7 +110,7 @@ def _load_x(ptrs, live, left, C: tl.constexpr):
 
 @triton.jit
 def _load_w(ptrs, left, C: tl.constexpr):
-    """Weights [BN, BK], of which `left` columns are left in the reduction."""
+    """Load weights [BN, BK]. left: columns left in the reduction."""
     if C.EVEN_K:
         w = tl.load(ptrs)
     else:
@@ -113,8 +120,10 @@ def _load_w(ptrs, left, C: tl.constexpr):
 
 @triton.jit
 def _product(x, w, SWAP: tl.constexpr, EMULATE: tl.constexpr):
-    """x [BM, BK] by w [BN, BK]: [BM, BN], or [BN, BM] if SWAP. EMULATE is for the interpreter, whose dot of anything
-    but float32 is wrong."""
+    """Multiply x [BM, BK] and w [BN, BK]: [BM, BN], or [BN, BM] if SWAP.
+
+    EMULATE is for the interpreter, whose dot is wrong for anything but float32.
+    """
     if EMULATE:
         x = x.to(tl.float32)
         w = w.to(tl.float32)
@@ -127,7 +136,7 @@ def _product(x, w, SWAP: tl.constexpr, EMULATE: tl.constexpr):
 
 @triton.jit
 def _scaled(part, xs, ws, SWAP: tl.constexpr):
-    """Apply a token's and a weight tile's scale."""
+    """Apply the tokens' scales and the weight tile's."""
     if SWAP:
         out = part * (xs * ws)[None, :]
     else:
@@ -137,7 +146,7 @@ def _scaled(part, xs, ws, SWAP: tl.constexpr):
 
 @triton.jit
 def _scale_blocks(I, SCALE: tl.constexpr, RAGGED: tl.constexpr):  # noqa: E741
-    """How many blocks of SCALE rows or columns I takes."""
+    """The number of blocks of SCALE rows or columns in I."""
     if RAGGED:
         blocks = tl.cdiv(I, SCALE)
     else:
@@ -147,7 +156,7 @@ def _scale_blocks(I, SCALE: tl.constexpr, RAGGED: tl.constexpr):  # noqa: E741
 
 @triton.jit
 def _weight_scale(ptr, step, BK: tl.constexpr, SCALE: tl.constexpr):
-    """The weight tile's scale. ptr follows the steps if each has a scale of its own, else it stays at the first."""
+    """The weight tile's scale. If each step has a scale of its own, ptr has moved to it; else ptr is at the first."""
     if BK == SCALE:
         scale = tl.load(ptr)
     else:

@@ -37,19 +37,19 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 RUNS = Place(File(__file__).with_name("forward.py"), "forward_steps")
-"""What decides the times."""
+"""The code on which times depend."""
 ALIGNMENT = 16
-"""Elements of a row that are loaded at a time."""
+"""Elements of a row that are loaded at once. Sizes of a shape must be multiples of it."""
 DIRECT_TOKENS = 2
 MAX_DEFAULT_LOG2_TOKENS = 16
 
 
 class TritonMoE(LaunchableKernel):
-    """bf16, fp16 and fp8 (e4m3 W8A8, weight scales of any blocks that MoEWeights takes), any GPU that Triton compiles
-    for.
+    """The library's Triton kernels, for bf16, fp16 and fp8 (e4m3 W8A8), on any GPU that Triton compiles for.
 
-    In fp8 the intermediate is quantised from float32 where the up projection has whole scale groups. vLLM's and
-    SGLang's own paths round it to bf16 first: compare with a tolerance of fp8, or with a reference that does not round.
+    Scale blocks of weights are any that MoEWeights takes. In fp8 the intermediate is quantised from float32, if the up
+    projection's CTAs have whole scale groups. vLLM's and SGLang's own paths round it to bf16 first: compare with a
+    tolerance of fp8, or with a reference that does not round.
     """
 
     name = "triton"
@@ -70,15 +70,14 @@ class TritonMoE(LaunchableKernel):
         return None
 
     def max_tokens(self, config: KernelConfig, shape: MoEShape) -> int:
-        """What the schedule sorts, and no more than keeps every buffer of a row for each routed id below 2^31
-        elements."""
+        """The most tokens that the schedule sorts, with less than 2^31 elements in each buffer of a row per id."""
         path = _path(config)
         gate_up = path.up.split_k * shape.gate_up_rows if path.up.split_k > 1 else shape.intermediate_size
         widest = max(gate_up, path.down.split_k * shape.hidden_size)
         return max_tokens(shape, MAX_ELEMENTS // widest)
 
     def paths(self, shape: MoEShape, hardware: Hardware) -> list[Path]:
-        """Every configuration, as what it launches."""
+        """The paths of all configurations."""
         steps = (scale_group(shape),) if shape.dtype == "fp8" else (64, 128)
         downs = (64, 128) if steps[0] >= 64 else (32,)
         depths = (3, 4) if hardware.smem_per_sm_bytes > 128 * 1024 else (1, 2)
@@ -95,7 +94,7 @@ class TritonMoE(LaunchableKernel):
                 found.append(Path(up, down, direct=True))
                 found.append(Path(up, replace(down, split_k=4), atomic=True))
         valid = [path for path in found if invalid_path(path, shape, hardware) is None]
-        # What runs where there is no profile can be profiled, too: it changes with powers of two at most.
+        # The defaults, which run without a profile, can be profiled, too. They change at powers of two at most.
         defaults = (self._default_path(shape, hardware, 2**i) for i in range(MAX_DEFAULT_LOG2_TOKENS + 1))
         return list(dict.fromkeys([*valid, *defaults]))
 
@@ -103,7 +102,7 @@ class TritonMoE(LaunchableKernel):
         return [self.describe(path, shape) for path in self.paths(shape, hardware)]
 
     def describe(self, path: Path, shape: MoEShape) -> KernelConfig:
-        """A path as the library sees it."""
+        """The KernelConfig of a path."""
         up, down = path.up, path.down
         tiles = "direct/" if path.direct else ""
         stages = []
@@ -124,11 +123,11 @@ class TritonMoE(LaunchableKernel):
         return WeightLayout("gate-first", shape.num_experts * shape.expert_bytes)
 
     def readable_layouts(self, shape: MoEShape) -> tuple[str, ...]:
-        """All of them: the up projection finds its rows by the layout."""
+        """All layouts: the up projection finds its rows by the layout."""
         return LAYOUTS
 
     def prepare(self, weights: MoEWeights) -> MoEWeights:
-        """The weights as they are."""
+        """The weights that were given."""
         return weights
 
     def default_config(self, shape: MoEShape, hardware: Hardware, num_tokens: int) -> KernelConfig:
@@ -136,11 +135,15 @@ class TritonMoE(LaunchableKernel):
         return _default_config(self, shape, hardware, num_tokens)
 
     def _default_path(self, shape: MoEShape, hardware: Hardware, num_tokens: int) -> Path:
-        """What mostly wins on an H200 (profiles/benchmarks), then ever smaller tiles, for less shared memory."""
+        """The path that wins in most cases on an H200 (profiles/benchmarks), or one of smaller tiles.
+
+        Smaller tiles are for GPUs of less shared memory. Raises KernelError if even the smallest do not fit.
+        """
         ids, fp8 = num_tokens * shape.top_k, shape.dtype == "fp8"
         widest = scale_group(shape) if fp8 else 128
         if num_tokens <= DIRECT_TOKENS:
-            # The widest tile that still fills the SMs; a grid below two waves of the narrowest shares its reduction.
+            # The widest tile that still fills the SMs. If the narrowest makes less than two waves, splits share its
+            # reduction.
             inter = shape.intermediate_size
             wide = (r for r in (128, 64) if r <= widest and ids * -(-inter // r) >= hardware.num_sms)
             rows = next(wide, 32)
@@ -176,8 +179,10 @@ class TritonMoE(LaunchableKernel):
         return forward_steps([_path(config)], prepared, batch, out, workspace)
 
     def inline_key(self, config: KernelConfig, shape: MoEShape) -> Hashable | None:
-        """Threads, and what decides which launches there are and what one leaves to the next: the rest may differ. The
-        direct path is for so few tokens that there is nothing to choose."""
+        """The warps, and all on which the sequence of launches and their buffers depend. The rest may differ.
+
+        None for the direct path, whose few tokens leave nothing to choose.
+        """
         path = _path(config)
         if path.direct:
             return None
@@ -210,7 +215,7 @@ def _path(config: KernelConfig) -> Path:
 
 @functools.lru_cache(maxsize=4096)
 def _path_of(params: tuple[tuple[str, Any], ...]) -> Path:
-    """What `describe` put into the parameters."""
+    """The path that `describe` put into the parameters."""
     p: dict[str, Any] = dict(params)
     up, down = (
         GemmConfig(**{k.removeprefix(f"{gemm}_"): v for k, v in p.items() if k.startswith(f"{gemm}_")})

@@ -1,7 +1,7 @@
-"""Launches of the Triton GEMMs: sizes, flags and grids from shapes alone, nothing read from the device.
+"""Launches the Triton GEMMs, with sizes, flags and grids from shapes alone. Nothing is read from the device.
 
-What a batch size decides is worked out once (`Gemm`), since a layer is called with few sizes and often; what is left of
-a call is the launch.
+What depends on the batch size is computed once per size (`Gemm`), since a layer is called often with few sizes. A call
+is then little more than the launch.
 """
 
 from __future__ import annotations
@@ -27,9 +27,13 @@ ACTIVATE_BLOCK = 1024
 
 @dataclass(frozen=True, slots=True)
 class Tiling:
-    """The M-tiles of a launch: `sorted_token_ids` routed ids each and the expert of each, as `schedule` lays them out.
-    Which of several configurations it is, choice int32 `[1]` says. Without slots (the direct path) each routed id is a
-    tile, and `experts` are the top-k ids."""
+    """The M-tiles of a launch.
+
+    sorted_token_ids: routed ids by tile, as `schedule` lays them out. None on the direct path, on which each routed id
+        is a tile.
+    experts: the expert of each tile; on the direct path the top-k ids.
+    choice: int32 `[1]`, index of the configuration, if there are several.
+    """
 
     sorted_token_ids: Tensor | None
     experts: Tensor
@@ -38,8 +42,11 @@ class Tiling:
 
 @dataclass(frozen=True, slots=True)
 class Gemm:
-    """One launch of the up or the down projection, for a number of routed ids: its grid, how many M-tiles it has (None
-    if the choice on the device decides), and the constants that its kernel is compiled for."""
+    """A launch of the up or the down projection, for a number of routed ids.
+
+    tiles: M-tiles of the grid; None: the choice on the device decides.
+    constants: for which the kernel is compiled.
+    """
 
     grid: tuple[int, int]
     tiles: int | None
@@ -54,8 +61,11 @@ def up_gemm(
     direct: bool,
     quantised: bool,
 ) -> Gemm:
-    """The launch of `up`, as any of the configurations (several are of the same warps and split_k), which have at most
-    so many M-tiles. choosing: the device says which. direct: without a schedule. quantised: act gets a scale."""
+    """The launch of `up` with any of the configurations, which must have equal warps and split_k.
+
+    tiles: most M-tiles of each configuration. choosing: the device chooses one. direct: there is no schedule.
+    quantised: act gets a scale.
+    """
     inter, hidden = weights.gate_up.shape[1] // 2, weights.gate_up.shape[2]
     fp8 = weights.gate_up_scale is not None
     constants = _constants(configs, inter, hidden, weights, direct) | {
@@ -77,7 +87,10 @@ def down_gemm(
     quantised: bool,
     atomic: bool,
 ) -> Gemm:
-    """The launch of `down`, likewise. quantised: act has a scale. atomic: rows are added to a token's output."""
+    """The launch of `down`, with arguments as of `up_gemm`.
+
+    quantised: act has a scale. atomic: rows are added to a token's output.
+    """
     _, hidden, inter = weights.down.shape
     constants = _constants(configs, hidden, inter, weights, direct) | {
         "QUANTISE": weights.down_scale is not None and not quantised,
@@ -103,7 +116,7 @@ def _constants(configs: Sequence[GemmConfig], n: int, k: int, weights: MoEWeight
 
 
 def _grid(configs: Sequence[GemmConfig], tiles: Sequence[int], n: int) -> tuple[int, int]:
-    """For any of the configurations: where it is not the largest, CTAs without a tile exit at once."""
+    """A grid large enough for each of the configurations. CTAs without a tile exit at once."""
     ctas = (count * -(-n // c.block_n) for count, c in zip(tiles, configs, strict=True))
     return max(ctas), configs[0].split_k
 
@@ -119,10 +132,10 @@ def up(
     act: Tensor,
     act_scale: Tensor | None,
 ) -> None:
-    """act `[num_ids, I]` = activation(gate, up) of every routed id.
+    """Write act `[num_ids, I]` = activation(gate, up) of every routed id.
 
-    x is quantised on its way where fp8 weights come without x_scale. With `split_k` > 1 act is the float32 partial sums
-    `[split_k, num_ids, 2 I]` instead, for `activate`. With act_scale, act is fp8, quantised by groups of a step.
+    If fp8 weights come without x_scale, x is quantised as it is loaded. If split_k > 1, act is the float32 partial sums
+    `[split_k, num_ids, 2 I]` for `activate`. With act_scale, act is fp8, with a scale per id and row tile.
     """
     experts, wide, hidden = weights.gate_up.shape
     with on_device_of(x):
@@ -148,8 +161,10 @@ def up(
 
 
 def activate(partial: Tensor, weights: MoEWeights, topk_ids: Tensor, act: Tensor) -> None:
-    """act `[num_ids, I]` from the up projection's partial sums float32 `[split_k, num_ids, 2 I]`, gate first in any
-    layout of the weights."""
+    """Write act `[num_ids, I]` from the up projection's partial sums, float32 `[split_k, num_ids, 2 I]`.
+
+    In the partial sums gate comes first, whatever the layout of the weights.
+    """
     splits, num_ids, wide = partial.shape
     inter = wide // 2
     with on_device_of(act):
@@ -181,8 +196,11 @@ def down(
     top_k: int,
     out: Tensor,
 ) -> None:
-    """Routing weight * down projection of every routed id: added to out float32 `[T, H]` if atomic (zeroed before),
-    else stored as partial sums `[split_k, num_ids, H]`."""
+    """Compute routing weight * down projection of every routed id.
+
+    If atomic, it is added to out float32 `[T, H]`, which must be zero before. Else it is stored as partial sums
+    `[split_k, num_ids, H]`.
+    """
     experts, hidden, inter = weights.down.shape
     with on_device_of(act):
         down_kernel[gemm.grid](

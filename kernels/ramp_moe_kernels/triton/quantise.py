@@ -1,11 +1,11 @@
-"""Activations to fp8: one float32 scale a token and group of columns, 128 or 64 or 32, in one launch.
+"""Quantises activations to fp8 in one launch, with a float32 scale per token and group of 128, 64 or 32 columns.
 
-A program takes GROUPS groups, which follow each other in memory whatever token they belong to. Nothing but the
-division's rounding happens between the load and the store, so that the result is the reference's, bit for bit:
+A program takes GROUPS groups, which follow each other in memory whatever token they belong to. The result equals the
+reference bit for bit, since every division is rounded correctly:
 
-    amax    float32 [GROUPS]        as integers, of the same order for magnitudes, and NaN above infinity: it stays
-    scale   max(amax, 1e-10) / 448  divided as IEEE says
-    fp8     x / scale               likewise, then to nearest even; |x / scale| never rounds to more than 448
+    amax    float32 [GROUPS]        compared as integers, which order magnitudes alike, with NaN above infinity
+    scale   max(amax, 1e-10) / 448  correctly rounded
+    fp8     x / scale               correctly rounded, then to nearest even; |x / scale| never rounds to more than 448
 """
 # Triton is untyped, and so is every function that it compiles.
 # mypy: disable-error-code="import-untyped, untyped-decorator, no-untyped-def, no-untyped-call"
@@ -26,7 +26,7 @@ DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 GROUP_SIZES = (128, 64, 32)
 """Columns that can share a scale; a multiple of 128 has whole groups of any."""
 MANY_GROUPS = 4096
-"""Groups from which on a program takes more of them: there are programs enough, and more loads in flight pay."""
+"""Number of groups from which on a program takes more of them: it then has more loads in flight."""
 
 _GROUP = tl.constexpr(GROUP)
 _FP8_MAX = tl.constexpr(FP8_MAX)
@@ -35,12 +35,14 @@ _TINY = tl.constexpr(TINY)
 
 @triton.jit
 def _to_fp8(v, EMULATE_FP8: tl.constexpr):
-    """e4m3 of float32 v, |v| <= 448 or NaN, to nearest even. EMULATE_FP8 is for the interpreter, whose own conversion
-    loses a carry into the exponent and turns NaN into a number."""
+    """Convert float32 v, |v| <= 448 or NaN, to e4m3 by rounding to nearest even.
+
+    EMULATE_FP8 is for the interpreter. Its own conversion loses a carry into the exponent, and turns NaN into a number.
+    """
     if EMULATE_FP8:
         known = tl.where(v == v, v, 0.0)
         exponent = tl.maximum(known.to(tl.int32, bitcast=True) >> 23 & 0xFF, 121)  # below 2^-6 e4m3 has fixed steps
-        # An addition rounds to nearest even; what is added says at which bit: 3 below the exponent.
+        # Adding a large power of two and subtracting it again rounds to nearest even at a bit: 3 below the exponent.
         anchor = (exponent + 20 << 23).to(tl.float32, bitcast=True)
         size = (tl.abs(known) + anchor) - anchor
         normal = (size.to(tl.int32, bitcast=True) >> 20) - (120 << 3)
@@ -54,7 +56,7 @@ def _to_fp8(v, EMULATE_FP8: tl.constexpr):
 
 @triton.jit
 def _quantise_groups(values, GROUPS: tl.constexpr, EMULATE_FP8: tl.constexpr):
-    """fp8 [GROUPS, GROUP] and scale float32 [GROUPS] of float32 values of that shape."""
+    """Quantise float32 values [GROUPS, GROUP]. Returns fp8 of that shape, and scales float32 [GROUPS]."""
     amax = tl.max(values.to(tl.int32, bitcast=True) & 0x7FFFFFFF, 1).to(tl.float32, bitcast=True)
     scale = tl.div_rn(tl.where(amax < _TINY, _TINY, amax), tl.full((GROUPS,), _FP8_MAX, tl.float32))
     return _to_fp8(tl.div_rn(values, tl.broadcast_to(scale[:, None], values.shape)), EMULATE_FP8), scale
@@ -64,7 +66,7 @@ def _quantise_groups(values, GROUPS: tl.constexpr, EMULATE_FP8: tl.constexpr):
 def _quantise_rows(
     program, x, x_fp8, x_scale, num_groups, GROUPS: tl.constexpr, GROUP: tl.constexpr, EMULATE_FP8: tl.constexpr
 ):
-    """GROUPS groups of GROUP columns, from group program * GROUPS on, of `num_groups`."""
+    """Quantise GROUPS groups of GROUP columns, from group program * GROUPS on. There are `num_groups` in all."""
     first = program.to(tl.int64) * GROUPS  # elements can exceed 2^31
     x += first * GROUP
     x_fp8 += first * GROUP
@@ -85,12 +87,15 @@ def quantise_kernel(
 
 
 def quantise(x: Tensor, out: Tensor, scale: Tensor) -> None:
-    """out float8_e4m3fn `[T, C]` and scale float32 `[T, C/G]` of x bf16, fp16 or float32 `[T, C]`, all contiguous.
+    """Quantise x to fp8, with one scale per token and group of G columns. All tensors are contiguous.
 
-    The scale's columns say what G is, 128 or 64 or 32; C is a multiple of 128. scale = max(amax, 1e-10) / 448 of a
-    token's group of G columns; out = x / scale to nearest even. A NaN or an infinity spoils its own group only. Without
-    tokens nothing is launched. Needs hardware with fp8 or, on AMD, converts to OCP e4m3 in software where the hardware
-    knows another e4m3. Raises ShapeError for shapes that do not fit, KernelError for dtypes, strides and devices.
+    x: bf16, fp16 or float32 `[T, C]`, C a multiple of 128.
+    out: float8_e4m3fn `[T, C]`, x / scale to nearest even.
+    scale: float32 `[T, C/G]`, max(amax, 1e-10) / 448. Its shape tells G: 128, 64 or 32.
+
+    A NaN or an infinity spoils its own group only. Without tokens nothing is launched. Needs hardware with fp8. On AMD
+    hardware with another e4m3, software converts to OCP's. Raises ShapeError for shapes that do not fit, KernelError
+    for wrong dtypes, strides and devices.
     """
     group = check_quantise(x, out, scale, x.device)
     if not interpreted(quantise_kernel):
@@ -106,17 +111,17 @@ def quantise(x: Tensor, out: Tensor, scale: Tensor) -> None:
 
 
 def groups_per_program(num_groups: int) -> int:
-    """Few, while programs are scarce."""
+    """Groups of one program: few, as long as there are few programs."""
     return 16 if num_groups <= MANY_GROUPS else 64
 
 
 def interpreted(kernel: object) -> bool:
-    """Whether a kernel runs in Triton's interpreter, where there is no GPU."""
+    """Whether a kernel runs in Triton's interpreter, without a GPU."""
     return not isinstance(kernel, triton.JITFunction)
 
 
 def check_quantise(x: Tensor, out: Tensor, scale: Tensor, device: torch.device) -> int:
-    """Columns of a group, by the scale's shape. Raises what `quantise` says."""
+    """Check the arguments of `quantise`, and raise its errors. Returns the columns of a group."""
     if x.ndim != 2 or x.shape[1] % GROUP:
         raise ShapeError(f"what is quantised must be [T, C] with C a multiple of {GROUP}, not {list(x.shape)}")
     tokens, columns = x.shape

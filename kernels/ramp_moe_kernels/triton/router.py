@@ -1,13 +1,13 @@
 """The router: scores, group selection, top-k, weights and their renormalisation, in one launch.
 
-One warp owns a row, or several rows where there are few experts, so that no reduction leaves the warp:
+One warp owns a row, or several rows if there are few experts, so that no reduction leaves the warp:
 
-    merit   int32 [rows, P]   what experts are chosen by, as an integer of the same order; P = padded groups x members
-    pick    int32 [rows]      k times over: the best merit, then the lowest expert that has it, then out of the race
-    weight  float32 [rows, K] the chosen experts' logits once more (a hit in L1), scored: bias and order leave no trace
+    merit   int32 [rows, P]   by what experts are chosen, as an integer of the same order; P = padded groups x members
+    pick    int32 [rows]      k times: the lowest expert of the best merit, which is then excluded
+    weight  float32 [rows, K] scores of the chosen experts' logits, which are loaded again (a hit in L1)
 
-Integers order NaN, infinities and what may not be chosen without a special case, and their warp reductions are one
-instruction where the hardware has it.
+Integers order NaN, infinities and excluded experts without a special case. On hardware that has it, their warp
+reduction is one instruction.
 """
 # Triton is untyped, and so is every function that it compiles.
 # mypy: disable-error-code="import-untyped, untyped-decorator, no-untyped-def, no-untyped-call"
@@ -28,10 +28,10 @@ from .quantise import interpreted
 
 MAX_EXPERTS = 1024
 UNROLLED_TOP_K = 16
-"""Largest top_k whose picks are unrolled: of more, the code would take longer to be fetched than to run."""
+"""Largest top_k whose picks are unrolled. The code of more would take longer to fetch than to run."""
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 ROW_ELEMENTS = 256
-"""Scores a program handles at least: eight a lane, wide loads and work to overlap with the reductions' latency."""
+"""Least scores of a program: eight per lane, for wide loads, and for work to overlap with the reductions' latency."""
 
 _OUT = tl.constexpr(-(2**31))  # below every merit, -inf's included
 _NOBODY = tl.constexpr(2**31 - 1)  # above every index
@@ -41,7 +41,7 @@ _UNROLLED = tl.constexpr(UNROLLED_TOP_K)
 
 @triton.jit
 def _ordered(x):
-    """int32 that orders as the float32 x does; NaN counts as +inf, and the two zeros are equal."""
+    """Convert float32 x to int32 of the same order. NaN counts as +inf, and the two zeros are equal."""
     x = tl.where(x != x, float("inf"), x)
     x = tl.where(x == 0, 0.0, x)
     return _flip(x.to(tl.int32, bitcast=True))
@@ -49,20 +49,20 @@ def _ordered(x):
 
 @triton.jit
 def _flip(bits):
-    """Floats order by their bits, the negative ones in reverse. Its own inverse."""
+    """Convert a float's bits to an integer of the same order, or back: negative floats order in reverse."""
     return bits ^ ((bits >> 31) & 0x7FFFFFFF)
 
 
 @triton.jit
 def _best(merit, index):
-    """(merit, index) of the best of [rows, N] in each row, the lowest index on a tie."""
+    """The best merit of each row of [rows, N], and its index, the lowest on a tie."""
     best = tl.max(merit, 1)
     return best, tl.min(tl.where(merit == best[:, None], index, _NOBODY), 1)
 
 
 @triton.jit
 def _take(merit, expert, ids, slot, k):
-    """(merit, ids) after the best expert of each row went from the race into slot k."""
+    """Put the best expert of each row into slot k of ids, and exclude it from merit. Returns both."""
     _, pick = _best(merit, expert)
     taken = tl.where(expert == pick[:, None], _OUT, merit)
     return taken, tl.where(slot == k, pick[:, None], ids)
@@ -70,8 +70,10 @@ def _take(merit, expert, ids, slot, k):
 
 @triton.jit
 def _keep_groups(merit, G: tl.constexpr, TOPK_GROUPS: tl.constexpr, BIASED: tl.constexpr):
-    """`merit` [rows, P] with the members of all but the best TOPK_GROUPS groups out of the race. P holds G groups,
-    padded to a power of two, one after the other, each padded with members that are out."""
+    """Exclude from `merit` [rows, P] the members of all but the best TOPK_GROUPS groups.
+
+    P has G groups one after the other, padded to a power of two. Each is padded with excluded members.
+    """
     GROUPS: tl.constexpr = triton.next_power_of_2(G)
     MEMBERS: tl.constexpr = merit.shape[1] // GROUPS
     members = tl.reshape(merit, (merit.shape[0], GROUPS, MEMBERS))
@@ -169,14 +171,15 @@ def route(
     scale: float = 1.0,
     out: tuple[torch.Tensor, torch.Tensor] | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """(ids int32 `[T, top_k]`, weights float32 `[T, top_k]`), best expert first, as `reference.route` defines them.
+    """Choose experts as `reference.route` defines it. Returns ids int32 and weights float32, both `[T, top_k]`.
 
-    `logits [T, E]` float32, bf16 or fp16, E up to 1024, rows contiguous; `bias [E]` in one of those
-    dtypes. One launch on the current stream, no host synchronisation; none for T = 0. `out` takes the result in
-    contiguous tensors of those dtypes and shapes, and makes the call free of allocation.
+    logits: float32, bf16 or fp16 `[T, E]`, E up to 1024, with contiguous rows.
+    bias: `[E]` in one of those dtypes.
+    out: contiguous tensors for ids and weights. With them the call allocates nothing.
 
-    Raises ShapeError and UnknownNameError as `reference.route` does, and ShapeError for `out` of another shape;
-    KernelError for what the kernel does not take: E beyond its limit, a dtype, a layout, a device.
+    One launch on the current stream, none for T = 0. The host does not wait. Raises ShapeError and UnknownNameError as
+    `reference.route` does, and ShapeError for `out` of another shape. Raises KernelError for too many experts, and for
+    wrong dtypes, strides and devices.
     """
     if logits.ndim != 2:
         raise ShapeError(f"router logits must be [tokens, experts], not {list(logits.shape)}")
@@ -224,7 +227,7 @@ def route(
 
 
 def _launch_shape(num_experts: int, num_groups: int) -> tuple[int, int]:
-    """(rows, warps) of a program. More than one warp only where a row would not fit one's registers."""
+    """Rows and warps of a program. More than one warp only if a row does not fit into the registers of one."""
     padded = triton.next_power_of_2(num_groups) * triton.next_power_of_2(num_experts // num_groups)
     return max(1, min(32, ROW_ELEMENTS // padded)), 1 if padded <= MAX_EXPERTS else 4
 
@@ -243,10 +246,12 @@ def _outputs(
 
 @dataclass(frozen=True)
 class LinearRouter:
-    """A router for `LayerRuntime`: hidden states `[T, H]` -> (ids int32, weights float32), both `[T, top_k]`.
+    """A router for `LayerRuntime`: hidden states `[T, H]` to ids int32 and weights float32, both `[T, top_k]`.
 
-    weight `[E, H]` is the router's projection, of the dtype of the hidden states or float32; the other fields are
-    `route`'s. Logits are float32 products where the weight is float32, as DeepSeek-V3 computes them.
+    weight: `[E, H]`, the router's projection, in the dtype of the hidden states or float32. If it is float32, so are
+        the products, as in DeepSeek-V3.
+
+    The other fields are arguments of `route`.
     """
 
     weight: torch.Tensor

@@ -1,16 +1,18 @@
-"""The schedule: routed ids sorted by expert and padded to tiles of `block` slots, without a word to the host.
+"""The schedule: sorts routed ids by expert, and pads them to tiles of `block` slots, on the device alone.
 
-A routed id is token * top_k + slot. Sorting is counting: an id's slot follows from the experts before its own (their
-tiles), the ids before it in earlier chunks and its rank within its chunk of at most 4096 ids. Up to 4096 ids take one
-launch, in which every program counts all ids again: that costs less than waiting for another. More ids take two:
+A routed id is token * top_k + slot. The sort counts. An id's slot is the sum of three numbers: the slots of earlier
+experts' tiles, the expert's ids in earlier chunks, and the id's rank within its chunk of at most 4096 ids.
+
+Up to 4096 ids take one launch, in which every program counts all ids: that costs less than another launch. More ids
+take two:
 
     launch   programs                                    write
     1        one a chunk                                 partial[chunk, :]: the chunk's histogram
     2 or 1   one a chunk and some experts                slots of their ids; in chunk 0 also padding, expert_ids
              one more                                    histogram, num_tokens_post_padded, -1 past the last tile
 
-Nothing is added to memory, so that no buffer needs zeroing, and every word is written by one program: the result does
-not depend on the order of programs. Further programs of the first launch quantise activations and zero an output.
+Nothing is added to memory, so that no buffer needs zeroing. Every word is written by one program, so that the result
+does not depend on the order of programs. Further programs of the first launch quantise activations and zero an output.
 """
 # Triton is untyped, and so is every function that it compiles.
 # mypy: disable-error-code="import-untyped, untyped-decorator, no-untyped-def, no-untyped-call"
@@ -38,9 +40,9 @@ MAX_BLOCK = 256
 MIN_CHUNK = 512
 MAX_CHUNK = 4096
 PROGRAMS = 128
-"""Programs of one launch that sort: one an SM of a large GPU, since each of them counts all ids."""
+"""Most sorting programs of the only launch: one per SM of a large GPU, since each of them counts all ids."""
 PROGRAMS_IN_CHUNKS = 512
-"""Likewise where the counts are read: several programs share an SM."""
+"""Most sorting programs of the second launch, which reads the counts: several share an SM."""
 ZERO_BLOCK = 4096
 
 _MAX_BLOCK = tl.constexpr(MAX_BLOCK)
@@ -52,12 +54,12 @@ _FIELD = tl.constexpr(2**21 - 1)
 
 @dataclass(frozen=True, slots=True)
 class Schedule:
-    """Device tensors that `schedule` fills, int32; of buffers larger than a call needs the front is used.
+    """The int32 device tensors that `schedule` fills. Larger buffers are used from the front.
 
-    sorted_token_ids `[max_tiles * block]`: routed ids, experts in increasing order, an expert's ids increasing; padding
-        = n. Nothing is written from num_tokens_post_padded on.
-    expert_ids `[max_tiles]`: the expert of each tile of `block` slots; -1 from the last tile to the buffer's end.
-    num_tokens_post_padded `[1]`: tiles * block that are in use.
+    sorted_token_ids `[max_tiles * block]`: routed ids in the order of their experts, an expert's ids ascending. Padding
+        is the number of ids. Nothing is written from num_tokens_post_padded on.
+    expert_ids `[max_tiles]`: the expert of each tile of `block` slots; -1 after the last tile, to the buffer's end.
+    num_tokens_post_padded `[1]`: slots in use, tiles * block.
     histogram `[num_experts]`: ids of each expert.
     partial: working memory, needed above 4096 ids.
     """
@@ -70,12 +72,12 @@ class Schedule:
 
 
 def max_tiles(num_ids: int, num_experts: int, block: int) -> int:
-    """Tiles of the worst routing: each expert has one id, and the rest fills whole tiles."""
+    """The number of tiles in the worst routing: each expert has one id, and the other ids fill whole tiles."""
     return num_ids if num_ids <= num_experts else num_experts + (num_ids - num_experts) // block
 
 
 def buffer_sizes(max_ids: int, num_experts: int, block: int) -> dict[str, int]:
-    """Elements, all int32, of each tensor of a Schedule for up to `max_ids` routed ids.
+    """The number of elements of each tensor of a Schedule, for up to `max_ids` routed ids.
 
     Raises KernelError beyond the limits of `schedule`.
     """
@@ -96,9 +98,9 @@ def buffer_sizes(max_ids: int, num_experts: int, block: int) -> dict[str, int]:
 
 
 def allocate(max_ids: int, num_experts: int, block: int, device: torch.device | str) -> Schedule:
-    """Buffers for up to `max_ids` routed ids, not initialised; raises what `buffer_sizes` does.
+    """Allocate uninitialised buffers for up to `max_ids` routed ids. Raises KernelError as `buffer_sizes` does.
 
-    They serve every smaller batch, and other blocks as far as their tiles and slots fit.
+    They serve every smaller batch, and other blocks if their tiles and slots fit.
     """
     sizes = buffer_sizes(max_ids, num_experts, block)
     return Schedule(**{name: torch.empty(size, dtype=torch.int32, device=device) for name, size in sizes.items()})
@@ -106,30 +108,30 @@ def allocate(max_ids: int, num_experts: int, block: int, device: torch.device | 
 
 @triton.jit
 def _load_experts(topk_ids, num_valid, first, num_ids, num_tokens, top_k, num_experts, CHUNK: tl.constexpr):
-    """(ids, experts) int32 [4, CHUNK / 4]: the routed ids from `first` on and their experts; -1 where skipped.
+    """The routed ids from `first` on, and their experts, both int32 [4, CHUNK / 4]. Experts of skipped ids are -1.
 
-    Neighbouring ids lie along the first axis, which one thread loads at once and owns: ranking them takes no shuffle.
+    Neighbouring ids lie along the first axis. One thread loads them at once, and ranks them without a shuffle.
     """
     lane = tl.arange(0, CHUNK // 4)
     ids = first + tl.arange(0, 4)[:, None] + lane[None, :] * 4
     experts = tl.load(topk_ids + ids, mask=ids < num_ids, other=-1)
     live = (experts >= 0) & (experts < num_experts)  # before the cast: an int64 id must not wrap into range
     if num_valid is not None:
-        # Any value is harmless: it is brought into range before the product, which cannot overflow then.
+        # Any value is safe: it is clamped before the product, which then cannot overflow.
         live = live & (ids < tl.minimum(tl.maximum(tl.load(num_valid), 0), num_tokens) * top_k)
     return ids, tl.where(live, experts, -1).to(tl.int32)
 
 
 @triton.jit
 def _count(experts, BINS: tl.constexpr):
-    """int32 [BINS]: how often each expert occurs; -1 is not counted."""
+    """Count how often each expert occurs, int32 [BINS]. -1 is not counted."""
     flat = tl.ravel(experts)
     return tl.histogram(flat, BINS, mask=flat >= 0)
 
 
 @triton.jit
 def _read_histograms(partial, chunk, chunks, BINS: tl.constexpr):
-    """(count, earlier) int32 [BINS]: ids of each expert in all chunks, and in those before `chunk`."""
+    """Read the number of each expert's ids in all chunks, and in those before `chunk`, both int32 [BINS]."""
     bins = tl.arange(0, BINS)
     count = tl.zeros((BINS,), tl.int32)
     earlier = tl.zeros((BINS,), tl.int32)
@@ -145,12 +147,12 @@ def _read_histograms(partial, chunk, chunks, BINS: tl.constexpr):
 def _schedule_expert(
     expert, ids, experts, tiles, count, earlier, chunk, sorted_token_ids, expert_ids, num_ids, block, BINS: tl.constexpr
 ):
-    """Slots of one expert's ids of one chunk; in chunk 0 also its padding and its tiles' entries.
+    """Write the slots of one expert's ids in one chunk. In chunk 0, write its padding and its tiles' experts, too.
 
-    tiles, count, earlier int32 [BINS]: every expert's tiles, ids, and ids in chunks before this one.
+    tiles, count, earlier: int32 [BINS], every expert's tiles, ids, and ids in chunks before this one.
     """
     bins = tl.arange(0, BINS)
-    # Three sums by one reduction, since each costs a barrier: tiles before, own ids, own ids in earlier chunks.
+    # One reduction for three sums, since each costs a barrier: tiles before, own ids, own ids in earlier chunks.
     own = count.to(tl.int64) << _BITS | earlier.to(tl.int64) << 2 * _BITS
     packed = tl.sum(tl.where(bins < expert, tiles, 0) + tl.where(bins == expert, own, 0))
     first_tile = (packed & _FIELD).to(tl.int32)
@@ -175,7 +177,7 @@ def _schedule_expert(
 def _summarise(
     tiles, count, expert_ids, num_tokens_post_padded, histogram, num_experts, block, capacity, BINS: tl.constexpr
 ):
-    """histogram, num_tokens_post_padded, and -1 from the last tile to the end of the buffer."""
+    """Write histogram, num_tokens_post_padded, and -1 after the last tile to the end of expert_ids."""
     bins = tl.arange(0, BINS)
     tl.store(histogram + bins, count, mask=bins < num_experts)
     num_tiles = tl.sum(tiles)
@@ -187,7 +189,7 @@ def _summarise(
 
 @triton.jit
 def _zero_rows(program, zero, zero_size, BLOCK: tl.constexpr):
-    """BLOCK elements of a contiguous tensor."""
+    """Zero BLOCK elements of a contiguous tensor."""
     first = program.to(tl.int64) * BLOCK  # elements can exceed 2^31
     at = tl.arange(0, BLOCK)
     tl.store(zero + first + at, tl.zeros((BLOCK,), zero.dtype.element_ty), mask=at < zero_size - first)
@@ -208,7 +210,7 @@ def _beside(
     ZERO: tl.constexpr,
     EMULATE_FP8: tl.constexpr,
 ):
-    """What a program past the sorting ones does: quantise x, if there is one, or zero `zero`, if there is one."""
+    """Do the work of a program past the sorting ones: quantise a part of x, or zero a part of `zero`."""
     if x is not None:  # noqa: SIM102 - known when compiling, unlike the next
         if program < x_programs:
             _quantise_rows(program, x, x_fp8, x_scale, num_groups, GROUPS, GROUP, EMULATE_FP8)
@@ -217,8 +219,8 @@ def _beside(
             _zero_rows(program - x_programs, zero, zero_size, ZERO)
 
 
-# Sizes that change with every batch must not each compile a kernel of their own. zero_size stays: that 16 divides it
-# makes stores wide, and is always so.
+# Sizes that change with every batch must not compile a kernel each. zero_size stays specialised: it is a multiple of 16
+# always, which makes stores wide.
 _SIZES = ["num_ids", "num_tokens", "top_k", "num_experts", "chunks", "num_groups", "x_programs"]
 
 
@@ -246,7 +248,7 @@ def histogram_kernel(
     ZERO: tl.constexpr,
     EMULATE_FP8: tl.constexpr,
 ):
-    """First of two launches: partial[chunk, :] for each of `chunks`; then `_beside`."""
+    """Do the first of two launches: write partial[chunk, :] for each of `chunks`. Programs after those do `_beside`."""
     program = tl.program_id(0)
     if program < chunks:
         _, experts = _load_experts(topk_ids, num_valid, program * CHUNK, num_ids, num_tokens, top_k, num_experts, CHUNK)
@@ -291,7 +293,7 @@ def schedule_kernel(
     ZERO: tl.constexpr,
     EMULATE_FP8: tl.constexpr,
 ):
-    """Program 0 summarises, the next chunks * parts sort, those after them work beside."""
+    """Sort. Program 0 does `_summarise`, the next chunks * parts sort, and those after them do `_beside`."""
     program = tl.program_id(0)
     if choice is not None:
         chosen = tl.load(choice)
@@ -342,16 +344,19 @@ def schedule(
     quantise: tuple[Tensor, Tensor, Tensor] | None = None,
     zero: Tensor | None = None,
 ) -> None:
-    """Fill `out` for topk_ids int32 or int64 `[T, k]`, contiguous: one launch up to 4096 ids, two above.
+    """Fill `out` for a batch: one launch up to 4096 ids, two above.
 
-    Ids outside [0, num_experts) are skipped: they get no slot. num_valid int32 `[1]` on the device: ids of tokens from
-    there on are skipped too (captured batches that are padded). quantise = (x, x_fp8, x_scale), as `quantise` takes
-    them, and zero, a contiguous tensor that is set to zero, ride in the first launch. Of several blocks the device
-    takes that whose index is in choice int32 `[1]`; `out` has room for any of them.
+    topk_ids: contiguous int32 or int64 `[T, k]`. Ids outside [0, num_experts) are skipped: they get no slot.
+    block: slots of a tile. If there are several, `out` must have room for any.
+    choice: int32 `[1]`, index of the block to take. None with a single block.
+    num_valid: int32 `[1]` on the device. Ids of tokens from there on are skipped, as padding of captured batches.
+    quantise: (x, x_fp8, x_scale), which the first launch quantises as `quantise` does.
+    zero: contiguous tensor, which the first launch sets to zero.
 
-    Sizes alone decide the launch: no allocation, no synchronisation, fit for CUDA graphs. Stable and deterministic.
-    Takes up to 2^20 ids, 1024 experts and blocks of 1 to 256. Raises KernelError beyond that, for buffers that are too
-    small, for dtypes, strides and devices; ShapeError for shapes that do not fit.
+    The launches depend on sizes alone. Nothing is allocated and the host does not wait, so CUDA graphs can hold them.
+    The sort is stable and deterministic. Takes up to 2^20 ids, 1024 experts and blocks of 1 to 256. Raises KernelError
+    beyond that, for buffers that are too small, and for wrong dtypes, strides and devices. Raises ShapeError for shapes
+    that do not fit.
     """
     if topk_ids.ndim != 2:
         raise ShapeError(f"topk_ids must be [T, k], not {list(topk_ids.shape)}")
@@ -386,7 +391,7 @@ def launch_schedule(
     quantise: tuple[Tensor, Tensor, Tensor] | None = None,
     zero: Tensor | None = None,
 ) -> None:
-    """`schedule` of what was checked, or made to fit: a batch's ids, and buffers of `buffer_sizes`."""
+    """Do what `schedule` does, without checks. `out` has the sizes of `buffer_sizes`."""
     tokens, top_k = topk_ids.shape
     num_ids = tokens * top_k
     split = _split(num_ids, num_experts)
@@ -445,7 +450,7 @@ _NOTHING = (None, None, None, 0, 0, None, 0)
 
 
 class Split(NamedTuple):
-    """How many programs sort: `chunks` chunks of `chunk` ids, `parts` programs each, of `experts_each` experts."""
+    """The programs that sort: `parts` for each of `chunks` chunks of `chunk` ids. Each takes `experts_each` experts."""
 
     chunks: int
     chunk: int
@@ -472,7 +477,7 @@ def _warps(chunk: int) -> int:
 
 
 def _bins(num_experts: int) -> int:
-    """Counters of a histogram: at least one for each lane of the widest wave."""
+    """Counters of a histogram: a power of two, and at least one for each lane of the widest wave."""
     return int(max(64, triton.next_power_of_2(num_experts)))
 
 

@@ -1,9 +1,9 @@
-"""Which batch sizes compile something of their own.
+"""The batch sizes at which the Triton path begins to launch other compiled kernels.
 
-Triton compiles a kernel once for each set of its constants, and for each of a few properties of its other arguments:
-whether 16 divides a pointer or an integer, whether an integer is 1, and whether it has more than 32 bits. Counts of a
-batch are arguments that are left out of this (`do_not_specialize`), or multiples of 16 in any case. So what a batch's
-size decides are constants, warps, and which launches there are; each changes at one size:
+Triton compiles a kernel for each set of constants, and for a few properties of the other arguments: whether 16 divides
+a pointer or an integer, whether an integer is 1, and whether it has more than 32 bits. Counts of a batch are exempt
+(`do_not_specialize`), or are multiples of 16 in any case. So the batch size only changes constants, warps, and which
+launches there are:
 
     schedule    the chunk that one program counts, two launches above the largest; groups that a program quantises
     combine     columns of a program
@@ -25,11 +25,13 @@ MAX_INT = 2**31 - 1
 
 
 def warm_sizes(shape: MoEShape, max_tokens: int, group: int = GROUP, ids: Iterable[int] = ()) -> tuple[int, ...]:
-    """The smallest of each range of batch sizes, from 1 to max_tokens, that launch the same compiled kernels: schedule,
-    quantise, combine and GEMMs. A launch of one configuration at each of them compiles all that any size needs.
+    """The batch sizes at which to launch a configuration, to compile all that it needs for 1 to max_tokens tokens.
 
-    group: columns that share a scale where hidden states are quantised. ids: further numbers of routed ids up to which
-    a launch is another one than above.
+    Within ranges of sizes, the compiled kernels are the same: schedule, quantise, combine and GEMMs. The smallest size
+    of each range is returned.
+
+    group: columns of hidden states that share a scale, if they are quantised. ids: further numbers of routed ids, above
+    which launches differ.
     """
     last = {most // shape.top_k for most in (*_chunks(), *ids)}
     last |= {FEW_ELEMENTS // shape.hidden_size, MAX_INT // shape.hidden_size}
@@ -39,7 +41,7 @@ def warm_sizes(shape: MoEShape, max_tokens: int, group: int = GROUP, ids: Iterab
 
 
 def _chunks() -> Iterator[int]:
-    """Routed ids up to which the schedule's chunk is the next smaller."""
+    """The numbers of routed ids above which the schedule's chunk is the next larger one."""
     chunk = MIN_CHUNK
     while chunk <= MAX_CHUNK:
         yield chunk

@@ -30,10 +30,10 @@ def _gate_and_up(
     C: tl.constexpr, SPLIT_K: tl.constexpr, FP8: tl.constexpr, SCALE: tl.constexpr, QUANTISE_X: tl.constexpr,
     EMULATE: tl.constexpr,
 ):  # fmt: skip
-    """float32 sums of x by gate and of x by up, [BM, BN] each, over this split's steps of the reduction.
+    """float32 [BM, BN] each: the products of x and gate and of x and up, over this split's steps of the reduction.
 
-    x_ptrs [BM, BK], gate_ptrs and up_ptrs [BN, BK] point at the split's first step; so do the scales' pointers, None
-    where nothing has scales.
+    x_ptrs [BM, BK], gate_ptrs and up_ptrs [BN, BK] point at the split's first step. So do the pointers to scales; None
+    without scales.
     """
     STAGES: tl.constexpr = C.STAGES if C.STAGES > 0 else None
     gate = _zeros(C)
@@ -95,7 +95,7 @@ def _up(
     SCALE: tl.constexpr, RAGGED: tl.constexpr, QUANTISE_X: tl.constexpr, QUANTISE: tl.constexpr, LAYOUT: tl.constexpr,
     ACTIVATION: tl.constexpr, LIMIT: tl.constexpr, EMULATE: tl.constexpr,
 ):  # fmt: skip
-    """`up_kernel`, as the configuration VARIANTS[V]."""
+    """Do what `up_kernel` does, with the configuration VARIANTS[V]."""
     C: tl.constexpr = VARIANTS[V]
     if tiles is None:
         tiles = _most_tiles(num_ids, num_experts, C.BM)
@@ -108,7 +108,7 @@ def _up(
         row = n * C.BN + tl.arange(0, C.BN)
         k = split * C.BK + tl.arange(0, C.BK)
         x_ptrs = x_ptr + token[:, None] * H + k
-        # A row past the last reads the last one instead of a mask on every load; its result is not stored.
+        # Rows past the last read the last one, which saves a mask on every load. Their results are not stored.
         safe = row if C.EVEN_N else tl.minimum(row, I - 1)
         gate_row, to_up = _gate_row(safe, I, CHUNK, LAYOUT)
         gate_ptrs = w_ptr + expert * 2 * I * H + gate_row[:, None].to(tl.int64) * H + k
@@ -147,7 +147,7 @@ def _up(
             )  # fmt: skip
 
 
-# Counts that change with every batch must not each compile a kernel of their own.
+# Counts that change with every batch must not compile a kernel each.
 @triton.jit(do_not_specialize=["tiles", "num_ids", "num_experts", "top_k"])
 def up_kernel(
     choice_ptr,  # int32 [1]: index into VARIANTS; None: there is one
@@ -160,7 +160,7 @@ def up_kernel(
     expert_ids_ptr,
     out_ptr,  # [num_ids, I], or float32 [SPLIT_K, num_ids, 2 I], gate first, before the activation
     outs_ptr,  # float32 [num_ids, ceil(I / BN)], QUANTISE only
-    tiles,  # in all; None: as many as the choice has
+    tiles,  # M-tiles of the grid; None: as many as the chosen variant has
     num_ids,
     num_experts,
     top_k,

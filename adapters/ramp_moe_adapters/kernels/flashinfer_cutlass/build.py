@@ -207,6 +207,6 @@ def _writable(folder: Path) -> bool:
 
 
 def _cpu_seconds() -> float:
-    """Of all processes that this one has started, and whose end it has seen."""
+    """CPU seconds of all processes that this one has started and waited for."""
     used = os.times()
     return used.children_user + used.children_system

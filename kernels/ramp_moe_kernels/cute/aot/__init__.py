@@ -1,4 +1,4 @@
-"""Configurations compiled ahead of time into shared libraries on disk, and loaded without the compiler.
+"""Compiles configurations ahead of time into shared libraries on disk, and loads them without the compiler.
 
 Building needs nvidia-cutlass-dsl and a C compiler, but no GPU; loading needs apache-tvm-ffi and a CUDA runtime. Nothing
 here knows what a kernel computes: a configuration has a `name`, and `ramp_moe_kernels.cute.moe` compiles it.

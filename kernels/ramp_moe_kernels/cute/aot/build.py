@@ -1,4 +1,4 @@
-"""Compiling ahead of time what the cache lacks."""
+"""Compiles ahead of time what the cache lacks."""
 
 from __future__ import annotations
 
@@ -17,9 +17,9 @@ from .compiler import CUTE, Compiler
 from .pool import Outcome, Pool
 
 COMPILE_SECONDS = 120.0
-"""For one configuration; it takes two to six."""
+"""Time limit of one configuration, which takes two to six seconds."""
 MAX_JOBS = 16
-"""Unless more are asked for: each takes 300 MB of memory."""
+"""Most processes, unless more are asked for. Each takes 300 MB of memory."""
 
 
 def build(
@@ -31,15 +31,18 @@ def build(
     cache: Cache | None = None,
     compiler: Compiler = CUTE,
 ) -> Built:
-    """Compile what the cache lacks, in `jobs` processes (by default one for each core that this one may use, up to 16).
+    """Compile what the cache lacks.
 
-    A configuration that spills registers, fails to compile, or is not compiled within `timeout` seconds is dropped; the
-    cache remembers why. Damaged entries are made again, which is noted. Other processes may build the same at the same
-    time, and any may be killed. `report` is told, in this thread, how many are done, of how many, and which was the
-    last ("" at first).
+    report: called in this thread with the number done, the total, and the name of the last one ("" at first).
+    jobs: processes; None: one for each core that this one may use, up to MAX_JOBS.
+    timeout: seconds for one configuration.
 
-    Raises KernelError where something needed is missing, the message names it, or where the cache cannot be written.
-    Nothing is needed, or written, if the cache holds everything.
+    A configuration is dropped if it spills registers, fails to compile, or exceeds the timeout. The cache remembers
+    why. Damaged entries are compiled again, with a note. Other processes may build the same at the same time, and any
+    may be killed.
+
+    Raises KernelError if something needed is missing, which the message names, or if the cache cannot be written.
+    Nothing is needed or written if the cache has everything.
     """
     start, cpu = time.perf_counter(), _cpu_seconds()
     cache = cache or Cache.current()
@@ -81,6 +84,6 @@ def build(
 
 
 def _cpu_seconds() -> float:
-    """Of all processes that this one has started, and whose end it has seen."""
+    """CPU seconds of all processes that this one has started and waited for."""
     used = resource.getrusage(resource.RUSAGE_CHILDREN)
     return used.ru_utime + used.ru_stime

@@ -1,14 +1,14 @@
-"""Where compiled objects lie: RAMP_MOE_CACHE, or else the user's cache folder.
+"""The cache of compiled objects: in RAMP_MOE_CACHE, or else in the user's cache folder.
 
     cute/v1-sm_90a-SOURCES/dsl4.8.1-cu13-ffi0.1-x86_64-v3/NAME.so     the library of a configuration
-                                                         /NAME.json   its manifest, written last: what has none is
-                                                                      not there
-                                                         /NAME.lock   held by who compiles it; the operating system
-                                                                      releases it with the process, however it ends
+                                                         /NAME.json   its manifest, which is written last. Without it
+                                                                      there is no entry.
+                                                         /NAME.lock   held by the process that compiles it. The
+                                                                      operating system releases it when that ends.
 
-SOURCES is a digest of what the kernel is compiled from, so another version of it, of the DSL or of tvm-ffi has another
-folder. Where the DSL is not installed, nothing can be compiled, and any folder of these sources that this machine's
-processor can run will do.
+SOURCES is a digest of what the kernel is compiled from. So each version of it, of the DSL and of tvm-ffi has its own
+folder. If the DSL is not installed, nothing can be compiled. Any folder of these sources is then used that this
+machine's processor can run.
 """
 
 from __future__ import annotations
@@ -35,28 +35,30 @@ from .toolkit import runtime_abis, toolchain
 
 VARIABLE = "RAMP_MOE_CACHE"
 COMPILED = Place(Path(__file__).parents[1] / "moe.py", "compile_config")
-"""What an object is compiled by, and from."""
+"""The function that compiles an object. The digest covers all code that it uses."""
 ARCHITECTURE = "sm_90a"
 FORMAT = "ramp-moe/object"
 VERSION = 1
-"""Of manifests and of how libraries are linked."""
+"""Version of the manifest's format and of how libraries are linked."""
 MAX_LOST = 2
-"""Compilers lost to a configuration before it is given up: once may be the machine's fault (memory, a signal)."""
+"""Compilers that die over a configuration before it is given up. One may be the machine's fault (memory, a signal)."""
 
 ABANDONED_SECONDS = 3600
-"""Age from which an unfinished file is no other process's."""
+"""Age from which an unfinished file can no longer be that of a running process."""
 
 
 class Configuration(Protocol):
-    """Its name is unique, and safe as the name of a file and of a function; its repr says all that is compiled."""
+    """What can be compiled. Its `name` is unique, and safe for files and functions. Its repr determines the object."""
 
     @property
     def name(self) -> str: ...
 
 
 class Entry(msgspec.Struct, kw_only=True):
-    """What is known of a configuration: its library, or the reason why it has none; and how many compilers it has ended
-    or kept longer than they may take."""
+    """What is known about a configuration: its library, or the reason why it has none.
+
+    lost: number of compilers that died over it, or exceeded their time.
+    """
 
     format: str = FORMAT
     version: int = VERSION
@@ -69,12 +71,12 @@ class Entry(msgspec.Struct, kw_only=True):
 
     @property
     def finished(self) -> bool:
-        """Whether compiling it again would be in vain."""
+        """Whether the entry is final, so that the configuration is not compiled again."""
         return self.lost == 0 or self.lost >= MAX_LOST
 
 
 class Damaged(KernelError):
-    """An entry that is not what was written."""
+    """An entry of the cache that differs from what was written."""
 
 
 def cache_folder() -> Path:
@@ -91,7 +93,7 @@ class Cache:
 
     @classmethod
     def current(cls, compiled: Place = COMPILED) -> Cache:
-        """That of what is compiled, on this machine. Raises KernelError without tvm-ffi."""
+        """The cache of the present sources on this machine. Raises KernelError without tvm-ffi."""
         of_sources, abis, chain = _of_sources(compiled), runtime_abis(), toolchain()
         try:
             for abi in abis:
@@ -106,7 +108,7 @@ class Cache:
         return self.folder / f"{config.name}.so"
 
     def look_up(self, config: Configuration) -> Entry | None:
-        """The entry, checked; None where there is none. Raises Damaged where it is not what was written."""
+        """The configuration's entry, checked; None if there is none. Raises Damaged if it is not what was written."""
         manifest = self._manifest(config)
         if not os.path.lexists(manifest):
             return None
@@ -129,7 +131,7 @@ class Cache:
             raise Damaged(f"{library} is corrupt: its checksum is not that of its manifest")
 
     def store(self, config: Configuration, entry: Entry, library: bytes | None = None) -> None:
-        """Write an entry, whole or not at all. Raises KernelError where the folder cannot be written, or is full."""
+        """Write an entry, whole or not at all. Raises KernelError if the folder cannot be written, or is full."""
         if library is not None:
             entry.sha256, entry.bytes = hashlib.sha256(library).hexdigest(), len(library)
         try:
@@ -141,8 +143,10 @@ class Cache:
 
     @contextlib.contextmanager
     def lock(self, config: Configuration) -> Iterator[bool]:
-        """Whether this process, and nobody else, may compile the configuration meanwhile. Does not wait. Raises
-        KernelError where the folder cannot be written."""
+        """Try to lock a configuration, without waiting. Yields whether this process alone may compile it meanwhile.
+
+        Raises KernelError if the folder cannot be written.
+        """
         path = self.folder / f"{config.name}.lock"
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
@@ -170,8 +174,10 @@ class Cache:
 
 
 def prune(compiled: Place = COMPILED) -> int:
-    """Delete the objects of every other version of the kernel and its compiler, and what interrupted writes left;
-    returns the bytes freed. Raises KernelError where they cannot be deleted."""
+    """Delete the objects of all other versions of the kernel and its compiler, and files of interrupted writes.
+
+    Returns the bytes freed. Raises KernelError if something cannot be deleted.
+    """
     current = Cache.current(compiled).folder
     others = [f for f in current.parent.parent.glob(f"v*-{ARCHITECTURE}-*") if f != current.parent]
     others += [f for f in current.parent.glob(f"*-{runtime_abis()[0]}") if f != current]

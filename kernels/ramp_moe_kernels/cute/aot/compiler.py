@@ -1,4 +1,4 @@
-"""The compiler of the cute kernel: what runs in the workers, and what must be there for it."""
+"""The compiler of the cute kernel: the code that runs in workers, and its requirements."""
 
 from __future__ import annotations
 
@@ -18,8 +18,12 @@ from .worker import Maker
 
 @dataclass(frozen=True)
 class Compiler:
-    """`make` is the function that makes a worker's maker, as "module:function"; `variables` are the environment that
-    it needs; `check` raises KernelError where something is missing, given a folder to try it in."""
+    """How workers compile.
+
+    make: name of the function that makes a worker's Maker, as "module:function".
+    variables: environment variables that it needs.
+    check: raises KernelError if something is missing. It takes a folder in which to try it.
+    """
 
     make: str
     variables: dict[str, str]
@@ -27,8 +31,8 @@ class Compiler:
 
 
 def make() -> Maker:
-    """A maker, once the DSL is imported. Raises KernelError where something is missing."""
-    # What someone debugs the DSL with must not get into the cache. It reads its variables when it is imported.
+    """Import the DSL, and return a Maker. Raises KernelError if something is missing."""
+    # Variables for debugging the DSL must not affect objects in the cache. The DSL reads them when it is imported.
     for name in [n for n in os.environ if n.startswith("CUTE_DSL_") and n not in CUTE.variables]:
         del os.environ[name]
     from .. import moe
@@ -45,5 +49,5 @@ def make() -> Maker:
     return compile_and_link
 
 
-# Without a GPU, there or not: the objects are then the same everywhere, and no memory of it is taken.
+# A GPU is hidden if there is one: objects are then the same everywhere, and no memory of it is taken.
 CUTE = Compiler(f"{__name__}:make", {"CUTE_DSL_ARCH": ARCHITECTURE, "CUDA_VISIBLE_DEVICES": ""}, Linker)

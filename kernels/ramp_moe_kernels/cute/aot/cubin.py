@@ -1,4 +1,4 @@
-"""What a compiled kernel takes of a multiprocessor, read from the GPU code inside an object file."""
+"""Reads the registers and local memory of a compiled kernel from the GPU code inside an object file."""
 
 from __future__ import annotations
 
@@ -16,15 +16,17 @@ _SIZED = 0x04  # EIFMT_SVAL: the value has as many bytes as its header says; of 
 
 
 class Usage(msgspec.Struct, frozen=True):
-    """`registers` a thread at launch, and bytes of local memory a thread: what did not fit into registers."""
+    """What a thread takes: `registers` at launch, and `local_bytes` of memory for what did not fit into registers."""
 
     registers: int
     local_bytes: int
 
 
 def usage(data: bytes) -> Usage:
-    """The most that any kernel takes in the GPU code embedded in an object file or library. Raises KernelError where
-    there is none, or where it is not as expected."""
+    """The most that any kernel takes in the GPU code of an object file or library.
+
+    Raises KernelError if there is no GPU code, or if it is not as expected.
+    """
     start = _find(data)
     if start is None:
         raise KernelError("no GPU code in the compiled object")
@@ -41,7 +43,7 @@ def usage(data: bytes) -> Usage:
 
 
 def _find(data: bytes) -> int | None:
-    """Where the GPU's ELF file begins inside the host's."""
+    """The offset at which the GPU's ELF file begins inside the host's."""
     start = data.find(_MAGIC)
     while start >= 0:
         if data[start + 18 : start + 20] == struct.pack("<H", _MACHINE):
@@ -51,7 +53,7 @@ def _find(data: bytes) -> int | None:
 
 
 def _attributes(elf: bytes) -> Iterator[tuple[int, bytes]]:
-    """(attribute, value) of those with a sized value."""
+    """Pairs of attribute and value, for attributes whose value has a size."""
     (sections,) = struct.unpack_from("<Q", elf, 40)
     entry_size, count = struct.unpack_from("<HH", elf, 58)
     for i in range(count):

@@ -1,4 +1,4 @@
-"""Loading what was compiled, without the compiler."""
+"""Loads compiled configurations, without the compiler."""
 
 from __future__ import annotations
 
@@ -22,11 +22,11 @@ _MAJORS = (13, 12)
 
 
 def load(config: Configuration) -> Callable[..., None]:
-    """The compiled function, which launches on tvm-ffi's current stream of the tensors' device.
+    """The configuration's function, which launches on tvm-ffi's current stream of the tensors' device.
 
-    What is not in the cache is compiled first, if the DSL is installed; a damaged object is compiled again, with a
-    warning. Raises KernelError where there is no object and none can be made, where the configuration was dropped, and
-    where apache-tvm-ffi or a CUDA runtime is missing.
+    If the cache lacks the configuration, and the DSL is installed, it is compiled first. A damaged object is compiled
+    again, with a warning. Raises KernelError if there is no object and none can be made, or if the configuration was
+    dropped. Raises KernelError, too, if apache-tvm-ffi or a CUDA runtime is missing.
     """
     cache = Cache.current()
     try:
@@ -44,12 +44,12 @@ def load(config: Configuration) -> Callable[..., None]:
     else:
         reason = entry.reason
     if reason is not None:
-        raise KernelError(f"{config.name} is not to be had: {reason}")
+        raise KernelError(f"{config.name} is dropped: {reason}")
     return _function(cache.library(config), config.name)
 
 
 def compilable() -> str | None:
-    """Why there is nothing to load here, nor will be: no folder of objects, and no DSL to make any. None otherwise."""
+    """Why nothing can be loaded here: there is no folder of objects, and no DSL to make any. None if there is one."""
     try:
         cache = Cache.current()
     except KernelError as e:
@@ -63,7 +63,7 @@ def compilable() -> str | None:
 
 
 def runtime() -> Any:
-    """The module tvm_ffi, with what compiled functions need of CUDA. Raises KernelError where either is missing."""
+    """The module tvm_ffi, with the CUDA runtime loaded. Raises KernelError if either is missing."""
     try:
         import tvm_ffi
     except ImportError:
@@ -84,8 +84,11 @@ def _function(library: Path, name: str) -> Callable[..., None]:
 
 @functools.cache
 def _load_cuda_runtime() -> None:
-    """Make the symbols of CUDA's runtime known to the libraries: torch's, where it is loaded already, so that there is
-    one, or an installed one. Raises KernelError where there is none."""
+    """Make the symbols of a CUDA runtime visible to the libraries.
+
+    It is the one that is loaded already, such as torch's, or else an installed one. Raises KernelError if there is
+    none.
+    """
     modes: list[int] = [os.RTLD_GLOBAL | os.RTLD_NOLOAD | os.RTLD_LAZY, os.RTLD_GLOBAL | os.RTLD_LAZY]
     for mode in modes:
         for path in _cuda_runtimes():
@@ -98,7 +101,7 @@ def _load_cuda_runtime() -> None:
 
 
 def _cuda_runtimes() -> list[str]:
-    """By name, as the loader finds them or has them already, then those of NVIDIA's packages."""
+    """Candidates for the CUDA runtime: by name, for the loader to find, then files of NVIDIA's packages."""
     spec = importlib.util.find_spec("nvidia")
     folders: list[Any] = list(spec.submodule_search_locations or ()) if spec else []
     found = [f"{_CUDART}.{major}" for major in _MAJORS]

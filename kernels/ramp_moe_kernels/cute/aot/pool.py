@@ -1,4 +1,4 @@
-"""Several workers that compile, each configuration at most once among all builds on a machine."""
+"""Runs several workers that compile. Each configuration is compiled at most once among all builds on a machine."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ _POLL_S = 0.1
 
 @dataclass(frozen=True)
 class Outcome:
-    """A configuration's entry, `compiled` here or by another build; `note` is for a person to read."""
+    """A configuration's entry. compiled: here, not by another build. note: for a person to read."""
 
     name: str
     entry: Entry
@@ -28,7 +28,7 @@ class Outcome:
 
 
 class Pool:
-    """Compiles into a cache; what is not yet whole is in `folder`. `timeout` are the seconds for one configuration."""
+    """Compiles into a cache. folder: for unfinished files. timeout: seconds for one configuration."""
 
     def __init__(self, cache: Cache, compiler: Compiler, folder: Path, timeout: float) -> None:
         self._cache, self._compiler, self._folder, self._timeout = cache, compiler, folder, timeout
@@ -39,8 +39,11 @@ class Pool:
         self._stopped = False
 
     def outcomes(self, configs: Sequence[tuple[Configuration, str | None]], jobs: int) -> Generator[Outcome]:
-        """Each configuration, with its note, as it is done. However this ends, so do the workers. Raises KernelError
-        where no worker can be started, or where the cache cannot be written."""
+        """Compile configurations, given with their notes, and yield each outcome as it is done.
+
+        The workers end with this generator, however it ends. Raises KernelError if no worker can be started, or if the
+        cache cannot be written.
+        """
         self._todo.extend(configs)
         threads = [threading.Thread(target=self._work) for _ in range(min(jobs, len(configs)))]
         for thread in threads:
@@ -64,7 +67,7 @@ class Pool:
                 thread.join()
 
     def _work(self) -> None:
-        """A thread: with one worker after another, if they are lost."""
+        """Compile in a thread, with a worker. If it is lost, the next configuration gets a new one."""
         worker: Worker | None = None
         try:
             while not self._stopped and self._todo:
@@ -73,7 +76,7 @@ class Pool:
                 except IndexError:
                     break
                 with self._cache.lock(config) as mine:
-                    if not mine:  # another build is at it: see later what became of it
+                    if not mine:  # another build compiles it: look at its outcome later
                         self._todo.append((config, note))
                         time.sleep(_POLL_S)
                         continue
@@ -97,7 +100,7 @@ class Pool:
             self._done.put(None)
 
     def _known(self, config: Configuration) -> tuple[Entry | None, int]:
-        """What another build has finished meanwhile, or how many compilers are lost to it."""
+        """The entry that another build has finished meanwhile, and the number of compilers that died over it."""
         try:
             entry = self._cache.look_up(config)
         except Damaged:
@@ -107,7 +110,7 @@ class Pool:
         return (entry if entry.finished else None), entry.lost
 
     def _compile(self, config: Configuration, worker: Worker, lost: int) -> tuple[Entry, bool]:
-        """Compile a configuration and store what became of it; also whether the worker lives."""
+        """Compile a configuration, and store its entry. Returns the entry, and whether the worker lives."""
         entry, library, alive = Entry(config=repr(config)), self._folder / f"{config.name}.so", True
         try:
             entry.usage = worker.make(config, library, self._timeout)
@@ -118,7 +121,7 @@ class Pool:
             entry.reason = str(e)
         except Lost as e:
             entry.reason, entry.lost, alive = str(e), lost + 1, False
-        if not self._stopped:  # or else it was this build that killed the worker
+        if not self._stopped:  # if it is stopped, this build itself has killed the worker
             self._cache.store(config, entry, library.read_bytes() if entry.reason is None else None)
         return entry, alive
 

@@ -1,4 +1,4 @@
-"""What building needs on this machine: the DSL, which of its toolkits it will use, and a C compiler that links."""
+"""What compiling needs on this machine: the DSL, one of its CUDA toolkits, and a C compiler that links."""
 
 from __future__ import annotations
 
@@ -17,8 +17,8 @@ from ramp_moe.plugin import KernelError
 INSTALL = "pip install 'ramp-moe[cute]'"
 _LINK_SECONDS = 60
 
-# The DSL's static runtime, all that a compiled object calls, lacks this one function of its header CuteDSLRuntime.h; it
-# is in a library of 44 MB, whose first load takes longer than a kernel may take to start.
+# Compiled objects call the DSL's static runtime alone. It lacks this one function of its header CuteDSLRuntime.h, which
+# is in a library of 44 MB. That library's first load would take longer than a kernel may take to start.
 _SHIM = """
 #include <stdint.h>
 typedef void (*SetError)(const char *kind, const char **parts, int32_t num_parts);
@@ -29,27 +29,28 @@ void CuteDSLRT_TVMFFISetRaisedCudaError(SetError set_error, int32_t code) {
   set_error("RuntimeError", parts, 4);
 }
 """
-# What levels 2, 3 and 4 of x86-64 add, in the operating system's names.
+# Instruction sets that levels 2, 3 and 4 of x86-64 add, by the operating system's names.
 _X86_LEVELS = (
     {"cx16", "popcnt", "sse4_1", "sse4_2", "ssse3"},
     {"abm", "avx2", "bmi1", "bmi2", "f16c", "fma", "movbe"},
     {"avx512bw", "avx512cd", "avx512dq", "avx512f", "avx512vl"},
 )
-# All that a library shows, so that two have nothing in common that the loader could mix up.
+# The only symbols that a library exports, so that the loader cannot confuse those of two libraries.
 _EXPORTS = "{ global: __tvm_ffi_*; local: *; };"
 
 
 def dsl_folder() -> Path | None:
-    """Where the package of nvidia-cutlass-dsl is. None if it is not installed, or no whole distribution. Imports
-    nothing."""
+    """Folder of the package nvidia-cutlass-dsl; None if it is not installed as a distribution. Imports nothing."""
     spec = importlib.util.find_spec("nvidia_cutlass_dsl")
     places = list(spec.submodule_search_locations or ()) if spec else []
     return Path(places[0]) if places and any(metadata.distributions(name="nvidia-cutlass-dsl")) else None
 
 
 def toolchain() -> str | None:
-    """What decides how an object is compiled, as part of a path: versions of the DSL and of its CUDA toolkit. None
-    where the DSL is not installed. Raises KernelError where this machine's driver is too old for it."""
+    """Versions of the DSL and of its CUDA toolkit, as part of a path; None if the DSL is not installed.
+
+    Objects depend on them. Raises KernelError if this machine's driver is too old for the DSL.
+    """
     folder = dsl_folder()
     if folder is None:
         return None
@@ -57,9 +58,12 @@ def toolchain() -> str | None:
 
 
 def runtime_abis() -> list[str]:
-    """What libraries may ask of the machine that loads them, as parts of a path: those compiled here, then others that
-    run here, too. It is the interface of tvm-ffi, which stays the same within a minor version, and the processor's
-    instructions, all of which the DSL uses. Raises KernelError where tvm-ffi is not installed."""
+    """What libraries require of the machine that loads them, as parts of a path.
+
+    The first is for libraries that are compiled here. The others are for libraries that run here, too. A part names the
+    interface of tvm-ffi, which stays the same within a minor version, and the processor's instruction sets, since the
+    DSL uses all of them. Raises KernelError if tvm-ffi is not installed.
+    """
     try:
         major, minor = metadata.version("apache-tvm-ffi").split(".")[:2]
     except metadata.PackageNotFoundError:
@@ -68,7 +72,7 @@ def runtime_abis() -> list[str]:
 
 
 def _processors() -> list[str]:
-    """This machine's kind of processor, then those whose instructions it has, too."""
+    """This machine's kind of processor, then the other kinds whose instructions it has."""
     machine = platform.machine()
     if machine != "x86_64":
         return [machine]
@@ -85,8 +89,10 @@ def _processors() -> list[str]:
 
 
 class Linker:
-    """Turns object files into shared libraries that need neither the DSL nor its runtime. Its own files are in
-    `folder`. Raises KernelError where there is no DSL, or no C compiler."""
+    """Links object files into shared libraries that need neither the DSL nor its runtime.
+
+    folder: for the linker's own files. Raises KernelError if there is no DSL, or no C compiler.
+    """
 
     def __init__(self, folder: Path) -> None:
         dsl = dsl_folder()
@@ -106,8 +112,10 @@ class Linker:
             raise KernelError(f"{e}; linking compiled kernels needs one that works, CC names another") from None
 
     def link(self, compiled: Path, library: Path) -> None:
-        """Write `library`. CUDA's functions stay open until they are called. Raises OSError where that fails: the
-        machine is to blame, not the object."""
+        """Link `compiled` into `library`. CUDA's functions stay undefined until they are called.
+
+        Raises OSError if that fails: the machine is at fault, not the object.
+        """
         options = (f"-Wl,--version-script={self._exports}", "-Wl,-z,lazy", "-Wl,--gc-sections", "-s")
         self._run("-shared", "-o", library, compiled, self._shim, self._runtime, *options)
 
@@ -123,7 +131,7 @@ class Linker:
 
 
 def c_compiler() -> list[str]:
-    """The command of the C compiler: what CC says, or else cc, gcc or clang. Raises KernelError where there is none."""
+    """The command of the C compiler: the one in CC, or else cc, gcc or clang. Raises KernelError if there is none."""
     asked = shlex.split(os.environ.get("CC", ""))
     for command in [asked] if asked else [["cc"], ["gcc"], ["clang"]]:
         if shutil.which(command[0]):
@@ -136,8 +144,10 @@ def c_compiler() -> list[str]:
 
 
 def _toolkit(folder: Path) -> int:
-    """The CUDA major version that the DSL chooses when it is imported: the newest installed that the driver supports,
-    or the newest where there is no driver."""
+    """The CUDA major version that the DSL chooses when it is imported.
+
+    It is the newest installed one that the driver supports, or the newest of all without a driver.
+    """
     installed = sorted(int(p.name[2:]) for p in folder.glob("cu[0-9]*") if p.name[2:].isdigit())
     driver = _driver_major()
     usable = [major for major in installed if driver is None or major <= driver]
@@ -151,7 +161,7 @@ def _toolkit(folder: Path) -> int:
 
 
 def _driver_major() -> int | None:
-    """CUDA's major version that the driver supports; asking takes no context on a GPU."""
+    """The CUDA major version that the driver supports. Makes no context on a GPU."""
     try:
         driver = ctypes.CDLL("libcuda.so.1")
     except OSError:

@@ -1,7 +1,7 @@
-"""A process that compiles, one configuration after another, and the handle by which its parent tells it which.
+"""A process that compiles one configuration after another, and the parent's handle on it.
 
-The compiler is neither safe among threads nor sure to return, and takes seconds to import: so it has a process of its
-own, which is started with a command and a pipe. That works in a program without a guarded main module, in a process of
+The compiler is not thread-safe, may never return, and takes seconds to import. So it has a process of its own, which is
+started with a command and a pipe. That works in a program without a guarded main module, in a process of
 `multiprocessing`, and beside a CUDA context.
 """
 
@@ -27,28 +27,29 @@ from .cache import Configuration
 from .cubin import Usage
 
 START_SECONDS = 120.0
-"""For the compiler to be imported."""
+"""Time limit for importing the compiler."""
 MAX_REASON = 300
-"""Characters of a reason; the compiler's errors go on for pages."""
+"""Most characters of a reason. The compiler's errors go on for pages."""
 _ALARM_SLACK_S = 2
 _COLOUR = re.compile(r"\x1b\[[0-9;]*m")
 
 Maker = Callable[[Configuration, Path], Usage]
-"""Compiles a configuration into a shared library at this path, and says what it takes. What is impossible raises."""
+"""Compiles a configuration into a shared library at this path, and returns its usage. Raises if that is impossible."""
 
 
 class Rejected(KernelError):
-    """A configuration that the compiler refuses; the worker lives."""
+    """The compiler refuses a configuration. The worker lives."""
 
 
 class Lost(KernelError):
-    """A configuration in the middle of which the worker ended, or was killed after its time."""
+    """The worker ended while it compiled a configuration, or was killed after its time."""
 
 
 class Worker:
-    """Starts the process, which makes its maker by calling a function that is named as "module:function".
+    """Starts the process, and is the parent's handle on it.
 
-    `variables` are added to its environment.
+    make: name of the function that makes the process's Maker, as "module:function".
+    variables: added to its environment.
     """
 
     def __init__(self, make: str, variables: dict[str, str]) -> None:
@@ -67,7 +68,7 @@ class Worker:
             )
 
     def wait(self) -> None:
-        """Until the maker is made. Raises KernelError where it cannot be."""
+        """Wait until the Maker is made. Raises KernelError if it cannot be made."""
         try:
             self._answer(START_SECONDS)
         except (Rejected, Lost) as e:
@@ -84,14 +85,14 @@ class Worker:
         return usage
 
     def kill(self) -> None:
-        """End the process and all that it started. Whoever waits for its answer, in another thread, gets Lost."""
+        """End the process and all that it started. A thread that waits for its answer gets Lost."""
         if self._process.poll() is None:
             with contextlib.suppress(ProcessLookupError):
                 os.killpg(self._process.pid, signal.SIGKILL)
             self._process.wait()
 
     def close(self) -> None:
-        """`kill`, and let go of what the process was reached by. Closing twice is fine."""
+        """End the process as by `kill`, and close the pipe to it. Closing twice is allowed."""
         self.kill()
         self._connection.close()
         self._output.close()
@@ -124,7 +125,7 @@ class Worker:
 
 
 def serve(connection: Connection, make: str) -> None:
-    """Compile what arrives until the parent is gone. Each is answered by what it takes, or else why it failed."""
+    """Compile what arrives until the parent is gone. Each answer is the usage, or the reason for a failure."""
     try:
         module, _, function = make.partition(":")
         maker: Maker = getattr(importlib.import_module(module), function)()
@@ -134,7 +135,7 @@ def serve(connection: Connection, make: str) -> None:
     connection.send(None)
     while True:
         config, library, timeout = connection.recv()
-        # Who would kill a compiler that hangs may be dead by then. Nothing of Python's has to run for this to end it.
+        # The parent that would kill a hanging compiler may be dead by then. This alarm ends it without running Python.
         signal.alarm(math.ceil(timeout) + _ALARM_SLACK_S)
         answer: Usage | str
         try:
@@ -148,12 +149,12 @@ def serve(connection: Connection, make: str) -> None:
 
 
 def _reason(error: Exception) -> str:
-    """One line: the type, and the beginning of the message without colours and blank space."""
+    """The error's type and the beginning of its message, on one line, without colours."""
     message = " ".join(_COLOUR.sub("", str(error)).split())
     return f"{type(error).__name__}: {message}"[:MAX_REASON] if message else type(error).__name__
 
 
 def main() -> None:
-    """What the process runs: its arguments are its end of the pipe, and the maker's name."""
+    """Run the process. Its arguments are its end of the pipe, and the name of `make`."""
     with contextlib.suppress(EOFError, ConnectionError):
         serve(Connection(int(sys.argv[1])), sys.argv[2])
