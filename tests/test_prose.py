@@ -33,6 +33,28 @@ def test_docstrings_read_once(path: Path) -> None:
     assert not found
 
 
+MOST_WORDS = 40
+"""Well above the 25 of the rule, which names and figures may exceed."""
+
+
+def sentences(text: str) -> Iterator[str]:
+    """The sentences of a docstring, without tables, whose columns are three spaces apart or more."""
+    for paragraph in re.split(r"\n\s*\n|\n\s*- |\n(?=\s*[\w, ]+: )", text):
+        if not re.search(r"\S {3,}\S", paragraph):
+            yield from re.split(r"(?<=[.!?])\s+", " ".join(paragraph.split()))
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda path: str(path.relative_to(ROOT)))
+def test_sentences_are_short(path: Path) -> None:
+    found = [
+        f"line {text.lineno}: {len(words)} words: {' '.join(words[:8])} ..."
+        for text in docstrings(ast.parse(path.read_text()))
+        for sentence in sentences(str(text.value))
+        if len(words := sentence.split()) > MOST_WORDS
+    ]
+    assert not found
+
+
 PACKAGES = ("core", "kernels", "adapters", "profiles/ramp_moe_profiles", "profiles/benchmarks/serving")
 FOREIGN = (
     *("get_moe_configs", "try_get_optimal_moe_config", "get_default_config", "moe_sum"),  # vLLM

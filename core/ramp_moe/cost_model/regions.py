@@ -11,10 +11,15 @@ steps through the reduction by tile_k:
 A fifth, `busy`, is the omega at which memory is: fewer CTAs than that have too few bytes in flight to draw HBM's
 bandwidth (Little's law). Split-K is for launches below it, the wide tile for those above.
 
-Every threshold is derived in the functions below, and printed with its derivation. What data sheets do not give is
-named here: PIPELINE_STAGES (as in the Triton path), LOADED_LATENCY_S and NOOP_LAUNCH_S (orders of magnitude on Hopper,
-used for every GPU), L2_OVER_HBM and ACHIEVED_PEAK (chosen on the shipped Alpha-MoE sweeps). `profiles/studies/regions`
-holds the advice against measurements, and says what a fifth more or less of each constant would change.
+Every threshold is derived in the functions below, and printed with its derivation. Data sheets do not give these
+constants:
+
+    PIPELINE_STAGES                    as in the Triton path
+    LOADED_LATENCY_S, NOOP_LAUNCH_S    orders of magnitude on Hopper, used for every GPU
+    L2_OVER_HBM, ACHIEVED_PEAK         chosen on the shipped Alpha-MoE sweeps
+
+`profiles/studies/regions` compares the advice with measurements, and shows what a fifth more or less of each constant
+would change.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """The residual of the wave model, as a smooth function of the batch.
 
 The wave model's error is not noise: similar batches have similar errors. So the logarithm of measured over predicted
-time is smoothed over three numbers of a batch, the ones that the wave model uses: routed ids, active experts, and
+time is smoothed over three numbers of a batch. They are those of the wave model: routed ids, active experts, and
 M-tiles of the candidate's token block. A batch is a point z: the logarithms of the three, divided by their spread over
 the fitted batches, times SCALES. Through the fitted batches z_n goes the spline
 

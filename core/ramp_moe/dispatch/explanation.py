@@ -61,8 +61,10 @@ def in_parts(candidates: list[dict[str, Any]]) -> list[str]:
 
 
 def weigh_layouts(kernels: Mapping[str, Kernel], model: CostModel, histogram: IntArray) -> dict[str, Any]:
-    """What one copy of the weights serves, what two do, and the predicted time that the second copy gains: fractions of
-    that with two, for this batch and on average over the batches that the layouts are weighed on."""
+    """What one copy of the weights serves, what two serve, and the predicted gain of the second copy.
+
+    The gain is a fraction of the time with two copies: for this batch, and the mean over `weighed_batches`.
+    """
     names = sorted({c.kernel for c in model.candidates})
     described, batches = [kernels[name] for name in names], weighed_batches(model)
     weighed, here = (kernel_times(model, names, h) for h in (batches, histogram[None]))

@@ -1,8 +1,8 @@
 """What a calibration measured, kept on disk: a file for each GPU, driver, shape and set of versions.
 
-The files lie below RAMP_MOE_CACHE, or else the user's cache folder, in `calibration/`. Who measures holds the file's
-lock, which the operating system releases with the process, however it ends: servers that start together on one cache
-measure once, and those of one GPU do not disturb each other. A file is written whole or not at all.
+The files are in `calibration/` below RAMP_MOE_CACHE, or else below the user's cache folder. A process that measures
+holds the file's lock, which the operating system releases when the process ends. So servers that start together on one
+cache measure once, and those of one GPU do not disturb each other. A file is written whole or not at all.
 """
 
 from __future__ import annotations

@@ -86,7 +86,7 @@ class Trace:
         """Raise RoutingError if the trace is of another shape."""
         if (self.num_experts or shape.num_experts, self.top_k) != (shape.num_experts, shape.top_k):
             raise RoutingError(
-                f"the trace names {self.top_k} of {self.num_experts or 'so many'} experts a token, "
+                f"the trace names {self.top_k} of {self.num_experts or 'all'} experts a token, "
                 f"{shape.label} {shape.top_k} of {shape.num_experts}"
             )
 

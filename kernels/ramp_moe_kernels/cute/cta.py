@@ -25,14 +25,14 @@ class KernelParameters(NamedTuple):
     w2: cute.Tensor  # [H, I, E] as the tensor map counts
     w2_scale: cute.Tensor  # float32 [H / 128, I / 128, E]
     out: cute.Tensor  # [T, H]; with combine "rows" [I / 128 / wide * T * k, H]
-    sorted_token_ids: cute.Tensor  # int32 [capacity]: routed ids by expert; T * k or more where there is none
+    sorted_token_ids: cute.Tensor  # int32 [capacity]: routed ids by expert; T * k or more for padding
     expert_ids: cute.Tensor  # int32 [tiles]
     num_tokens_post_padded: cute.Tensor  # int32 [1]: slots in use, whole blocks
     routing: cute.Tensor  # float32 [T * k]
     top_k: Int32
     up_first: Int32  # 1: index 0 of gate_up's second dimension is up
     tiles_n: Int32  # weight tiles
-    choice: cute.Tensor  # int32 [1], read where there are several blocks
+    choice: cute.Tensor  # int32 [1], read if there are several blocks
     blocks: Int32  # by choice, four bits each: index of the block
 
 

@@ -35,8 +35,8 @@ Layouts      Gate and up alternate by 8 rows, whatever the order in memory: a 5-
              gate, the same 8 of up, and so on. So the accumulator's rows r and r + 8, which one thread holds, are the
              gate and the up of one intermediate. Register i of a lane: j = i % 2, half = i // 2 % 2, m = i // 4; row
              16 * warp + 8 * half + lane // 4, token 8 * m + 2 * (lane % 4) + j (`layout.py`, tested by arithmetic).
-             Example, block 8: lane 5 of warp 2 holds in register 3 row 16 * 2 + 8 + 1 = 41 of token 2 * 1 + 1 = 3: up
-             of intermediate 8 * 2 + 1 = 17, whose gate is in its register 1.
+             Example, block 8: register 3 of lane 5 of warp 2 has row 16 * 2 + 8 + 1 = 41 of token 2 * 1 + 1 = 3. That is
+             up of intermediate 8 * 2 + 1 = 17. Its gate is in register 1.
 
 Out          128 columns of a warpgroup at a time: bf16, transposed by stmatrix, staged, and a thread a token adds its
              256 bytes to the output by cp.reduce.async.bulk, while the next columns are multiplied. `f32` adds 512
@@ -50,16 +50,23 @@ pair         Two CTAs of a cluster have M-tiles of one expert. Each loads half o
 blocks       One launch for several token blocks, all else equal. The device chooses one, for the schedule, too. Every
              CTA reads the choice first. Registers and shared memory are those of the largest block.
 
-What hangs or corrupts, learnt the hard way: TMA under a branch of one thread (it elects one itself); the token of an
-accumulator taken from a warpgroup's slice instead of the lane; a plain store to shared memory before cp.async's arrival
-on a barrier, which does not release it (scales are copied by cp.async, too); a CTA of a cluster that ends before
-another has arrived on its barriers; consumers that ask for more registers than the CTA was launched with, less the
-producers'. And what slows: WGMMA in flight at a branch or at a loop's end, which the assembler then serialises; copies
-of tokens that branch (a third of the time of bf16 at 8,192 tokens).
+These hang or corrupt, as experience shows:
+
+- TMA under a branch of one thread: it elects one itself.
+- An accumulator's token that is taken from a warpgroup's slice instead of the lane.
+- A plain store to shared memory before cp.async's arrival on a barrier, which does not release it. So scales are copied
+  by cp.async, too.
+- A CTA of a cluster that ends before another has arrived on its barriers.
+- Consumers that ask for more registers than the producers leave of those with which the CTA was launched.
+
+These slow down:
+
+- WGMMA in flight at a branch or at a loop's end, which the assembler then serialises.
+- Copies of tokens that branch: they took a third of the time of bf16 at 8,192 tokens.
 
 compute-sanitizer's racecheck names hazards between cp.async's writes of scales and the reads of the round before. It
-follows an mbarrier from a thread that arrives, and here one lane arrives for its warp, after __syncwarp: the same loop
-of twenty lines shows the same hazards, and none where every lane arrives.
+follows an mbarrier from a thread that arrives, and here one lane arrives for its warp, after __syncwarp. The same loop
+in twenty lines shows the same hazards, and none if every lane arrives.
 """
 # The DSL traces Python: annotations must be types at run time, and its functions are untyped.
 # mypy: disable-error-code="import-not-found, import-untyped, untyped-decorator, no-untyped-def, no-untyped-call, misc"
@@ -106,14 +113,14 @@ class FusedMoE:
         down: cute.Tensor,  # [H, I, E]
         down_scale: cute.Tensor,  # float32 [H / 128, I / 128, E]
         out: cute.Tensor,  # [T, H]; with combine "rows" [I / 128 / wide * T * k, H]
-        sorted_token_ids: cute.Tensor,  # int32 [capacity]: routed ids by expert; T * k or more where there is none
+        sorted_token_ids: cute.Tensor,  # int32 [capacity]: routed ids by expert; T * k or more for padding
         expert_ids: cute.Tensor,  # int32 [tiles]
         num_tokens_post_padded: cute.Tensor,  # int32 [1]: slots in use, whole blocks
         routing: cute.Tensor,  # float32 [T * k]
         top_k: Int32,
         tiles: Int32,  # M-tiles to launch: as many as there can be
         up_first: Int32,  # 1: index 0 of gate_up's second dimension is up
-        choice: cute.Tensor,  # int32 [1], read where there are several blocks
+        choice: cute.Tensor,  # int32 [1], read if there are several blocks
         blocks: Int32,  # by choice, four bits each: index of the block
         stream: cuda.CUstream,
     ):

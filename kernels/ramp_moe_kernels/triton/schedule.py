@@ -1,7 +1,7 @@
 """The schedule: sorts routed ids by expert, and pads them to tiles of `block` slots, on the device alone.
 
-A routed id is token * top_k + slot. The sort counts. An id's slot is the sum of three numbers: the slots of earlier
-experts' tiles, the expert's ids in earlier chunks, and the id's rank within its chunk of at most 4096 ids.
+A routed id is token * top_k + slot. The sort counts. An id's slot is a sum: the slots of earlier experts' tiles, its
+expert's ids in earlier chunks, and its rank within its chunk. A chunk has at most 4096 ids.
 
 Up to 4096 ids take one launch, in which every program counts all ids: that costs less than another launch. More ids
 take two:

@@ -1,9 +1,9 @@
 """The batch sizes at which the Triton path begins to launch other compiled kernels.
 
-Triton compiles a kernel for each set of constants, and for a few properties of the other arguments: whether 16 divides
-a pointer or an integer, whether an integer is 1, and whether it has more than 32 bits. Counts of a batch are exempt
-(`do_not_specialize`), or are multiples of 16 in any case. So the batch size only changes constants, warps, and which
-launches there are:
+Triton compiles a kernel for each set of constants, and for a few properties of the other arguments. These are whether
+16 divides a pointer or an integer, whether an integer is 1, and whether it has more than 32 bits. Counts of a batch are
+exempt (`do_not_specialize`), or are multiples of 16 in any case. So the batch size only changes constants, warps, and
+which launches there are:
 
     schedule    the chunk that one program counts, two launches above the largest; groups that a program quantises
     combine     columns of a program

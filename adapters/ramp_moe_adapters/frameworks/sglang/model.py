@@ -1,5 +1,7 @@
-"""A whole model in SGLang: its layers are made and warmed up once it is loaded, before the KV cache takes the memory
-that is left. Once its graphs are captured, a table in the log says what runs for which batch size. Needs SGLang.
+"""Makes and warms up all layers of a model in SGLang, once it is loaded. Needs SGLang.
+
+This precedes the KV cache, which takes the memory that is left. Once the model's graphs are captured, a table in the
+log tells which candidate runs at which batch size.
 """
 
 from __future__ import annotations
@@ -29,30 +31,34 @@ _logger = logging.getLogger("ramp_moe")
 
 
 def install() -> None:
-    """Make `ramp_moe` a choice of `--moe-runner-backend`, whose layers are made when a model is loaded. Again, it does
-    nothing. Raises KernelError as `runner.install` does."""
+    """Make `ramp_moe` a choice of `--moe-runner-backend`, and have its layers made when a model is loaded.
+
+    A second call has no effect. Raises KernelError as `runner.install` does.
+    """
     if backend.install():
         HookRegistry.register(LOADED, loaded, HookType.AFTER)
         HookRegistry.register(CAPTURED, captured, HookType.AFTER)
 
 
 def loaded(_: None, runner: Any, *args: Any, **options: Any) -> None:
-    """After SGLang has loaded a model, make its layers, and run one of each shape at the sizes that it may meet outside
-    of graphs. Kernels are then compiled, and buffers have their size, before the first request. What fails is said, and
-    left to the first batch."""
+    """Make a model's layers after SGLang has loaded it, and warm up one of each shape.
+
+    It runs at the sizes that it may meet outside of graphs. Kernels are then compiled, and buffers have their size,
+    before the first request. What fails is logged, and left to the first batch.
+    """
     try:
         make_layers(runner.model, getattr(runner.model_config.hf_text_config, "num_experts_per_tok", None))
         for core in first_of_each_shape(runner.model).values():
             _logger.info("ramp_moe: warming up %s", core.layer.shape.title)
             core.eager = warm_up(core.layer, _most_tokens(), runner.model_config.dtype)
         if torch.cuda.is_available():
-            torch.cuda.empty_cache()  # of weights in SGLang's order: the KV cache is sized by what is free
+            torch.cuda.empty_cache()  # frees weights in SGLang's order: the KV cache is sized by what is free
     except Exception as e:  # a server must not end by it
         _logger.warning("ramp_moe: layers are made when they first run: %s", why(e))
 
 
 def captured(_: None, runner: Any, *args: Any, **options: Any) -> None:
-    """After SGLang has captured its graphs: say what was chosen."""
+    """Log what was chosen, after SGLang has captured its graphs."""
     try:
         for line in report(runner.model):
             _logger.info("ramp_moe: %s", line)
@@ -61,8 +67,11 @@ def captured(_: None, runner: Any, *args: Any, **options: Any) -> None:
 
 
 def make_layers(model: torch.nn.Module, top_k: int | None) -> None:
-    """Make the layer of each module of a model that ramp_moe computes, one after another. top_k: the model's, for
-    modules that do not say theirs. What cannot be made is said once, and left to SGLang."""
+    """Make the layer of each of the model's modules that ramp_moe computes, one after another.
+
+    top_k: the model's, for modules that do not tell theirs. A layer that cannot be made is left to SGLang, and each
+    reason is logged once.
+    """
     for module, core in _cores(model):
         ids = core.config.top_k or top_k
         if ids is not None and not core.config.num_fused_shared_experts:
@@ -70,15 +79,17 @@ def make_layers(model: torch.nn.Module, top_k: int | None) -> None:
 
 
 def warm_up(layer: LayerRuntime, most: int, dtype: torch.dtype) -> Choices:
-    """Run a layer at all sizes up to `most` tokens that choices are made for. Returns what ran. Raises KernelError if
-    no kernel computes some size."""
+    """Run a layer at all sizes up to `most` tokens for which choices are made.
+
+    Returns what ran, by size. Raises KernelError if no kernel computes one of them.
+    """
     shape, device, found = layer.shape, layer.held[0].down.device, Choices()
     x = torch.zeros(most, shape.hidden_size, dtype=dtype, device=device)
     ids = torch.arange(most * shape.top_k, dtype=torch.int32, device=device).remainder_(shape.num_experts)
     weights = torch.full((most, shape.top_k), 1 / shape.top_k, dtype=torch.float32, device=device)
     with torch.inference_mode():
-        # The largest first, so that buffers grow once. One less than a size is divisible by other numbers, for which
-        # Triton compiles anew.
+        # The largest comes first, so that buffers grow once. One less than a size has other divisors, for which Triton
+        # compiles other code.
         for n in sorted({size - less for size in sizes(most) for less in (0, 1)} - {0}, reverse=True):
             batch = Batch(x[:n], ids.view(most, -1)[:n], weights[:n])
             layer(batch.hidden_states, batch.topk_ids, batch.topk_weights)
@@ -87,13 +98,13 @@ def warm_up(layer: LayerRuntime, most: int, dtype: torch.dtype) -> Choices:
 
 
 def sizes(most: int) -> list[int]:
-    """Numbers of tokens, ascending, up to `most`: four in each octave, to which the layer rounds others up."""
+    """Numbers of tokens up to `most`, ascending, four in each octave. The layer rounds other numbers up to these."""
     steps = (range(1 << bit, 2 << bit, max(1, 1 << bit >> 2)) for bit in range(most.bit_length()))
     return sorted({min(n, most) for n in itertools.chain(*steps)})
 
 
 def first_of_each_shape(model: torch.nn.Module) -> dict[MoEShape, RampRunnerCore]:
-    """Those whose layers are made."""
+    """The first runner of each shape, among those whose layers are made."""
     found: dict[MoEShape, RampRunnerCore] = {}
     for _, core in _cores(model):
         if core.made:
@@ -118,7 +129,7 @@ def report(model: torch.nn.Module) -> Iterator[str]:
 
 
 def _lines(choices: Mapping[int, tuple[str, str, int]]) -> Iterator[str]:
-    """Neighbouring sizes of one choice share a line."""
+    """Lines of a table of choices. Neighbouring sizes with the same choice share a line."""
     for (mode, name, bodies), group in itertools.groupby(choices, key=lambda n: choices[n]):
         of = list(group)
         several = f", first of {bodies}" if bodies > 1 else ""
@@ -127,7 +138,7 @@ def _lines(choices: Mapping[int, tuple[str, str, int]]) -> Iterator[str]:
 
 
 def _cores(model: torch.nn.Module) -> Iterator[tuple[Any, RampRunnerCore]]:
-    """Modules whose runner is ramp_moe's, each with that."""
+    """The modules whose runner is ramp_moe's, each with its runner."""
     for module in model.modules():
         core = getattr(getattr(getattr(module, "quant_method", None), "runner", None), "runner_core", None)
         if isinstance(core, RampRunnerCore):
@@ -135,7 +146,7 @@ def _cores(model: torch.nn.Module) -> Iterator[tuple[Any, RampRunnerCore]]:
 
 
 def _most_tokens() -> int:
-    """That SGLang gives a layer at a time."""
+    """The most tokens that SGLang gives a layer at a time."""
     schedule = get_schedule()
     chunk = schedule.chunked_prefill_size
     return int(chunk if chunk and chunk > 0 else schedule.max_prefill_tokens)
