@@ -35,8 +35,8 @@ Layouts      Gate and up alternate by 8 rows, whatever the order in memory: a 5-
              gate, the same 8 of up, and so on. So the accumulator's rows r and r + 8, which one thread holds, are the
              gate and the up of one intermediate. Register i of a lane: j = i % 2, half = i // 2 % 2, m = i // 4; row
              16 * warp + 8 * half + lane // 4, token 8 * m + 2 * (lane % 4) + j (`layout.py`, tested by arithmetic).
-             Example, block 8: register 3 of lane 5 of warp 2 has row 16 * 2 + 8 + 1 = 41 of token 2 * 1 + 1 = 3. That is
-             up of intermediate 8 * 2 + 1 = 17. Its gate is in register 1.
+             Example, block 8: register 3 of lane 5 of warp 2 has row 16 * 2 + 8 + 1 = 41 of token 2 * 1 + 1 = 3. It
+             is up of intermediate 8 * 2 + 1 = 17, whose gate is in register 1.
 
 Out          128 columns of a warpgroup at a time: bf16, transposed by stmatrix, staged, and a thread a token adds its
              256 bytes to the output by cp.reduce.async.bulk, while the next columns are multiplied. `f32` adds 512
