@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[1]
-FOLDERS = ("core", "adapters", "kernels", "profiles/benchmarks/serving")
+FOLDERS = ("core", "adapters", "kernels", "profiles/benchmarks")
 """What was read by the rule, as a whole."""
 FILES = sorted(path for folder in FOLDERS for path in (ROOT / folder).rglob("*.py"))
 TURNS = re.compile(r"\A\s*Of\b|\b(so many|the like|be had|as they lie|None where)\b|\bRaises? \w+ where\b")
@@ -55,7 +55,7 @@ def test_sentences_are_short(path: Path) -> None:
     assert not found
 
 
-PACKAGES = ("core", "kernels", "adapters", "profiles/ramp_moe_profiles", "profiles/benchmarks/serving")
+PACKAGES = ("core", "kernels", "adapters", "profiles/ramp_moe_profiles", "profiles/benchmarks")
 FOREIGN = (
     *("get_moe_configs", "try_get_optimal_moe_config", "get_default_config", "moe_sum"),  # vLLM
     "vllm.general_plugins",  # an entry point of vLLM

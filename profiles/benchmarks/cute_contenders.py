@@ -1,4 +1,4 @@
-"""Configurations to be measured: their launches, whole or of the kernel alone, and the times of these."""
+"""Launches the configurations to compare, whole paths or the kernel alone, and times them."""
 
 from __future__ import annotations
 
@@ -27,13 +27,13 @@ from torch import Tensor
 
 DEVICE = "cuda"
 PREDICTED = 8
-"""Triton configurations for a batch."""
+"""Number of Triton configurations for a batch."""
 PROCESSES = 14
-"""That compile, at most."""
+"""Most processes that compile."""
 
 
 class Inner:
-    """A kernel's function that keeps what it was launched with, so that it can be launched again alone."""
+    """Wraps a kernel's function, and keeps its latest arguments, so that it can be launched again alone."""
 
     def __init__(self, function: Callable[..., Any]) -> None:
         self.function, self.arguments = function, ()
@@ -48,7 +48,7 @@ class Inner:
 
 @dataclass(frozen=True)
 class Contender:
-    """A configuration. launch: its whole path; inner: the kernel in it, None where there are several."""
+    """A configuration. launch: its whole path. inner: its kernel; None if there are several."""
 
     name: str
     launch: Callable[[Batch, Tensor, Workspace], object]
@@ -56,7 +56,7 @@ class Contender:
 
 
 def cute(config: Config, prepared: Any, chosen: int | None = None) -> Contender:
-    """A configuration, or one of a polymorphic one's blocks. Raises KernelError where it is not compiled."""
+    """The contender of a configuration, or of a polymorphic one's block. Raises KernelError if it is not compiled."""
     if Cache.current().look_up(config) is None:
         raise KernelError("not compiled")
     inner = Inner(load(config))
@@ -74,8 +74,10 @@ def cute(config: Config, prepared: Any, chosen: int | None = None) -> Contender:
 
 
 def medians(launches: Sequence[Callable[[], Any]], repeats: int, clean: bool = False) -> list[float]:
-    """Microseconds of each; they take turns. clean: L2 is flushed by reading, so that nothing in it waits to be written
-    when the launch begins."""
+    """Median microseconds of each launch. The launches take turns.
+
+    clean: L2 is flushed by reading, so that nothing in it waits to be written when a launch begins.
+    """
     flush = torch.zeros(FLUSH_BYTES // 4, dtype=torch.float32, device=DEVICE)
     spans: list[list[tuple[torch.cuda.Event, torch.cuda.Event]]] = [[] for _ in launches]
     for _ in range(repeats):
@@ -91,7 +93,7 @@ def medians(launches: Sequence[Callable[[], Any]], repeats: int, clean: bool = F
 
 
 def captured(launch: Callable[[], object]) -> Callable[[], None]:
-    """The launch as a graph; not on the default stream."""
+    """Capture a launch as a graph, on a stream other than the default one."""
     launch()
     torch.cuda.synchronize()
     graph = torch.cuda.CUDAGraph()
@@ -113,25 +115,25 @@ def _costs(model: str) -> CostModel:
 
 
 def predicted(model: str, histogram: Any) -> list[KernelConfig]:
-    """The Triton path's configurations that the shipped profile says are best, in bf16."""
+    """The Triton path's bf16 configurations that are best by the shipped profile."""
     costs = _costs(model)
     return [costs.candidates[i].config for i in np.argsort(costs.cost(histogram))[:PREDICTED]]
 
 
 def compile_share(work: Sequence[tuple[MoEShape, KernelConfig]]) -> None:
-    """Launch Triton paths over a few experts: Triton's cache on disk is shared by processes."""
+    """Compile Triton paths by launching them with few experts. Processes share Triton's cache on disk."""
     for shape, config in work:
         weights = random_weights(shape, DEVICE, 0)
         ids = torch.arange(shape.num_experts, device=DEVICE).int().repeat(16, 1)
         batch = Batch(torch.ones(16, shape.hidden_size, device=DEVICE).bfloat16(), ids, torch.ones_like(ids).float())
         try:
             TritonMoE().launch(config, weights, batch, torch.empty_like(batch.hidden_states), Workspace())
-        except Exception as e:  # it will be left out where it is measured
+        except Exception as e:  # it is left out when it is measured
             print(config.name, e, file=sys.stderr)
 
 
 def compile_triton(histograms: Iterable[tuple[str, Any]]) -> None:
-    """All Triton paths that models' batches will be measured with."""
+    """Compile all Triton paths that will be measured on the models' batches."""
     wanted: dict[tuple[MoEShape, str], KernelConfig] = {}
     for model, histogram in histograms:
         shape = get_registry().shape(model, "bf16")

@@ -1,8 +1,8 @@
-"""How long the fused CuTe kernel's first launches take in a process: milliseconds of load() and of the launch, each.
+"""Time the fused CuTe kernel's first launches in a process: milliseconds of load(), and of the launch, for each.
 
     python cute_first_launch.py MODEL DTYPE CONFIGURATION ...
 
-Torch, its CUDA context, prepared weights and the batch are there already, so is the schedule; the objects are compiled.
+Torch, its CUDA context, prepared weights, the batch and the schedule exist before. The objects are compiled already.
 Prints one JSON array.
 """
 

@@ -1,20 +1,21 @@
-"""Measure the fused CuTe kernel on this machine's H200: one file a model and dtype, which cute_tables.py reads.
+"""Measure the fused CuTe kernel on this machine's H200: one file per model and dtype, which cute_tables.py reads.
 
     python cute_kernel.py [--models NAME ...] [--dtype fp8|bf16] [--minutes N] [--folder FOLDER]
 
-All times are medians of launches between two CUDA events, with 256 MiB written before each to flush L2; what is
-compared takes turns. fp8: of the kernel alone, after the schedule and the quantisation, which are the same for both;
-every configuration that could win (Alpha-MoE: each of its 152) is screened by 3 launches (1 where it takes over 1 ms),
-each side's best 6 are judged by 20, and up to 16 tokens the best of these once more, with L2 flushed by reading
-(clean_us). bf16: of whole paths, from top-k ids to the combined output, in a CUDA graph; our best 6 by the screened
-kernel, and the 8 Triton configurations that are predicted to be best. Outputs are compared with the float32 layer:
-error is ||out - layer|| / ||layer||. Weights and hidden states are random and normal, weights e4m3 with [128, 128]
-scales or bf16.
+All times are medians of launches between two CUDA events. 256 MiB are written before each launch to flush L2. Launches
+that are compared take turns. fp8: the kernel alone is timed. The schedule and the quantisation before it are the same
+for both kernels. Every configuration that could win (of Alpha-MoE each of its 152) is screened by 3 launches, or 1
+above 1 ms. Each side's best 6 are judged by 20 launches. Up to 16 tokens, the best of these are timed again with L2
+flushed by reading (clean_us). bf16: whole paths are timed in a CUDA graph, from top-k ids to the combined output. They
+are our best 6 by the screened kernel, and the 8 Triton configurations that are predicted to be best. Outputs are
+compared with the float32 layer: error is ||out - layer|| / ||layer||. Weights and hidden states are random and normal.
+Weights are bf16, or e4m3 with [128, 128] scales.
 
-Then what a combine in float32 or in order costs and gains (whole paths), what a polymorphic launch takes over the
-configuration that it is (kernel alone), and how long the first launch takes in a fresh process. Nothing is compiled for
-cute: `ramp-moe kernels build` and RAMP_MOE_CACHE come first. What is not compiled, or wrong, is named in the file. Each
-file is written whenever there is more; nothing is begun after --minutes.
+Further parts measure combines in float32 and in order (whole paths), polymorphic launches against the configurations
+that they compute (kernel alone), and the first launch in a fresh process.
+
+Nothing is compiled for cute here: run `ramp-moe kernels build` before, with the same RAMP_MOE_CACHE. The file names
+what is not compiled, or wrong. It is written whenever there is more. Nothing is begun after --minutes.
 """
 
 from __future__ import annotations
@@ -56,20 +57,20 @@ TOKENS, ROUTINGS = (1, 8, 16, 64, 256, 512, 2048, 8192), ("uniform", "zipf1.2")
 COMBINE_TOKENS, POLYMORPHIC_TOKENS = (8, 512), (8, 64, 512)
 RIVALS: dict[str, LaunchableKernel] = {"fp8": AlphaMoE(), "bf16": TritonMoE()}
 SCREENING, JUDGING = 3, 20
-"""Launches."""
+"""Numbers of launches that time a configuration."""
 LONG_US = 1000.0
-"""What takes longer is screened by one launch."""
+"""Microseconds above which a configuration is screened by one launch."""
 FINALISTS = {"cute": 6, "alpha_moe": 6, "triton": PREDICTED}
 MANY = 4
-"""Token blocks above 16 and so many times an active expert's mean load are mostly padding: they are not tried."""
+"""Token blocks above 16 and this factor times an active expert's mean load are not tried: they are mostly padding."""
 SPLIT_TOKENS = 64
-"""Up to which a split of the reduction is tried: beyond, there are CTAs enough."""
+"""Most tokens for which split reductions are tried. With more there are enough CTAs."""
 CLEAN_TOKENS = 16
-"""Up to which the best are also timed from an L2 without anything to write back, as the way out of it shows there."""
+"""Most tokens for which the best are also timed with a clean L2. The time of writing L2 back shows with these."""
 BYTES_PER_US = 4.3e6
-"""Of HBM, as far as a kernel gets."""
+"""Bandwidth of HBM that a kernel reaches."""
 NO_GPU = 2
-"""Exit code."""
+"""Exit code without a GPU."""
 
 Rows = list[dict[str, Any]]
 
@@ -79,7 +80,7 @@ def routed(shape: MoEShape, tokens: int, routing: str) -> IntArray:
 
 
 class Measurement:
-    """One model's weights, the configurations over them, and those that were left out, with the reason."""
+    """One model's weights and configurations, and why configurations were left out."""
 
     def __init__(self, model: str, dtype: str) -> None:
         self.model, self.shape = model, get_registry().shape(model, dtype)
@@ -100,7 +101,7 @@ class Measurement:
             return None
 
     def batch(self, tokens: int, routing: str) -> tuple[Batch, Tensor, Tensor]:
-        """With room for its output, and what that should be."""
+        """A batch, a tensor for its output, and the reference's output."""
         ids = torch.from_numpy(routed(self.shape, tokens, routing)).int()
         generator = torch.Generator(DEVICE).manual_seed(1)
         x = torch.randn(tokens, self.shape.hidden_size, device=DEVICE, generator=generator).bfloat16()
@@ -120,7 +121,7 @@ class Measurement:
         return found
 
     def screened(self, contender: Contender, batch: Batch, out: Tensor, expected: Tensor) -> tuple[float, float] | None:
-        """Microseconds and error; None, and left out from now on, where the output is wrong."""
+        """Microseconds and error of a configuration. If its output is wrong, it is left out from now on; None."""
         if contender.name in self.skipped:
             return None
         out.fill_(float("nan"))
@@ -138,7 +139,7 @@ class Measurement:
             return None
 
     def span(self, contender: Contender, batch: Batch, out: Tensor, whole: bool) -> Callable[[], Any]:
-        """What is timed, with buffers of its own."""
+        """The launch to time, with buffers of its own."""
         launch = partial(contender.launch, batch, out, Workspace())
         if whole:
             return captured(launch)
@@ -147,7 +148,7 @@ class Measurement:
         return contender.inner.alone()
 
     def cells(self, tokens: int, routing: str) -> Rows:
-        """Our best configuration against the other kernel's."""
+        """Compare our best configuration with the other kernel's."""
         given = batch, out, _ = self.batch(tokens, routing)
         histogram = expert_histogram(batch.topk_ids, self.shape.num_experts)
         active = int((histogram > 0).sum())
@@ -179,7 +180,7 @@ class Measurement:
         return [row | {"screened": results}]
 
     def combine(self, tokens: int) -> Rows:
-        """Configurations that are there with each combine."""
+        """Compare the combines of configurations that exist with each of them."""
         given = batch, out, _ = self.batch(tokens, "uniform")
         rows, spans = [], []
         for base in [c for c in self.cute if c.combine == "bf16"]:
@@ -192,7 +193,7 @@ class Measurement:
         return [row | {"us": us} for row, us in zip(rows, medians(spans, JUDGING), strict=True)]
 
     def polymorphic(self, tokens: int) -> Rows:
-        """Each block of each polymorphic launch, and the configuration compiled for it alone."""
+        """Compare each block of each polymorphic launch with the configuration that is compiled for it alone."""
         given = batch, out, _ = self.batch(tokens, "uniform")
         rows = []
         for config in polymorphic(self.shape):
@@ -206,7 +207,7 @@ class Measurement:
         return rows
 
     def first_launch(self) -> Rows:
-        """Of two configurations, one after the other, in a process of its own."""
+        """Time the first launches of two configurations, one after the other, in a separate process."""
         script, names = HERE / "cute_first_launch.py", [c.name for c in self.cute.values()][:2]
         command = [sys.executable, str(script), self.model, self.shape.dtype, *names]
         done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=120)
@@ -216,7 +217,7 @@ class Measurement:
         return found
 
     def work(self) -> Iterator[tuple[str, tuple[Any, ...]]]:
-        """Methods and what they are asked for."""
+        """Names of the methods that measure, with their arguments."""
         yield "first_launch", ()
         yield from (("cells", cell) for cell in itertools.product(TOKENS, ROUTINGS))
         yield from (("combine", (tokens,)) for tokens in COMBINE_TOKENS)
@@ -253,7 +254,7 @@ def measure(model: str, dtype: str, folder: Path, deadline: float) -> None:
 
 
 def laid_out(record: dict[str, Any]) -> bytes:
-    """A line for each field, and for each row."""
+    """JSON with a line for each field and for each row."""
     fields = []
     for key, value in record.items():
         body = json.dumps(value, separators=(",", ":"))

@@ -1,4 +1,4 @@
-"""The fused CuTe kernel's tables of the README beside this, from what cute_kernel.py wrote.
+"""Makes the fused CuTe kernel's tables of this folder's README, from the files that cute_kernel.py wrote.
 
 `python profiles/pages.py --write benchmarks` fills the page.
 """
@@ -15,9 +15,9 @@ from pages import Tables, over, table
 
 HERE = Path(__file__).parent
 FLOOR_FACTOR, FLOOR_US, FLOOR_TOKENS = 1.15, 6.0, 16
-"""The aim for few tokens: the byte floor times this, and so much, up to so many tokens."""
+"""The aim for few tokens: at most FLOOR_FACTOR times the byte floor plus FLOOR_US, up to FLOOR_TOKENS tokens."""
 LARGE = 2048
-"""Tokens from which on a batch is large; one of so many counts on either side."""
+"""Tokens from which on a batch is large. A batch of exactly this size counts as both."""
 NEAR = {True: ", near", False: ", not near", None: ""}
 COMBINES = ("bf16", "f32", "rows")
 
@@ -26,7 +26,7 @@ Cell = dict[str, Any]
 
 
 def of(found: Iterable[Record], dtype: str) -> list[Record]:
-    """Those with cells."""
+    """The records of a dtype that have cells."""
     return [record for record in found if record["dtype"] == dtype and record["cells"]]
 
 
@@ -35,12 +35,12 @@ def ratio(cell: Cell, rival: str) -> float:
 
 
 def geomean(values: Iterable[float]) -> str:
-    """ "-" of none."""
+    """The geometric mean, or "-" without values."""
     return f"{statistics.geometric_mean(given):.3f}" if (given := list(values)) else "-"
 
 
 def near(cell: Cell, time: str = "us") -> bool | None:
-    """Whether the aim for few tokens is met; None where there is none."""
+    """Whether the aim for few tokens is met; None for more tokens."""
     if cell["tokens"] > FLOOR_TOKENS:
         return None
     return bool(cell["cute"][time] <= FLOOR_FACTOR * cell["floor_us"] + FLOOR_US)
@@ -59,7 +59,7 @@ def summary(name: str, cells: Sequence[Cell], rival: str) -> list[str]:
 
 
 def summaries(found: Sequence[Record], dtype: str, rival: str) -> Iterable[tuple[list[str], list[Cell]]]:
-    """Of each model, then of all together, with their cells."""
+    """The summary of each model, then of all together, each with its cells."""
     records = of(found, dtype)
     for record in records:
         yield summary(record["model"], record["cells"], rival), record["cells"]
@@ -81,7 +81,7 @@ def models(found: Sequence[Record]) -> str:
 
 
 def contests(found: Sequence[Record], dtype: str, rival: str, name: str) -> str:
-    """A row for each cell."""
+    """The table with a row for each cell."""
     rows = []
     for record in of(found, dtype):
         for cell in record["cells"]:
@@ -153,7 +153,7 @@ def sources(found: Sequence[Record]) -> str:
 
 
 def tables(folder: Path = HERE) -> Tables:
-    """Makers of the page's tables over a folder's files."""
+    """The makers of the page's tables, for a folder's files."""
     makers = (models, cells, combine, polymorphic, bf16, bf16_cells, sources)
     return over(
         lambda: [json.loads(file.read_text()) for file in sorted(folder.glob("cute_h200_*.json"))],

@@ -1,10 +1,11 @@
-"""What the DeepGEMM path takes beyond DeepGEMM's own two GEMMs.
+"""Measure the time that the DeepGEMM path takes beyond DeepGEMM's own two GEMMs.
 
     python deep_gemm_overhead.py OUTPUT.json
 
-For each model and batch size, uniform routing: a CUDA graph of 10 paths, from top-k ids to the combined bf16 output,
-and one of 10 times the two GEMMs on rows that are there already; median of 15 replays each, over 10. Nothing flushes
-L2: the experts' weights, which are larger, do. Weights are random e4m3 with [128, 128] scales.
+Two CUDA graphs are timed for each model and batch size, with uniform routing. One has 10 paths, from top-k ids to the
+combined bf16 output. The other has 10 times the two GEMMs, on rows that exist already. The time is the median of 15
+replays, over 10. Nothing flushes L2 but the experts' weights, which are larger. They are random e4m3 with [128, 128]
+scales.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
-"""What the library takes of the host, on this machine: `python host_times.py` prints milliseconds, the best of some.
+"""Time the library's host code on this machine: `python host_times.py` prints milliseconds, the best of several runs.
 
-No test asks for these: a machine may be slow, or busy.
+No test depends on these times, since a machine may be slow or busy.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ def python(*arguments: str) -> Callable[[], object]:
 
 
 def jobs() -> dict[str, tuple[Callable[[], object], int]]:
-    """By name: the job, and how many calls in a row are timed."""
+    """The jobs by name, each with the number of calls that are timed in a row."""
     dispatcher = Dispatcher.for_model(MODEL, DEVICE)
     histogram = expert_histogram(generate("zipf1.2", 256, 64, 8), 64)
     sweep = max((Path(ramp_moe_profiles.__file__).parent / DEVICE).glob("*/*.json"), key=lambda f: f.stat().st_size)

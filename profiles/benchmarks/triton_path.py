@@ -2,10 +2,11 @@
 
     python triton_path.py fp8 OUTPUT.json [SECONDS]
 
-Each cell: every valid configuration of each GEMM is timed alone (median of 3 launches), the most promising pairs then
-as whole paths, from top-k ids to the combined bf16 output, captured in a CUDA graph: median of 20 replays, each between
-two CUDA events after 256 MiB were written to flush L2. torch grouped_mm is timed the same way in the same run, so that
-figures of another day or machine can be scaled. Weights are random, e4m3 with [128, 128] scales or bf16.
+In each cell, every plausible configuration of each GEMM is timed alone (median of 3 launches). The most promising pairs
+are then timed as whole paths in a CUDA graph, from top-k ids to the combined bf16 output. The time is the median of 20
+replays, each between two CUDA events, after 256 MiB were written to flush L2. torch grouped_mm is timed the same way in
+the same run, so that figures of another day or machine can be scaled. Weights are random: bf16, or e4m3 with [128, 128]
+scales.
 """
 
 from __future__ import annotations
@@ -73,7 +74,7 @@ def median_us(launch: Callable[[], Any], repeats: int) -> float:
 
 
 def graph_us(launch: Callable[[], Any]) -> float:
-    """Replays of a graph of the launch, which ran twice before."""
+    """Median microseconds of replays of a graph of the launch, which runs twice before."""
     side = torch.cuda.Stream()
     side.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(side):
@@ -87,7 +88,7 @@ def graph_us(launch: Callable[[], Any]) -> float:
 
 
 class Stages:
-    """One batch's buffers for one token block, filled as the launches before would have."""
+    """One batch's buffers for one token block, with the contents that the launches before would write."""
 
     def __init__(self, weights: MoEWeights, batch: Batch, block: int, direct: bool) -> None:
         experts, hidden, inter = weights.down.shape
@@ -148,7 +149,7 @@ def plausible(c: GemmConfig, tokens: int, shape: MoEShape) -> bool:
 
 
 def tried(launch: Callable[[], Any]) -> float | None:
-    """Microseconds, None where a configuration does not run."""
+    """Median microseconds of a launch; None if the configuration does not run."""
     try:
         launch()
         return median_us(launch, 3)
@@ -157,7 +158,7 @@ def tried(launch: Callable[[], Any]) -> float | None:
 
 
 def candidates(weights: MoEWeights, batch: Batch, shape: MoEShape) -> Iterator[tuple[float, Path]]:
-    """(sum of its GEMMs' times, path) of every pair of GEMM configurations of a token block."""
+    """Promising paths, each with the sum of its GEMMs' times: pairs of the best GEMM configurations per token block."""
     fp8 = shape.dtype == "fp8"
     variants = [(b, False) for b in blocks(batch.num_tokens, shape)] + [(16, True)] * (batch.num_tokens <= 8)
     for block, direct in variants:
@@ -180,7 +181,7 @@ def candidates(weights: MoEWeights, batch: Batch, shape: MoEShape) -> Iterator[t
 
 
 def grouped_mm(batch: Batch, weights: MoEWeights) -> torch.Tensor:
-    """The layer by torch's grouped GEMM in bf16."""
+    """Compute the layer by torch's grouped GEMM in bf16."""
     ids = batch.topk_ids.flatten().long()
     order = ids.argsort(stable=True)
     counts = torch.zeros(len(weights.gate_up), dtype=torch.int32, device=DEVICE)
@@ -194,7 +195,7 @@ def grouped_mm(batch: Batch, weights: MoEWeights) -> torch.Tensor:
 
 
 def compile_share(work: tuple[int, int, str]) -> None:
-    """Compile every n-th configuration: Triton's cache on disk is shared by processes."""
+    """Compile every n-th configuration. Processes share Triton's cache on disk."""
     first, n, dtype = work
     shape = MoEShape(4, 2, 2048, 1024, dtype)
     weights = random_weights(shape, DEVICE, seed=0)
@@ -214,7 +215,7 @@ def compile_share(work: tuple[int, int, str]) -> None:
 def measure(
     shape: MoEShape, weights: MoEWeights, plain: MoEWeights, tokens: int, kind: str
 ) -> dict[str, str | int | float]:
-    """One cell: the best path, and torch grouped_mm on the bf16 weights `plain`."""
+    """Measure one cell: the best path, and torch grouped_mm on the bf16 weights `plain`."""
     ids, topk_weights = routing(kind, tokens, shape)
     x = torch.randn(tokens, shape.hidden_size, device=DEVICE, dtype=torch.bfloat16)
     batch = Batch(x, ids.to(DEVICE).int(), topk_weights.to(DEVICE))

@@ -1,4 +1,4 @@
-"""The Triton path's table of the README beside this, from what triton_path.py wrote and what other stacks took.
+"""Makes the Triton path's table of this folder's README, from the files of triton_path.py and of other stacks.
 
 `python profiles/pages.py --write benchmarks` fills the page.
 """
@@ -16,7 +16,7 @@ HERE = Path(__file__).parent
 DTYPES = ("fp8", "bf16")
 TOKENS = (1, 8, 32, 128, 512, 2048)
 FEW = 512
-"""Tokens up to which the last row is."""
+"""Most tokens of the last row."""
 
 Cell = tuple[str, int, str]
 """Model, tokens, routing."""
@@ -35,7 +35,7 @@ def ratios(dtype: str) -> dict[Cell, float]:
 
 
 def summary(dtype: str, counts: Callable[[int], bool]) -> list[str]:
-    """Geometric mean, and the worst cell, of those numbers of tokens."""
+    """The geometric mean and the largest of the ratios, over the numbers of tokens that count."""
     values = [ratio for (_, tokens, _), ratio in ratios(dtype).items() if counts(tokens)]
     return [f"{statistics.geometric_mean(values):.3f}", f"{max(values):.3f}"]
 

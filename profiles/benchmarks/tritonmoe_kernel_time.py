@@ -1,10 +1,11 @@
-"""Kernel time of TritonMoE (github bassrehab/triton-kernels) and of the Triton path's static default, both in fp16.
+"""Measure the kernel time of TritonMoE (github bassrehab/triton-kernels) and of the Triton path's default, in fp16.
 
     PYTHONPATH=CHECKOUT_OF_TRITON_KERNELS python tritonmoe_kernel_time.py OUTPUT.json
 
-TritonMoE synchronises with the host twice a forward, so that its latency is the host's; here both are judged by what
-the GPU does: from top-k ids to the combined output, run without a graph, the sum of the kernels' durations as torch's
-profiler records them, median of 10 forwards with 256 MiB written before each to flush L2 (the flush is not counted).
+TritonMoE synchronises with the host twice per forward, so that its latency is the host's. So both are judged by the
+GPU's work alone: the sum of the kernels' durations, as torch's profiler records them. A forward is from top-k ids to
+the combined output, without a graph. The time is the median of 10 forwards. 256 MiB are written before each to flush
+L2, which is not counted.
 """
 
 from __future__ import annotations

@@ -1,22 +1,21 @@
-"""What choosing on the device costs and gains inside CUDA graphs, on one GPU.
+"""Measure what choosing on the device costs and gains inside CUDA graphs, on one GPU.
 
     python benchmark.py --model olmoe-1b-7b [--output FILE]
 
 measures one model, in about 90 s on an H200, and writes h200_olmoe-1b-7b.json beside this, which tables.py reads.
 
-Every time is that of a graph of 48 layers over 48, median of 20 replays between two events. The layers are one layer
-captured 48 times, with random fp8 weights: nothing flushes L2, each call reads the weights that the batch asks for,
-which are several times L2 unless only few experts are asked for; those stay there, for both sides of a comparison.
+Every time is the median of 20 replays of a graph of 48 layers, over 48, between two events. The layers are one layer
+with random fp8 weights, captured 48 times. Nothing flushes L2. Each call reads the weights of the batch's experts,
+which are several times L2. The weights of few experts stay in L2, for both sides of a comparison.
 
-selection    the kernel that chooses, alone, without and with a recorder, and the Triton path's schedule, alone. Beyond
-             as many candidates as the model has, they come again: what a candidate costs alone is then counted, what
-             its parts cost is not.
-bodies       a layer that chooses among so many bodies, whether or not that pays, less the chosen body captured alone:
-             with one routing all the time, and with one that changes at every replay, so that nodes are switched.
-             Memory is the driver's for a layer in the graph. Buffers are torch's: those of one layer on the two
-             streams that captures use, which more captures of it share.
-end to end   skewed routings, never seen by a fit: what is planned, and the cheapest mode with up to 4 bodies whether or
-             not that pays, against the single candidate that was fastest on uniform routing in the same run.
+selection    The kernel that chooses, with and without a recorder, and the Triton path's schedule, each alone. For more
+             candidates than the model has, candidates are repeated. Their parts are then computed only once.
+bodies       A layer that chooses among bodies, whether or not that pays, less the chosen body captured alone. The
+             routing is constant, or changes at every replay, so that nodes are switched. Memory is the driver's for a
+             layer in the graph. Buffers are torch's: those of one layer on the two streams that captures use. Further
+             captures of the layer share them.
+end to end   Skewed routings that no fit has seen. Compared are the plan, the cheapest mode with up to 4 bodies whether
+             or not that pays, and the single candidate that was fastest on uniform routing in the same run.
 """
 
 from __future__ import annotations
@@ -57,7 +56,7 @@ SELECT_TOKENS, CANDIDATES = (64, 512, 2048), (8, 32, 256)
 BODIES, BODY_TOKENS = (2, 4, 8), (32, 512)
 SKEWED = ("zipf1.2", "zipf2.0", "active0.125", "dirichlet0.3", "balancedness0.5")
 SEEDS = (1001, 1002)
-"""Of no profile."""
+"""Seeds of routings that no profile has."""
 
 
 class Measurement:
@@ -69,7 +68,7 @@ class Measurement:
         self.stream = torch.cuda.current_stream()
 
     def take(self, tokens: int) -> None:
-        """Batches of so many tokens from now on."""
+        """Use batches of `tokens` from now on."""
         self.tokens = tokens
         self.x = torch.randn(tokens, self.shape.hidden_size, device="cuda").bfloat16()
         self.ids = self.routing("uniform", 0).clone()
@@ -81,7 +80,7 @@ class Measurement:
         return torch.from_numpy(ids).int().cuda()
 
     def plan(self, mode: str | None, bodies: int | None = None) -> GraphPlan:
-        """What the layer's graphs hold from now on: what pays, or that many bodies."""
+        """Plan the layer's graphs anew. bodies: their number, whether or not they pay; None: as many as pay."""
         with forced(bodies):
             self.layer.graphs = GraphDispatch(self.layer, self.weights, self.model, self.shape.top_k, mode)
             return self.layer.graphs.prepare(self.tokens, torch.bfloat16)
@@ -101,7 +100,7 @@ class Measurement:
         return found
 
     def us(self, launch: Callable[[], None], *routings: torch.Tensor) -> list[float]:
-        """Of a layer, by routing; the routings take turns."""
+        """Microseconds of a layer with each routing. The routings take turns."""
         return self.replayed(self.captured(launch), *routings)
 
     def replayed(self, of: torch.cuda.CUDAGraph, *routings: torch.Tensor) -> list[float]:
@@ -120,7 +119,10 @@ class Measurement:
 
 @contextmanager
 def forced(bodies: int | None) -> Iterator[None]:
-    """Plans with that many bodies, if so many win anywhere, at no price; as they are, where None."""
+    """Context in which plans have up to `bodies` bodies, as if they cost nothing. None: plans are as usual.
+
+    There are fewer if fewer candidates win anywhere.
+    """
     with ExitStack() as patches:
         if bodies is not None:
             free = {mode: {1: 0.0, bodies: 0.0} for mode in dispatch.OVERHEAD_US}
@@ -244,7 +246,7 @@ def main(argv: list[str]) -> None:
 
 
 def rounded(value: Any) -> Any:
-    """Floats to hundredths."""
+    """Round floats to hundredths."""
     if isinstance(value, dict):
         return {k: rounded(v) for k, v in value.items()}
     if isinstance(value, list):

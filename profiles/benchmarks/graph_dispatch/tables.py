@@ -1,4 +1,4 @@
-"""The tables of the README beside this, from what benchmark.py wrote.
+"""Makes the tables of this folder's README from the files that benchmark.py wrote.
 
 `python profiles/pages.py --write graph_dispatch` fills the page.
 """
@@ -17,7 +17,7 @@ from ramp_moe.evaluation.comparison import Ratios
 
 HERE = Path(__file__).parent
 Found = Sequence[dict[str, Any]]
-"""A file each."""
+"""Records, one per file."""
 
 
 def _select(found: Found) -> str:
@@ -51,7 +51,7 @@ def _end_to_end(found: Found) -> str:
 
 
 def tables(folder: Path = HERE) -> Tables:
-    """Makers of the page's tables over a folder's files."""
+    """The makers of the page's tables, for a folder's files."""
     makers = {"selection": _select, "bodies": _bodies, "end_to_end": _end_to_end}
     return over(lambda: [json.loads(file.read_text()) for file in sorted(folder.glob("*.json"))], makers)
 

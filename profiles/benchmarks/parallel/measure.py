@@ -1,4 +1,4 @@
-"""Expert and tensor parallelism of one layer, measured: every rank chooses by the histogram of what it computes itself.
+"""Measure expert and tensor parallelism of one layer. Every rank chooses by the histogram of its own batch.
 
     torchrun --nproc-per-node 2 measure.py [--model NAME] [--tokens N] [--output FILE]
 
@@ -6,9 +6,9 @@ ep: a rank owns E / ranks experts and has tokens of its own. A token travels onc
     experts, with -1 in the place of the others, and one partial sum comes back.
 tp: a rank owns I / ranks of every expert; every rank has all tokens, and the partial sums are added up.
 
-Outputs are held against the float32 reference, as that of one GPU is, rank 0's; one that is too far off ends the run.
-Printed is how far apart the two are. README.md says what is timed on GPUs. Without any (gloo) the layer is tiny, and
-Triton's interpreter runs the kernels.
+The outputs, and that of rank 0 alone, are compared with the float32 reference. One that is too far off ends the run.
+The distance between the two is printed. README.md describes what is timed on GPUs. Without GPUs (gloo) the layer is
+tiny, and Triton's interpreter runs the kernels.
 """
 
 from __future__ import annotations
@@ -46,11 +46,11 @@ from torch import Tensor
 DTYPES = ("bf16", "fp8") if GPU else ("fp8",)  # the interpreter takes its time
 WARM, REPEATS = 3, 20
 FLUSH_BYTES = 2**32
-"""Far more than L2: a GPU zeroes them for a millisecond, in which the host enqueues any kernel's launches."""
+"""Far more than L2. Zeroing them takes a GPU a millisecond, in which the host enqueues any kernel's launches."""
 
 
 def batches(shape: MoEShape, n: int) -> Iterator[tuple[str, list[int], Batch]]:
-    """Names, how many tokens each rank has, and all of them; the same on every rank."""
+    """Yield batches with their names and each rank's number of tokens. They are the same on every rank."""
     ranks, experts, generator = dist.get_world_size(), shape.num_experts, torch.Generator().manual_seed(1)
     for name, tokens, routing, among in (
         ("uniform", [n] * ranks, "uniform", experts),
@@ -70,7 +70,7 @@ def called(layer: LayerRuntime, batch: Batch) -> Tensor:
 
 
 def by_size(layer: LayerRuntime, batch: Batch) -> Candidate:
-    """What the layer chooses for the number of tokens alone."""
+    """The candidate that the layer chooses for the number of tokens alone."""
     layer.host_sync_us, before = math.inf, layer.host_sync_us
     try:
         return layer.choose(batch)
@@ -79,7 +79,7 @@ def by_size(layer: LayerRuntime, batch: Batch) -> Candidate:
 
 
 def run(parallel: ExpertParallel | TensorParallel, batch: Batch) -> tuple[Tensor, dict[str, Any]]:
-    """The output of this rank's tokens `[T, H]`, and what this rank did for it."""
+    """The output of this rank's tokens `[T, H]`, and a record of what this rank did for it."""
     layer, given = parallel.layer, parallel.send(batch)
     out = parallel.collect(called(layer, given))
     histogram = expert_histogram(given.topk_ids, layer.shape.num_experts)
@@ -99,8 +99,10 @@ def run(parallel: ExpertParallel | TensorParallel, batch: Batch) -> tuple[Tensor
 
 
 def timed(*parts: Callable[[Any], Any]) -> list[float]:
-    """Median microseconds of each part, which is given what the one before returned, and of all together. Several are
-    of a kind that all ranks take, and begin together."""
+    """Median microseconds of each part, and of all together. A part gets what the one before returned.
+
+    If there are several parts, all ranks must call this, and they begin together.
+    """
     flush, times = torch.empty(FLUSH_BYTES, dtype=torch.int8, device=DEVICE), []
     for _ in range(WARM + REPEATS):
         if len(parts) > 1:
@@ -118,7 +120,7 @@ def timed(*parts: Callable[[Any], Any]) -> list[float]:
 
 
 def check(found: Tensor, exact: Tensor, dtype: str) -> None:
-    """Raises RuntimeError for an output that is further from the float32 reference than the library allows a kernel."""
+    """Raises RuntimeError if an output is further from the float32 reference than the library allows kernels."""
     if wrong := misfit(found, exact, dtype):
         raise RuntimeError(wrong)
 
@@ -128,12 +130,12 @@ def apart(found: Tensor, other: Tensor) -> float:
 
 
 def compare(shape: MoEShape, n: int) -> Iterator[dict[str, Any]]:
-    """On rank 0, what came of every batch, each way. Raises RuntimeError for a wrong output."""
+    """Compute every batch each way, and yield the records on rank 0. Raises RuntimeError for a wrong output."""
     rank, builder = dist.get_rank(), Builder("auto" if GPU else "h200")
     whole = random_weights(shape, DEVICE, seed=0)  # alike on all ranks
     layers = {way: made(whole, shape.top_k, builder) for way, made in WAYS.items()}
     for parallel in layers.values():
-        parallel.layer.host_sync_us = 0.0  # the histogram decides, even where its gain is less than reading it takes
+        parallel.layer.host_sync_us = 0.0  # the histogram decides, even if reading it takes longer than it gains
     one = builder.layer(whole, shape.top_k) if rank == 0 else None
     if one is not None:
         print(*(f"note: {note}" for note in builder.notes), sep="\n", flush=True)

@@ -1,4 +1,4 @@
-"""The table of the README beside this, from what measure.py wrote on two GPUs.
+"""Makes the table of this folder's README from the files that measure.py wrote on two GPUs.
 
 `python profiles/pages.py --write parallel` fills the page.
 """
@@ -18,7 +18,7 @@ HEAD = ("model", "dtype", "way", "apart", "uniform: whole", "its kernels", "one 
 
 
 def rows() -> list[tuple[str, ...]]:
-    """By file, dtype and way. Microseconds are the slowest rank's; ratios are of every batch and rank."""
+    """A row per file, dtype and way. Microseconds are the slowest rank's. Ratios are over every batch and rank."""
     found = []
     for file in sorted(HERE.glob("h200-x2-*.json")):
         record = json.loads(file.read_text())

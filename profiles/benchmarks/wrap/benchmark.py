@@ -1,10 +1,10 @@
-"""A model of a known architecture, wrapped, against every implementation of experts that Transformers has here.
+"""Compare a wrapped model of a known architecture with every implementation of experts that Transformers has here.
 
     python benchmark.py [--model olmoe-1b-7b] [--dtype bf16] [--minutes 10] [--output FILE]
 
-writes h200-olmoe-1b-7b-bf16.json beside this, named for the GPU, which tables.py reads. Weights are random. In fp8 the
-experts are, block-scaled, as Transformers makes them, and the rest is bf16; compared with are also the implementations
-on the model before that, in bf16. Parts, in their order, until the minutes are over:
+writes h200-olmoe-1b-7b-bf16.json beside this, named for the GPU, which tables.py reads. Weights are random. With fp8,
+the experts alone are block-scaled fp8, as Transformers makes them. The same model in bf16 is then compared, too. Parts,
+in their order, until the minutes are over:
 
 memory     bytes that wrapping adds, after warming up and running, too; seconds that it takes
 layer      the experts alone: a CUDA graph of all of the model's layers, over their number; weights differ from layer to
@@ -12,8 +12,8 @@ layer      the experts alone: a CUDA graph of all of the model's layers, over th
 decode     one step of the whole model with a static cache, in a CUDA graph and eager
 prefill    one pass over a prompt of 2,048 tokens, in a CUDA graph and eager, which is what generate() does
 
-Every time is the median of REPLAYS, between two events. An implementation that cannot be captured, or that needs a
-package which is not there, has its reason in place of its time. All get the same inputs and run on the same stream.
+Every time is the median of REPLAYS, between two events. If an implementation cannot be captured, or needs a missing
+package, that reason replaces its time. All get the same inputs and run on the same stream.
 """
 
 from __future__ import annotations
@@ -51,11 +51,11 @@ NO_GPU = 2
 
 Timer = Callable[[Callable[[], Any]], float]
 Result = float | str
-"""Microseconds, or why there are none."""
+"""Microseconds, or the reason why there are none."""
 
 
 def qwen3() -> Any:
-    """Qwen3-30B-A3B."""
+    """Make Qwen3-30B-A3B."""
     sizes = {"hidden_size": 2048, "moe_intermediate_size": 768, "num_hidden_layers": 48, "vocab_size": 151936}
     heads = {"num_attention_heads": 32, "num_key_value_heads": 4, "head_dim": 128}
     return built(Qwen3MoeConfig(num_experts=128, num_experts_per_tok=8, norm_topk_prob=True, **sizes, **heads))
@@ -65,8 +65,10 @@ MODELS = {"olmoe-1b-7b": olmoe, "qwen3-30b-a3b": qwen3}
 
 
 def in_fp8(model: Any) -> Any:
-    """A model of which the experts are this one's in block-scaled fp8, as Transformers makes them of a checkpoint, and
-    the rest is shared with it: Transformers' linear layers in fp8 need packages that it downloads."""
+    """A copy of a model with experts in block-scaled fp8, as Transformers makes them from a checkpoint.
+
+    The rest is shared with the model, in bf16: Transformers' fp8 linear layers need packages that it downloads.
+    """
     with torch.device("meta"):
         found = AutoModelForCausalLM.from_config(model.config, dtype=DTYPE).eval()
     experts = [name for name, _ in model.named_modules() if name.endswith(".experts")]
@@ -93,7 +95,7 @@ class Benchmark:
         others = ["eager", *sorted(set(ALL_EXPERTS_FUNCTIONS.keys()) - {OURS})]
         self.runs = {name: (self.model, name) for name in (OURS, *others)}
         self.plain = self.model
-        """In bf16."""
+        """The model in bf16."""
         if dtype == "fp8":
             self.runs |= {f"{name}, bf16": (self.model, name) for name in others}
             self.model = in_fp8(self.plain)
@@ -112,7 +114,7 @@ class Benchmark:
         return time.perf_counter() < self.ends
 
     def each(self, measure: Callable[[Any], float], in_graph: bool) -> dict[str, Result]:
-        """Of every implementation, given its model."""
+        """Measure every implementation on its model. Returns the results by name."""
         found: dict[str, Result] = {}
         for name, (model, implementation) in self.runs.items():
             if in_graph and implementation == "eager":
@@ -172,8 +174,10 @@ class Benchmark:
                 yield {"way": way, "us": self.each(partial(measure, time_of), way == "graph")}
 
     def agreement(self) -> dict[str, float]:
-        """Relative distance of the logits from those of grouped_mm. Beside ours that of batched_mm: roundings turn near
-        ties of the routers, which random weights are full of."""
+        """Relative distance of the logits from those of grouped_mm, for ours and for batched_mm.
+
+        Random weights make many near ties of the routers, which roundings decide. batched_mm shows their effect.
+        """
         ids = prompt(self.model, 1, 128)
 
         def logits(model: Any, name: str) -> torch.Tensor:
@@ -186,7 +190,7 @@ class Benchmark:
 
 
 def captured(run: Callable[[], Any]) -> float:
-    """Microseconds of a replay of a graph of it, captured on the current stream, for which buffers are there."""
+    """Microseconds of a replay of `run` as a graph. It is captured on the current stream, after runs on it."""
     for _ in range(WARM):
         run()
     torch.cuda.synchronize()
@@ -210,7 +214,7 @@ def timed(run: Callable[[], Any]) -> float:
 
 @torch.no_grad()
 def measure(model: str, dtype: str, minutes: float) -> dict[str, Any]:
-    """On the current stream, which is not the default one: that cannot be captured."""
+    """Measure a model on the current stream. It must not be the default one, which cannot be captured."""
     b = Benchmark(model, dtype, minutes)
     found: dict[str, Any] = {
         "model": model,

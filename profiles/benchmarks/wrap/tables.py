@@ -1,4 +1,4 @@
-"""The tables of the README beside this, from what benchmark.py wrote.
+"""Makes the tables of this folder's README from the files that benchmark.py wrote.
 
 `python profiles/pages.py --write wrap` fills the page.
 """
@@ -15,9 +15,9 @@ from pages import Tables, over, table
 HERE = Path(__file__).parent
 OURS = "ramp_moe"
 Found = Sequence[dict[str, Any]]
-"""A file each."""
+"""Records, one per file."""
 GROUPED = {"bf16": "grouped_mm", "fp8": "grouped_mm, bf16"}
-"""torch's grouped GEMM, which has no block-scaled fp8."""
+"""Names of torch's grouped GEMM, which computes no block-scaled fp8."""
 
 
 def of(f: dict[str, Any]) -> tuple[str, str]:
@@ -25,7 +25,10 @@ def of(f: dict[str, Any]) -> tuple[str, str]:
 
 
 def against(us: dict[str, float | str], other: str | None = None) -> list[str]:
-    """Our microseconds, those of `other` or else of the best of Transformers' own, its name, and their ratio."""
+    """Our microseconds, those of another implementation, its name, and the ratio.
+
+    other: the other one; None: the fastest of Transformers' own.
+    """
     rest = {k: v for k, v in us.items() if k != OURS and isinstance(v, float) and other in (None, k)}
     ours = us[OURS]
     if not isinstance(ours, float) or not rest:
@@ -66,7 +69,7 @@ def _memory(found: Found) -> str:
 
 
 def tables(folder: Path = HERE) -> Tables:
-    """Makers of the page's tables over a folder's files."""
+    """The makers of the page's tables, for a folder's files."""
     makers = {"memory": _memory, "layer": _layer, "decode": _decode, "prefill": _prefill}
     return over(lambda: [json.loads(file.read_text()) for file in sorted(folder.glob("*.json"))], makers)
 
