@@ -22,7 +22,6 @@ from ..registry.registry import ALLOW_LIST, Registry, get_registry
 from ..spec.hardware import Hardware, identify
 from ..spec.kernel import Kernel, why_unsupported
 from ..spec.launchable import LaunchableKernel
-from ..spec.shapes import DTYPE_BYTES
 from ..version import DISTRIBUTION, __version__
 from .listing import why_unavailable
 from .options import json_option
@@ -143,7 +142,7 @@ def _why_not(registry: Registry, kernel: Kernel, known: Sequence[Hardware]) -> s
         return "it is only described; there is nothing to launch"
     reason = why_unavailable(kernel)
     for hardware in known if reason is None else ():
-        for dtype in DTYPE_BYTES:
+        for dtype in kernel.formats:
             reason = why_unsupported(kernel, registry.shape(ASKED_MODEL, dtype), hardware)
             if reason is None:
                 return None

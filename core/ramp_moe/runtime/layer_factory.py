@@ -17,6 +17,7 @@ from ..errors import HardwareError, KernelError, ProfileError
 from ..registry.detect import detect
 from ..registry.registry import Registry, get_registry
 from ..spec.hardware import Hardware
+from ..spec.kernel import why_unsupported
 from ..spec.launchable import LaunchableKernel, MoEWeights, Workspace
 from ..spec.shapes import MoEShape
 from .layer import LayerRuntime
@@ -62,6 +63,8 @@ class Builder:
         ep_size: that of the options if None.
         """
         options = self.options
+        if options.activations is not None and weights.stored.scale is not None:
+            weights = replace(weights, activations=options.activations)
         shape, device = weights.shape(top_k), weights.gate_up.device
         plan = self._plans.get((shape, device))
         first = plan is None
@@ -110,9 +113,9 @@ class Builder:
         """The kernels that run here, of those asked for, and what is recorded of them."""
         registry = copy.copy(get_registry())
         kernels = self._asked_for(registry)
-        usable = [k for k in kernels if not (k.unsupported(shape, hardware) or k.unavailable())]
+        usable = [k for k in kernels if not (why_unsupported(k, shape, hardware) or k.unavailable())]
         if not usable:
-            reasons = "; ".join(f"{k.name}: {k.unsupported(shape, hardware) or k.unavailable()}" for k in kernels)
+            reasons = "; ".join(f"{k.name}: {why_unsupported(k, shape, hardware) or k.unavailable()}" for k in kernels)
             raise KernelError(f"no kernel can compute {shape.slug} on {hardware.name} ({reasons or 'none was named'})")
         if self.options.cost_model is not None:
             return self._known(hardware, usable, self.options.cost_model)

@@ -66,7 +66,7 @@ class MoELayer(torch.nn.Module):
         self.router = router
         builder = Builder(device, options)
         names = {field: field for field in given}
-        of = {"activation": weights.activation, "layout": weights.layout, "limit": weights.limit}
+        of = {what: getattr(weights, what) for what in ("activation", "layout", "limit", "format", "activations")}
         WrappedExperts(self, Experts(MoELayer, **names, top_k=top_k, **of), top_k, builder).take(self)  # type: ignore[arg-type]
 
     @property

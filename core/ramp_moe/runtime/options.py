@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from ..cost_model.model import CostModel
 from ..errors import KernelError, UnknownNameError
+from ..spec.formats import ENDINGS
 
 if TYPE_CHECKING:
     from ..spec.launchable import LaunchableKernel
@@ -30,9 +31,11 @@ class DispatchOptions:
     host_sync_us: microseconds that reading a batch's histogram back costs. A batch size for which that is predicted to
         gain less gets one kernel. 0: it is always read; math.inf: never. None: 300 on a GPU, 0 elsewhere.
     ep_size: ranks that share the experts, of which the layer has one rank's.
+    activations: what kernels may at most round activations of quantised weights to, "bf16" (16 bits: nothing) or "fp8".
+        It changes the accuracy. None: what the weights say, which by default is what the engines that serve them do.
     checked: read the ids of every batch back, and raise RoutingError for one out of range instead of skipping it.
 
-    Raises KernelError for a value that cannot be, UnknownNameError for a mode that does not exist.
+    Raises KernelError for a value that cannot be, UnknownNameError for a mode or a rounding that does not exist.
     """
 
     kernels: Sequence[LaunchableKernel | str] | None = None
@@ -42,6 +45,7 @@ class DispatchOptions:
     mode: str | None = None
     host_sync_us: float | None = None
     ep_size: int = 1
+    activations: str | None = None
     checked: bool = False
 
     def __post_init__(self) -> None:
@@ -59,6 +63,8 @@ class DispatchOptions:
             raise KernelError(f"host_sync_us must be microseconds of at least 0, or None, not {wait!r:.60}")
         if not (self.cost_model is None or isinstance(self.cost_model, CostModel)):
             raise KernelError(f"cost_model must be a CostModel or None, not {self.cost_model!r:.60}")
+        if self.activations is not None and self.activations not in ENDINGS:
+            raise UnknownNameError("rounding of activations", str(self.activations), ENDINGS)
         if self.mode is not None and self.mode not in MODES:
             raise UnknownNameError("mode of dispatch in graphs", str(self.mode), MODES)
         if not isinstance(self.checked, bool):

@@ -100,13 +100,13 @@ class WrappedExperts:
     def taken(self, dtype: torch.dtype) -> torch.dtype:
         """The dtype in which the layer takes hidden states of `dtype`.
 
-        It is the dtype of its weights. fp8 weights take bf16 and fp16 as they are, and any other dtype as bf16.
+        It is the dtype of its weights. Quantised weights take bf16 and fp16 as they are, and any other dtype as bf16.
         """
         import torch
 
-        weights = self.layer.held[0].gate_up.dtype
-        if weights.itemsize > 1:
-            return weights
+        held = self.layer.held[0]
+        if held.stored.scale is None:
+            return held.gate_up.dtype
         return dtype if dtype in (torch.bfloat16, torch.float16) else torch.bfloat16
 
     def take(self, module: Module, others: Mapping[int, list[tuple[str, Tensor]]] | None = None) -> None:

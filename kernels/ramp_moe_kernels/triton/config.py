@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Literal
 
-from ramp_moe.plugin import DTYPE_BYTES, GridGeometry, Hardware, MoEShape, scale_blocks
+from ramp_moe.plugin import GridGeometry, Hardware, MoEShape, scale_blocks
 
 Gemm = Literal["up", "down"]
 
@@ -118,7 +118,7 @@ def invalid(gemm: Gemm, config: GemmConfig, shape: MoEShape, hardware: Hardware,
         return f"an fp8 step is one scale group of {group}"
     if fp8 and group % c.block_n:
         return "a weight tile must lie within one scale block"
-    row_bytes = c.block_k * DTYPE_BYTES[shape.dtype]
+    row_bytes = c.block_k * shape.format.bits // 8
     tiles = c.stages * (c.block_m + matrices * c.block_n) * row_bytes
     if quantise:
         tiles += (c.stages + 1) * c.block_m * row_bytes

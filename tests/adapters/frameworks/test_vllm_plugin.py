@@ -16,9 +16,9 @@ import torch
 import vllm_cases  # noqa: F401  (before anything of vllm's)
 from moe_cases import H200, batch, error, expected, weights
 from ramp_moe import KernelError
+from ramp_moe.runtime.formats import dequantise
 from ramp_moe.runtime.layer_factory import Builder, LayerPlan
 from ramp_moe.runtime.placeholder import Placeholder
-from ramp_moe.runtime.reference import dequantise
 from ramp_moe.runtime.relayout import relayout
 from ramp_moe.spec.launchable import Batch, MoEWeights
 from ramp_moe_adapters.frameworks import vllm as plugin

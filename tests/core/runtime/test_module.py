@@ -324,6 +324,7 @@ WRONG: dict[str, list[Any]] = {
     "mode": ["fast", 3],
     "host_sync_us": [-1, math.nan, True, "3"],
     "ep_size": [0, 2.0, None],
+    "activations": ["int8", "fp16", 8],
     "checked": [1, None, "no"],
 }
 

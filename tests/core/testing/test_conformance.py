@@ -45,6 +45,7 @@ def test_a_right_kernel_passes() -> None:
 
 BROKEN: dict[str, tuple[Kernel, str, str]] = {
     "an impossible name": (cases.Misnamed(), "name", "name is 'no such, name'"),
+    "an unknown format": (cases.Misspelt(), "name", r"formats is \('bf16', 'mxpf4'\); name formats"),
     "a generic reason": (cases.Gruff(), "reasons", "'this dtype is not supported', which does not say why"),
     "a word for a reason": (cases.Curt(), "reasons", "'fp8', which does not say why"),
     "two names alike": (cases.Twins(), "configs", "names two configurations alike"),

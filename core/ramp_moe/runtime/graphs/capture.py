@@ -442,8 +442,7 @@ class GraphDispatch:
             return _Fault(f"raised {type(e).__name__}: {e}")
         if not (guarded[0] == GUARD).all() or not (guarded[-1] == GUARD).all():
             return _Fault("wrote outside its output", wrong=True)
-        dtype = {torch.float8_e4m3fn: "fp8", torch.float16: "fp16"}.get(self._weights.gate_up.dtype, "bf16")
-        if wrong := misfit(guarded[1 : 1 + len(expected)], expected, dtype):
+        if wrong := misfit(guarded[1 : 1 + len(expected)], expected, self._weights.stored.name):
             return _Fault(f"wrong output: {wrong}", wrong=True)
         return None
 
