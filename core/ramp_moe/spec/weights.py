@@ -147,7 +147,7 @@ class MoEWeights:
             raise ShapeError(f"{found.weights} weights are {found.element}, gate_up is {dtype}; correct the format")
         return found
 
-    @property
+    @functools.cached_property
     def sizes(self) -> tuple[int, int, int]:
         """E, H and I, whatever shape packed tensors have."""
         experts, rows, columns = self.gate_up.shape
