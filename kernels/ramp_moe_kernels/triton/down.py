@@ -16,6 +16,7 @@ from .gemm import (
     _load_x,
     _most_tiles,
     _product,
+    _row_bytes,
     _scale_blocks,
     _scaled,
     _sorted_ids,
@@ -93,7 +94,7 @@ def _down(
             w_ptrs = w_ptr + expert * H * I + safe[:, None].to(tl.int64) * I + k
         else:
             packed = split * (C.BK // 2) + tl.arange(0, C.BK // 2)
-            w_ptrs = w_ptr + (expert * H + safe)[:, None] * (I // 2) + packed
+            w_ptrs = w_ptr + (expert * H + safe)[:, None] * _row_bytes(I) + packed
             s_ptr = ws_ptr + (expert * H + safe) * (I // SCALE)
         if FP8 and not QUANTISE:
             as_ptrs = as_ptr + wide * _scale_blocks(I, C.BK, RAGGED) + split

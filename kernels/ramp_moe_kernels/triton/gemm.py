@@ -139,6 +139,12 @@ def _e8m0(byte):
 
 
 @triton.jit
+def _row_bytes(columns):
+    """Bytes of a row of 4-bit weights, of whole groups of 32: what is said of them decides how wide loads are."""
+    return tl.multiple_of(columns // 2, 16)
+
+
+@triton.jit
 def _load_packed(ptrs, s_ptrs, step, left, dtype: tl.constexpr, C: tl.constexpr, PACKED: tl.constexpr,
                  SCALE: tl.constexpr):  # fmt: skip
     """Weights [BN, BK] of 4 bits as `dtype`, of which `left` columns are left in the reduction.

@@ -16,6 +16,7 @@ from .gemm import (
     _load_x,
     _most_tiles,
     _product,
+    _row_bytes,
     _scale_blocks,
     _scaled,
     _sorted_ids,
@@ -129,8 +130,8 @@ def _up(
             up_ptrs = gate_ptrs + to_up * H.to(tl.int64)
         else:
             first = expert * 2 * I + gate_row
-            gate_ptrs = w_ptr + first[:, None] * (H // 2) + split * (C.BK // 2) + tl.arange(0, C.BK // 2)
-            up_ptrs = gate_ptrs + to_up * (H // 2).to(tl.int64)
+            gate_ptrs = w_ptr + first[:, None] * _row_bytes(H) + split * (C.BK // 2) + tl.arange(0, C.BK // 2)
+            up_ptrs = gate_ptrs + to_up * _row_bytes(H).to(tl.int64)
             gs_ptr = ws_ptr + first * (H // SCALE)
             us_ptr = gs_ptr + to_up * (H // SCALE).to(tl.int64)
         if FP8 and not QUANTISE_X:
