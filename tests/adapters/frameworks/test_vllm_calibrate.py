@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, ClassVar
@@ -22,10 +21,9 @@ from ramp_moe.spec.launchable import Batch, MoEWeights
 from ramp_moe.spec.routing import IntArray
 from ramp_moe_adapters.frameworks import vllm as plugin
 from ramp_moe_kernels.triton.kernel import TritonMoE
-from vllm import logger as vllm_logger
 from vllm.model_executor.custom_op import op_registry_oot
 from vllm.model_executor.layers.fused_moe.experts.triton_moe import TritonExperts
-from vllm_cases import DEVICE, experts_of, run
+from vllm_cases import DEVICE, experts_of, run, said_by_plugin
 
 pytestmark = pytest.mark.skipif(DEVICE == "cuda", reason="with made-up times; others are measured there")
 
@@ -79,18 +77,8 @@ def times(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Callable[[Callable
 
 @pytest.fixture
 def said() -> Iterator[list[str]]:
-    found: list[str] = []
-    handler = logging.Handler(logging.INFO)
-    handler.emit = lambda record: found.append(record.getMessage())  # type: ignore[method-assign]
-    logger = logging.getLogger("vllm.ramp_moe")
-    vllm_logger._print_warning_once.cache_clear()
-    vllm_logger._print_info_once.cache_clear()
-    level = logger.level
-    logger.setLevel(logging.INFO)
-    logger.addHandler(handler)
-    yield found
-    logger.removeHandler(handler)
-    logger.setLevel(level)
+    with said_by_plugin() as found:
+        yield found
 
 
 def layer(dtype: str = "fp16") -> MoEWeights:
