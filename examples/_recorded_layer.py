@@ -13,7 +13,7 @@ from ramp_moe.errors import ProfileError
 from ramp_moe.profiler.bench import random_weights
 from ramp_moe.registry.detect import detect
 from ramp_moe.runtime.layer import LayerRuntime
-from ramp_moe.spec.launchable import LaunchableKernel, MoEWeights
+from ramp_moe.spec.launchable import LaunchableKernel, MoEWeights, obstacle
 
 MODELS = ("olmoe-1b-7b", "qwen3-30b-a3b", "deepseek-v3-tp8", "mixtral-8x7b-tp4")
 NO_GPU = 2
@@ -51,7 +51,7 @@ def recorded_layer(name: str) -> Recorded:
         for kernel in registry.kernels.values()
         if isinstance(kernel, LaunchableKernel)
         and kernel.graph_safe
-        and not (kernel.unsupported(shape, hardware) or kernel.unavailable())
+        and obstacle(kernel, shape, hardware) is None
         and store.find(kernel.name, shape, hardware)
     ]
     if not kernels:

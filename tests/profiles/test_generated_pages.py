@@ -26,14 +26,14 @@ def test_the_page_is_what_is_computed(name: str) -> None:
 
 @pytest.mark.parametrize("readme", sorted(pages.HERE.glob("*/**/README.md")), ids=lambda f: f.parent.name)
 def test_every_table_is_generated(readme: Path) -> None:
-    """None is left behind by a script that does not make it any more, and each has rows."""
+    """None is left behind by a script that does not make it any more, and each has rows or says that it has none."""
     tables = re.findall(r"<!-- table: (\w+) -->\n(.*?)<!-- end: (\w+) -->", readme.read_text(), re.DOTALL)
     made = {name for script in pages.scripts()[readme.parent.name] for name in pages.load(script).TABLES}
     assert {name for name, _, _ in tables} == made
     assert readme.read_text().count("<!-- table: ") == len(tables)
     for start, text, end in tables:
         assert start == end
-        assert text.count("\n|") > 2, f"{start} is empty"
+        assert text.count("\n|") >= 2 or text.strip() == pages.UNMEASURED, f"{start} is empty"
 
 
 @pytest.mark.slow

@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from ramp_moe.spec.launchable import Batch, MoEWeights
+from ramp_moe_adapters.frameworks.sglang import model as whole
 from ramp_moe_adapters.frameworks.sglang import runner as plugin
 from sglang.srt.layers.moe.fused_moe_triton.layer import FusedMoE
 from sglang.srt.layers.moe.topk import StandardTopKOutput
@@ -22,7 +23,7 @@ from sglang.srt.runtime_context import get_context, get_parallel
 def selected(backend: str = plugin.NAME, ranks: int = 1, rank: int = 0, **options: Any) -> Iterator[None]:
     """As in one of so many processes of a server that was started with `--moe-runner-backend` and these options; ranks
     share the experts. In place of the group that they talk in there is its size."""
-    plugin.install()
+    whole.install()
     HookRegistry.apply_hooks()  # with what it loads, `load_plugins` does so
     group = SimpleNamespace(world_size=ranks)
     sizes = {"tp_size": ranks, "attn_tp_size": ranks, "moe_ep_size": ranks, "moe_tp_size": 1}

@@ -8,15 +8,19 @@ from __future__ import annotations
 import difflib
 import os
 import platform
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from importlib import metadata
 from pathlib import Path
 from typing import Any
 
 import click
+import msgspec
 
 from ..dispatch.profile_store import FIT_SUFFIX, user_data_dir
-from ..errors import HardwareError, RampMoEError, describe
+from ..errors import HardwareError, RampMoEError, ShapeError, describe
+from ..measurements.calibration_file import PlanRow, records
+from ..measurements.calibration_file import folder as calibrations
+from ..measurements.plan_table import table
 from ..profiler.gpu import installed_gpus
 from ..registry.registry import ALLOW_LIST, Registry, get_registry
 from ..spec.hardware import Hardware, identify
@@ -41,15 +45,23 @@ Section = list[dict[str, Any]]
 
 
 @click.command()
+@click.option("--model", help="Add what servers on this machine do with each batch size of this model's layers.")
 @json_option
-def env(as_json: bool) -> None:
+def env(model: str | None, as_json: bool) -> None:
     """Describe this installation: versions, GPUs, kernels, caches, plugins and settings. Paste it into a bug report."""
+    shapes = None if model is None else _slugs(model)
     found = dict(_sections())
+    if shapes is not None:
+        found["plans"] = _plans(shapes)
     if as_json:
         print_json(found)
         return
     for title, rows in found.items():
         say(title)
+        if title == "plans":
+            for line in _plan_lines(rows):
+                say(f"  {line}")
+            continue
         for line in _lines(rows) or ["none"]:
             say(f"  {line}")
 
@@ -167,6 +179,37 @@ def _content(folder: Path) -> dict[str, Any]:
         files += len(names)
         bytes_ += sum(os.lstat(os.path.join(place, name)).st_size for name in names)
     return {"folder": str(folder), "files": files, "bytes": bytes_}
+
+
+def _slugs(model: str) -> set[str]:
+    """Slugs of the model's layers in every dtype. Raises UnknownNameError, or ShapeError if a shard does not divide."""
+    registry, found = get_registry(), set[str]()
+    failed: ShapeError | None = None
+    for dtype in DTYPE_BYTES:
+        try:
+            found.add(registry.shape(model, dtype).slug)
+        except ShapeError as e:  # a slug says its dtype itself
+            failed = e
+    if failed is not None and not found:
+        raise failed
+    return found
+
+
+def _plans(shapes: Collection[str]) -> Section:
+    """What was calibrated of these shapes, by the cache: servers write it when they load a model."""
+    return [msgspec.to_builtins(record) for record in records() if record.key["shape"] in shapes]
+
+
+def _plan_lines(plans: Section) -> Iterator[str]:
+    if not plans:
+        yield f"no server has measured the model here yet: {calibrations()} has nothing of it"
+    for plan in plans:
+        key, state = plan["key"], "complete" if plan["complete"] else "cut short; the next start goes on"
+        where = f"{key['shape']} on {key['gpu']}, driver {key['driver']}"
+        yield f"{where}, in {key['engine']} {key.get('vllm', '')}: {state}"
+        yield from (f"  {line}" for line in table([PlanRow(**row) for row in plan["plan"]], key["engine"]))
+        if plan["left"]:
+            yield f"  {plan['left']}"
 
 
 def _engines(registry: Registry) -> Section:

@@ -53,7 +53,8 @@ Steps:
     z has three coordinates: log of the routed ids, of the active experts, and of count(the residual's block for this
     candidate), each times its unit. A count of 0 is taken for 1. unit = SCALES of that coordinate / the standard
     deviation of its logs over the fitted batches (population, at least 1e-9). |.| is the Euclidean norm; log is the
-    natural one.
+    natural one. A model for one batch size (`CostModel.at`) multiplies every candidate, known or not, by a factor that
+    was measured (`correction`); a table adds its logarithm to the constant.
 7.  Choice. The contenders are all candidates, but of a kernel with a residual only those that it knows. The least us
     is chosen; of equal ones the first in the model's order. CostTable holds contenders only, in the order given.
 8.  Others. Who is no contender is predicted at least the next float above the fastest contender (numpy only).

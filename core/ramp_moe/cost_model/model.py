@@ -12,6 +12,7 @@ on the relative error. Rows are weighted by 1 / time, so that 3% count the same 
 
 from __future__ import annotations
 
+import copy
 import itertools
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -27,6 +28,7 @@ from ..spec.hardware import Hardware
 from ..spec.kernel import PREPARATION, STAGE_KINDS, KernelConfig
 from ..spec.routing import FloatArray, IntArray
 from ..spec.shapes import MoEShape
+from .correction import Corrections
 from .grids import Grids
 from .residual import Correction, Residual
 
@@ -219,12 +221,14 @@ class CostModel:
         measured: Sequence[str],
         histograms: IntArray | None = None,
         residuals: Sequence[Residual] = (),
+        corrections: Corrections | None = None,
     ) -> None:
         """Combine fits into candidates.
 
         stages: kinds of columns that the times are made of ("path" for whole paths). A candidate's other stages are
         left out. measured: says, a line each, where and when the times were recorded. histograms: the batches that were
         fitted to, `[batches, num_experts]`, if they are at hand. residuals: correct the candidates that they know.
+        corrections: by batch size; they take part in the model that `at` makes.
         """
         if not candidates:
             raise KernelError(f"no candidate to predict for {shape.label} on {hardware.name}")
@@ -251,6 +255,13 @@ class CostModel:
         if corrected:
             names = [self.candidates[i].name for i in self.contenders]
             self._correction = Correction(self.residuals, names, self._contending.grids.blocks.tolist())
+        self.corrections = corrections
+        self.num_tokens: int | None = None
+        """The batch size that `corrections` are applied for; None if they are not."""
+        self.log_factors: FloatArray = np.zeros(len(self.candidates))
+        """Natural logarithms `[candidates]` of what the times are multiplied by."""
+        self._factors: FloatArray | None = None
+        self._by_tokens: dict[int, CostModel] = {}
 
     @property
     def num_experts(self) -> int:
@@ -260,6 +271,23 @@ class CostModel:
     def covered(self) -> tuple[str, ...]:
         """Kinds of columns that the times contain."""
         return tuple(s for s in self.stages if s != IDS)
+
+    def corrected(self, corrections: Corrections) -> CostModel:
+        """The same model with these corrections."""
+        found = copy.copy(self)
+        found.corrections, found._by_tokens = corrections, {}
+        return found
+
+    def at(self, num_tokens: int) -> CostModel:
+        """The model for batches of `num_tokens`, corrected by what was measured; itself without corrections."""
+        if self.corrections is None or self.num_tokens is not None:
+            return self
+        if num_tokens not in self._by_tokens:
+            found = self._by_tokens[num_tokens] = copy.copy(self)
+            found.num_tokens = num_tokens
+            found.log_factors = self.corrections.at([c.name for c in self.candidates], num_tokens)
+            found._factors = np.exp(found.log_factors)
+        return self._by_tokens[num_tokens]
 
     def cost(self, histograms: IntArray) -> FloatArray:
         """Predict microseconds `[..., candidates]` for checked histograms int64 `[..., num_experts]`."""
@@ -278,6 +306,8 @@ class CostModel:
         us = contending.us(counts, ctas)
         if self._correction is not None:
             us *= self._correction.factors(counts if counts[0] else np.ones_like(counts))
+        if self._factors is not None:
+            us = us * self._factors[self.contenders]
         best = int(us.argmin())
         return int(self.contenders[best]), float(us[best]), contending.is_outside(best, counts, ctas)
 
@@ -298,7 +328,7 @@ class CostModel:
     def _with(self, kept: Sequence[Candidate]) -> CostModel:
         if len(kept) == len(self.candidates):
             return self
-        return CostModel(
+        found = CostModel(
             self.shape,
             self.hardware,
             self.form,
@@ -308,16 +338,22 @@ class CostModel:
             self.measured,
             self.histograms,
             self.residuals,
+            self.corrections,
         )
+        return found if self.num_tokens is None else found.at(self.num_tokens)
 
     def _cost(self, histograms: IntArray, us: FloatArray) -> FloatArray:
         """Correct `us`, the times by the terms alone. A candidate that is no contender stays behind the fastest
         contender."""
+        if self._factors is not None:
+            us = us * self._factors
         if self._correction is None:
             return us
         counts = self._contending.grids.count(histograms)
         corrected = self._contending.us(counts, self._contending.grids.ctas(counts))
         corrected *= self._correction.factors(np.maximum(counts, 1.0))
+        if self._factors is not None:
+            corrected = corrected * self._factors[self.contenders]
         us = np.maximum(us, np.nextafter(corrected.min(-1, keepdims=True), np.inf))
         us[..., self.contenders] = corrected
         return us

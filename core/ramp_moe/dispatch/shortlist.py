@@ -135,12 +135,18 @@ def choice_by_batch_size(model: CostModel, num_tokens: int, read_back_us: float,
     known = _choices.setdefault(model, {})
     key = size, read_back_us, ep_size
     if key not in known:
-        doublings = max(0, (size - 1).bit_length() - DRAWN.bit_length() + 1)
-        of_fewer = representative(size >> doublings, model.shape.num_experts, model.shape.top_k, ep_size)
+        met = met_at(size, model.shape.num_experts, model.shape.top_k, ep_size)
         prices = {1: 0.0, 2: read_back_us, MOST: read_back_us} if read_back_us < math.inf else {1: 0.0}
-        short = shortlist(model, size, prices, max(prices), histograms=of_fewer << doublings)
+        short = shortlist(model.at(size), size, prices, max(prices), histograms=met)
         known[key] = None if short.pays else model.candidates[short.columns[0]]
     return known[key]
+
+
+def met_at(num_tokens: int, num_experts: int, top_k: int, ep_size: int = 1) -> IntArray:
+    """The `representative` histograms; those of fewer tokens, scaled, for more than DRAWN tokens. It then takes
+    hundredths of a second, as large batches spread alike."""
+    doublings = max(0, (num_tokens - 1).bit_length() - DRAWN.bit_length() + 1)
+    return representative(num_tokens >> doublings, num_experts, top_k, ep_size) << doublings
 
 
 @lru_cache(maxsize=128)

@@ -76,6 +76,8 @@ class Batch:
     steps: int = 1
     changed: float = 0.0
     """Share of the steps whose histogram choice differs from the static one."""
+    runs: float = 1.0
+    """How often batches of this kind ran, by which speed-ups over a trace are weighted."""
 
     @property
     def speedup(self) -> float:
@@ -101,8 +103,9 @@ class Ratios:
     max: float
 
     @classmethod
-    def of(cls, ratios: FloatArray) -> Ratios:
-        return cls(float(np.exp(np.log(ratios).mean())), float(ratios.min()), float(ratios.max()))
+    def of(cls, ratios: FloatArray, weights: Sequence[float] | None = None) -> Ratios:
+        mean = np.average(np.log(ratios), weights=weights)
+        return cls(float(np.exp(mean)), float(ratios.min()), float(ratios.max()))
 
 
 @dataclass(frozen=True, slots=True)
@@ -397,14 +400,14 @@ def compare_trace(replay: Replay, trace: Trace, form: str = DEFAULT_FORM) -> Com
     model = tune.fit(form=form)
     table = static_table(tune.times_us, tune.labels)
     batches, outside, total, left = [], 0, 0, 0
-    for routing, count, sizes, histograms in _trace_batches(trace, shape.num_experts):
+    for routing, count, sizes, histograms, runs in _trace_batches(trace, shape.num_experts):
         left += count - len(sizes)
         prediction = model.predict(histograms)
         static = np.array([table_choice(table, size) for size in sizes])
         chosen = prediction.us.argmin(1)
         outside += int(prediction.extrapolated[np.arange(len(chosen)), chosen].sum())
         total += len(chosen)
-        batches.append(_trace_batch(model, routing, max(sizes), histograms, static, chosen, prediction.us))
+        batches.append(_trace_batch(model, routing, max(sizes), histograms, static, chosen, prediction.us, runs))
     notes = [
         *replay.notes,
         "times are predictions of the cost model, so the speed-up is at least 1 by construction; "
@@ -426,32 +429,44 @@ def compare_trace(replay: Replay, trace: Trace, form: str = DEFAULT_FORM) -> Com
         stages_left_out=replay.stages_left_out,
         batches=batches,
         baselines={},
-        speedup_over_static=Ratios.of(np.array([b.speedup for b in batches])),
+        speedup_over_static=Ratios.of(np.array([b.speedup for b in batches]), [b.runs for b in batches]),
         best_over_static=None,
         notes=notes,
     )
 
 
-def _trace_batches(trace: Trace, num_experts: int) -> Iterator[tuple[str, int, list[int], IntArray]]:
-    """Yield (kind, number of batches, tokens of each judged one, their histograms).
+def _trace_batches(trace: Trace, num_experts: int) -> Iterator[tuple[str, int, list[int], IntArray, FloatArray]]:
+    """Yield (kind, number of batches, tokens of each judged one, their histograms, how many that ran each stands for).
 
     They are the recorded batches, or those of the sizes that the trace is long enough for.
     """
     for of_size in trace.recorded():
         batches = [of_size[i] for i in spread_out(len(of_size), STEPS)]
-        yield "trace recorded", len(of_size), [b.tokens for b in batches], np.stack([b.histogram for b in batches])
+        histograms = np.stack([b.histogram for b in batches])
+        runs = np.array([b.runs for b in batches])
+        runs *= sum(b.runs for b in of_size) / runs.sum()
+        yield "trace recorded", len(of_size), [b.tokens for b in batches], histograms, runs
     for kind, ids in trace.cut(DECODE_SIZES, PREFILL_SIZES):
         steps = [ids[i] for i in spread_out(len(ids), STEPS)]
-        histograms = [expert_histogram(step, num_experts) for step in steps]
-        yield f"trace {kind}", len(ids), [len(step) for step in steps], np.stack(histograms)
+        histograms = np.stack([expert_histogram(step, num_experts) for step in steps])
+        # A trace of ids is cut into batches of every size: none of them counts more.
+        even = np.full(len(steps), 1 / len(steps))
+        yield f"trace {kind}", len(ids), [len(step) for step in steps], histograms, even
 
 
 def _trace_batch(
-    model: CostModel, routing: str, size: int, histograms: IntArray, static: IntArray, chosen: IntArray, us: Any
+    model: CostModel,
+    routing: str,
+    size: int,
+    histograms: IntArray,
+    static: IntArray,
+    chosen: IntArray,
+    us: Any,
+    runs: FloatArray,
 ) -> Batch:
     def pick(choices: IntArray) -> Pick:
         common, _ = Counter(choices.tolist()).most_common(1)[0]
-        return Pick.of(model.candidates[common], us[np.arange(len(us)), choices].mean())
+        return Pick.of(model.candidates[common], np.average(us[np.arange(len(us)), choices], weights=runs))
 
     return Batch(
         tokens=size,
@@ -462,4 +477,5 @@ def _trace_batch(
         best=None,
         steps=len(us),
         changed=float((chosen != static).mean()),
+        runs=float(runs.sum()),
     )

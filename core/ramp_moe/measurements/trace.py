@@ -9,7 +9,7 @@ or JSON lines, one token a line. A line is a list of ids or `{"topk_ids": [...],
 
 A third form holds the batches that a layer saw. The recorder of a layer's routing writes it as JSON lines: first a
 header with top_k, then a batch a line, `{"tokens": 17, "histogram": [...]}`. It does not say which token chose which
-experts.
+experts. A sample of many batches has `"runs": 2.5` besides: how many batches that ran this one stands for.
 
 JSON lines are read one by one, and a batch keeps its histogram alone. So a trace takes about the memory of its ids or
 histograms, however many tokens its batches have.
@@ -18,6 +18,7 @@ histograms, however many tokens its batches have.
 from __future__ import annotations
 
 import itertools
+import math
 from array import array
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
@@ -39,10 +40,14 @@ MAX_LINE = MAX_BYTES // 4
 
 @dataclass(frozen=True, slots=True)
 class RecordedBatch:
-    """A batch as a layer saw it: number of tokens, and the histogram int64 `[num_experts]` of the chosen experts."""
+    """A batch as a layer saw it: number of tokens, and the histogram int64 `[num_experts]` of the chosen experts.
+
+    runs: how many batches that ran it stands for.
+    """
 
     tokens: int
     histogram: IntArray
+    runs: float = 1.0
 
     def topk_ids(self, top_k: int) -> IntArray:
         """Make up ids int64 `[tokens, top_k]` that have this histogram; -1 fills what it does not count.
@@ -278,8 +283,11 @@ def _of_batches(path: Path, header: dict[str, Any], batches: Iterable[Any]) -> T
                 raise RoutingError(f"{tokens!r} is not a number of tokens")
             counts = check_histogram(histogram, num_experts, tokens * top_k)
             (num_experts,) = counts.shape
+            runs = batch.get("runs", 1.0)
+            if isinstance(runs, bool) or not isinstance(runs, int | float) or not 0 < runs < math.inf:
+                raise RoutingError(f"{runs!r} is not a number of runs")
         except (RoutingError, KeyError, TypeError, ValueError) as e:
             raise RoutingError(f"trace {path}: batch {i} has no tokens and histogram that fit together: {e}") from None
-        found.append(RecordedBatch(tokens, counts))
+        found.append(RecordedBatch(tokens, counts, float(runs)))
     no_ids = np.empty((0, top_k), np.int64)
     return Trace(no_ids, num_experts, None, str(header.get("source", "")), found)

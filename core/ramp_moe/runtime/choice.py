@@ -61,7 +61,7 @@ class Chooser:
     def by_histogram(self, num_tokens: int, histogram: IntArray) -> Candidate:
         """The fastest by the model, which there must be."""
         assert self.dispatcher is not None
-        found = self._latest[num_tokens] = self.dispatcher.choose(histogram).candidate
+        found = self._latest[num_tokens] = self.dispatcher.choose(histogram, num_tokens).candidate
         return found
 
     def choice_by_batch_size(self, num_tokens: int, host_sync_us: float) -> Candidate | None:

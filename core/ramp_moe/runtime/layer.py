@@ -12,8 +12,8 @@ from ..cost_model.model import Candidate, CostModel
 from ..dispatch.weight_layouts import choose_layouts, kernel_times, weighed_batches, why_not_served
 from ..errors import HardwareError, KernelError, RampMoEError, ShapeError
 from ..spec.hardware import Hardware
-from ..spec.kernel import KernelConfig, layouts_of, most_tokens, usable_configs, why_unsupported
-from ..spec.launchable import Batch, LaunchableKernel, MoEWeights, Workspace, kernel_ids
+from ..spec.kernel import KernelConfig, layouts_of, most_tokens, usable_configs
+from ..spec.launchable import Batch, LaunchableKernel, MoEWeights, Workspace, kernel_ids, obstacle
 from ..spec.routing import expert_histogram
 from .choice import Chooser
 from .fallback import compute
@@ -133,7 +133,7 @@ class LayerRuntime:
             if kernel.name in usable:
                 raise KernelError(f"two of the layer's kernels are named {kernel.name!r}; give one of them")
             try:
-                if reason := why_unsupported(kernel, self.shape, self.hardware) or kernel.unavailable():
+                if reason := obstacle(kernel, self.shape, self.hardware):
                     raise KernelError(reason)
                 if self.shape.dtype in HALVES.values() and self.shape.dtype not in kernel.hidden_dtypes:
                     raise KernelError(f"takes hidden states in {' and '.join(kernel.hidden_dtypes)} only")

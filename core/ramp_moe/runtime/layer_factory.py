@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, cast
@@ -17,8 +17,7 @@ from ..errors import HardwareError, KernelError, ProfileError
 from ..registry.detect import detect
 from ..registry.registry import Registry, get_registry
 from ..spec.hardware import Hardware
-from ..spec.kernel import why_unsupported
-from ..spec.launchable import LaunchableKernel, MoEWeights, Workspace
+from ..spec.launchable import LaunchableKernel, MoEWeights, Workspace, obstacle
 from ..spec.shapes import MoEShape
 from .layer import LayerRuntime
 from .options import DispatchOptions
@@ -57,10 +56,17 @@ class Builder:
         self._plans: dict[tuple[MoEShape, torch.device], LayerPlan] = {}
         self._workspaces: dict[torch.device, Workspace] = {}
 
-    def layer(self, weights: MoEWeights, top_k: int, ep_size: int | None = None) -> LayerRuntime:
+    def layer(
+        self,
+        weights: MoEWeights,
+        top_k: int,
+        ep_size: int | None = None,
+        refine: Callable[[LayerPlan], LayerPlan] | None = None,
+    ) -> LayerRuntime:
         """Make a layer of the weights, which are not copied if a kernel reads them as they are.
 
         ep_size: that of the options if None.
+        refine: makes another plan from a shape's, before its first layer is made.
         """
         options = self.options
         if options.activations is not None and weights.stored.scale is not None:
@@ -70,6 +76,7 @@ class Builder:
         first = plan is None
         if plan is None:
             plan = self._plan(shape, self._hardware(device))
+            plan = plan if refine is None else refine(plan)
         wait = options.host_sync_us
         if wait is None:
             wait = HOST_SYNC_US if device.type == "cuda" else 0.0
@@ -113,10 +120,7 @@ class Builder:
         """The kernels that run here, of those asked for, and what is recorded of them."""
         registry = copy.copy(get_registry())
         kernels = self._asked_for(registry)
-        usable = [k for k in kernels if not (why_unsupported(k, shape, hardware) or k.unavailable())]
-        if not usable:
-            reasons = "; ".join(f"{k.name}: {why_unsupported(k, shape, hardware) or k.unavailable()}" for k in kernels)
-            raise KernelError(f"no kernel can compute {shape.slug} on {hardware.name} ({reasons or 'none was named'})")
+        usable = usable_kernels(shape, hardware, kernels)
         if self.options.cost_model is not None:
             return self._known(hardware, usable, self.options.cost_model)
         registry.kernels = {k.name: k for k in usable}
@@ -180,6 +184,23 @@ class Builder:
             f"copies={copies + 1} would hold the weights in {' and '.join(then.layouts)}, "
             f"{(then.bytes - now.bytes) / 2**20:,.0f} MiB more a layer, for a predicted gain of {gain:.1%}"
         )
+
+
+def usable_kernels(
+    shape: MoEShape, hardware: Hardware, kernels: Sequence[LaunchableKernel] | None = None
+) -> list[LaunchableKernel]:
+    """Those of the kernels that compute the shape here; of all registered ones if None.
+
+    Raises KernelError with the reasons if there is none.
+    """
+    if kernels is None:
+        kernels = [k for k in get_registry().kernels.values() if isinstance(k, LaunchableKernel)]
+    reasons = {k.name: obstacle(k, shape, hardware) for k in kernels}
+    usable = [k for k in kernels if reasons[k.name] is None]
+    if not usable:
+        why = "; ".join(f"{name}: {reason}" for name, reason in reasons.items())
+        raise KernelError(f"no kernel can compute {shape.slug} on {hardware.name} ({why or 'none was named'})")
+    return usable
 
 
 def named(shape: MoEShape) -> MoEShape:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import importlib.util
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
@@ -158,6 +158,11 @@ class BuildableKernel(Kernel):
 
         Raises KernelError if something needed is missing, or if the cache cannot be written.
         """
+
+    def build_some(self, configs: Sequence[KernelConfig], report: Progress) -> dict[str, str]:
+        """Compile what the cache lacks of a few configurations, if that takes seconds. Returns those that cannot be
+        had, by name, with the reason. By default nothing is compiled."""
+        return {}
 
     @abstractmethod
     def prune(self) -> int:

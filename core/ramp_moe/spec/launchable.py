@@ -10,9 +10,9 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, TypeVar
 
-from ..errors import KernelError, RoutingError, ShapeError
+from ..errors import KernelError, RampMoEError, RoutingError, ShapeError, describe
 from .hardware import Hardware
-from .kernel import Kernel, KernelConfig, is_installed
+from .kernel import Kernel, KernelConfig, is_installed, reason_of, why_unsupported
 from .shapes import MoEShape
 from .weights import ACTIVATIONS, ROW_CHUNK, MoEWeights, check_layout
 
@@ -290,3 +290,15 @@ class LaunchableKernel(Kernel):
         Raises KernelError if the kernel has no such launch.
         """
         raise KernelError(f"{self.name} cannot be several configurations in one launch")
+
+
+def obstacle(kernel: LaunchableKernel, shape: MoEShape, hardware: Hardware) -> str | None:
+    """Why the kernel cannot compute the shape here, by `unsupported` and `unavailable`; None if it can.
+
+    A kernel that fails to answer has an obstacle, too: it must not stop those that run.
+    """
+    try:
+        answer = why_unsupported(kernel, shape, hardware) or kernel.unavailable()
+    except Exception as e:
+        return f"broken: {describe(e)}" if isinstance(e, RampMoEError) else f"broken: {type(e).__name__}: {describe(e)}"
+    return reason_of(answer, "unavailable")

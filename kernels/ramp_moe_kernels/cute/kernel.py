@@ -101,6 +101,11 @@ class CuteMoE(LaunchableKernel, BuildableKernel):
 
         return build([*configurations(shape), *polymorphic(shape)], report=report, jobs=jobs)
 
+    def build_some(self, configs: Sequence[KernelConfig], report: Progress) -> dict[str, str]:
+        from .aot import build
+
+        return build([_config(c) for c in configs], report=report).dropped
+
     def prune(self) -> int:
         from .aot import prune
 

@@ -93,13 +93,13 @@ def unpermute_kernel(
     for slot in tl.static_range(TOP_K):
         i = token * TOP_K + slot
         expert = tl.load(topk_ids + i).to(tl.int64)
-        live = inside & (expert >= 0) & (expert < num_experts)
         known = (expert >= 0) & (expert < num_experts)
+        live = inside & known
         row = tl.load(row_of_id + i, mask=known, other=0).to(tl.int64)
         v = tl.load(rows + row * columns + column, mask=live, other=0.0).to(tl.float32)
         if bias is not None:
             v += tl.load(bias + expert * columns + column, mask=live, other=0.0).to(tl.float32)
-        total += v * tl.load(topk_weights + i)
+        total += v * tl.load(topk_weights + i, mask=known, other=0.0)
     tl.store(out + token * columns + column, total.to(out.dtype.element_ty), mask=inside)
 
 

@@ -243,7 +243,7 @@ def main(argv: list[str]) -> int:
     if not torch.cuda.is_available():
         print("this needs a CUDA device, and torch sees none: nothing was measured", file=sys.stderr)
         return NO_GPU
-    name = f"{ramp_moe.registry.detect().name}-{options.model}-{options.dtype}.json"
+    name = f"{ramp_moe.detect().name}-{options.model}-{options.dtype}.json"
     output = options.output or Path(__file__).parent / name
     with torch.cuda.stream(torch.cuda.Stream()):
         found = measure(options.model, options.dtype, options.minutes)

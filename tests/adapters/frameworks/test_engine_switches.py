@@ -81,6 +81,7 @@ def test_whatever_sglangs_runner_raises_the_server_lives(
 ) -> None:
     monkeypatch.setattr(metadata, "version", lambda name: "0.5.99")
     monkeypatch.setitem(sys.modules, "ramp_moe_adapters.frameworks.sglang.runner", None)
+    monkeypatch.delattr(sglang, "runner", raising=False)
     sglang.register()
     (line,) = caplog.messages
     assert line.startswith("ramp_moe is no backend of sglang 0.5.99: ModuleNotFoundError: ")
@@ -95,7 +96,13 @@ def test_another_vllm_is_left_alone(monkeypatch: pytest.MonkeyPatch, version: st
     assert (VllmTriton().unavailable() is None) == fits
 
 
-READ = {"RAMP_MOE_VLLM": "a switch", "RAMP_MOE_PLUGINS": "a list of names", "RAMP_MOE_CACHE": "a folder"}
+READ = {
+    "RAMP_MOE_VLLM": "a switch",
+    "RAMP_MOE_PLUGINS": "a list of names",
+    "RAMP_MOE_CACHE": "a folder",
+    "RAMP_MOE_CALIBRATE_S": "seconds",
+    "RAMP_MOE_RECORD": "a file",
+}
 
 
 def test_every_variable_is_known_and_switches_are_read_alike() -> None:

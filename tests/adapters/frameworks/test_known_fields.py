@@ -99,6 +99,24 @@ def test_every_field_of_the_installed_engine_is_listed(module: str, name: str, k
     assert found == set(known)
 
 
+def test_a_server_with_vllms_default_options_is_not_refused() -> None:
+    """vLLM says here how many data-parallel ranks there are, one or more, in every server; its own default is None."""
+    ranks = make_dataclass("FusedMoEConfig", [("elastic_ep_max_dp_size", Any, None)])
+    for of in (None, 1, 8):
+        assert misfit(ranks(of), vllm_fields.LAYER) is None
+
+
+def test_the_values_that_vllm_makes_of_its_defaults_are_computed() -> None:
+    """Options that vLLM derives when it is configured, and passes on to each layer."""
+    _cases(VLLM)
+    parallel = pytest.importorskip("vllm.config").ParallelConfig()
+    layer = pytest.importorskip(f"{VLLM}.config").FusedMoEConfig
+    shared = {f.name for f in fields(layer)} & {f.name for f in fields(parallel)}
+    assert "elastic_ep_max_dp_size" in shared
+    made = make_dataclass("Derived", [(name, Any, None) for name in sorted(shared)])
+    assert misfit(made(**{name: getattr(parallel, name) for name in shared}), vllm_fields.LAYER) is None
+
+
 def test_every_argument_of_vllms_routed_experts_is_listed() -> None:
     import inspect
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import fields, replace
+from types import SimpleNamespace
 
 import pytest
 
@@ -16,6 +17,7 @@ from ramp_moe.registry.detect import detect
 from ramp_moe.runtime.layer import LayerRuntime
 from ramp_moe.runtime.layer_factory import Builder
 from ramp_moe.spec.launchable import Batch, MoEWeights
+from ramp_moe_adapters.frameworks.sglang import model as whole
 from ramp_moe_adapters.frameworks.sglang import runner as plugin
 from ramp_moe_kernels.triton.kernel import TritonMoE
 from sglang.srt.model_executor.runner_utils.capture_mode import model_capture_mode
@@ -154,3 +156,28 @@ def test_weights_are_held_once() -> None:
     added = torch.cuda.memory_allocated() - before - experts.runner.runner_core._parameters.layer.workspace.bytes
     held = E * 3 * I * H * 2
     assert added < held / 20
+
+
+@pytest.mark.parametrize("dtype", ["bf16", "fp8"])
+def test_a_layer_that_was_made_when_the_model_was_loaded(dtype: str) -> None:
+    """Its buffers have their size before the first batch, outside of graphs and in them."""
+    given = weights(E, H, I, dtype, "cuda")
+    with selected(chunked_prefill_size=512):
+        experts = Experts(given, K)
+        text = SimpleNamespace(hf_text_config=SimpleNamespace(num_experts_per_tok=K), dtype=BF16)
+        whole.loaded(None, SimpleNamespace(model=torch.nn.ModuleList([experts.layer]), model_config=text))
+        core = experts.runner.runner_core
+        assert core.made
+        had = core.layer.workspace.bytes
+        for tokens in (1, 100, 512):
+            x = batch(tokens, K, E, H, "uniform", "cuda", BF16)
+            assert 0 < wrong(experts(x), given, x) < TOLERANCE
+        assert core.layer.workspace.bytes == had
+        static = batch(64, K, E, H, "uniform", "cuda", BF16)
+        graph, out = captured(experts, static)
+        graph.replay()
+        torch.cuda.synchronize()
+        assert 0 < wrong(out, given, static) < TOLERANCE
+    lines = list(whole.report(torch.nn.ModuleList([experts.layer])))
+    print("\n".join(lines))
+    assert any(line.startswith("  in graphs, 64 tokens: ") for line in lines)

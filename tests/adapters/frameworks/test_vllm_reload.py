@@ -18,6 +18,7 @@ from ramp_moe import KernelError, RampMoEError
 from ramp_moe.runtime.layer_factory import Builder, LayerPlan
 from ramp_moe.spec.launchable import Batch, MoEWeights
 from ramp_moe_adapters.frameworks import vllm as plugin
+from ramp_moe_adapters.frameworks.vllm.stock import Stock
 from ramp_moe_kernels.triton.kernel import TritonMoE
 from torch import Tensor
 from vllm.model_executor.custom_op import op_registry_oot
@@ -44,7 +45,8 @@ class Deriving(TritonMoE):
         return MoEWeights(**copies, activation=given.activation, layout=given.layout)
 
 
-KERNELS = {"vllms-order": TritonMoE, "moved": Interleaved, "derived": Deriving}
+KERNELS = {"vllms-order": TritonMoE, "moved": Interleaved, "derived": Deriving, "vllm-keeps": TritonMoE}
+"""Of the last, vLLM's own experts keep every size."""
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -64,7 +66,27 @@ def kernel(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> s
     builder = Builder("auto" if DEVICE == "cuda" else "h200")
     monkeypatch.setattr(builder, "_plan", lambda shape, hardware: LayerPlan(hardware, [made], None))
     monkeypatch.setattr(vllm_method, "_builder", builder)
+    if request.param == "vllm-keeps":
+        keeps = SimpleNamespace(keeps=lambda n: True, keeps_any=True)
+        monkeypatch.setattr(
+            vllm_method.calibrate, "calibrate", lambda plan, *_: SimpleNamespace(plan=plan, **vars(keeps))
+        )
+        monkeypatch.setattr(vllm_method, "_plans", {})
+        monkeypatch.setattr(vllm_method, "_report", lambda *_: None)
+        monkeypatch.setattr(vllm_method.calibrate, "compile_all", lambda *_: None)
+        if DEVICE == "cpu":
+            monkeypatch.setattr(Stock, "run", own)
     return str(request.param)
+
+
+def own(self: Stock, output: Tensor, x: Tensor, topk_weights: Tensor, topk_ids: Tensor, *rest: Any) -> None:
+    """What vLLM's own experts are given, computed by the plain reference."""
+    experts, expert_map = self._experts, rest[2]
+    scales = {"gate_up_scale": experts.w1_scale, "down_scale": experts.w2_scale}
+    biases = {"gate_up_bias": experts.w1_bias, "down_bias": experts.w2_bias}
+    ids = topk_ids if expert_map is None else torch.cat((expert_map, expert_map.new_full((1,), -1)))[topk_ids]
+    of = MoEWeights(self._weights.gate_up, self._weights.down, **scales, **biases)
+    output.copy_(expected(of, Batch(x, ids.int(), topk_weights.float()), quantise=experts.w1_scale is not None))
 
 
 def drawn(dtype: str, bias: bool = False) -> tuple[MoEWeights, MoEWeights]:

@@ -416,3 +416,29 @@ def test_batches_of_which_no_path_was_timed_are_not_fitted_to(sweep_file: Path) 
     seen = fitted_on(load_sweep(sweep_file))
     assert {row.split for row in seen.record.batches} == {"tune"}
     assert [row.histogram for row in seen.record.batches] == [row["histogram"] for row in raw["batches"][10::2]]
+
+
+def test_sizes_count_by_how_often_they_ran(replay: Replay, tmp_path: Path) -> None:
+    """A sample says how many batches each stands for; speed-ups are weighted by it."""
+    few, many = ([0] * 63 + [8], [4] * 64)
+
+    def speedup(*runs: float) -> float:
+        lines = [{"num_experts": 64, "top_k": 8}]
+        lines += [{"tokens": sum(h) // 8, "histogram": h, "runs": n} for h, n in zip((few, many), runs, strict=True)]
+        path = tmp_path / "trace.jsonl"
+        path.write_text("\n".join(map(json.dumps, lines)))
+        found = compare_trace(replay, load_trace(path))
+        assert [b.runs for b in found.batches] == list(runs)
+        return found.speedup_over_static.geomean
+
+    alone = speedup(1e9, 1.0), speedup(1.0, 1e9)
+    assert speedup(3.0, 1.0) == pytest.approx(alone[0] ** 0.75 * alone[1] ** 0.25, rel=1e-6)
+
+
+@pytest.mark.parametrize("runs", [0, -1, "many", True, None])
+def test_runs_that_are_none(runs: object, tmp_path: Path) -> None:
+    path = tmp_path / "trace.jsonl"
+    line = {"tokens": 1, "histogram": [1, 1], "runs": runs}
+    path.write_text(json.dumps({"top_k": 2}) + "\n" + json.dumps(line))
+    with pytest.raises(RoutingError, match=r"batch 0 has no tokens and histogram that fit together: .*number of runs"):
+        load_trace(path)

@@ -43,7 +43,7 @@ def of_each_kind(kernel: Kernel, hardware: Hardware) -> list[KernelConfig]:
     found: dict[object, KernelConfig] = {}
     for config in usable_configs(kernel, SHAPE, hardware):
         params = dict(config.params)
-        found.setdefault((params["up_block"], params["direct"], params["up_swap"]), config)
+        found.setdefault((params["up_block_m"], params["direct"], params["up_swap"]), config)
     return [c for kind, c in found.items() if kind in KINDS]
 
 

@@ -7,8 +7,10 @@ from typing import Any
 
 import pytest
 import torch
+from layer_cases import FakeKernel
 from moe_cases import LIMITS
 from ramp_moe import (
+    Hardware,
     KernelConfig,
     KernelError,
     MoEShape,
@@ -18,7 +20,7 @@ from ramp_moe import (
     UnknownNameError,
     WeightLayout,
 )
-from ramp_moe.spec.launchable import ACTIVATIONS, Batch, LaunchableKernel, MoEWeights, Workspace
+from ramp_moe.spec.launchable import ACTIVATIONS, Batch, LaunchableKernel, MoEWeights, Workspace, obstacle
 from ramp_moe.spec.shapes import scale_blocks
 from ramp_moe.spec.weights import _note_copy
 
@@ -366,3 +368,29 @@ def test_a_plan_is_made_again_for_another_key() -> None:
         return workspace.plan(name, key, CPU, make)
 
     assert [plan("a", 1), plan("a", 1), plan("b", 1), plan("a", 2), plan("b", 1), plan("a", 1)] == [0, 0, 1, 2, 1, 3]
+
+
+@pytest.mark.parametrize("asked", ["unsupported", "unavailable"])
+@pytest.mark.parametrize(
+    ("answer", "reason"),
+    [
+        ("no  such\nGPU", "no such GPU"),
+        ("", "without a reason"),
+        (False, "bool"),
+        (OSError("gone"), "broken: .*OSError: gone"),
+        (KernelError("half installed"), "broken: half installed"),
+        (None, None),
+    ],
+)
+def test_a_kernel_that_fails_to_answer_has_an_obstacle(
+    monkeypatch: pytest.MonkeyPatch, asked: str, answer: object, reason: str | None, h200: Hardware
+) -> None:
+    def answers(*_: object) -> object:
+        if isinstance(answer, Exception):
+            raise answer
+        return answer
+
+    kernel = FakeKernel()
+    monkeypatch.setattr(kernel, asked, answers)
+    found = obstacle(kernel, MoEShape(8, 2, 256, 128, "bf16"), h200)
+    assert (found is None) if reason is None else re.search(reason, str(found))

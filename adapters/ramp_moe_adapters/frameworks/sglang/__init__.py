@@ -1,8 +1,7 @@
 """The plugin for SGLang 0.5. With `--moe-runner-backend ramp_moe`, every MoE layer runs its predicted-fastest kernel.
 
 The choice is made per batch; in a CUDA graph, the device chooses at every replay. SGLang loads `register` in every
-process, through the entry-point group `sglang.srt.plugins`. What needs SGLang itself is in `runner.py`, `checks.py` and
-`fields.py`.
+process, through the entry-point group `sglang.srt.plugins`. What needs SGLang itself is in the other files here.
 """
 
 from __future__ import annotations
@@ -47,7 +46,7 @@ def register() -> None:
         _logger.warning("ramp_moe is no backend of %s: %s", f"sglang {version}".strip(), refusal)
         return
     try:
-        from .runner import install
+        from .model import install
 
         install()
     except Exception as e:  # a plugin that raises ends the server

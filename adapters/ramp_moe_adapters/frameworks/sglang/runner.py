@@ -54,6 +54,8 @@ TENSORS = {
 _RESOLVE = "sglang.srt.layers.moe.utils.resolve_moe_runner_backend"
 _UNQUANTISED = "sglang.srt.layers.quantization.unquant.UnquantizedFusedMoEMethod.create_moe_runner"
 _logger = logging.getLogger("ramp_moe")
+Choices = dict[int, tuple[str, str, int]]
+"""By batch size how a layer dispatches, the (first) candidate, and how many there are."""
 _builder = Builder()
 """Makes all layers of the process. They share profiles and workspaces."""
 _said: set[str] = set()
@@ -70,13 +72,13 @@ class Backend(RegisteredMoeRunnerBackend):  # type: ignore[misc]
 BACKEND = Backend(NAME)
 
 
-def install() -> None:
-    """Make `ramp_moe` a choice of `--moe-runner-backend`. A second call has no effect.
+def install() -> bool:
+    """Make `ramp_moe` a choice of `--moe-runner-backend`. Returns False if it is one already.
 
     Raises KernelError if this version of SGLang calls its runners with other arguments.
     """
     if NAME in MOE_RUNNER_BACKEND_CHOICES:
-        return
+        return False
     known = inspect.signature(RampRunnerCore.run_from_dispatch).parameters
     if names := new_parameters(DispatchMoeRunnerCore.run_from_dispatch, known):
         raise KernelError(f"its runners are called with other arguments ({', '.join(names)})")
@@ -84,6 +86,7 @@ def install() -> None:
     add_moe_runner_backend_choices([NAME])
     HookRegistry.register(_RESOLVE, _resolved, HookType.AFTER)
     HookRegistry.register(_UNQUANTISED, _created, HookType.AFTER)
+    return True
 
 
 def _resolved(found: Any, *_: Any) -> Any:
@@ -106,7 +109,9 @@ def _created(_: None, method: Any, layer: Any, config: MoeRunnerConfig) -> None:
 
 
 class RampRunnerCore(DispatchMoeRunnerCore):  # type: ignore[misc]
-    """Computes one layer's experts. The LayerRuntime is made at the first run, from the weights that SGLang has then.
+    """Computes one layer's experts. `make` makes the LayerRuntime from the weights that SGLang has loaded.
+
+    Without `make`, the first run does, from the weights that SGLang has then.
 
     SGLang's parameters then refer to that layer's weights, so there is one copy, and later loads reach the layer. If a
     batch fails, SGLang's Triton runner computes it.
@@ -120,6 +125,29 @@ class RampRunnerCore(DispatchMoeRunnerCore):  # type: ignore[misc]
         """Places of the weights for which making a layer failed."""
         self._failed: set[int] = set()
         """Batch sizes that failed. Their graphs are captured with SGLang's runner."""
+        self.eager: Choices = {}
+        """What was run outside of graphs when it was warmed up."""
+
+    @property
+    def made(self) -> bool:
+        """True once there is a layer."""
+        return self._parameters is not None
+
+    @property
+    def layer(self) -> LayerRuntime:
+        """The layer that SGLang's parameters refer to, once it is made."""
+        assert self._parameters is not None
+        return self._parameters.layer
+
+    def make(self, info: Any, top_k: int) -> None:
+        """Make the layer of SGLang's parameters; each token visits top_k experts.
+
+        If it cannot be made, SGLang's runner computes it, and the log says why.
+        """
+        try:
+            self._current(top_k, info)
+        except Exception as e:  # whatever a kernel raises must not end the server
+            _say(f"{why(e)}: left to SGLang's Triton runner")
 
     @property
     def runner_backend(self) -> Backend:
@@ -144,7 +172,7 @@ class RampRunnerCore(DispatchMoeRunnerCore):  # type: ignore[misc]
             return self._by_sglang(dispatch_output, quant_info)
         try:
             check_batch(dispatch_output)
-            parameters = self._current(dispatch_output, quant_info)
+            parameters = self._current(dispatch_output.topk_output.topk_ids.shape[1], quant_info)
             if parameters is not None:
                 return StandardCombineInput(hidden_states=self._run(parameters.layer, dispatch_output))
         except Exception as e:  # whatever a kernel raises must not end the server
@@ -163,9 +191,9 @@ class RampRunnerCore(DispatchMoeRunnerCore):  # type: ignore[misc]
         moved = {name: t.values() for name in TENSORS if isinstance(t := getattr(info, name, None), Placeholder)}
         return self._stock.run(given, replace(info, **moved) if moved else info)
 
-    def _current(self, given: Any, info: TritonMoeQuantInfo) -> Parameters | None:
-        """The layer of SGLang's parameters of now; None if it was refused before. Raises RampMoEError with the reason
-        if it is refused now."""
+    def _current(self, top_k: int, info: TritonMoeQuantInfo) -> Parameters | None:
+        """The layer of SGLang's parameters of now, None if it was refused before; each token visits top_k experts.
+        Raises RampMoEError with the reason if it is refused now."""
         tensors = {field: t for name, field in TENSORS.items() if (t := getattr(info, name)) is not None}
         if self._parameters is not None:
             self._parameters.meet(tensors)
@@ -178,7 +206,7 @@ class RampRunnerCore(DispatchMoeRunnerCore):  # type: ignore[misc]
             check_layer(self.config, info)
             detached = {field: t.detach() for field, t in tensors.items()}
             weights = MoEWeights(**detached, activation=ACTIVATIONS[self.config.activation])
-            layer = _layer(weights, given.topk_output.topk_ids.shape[1], _ep_size(self.config))
+            layer = _layer(weights, top_k, _ep_size(self.config))
             self._parameters = Parameters(self, layer, tensors)
         return self._parameters
 

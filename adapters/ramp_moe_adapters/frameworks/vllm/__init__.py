@@ -9,13 +9,16 @@ from __future__ import annotations
 import logging
 from collections.abc import Iterator
 from importlib import metadata
+from pathlib import Path
 
 from ramp_moe import Diagnostic
+from ramp_moe.runtime.calibration_seconds import VARIABLE, seconds
 
 from ...kernels.vllm_triton.kernel import VllmTriton
 from ..switches import NEITHER, state_of, switched_on
 
 SWITCH = "RAMP_MOE_VLLM"
+RECORD = "RAMP_MOE_RECORD"
 _logger = logging.getLogger("vllm.ramp_moe")
 """Below vLLM's logger, the only one that vLLM configures."""
 
@@ -24,6 +27,11 @@ def diagnostics() -> Iterator[Diagnostic]:
     """What the switch says, and what the plugin would do in vLLM. Imports nothing of it."""
     on = state_of(SWITCH)
     yield Diagnostic("variable", SWITCH, NEITHER if on is None else "on" if on else "off")
+    said: list[str] = []
+    limit = seconds(said.append)
+    meaning = f"seconds to measure a model's layers when they are loaded: {limit:g}"
+    yield Diagnostic("variable", VARIABLE, said[0] if said else meaning if limit else "nothing is measured")
+    yield Diagnostic("variable", RECORD, "samples of what is routed are written there, as a trace")
     try:
         version = metadata.version("vllm")
     except metadata.PackageNotFoundError:
@@ -36,6 +44,14 @@ def diagnostics() -> Iterator[Diagnostic]:
     else:
         state = "MoE layers are dispatched"
     yield Diagnostic("engine", f"vllm {version}", state)
+
+
+def record(path: str | Path) -> None:
+    """Have the layers of this process' engine sample what they route into a trace for `ramp-moe compare --trace`, from
+    now on. CUDA graphs that were captured before are not sampled; RAMP_MOE_RECORD=path samples all. Needs vLLM."""
+    from .recorder import begin
+
+    begin(path)
 
 
 def register() -> None:

@@ -6,10 +6,13 @@ A batch that fails is computed by vLLM's own Triton path, so the server lives on
 from __future__ import annotations
 
 import weakref
+from collections.abc import Callable
+from functools import cache
 from typing import TYPE_CHECKING, Any
 
 import torch
 from ramp_moe.plugin import KernelError, MoEWeights
+from ramp_moe.runtime.calibrated_plan import Calibrated
 from ramp_moe.runtime.layer import LayerRuntime
 from vllm.logger import init_logger
 from vllm.model_executor.layers.fused_moe.activation import MoEActivation
@@ -24,7 +27,9 @@ from vllm.v1.worker.workspace import current_workspace_manager, is_workspace_man
 
 from ...kernels.vllm_triton.launch import prepare
 from ..engine_errors import both_failed, why
-from ..engine_weights import Parameters
+from ..engine_weights import LAYOUT, Parameters
+from . import recorder
+from .stock import Stock
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -58,22 +63,31 @@ class RampExperts(FusedMoEExpertsModular):  # type: ignore[misc]
     local_ids: Tensor | None = None
     """int32 `[global experts + 1]` with expert parallelism: the id on this rank, or -1 for experts of other ranks. The
     last place has -1 as well; the ids -1 and `global experts` point to it."""
+    stock: Stock | None = None
+    """vLLM's own path, if it keeps some batch sizes."""
 
     def __init__(self, *args: Any, **options: Any) -> None:
         super().__init__(*args, **options)
         self._failed: set[int] = set()
         """Batch sizes whose run before the capture of a graph failed."""
+        self._keeps: Callable[[int], bool] = lambda num_tokens: False
+        """Whether vLLM's own path computes batches of this size."""
 
-    def take(self, module: Any, parameters: Parameters) -> None:
-        """Compute with the layer of vLLM's parameters; module has them."""
+    def take(self, module: Any, parameters: Parameters, calibrated: Calibrated | None = None) -> None:
+        """Compute with the layer of vLLM's parameters; module has them. calibrated: what was measured of its shape,
+        which may leave batch sizes to vLLM's own path."""
         self._module, self._parameters, self.layer = weakref.ref(module), parameters, parameters.layer
-        self.local_ids = _local_ids(module)
+        self.local_ids = local_ids(module)
+        recorder.take(self.moe_config)
+        held = next((held for held in self.layer.held if held.layout == LAYOUT), None)
+        if calibrated is not None and held is not None and calibrated.keeps_any:
+            self._keeps, self.stock = cache(calibrated.keeps), Stock(self.moe_config, held)
 
     def load(self, module: Any) -> None:
         """Compute with what vLLM has loaded into its parameters since. Raises RampMoEError if it does not fit; the
         layer then computes no batch until something is loaded that does."""
         self._parameters.load(parameters_of(module))
-        here = _local_ids(module)
+        here = local_ids(module)
         if self.local_ids is not None and here is not None:
             self.local_ids.copy_(here)  # a server that sleeps may lose this memory, too
 
@@ -121,9 +135,10 @@ class RampExperts(FusedMoEExpertsModular):  # type: ignore[misc]
     def finalize_weight_and_reduce_impl(self) -> Any:
         return TopKWeightAndReduceNoOP()
 
-    def workspace_shapes(self, M: int, N: int, K: int, *_: Any) -> tuple[tuple[int, ...], ...]:
-        """None but the output `[M, K]`: layers have a workspace of their own."""
-        return (0,), (0,), (M, K)
+    def workspace_shapes(self, M: int, N: int, K: int, *rest: Any) -> tuple[tuple[int, ...], ...]:
+        """Of vLLM's own path if it keeps any size, since vLLM makes its workspaces before it runs the others. Else none
+        but the output `[M, K]`: layers have a workspace of their own."""
+        return ((0,), (0,), (M, K)) if self.stock is None else self.stock.workspace_shapes(M, N, K, *rest)
 
     def apply(
         self,
@@ -147,10 +162,20 @@ class RampExperts(FusedMoEExpertsModular):  # type: ignore[misc]
         global if there is an expert_map, and topk_weights `[T, k]` of any float, which the hidden states were already
         multiplied by if apply_router_weight_on_input. Weights, scales and workspaces are the layer's own.
 
-        vLLM's Triton path computes a batch that fails. Raises KernelError with both reasons if that fails, too;
-        RampMoEError if parameters were exchanged for others that do not fit, or a reload failed.
+        vLLM's own path computes batches of the sizes that it keeps, and its Triton path a batch that fails. Raises
+        KernelError with both reasons if that fails, too; RampMoEError if parameters were exchanged for others that do
+        not fit, or a reload failed.
         """
         self._parameters.meet(parameters_of(self._module()))
+        if recorder.current is not None:
+            recorder.current.sample(id(self), topk_ids, global_num_experts)
+        if self.stock is not None and self._keeps(len(hidden_states)):
+            self._parameters.check()
+            self.stock.run(
+                output, hidden_states, topk_weights, topk_ids, activation, global_num_experts, expert_map,
+                workspace13, workspace2, apply_router_weight_on_input,
+            )  # fmt: skip
+            return
         if expert_map is not None:
             assert self.local_ids is not None
             topk_ids = self.local_ids[topk_ids]
@@ -203,7 +228,8 @@ def parameters_of(module: Any) -> dict[str, Tensor]:
     return {field: t for field, t in found.items() if t is not None}
 
 
-def _local_ids(module: Any) -> Tensor | None:
+def local_ids(module: Any) -> Tensor | None:
+    """See `RampExperts.local_ids`; None without expert parallelism."""
     here = module.expert_map
     return None if here is None else torch.cat((here, here.new_full((1,), -1))).to(module.w13_weight.device)
 

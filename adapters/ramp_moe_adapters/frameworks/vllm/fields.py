@@ -18,12 +18,13 @@ LAYER: Known = {
             # Of the router, and of what comes after the experts.
             *("routing_method", "router_logits_dtype", "has_hash_routing", "require_decomposed_backend"),
             *("shared_expert_prefix", "skip_final_all_reduce"),
+            # Without elastic expert parallelism, which is refused before, the number of data-parallel ranks.
+            "elastic_ep_max_dp_size",
         ),
         ANY,
     ),
     "moe_backend": ("auto",),
     "intermediate_pad": (None, 0),
-    "elastic_ep_max_dp_size": NO,
     "_defer_moe_finalize": (False,),
     "defer_moe_finalize_max_num_tokens": (-1,),
     "swiglu_limit": NO,

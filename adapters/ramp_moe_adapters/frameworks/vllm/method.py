@@ -6,10 +6,14 @@ layer can be made of them, vLLM's own choice of experts takes them.
 
 from __future__ import annotations
 
+import math
+from functools import partial
 from typing import Any
 
-from ramp_moe.plugin import KernelError, MoEWeights
-from ramp_moe.runtime.layer_factory import Builder
+from ramp_moe.plugin import KernelError, MoEShape, MoEWeights
+from ramp_moe.runtime.calibrated_plan import Calibrated
+from ramp_moe.runtime.layer_factory import Builder, LayerPlan
+from vllm.model_executor.layers.fused_moe.experts.triton_moe import TritonExperts
 from vllm.model_executor.layers.fused_moe.oracle.fp8 import Fp8MoeBackend
 from vllm.model_executor.layers.fused_moe.oracle.unquantized import UnquantizedMoeBackend
 from vllm.model_executor.layers.fused_moe.unquantized_fused_moe_method import UnquantizedFusedMoEMethod
@@ -18,15 +22,36 @@ from vllm.model_executor.layers.quantization.fp8 import Fp8MoEMethod
 from ..engine_errors import why
 from ..engine_weights import Parameters
 from ..known_fields import misfit
-from .experts import ACTIVATIONS, RampExperts, logger, parameters_of, say
+from . import calibrate
+from .experts import ACTIVATIONS, RampExperts, local_ids, logger, parameters_of, say
 from .fields import LAYER, PARALLEL, QUANTISATION, TENSORS
 
 _builder = Builder()
 """Of all layers of the process: they share profiles and workspaces."""
+_plans: dict[MoEShape, Calibrated | None] = {}
+"""What was measured, by shape."""
+_reported = set[MoEShape]()
 
 
 def leave(reason: str) -> None:
     say("leaves experts to vLLM", reason)
+
+
+def _calibrated(layer: calibrate.LoadedLayer, plan: LayerPlan) -> LayerPlan:
+    found = _plans[layer.weights.shape(layer.top_k)] = calibrate.calibrate(plan, layer, _say)
+    return plan if found is None else found.plan
+
+
+def _report(made: Calibrated, layer: calibrate.LoadedLayer, graphs: Any) -> None:
+    """Say what is done with each size; what cannot be said does not stop a server."""
+    try:
+        calibrate.report(made, layer, graphs, _say)
+    except Exception as e:
+        logger.warning("ramp_moe cannot say what it does with each size: %s", why(e))
+
+
+def _say(line: str) -> None:
+    logger.info("ramp_moe: %s", line)
 
 
 class _Dispatched:
@@ -39,6 +64,8 @@ class _Dispatched:
     experts_cls: Any
     moe_kernel: Any
     moe: Any
+    calibrated: Calibrated | None = None
+    """What was measured of the layer's shape."""
 
     def process_weights_after_loading(self, layer: Any) -> None:
         """Make the layer of what was loaded. Again, have it compute with what was loaded since: in CUDA graphs that
@@ -53,7 +80,7 @@ class _Dispatched:
             setattr(self, self.backend, self.unconverted)
         super().process_weights_after_loading(layer)  # type: ignore[misc]
         if found is not None:
-            self.moe_kernel.fused_experts.take(layer, found)
+            self.moe_kernel.fused_experts.take(layer, found, self.calibrated)
 
     def _made(self, layer: Any) -> Parameters | None:
         """What was loaded, with the layer that holds it alone from then on; None, with a line in the log, if there can
@@ -63,15 +90,27 @@ class _Dispatched:
             if reason := self._misfit(layer):
                 raise KernelError(reason)
             ep_size = self.moe.num_experts // self.moe.num_local_experts
-            made = _builder.layer(_weights(layer, self.moe), layer.top_k, ep_size)
+            given = calibrate.layer_of(layer, self.moe, _weights(layer, self.moe), ep_size, local_ids(layer))
+            shape = given.weights.shape(given.top_k)
+            made = _builder.layer(given.weights, given.top_k, ep_size, partial(_calibrated, given))
+            made.host_sync_us = math.inf  # the host would wait for the device, in every layer
+            self.calibrated = _plans.get(shape)
+            if self.calibrated is not None and shape not in _reported:
+                calibrate.compile_all(self.calibrated, given, made, _say)
             found = Parameters(layer, made, parameters_of(layer))
         except Exception as e:  # whatever a kernel raises: vLLM's experts can have the weights
+            calibrate.agree(calibrate.group_key(self.moe), lambda: None)
             leave(why(e))
             return None
-        for note in _builder.notes[said:]:
-            logger.warning("ramp_moe: %s", note)
+        for note in _builder.notes[said:]:  # what was not profiled matters less once it was measured here
+            (logger.warning if self.calibrated is None else logger.info)("ramp_moe: %s", note)
         kernels, layouts = ", ".join(made.configs()), " and ".join(made.layouts)
         logger.info_once("ramp_moe: %s by %s; weights in %s", made.shape.slug, kernels, layouts)
+        if self.calibrated is not None and shape not in _reported:
+            _reported.add(shape)
+            if self.experts_cls not in (None, TritonExperts):
+                _say(f"vLLM would take {self.experts_cls.__name__}; ramp_moe is compared with its Triton experts alone")
+            _report(self.calibrated, given, made.graphs)
         return found
 
     def _misfit(self, layer: Any) -> str | None:

@@ -63,7 +63,7 @@ def prepare(weights: MoEWeights) -> PreparedVllmTriton:
         "w1": weights.gate_up,
         "w2": weights.down,
         "activation": getattr(_attribute(package, "MoEActivation"), ACTIVATIONS[weights.activation]),
-        "quant_config": _quant_config(weights, config),
+        "quant_config": quant_config(weights, config),
     }
     return PreparedVllmTriton(
         weights,
@@ -74,7 +74,7 @@ def prepare(weights: MoEWeights) -> PreparedVllmTriton:
     )
 
 
-def _quant_config(weights: MoEWeights, config: Any) -> Any:
+def quant_config(weights: MoEWeights, config: Any) -> Any:
     """None for weights that have neither scales nor biases."""
     biases = {"w1_bias": weights.gate_up_bias, "w2_bias": weights.down_bias}
     if weights.gate_up_scale is not None:

@@ -226,7 +226,7 @@ class GraphDispatch:
 
     def _cheapest(self, trial: _Trial) -> _Offer:
         """First step: the mode with the least expected time, and its bodies."""
-        model = self._left({**trial.unfit, **trial.skipped})
+        model = self._left({**trial.unfit, **trial.skipped}).at(trial.batch.num_tokens)
         if self._modes == MODES and {c.kernel for c in model.candidates} <= self._fixed:
             trial.refused["nodes"] = "no kernel here is as fast where nodes are switched"
         modes = [m for m in self._modes if m not in trial.refused]
@@ -271,6 +271,16 @@ class GraphDispatch:
         refused = [f"{m}: {trial.refused[m]}" for m in self._modes if m in trial.refused]
         why = "; ".join(["least expected time", *refused, *skipped])
         return GraphPlan(tokens, dtype, mode, why, bodies, offer.short, kernels, selector, switching)
+
+    def outlook(self, num_tokens: int) -> tuple[str, CostModel, Shortlist]:
+        """What `prepare` begins with: the mode of the least expected time, the model of its candidates, and its bodies.
+
+        Nothing is run. Raises KernelError if no candidate is left.
+        """
+        model = self._left({}).at(num_tokens)
+        offers = [self._offer(m, model, num_tokens) for m in self._modes if m not in self._refused]
+        offer = min(offers, key=lambda o: o.short.expected_us)
+        return (offer.mode if offer.short.pays else "single"), offer.model, offer.short
 
     def ready(self, num_tokens: int, dtype: torch.dtype) -> None:
         """Run every body that there is for `num_tokens` once on the current stream, so that its buffers have their size

@@ -108,7 +108,7 @@ class CostTable:
             np.array([f.floor_us for f in fits], np.float32),
             np.cumsum([0, *map(len, keys)]).astype(np.int32),
             np.array([index[k] for ks in keys for k in ks], np.int32),
-            **_corrections(model, [c.name for c in candidates], blocks),
+            **_corrections(model, columns, blocks),
             label=np.array(columns, np.int32),
         )
         whats = ("token blocks", "grids", "parts", "candidates", "distances")
@@ -127,8 +127,9 @@ class CostTable:
         return {f.name: torch.from_numpy(np.ascontiguousarray(getattr(self, f.name))).to(device) for f in fields(self)}
 
 
-def _corrections(model: CostModel, names: Sequence[str], blocks: Sequence[int]) -> dict[str, NDArray[Any]]:
+def _corrections(model: CostModel, columns: Sequence[int], blocks: Sequence[int]) -> dict[str, NDArray[Any]]:
     """The table's arrays that correct."""
+    names = [model.candidates[c].name for c in columns]
     rows = max((len(r.ids) for r in model.residuals), default=0)
     set_of, constant = np.zeros(len(names), np.int32), np.zeros(len(names), np.float32)
     # A residual of fewer batches than another weighs the points that it lacks with 0.
@@ -140,8 +141,13 @@ def _corrections(model: CostModel, names: Sequence[str], blocks: Sequence[int]) 
                 block, constant[c], of_candidate = residual.weights[name]
                 weights[: len(of_candidate), c] = of_candidate
                 set_of[c] = sets.setdefault((i, block), len(sets))
+    constant += model.log_factors[list(columns)]
+    if not sets and constant.any():  # a point that weighs nothing: evaluators skip the constants of a table without any
+        rows, weights, sets[-1, blocks[0]] = 1, np.zeros((1, len(names)), np.float32), 0
     unit, points = np.zeros((len(sets), 3), np.float32), np.zeros((len(sets), 3, rows), np.float32)
     for (i, block), q in sets.items():
+        if i < 0:
+            continue
         residual = model.residuals[i]
         for axis, (counts, scale) in enumerate(
             zip((residual.ids, residual.active, residual.tiles[block]), SCALES, strict=True)

@@ -40,10 +40,11 @@ _EXPORTS = "{ global: __tvm_ffi_*; local: *; };"
 
 
 def dsl_folder() -> Path | None:
-    """Where the package of nvidia-cutlass-dsl is; None where it is not installed. Imports nothing."""
+    """Where the package of nvidia-cutlass-dsl is. None if it is not installed, or no whole distribution. Imports
+    nothing."""
     spec = importlib.util.find_spec("nvidia_cutlass_dsl")
     places = list(spec.submodule_search_locations or ()) if spec else []
-    return Path(places[0]) if places else None
+    return Path(places[0]) if places and any(metadata.distributions(name="nvidia-cutlass-dsl")) else None
 
 
 def toolchain() -> str | None:

@@ -53,7 +53,7 @@ class Marked(TritonMoE):
 
 
 def block_of(config: KernelConfig) -> int:
-    return int(dict(config.params)["up_block"])
+    return int(dict(config.params)["up_block_m"])
 
 
 def built(mode: str | None = None, kernel: Marked | None = None, device: str = "cuda") -> LayerRuntime:

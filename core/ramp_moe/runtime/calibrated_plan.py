@@ -1,0 +1,189 @@
+"""From a shape's kernels and cost model to a plan that was measured on this GPU: from the cache, or by a search."""
+
+from __future__ import annotations
+
+import math
+import os
+import time
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass, replace
+from functools import partial
+
+import numpy as np
+
+from ..errors import KernelError, ProfileError
+from ..measurements.calibration_file import CalibrationRecord as CalibrationRecord
+from ..measurements.calibration_file import load, locked, save
+from ..spec.kernel import LAYOUTS, BuildableKernel, KernelConfig, layouts_of
+from ..spec.launchable import LaunchableKernel
+from .calibration import ENGINE, MARGIN, Calibration, Search, Timer
+from .calibration_seconds import Say
+from .layer_factory import LayerPlan
+
+COMPILING = 0.5
+"""Share of the time in which what must be compiled ahead is compiled; the rest of it is left out."""
+
+WAITED = 1.0
+"""Seconds from which on another process held the lock."""
+LATE = "not compiled within the time for it; `ramp-moe kernels build` compiles it ahead"
+
+
+def measured(
+    key: Mapping[str, str],
+    make_search: Callable[[Calibration | None], Search],
+    make_timer: Callable[[], Timer],
+    limit: float,
+    say: Say,
+    kernels: Sequence[LaunchableKernel] = (),
+) -> CalibrationRecord:
+    """What the cache has for the key, or else what a search of `limit` seconds finds, which is kept there.
+
+    Another process that measures the same is waited for, for as long, and what it found is used. Else a search that was
+    cut short goes on. A cache that cannot be read or written costs a line. kernels: what the search begins with is
+    compiled before, of those of them that are compiled ahead.
+    """
+    with ExitStack() as stack:
+        kept, asked = True, time.monotonic()
+        try:
+            if not stack.enter_context(locked(key, limit)):
+                say(f"another process has measured {key['shape']} for over {limit:g} s; it is not waited for")
+        except ProfileError as e:
+            kept = False
+            say(f"what is measured is not kept: {e}")
+        record = _known(key, say)
+        if record is not None and (record.complete or time.monotonic() - asked > WAITED):
+            return record
+        began = time.monotonic()
+        search = make_search(None if record is None else Calibration(record.timings))
+        compile_ahead(search, kernels, began + COMPILING * limit, say)
+        found = search.run(make_timer(), began + limit)
+        record = CalibrationRecord(
+            key=dict(key),
+            complete=found.complete,
+            seconds=round(time.monotonic() - began, 2) + (0.0 if record is None else record.seconds),
+            timings=found.timings,
+            dropped=found.dropped,
+        )
+        if kept:
+            keep(record, say)
+        return record
+
+
+def keep(record: CalibrationRecord, say: Say) -> None:
+    """Write a record; a line if that is impossible."""
+    try:
+        save(record)
+    except ProfileError as e:
+        say(f"what is measured is not kept: {e}")
+
+
+def known(record: CalibrationRecord) -> Calibration:
+    return Calibration(record.timings, dict(record.dropped), record.complete)
+
+
+def compile_ahead(search: Search, kernels: Sequence[LaunchableKernel], deadline: float, say: Say) -> None:
+    """Compile what the search begins with, until the deadline; what is not compiled then is left out of it."""
+    wanted = search.wanted()
+    for kernel in kernels:
+        if isinstance(kernel, BuildableKernel):
+            configs = [c.config for c in wanted if c.kernel == kernel.name]
+            dropped = _compiled(kernel, configs, deadline, say)
+            search.found.dropped |= {f"{kernel.name}/{name}": reason for name, reason in dropped.items()}
+
+
+def _compiled(kernel: BuildableKernel, configs: Sequence[KernelConfig], deadline: float, say: Say) -> dict[str, str]:
+    """Compile as many at a time as there are processors. Returns those that cannot be had, with the reason."""
+    dropped: dict[str, str] = {}
+    each = max(1, len(os.sched_getaffinity(0)))
+    for first in range(0, len(configs), each):
+        if time.monotonic() >= deadline:
+            say(f"{len(configs) - first} configurations of {kernel.name} left out: {LATE}")
+            return dropped | {c.name: LATE for c in configs[first:]}
+        done = partial(_progress, say, kernel.name, first, len(configs))
+        try:
+            dropped |= kernel.build_some(configs[first : first + each], done)
+        except KernelError as e:  # nothing can be compiled here: what is there already may do
+            say(f"{kernel.name}: {e}")
+            break
+    return dropped
+
+
+def _progress(say: Say, kernel: str, before: int, every: int, done: int, total: int, last: str) -> None:
+    if last:
+        say(f"compiled {before + done} of {every} configurations of {kernel} ({last})")
+
+
+@dataclass(frozen=True)
+class Calibrated:
+    """A plan of the candidates that were timed.
+
+    engine: whether the weights stay in the engine's order of rows, so that its own path can compute with them. chosen:
+    by size that was measured, the candidate for the size alone. predicted: microseconds that the cost model had
+    predicted of it, on what was timed; none without a profile.
+    """
+
+    plan: LayerPlan
+    found: Calibration
+    engine: bool
+    chosen: Mapping[int, str]
+    predicted: Mapping[int, float]
+
+    def keeps(self, num_tokens: int) -> bool:
+        """Whether the engine's own path computes batches of this size."""
+        return self.engine and self.found.engine_keeps(num_tokens, self.chosen)
+
+    @property
+    def keeps_any(self) -> bool:
+        """Whether it keeps a size: between measured ones the ratio is not larger than at both."""
+        return any(self.keeps(n) for n in self.found.tokens)
+
+
+def calibrated(search: Search, plan: LayerPlan, kernels: Sequence[LaunchableKernel], engine_layout: str) -> Calibrated:
+    """The plan by what a search found. Raises KernelError if it timed nothing.
+
+    There is one copy of the weights. It stays in the engine's order, unless another order is faster by MARGIN over the
+    sizes, and slower at none than the best with the engine's: kernels that do not read the order are left out.
+    """
+    model = search.corrected()
+    reads = {k.name: layouts_of(k, search.shape) for k in kernels}
+    layout = best_layout(search.found, reads, engine_layout)
+    names = {c.kernel for c in model.candidates}
+    kept = [k for k in kernels if k.name in names and layout in reads[k.name]]
+    if not kept:
+        raise KernelError(f"no kernel that was measured reads weights in {layout}")
+    model = model.restrict([k.name for k in kept])
+    chosen = search.chosen(model)
+    predicted = {n: us for n, name in chosen.items() if (us := search.predicted(name, n)) is not None}
+    return Calibrated(
+        replace(plan, kernels=kept, model=model), search.found, layout == engine_layout, chosen, predicted
+    )
+
+
+def best_layout(found: Calibration, reads: Mapping[str, Sequence[str]], engine_layout: str) -> str:
+    """The order of rows to hold the weights in."""
+
+    def times(layout: str) -> list[float]:
+        names = [n for n in found.timed if layout in reads[n.partition("/")[0]]]
+        names += [ENGINE] if layout == engine_layout else []
+        return [
+            min((us for name in names if (us := found.us(name, n)) is not None), default=math.inf) for n in found.tokens
+        ]
+
+    own = times(engine_layout)
+    best, gain = engine_layout, math.log(MARGIN)
+    for layout in dict.fromkeys(key for keys in reads.values() for key in keys if key in LAYOUTS):
+        other = times(layout)
+        if layout != engine_layout and all(theirs <= ours for ours, theirs in zip(own, other, strict=True)):
+            ratio = float(np.mean([math.log(ours / theirs) for ours, theirs in zip(own, other, strict=True)]))
+            if ratio > gain:
+                best, gain = layout, ratio
+    return best
+
+
+def _known(key: Mapping[str, str], say: Say) -> CalibrationRecord | None:
+    try:
+        return load(key)
+    except ProfileError as e:
+        say(f"{e}; it is measured again")
+        return None

@@ -1,0 +1,326 @@
+"""Measuring, when a layer is loaded, what its kernels take on this GPU; and what follows from that.
+
+A search looks for the fastest candidate at each of a few batch sizes, on the layer's own weights. It times the engine's
+own path and the best of each kernel by the cost model, and corrects the model by what it saw. As long as the corrected
+model names a candidate that was not timed at that size, it times that, too. So it ends with a candidate that was timed,
+or when the time is over. It begins with sizes far apart, and then they take turns: a search that is cut short knows
+something of small and large batches.
+
+The correction of a candidate at a size is its measured over its predicted time. One that was not timed there has that
+of its kernel, or else the largest of all; without a profile always the largest. Only candidates that were timed are
+chosen from then on: they are compiled, and their output was checked.
+"""
+
+from __future__ import annotations
+
+import itertools
+import time
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Protocol
+
+import numpy as np
+
+from ..cost_model.correction import Corrections
+from ..cost_model.model import DEFAULT_FORM, Candidate, CostModel, PartFit, get_form, parts_of
+from ..dispatch.shortlist import DRAWN, met_at
+from ..errors import KernelError, RampMoEError
+from ..measurements.calibration_file import Timing
+from ..measurements.sweep import PATH
+from ..measurements.trace import spread_out
+from ..spec.hardware import Hardware
+from ..spec.kernel import usable_configs
+from ..spec.launchable import LaunchableKernel
+from ..spec.routing import FloatArray, IntArray, expert_histogram, generate
+from ..spec.shapes import MoEShape
+
+ROUTINGS = ("uniform", "zipf1.2")
+"""Each size is timed on both, and judged by the mean."""
+ENGINE = ""
+"""Name of the engine's own path among timings."""
+MARGIN = 1.02
+"""The engine's own path is kept if it takes less than this factor of ours."""
+MOST = 3
+"""Candidates that are timed at one size beside those that the search begins with."""
+SPREAD = 6
+"""Configurations of a kernel that are tried without a profile, beside its defaults."""
+
+
+class Timer(Protocol):
+    """Runs candidates on the layer's weights."""
+
+    def time(self, candidate: Candidate | None, topk_ids: IntArray) -> float:
+        """Microseconds of one launch with a cold L2; of the engine's own path if None. topk_ids int64 `[T, k]` are of
+        all ranks' experts. Raises whatever the kernel raises, KernelError for a wrong output."""
+        ...
+
+
+@dataclass
+class Calibration:
+    """Times, and what failed."""
+
+    timings: list[Timing] = field(default_factory=list)
+    dropped: dict[str, str] = field(default_factory=dict)
+    complete: bool = False
+
+    def us(self, name: str, tokens: int) -> float | None:
+        """Mean over the routings; None if one was not timed."""
+        found = [t.us for t in self.timings if (t.candidate, t.tokens) == (name, tokens)]
+        return sum(found) / len(found) if len(found) == len(ROUTINGS) else None
+
+    @property
+    def tokens(self) -> tuple[int, ...]:
+        """Sizes at which any of ours was timed, ascending."""
+        return tuple(sorted({t.tokens for t in self.timings if t.candidate != ENGINE}))
+
+    @property
+    def timed(self) -> set[str]:
+        """Names of ours that were timed at any size and have not failed."""
+        return {t.candidate for t in self.timings if t.candidate != ENGINE} - self.dropped.keys()
+
+    def engine_keeps(self, num_tokens: int, ours: Mapping[int, str]) -> bool:
+        """Whether the engine's own path computes batches of this size: ours is not at least MARGIN faster. Between
+        sizes the logarithm of the ratio is interpolated in that of the tokens. False if nothing was compared.
+
+        ours: by size, the candidate that computes batches otherwise."""
+        points = [
+            (np.log(n), np.log(engine / us))
+            for n, name in sorted(ours.items())
+            if (engine := self.us(ENGINE, n)) is not None and (us := self.us(name, n)) is not None
+        ]
+        if not points:
+            return False
+        sizes, ratios = zip(*points, strict=True)
+        return bool(np.interp(np.log(max(num_tokens, 1)), sizes, ratios) < np.log(MARGIN))
+
+
+def spread(capture_sizes: Sequence[int], most: int) -> list[int]:
+    """Batch sizes to measure: powers of two up to `most`, the largest that is captured, and `most` itself."""
+    powers = [1 << i for i in range(most.bit_length()) if 1 << i <= most]
+    return sorted({*powers, *(n for n in (max(capture_sizes, default=1), most) if 1 <= n <= most)})
+
+
+def batch_of(routing: str, tokens: int, num_experts: int, top_k: int) -> IntArray:
+    """Top-k ids int64 `[tokens, top_k]` of a timing, always the same: those of DRAWN tokens again and again."""
+    drawn = generate(routing, min(tokens, DRAWN), num_experts, top_k, seed=tokens)
+    return np.resize(drawn, (tokens, top_k))
+
+
+def coarse_first(sizes: Sequence[int]) -> list[int]:
+    """The first and the last, then what lies in the middle of those before, and so on."""
+    order, gaps = [0, len(sizes) - 1], [(0, len(sizes) - 1)]
+    for low, high in gaps:
+        if high - low > 1:
+            middle = (low + high) // 2
+            order.append(middle)
+            gaps += [(low, middle), (middle, high)]
+    return [sizes[i] for i in dict.fromkeys(order)]
+
+
+class Search:
+    """One shape's search. ep_size: ranks that share the experts, of which the shape has one rank's. model: None
+    without a profile. known: what an earlier search measured, which is not measured again. Kernels without a profile
+    run their defaults; if there is no model, others of their configurations, too."""
+
+    def __init__(
+        self,
+        shape: MoEShape,
+        hardware: Hardware,
+        kernels: Sequence[LaunchableKernel],
+        model: CostModel | None,
+        sizes: Sequence[int],
+        ep_size: int = 1,
+        known: Calibration | None = None,
+    ) -> None:
+        self.shape, self._ep_size, self.sizes = shape, ep_size, tuple(sizes)
+        self.found = known or Calibration()
+        profiled = set() if model is None else {c.kernel for c in model.candidates}
+        guessed = [k for k in kernels if k.name not in profiled]
+        self._guessed = {k.name for k in guessed}
+        """Kernels without a profile: what is predicted of them says nothing."""
+        self._defaults = {n: _defaults(shape, hardware, guessed, n) for n in self.sizes}
+        tried = {c.name: c for c in itertools.chain.from_iterable(self._defaults.values())}
+        if model is None:
+            tried |= {c.name: c for c in _spread(shape, hardware, guessed)}
+        self.model = guess(shape, hardware, model, list(tried.values()))
+        self._others = list(tried) if model is None else []
+        """Timed at every size."""
+        self._by_name = {c.name: c for c in self.model.candidates}
+        self._kernel = np.array([c.kernel for c in self.model.candidates])
+        self._contends = set(self.model.contenders.tolist())
+        self._predicted: dict[int, FloatArray] = {}
+        self._means: dict[int, FloatArray] = {}
+
+    def run(self, timer: Timer, deadline: float, clock: Callable[[], float] = time.monotonic) -> Calibration:
+        """Measure until there is nothing more to measure, or `deadline` on the clock is past."""
+        for name, tokens in self._steps():
+            if clock() >= deadline:
+                return self.found
+            self._time(timer, name, tokens)
+        self.found.complete = True
+        return self.found
+
+    def _steps(self) -> Iterator[tuple[str, int]]:
+        """What to time at which size, each named once the one before was timed."""
+        for tokens in coarse_first(self.sizes):
+            while (first := self._first(tokens)) is not None:
+                yield first, tokens
+        todo = list(self.sizes)
+        while todo:
+            for tokens in list(todo):
+                if (name := self._next(tokens)) is None:
+                    todo.remove(tokens)
+                else:
+                    yield name, tokens
+
+    def corrected(self) -> CostModel:
+        """The model of the candidates that were timed, corrected. Raises KernelError if none was."""
+        gone = self._by_name.keys() - self.found.timed
+        if len(gone) == len(self._by_name):
+            reasons = (
+                "; ".join(f"{name}: {reason}" for name, reason in self.found.dropped.items()) or "no time was left"
+            )
+            raise KernelError(f"nothing could be timed ({reasons})")
+        return self.model.without(gone).corrected(self.corrections())
+
+    def chosen(self, model: CostModel) -> dict[int, str]:
+        """By size, what a corrected model chooses for the size alone."""
+        return {n: model.candidates[best(model.at(n), n, self._ep_size)].name for n in self.found.tokens}
+
+    def predicted(self, name: str, tokens: int) -> float | None:
+        """What the cost model predicts, before it is corrected, of what is timed; None without a profile."""
+        known = self._by_name[name].kernel not in self._guessed
+        return float(self._expected(tokens)[list(self._by_name).index(name)]) if known else None
+
+    def corrections(self) -> Corrections:
+        """For every candidate of the model, at the sizes that were timed."""
+        sizes = self.found.tokens
+        rows = np.stack([self._log_factors(n) for n in sizes], 1)
+        return Corrections(sizes, {c.name: rows[i] for i, c in enumerate(self.model.candidates)})
+
+    def wanted(self) -> list[Candidate]:
+        """What the search begins with, each once, those of most sizes first: to be compiled before."""
+        count = Counter(itertools.chain.from_iterable(self._begin(n) for n in self.sizes))
+        return [self._by_name[name] for name, _ in count.most_common()]
+
+    def _first(self, tokens: int) -> str | None:
+        """What to time at a size before anything else at another; None if all of it was."""
+        return next((name for name in (ENGINE, *self._begin(tokens)) if self._open(name, tokens)), None)
+
+    def _next(self, tokens: int) -> str | None:
+        """What to time at a size after that; None if its best was timed."""
+        if (other := next((n for n in self._others if self._open(n, tokens)), None)) is not None:
+            return other
+        timed = sum(self.found.us(n, tokens) is not None for n in self._by_name)
+        if timed >= len(self._begin(tokens)) + len(self._others) + MOST:
+            return None
+        expected = self._mean(tokens) * np.exp(self._log_factors(tokens))
+        for i in np.argsort(expected, kind="stable").tolist():
+            name = self.model.candidates[i].name
+            if i in self._contends and name not in self.found.dropped:
+                return name if self._open(name, tokens) else None
+        return None
+
+    def _open(self, name: str, tokens: int) -> bool:
+        return name not in self.found.dropped and self.found.us(name, tokens) is None
+
+    def _begin(self, tokens: int) -> list[str]:
+        """Each kernel's best by the model, or its default."""
+        names = [c.name for c in self._defaults[tokens]]
+        expected, dropped = self._mean(tokens), self.found.dropped
+        for kernel in dict.fromkeys(self._kernel.tolist()):
+            mine = [i for i in np.flatnonzero(self._kernel == kernel).tolist() if i in self._contends]
+            left = [i for i in mine if self.model.candidates[i].name not in dropped]
+            if left and kernel not in self._guessed:
+                names.insert(0, self.model.candidates[min(left, key=lambda i: float(expected[i]))].name)
+        return names
+
+    def _time(self, timer: Timer, name: str, tokens: int) -> None:
+        times = []
+        for routing in ROUTINGS:
+            try:
+                ids = batch_of(routing, tokens, self.shape.num_experts * self._ep_size, self.shape.top_k)
+                times.append(Timing(tokens, routing, name, timer.time(self._by_name.get(name), ids)))
+            except Exception as e:  # whatever a kernel raises
+                told = " ".join(str(e).split())
+                self.found.dropped[name] = told if isinstance(e, RampMoEError) else f"{type(e).__name__}: {told}"
+                return
+        self.found.timings += times
+
+    def _expected(self, tokens: int) -> FloatArray:
+        """Predicted microseconds `[candidates]`, not corrected: the mean over the routings."""
+        if tokens not in self._predicted:
+            every = self.shape.num_experts * self._ep_size
+            ids = (batch_of(routing, tokens, every, self.shape.top_k) for routing in ROUTINGS)
+            here = np.stack([expert_histogram(i, every)[: self.shape.num_experts] for i in ids])
+            self._predicted[tokens] = self.model.cost(here).mean(0)
+        return self._predicted[tokens]
+
+    def _mean(self, tokens: int) -> FloatArray:
+        """The same over the batches by which candidates are chosen for a size."""
+        if tokens not in self._means:
+            self._means[tokens] = mean_us(self.model, tokens, self._ep_size)
+        return self._means[tokens]
+
+    def _log_factors(self, tokens: int) -> FloatArray:
+        """`[candidates]` at one size."""
+        expected, candidates = self._expected(tokens), self.model.candidates
+        us = np.array([np.nan if (t := self.found.us(c.name, tokens)) is None else t for c in candidates])
+        known, logs = np.isfinite(us), np.log(us / expected)
+        if not known.any():
+            return np.zeros(len(candidates))
+        for kernel in set(self._kernel.tolist()):
+            mine, rest = self._kernel == kernel, ~known & (self._kernel == kernel)
+            if kernel in self._guessed:
+                logs[rest] = np.log(us[known].max() / expected[rest])
+            else:
+                logs[rest] = logs[mine & known].mean() if (mine & known).any() else logs[known].max()
+        return logs
+
+
+def mean_us(model: CostModel, tokens: int, ep_size: int) -> FloatArray:
+    """Predicted microseconds `[candidates]`: the mean over batches of the size."""
+    us: FloatArray = model.cost(met_at(tokens, model.num_experts, model.shape.top_k, ep_size)).mean(0)
+    return us
+
+
+def best(model: CostModel, tokens: int, ep_size: int) -> int:
+    """Index of the contender that is the best for the size alone."""
+    us = mean_us(model, tokens, ep_size)[model.contenders]
+    return int(model.contenders[int(us.argmin())])
+
+
+def guess(shape: MoEShape, hardware: Hardware, model: CostModel | None, candidates: Sequence[Candidate]) -> CostModel:
+    """The model, if there is one, with candidates that nothing is known of. By it they take a microsecond, whatever the
+    batch: their corrections are the times themselves."""
+    form, stages = (DEFAULT_FORM, (PATH,)) if model is None else (model.form, model.stages)
+    none = [0.0] * (len(get_form(form).terms) - 1)
+    fits: dict[str, PartFit] = {} if model is None else dict(model.fits)
+    for candidate in candidates:
+        for i, part in enumerate(parts_of(candidate, stages)):
+            terms = (float(i == 0), *none)
+            fits.setdefault(part.key, PartFit(part, terms, 1, 0.0, 0.0, (0.0, np.inf), (0, shape.num_experts), 0.0))
+    known = () if model is None else model.candidates
+    measured = () if model is None else model.measured
+    histograms, residuals = (None, ()) if model is None else (model.histograms, model.residuals)
+    every = [*known, *candidates]
+    return CostModel(shape, hardware, form, every, fits, stages, measured, histograms, residuals)
+
+
+def _defaults(shape: MoEShape, hardware: Hardware, kernels: Sequence[LaunchableKernel], tokens: int) -> list[Candidate]:
+    found = []
+    for kernel in kernels:
+        try:
+            found.append(Candidate(kernel.name, kernel.default_config(shape, hardware, tokens)))
+        except Exception:  # a plugin's own mistake: its other configurations may do
+            continue
+    return found
+
+
+def _spread(shape: MoEShape, hardware: Hardware, kernels: Sequence[LaunchableKernel]) -> Iterator[Candidate]:
+    """SPREAD configurations of each kernel, evenly spread over all."""
+    for kernel in kernels:
+        configs = usable_configs(kernel, shape, hardware)
+        for i in spread_out(len(configs), SPREAD):
+            yield Candidate(kernel.name, configs[i])
