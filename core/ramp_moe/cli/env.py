@@ -23,6 +23,7 @@ from ..measurements.calibration_file import folder as calibrations
 from ..measurements.plan_table import table
 from ..profiler.gpu import installed_gpus
 from ..registry.registry import ALLOW_LIST, Registry, get_registry
+from ..spec.formats import FORMATS
 from ..spec.hardware import Hardware, identify
 from ..spec.kernel import Kernel, why_unsupported
 from ..spec.launchable import LaunchableKernel
@@ -185,7 +186,7 @@ def _slugs(model: str) -> set[str]:
     """Slugs of the model's layers in every dtype. Raises UnknownNameError, or ShapeError if a shard does not divide."""
     registry, found = get_registry(), set[str]()
     failed: ShapeError | None = None
-    for dtype in DTYPE_BYTES:
+    for dtype in FORMATS:
         try:
             found.add(registry.shape(model, dtype).slug)
         except ShapeError as e:  # a slug says its dtype itself
