@@ -95,6 +95,11 @@ class MoEWeights:
             raise ShapeError(f"{stored.weights} weights: {reason}; pad them, or leave the layer in 16 bits")
         if stored.weights == "fp8" and hidden % SCALE_BLOCK:
             raise ShapeError(f"fp8 weights need a hidden size in multiples of {SCALE_BLOCK}, not {hidden}")
+        if self.down.dtype != self.gate_up.dtype and stored.packed:
+            raise ShapeError(
+                f"gate_up is {self.gate_up.dtype}, down {self.down.dtype}: a layer's weights are of one format; "
+                "quantise or dequantise one of them"
+            )
         per_element = 2 * self.gate_up.dtype.itemsize if stored.packed else 1
         if inter % per_element:
             raise ShapeError(f"{self.gate_up.dtype} holds {per_element} weights, which do not divide {inter} columns")

@@ -309,11 +309,11 @@ WRONG = {
     ),
     "half-quantised": (
         given("int4-g32", down=torch.zeros(E, H, I).bfloat16()),
-        "down must be [5, 256, 64], not [5, 256, 128]",
+        "gate_up is torch.uint8, down torch.bfloat16: a layer's weights are of one format; quantise or dequantise one",
     ),
     "packed in two ways": (
         given("int4-g32", down=torch.zeros(E, H, I // 8, dtype=torch.int32)),
-        "down must be [5, 256, 64], not [5, 256, 16]",
+        "gate_up is torch.uint8, down torch.int32: a layer's weights are of one format",
     ),
     "no scale": (given("mxfp4", down_scale=None), "mxfp4 weights need down_scale, e8m0 [5, 256, 4]"),
     "uneven groups": (
