@@ -65,7 +65,7 @@ def plain(w: Tensor, scale: Tensor | None, stored: Format, matrices: int = 1) ->
     Raises ShapeError for scales of another shape.
     """
     if stored.packed:
-        w = torch.tensor(CODES[stored.element], device=w.device)[unpack(w).int()]
+        w = torch.tensor(CODES[stored.element], dtype=torch.float32, device=w.device)[unpack(w).int()]
     if scale is None:
         return w.float()
     factors = powers_of_two(scale) if stored.scale == "e8m0" else scale
@@ -159,7 +159,7 @@ def quantise(w: Tensor, format: str) -> tuple[Tensor, Tensor]:
     exponents = (torch.frexp(amax.clamp(min=2.0**-100)).exponent - 1 - 2).clamp(-E8M0_BIAS, E8M0_BIAS)
     stored_exponents = (exponents + E8M0_BIAS).to(torch.uint8)
     ratio = w.float() / expand(powers_of_two(stored_exponents), rows, columns, *each)
-    table = torch.tensor(E2M1[:8], device=w.device)
+    table = torch.tensor(E2M1[:8], dtype=torch.float32, device=w.device)
     code = torch.bucketize(ratio.abs(), (table[1:] + table[:-1]) / 2)
     return pack((code + 8 * (ratio < 0)).to(torch.uint8)), stored_exponents
 
@@ -201,7 +201,7 @@ def check_symmetric(name: str, group: int, zero_points: Tensor | None = None, g_
                 "checkpoint symmetrically, or leave the layer to the engine"
             )
     if g_idx is not None and g_idx.numel():
-        in_order = torch.arange(g_idx.shape[-1], device=g_idx.device) // group
+        in_order = torch.arange(g_idx.shape[-1], dtype=torch.int64, device=g_idx.device) // group
         if bool((g_idx != in_order).any()):
             raise ShapeError(
                 f"{name} has its columns reordered (act-order, g_idx), which no format here has; quantise the "
