@@ -25,6 +25,8 @@ from vllm_cases import experts_of, run, said_by_plugin
 pytestmark = pytest.mark.gpu
 
 EXPERTS, TOP_K, HIDDEN, INTER = 16, 4, 512, 256
+COMPUTED = {"bf16": 2e-2, "fp8": 0.07}
+"""Errors of vLLM's own path against float32. In fp8 it rounds the intermediate to bf16 first, unlike the reference."""
 SIZES = {"moe_options": {"max_num_tokens": 512}}
 
 
@@ -112,7 +114,7 @@ def test_sizes_that_vllm_keeps_are_computed_by_its_own_experts(
         torch.cuda.synchronize()
         assert error(out, eager.float()) < 1e-2
         total += eager.float()
-    assert error(total, wanted(of, b)) < 3e-2
+    assert error(total, expected(of, b, quantise=False)) < COMPUTED[dtype]
 
 
 class Planted(TritonMoE):
