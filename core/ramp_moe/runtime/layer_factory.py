@@ -69,6 +69,12 @@ class Builder:
     """
 
     def __init__(self, device: str = "auto", options: DispatchOptions | None = None) -> None:
+        if not isinstance(device, str):
+            raise HardwareError(f"the device is named by a string, 'auto' or 'h200', not {device!r:.60}")
+        if not (options is None or isinstance(options, DispatchOptions)):
+            raise KernelError(
+                f"options must be a DispatchOptions, not {options!r:.60}; write DispatchOptions(copies=2)"
+            )
         self.device, self.options = device, options or DispatchOptions()
         self.notes: list[str] = []
         self._plans: dict[tuple[LayerKind, torch.device], LayerPlan] = {}
