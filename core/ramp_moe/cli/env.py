@@ -198,7 +198,7 @@ def _slugs(model: str) -> set[str]:
 
 def _plans(shapes: Collection[str]) -> Section:
     """What was calibrated of these shapes, by the cache: servers write it when they load a model."""
-    return [msgspec.to_builtins(record) for record in records() if record.key["shape"] in shapes]
+    return [msgspec.to_builtins(record) for record in records() if record.key.get("shape") in shapes]
 
 
 def _plan_lines(plans: Section) -> Iterator[str]:
@@ -206,9 +206,9 @@ def _plan_lines(plans: Section) -> Iterator[str]:
         yield f"no server has measured the model here yet: {calibrations()} has nothing of it"
     for plan in plans:
         key, state = plan["key"], "complete" if plan["complete"] else "cut short; the next start goes on"
-        where = f"{key['shape']} on {key['gpu']}, driver {key['driver']}"
-        yield f"{where}, in {key['engine']} {key.get('vllm', '')}: {state}"
-        yield from (f"  {line}" for line in table([PlanRow(**row) for row in plan["plan"]], key["engine"]))
+        gpu, driver, engine = (key.get(name, "?") for name in ("gpu", "driver", "engine"))
+        yield f"{key['shape']} on {gpu}, driver {driver}, in {engine} {key.get('vllm', '')}: {state}"
+        yield from (f"  {line}" for line in table([PlanRow(**row) for row in plan["plan"]], engine))
         if plan["left"]:
             yield f"  {plan['left']}"
 

@@ -270,8 +270,8 @@ class LayerRuntime:
         does not take."""
         import torch
 
-        if num_tokens < 1:
-            raise ShapeError(f"a layer is warmed up for one token or more, not {num_tokens}")
+        if not isinstance(num_tokens, int) or num_tokens < 1:
+            raise ShapeError(f"a layer is warmed up for a whole number of tokens, 1 or more, not {num_tokens!r:.60}")
         self._check_dtype(dtype)
         if self.graphs is not None:
             return self.graphs.prepare(num_tokens, dtype)

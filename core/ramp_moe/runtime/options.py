@@ -51,9 +51,11 @@ class DispatchOptions:
     def __post_init__(self) -> None:
         for name in ("kernels", "profiles"):
             value = getattr(self, name)
-            if isinstance(value, str | Path) or not (value is None or isinstance(value, Sequence)):
+            if isinstance(value, str | bytes | Path) or not (value is None or isinstance(value, Sequence)):
                 raise KernelError(f"{name} must be a list, not {value!r:.60}; write {name}=[...]")
             object.__setattr__(self, name, None if value is None else tuple(value))
+        if strays := [path for path in self.profiles if not isinstance(path, str | Path)]:
+            raise KernelError(f"profiles must be names of files and folders, not {strays[0]!r:.60}")
         for name in ("copies", "ep_size"):
             value = getattr(self, name)
             if not _is(value, int) or value < 1:

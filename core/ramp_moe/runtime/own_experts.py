@@ -122,7 +122,9 @@ def _routing(module: Module, *given: Any, **named: Any) -> Any:
 
 
 def _routed(experts: WrappedExperts, module: Module, hidden_states: Tensor) -> Tensor:
+    from .wrapped_experts import pair
+
     flat = hidden_states.reshape(-1, hidden_states.shape[-1])
     route = cast(Experts, experts.adapter).route
     assert route is not None
-    return experts(flat, *route(module, flat)).view_as(hidden_states)
+    return experts(flat, *pair(route(module, flat), "route")).view_as(hidden_states)

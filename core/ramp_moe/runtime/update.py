@@ -29,6 +29,8 @@ FIELDS = ("gate_up", "down", "gate_up_scale", "down_scale", "gate_up_bias", "dow
 
 def update(layer: Holding, weights: MoEWeights) -> None:
     """Have `layer` compute with `weights` from now on; see `LayerRuntime.update`."""
+    if not isinstance(weights, MoEWeights):
+        raise ShapeError(f"the new weights must be a MoEWeights, not {type(weights).__name__}")
     check_fits(layer.held[0], weights)
     with writing(layer):
         for name in FIELDS:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -172,6 +173,22 @@ def test_a_shape_is_measured_once_and_kept(times: Any, said: list[str]) -> None:
     assert not again.asked, "the file has it"
     assert experts(routed).stock is not None
     assert any("what computes batches" in line for line in said)
+
+
+@pytest.mark.parametrize("other", ["fp8", "gelu_tanh"])
+def test_layers_of_one_size_and_another_kind_are_measured_apart(times: Any, said: list[str], other: str) -> None:
+    """As of a model whose last layers are not quantised. What was measured of one is not said of the other."""
+    timer = times(large_are_vllms)
+    experts_of(layer(), TOP_K, dtype=HALF, **SIZES)
+    asked = len(timer.asked)
+    kind = layer("fp8") if other == "fp8" else replace(layer(), activation=other)
+    for _ in range(2):
+        experts_of(kind, TOP_K, dtype=HALF, **SIZES)
+    assert len({(r.key["shape"], r.key["weights"]) for r in records()}) == 2
+    assert len(timer.asked) == 2 * asked or other == "fp8", "its candidates are others"
+    assert len(timer.asked) > asked
+    assert not [line for line in said if "rank 0 has measured" in line]
+    assert len([line for line in said if "what computes batches" in line]) == 2
 
 
 def test_what_fails_is_named_and_the_rest_computes(times: Any, said: list[str]) -> None:

@@ -40,6 +40,8 @@ if TYPE_CHECKING:
 STOCK = "vllm_triton"
 """The kernel that is vLLM's own path, which is timed as vLLM runs it instead."""
 ENGINE = "vLLM"
+FORM = "w13_weight", "w13_weight_scale_inv", "w13_bias", "w2_bias"
+"""Parameters of vLLM's by which layers of one size differ."""
 _agreed: dict[object, CalibrationRecord | None] = {}
 _spent: list[float] = []
 """Seconds of each shape that was measured in this process: the time is for a model."""
@@ -77,10 +79,12 @@ def layer_of(module: Any, moe: Any, weights: MoEWeights, ep_size: int, local_ids
     return LoadedLayer(moe, module, weights, module.top_k, ep_size, local_ids, kept, moe.max_num_tokens * ranks)
 
 
-def group_key(moe: Any) -> object:
-    """What is the same of a layer on all ranks that agree."""
+def group_key(moe: Any, module: Any) -> object:
+    """What ranks that agree have in common of a layer: all that makes it another kind of layer, measured apart."""
     sizes = moe.num_experts, moe.experts_per_token, moe.hidden_dim, moe.intermediate_size_per_partition
-    return *sizes, str(moe.in_dtype), str(moe.activation), moe.has_bias
+    # Without the first size: ranks may have unlike numbers of experts.
+    forms = (None if t is None else (str(t.dtype), *t.shape[1:]) for t in map(module._parameters.get, FORM))
+    return *sizes, str(moe.in_dtype), str(moe.activation), *forms
 
 
 def agree(key: object, measure: Callable[[], CalibrationRecord | None]) -> CalibrationRecord | None:
@@ -148,7 +152,7 @@ def calibrate(plan: LayerPlan, layer: LoadedLayer, say: Callable[[str], None]) -
         finally:
             _spent.append(time.monotonic() - began)
 
-    record = agree(group_key(layer.moe), measure)
+    record = agree(group_key(layer.moe, layer.module), measure)
     if record is None:
         return None
     kernels = [k for k in kernels if k.name not in record.dropped]
@@ -183,7 +187,7 @@ def report(made: Calibrated, layer: LoadedLayer, graphs: Any, say: Callable[[str
     say("\n".join([f"{shape.slug}: what computes batches of how many tokens", *table(rows, ENGINE)]))
     if line:
         say(f"{shape.slug}: {line}")
-    record = _agreed[group_key(layer.moe)]
+    record = _agreed[group_key(layer.moe, layer.module)]
     if record is not None and (record.plan, record.left) != (rows, line):
         record.plan, record.left = rows, line
         calibrated_plan.keep(record, say)
