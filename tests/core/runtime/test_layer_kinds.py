@@ -56,10 +56,10 @@ def test_a_kernel_that_one_layer_cannot_use_computes_another(second: str, h200: 
 
 
 def test_kinds_differ_by_every_field_of_the_weights() -> None:
-    """A field that is added to MoEWeights must be part of a kind, or be said here to make none."""
+    """A field that is added to MoEWeights must be part of a kind. The format and its activations are in the shape."""
     assert len({kind_of(of, K) for of in KINDS.values()}) == len(KINDS)
     assert kind_of(weights(), K) == kind_of(weights(), K)
     assert kind_of(weights(), K) != kind_of(weights(), K + 1)
     assert kind_of(weights(), K).shape == SHAPE
     tensors = {"gate_up", "down", "gate_up_scale", "down_scale", "gate_up_bias", "down_bias"}
-    assert {f.name for f in fields(MoEWeights)} - tensors == {"activation", "layout", "limit"}
+    assert {f.name for f in fields(MoEWeights)} - tensors == {"activation", "layout", "limit", "format", "activations"}
