@@ -52,6 +52,10 @@ TESTS = Path(__file__).parent
 sys.path[:0] = [str(TESTS), str(TESTS / "support"), str(TESTS.parent / "profiles")]
 if not _has_gpu():
     os.environ["TRITON_INTERPRET"] = "1"
+    if importlib.util.find_spec("triton") is not None:
+        from interpreter import quicken
+
+        quicken()
 
 
 # Examples take as long as the machine is busy.

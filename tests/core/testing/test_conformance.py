@@ -192,6 +192,7 @@ def test_no_supported_dtype() -> None:
         supported_shape(Never())
 
 
+@pytest.mark.slow
 def test_a_crash_fails_its_check_alone() -> None:
     outcomes = {o.check: o for o in run_apart(cases.crashing, 300)}
     assert [c for c, o in outcomes.items() if o.result == "failed"] == ["steps"]
