@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import gc
+import weakref
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -97,6 +99,18 @@ def test_it_is_turned_on_at_run_time(recorder: Any, tmp_path: Path) -> None:
     run(layer, b)
     recorder.current.flush()
     assert len(batches(tmp_path / "another.jsonl")) == 1
+
+
+def test_samples_outlive_the_recorder_that_they_were_made_for(recorder: Any, tmp_path: Path) -> None:
+    """Graphs that were captured meanwhile write to them at every replay: other tensors must not get the memory."""
+    layer, b = routed(), given(3)
+    plugin.record(tmp_path / "trace.jsonl")
+    run(layer, b)
+    ring = weakref.ref(recorder.current._traffic._rings[0])
+    plugin.record(tmp_path / "another.jsonl")
+    run(layer, b)
+    gc.collect()
+    assert ring() is not None
 
 
 @pytest.mark.parametrize("captures", [True, False])

@@ -31,6 +31,8 @@ logger = init_logger("vllm.ramp_moe")
 FLUSH_SECONDS = 30.0
 current: TrafficRecorder | None = None
 """What samples this process' layers; None if nothing does."""
+_earlier: list[TrafficRecorder] = []
+"""Those before. Graphs that were captured meanwhile write to their samples for as long as the process lives."""
 captures = False
 """Whether the server captures CUDA graphs when it starts."""
 
@@ -113,6 +115,7 @@ def begin(path: str | Path | None = None) -> None:
         return
     if current is not None:
         current.close()
+        _earlier.append(current)
     current = TrafficRecorder(Path(f"{named}{suffix}").absolute(), _started, logger.info)
 
 
