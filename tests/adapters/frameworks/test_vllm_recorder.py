@@ -142,6 +142,28 @@ def test_a_file_that_cannot_be_written_costs_one_line(recorder: Any, tmp_path: P
     assert said[1:] == [f"RAMP_MOE_RECORD: cannot write {tmp_path}: it is a folder; name a file"]
 
 
+@pytest.mark.parametrize("what", ["layer", "sample"])
+def test_a_batch_that_cannot_be_sampled_ends_no_server(
+    recorder: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, what: str
+) -> None:
+    """The batch is computed, and one line says why."""
+    said: list[str] = []
+    layer, b = routed(), given(3)
+    recorder.current = recorder.TrafficRecorder(tmp_path / "trace.jsonl", lambda: True, said.append)
+    wanted = run(layer, b)
+
+    def fails(*_: Any) -> None:
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    recorder.current = recorder.TrafficRecorder(tmp_path / "trace.jsonl", lambda: True, said.append)
+    said.clear()
+    monkeypatch.setattr(recorder.Traffic, what, fails)
+    for _ in range(2):
+        assert torch.equal(run(layer, b), wanted)
+    assert said[-1] == "RAMP_MOE_RECORD: nothing more is sampled: OutOfMemoryError: CUDA out of memory"
+    assert len([line for line in said if "nothing more" in line]) == 1
+
+
 def test_layers_of_another_shape_are_left_out(recorder: Any, tmp_path: Path) -> None:
     said: list[str] = []
     made = recorder.TrafficRecorder(tmp_path / "trace.jsonl", lambda: True, said.append)
