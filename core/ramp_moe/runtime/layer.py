@@ -242,9 +242,9 @@ class LayerRuntime:
         """Over the kernels that take hidden states of this dtype. Raises KernelError if none does."""
         if not self._picky:
             return self.chooser
-        if dtype not in self._choosers:
-            self._choosers[dtype] = self._made_chooser(dtype)
-        return self._choosers[dtype]
+        if (found := self._choosers.get(dtype)) is None:
+            found = self._choosers[dtype] = self._made_chooser(dtype)
+        return found
 
     def _made_chooser(self, dtype: torch.dtype) -> Chooser:
         left, name = self.chooser.kernels, HALVES.get(str(dtype), str(dtype))
@@ -271,7 +271,7 @@ class LayerRuntime:
         import torch
 
         if not isinstance(num_tokens, int) or num_tokens < 1:
-            raise ShapeError(f"a layer is warmed up for a whole number of tokens, 1 or more, not {num_tokens!r:.60}")
+            raise ShapeError(f"a layer is warmed up for one token or more, not {num_tokens!r:.60}")
         self._check_dtype(dtype)
         if self.graphs is not None:
             return self.graphs.prepare(num_tokens, dtype)
@@ -418,7 +418,7 @@ class LayerRuntime:
 
     def _made_ready(self, candidate: Candidate) -> _Ready:
         kernel, prepared = self._kernels[candidate.kernel]
-        if len(self._ready) == MOST_READY:
+        if len(self._ready) >= MOST_READY:
             self._ready.clear()
         most = most_tokens(kernel, candidate.config, self.shape)
         found = self._ready[id(candidate)] = _Ready(candidate, kernel, prepared, most)

@@ -158,6 +158,9 @@ class GraphDispatch:
         self._fixed, self._ep_size = frozenset(fixed), ep_size
         self.dropped: dict[str, str] = {}
         self.plans: dict[int, GraphPlan] = {}
+        self._captured: dict[int, GraphPlan] = {}
+        """By identity. Graphs read a plan's tables, and write its choice, for as long as they live: longer, maybe, than
+        the plan is in `plans`."""
         self.recorder: Recorder | None = None
         self._recorders: list[Recorder] = []  # graphs write to them for as long as they live
         self.names = [c.name for c in cost_model.candidates]
@@ -308,6 +311,7 @@ class GraphDispatch:
         given is read, and out written, at every replay; num_valid int32 `[1]`, where given, is how many tokens are
         none of the padding."""
         assert plan.selector is not None
+        self._captured[id(plan)] = plan
         ids = self._kernel_ids(topk_ids)
         batch = Batch(x, ids, topk_weights)
         if plan.switching is None:
