@@ -157,6 +157,7 @@ class FailingAnywhere:
             raise ERRORS[self.at % len(ERRORS)]()
 
 
+@pytest.mark.slow
 def test_failing_wherever_the_librarys_code_is_entered(kernel: FakeKernel) -> None:
     """Whatever steps there will be; at every third entry, for time."""
     before_all = sys.gettrace()

@@ -54,11 +54,12 @@ def check(
     return histogram
 
 
-@pytest.fixture
-def table(registry: Registry, shipped: ProfileStore, h200: Hardware) -> CostTable:
-    """OLMoE's, the smooth form."""
+@pytest.fixture(scope="module")
+def table(registry: Registry, h200: Hardware) -> CostTable:
+    """OLMoE's, the smooth form. Of what ships, whatever is in the user's data folder."""
     shape = registry.shape("olmoe-1b-7b", "fp8")
-    return whole(load_replay(registry, shipped, shape, h200, ("alpha_moe", "triton")).fit(form="smooth"))
+    store = ProfileStore(registry.profile_dirs)
+    return whole(load_replay(registry, store, shape, h200, ("alpha_moe", "triton")).fit(form="smooth"))
 
 
 @pytest.mark.parametrize("form", ["active", "smooth"])
@@ -126,7 +127,7 @@ def test_without_any_cost_the_choice_exists(table: CostTable) -> None:
         assert selector.choice.tolist() == [0]
 
 
-@pytest.mark.parametrize("num_experts", slow_except([1, 1024], [1, 3, 1024]))
+@pytest.mark.parametrize("num_experts", slow_except([1024], [1, 3, 1024]))
 def test_as_much_as_a_table_may_have(num_experts: int) -> None:
     table = largest_table()
     selector = TritonSelector(table, num_experts, DEVICE)
