@@ -229,6 +229,25 @@ def test_all_that_may_be_chosen_is_compiled_before(
     assert f"ramp_moe: left out: {name}: planted" in said
 
 
+def test_a_kernel_without_a_version_stops_no_other(
+    times: Any, monkeypatch: pytest.MonkeyPatch, said: list[str]
+) -> None:
+    from ramp_moe_adapters.frameworks.vllm import calibrate
+
+    class Broken(TritonMoE):
+        name = "broken"
+
+        def version(self) -> str:
+            raise OSError("gone")
+
+    timer = times(large_are_vllms)
+    monkeypatch.setattr(calibrate, "usable_kernels", lambda shape, hardware: [TritonMoE(), Broken()])
+    experts_of(layer(), TOP_K, dtype=HALF, **SIZES)
+    assert any(name.startswith("triton/") for name, _ in timer.asked), said
+    (record,) = records()
+    assert "broken ?" in record.key["kernels"]
+
+
 def test_if_everything_fails_vllm_has_the_layer(times: Any, said: list[str]) -> None:
     def us(name: str, tokens: int) -> float:
         if name == ENGINE:

@@ -206,7 +206,7 @@ def key_of(layer: LoadedLayer, hardware: Hardware, kernels: Sequence[LaunchableK
         "activations": str(moe.in_dtype),
         "sizes": ",".join(map(str, layer.sizes)),
         "tuned": os.environ.get("VLLM_TUNED_CONFIG_FOLDER", ""),
-        "kernels": ",".join(f"{k.name} {k.version()}" for k in kernels),
+        "kernels": ",".join(f"{k.name} {_version(k)}" for k in kernels),
         **{name: version_of(name) for name in ("vllm", "torch", "triton")},
     }
 
@@ -258,6 +258,13 @@ def _gpu_timer(layer: LoadedLayer, kernels: Sequence[LaunchableKernel], hardware
 
 TIMERS: dict[str, Callable[[LoadedLayer, Sequence[LaunchableKernel], Hardware], Timer]] = {"cuda": _gpu_timer}
 """By type of device."""
+
+
+def _version(kernel: LaunchableKernel) -> str:
+    try:
+        return kernel.version()
+    except Exception:  # a plugin's own mistake, which must not stop the others; its kernel is tried apart
+        return "?"
 
 
 def _driver() -> str:
