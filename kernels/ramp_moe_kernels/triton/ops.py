@@ -56,10 +56,9 @@ def up_gemm(
 ) -> Gemm:
     """The launch of `up`, as any of the configurations (several are of the same warps and split_k), which have at most
     so many M-tiles. choosing: the device says which. direct: without a schedule. quantised: act gets a scale."""
-    inter, hidden = weights.gate_up.shape[1] // 2, weights.gate_up.shape[2]
-    fp8 = weights.gate_up_scale is not None
+    _, hidden, inter = weights.sizes
     constants = _constants(configs, inter, hidden, weights, direct) | {
-        "QUANTISE_X": fp8 and direct,
+        "QUANTISE_X": is_fp8(weights) and direct,
         "QUANTISE": quantised,
         "LAYOUT": weights.layout,
         "ACTIVATION": weights.activation,
@@ -78,23 +77,25 @@ def down_gemm(
     atomic: bool,
 ) -> Gemm:
     """The launch of `down`, likewise. quantised: act has a scale. atomic: rows are added to a token's output."""
-    _, hidden, inter = weights.down.shape
+    _, hidden, inter = weights.sizes
     constants = _constants(configs, hidden, inter, weights, direct) | {
-        "QUANTISE": weights.down_scale is not None and not quantised,
+        "QUANTISE": is_fp8(weights) and not quantised,
         "ATOMIC": atomic,
     }
     return Gemm(_grid(configs, tiles, hidden), None if choosing else tiles[0], constants)
 
 
 def _constants(configs: Sequence[GemmConfig], n: int, k: int, weights: MoEWeights, direct: bool) -> dict[str, Any]:
-    common, scale = configs[0], weights.scale_block or 0
+    common, stored, fp8 = configs[0], weights.stored, is_fp8(weights)
+    scale = (stored.scale_columns if stored.packed else weights.scale_block) or 0
     return {
         "VARIANTS": variants(tuple(configs), n, k),
         "SPLIT_K": common.split_k,
         "DIRECT": direct,
-        "FP8": scale > 0,
+        "FP8": fp8,
+        "PACKED": stored.element if stored.packed else None,
         "SCALE": scale,
-        "RAGGED": scale > 0 and weights.down.shape[2] % scale != 0,
+        "RAGGED": fp8 and weights.sizes[2] % (scale or common.block_k) != 0,
         "EMULATE": interpreted(up_kernel),
         **dependent_launch(weights.down.device),
         "num_warps": common.warps,
@@ -124,7 +125,7 @@ def up(
     x is quantised on its way where fp8 weights come without x_scale. With `split_k` > 1 act is the float32 partial sums
     `[split_k, num_ids, 2 I]` instead, for `activate`. With act_scale, act is fp8, quantised by groups of a step.
     """
-    experts, wide, hidden = weights.gate_up.shape
+    experts, hidden, inter = weights.sizes
     with on_device_of(x):
         up_kernel[gemm.grid](
             tiling.choice,
@@ -142,7 +143,7 @@ def up(
             experts,
             top_k,
             hidden,
-            wide // 2,
+            inter,
             **gemm.constants,
         )
 
@@ -183,7 +184,7 @@ def down(
 ) -> None:
     """Routing weight * down projection of every routed id: added to out float32 `[T, H]` if atomic (zeroed before),
     else stored as partial sums `[split_k, num_ids, H]`."""
-    experts, hidden, inter = weights.down.shape
+    experts, hidden, inter = weights.sizes
     with on_device_of(act):
         down_kernel[gemm.grid](
             tiling.choice,
@@ -207,4 +208,5 @@ def down(
 
 
 def is_fp8(weights: MoEWeights) -> bool:
+    """Whether activations are rounded to fp8, and multiplied with fp8 weights."""
     return weights.gate_up.dtype == torch.float8_e4m3fn
