@@ -421,7 +421,7 @@ def test_threads_launch_one_after_the_other(h200: Hardware) -> None:
 @pytest.mark.parametrize(("tokens", "dtype"), [(0, torch.bfloat16), (-1, torch.bfloat16), (4, torch.float16)])
 def test_warming_up_for_what_a_layer_does_not_take(tokens: int, dtype: torch.dtype, h200: Hardware) -> None:
     moe = layer(h200)
-    with pytest.raises(ShapeError, match="token|must be torch.bfloat16"):
+    with pytest.raises(ShapeError, match=r"token|must be torch.bfloat16"):
         moe.warm_up(tokens, dtype)
     assert not moe.dropped
     assert moe(*inputs(4)).shape == (4, H)
