@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import importlib.util
+import itertools
 import os
 import signal
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -52,6 +54,10 @@ TESTS = Path(__file__).parent
 sys.path[:0] = [str(TESTS), str(TESTS / "support"), str(TESTS.parent / "profiles")]
 if not _has_gpu():
     os.environ["TRITON_INTERPRET"] = "1"
+    if importlib.util.find_spec("triton") is not None:
+        from interpreter import quicken
+
+        quicken()
 
 
 # Examples take as long as the machine is busy.
@@ -63,9 +69,17 @@ if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
     signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
+@pytest.fixture(scope="session")
+def data_homes(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    """Folders, each a new one. pytest's own take longer the more there are: they are listed for the next number."""
+    root = tmp_path_factory.mktemp("data")
+    return (root / str(i) for i in itertools.count())
+
+
 @pytest.fixture(autouse=True)
-def data_home(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> Path:
-    home = tmp_path_factory.mktemp("data")
+def data_home(data_homes: Iterator[Path], monkeypatch: pytest.MonkeyPatch) -> Path:
+    home = next(data_homes)
+    home.mkdir()
     monkeypatch.setenv("XDG_DATA_HOME", str(home))
     monkeypatch.delenv("RAMP_MOE_PLUGINS", raising=False)
     return home

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import ast
 import re
 from collections import Counter
 from collections.abc import Iterator
+from functools import cache
 from pathlib import Path
 
 import pytest
@@ -32,6 +34,40 @@ def test_modules_that_are_imported_anywhere_are_there() -> None:
     found = [(path, module) for path in texts(".py", ".md") for module in IMPORT.findall(path.read_text())]
     missing = {f"{path.relative_to(ROOT)}: {module}" for path, module in found if not there(module)}
     assert len(found) > 500
+    assert not missing
+
+
+def defined(module: str) -> set[str] | None:
+    """Names at the top of a module, and modules beside its `__init__`; None if it finds names by itself."""
+    path = (ROOT / PACKAGES[module.partition(".")[0]]).joinpath(*module.split("."))
+    file = path / "__init__.py" if path.is_dir() else path.with_suffix(".py")
+    names = {p.stem for p in path.glob("*")} if path.is_dir() else set[str]()
+    for node in ast.walk(ast.parse(file.read_text())):
+        match node:
+            case ast.FunctionDef(name="__getattr__"):
+                return None
+            case ast.FunctionDef() | ast.ClassDef():
+                names.add(node.name)
+            case ast.Name(ctx=ast.Store()):
+                names.add(node.id)
+            case ast.Import() | ast.ImportFrom():
+                names |= {alias.asname or alias.name for alias in node.names}
+    return names
+
+
+def test_names_that_are_imported_anywhere_are_there() -> None:
+    """Scripts that no test runs, too."""
+    missing, known, looked = set[str](), cache(defined), 0
+    for path in texts(".py"):
+        for node in ast.walk(ast.parse(path.read_text())):
+            module = node.module if isinstance(node, ast.ImportFrom) and not node.level else None
+            if module is None or module.partition(".")[0] not in PACKAGES or not there(module):
+                continue
+            if (names := known(module)) is not None:
+                looked += 1
+                strays = [alias.name for alias in node.names if alias.name not in names]
+                missing |= {f"{path.relative_to(ROOT)}: {module}.{name}" for name in strays}
+    assert looked > 500
     assert not missing
 
 

@@ -16,6 +16,7 @@ from .errors import (
 )
 from .registry.experts_adapter import ExpertsAdapter
 from .registry.hookspecs import hookimpl
+from .spec.formats import FORMATS, Format
 from .spec.geometry import GridGeometry
 from .spec.hardware import Hardware
 from .spec.kernel import (
@@ -40,12 +41,12 @@ from .spec.launchable import (
     Workspace,
     check_layout,
 )
-from .spec.shapes import DTYPE_BYTES, SCALE_BLOCK, Model, MoEShape, scale_blocks
+from .spec.shapes import SCALE_BLOCK, Model, MoEShape, scale_blocks
 from .spec.versions import Place, digest_of
 
 __all__ = [
     "ACTIVATIONS",
-    "DTYPE_BYTES",
+    "FORMATS",
     "LAYOUTS",
     "ROW_CHUNK",
     "SCALE_BLOCK",
@@ -53,6 +54,7 @@ __all__ = [
     "BuildableKernel",
     "Built",
     "ExpertsAdapter",
+    "Format",
     "GridGeometry",
     "Hardware",
     "HardwareError",

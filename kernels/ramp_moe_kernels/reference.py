@@ -7,19 +7,51 @@ at its default, "highest", for an oracle.
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import torch
-from ramp_moe.plugin import KernelError, RoutingError, ShapeError, UnknownNameError, check_layout
+from ramp_moe.plugin import (
+    FORMATS,
+    Format,
+    KernelError,
+    RoutingError,
+    ShapeError,
+    UnknownNameError,
+    check_layout,
+)
 from ramp_moe.runtime import reference as layer
+from ramp_moe.runtime.formats import (
+    FP8,
+    FP8_MAX,
+    TINY,
+    expand,
+    plain,
+    quantise_activations,
+    scale_to_fp8,
+    through_fp8,
+    to_fp8,
+)
 from ramp_moe.spec.shapes import SCALE_BLOCK, scale_block, scale_blocks
 from torch import Tensor
 from torch.nn.functional import pad
 
+__all__ = [
+    "FP8",
+    "FP8_MAX",
+    "GROUP",
+    "SCORINGS",
+    "TINY",
+    "WEIGHT_SUM_FLOOR",
+    "check_routing",
+    "experts",
+    "quantise_activations",
+    "quantise_weights",
+    "route",
+    "shared",
+]
+
 GROUP = 128
 """Columns of an activation, and rows and columns of a weight, that share one fp8 scale."""
-FP8 = torch.float8_e4m3fn
-FP8_MAX = 448.0
-TINY = 1e-10
-"""Smallest amax from which a scale is computed, so that a group of zeros has a scale."""
 WEIGHT_SUM_FLOOR = 1e-20
 """Added to the sum that renormalised weights are divided by: sigmoid scores can all underflow to zero."""
 
@@ -39,36 +71,8 @@ def quantise_weights(w: Tensor, block: int = GROUP) -> tuple[Tensor, Tensor]:
     padded = pad(w.float(), (0, -columns % block, 0, -rows % block))
     deep, wide = (size // block for size in padded.shape[-2:])
     blocks = padded.reshape(*w.shape[:-2], deep, block, wide, block)
-    scale = _scale(blocks.abs().amax((-3, -1)))
-    return _to_fp8(w.float() / layer.expanded(scale, rows, columns, block)), scale
-
-
-def quantise_activations(x: Tensor, group: int = GROUP) -> tuple[Tensor, Tensor]:
-    """Quantise float `x [T, C]` with one scale per token and G = `group` columns. The last group may be short.
-
-    Returns fp8 e4m3 `[T, C]` and the float32 scale `[T, ceil(C/G)]`. scale = max(amax, 1e-10) / 448. Values are divided
-    by it, rounded to nearest even, and never exceed 448. A NaN or an infinity spoils its own group only.
-    """
-    columns = x.shape[1]
-    groups = pad(x.float(), (0, -columns % group)).reshape(len(x), -(-columns // group), group)
-    scale = _scale(groups.abs().amax(-1))
-    return _to_fp8(x.float() / scale.repeat_interleave(group, 1)[:, :columns]), scale
-
-
-def _scale(amax: Tensor) -> Tensor:
-    # 448 is a tensor: on a GPU, torch multiplies by the reciprocal of a number, which rounds differently.
-    return amax.clamp(min=TINY) / torch.full_like(amax, FP8_MAX)
-
-
-def _to_fp8(values: Tensor) -> Tensor:
-    # A quotient exceeds 448 by a rounding error at most, but beyond 448 e4m3 has only NaN.
-    return values.clamp(-FP8_MAX, FP8_MAX).to(FP8)
-
-
-def _through_fp8(x: Tensor, group: int) -> Tensor:
-    """float32 `x [T, C]` after a round trip through fp8 with one scale per group, as an fp8 GEMM reads it."""
-    values, scale = quantise_activations(x, group)
-    return values.float() * scale.repeat_interleave(group, -1)[:, : x.shape[1]]
+    scale = scale_to_fp8(blocks.abs().amax((-3, -1)))
+    return to_fp8(w.float() / expand(scale, rows, columns, block, block)), scale
 
 
 # --- Routing ---------------------------------------------------------------------------------------------------------
@@ -221,7 +225,7 @@ def experts(
         _check_scaled(name, weight, scale)
     group = scale_blocks(rows // 2)[-1] if quantise else None
     return layer.experts(
-        x.float() if group is None else _through_fp8(x, group),
+        x.float() if group is None else through_fp8(x, group),
         gate_up,
         down,
         topk_ids,
@@ -233,6 +237,7 @@ def experts(
         gate_up_bias=gate_up_bias,
         down_bias=down_bias,
         layout=layout,
+        stored=_stored(gate_up_scale, block),
         rounding=_rounding(group, stored_as),
     )
 
@@ -261,9 +266,9 @@ def shared(
             raise ShapeError(f"{name}_scale must have as many rows for each of {matrices}, not {list(scale.shape)}")
     block, group = _block(gate_up_scale, rows // 2, hidden), scale_blocks(rows // 2)[-1] if quantise else None
     y = layer.mlp(
-        x.float() if group is None else _through_fp8(x, group),
-        layer.plain(gate_up, gate_up_scale, block, matrices=2),
-        layer.plain(down, down_scale, block),
+        x.float() if group is None else through_fp8(x, group),
+        plain(gate_up, gate_up_scale, _stored(gate_up_scale, block), matrices=2),
+        plain(down, down_scale, _stored(down_scale, block)),
         activation,
         limit,
         rounding=_rounding(group),
@@ -280,7 +285,7 @@ def _rounding(group: int | None, stored_as: torch.dtype = torch.float32) -> laye
 
     def rounded(intermediate: Tensor) -> Tensor:
         h = intermediate.to(stored_as).float()
-        return h if group is None else _through_fp8(h, group)
+        return h if group is None else through_fp8(h, group)
 
     return rounded
 
@@ -288,6 +293,10 @@ def _rounding(group: int | None, stored_as: torch.dtype = torch.float32) -> laye
 def _block(gate_up_scale: Tensor | None, inter: int, hidden: int) -> int:
     """Rows or columns that share a scale; SCALE_BLOCK without scales."""
     return SCALE_BLOCK if gate_up_scale is None else scale_block(gate_up_scale.shape[-1], hidden, inter)
+
+
+def _stored(scale: Tensor | None, block: int) -> Format:
+    return FORMATS["bf16"] if scale is None else replace(FORMATS["fp8"], scale_rows=block, scale_columns=block)
 
 
 def _check_scaled(name: str, weight: Tensor, scale: Tensor | None) -> None:

@@ -24,7 +24,7 @@ from ramp_moe import MoEShape, get_registry
 from ramp_moe.profiler.bench import random_weights
 from ramp_moe.spec.launchable import Batch, Workspace
 from ramp_moe_adapters.kernels.deep_gemm.kernel import DeepGEMM
-from ramp_moe_adapters.kernels.deep_gemm.launch import PreparedDeepGEMM, gemm, launch
+from ramp_moe_adapters.kernels.deep_gemm.launch import PreparedDeepGEMM, gemm
 from ramp_moe_kernels.permute.permute import permute
 from ramp_moe_kernels.permute.unpermute import activate
 
@@ -60,7 +60,7 @@ def measure(kernel: DeepGEMM, prepared: PreparedDeepGEMM, shape: MoEShape, token
     x = torch.randn(tokens, shape.hidden_size, device="cuda").bfloat16()
     batch, workspace = Batch(x, ids, torch.rand(tokens, shape.top_k, device="cuda")), Workspace()
     out = torch.empty_like(x)
-    whole = graph_us(lambda: launch(config, prepared, batch, out, workspace))
+    whole = graph_us(lambda: kernel.launch(config, prepared, batch, out, workspace))
 
     w = prepared.weights
     rows = permute(x, ids, shape.num_experts, params["block_m"], True, workspace)

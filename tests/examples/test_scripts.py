@@ -78,6 +78,7 @@ def test_wrap_a_module_of_your_own() -> None:
     assert 0 < float(apart) < (2e-2 if GPU else 4e-3)
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(GPU, reason="there is a GPU")
 def test_a_graph_needs_a_gpu() -> None:
     done = started("4_layer_in_a_cuda_graph")

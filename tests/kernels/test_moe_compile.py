@@ -15,7 +15,8 @@ from typing import Any
 
 import pytest
 from ramp_moe import Hardware, MoEShape, Registry
-from ramp_moe_kernels.triton.config import Gemm, GemmConfig, invalid, variants
+from ramp_moe.spec.formats import FORMATS
+from ramp_moe_kernels.triton.config import Gemm, GemmConfig, invalid, multiplies_fp8, variants
 
 pytestmark = pytest.mark.slow
 
@@ -121,6 +122,27 @@ CASES = [
     Case(GFX942, "down", "fp8", tile(16, 64, 128), direct=True),
     Case(GFX942, "activate", "fp16", activation="gelu_tanh"),
     Case(SM90, "up", "fp8", tile(64, 128, 128, 8), quantise=True, activation="swiglu_clamped"),
+    # a scale for each row
+    Case(SM90, "up", "fp8-channel", tile(64, 128, 128, 8), quantise=True, bias=True),
+    Case(SM90, "up", "fp8-channel", tile(16, 64, 64, split_k=4), direct=True, inter=192),
+    Case(SM90, "down", "fp8-channel", tile(16, 64, 128, swap=True), quantise=True, inter=80, atomic=True),
+    Case(SM90, "down", "fp8-channel", tile(64, 128, 128, 8, 4, swap=True)),
+    Case(GFX942, "up", "fp8-channel", tile(16, 128, 128, stages=1), quantise=True),
+    # 4 bits, with several groups in a step, one, and less than one
+    Case(SM80, "up", "int4-g32", tile(16, 64, 64), bias=True),
+    Case(SM80, "down", "mxfp4", tile(64, 64, 64)),
+    Case(SM90, "up", "int4-g32", tile(16, 64, 128, stages=4, swap=True), bias=True),
+    Case(SM90, "up", "int4-g32", tile(128, 128, 64, 8, 3, group_m=8)),
+    Case(SM90, "up", "int4-g128", tile(64, 128, 64, 8), layout="gate-up-interleaved-8"),
+    Case(SM90, "up", "mxfp4", tile(16, 32, 128, split_k=4), direct=True, activation="swiglu_oai"),
+    Case(SM90, "up", "mxfp4", tile(64, 64, 128, swap=True), even=False),
+    Case(SM90, "up", "mxfp4", tile(16, 64, 128, swap=True), others=(tile(64, 64, 64, group_m=8), tile(32, 32, 64))),
+    Case(SM90, "down", "int4-g128", tile(32, 64, 128, split_k=4), atomic=True),
+    Case(SM90, "down", "int4-g32", tile(128, 64, 128, 8, 4), even=False),
+    Case(SM90, "down", "mxfp4", tile(64, 128, 128, 8, 3, swap=True), bias=True),
+    Case(GFX942, "up", "mxfp4", tile(16, 64, 64, swap=True, stages=2), bias=True),
+    Case(GFX942, "up", "int4-g128", tile(64, 64, 64, stages=2), even=False, layout="up-first"),
+    Case(GFX942, "down", "int4-g32", tile(16, 64, 128, stages=2), atomic=True),
     Case(GFX942, "activate", "bf16", bias=True, activation="swiglu_clamped"),
 ]
 
@@ -134,15 +156,21 @@ def compiled(case: Case) -> dict[str, int]:
     kernel = {"up": up.up_kernel, "down": down.down_kernel, "activate": epilogue.activate_kernel}[case.kernel]
     half, fp8, c, is_up = (
         "*bf16" if case.dtype != "fp16" else "*fp16",
-        case.dtype == "fp8",
+        multiplies_fp8(case.shape),
         case.config,
         case.kernel == "up",
     )
     dependent = case.target == SM90  # as its launch does it
-    weight = "*fp8e4nv" if fp8 else half
+    stored = FORMATS[case.dtype]
+    packed = stored.packed
+    weight = "*fp8e4nv" if fp8 else "*u8" if packed else half
+    scales = {None: None, "float32": "*fp32", "bf16": "*bf16", "e8m0": "*u8"}
+    side = case.block if case.dtype == "fp8" else stored.scale_columns if packed else 0
+    short = side or (c.block_k if c is not None else 1)
     given: dict[str, Any] = {
-        "bias_ptr": "*fp32" if case.bias else None, "ws_ptr": "*fp32" if fp8 else None, "w_ptr": weight,
-         "FP8": fp8, "SCALE": case.block if fp8 else 0, "RAGGED": fp8 and case.inter % case.block != 0,
+        "bias_ptr": "*fp32" if case.bias else None, "ws_ptr": scales[stored.scale], "w_ptr": weight,
+         "FP8": fp8, "PACKED": stored.element if packed else None, "SCALE": side,
+         "RAGGED": fp8 and case.inter % short != 0,
          "ACTIVATION": case.activation, "LIMIT": 10.0 if case.activation == "swiglu_clamped" else None,
          "QUANTISE": case.quantise, "ATOMIC": case.atomic, "EMULATE": False,
         "weight_ptr": "*fp32", "part_ptr": "*fp32", "BLOCK": 1024,
@@ -167,7 +195,7 @@ def compiled(case: Case) -> dict[str, int]:
             given["sorted_token_ids_ptr"] = None
     names = kernel.arg_names
     given = {n: given.get(n, "*i32" if n.endswith("_ptr") else "i32") for n in names}
-    strings = ("ACTIVATION", "LAYOUT")  # the constants that are
+    strings = ("ACTIVATION", "LAYOUT", "PACKED")  # the constants that are
     types = {n: t if isinstance(t, str) and n not in strings else "constexpr" for n, t in given.items()}
     constants = {n: t for n, t in given.items() if types[n] == "constexpr"}
     aligned = [n for n in names if types[n].startswith("*") or n in ("H", "I")]
@@ -196,7 +224,7 @@ def gemm_of(case: Case) -> Gemm:
 
 def quantises_loads(case: Case) -> bool:
     """The direct up projection quantises x, a down projection may quantise the intermediate."""
-    return case.dtype == "fp8" and (case.direct if case.kernel == "up" else case.quantise)
+    return multiplies_fp8(case.shape) and (case.direct if case.kernel == "up" else case.quantise)
 
 
 def promised(case: Case, hardware: Hardware) -> int:

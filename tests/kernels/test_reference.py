@@ -10,7 +10,7 @@ from ramp_moe import KernelError, RoutingError, ShapeError, UnknownNameError
 from ramp_moe.spec.launchable import ACTIVATIONS
 
 torch = pytest.importorskip("torch")
-layer_reference = pytest.importorskip("ramp_moe.runtime.reference")
+formats = pytest.importorskip("ramp_moe.runtime.formats")
 reference = pytest.importorskip("ramp_moe_kernels.reference")
 
 NAN, INF = math.nan, math.inf
@@ -89,7 +89,7 @@ def test_weights_have_a_scale_a_block() -> None:
     values, scale = reference.quantise_weights(w)
     assert values.shape == w.shape
     assert scale.shape == (2, 2, 3)
-    plain = layer_reference.dequantise(values, scale)
+    plain = formats.dequantise(values, scale)
     assert plain.dtype == torch.float32
     for e, r, c in np.ndindex(2, 2, 3):
         block = w[e, 128 * r : 128 * (r + 1), 128 * c : 128 * (c + 1)]
@@ -100,7 +100,7 @@ def test_weights_have_a_scale_a_block() -> None:
         assert float(out.abs().max()) == pytest.approx(float(block.abs().max()))
     flat, flat_scale = reference.quantise_weights(w[1])
     assert torch.equal(flat.float(), values[1].float())
-    assert torch.equal(layer_reference.dequantise(flat, flat_scale), plain[1])
+    assert torch.equal(formats.dequantise(flat, flat_scale), plain[1])
 
 
 @pytest.mark.parametrize(("block", "last_row", "last_column"), [(128, 128, 0), (64, 192, 64)])
@@ -109,7 +109,7 @@ def test_the_last_block_may_be_short(block: int, last_row: int, last_column: int
     values, scale = reference.quantise_weights(w, block)
     assert scale.shape == (2, -(-200 // block), -(-80 // block))
     assert torch.equal(scale[:, -1, -1], w[:, last_row:, last_column:].abs().amax((1, 2)) / 448)
-    plain = layer_reference.dequantise(values, scale, block)
+    plain = formats.dequantise(values, scale, block)
     assert ((plain - w).abs() <= w.abs() / 16 * 1.0001 + 2.0**-10 * scale.amax()).all()
     of_groups = reference.quantise_activations(w[0], block)[1]
     assert of_groups.shape == (200, -(-80 // block))
@@ -118,7 +118,7 @@ def test_the_last_block_may_be_short(block: int, last_row: int, last_column: int
 
 def test_a_scale_of_another_shape_is_refused() -> None:
     with pytest.raises(ShapeError, match=r"must be \[1, 2\], not \[2, 1\]"):
-        layer_reference.dequantise(torch.zeros(128, 256).to(torch.float8_e4m3fn), torch.ones(2, 1))
+        formats.dequantise(torch.zeros(128, 256).to(torch.float8_e4m3fn), torch.ones(2, 1))
 
 
 # --- Routing ---------------------------------------------------------------------------------------------------------

@@ -233,8 +233,9 @@ COMPILE = """
     backend, arch, lanes = sys.argv[1:]
     target = GPUTarget(backend, int(arch) if arch.isdigit() else arch, int(lanes))
     fp8 = target.arch != 80
-    pointers = dict.fromkeys(("sorted_token_ids", "expert_ids", "num_tokens_post_padded", "histogram", "num_valid"),
-    "*i32") activations = {"x": "*bf16", "x_fp8": "*fp8e4nv", "x_scale": "*fp32", "zero": "*bf16"}
+    names = ("sorted_token_ids", "expert_ids", "num_tokens_post_padded", "histogram", "num_valid")
+    pointers = dict.fromkeys(names, "*i32")
+    activations = {"x": "*bf16", "x_fp8": "*fp8e4nv", "x_scale": "*fp32", "zero": "*bf16"}
 
     def compile(kernel, warps, **changed):
         known = pointers | changed

@@ -31,12 +31,14 @@ def cases() -> list[dict[str, Any]]:
     return [json.loads(line) for line in done.stdout.splitlines()]
 
 
+@pytest.mark.slow
 def test_the_sizes_compile_all_that_9000_sizes_need(cases: list[dict[str, Any]]) -> None:
     assert {case["case"].split()[0] for case in cases} == set(KERNELS)
     assert not [(case["case"], case["missing"]) for case in cases if case["missing"]]
     assert max(len(case["sizes"]) for case in cases) <= 8
 
 
+@pytest.mark.slow
 def test_one_size_alone_leaves_kernels_to_be_compiled_while_serving(cases: list[dict[str, Any]]) -> None:
     cold = {kernel for case in cases for kernel in case["cold"]}
     assert {"histogram_kernel", "schedule_kernel", "combine_kernel", "permute_kernel", "invert_kernel"} <= cold

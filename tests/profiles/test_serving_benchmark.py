@@ -12,6 +12,7 @@ from typing import Any
 import pages
 import pytest
 from ramp_moe.registry.registry import get_registry
+from tiers import slow_except
 
 torch = pytest.importorskip("torch")
 FOLDER = pages.HERE / "benchmarks" / "serving"
@@ -192,7 +193,7 @@ def test_a_gpu_is_needed(bench: Any, tmp_path: Path, monkeypatch: pytest.MonkeyP
 
 
 @pytest.mark.parametrize("dtype", ["bf16", "fp8"])
-@pytest.mark.parametrize("model", MODELS)
+@pytest.mark.parametrize("model", slow_except(MODELS[:1], MODELS))
 def test_models_have_the_shapes_experts(model: str, dtype: str, bench: Any, tmp_path: Path) -> None:
     """As Transformers reads them, and with a tokenizer that it loads."""
     transformers = pytest.importorskip("transformers")

@@ -79,6 +79,10 @@ class Misnamed(Plain):
     name = "no such, name"
 
 
+class Misspelt(Plain):
+    formats = ("bf16", "mxpf4")
+
+
 class Gruff(Plain):
     def unsupported(self, shape: MoEShape, hardware: Hardware) -> str | None:
         return super().unsupported(shape, hardware) and "this dtype is not supported"

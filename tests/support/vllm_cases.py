@@ -6,13 +6,16 @@ Hopper, once its modules are imported, some of which ask those operators what th
 
 from __future__ import annotations
 
-from contextlib import ExitStack
+import logging
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
 from typing import Any
 from unittest import mock
 
 import torch
 import vllm.platforms
 from ramp_moe.spec.launchable import Batch, MoEWeights
+from vllm import logger as vllm_logger
 from vllm.platforms.interface import DeviceCapability, Platform, PlatformEnum
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -124,6 +127,23 @@ def load(routed: Any, full: MoEWeights) -> None:
             for shard, tensor in (("w1", gate), ("w3", up), ("w2", full.down_bias[expert])):
                 parameter = routed.w2_bias if shard == "w2" else routed.w13_bias
                 parameter.weight_loader(parameter, tensor, f"experts.{shard}_bias", shard, expert)
+
+
+@contextmanager
+def said_by_plugin(level: int = logging.INFO) -> Iterator[list[str]]:
+    """What the plugin logs from here on, at `level` or above, through vLLM's logger."""
+    found: list[str] = []
+    handler = logging.Handler(level)
+    handler.emit = lambda record: found.append(record.getMessage())  # type: ignore[method-assign]
+    logger = logging.getLogger("vllm.ramp_moe")
+    vllm_logger._print_warning_once.cache_clear()
+    vllm_logger._print_info_once.cache_clear()
+    before = logger.level
+    logger.setLevel(level)
+    logger.addHandler(handler)
+    yield found
+    logger.removeHandler(handler)
+    logger.setLevel(before)
 
 
 @torch.inference_mode()

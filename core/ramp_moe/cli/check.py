@@ -12,7 +12,8 @@ from rich.markup import escape
 from rich.table import Table
 
 from ..registry.registry import get_registry
-from ..spec.shapes import DTYPE_BYTES, MoEShape
+from ..spec.formats import FORMATS
+from ..spec.shapes import MoEShape
 from ..testing.description import CHECKS, Making, run_apart, supported_shape
 from ..testing.outcome import Outcome
 from .options import device_option, json_option, resolve_device
@@ -27,7 +28,9 @@ COLOURS = {"passed": "green", "failed": "red", "skipped": "yellow"}
 @click.argument("name")
 @click.option("--model", default="olmoe-1b-7b", show_default=True, help="The shape to ask the kernel about.")
 @click.option(
-    "--dtype", type=click.Choice(list(DTYPE_BYTES)), help="Weight dtype (default: the first that the kernel supports)."
+    "--dtype",
+    type=click.Choice(list(FORMATS)),
+    help="Format of the weights (default: the first that the kernel supports).",
 )
 @device_option
 @click.option(
@@ -47,7 +50,7 @@ def check_kernel(
     """
     registry = get_registry()
     kernel, hardware = registry.kernel(name), resolve_device(registry, device)
-    shape = supported_shape(kernel, model, hardware.name, DTYPE_BYTES if dtype is None else [dtype])
+    shape = supported_shape(kernel, model, hardware.name, None if dtype is None else [dtype])
     outcomes = list(run_apart(Making(kernel.name, shape, hardware.name, configs), SECONDS))
     if as_json:
         print_json(

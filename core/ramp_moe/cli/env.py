@@ -23,10 +23,10 @@ from ..measurements.calibration_file import folder as calibrations
 from ..measurements.plan_table import table
 from ..profiler.gpu import installed_gpus
 from ..registry.registry import ALLOW_LIST, Registry, get_registry
+from ..spec.formats import FORMATS
 from ..spec.hardware import Hardware, identify
 from ..spec.kernel import Kernel, why_unsupported
 from ..spec.launchable import LaunchableKernel
-from ..spec.shapes import DTYPE_BYTES
 from ..version import DISTRIBUTION, __version__
 from .listing import why_unavailable
 from .options import json_option
@@ -155,7 +155,7 @@ def _why_not(registry: Registry, kernel: Kernel, known: Sequence[Hardware]) -> s
         return "it is only described; there is nothing to launch"
     reason = why_unavailable(kernel)
     for hardware in known if reason is None else ():
-        for dtype in DTYPE_BYTES:
+        for dtype in kernel.formats:
             reason = why_unsupported(kernel, registry.shape(ASKED_MODEL, dtype), hardware)
             if reason is None:
                 return None
@@ -186,7 +186,7 @@ def _slugs(model: str) -> set[str]:
     """Slugs of the model's layers in every dtype. Raises UnknownNameError, or ShapeError if a shard does not divide."""
     registry, found = get_registry(), set[str]()
     failed: ShapeError | None = None
-    for dtype in DTYPE_BYTES:
+    for dtype in FORMATS:
         try:
             found.add(registry.shape(model, dtype).slug)
         except ShapeError as e:  # a slug says its dtype itself
@@ -198,7 +198,7 @@ def _slugs(model: str) -> set[str]:
 
 def _plans(shapes: Collection[str]) -> Section:
     """What was calibrated of these shapes, by the cache: servers write it when they load a model."""
-    return [msgspec.to_builtins(record) for record in records() if record.key["shape"] in shapes]
+    return [msgspec.to_builtins(record) for record in records() if record.key.get("shape") in shapes]
 
 
 def _plan_lines(plans: Section) -> Iterator[str]:
@@ -206,9 +206,9 @@ def _plan_lines(plans: Section) -> Iterator[str]:
         yield f"no server has measured the model here yet: {calibrations()} has nothing of it"
     for plan in plans:
         key, state = plan["key"], "complete" if plan["complete"] else "cut short; the next start goes on"
-        where = f"{key['shape']} on {key['gpu']}, driver {key['driver']}"
-        yield f"{where}, in {key['engine']} {key.get('vllm', '')}: {state}"
-        yield from (f"  {line}" for line in table([PlanRow(**row) for row in plan["plan"]], key["engine"]))
+        gpu, driver, engine = (key.get(name, "?") for name in ("gpu", "driver", "engine"))
+        yield f"{key['shape']} on {gpu}, driver {driver}, in {engine} {key.get('vllm', '')}: {state}"
+        yield from (f"  {line}" for line in table([PlanRow(**row) for row in plan["plan"]], engine))
         if plan["left"]:
             yield f"  {plan['left']}"
 

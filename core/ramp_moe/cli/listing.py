@@ -135,7 +135,7 @@ def models(as_json: bool) -> None:
     """List named models: the sizes of their MoE layers, and the sources of the sizes."""
     found = get_registry().models
     if as_json:
-        print_json([asdict(m.shape) | {"source": m.source} for m in found.values()])
+        print_json([asdict(m.shape) | {"formats": m.formats, "source": m.source} for m in found.values()])
         return
     table = Table()
     for what in ("model", "experts", "top_k", "hidden", "intermediate", "released", "source"):
@@ -143,7 +143,7 @@ def models(as_json: bool) -> None:
     for m in found.values():
         s = m.shape
         sizes = [str(v) for v in (s.num_experts, s.top_k, s.hidden_size, s.intermediate_size)]
-        table.add_row(m.name, *sizes, s.dtype, escape(m.source))
+        table.add_row(m.name, *sizes, ", ".join((s.dtype, *m.formats)), escape(m.source))
     console().print(table)
     console().print("NAME-tpN is a model's shard on one of N tensor-parallel ranks.")
 

@@ -16,9 +16,10 @@ from ..errors import RoutingError
 from ..measurements.json_file import read_file
 from ..registry.detect import detect
 from ..registry.registry import Registry
+from ..spec.formats import FORMATS
 from ..spec.hardware import Hardware
 from ..spec.routing import KINDS, IntArray, check_histogram, expert_histogram, generate
-from ..spec.shapes import DEFAULT_DTYPE, DTYPE_BYTES, MoEShape
+from ..spec.shapes import DEFAULT_DTYPE, MoEShape
 
 Command = Callable[..., Any]
 
@@ -53,8 +54,10 @@ this_device_option = click.option(
 )
 dtype_option = click.option(
     "--dtype",
-    type=click.Choice(list(DTYPE_BYTES)),
-    help=f"Dtype of the weights (default: {DEFAULT_DTYPE}, or the one in a shape's name).",
+    type=click.Choice(list(FORMATS)),
+    metavar="FORMAT",
+    help=f"Format of the weights, one of {', '.join(FORMATS)} (default: the one in a shape's name, that of a "
+    f"release in 8 bits or less, else {DEFAULT_DTYPE}). -a8: activations may be rounded to fp8; -a16: they may not.",
 )
 kernel_option = click.option("--kernel", "kernels", multiple=True, help="Only this kernel (repeatable).")
 profile_option = click.option(

@@ -33,7 +33,7 @@ from ..errors import RoutingError
 from ..spec.geometry import GridGeometry, m_tiles
 from ..spec.hardware import Hardware
 from ..spec.routing import FloatArray, IntArray, active_experts
-from ..spec.shapes import DTYPE_BYTES, MoEShape
+from ..spec.shapes import MoEShape
 
 MIB = 1024**2
 
@@ -53,7 +53,7 @@ to the others."""
 
 TILE_ROWS, TILE_K_BYTES = 256, 128
 """The tile for which the regions are stated. It has 256 weight rows, the widest tile of the Triton path in fp8; a
-narrow one has half. A step along the reduction is one 128-byte swizzled row: 128 fp8 or 64 bf16 elements."""
+narrow one has half. A step along the reduction is one 128-byte swizzled row: 128 fp8, 64 bf16 or 256 4-bit weights."""
 
 L2_OVER_HBM = 1.3
 """Bytes that L2 hands to the SMs, HBM's among them, while HBM delivers one. Among the rates from 1 to 3, the blocks
@@ -106,7 +106,7 @@ def analyse(shape: MoEShape, hardware: Hardware, histogram: IntArray) -> Regions
     mean, hottest = float(histogram.sum()) / active, int(histogram.max())
     times = _block_times(shape, hardware, histogram)
     token_block = int(TOKEN_BLOCKS[times.argmin()])
-    tile_k = TILE_K_BYTES // DTYPE_BYTES[shape.dtype]
+    tile_k = TILE_K_BYTES * 8 // shape.format.bits
     grid = GridGeometry.gate_up(shape, block_m=token_block, block_n=TILE_ROWS, block_k=tile_k)
     metrics = {
         "rho": shape.gate_up_rows * shape.hidden_size / (TILE_ROWS * tile_k),
@@ -246,7 +246,7 @@ def _balance(shape: MoEShape, hardware: Hardware) -> float:
     """Tokens in a block at which its arithmetic takes as long as its weights' load from HBM: 2 FLOP for each token and
     weight element."""
     peak = ACHIEVED_PEAK * (hardware.peak_flops(shape.dtype) or hardware.bf16_flops)
-    return peak / hardware.hbm_bytes_per_s * DTYPE_BYTES[shape.dtype] / 2
+    return peak / hardware.hbm_bytes_per_s * shape.format.bits / 8 / 2
 
 
 def _block_times(shape: MoEShape, hardware: Hardware, histogram: IntArray) -> FloatArray:

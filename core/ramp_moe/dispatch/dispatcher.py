@@ -38,9 +38,9 @@ class Dispatcher:
     def for_model(cls, model: str, device: str, kernels: Sequence[str] = (), dtype: str | None = None) -> Dispatcher:
         """Make a dispatcher over what is recorded for a named model and device, of these kernels (of all if empty).
 
-        dtype: of the weights; DEFAULT_DTYPE (fp8) if neither this nor the model's name says it. If these kernels have
-        no profile of the shape, profiles of other shapes are used (see `transfer`). Then `model.measured` says so, and
-        every choice is extrapolated.
+        dtype: format of the weights; if neither this nor the model's name says it, that of the model's release, or fp8
+        if that has 16 bits. If these kernels have no profile of the shape, profiles of other shapes are used (see
+        `transfer`). Then `model.measured` says so, and every choice is extrapolated.
 
         Raises UnknownNameError for a name nobody registered, ProfileError if nothing is recorded.
         """

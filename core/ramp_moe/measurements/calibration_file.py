@@ -14,6 +14,7 @@ import os
 import time
 from collections.abc import Iterator, Mapping
 from pathlib import Path
+from typing import Annotated
 
 import msgspec
 import platformdirs
@@ -31,10 +32,10 @@ class Timing(msgspec.Struct):
     """Microseconds of one candidate, by name, on one batch: `tokens` routed as `routing`. An empty name is the
     engine's own path."""
 
-    tokens: int
+    tokens: Annotated[int, msgspec.Meta(ge=1)]
     routing: str
     candidate: str
-    us: float
+    us: Annotated[float, msgspec.Meta(gt=0)]
 
 
 class PlanRow(msgspec.Struct):
@@ -91,8 +92,12 @@ def path_of(key: Mapping[str, str]) -> Path:
 def load(key: Mapping[str, str]) -> CalibrationRecord | None:
     """What is recorded for a key; None if nothing is. Raises ProfileError for a file that cannot be used."""
     path = path_of(key)
-    if not path.exists():
+    try:
+        path.lstat()
+    except (FileNotFoundError, NotADirectoryError):
         return None
+    except OSError as e:
+        raise ProfileError(f"cannot read {path}: {e.strerror or e}; set {VARIABLE} to another folder") from None
     found = read_json(path, CalibrationRecord, FORMAT, VERSION, {})
     if found.key != dict(key):
         raise ProfileError(f"{path} is of another GPU, shape or version; delete it")
@@ -106,9 +111,13 @@ def save(record: CalibrationRecord) -> None:
 
 def records() -> Iterator[CalibrationRecord]:
     """All that can be read, in the order of their names."""
-    for path in sorted(folder().glob("*.json")):
+    try:
+        names = sorted(name for name in os.listdir(folder()) if name.endswith(".json"))
+    except OSError:
+        return
+    for name in names:
         with contextlib.suppress(ProfileError):
-            yield read_json(path, CalibrationRecord, FORMAT, VERSION, {})
+            yield read_json(folder() / name, CalibrationRecord, FORMAT, VERSION, {})
 
 
 @contextlib.contextmanager

@@ -24,7 +24,7 @@ from ..spec.hardware import Hardware
 from ..spec.kernel import KernelConfig, layouts_of, usable_configs
 from ..spec.launchable import Batch, LaunchableKernel, MoEWeights, Workspace
 from ..spec.routing import IntArray
-from ..spec.shapes import SCALE_BLOCK, MoEShape
+from ..spec.shapes import MoEShape
 
 FLUSH_BYTES = 256 * 2**20
 LONG_US, LONG_LAUNCHES = 1000.0, 2
@@ -32,6 +32,9 @@ LONG_US, LONG_LAUNCHES = 1000.0, 2
 most of the time of measuring."""
 HOST_AHEAD = 2.0
 """A launch from the host was not held up by the host if it took this factor of the time of enqueueing it."""
+
+SIZES = {"e4m3": 64.0, "int4": 4.6, "e2m1": 2.9}
+"""Root mean square of the weights that are drawn, before their scales, by element."""
 
 Spans = dict[str, tuple[torch.cuda.Event, torch.cuda.Event]]
 """The events before and after each step, by step."""
@@ -42,9 +45,13 @@ Launch = Callable[[Timed], dict[str, float]]
 
 
 def random_weights(shape: MoEShape, device: torch.device | str, seed: int) -> MoEWeights:
-    """Draw normal weights of size columns**-0.5: bf16, fp16, or e4m3 with scales that differ from block to block."""
+    """Draw weights of a shape's format, of size columns**-0.5.
+
+    They are normal in bf16, fp16 and e4m3; each 4-bit code is as likely as another. Scales differ from one to the next.
+    """
     generator = torch.Generator(device).manual_seed(seed)
     experts, hidden, inter = shape.num_experts, shape.hidden_size, shape.intermediate_size
+    stored = shape.format
 
     def plain(rows: int, columns: int) -> Tensor:
         dtype = torch.float16 if shape.dtype == "fp16" else torch.bfloat16
@@ -53,18 +60,29 @@ def random_weights(shape: MoEShape, device: torch.device | str, seed: int) -> Mo
 
     def scaled(matrices: int, rows: int, columns: int) -> tuple[Tensor, Tensor]:
         """Draw `matrices` `[rows, columns]` matrices of each expert, one above the other."""
-        w = torch.empty(experts, matrices * rows, columns, dtype=torch.float8_e4m3fn, device=device)
-        for e in range(experts):  # float32 of one expert at a time
-            one = torch.randn(matrices * rows, columns, dtype=torch.float32, device=device, generator=generator)
-            w[e] = (64 * one).to(w.dtype)
-        blocks = experts, matrices * -(-rows // SCALE_BLOCK), -(-columns // SCALE_BLOCK)
-        scale = torch.rand(blocks, dtype=torch.float32, device=device, generator=generator)
-        return w, (scale + 0.5) * columns**-0.5 / 64
+        size = matrices * rows, columns
+        if stored.packed:
+            packed = (experts, matrices * rows, stored.stored_columns(columns))
+            w = torch.randint(0, 256, packed, dtype=torch.uint8, device=device, generator=generator)
+        else:
+            w = torch.empty(experts, *size, dtype=torch.float8_e4m3fn, device=device)
+            for e in range(experts):  # float32 of one expert at a time
+                one = torch.randn(size, dtype=torch.float32, device=device, generator=generator)
+                w[e] = (64 * one).to(w.dtype)
+        wanted = experts, *stored.scale_shape(rows, columns, matrices)
+        typical = columns**-0.5 / SIZES[stored.element]
+        if stored.scale == "e8m0":
+            exponent = 127 + round(math.log2(typical))
+            near = (exponent - 1, exponent + 2)
+            return w, torch.randint(*near, wanted, dtype=torch.uint8, device=device, generator=generator)
+        scale = torch.rand(wanted, dtype=torch.float32, device=device, generator=generator)
+        scale = (scale + 0.5) * typical
+        return w, scale.bfloat16() if stored.scale == "bf16" else scale
 
-    if shape.dtype != "fp8":
+    if stored.scale is None:
         return MoEWeights(plain(2 * inter, hidden), plain(hidden, inter))
     (gate_up, gate_up_scale), (down, down_scale) = scaled(2, inter, hidden), scaled(1, hidden, inter)
-    return MoEWeights(gate_up, down, gate_up_scale, down_scale)
+    return MoEWeights(gate_up, down, gate_up_scale, down_scale, format=stored.name)
 
 
 @dataclass

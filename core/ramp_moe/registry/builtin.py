@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from importlib import resources
 from pathlib import Path
 
@@ -11,7 +11,7 @@ from ..spec.shapes import Model, MoEShape
 from .gpus import GPUS
 from .hookspecs import hookimpl
 
-# name, experts, top_k, hidden, intermediate of one routed expert, dtype as released, source
+# name, experts, top_k, hidden, intermediate of one routed expert, format of the release, source
 _MODELS: tuple[tuple[str, int, int, int, int, str, str], ...] = (
     ("olmoe-1b-7b", 64, 8, 2048, 1024, "bf16", "config.json of allenai/OLMoE-1B-7B-0924"),
     ("mixtral-8x7b", 8, 2, 4096, 14336, "bf16", "config.json of mistralai/Mixtral-8x7B-v0.1"),
@@ -24,20 +24,30 @@ _MODELS: tuple[tuple[str, int, int, int, int, str, str], ...] = (
     ("qwen3.5-35b-a3b", 256, 8, 2048, 512, "bf16", "config.json of Qwen/Qwen3.5-35B-A3B"),
     ("deepseek-v2-lite", 64, 6, 2048, 1408, "bf16", "config.json of deepseek-ai/DeepSeek-V2-Lite"),
     ("deepseek-v3", 256, 8, 7168, 2048, "fp8", "config.json of deepseek-ai/DeepSeek-V3"),
+    ("deepseek-v4-flash", 256, 6, 4096, 2048, "mxfp4", "public tables of DeepSeek-V4-Flash"),
+    ("deepseek-v4-pro", 384, 6, 7168, 3072, "mxfp4", "public tables of DeepSeek-V4-Pro"),
+    ("deepseek-v4.1-flash", 384, 6, 5120, 2304, "mxfp4", "public tables of DeepSeek-V4.1-Flash"),
     ("glm-4.5-air", 128, 8, 4096, 1408, "bf16", "config.json of zai-org/GLM-4.5-Air"),
     ("glm-4.5", 160, 8, 5120, 1536, "bf16", "config.json of zai-org/GLM-4.5"),
-    ("gpt-oss-20b", 32, 4, 2880, 2880, "bf16", "config.json of openai/gpt-oss-20b (released as mxfp4)"),
-    ("gpt-oss-120b", 128, 4, 2880, 2880, "bf16", "config.json of openai/gpt-oss-120b (released as mxfp4)"),
+    ("gpt-oss-20b", 32, 4, 2880, 2880, "mxfp4", "config.json of openai/gpt-oss-20b"),
+    ("gpt-oss-120b", 128, 4, 2880, 2880, "mxfp4", "config.json of openai/gpt-oss-120b"),
     ("phi-3.5-moe", 16, 2, 4096, 6400, "bf16", "config.json of microsoft/Phi-3.5-MoE-instruct"),
     ("llama-4-scout", 16, 1, 5120, 8192, "bf16", "config.json of meta-llama/Llama-4-Scout-17B-16E"),
     ("kimi-k2", 384, 8, 7168, 2048, "fp8", "config.json of moonshotai/Kimi-K2-Instruct"),
+    ("kimi-k3", 896, 16, 3584, 3072, "mxfp4", "public tables of Kimi-K3"),
 )
+_ALSO: Mapping[str, tuple[str, ...]] = {
+    "glm-4.5": ("fp8-channel",),
+    "glm-4.5-air": ("fp8-channel",),
+    "kimi-k2": ("int4-g32",),
+}
+"""Further formats in which the makers published a model: the FP8 checkpoints of GLM-4.5, and Kimi-K2 since Thinking."""
 
 
 @hookimpl
 def ramp_moe_models() -> Iterable[Model]:
     for name, experts, top_k, hidden, intermediate, dtype, source in _MODELS:
-        yield Model(MoEShape(experts, top_k, hidden, intermediate, dtype, name), source)
+        yield Model(MoEShape(experts, top_k, hidden, intermediate, dtype, name), source, _ALSO.get(name, ()))
 
 
 @hookimpl

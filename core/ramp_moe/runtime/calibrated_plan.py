@@ -91,6 +91,7 @@ def compile_ahead(search: Search, kernels: Sequence[LaunchableKernel], deadline:
             configs = [c.config for c in wanted if c.kernel == kernel.name]
             dropped = _compiled(kernel, configs, deadline, say)
             search.found.dropped |= {f"{kernel.name}/{name}": reason for name, reason in dropped.items()}
+            search.found.later |= {f"{kernel.name}/{name}" for name, reason in dropped.items() if reason == LATE}
 
 
 def _compiled(kernel: BuildableKernel, configs: Sequence[KernelConfig], deadline: float, say: Say) -> dict[str, str]:

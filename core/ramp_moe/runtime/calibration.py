@@ -16,6 +16,7 @@ chosen from then on: they are compiled, and their output was checked.
 from __future__ import annotations
 
 import itertools
+import math
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -63,16 +64,20 @@ class Timer(Protocol):
 
 @dataclass
 class Calibration:
-    """What a search has found: the times, the reasons why candidates were dropped, and whether it was completed."""
+    """Times, and what failed. complete: nothing more is to be measured.
+
+    later: names in `dropped` that lacked only memory or time, and that another search may be able to measure.
+    """
 
     timings: list[Timing] = field(default_factory=list)
     dropped: dict[str, str] = field(default_factory=dict)
     complete: bool = False
+    later: set[str] = field(default_factory=set)
 
     def us(self, name: str, tokens: int) -> float | None:
-        """Microseconds of a candidate, the mean over the routings; None if one of them was not timed."""
-        found = [t.us for t in self.timings if (t.candidate, t.tokens) == (name, tokens)]
-        return sum(found) / len(found) if len(found) == len(ROUTINGS) else None
+        """Mean over the routings; None if one was not timed."""
+        found = {t.routing: t.us for t in self.timings if (t.candidate, t.tokens) == (name, tokens)}
+        return sum(found.values()) / len(found) if found.keys() == {*ROUTINGS} else None
 
     @property
     def tokens(self) -> tuple[int, ...]:
@@ -165,12 +170,16 @@ class Search:
         self._means: dict[int, FloatArray] = {}
 
     def run(self, timer: Timer, deadline: float, clock: Callable[[], float] = time.monotonic) -> Calibration:
-        """Measure until everything is measured, or until `clock` reaches `deadline`."""
+        """Measure until there is nothing more to measure, or `deadline` on the clock is past.
+
+        What is found is not complete if the engine's own path or all of ours failed, or if something lacked only memory
+        or time: the next search then tries what failed again.
+        """
         for name, tokens in self._steps():
             if clock() >= deadline:
                 return self.found
             self._time(timer, name, tokens)
-        self.found.complete = True
+        self.found.complete = bool(self.found.timed) and not self.found.later and ENGINE not in self.found.dropped
         return self.found
 
     def _steps(self) -> Iterator[tuple[str, int]]:
@@ -253,8 +262,15 @@ class Search:
         for routing in ROUTINGS:
             try:
                 ids = batch_of(routing, tokens, self.shape.num_experts * self._ep_size, self.shape.top_k)
-                times.append(Timing(tokens, routing, name, timer.time(self._by_name.get(name), ids)))
+                us = timer.time(self._by_name.get(name), ids)
+                if not 0 < us < math.inf:
+                    raise KernelError(f"the GPU's clock says that it takes {us:g} us")
+                times.append(Timing(tokens, routing, name, us))
             except Exception as e:  # whatever a kernel raises
+                import torch
+
+                if isinstance(e, torch.OutOfMemoryError):
+                    self.found.later.add(name)
                 told = " ".join(str(e).split())
                 self.found.dropped[name] = told if isinstance(e, RampMoEError) else f"{type(e).__name__}: {told}"
                 return

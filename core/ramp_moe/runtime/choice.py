@@ -70,11 +70,15 @@ class Chooser:
     def choice_by_batch_size(self, num_tokens: int, host_sync_us: float) -> Candidate | None:
         """The one candidate for a batch size if reading the histogram back would not pay; None if it would."""
         key = num_tokens, host_sync_us
-        if key not in self._known:
-            if len(self._known) == MOST_SIZES:
-                self._known.clear()
-            self._known[key] = self._by_batch_size(num_tokens, host_sync_us)
-        return self._known[key]
+        try:
+            return self._known[key]  # looked up once: another thread may clear it
+        except KeyError:
+            pass
+        found = self._by_batch_size(num_tokens, host_sync_us)
+        if len(self._known) >= MOST_SIZES:
+            self._known.clear()
+        self._known[key] = found
+        return found
 
     def _by_batch_size(self, num_tokens: int, host_sync_us: float) -> Candidate | None:
         if self.dispatcher is None:

@@ -250,9 +250,9 @@ class LayerRuntime:
         """The chooser among kernels that take hidden states of this dtype. Raises KernelError if none does."""
         if not self._picky:
             return self.chooser
-        if dtype not in self._choosers:
-            self._choosers[dtype] = self._made_chooser(dtype)
-        return self._choosers[dtype]
+        if (found := self._choosers.get(dtype)) is None:
+            found = self._choosers[dtype] = self._made_chooser(dtype)
+        return found
 
     def _made_chooser(self, dtype: torch.dtype) -> Chooser:
         left, name = self.chooser.kernels, HALVES.get(str(dtype), str(dtype))
@@ -282,8 +282,8 @@ class LayerRuntime:
         """
         import torch
 
-        if num_tokens < 1:
-            raise ShapeError(f"a layer is warmed up for one token or more, not {num_tokens}")
+        if not isinstance(num_tokens, int) or num_tokens < 1:
+            raise ShapeError(f"a layer is warmed up for one token or more, not {num_tokens!r:.60}")
         self._check_dtype(dtype)
         if self.graphs is not None:
             return self.graphs.prepare(num_tokens, dtype)
@@ -367,7 +367,7 @@ class LayerRuntime:
         """Raises ShapeError for hidden states of a dtype that the layer does not take."""
         import torch
 
-        if self.shape.dtype == "fp8":
+        if self.shape.format.scale is not None:
             if dtype not in (torch.bfloat16, torch.float16):
                 raise ShapeError(f"hidden_states must be bf16 or fp16, not {dtype}")
         elif dtype != self._dtype:
@@ -438,7 +438,7 @@ class LayerRuntime:
 
     def _made_ready(self, candidate: Candidate) -> _Ready:
         kernel, prepared = self._kernels[candidate.kernel]
-        if len(self._ready) == MOST_READY:
+        if len(self._ready) >= MOST_READY:
             self._ready.clear()
         most = most_tokens(kernel, candidate.config, self.shape)
         found = self._ready[id(candidate)] = _Ready(candidate, kernel, prepared, most)

@@ -1,4 +1,4 @@
-"""Makes a model's layers from all kernels that run here: one cost model per shape, one workspace per device."""
+"""The layers of a model, over every kernel that runs here: one plan for each kind of layer, one workspace for all."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, cast
+from typing import TYPE_CHECKING, NamedTuple, cast
 
 from ..cost_model.model import CostModel
 from ..dispatch.load_model import load_model
@@ -36,9 +36,27 @@ While the host waits it launches nothing further, and the GPU then waits for the
 """
 
 
+class LayerKind(NamedTuple):
+    """What layers must share to be made by one plan: kernels take weights by all of it."""
+
+    shape: MoEShape
+    activation: str
+    limit: float | None
+    layout: str
+    scale_block: int | None
+    biases: tuple[bool, bool]
+
+
+def kind_of(weights: MoEWeights, top_k: int) -> LayerKind:
+    biases = weights.gate_up_bias is not None, weights.down_bias is not None
+    return LayerKind(
+        weights.shape(top_k), weights.activation, weights.limit, weights.layout, weights.scale_block, biases
+    )
+
+
 @dataclass
 class LayerPlan:
-    """The hardware, kernels and cost model of all layers of one shape on one device."""
+    """How the layers of one kind are made."""
 
     hardware: Hardware
     kernels: list[LaunchableKernel]
@@ -56,9 +74,15 @@ class Builder:
     """
 
     def __init__(self, device: str = "auto", options: DispatchOptions | None = None) -> None:
+        if not isinstance(device, str):
+            raise HardwareError(f"the device is named by a string, 'auto' or 'h200', not {device!r:.60}")
+        if not (options is None or isinstance(options, DispatchOptions)):
+            raise KernelError(
+                f"options must be a DispatchOptions, not {options!r:.60}; write DispatchOptions(copies=2)"
+            )
         self.device, self.options = device, options or DispatchOptions()
         self.notes: list[str] = []
-        self._plans: dict[tuple[MoEShape, torch.device], LayerPlan] = {}
+        self._plans: dict[tuple[LayerKind, torch.device], LayerPlan] = {}
         self._workspaces: dict[torch.device, Workspace] = {}
 
     def layer(
@@ -71,14 +95,16 @@ class Builder:
         """Make a layer of the weights, which are not copied if a kernel reads them as they are.
 
         ep_size: that of the options if None.
-        refine: makes another plan from a shape's, before its first layer is made.
+        refine: makes another plan from a kind's, before its first layer is made.
         """
         options = self.options
-        shape, device = weights.shape(top_k), weights.gate_up.device
-        plan = self._plans.get((shape, device))
+        if options.activations is not None and weights.stored.scale is not None:
+            weights = replace(weights, activations=options.activations)
+        kind, device = kind_of(weights, top_k), weights.gate_up.device
+        plan = self._plans.get((kind, device))
         first = plan is None
         if plan is None:
-            plan = self._plan(shape, self._hardware(device))
+            plan = self._plan(kind.shape, self._hardware(device))
             plan = plan if refine is None else refine(plan)
         wait = options.host_sync_us
         if wait is None:
@@ -97,7 +123,7 @@ class Builder:
         )
         found.workspace = self._workspaces.setdefault(device, Workspace())
         if first:
-            self._plans[shape, device] = self._shared(plan, found)
+            self._plans[kind, device] = self._shared(plan, found)
         return found
 
     def _hardware(self, device: torch.device) -> Hardware:
@@ -165,10 +191,8 @@ class Builder:
         return LayerPlan(hardware, kernels, model)
 
     def _shared(self, plan: LayerPlan, first: LayerRuntime) -> LayerPlan:
-        """The plan for the further layers of a shape: without the kernels that the first layer dropped.
-
-        So nothing is decided twice. All layers have the same model object, and share what is derived from it.
-        """
+        """What the first layer of a kind made of its plan, for the others: nothing is decided twice, and a model that
+        needs no further restriction is one object, which shares what is derived from it."""
         self.notes += [f"{kernel} left out: {reason}" for kernel, reason in first.dropped.items()]
         if plan.model is None:
             return plan

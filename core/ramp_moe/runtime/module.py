@@ -3,19 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NoReturn
 
 import torch
 from torch import Tensor
 
-from ..errors import RoutingError
+from ..errors import KernelError, RoutingError
 from ..spec.launchable import MoEWeights
 from .explanation import Explanation, explain
 from .layer_factory import Builder
 from .options import DispatchOptions
 from .own_experts import Experts
 from .update import FIELDS
-from .wrapped_experts import WrappedExperts, experts_of
+from .wrapped_experts import WrappedExperts, experts_of, pair
 
 if TYPE_CHECKING:
     from .graphs.capture import GraphPlan
@@ -64,6 +64,12 @@ class MoELayer(torch.nn.Module):
         options: DispatchOptions | None = None,
     ) -> None:
         super().__init__()
+        if not isinstance(weights, MoEWeights):
+            raise KernelError(
+                f"weights must be a MoEWeights, not {type(weights).__name__}; write MoEWeights(gate_up, down)"
+            )
+        if not (router is None or callable(router)):
+            raise KernelError(f"the router must be a function or a module, or None, not {router!r:.60}")
         given = {field: tensor for field in FIELDS if (tensor := getattr(weights, field)) is not None}
         for field in FIELDS:
             tensor = given.get(field)
@@ -71,7 +77,7 @@ class MoELayer(torch.nn.Module):
         self.router = router
         builder = Builder(device, options)
         names = {field: field for field in given}
-        of = {"activation": weights.activation, "layout": weights.layout, "limit": weights.limit}
+        of = {what: getattr(weights, what) for what in ("activation", "layout", "limit", "format", "activations")}
         WrappedExperts(self, Experts(MoELayer, **names, top_k=top_k, **of), top_k, builder).take(self)  # type: ignore[arg-type]
 
     @property
@@ -106,7 +112,7 @@ class MoELayer(torch.nn.Module):
         if topk_ids is None or topk_weights is None:
             if topk_ids is not None or topk_weights is not None or self.router is None:
                 raise RoutingError("a MoELayer without a router takes topk_ids and topk_weights; give both")
-            topk_ids, topk_weights = self.router(hidden_states)
+            topk_ids, topk_weights = pair(self.router(hidden_states), "the router")
         return self._experts.run(hidden_states, topk_ids, topk_weights, out, num_valid)
 
     def explain(self, tokens: int = 512) -> Explanation:
@@ -123,6 +129,10 @@ class MoELayer(torch.nn.Module):
     def update(self, weights: MoEWeights) -> None:
         """Compute with new weights from now on; see `LayerRuntime.update`."""
         self.runtime.update(weights)
+
+    def _replicate_for_data_parallel(self) -> NoReturn:
+        """Raises KernelError: a replica would compute with this module's weights, on this module's GPU."""
+        raise KernelError("torch.nn.DataParallel cannot replicate a MoELayer; run a process for each GPU")
 
     def extra_repr(self) -> str:
         found = self._experts.layer

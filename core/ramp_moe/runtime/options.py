@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from ..cost_model.model import CostModel
 from ..errors import KernelError, UnknownNameError
+from ..spec.formats import ENDINGS
 
 if TYPE_CHECKING:
     from ..spec.launchable import LaunchableKernel
@@ -30,10 +31,11 @@ class DispatchOptions:
     host_sync_us: microseconds that it costs to read a batch's histogram back. If that is predicted to gain less at a
         batch size, one kernel computes that size. 0: always read; math.inf: never. None: 300 on a GPU, 0 elsewhere.
     ep_size: ranks that share the experts, of which the layer has one rank's.
-    checked: whether to read the ids of every batch back, and to raise RoutingError for one out of range. Otherwise it
-        is skipped.
+    activations: what kernels may at most round activations of quantised weights to, "bf16" (16 bits: nothing) or "fp8".
+        It changes the accuracy. None: what the weights say, which by default is what the engines that serve them do.
+    checked: read the ids of every batch back, and raise RoutingError for one out of range instead of skipping it.
 
-    Raises KernelError for a value of the wrong type or range, UnknownNameError for a mode that does not exist.
+    Raises KernelError for a value that cannot be, UnknownNameError for a mode or a rounding that does not exist.
     """
 
     kernels: Sequence[LaunchableKernel | str] | None = None
@@ -43,14 +45,17 @@ class DispatchOptions:
     mode: str | None = None
     host_sync_us: float | None = None
     ep_size: int = 1
+    activations: str | None = None
     checked: bool = False
 
     def __post_init__(self) -> None:
         for name in ("kernels", "profiles"):
             value = getattr(self, name)
-            if isinstance(value, str | Path) or not (value is None or isinstance(value, Sequence)):
+            if isinstance(value, str | bytes | Path) or not (value is None or isinstance(value, Sequence)):
                 raise KernelError(f"{name} must be a list, not {value!r:.60}; write {name}=[...]")
             object.__setattr__(self, name, None if value is None else tuple(value))
+        if strays := [path for path in self.profiles if not isinstance(path, str | Path)]:
+            raise KernelError(f"profiles must be names of files and folders, not {strays[0]!r:.60}")
         for name in ("copies", "ep_size"):
             value = getattr(self, name)
             if not _is(value, int) or value < 1:
@@ -60,6 +65,8 @@ class DispatchOptions:
             raise KernelError(f"host_sync_us must be microseconds of at least 0, or None, not {wait!r:.60}")
         if not (self.cost_model is None or isinstance(self.cost_model, CostModel)):
             raise KernelError(f"cost_model must be a CostModel or None, not {self.cost_model!r:.60}")
+        if self.activations is not None and self.activations not in ENDINGS:
+            raise UnknownNameError("rounding of activations", str(self.activations), ENDINGS)
         if self.mode is not None and self.mode not in MODES:
             raise UnknownNameError("mode of dispatch in graphs", str(self.mode), MODES)
         if not isinstance(self.checked, bool):

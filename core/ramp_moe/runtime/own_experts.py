@@ -27,7 +27,7 @@ class Experts(ExpertsAdapter):
     gate_up_scale, down_scale, gate_up_bias, down_bias: names of its scales and biases, as MoEWeights describes them;
         None if it has none.
     top_k: the number of experts per token, or the name of an attribute that holds it.
-    activation, layout, limit: as for MoEWeights.
+    activation, layout, limit, format, activations: as for MoEWeights.
     route: a function from the module and hidden states `[T, H]` to (topk_ids `[T, k]` int32 or int64, topk_weights
         `[T, k]`). The module's forward then takes only hidden states `[..., H]`, and returns the same shape. Without
         `route`, forward takes (hidden states `[T, H]`, topk_ids, topk_weights).
@@ -48,6 +48,8 @@ class Experts(ExpertsAdapter):
     activation: str = "swiglu"
     layout: str = "gate-first"
     limit: float | None = None
+    format: str | None = None
+    activations: str | None = None
 
     @property
     def name(self) -> str:  # type: ignore[override]
@@ -63,7 +65,8 @@ class Experts(ExpertsAdapter):
         from ..spec.launchable import MoEWeights
 
         given = {field: self._attribute(module, name).detach() for field, name in self.names(module).items()}
-        return MoEWeights(**given, activation=self.activation, layout=self.layout, limit=self.limit)
+        named = ("activation", "layout", "limit", "format", "activations")
+        return MoEWeights(**given, **{name: getattr(self, name) for name in named})
 
     def names(self, module: Module) -> Mapping[str, str]:
         fields = ("gate_up", "down", "gate_up_scale", "down_scale", "gate_up_bias", "down_bias")
@@ -119,7 +122,9 @@ def _routing(module: Module, *given: Any, **named: Any) -> Any:
 
 
 def _routed(experts: WrappedExperts, module: Module, hidden_states: Tensor) -> Tensor:
+    from .wrapped_experts import pair
+
     flat = hidden_states.reshape(-1, hidden_states.shape[-1])
     route = cast(Experts, experts.adapter).route
     assert route is not None
-    return experts(flat, *route(module, flat)).view_as(hidden_states)
+    return experts(flat, *pair(route(module, flat), "route")).view_as(hidden_states)

@@ -72,22 +72,22 @@ class Source:
         t: Tensor = getattr(held, self.field)[experts]
         if self.field in ROWS and held.layout != self.layout:
             out, inter = torch.empty_like(t), self.layer.shape.intermediate_size
-            t = copy_rows(t, held.layout, out, self.layout, inter, scale=self.field == "gate_up_scale")
-        found = self.adapter.own(self.order, self.field, t).to(self.dtype).contiguous()
+            t = copy_rows(t, held.layout, out, self.layout, inter)
+        found = _converted(self.adapter.own(self.order, self.field, t), self.dtype).contiguous()
         return found.clone() if storage(found) == storage(getattr(held, self.field)) else found
 
     def write(self, values: Tensor, experts: slice = ALL) -> None:
         """Have the layer hold these values for these experts. values: in the module's order."""
         held: Tensor = getattr(self.layer.held[0], self.field)
         with writing(self.layer):
-            given = self.adapter.given(self.order, self.field, values).to(held.dtype)
+            given = _converted(self.adapter.given(self.order, self.field, values), held.dtype)
             put(self.layer, self.field, given, self.layout, experts)
 
     def check(self, tensor: Tensor) -> None:
         """Raises KernelError unless reading and writing the first expert give what the module's tensor holds."""
         first = tensor.detach()[:1].contiguous()
         written = self.adapter.own(self.order, self.field, self.adapter.given(self.order, self.field, first))
-        for found in (self.read(slice(0, 1)), written.to(self.dtype).contiguous()):
+        for found in (self.read(slice(0, 1)), _converted(written, self.dtype).contiguous()):
             if found.shape != first.shape or not torch.equal(found.view(torch.uint8), first.view(torch.uint8)):
                 raise KernelError(
                     f"{type(self.adapter).__name__}.given and .own disagree about how {self.name} becomes {self.field}"
@@ -100,6 +100,11 @@ class Source:
         found.layer, found.memory = copy.deepcopy((self.layer, self.memory), memo)
         found.module = weakref.ref(memo[id(self.module())])
         return found
+
+
+def _converted(t: Tensor, dtype: torch.dtype) -> Tensor:
+    """Convert to a dtype. Packed weights and e8m0 scales, which are held as uint8, keep their bytes."""
+    return t.contiguous().view(dtype) if torch.uint8 in (t.dtype, dtype) else t.to(dtype)
 
 
 @dataclass(frozen=True)

@@ -1,25 +1,29 @@
 """The reference layer in plain torch and float32, and the error that a kernel's output may have against it.
 
 Every other implementation of the layer is compared with this one. There are T tokens, k experts per token and E
-experts, with hidden size H, intermediate size I and scale blocks `[B, B]`. Nothing here is meant to be fast.
+experts, with hidden size H and intermediate size I. Nothing here is meant to be fast.
 `reference` computes products in full float32; the other functions follow `torch.get_float32_matmul_precision()`.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 
 import torch
 from torch import Tensor
 from torch.nn.functional import gelu, pad, silu
 
-from ..errors import KernelError, ShapeError, UnknownNameError
+from ..errors import KernelError, UnknownNameError
+from ..spec.formats import FORMATS, Format
 from ..spec.launchable import ACTIVATIONS, Batch, MoEWeights
-from ..spec.shapes import SCALE_BLOCK, scale_block
+from ..spec.shapes import scale_blocks
+from .formats import format_of, plain, through_fp8
 from .relayout import copy_rows
 
-LIMITS = {"fp8": 0.06, "bf16": 0.01, "fp16": 0.01}
-"""Allowed relative error of the output, by weight dtype. One token, and one block of columns, may have twice as much.
+LIMITS = {"fp8": 0.06, "bf16": 0.01}
+"""Allowed relative error of the output, by what activations may be rounded to. One token, and one block of columns, may
+have twice as much.
 
 Rounding x and the intermediates to fp8 alone causes a relative error of 0.041 to 0.046."""
 COLUMNS = 64
@@ -35,13 +39,27 @@ Rounding = Callable[[Tensor], Tensor]
 """Rounds an intermediate, float32 `[ids, I]`, before the down projection."""
 
 
-def reference(weights: MoEWeights, batch: Batch) -> Tensor:
-    """Compute the layer, float32 `[T, H]`, without rounding on the way. Ids out of range are skipped."""
+def reference(weights: MoEWeights, batch: Batch, activations: str = "bf16") -> Tensor:
+    """Compute the layer of the dequantised weights, float32 `[T, H]`. Ids out of range are skipped.
+
+    activations: "bf16" rounds nothing on the way. "fp8" rounds the hidden states and the intermediates to fp8, with a
+        scale for as many columns as the engines that serve the format take.
+
+    Raises UnknownNameError for another word.
+    """
+    stored, x = format_of(weights), batch.hidden_states.float()
+    if activations not in LIMITS:
+        raise UnknownNameError("rounding of activations", activations, LIMITS)
+    rounding = None
+    if activations == "fp8":
+        blocks = scale_blocks(weights.sizes[2])
+        rounding = partial(through_fp8, group=blocks[-1] if stored.weights == "fp8" else stored.activation_group)
+        x = rounding(x)
     precision = torch.get_float32_matmul_precision()
     torch.set_float32_matmul_precision("highest")  # no TF32
     try:
         return experts(
-            batch.hidden_states.float(),
+            x,
             weights.gate_up,
             weights.down,
             batch.topk_ids,
@@ -53,6 +71,8 @@ def reference(weights: MoEWeights, batch: Batch) -> Tensor:
             gate_up_bias=weights.gate_up_bias,
             down_bias=weights.down_bias,
             layout=weights.layout,
+            stored=stored,
+            rounding=rounding,
         )
     finally:
         torch.set_float32_matmul_precision(precision)
@@ -72,34 +92,36 @@ def experts(
     gate_up_bias: Tensor | None,
     down_bias: Tensor | None,
     layout: str,
+    stored: Format,
     rounding: Rounding | None = None,
 ) -> Tensor:
     """Compute float32 `[T, H]`: the sum over each token's experts of weight * (down @ activation(gate_up @ x)).
 
     x: float32 `[T, H]`.
     topk_ids, topk_weights: `[T, k]`. Ids out of range are skipped, and their weights are not read.
+    stored: format of the weights, with the side of their scale blocks (`formats.format_of`).
     rounding: applied to the intermediates; None leaves them.
 
-    The other arguments are those of MoEWeights, with weights of any float dtype. They are not checked again.
+    The other arguments are those of MoEWeights, with weights without scales of any float dtype. They are not checked
+    again.
     """
     out = torch.zeros_like(x)
-    inter = down.shape[2]
-    block = SCALE_BLOCK if gate_up_scale is None else scale_block(gate_up_scale.shape[-1], x.shape[1], inter)
+    inter = gate_up.shape[1] // 2
 
     def of(t: Tensor | None, e: int) -> Tensor | None:
         return None if t is None else t[e]
 
-    def gate_first(t: Tensor | None, e: int, scale: bool = False) -> Tensor | None:
+    def gate_first(t: Tensor | None, e: int) -> Tensor | None:
         if t is None or layout == "gate-first":
             return of(t, e)
-        return copy_rows(t[e : e + 1], layout, torch.empty_like(t[e : e + 1]), "gate-first", inter, scale)[0]
+        return copy_rows(t[e : e + 1], layout, torch.empty_like(t[e : e + 1]), "gate-first", inter)[0]
 
     present = topk_ids[(topk_ids >= 0) & (topk_ids < len(down))]
     for e in torch.bincount(present).nonzero().flatten().tolist():
         of_gate_up = gate_first(gate_up, e)
         assert of_gate_up is not None
-        whole_gate_up = plain(of_gate_up, gate_first(gate_up_scale, e, scale=True), block, matrices=2)
-        whole_down = plain(down[e], of(down_scale, e), block)
+        whole_gate_up = plain(of_gate_up, gate_first(gate_up_scale, e), stored, matrices=2)
+        whole_down = plain(down[e], of(down_scale, e), stored)
         biases = gate_first(gate_up_bias, e), of(down_bias, e)
         for part in (topk_ids == e).nonzero().split(PART):
             token, slot = part.unbind(1)
@@ -148,41 +170,14 @@ def activate(gate: Tensor, up: Tensor, activation: str, limit: float | None = No
     raise UnknownNameError("activation", activation, ACTIVATIONS)
 
 
-def plain(w: Tensor, scale: Tensor | None, block: int, matrices: int = 1) -> Tensor:
-    """Convert `w [R, C]` to float32: `matrices` of them, one above the other, each with its own scale blocks.
-
-    scale: None if the weight has none.
-    """
-    if scale is None:
-        return w.float()
-    pairs = zip(w.chunk(matrices), scale.chunk(matrices), strict=True)
-    return torch.cat([dequantise(part, blocks, block) for part, blocks in pairs])
-
-
-def dequantise(w: Tensor, scale: Tensor, block: int = SCALE_BLOCK) -> Tensor:
-    """Compute float32 `[..., R, C]` = fp8 `w [..., R, C]` * its scales `[..., ceil(R/B), ceil(C/B)]`.
-
-    B is `block`; the last blocks may be short. Raises ShapeError for a scale of another shape.
-    """
-    rows, columns = w.shape[-2:]
-    expected = (*w.shape[:-2], -(-rows // block), -(-columns // block))
-    if scale.shape != expected:
-        raise ShapeError(f"the scale of a weight {list(w.shape)} must be {list(expected)}, not {list(scale.shape)}")
-    return w.float() * expanded(scale.float(), rows, columns, block)
-
-
-def expanded(scale: Tensor, rows: int, columns: int, block: int) -> Tensor:
-    """Expand `scale [..., ceil(rows/B), ceil(columns/B)]` to each element's, `[..., rows, columns]`. B is `block`."""
-    return scale.repeat_interleave(block, -2)[..., :rows, :].repeat_interleave(block, -1)[..., :columns]
-
-
 def misfit(out: Tensor, expected: Tensor, dtype: str) -> str | None:
-    """Describe the error of `out` `[T, H]` against float32 `expected`, if it exceeds LIMITS for weights of `dtype`.
+    """Describe the error of `out` `[T, H]` against float32 `expected`, if it exceeds LIMITS for the format `dtype`.
 
     Returns None if it does not. NaN always exceeds them.
     """
+    limit = LIMITS[FORMATS[dtype].activations]
     for where, error in _errors(out, expected).items():
-        allowed = LIMITS[dtype] if where == "output" else 2 * LIMITS[dtype]
+        allowed = limit if where == "output" else 2 * limit
         if not error <= allowed:  # also refuses NaN
             return f"relative error {error:.3g} of {where}; at most {allowed} is allowed"
     return None

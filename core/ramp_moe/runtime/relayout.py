@@ -24,7 +24,7 @@ def relayout(weights: MoEWeights, layout: str) -> MoEWeights:
     original, both copies of gate_up exist. Raises UnknownNameError for an unknown layout, and ShapeError for
     gate-up-interleaved-8 if I is not a multiple of 8.
     """
-    inter = weights.gate_up.shape[1] // 2
+    inter = weights.sizes[2]
     check_layout(layout, inter)
     if layout == weights.layout:
         return weights
@@ -33,20 +33,21 @@ def relayout(weights: MoEWeights, layout: str) -> MoEWeights:
         t: Tensor | None = getattr(weights, name)
         if t is None:
             return None
-        return copy_rows(t, weights.layout, _like(t), layout, inter, scale=name == "gate_up_scale")
+        return copy_rows(t, weights.layout, _like(t), layout, inter)
 
     return replace(weights, layout=layout, **{name: rows(name) for name in ROWS})  # type: ignore[arg-type]
 
 
-def copy_rows(source: Tensor, given: str, out: Tensor, wanted: str, intermediate_size: int, scale: bool) -> Tensor:
+def copy_rows(source: Tensor, given: str, out: Tensor, wanted: str, intermediate_size: int) -> Tensor:
     """Copy `source` `[E, 2 R, ...]`, with rows in the order `given`, into `out` in the order `wanted`; return `out`.
 
-    scale: True if the rows are those of block scales, which are interleaved one by one.
+    If R is the intermediate size I, they are rows of weights, or what belongs to one each: interleaved by ROW_CHUNK.
+    Otherwise they are scales of several rows, which are interleaved one by one.
     """
     import torch
 
     # Less than ROW_CHUNK only if neither layout is interleaved, when chunks do not matter.
-    chunk = 1 if scale else math.gcd(ROW_CHUNK, intermediate_size)
+    chunk = math.gcd(ROW_CHUNK, intermediate_size) if source.shape[1] == 2 * intermediate_size else 1
     # Copied as uint8: exact for every bit pattern, on every device.
     fp8 = source.dtype == out.dtype == torch.float8_e4m3fn
     a, b = (source.view(torch.uint8), out.view(torch.uint8)) if fp8 else (source, out)

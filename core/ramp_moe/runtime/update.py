@@ -29,6 +29,8 @@ FIELDS = ("gate_up", "down", "gate_up_scale", "down_scale", "gate_up_bias", "dow
 
 def update(layer: Holding, weights: MoEWeights) -> None:
     """Have `layer` compute with `weights` from now on; see `LayerRuntime.update`."""
+    if not isinstance(weights, MoEWeights):
+        raise ShapeError(f"the new weights must be a MoEWeights, not {type(weights).__name__}")
     check_fits(layer.held[0], weights)
     with writing(layer):
         for name in FIELDS:
@@ -51,9 +53,14 @@ def writing(layer: Holding) -> Iterator[None]:
 def check_fits(held: MoEWeights, weights: MoEWeights) -> None:
     """Raises ShapeError if `weights` cannot replace `held`.
 
-    Shapes, dtypes, devices, activation and limit must be equal. So must the presence of each scale and bias.
+    Shapes, dtypes, formats, devices, activation and limit must be equal. So must the presence of each scale and bias.
     """
-    for what in (f.name for f in dataclasses.fields(held) if f.name not in (*FIELDS, "layout")):
+    if held.stored.weights != weights.stored.weights and held.gate_up.dtype == weights.gate_up.dtype:
+        raise ShapeError(
+            f"the layer holds {held.stored.weights} weights, the new ones are {weights.stored.weights}; build a layer "
+            "of the new weights"
+        )
+    for what in ("activation", "limit"):
         old, new = getattr(held, what), getattr(weights, what)
         if old != new:
             raise ShapeError(f"the layer has the {what} {old}, the new weights {new}; build a layer of them")
@@ -87,7 +94,7 @@ def put(layer: Holding, name: str, tensor: Tensor, layout: str, experts: slice =
             if order == layout:
                 place.copy_(tensor)
             else:
-                copy_rows(tensor, layout, place, order, layer.shape.intermediate_size, scale=name == "gate_up_scale")
+                copy_rows(tensor, layout, place, order, layer.shape.intermediate_size)
 
 
 def refresh(layer: Holding) -> None:

@@ -108,14 +108,20 @@ class RoutingRecording:
         write_batches(path, *shapes.pop(), self._batches, source)
 
 
-def wrap(model: Module, *adapters: ExpertsAdapter, device: str = "auto", copies: int = 1) -> Wrapped:
-    """Have each batch of every MoE layer of `model` computed by the kernel that is predicted to be fastest.
+def wrap(
+    model: Module,
+    *adapters: ExpertsAdapter,
+    device: str = "auto",
+    copies: int = 1,
+    activations: str | None = None,
+) -> Wrapped:
+    """Have every MoE layer of `model` computed by the kernel that is predicted to be fastest for each batch.
 
     The effect lasts until `unwrap(model)`, or for a block: `with ramp_moe.wrap(model) as wrapped:`.
 
-    adapters: for modules of your own (`ramp_moe.Experts`). They come before those of known frameworks.
-    device: name of the hardware, or `auto` to detect it.
-    copies: most layouts in which the weights are held. With one, each weight is used in place or moved, never doubled.
+    adapters: of modules of your own (`ramp_moe.Experts`), before those of the frameworks that are known. device: the
+    hardware's name where it is not to be detected. copies: of the weights, in as many layouts; with one, a weight is
+    either used as it lies in the model or moved, never doubled. activations: "fp8" or "bf16", as in `DispatchOptions`.
 
     Parameters stay the same objects. A moved one is read and written as before, in the model's own order, but it has no
     address (`runtime.placeholder`). `state_dict()` has copies of it; writing to those does not reach the model. If a
@@ -131,7 +137,10 @@ def wrap(model: Module, *adapters: ExpertsAdapter, device: str = "auto", copies:
     if strays := [adapter for adapter in adapters if not isinstance(adapter, ExpertsAdapter)]:
         raise KernelError(f"an adapter is a ramp_moe.Experts, or another ExpertsAdapter, not {strays[0]!r:.60}")
     found = _find(model, [*adapters, *get_registry().experts.values()])
-    builder, done = Builder(device, DispatchOptions(copies=copies)), dict[str, WrappedExperts]()
+    builder, done = (
+        Builder(device, DispatchOptions(copies=copies, activations=activations)),
+        dict[str, WrappedExperts](),
+    )
     devices = {str(tensor.device) for _, module, _ in found for tensor in module.parameters()}
     if len(devices) > 1:
         raise KernelError(f"the experts' weights lie on {', '.join(sorted(devices))}; wrap a model on one device")

@@ -100,13 +100,13 @@ class WrappedExperts:
     def taken(self, dtype: torch.dtype) -> torch.dtype:
         """The dtype in which the layer takes hidden states of `dtype`.
 
-        It is the dtype of its weights. fp8 weights take bf16 and fp16 as they are, and any other dtype as bf16.
+        It is the dtype of its weights. Quantised weights take bf16 and fp16 as they are, and any other dtype as bf16.
         """
         import torch
 
-        weights = self.layer.held[0].gate_up.dtype
-        if weights.itemsize > 1:
-            return weights
+        held = self.layer.held[0]
+        if held.stored.scale is None:
+            return held.gate_up.dtype
         return dtype if dtype in (torch.bfloat16, torch.float16) else torch.bfloat16
 
     def take(self, module: Module, others: Mapping[int, list[tuple[str, Tensor]]] | None = None) -> None:
@@ -176,7 +176,10 @@ class WrappedExperts:
         Raises KernelError, with the reason, if no layer can be made from them.
         """
         module = self._module()
-        assert module is not None
+        if module is None:
+            raise KernelError(
+                "the module that these experts belong to is gone; keep it alive, or copy.deepcopy it before"
+            )
         return self.layer if self._other(module) is None else self._renewed(module)
 
     def _other(self, module: Module) -> str | None:
@@ -242,28 +245,40 @@ class WrappedExperts:
         """Copy for a copy of the module, with a layer of its own. Raises KernelError without a copy of the module."""
         from .placeholder import Placeholder
 
-        module = memo.get(id(self._module()))
-        if module is None:
+        original = self._module()
+        module = memo.get(id(original))
+        if original is None or module is None:
             raise KernelError("a wrapped module's experts cannot be copied without the module")
+        changed = self._other(original) is not None  # the copy then makes a layer of its own tensors when it first runs
         found = memo[id(self)] = object.__new__(type(self))
         found.__dict__.update(self.__dict__)
         found.layer = copy.deepcopy(self.layer, memo)
         found._module, found.layer.owner = weakref.ref(module), weakref.ref(found)
         found._tensors = copy.deepcopy(self._tensors, memo)
         for field, tensor in found._tensors.items():
-            if not isinstance(tensor, Placeholder):  # the module's copy has memory of its own; it must be the layer's
+            if not changed and not isinstance(
+                tensor, Placeholder
+            ):  # the module's copy has memory of its own; it must be the layer's
                 old = self._tensors[field]
                 held = next(t for h in found.layer.held if (t := getattr(h, field)).shape == old.shape)
                 tensor.data = held.as_strided(old.shape, old.stride(), old.storage_offset())
-        found._expected = [
-            (where, name, t, _place(t))
-            for (where, name, *_), t in zip(self._expected, found._tensors.values(), strict=False)
-        ]
+        every = zip(self._expected, found._tensors.values(), strict=False)
+        found._expected = [] if changed else [(where, name, t, _place(t)) for (where, name, *_), t in every]
         found.recorded, found._renewing = None, threading.RLock()
         return found
 
     def __reduce_ex__(self, protocol: Any) -> NoReturn:
         raise KernelError("a layer cannot be pickled; save its state_dict(), or ramp_moe.unwrap a wrapped model first")
+
+
+def pair(found: object, what: str) -> tuple[Tensor, Tensor]:
+    """What a router returned, if it is (topk_ids, topk_weights). Raises RoutingError with `what` it is otherwise."""
+    import torch
+
+    if not (isinstance(found, tuple | list) and len(found) == 2 and all(isinstance(t, torch.Tensor) for t in found)):
+        kinds = [type(t).__name__ for t in found] if isinstance(found, tuple | list) else type(found).__name__
+        raise RoutingError(f"{what} must return two tensors, (topk_ids, topk_weights), not {kinds}")
+    return found[0], found[1]
 
 
 def experts_of(module: Module) -> WrappedExperts | None:

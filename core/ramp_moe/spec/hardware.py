@@ -7,6 +7,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 
 from ..errors import HardwareError
+from .formats import FORMATS
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,8 +46,11 @@ class Hardware:
         return "AMD" if self.arch.startswith("gfx") else "NVIDIA"
 
     def peak_flops(self, dtype: str) -> float | None:
-        """Dense peak in FLOP/s for a weight dtype; None if there is none. fp16 runs at the bf16 rate."""
-        return self.fp8_flops if dtype == "fp8" else self.bf16_flops
+        """Dense peak in FLOP/s for weights of a format; None if there is none. fp16 runs at the bf16 rate.
+
+        It is that of the activations: kernels multiply 4-bit weights as bf16 unless activations may be rounded.
+        """
+        return self.fp8_flops if FORMATS[dtype].rounds else self.bf16_flops
 
 
 def identify(known: Iterable[Hardware], device_name: str, num_sms: int | None = None) -> Hardware:

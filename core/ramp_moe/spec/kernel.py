@@ -84,6 +84,8 @@ class Kernel(ABC):
     """A MoE kernel, described by the CTA grids that it launches. The description needs no GPU."""
 
     name: str
+    formats: tuple[str, ...] = ("fp8", "bf16", "fp16")
+    """Formats of weights that it may take, names in `spec.formats.FORMATS`. It is not asked about any other."""
     counts_repeats = True
     """True if an expert that a token names twice computes the token twice, as the histogram counts it.
 
@@ -184,12 +186,12 @@ def is_installed(module: str) -> bool:
 
 
 def fp8_unsupported(shape: MoEShape, hardware: Hardware, whole_blocks: bool = True) -> str | None:
-    """Why block-scaled fp8 cannot be computed for this shape here; None if it can, or for another dtype.
+    """Why fp8 weights and activations cannot be computed for this shape here; None if they can, or for other formats.
 
     whole_blocks: True if the kernel takes only scale blocks of 128, all of them whole. Every kernel needs a hidden size
         that is a multiple of 128: it is never sharded, and the block's side follows from its number of scales.
     """
-    if shape.dtype != "fp8":
+    if shape.format.element != "e4m3" or not shape.format.rounds:
         return None
     if hardware.fp8_flops is None:
         return f"{hardware.name} has no fp8 units"
@@ -202,8 +204,11 @@ def fp8_unsupported(shape: MoEShape, hardware: Hardware, whole_blocks: bool = Tr
 def why_unsupported(kernel: Kernel, shape: MoEShape, hardware: Hardware) -> str | None:
     """The kernel's reason, or None if it supports the shape. An empty or malformed answer counts as a refusal.
 
-    Raises KernelError if the kernel fails to answer.
+    A kernel is not asked about weights of a format that is not among its `formats`. Raises KernelError if the kernel
+    fails to answer.
     """
+    if shape.dtype not in kernel.formats:
+        return f"takes weights in {' or '.join(kernel.formats)}, not in {shape.dtype}"
     try:
         reason: object = kernel.unsupported(shape, hardware)
     except RampMoEError:

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import functools
-import logging
 import math
 import threading
 from abc import abstractmethod
@@ -12,151 +10,29 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, TypeVar
 
-from ..errors import KernelError, RampMoEError, RoutingError, ShapeError, UnknownNameError, describe
+from ..errors import KernelError, RampMoEError, RoutingError, ShapeError, describe
 from .hardware import Hardware
-from .kernel import LAYOUTS, Kernel, KernelConfig, is_installed, reason_of, why_unsupported
-from .shapes import SCALE_BLOCK, MoEShape, scale_block, scale_blocks
+from .kernel import Kernel, KernelConfig, is_installed, reason_of, why_unsupported
+from .shapes import MoEShape
+from .weights import ACTIVATIONS, ROW_CHUNK, MoEWeights, check_layout
 
 if TYPE_CHECKING:
     import torch
     from torch import Tensor
 
+__all__ = [
+    "ACTIVATIONS",
+    "ROW_CHUNK",
+    "Batch",
+    "LaunchableKernel",
+    "MoEWeights",
+    "Workspace",
+    "allocate",
+    "check_layout",
+    "kernel_ids",
+]
+
 T = TypeVar("T")
-
-ACTIVATIONS = ("swiglu", "gelu_tanh", "swiglu_oai", "swiglu_clamped")
-"""Activations of gated experts:
-
-swiglu: silu(gate) * up.
-gelu_tanh: gelu(gate) * up, with the tanh approximation.
-swiglu_oai: gpt-oss's. Gate is clamped to at most 7 and up to [-7, 7], then gate * sigmoid(1.702 gate) * (up + 1).
-swiglu_clamped: DeepSeek-V4's. The same clamps at the weights' `limit` in place of 7, then silu(gate) * up.
-"""
-
-_logger = logging.getLogger("ramp_moe")
-
-ROW_CHUNK = 8
-"""Consecutive rows of gate, and then of up, in the layout gate-up-interleaved-8."""
-
-
-@dataclass(frozen=True)
-class MoEWeights:
-    """A layer's experts, contiguous on one device.
-
-    gate_up: `[E, 2 I, H]` bf16, fp16 or float8_e4m3fn.
-    down: `[E, H, I]` of the same dtype.
-    gate_up_scale, down_scale: float32 `[E, 2 ceil(I / B), H / B]` and `[E, H / B, ceil(I / B)]`, for fp8 weights only.
-        Each [B, B] block of a weight has one scale. Gate and up have blocks of their own, counted from their first
-        row; the last may be short. B is 128, or another of `ramp_moe.spec.shapes.scale_blocks` for a shard that begins
-        inside a block of 128. H must then be a multiple of 128.
-    gate_up_bias, down_bias: `[E, 2 I]` and `[E, H]`, float32, bf16 or fp16; None if there is none.
-    activation: one of ACTIVATIONS.
-    layout: one of LAYOUTS, the order of the rows of gate_up, its bias and its scale. If it is interleaved, block rows
-        of gate and of up alternate in the scale.
-    limit: bound at which swiglu_clamped clamps gate and up; None for the other activations.
-
-    A tensor with other strides (padded rows, for one) is copied, and a warning is logged. Its memory is then taken
-    twice until the caller drops it, and later writes to it have no effect.
-
-    Raises ShapeError for tensors that do not fit together, UnknownNameError for an unknown activation or layout, and
-    KernelError for a `limit` that is missing, not positive, or given to another activation.
-    """
-
-    gate_up: Tensor
-    down: Tensor
-    gate_up_scale: Tensor | None = None
-    down_scale: Tensor | None = None
-    gate_up_bias: Tensor | None = None
-    down_bias: Tensor | None = None
-    activation: str = "swiglu"
-    layout: str = "gate-first"
-    limit: float | None = None
-
-    def __post_init__(self) -> None:
-        import torch
-
-        if self.activation not in ACTIVATIONS:
-            raise UnknownNameError("activation", self.activation, ACTIVATIONS)
-        if self.activation != "swiglu_clamped" and self.limit is not None:
-            raise KernelError(f"{self.activation} takes no limit, here {self.limit}; swiglu_clamped does")
-        if self.activation == "swiglu_clamped" and not (self.limit is not None and 0 < self.limit < math.inf):
-            raise KernelError(f"swiglu_clamped needs a positive limit, as limit=10.0, not {self.limit}")
-        if self.gate_up.ndim != 3 or self.gate_up.shape[1] % 2:
-            raise ShapeError(f"gate_up must be [E, 2 I, H], not {list(self.gate_up.shape)}")
-        experts, rows, hidden = self.gate_up.shape
-        inter = rows // 2
-        check_layout(self.layout, inter)
-        if self.gate_up.dtype not in _dtype_names():
-            raise ShapeError(f"gate_up is {self.gate_up.dtype}; weights must be bf16, fp16 or float8_e4m3fn")
-        expected: dict[str, tuple[tuple[int, ...], Any]] = {"down": ((experts, hidden, inter), self.gate_up.dtype)}
-        if self.gate_up.dtype == torch.float8_e4m3fn:
-            if hidden % SCALE_BLOCK:
-                raise ShapeError(f"fp8 weights need a hidden size in multiples of {SCALE_BLOCK}, not {hidden}")
-            block = self.scale_block or SCALE_BLOCK
-            wide, deep = hidden // block, -(-inter // block)
-            expected["gate_up_scale"] = ((experts, 2 * deep, wide), torch.float32)
-            expected["down_scale"] = ((experts, wide, deep), torch.float32)
-        elif self.gate_up_scale is not None or self.down_scale is not None:
-            raise ShapeError(f"scales belong to fp8 weights, these are {self.gate_up.dtype}")
-        if self.gate_up_bias is not None:
-            expected["gate_up_bias"] = ((experts, rows), None)
-        if self.down_bias is not None:
-            expected["down_bias"] = ((experts, hidden), None)
-        for name, (shape, dtype) in expected.items():
-            tensor: Tensor | None = getattr(self, name)
-            if tensor is None:
-                raise ShapeError(f"fp8 weights need {name}, float32 {list(shape)}")
-            if tuple(tensor.shape) != shape:
-                blocks = " or ".join(map(str, scale_blocks(inter)))
-                apart = f"; gate and up have scale blocks of their own, of {blocks}" if inter % SCALE_BLOCK else ""
-                hint = apart if name == "gate_up_scale" else ""
-                raise ShapeError(f"{name} must be {list(shape)}, not {list(tensor.shape)}{hint}")
-            if dtype is not None and tensor.dtype != dtype:
-                raise ShapeError(f"{name} must be {dtype}, not {tensor.dtype}")
-        for name in ("gate_up_bias", "down_bias"):
-            tensor = getattr(self, name)
-            if tensor is not None and tensor.dtype not in (torch.float32, torch.bfloat16, torch.float16):
-                raise ShapeError(f"{name} must be float32, bf16 or fp16, not {tensor.dtype}")
-        for name in ("gate_up", "down", "gate_up_scale", "down_scale", "gate_up_bias", "down_bias"):
-            tensor = getattr(self, name)
-            if tensor is not None and not tensor.is_contiguous():
-                _note_copy(name, tuple(tensor.shape), tensor.stride(), tensor.dtype.itemsize * tensor.numel() / 2**30)
-                object.__setattr__(self, name, tensor.contiguous())
-            if tensor is not None and tensor.device != self.gate_up.device:
-                raise ShapeError(f"{name} is on {tensor.device}, gate_up on {self.gate_up.device}; move it there")
-
-    @functools.cached_property
-    def scale_block(self) -> int | None:
-        """Side of the blocks that share an fp8 scale, from the columns of gate_up_scale; None without scales."""
-        if self.gate_up_scale is None:
-            return None
-        return scale_block(self.gate_up_scale.shape[-1], self.gate_up.shape[2], self.gate_up.shape[1] // 2)
-
-    def shape(self, top_k: int, name: str | None = None) -> MoEShape:
-        """The layer's shape, for a router that names `top_k` experts per token."""
-        experts, rows, hidden = self.gate_up.shape
-        return MoEShape(experts, top_k, hidden, rows // 2, _dtype_names()[self.gate_up.dtype], name)
-
-
-@functools.cache  # once for all the layers of a model
-def _note_copy(name: str, shape: tuple[int, ...], stride: tuple[int, ...], gib: float) -> None:
-    _logger.warning(
-        "ramp_moe: %s %s has the strides %s and is copied: %.3g GiB more per layer until you drop the original",
-        name, list(shape), list(stride), gib,
-    )  # fmt: skip
-
-
-def check_layout(layout: str, intermediate_size: int) -> None:
-    """Raises UnknownNameError for a layout that is not in LAYOUTS, ShapeError if the size rules it out."""
-    if layout not in LAYOUTS:
-        raise UnknownNameError("weight layout", layout, LAYOUTS)
-    if layout == "gate-up-interleaved-8" and intermediate_size % ROW_CHUNK:
-        raise ShapeError(f"{layout} needs an intermediate size in multiples of {ROW_CHUNK}, not {intermediate_size}")
-
-
-def _dtype_names() -> dict[torch.dtype, str]:
-    import torch
-
-    return {torch.float8_e4m3fn: "fp8", torch.bfloat16: "bf16", torch.float16: "fp16"}
 
 
 @dataclass(frozen=True)

@@ -9,12 +9,11 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 from ..errors import ShapeError, UnknownNameError
-
-DTYPE_BYTES: Mapping[str, int] = {"fp8": 1, "bf16": 2, "fp16": 2}
-"""Bytes per element of each weight dtype. fp8 is e4m3 W8A8 with one float32 scale per block of the weight."""
+from .formats import FORMATS, Format, find_format
 
 DEFAULT_DTYPE = "fp8"
-"""Dtype of a model that is named without one: most servers run it, and every kernel has it."""
+"""Format of a model that is named without one and published in 16 bits: most servers run it, and most kernels have it.
+"""
 
 SCALE_BLOCK = 128
 """Side of the square blocks of a weight that share an fp8 scale in a checkpoint."""
@@ -50,8 +49,9 @@ class MoEShape:
     """One MoE layer of `num_experts` gated experts; every token visits `top_k` of them.
 
     An expert has a gate and an up projection, each `[intermediate_size, hidden_size]`, and a down projection
-    `[hidden_size, intermediate_size]`. `name` is a label: two shapes that differ only in it are equal.
-    Raises ShapeError for a size out of bounds, UnknownNameError for an unknown dtype.
+    `[hidden_size, intermediate_size]`. `dtype` is the format of the weights, a name in `formats.FORMATS`. `name` is a
+    label: two shapes that differ only in it are equal.
+    Raises ShapeError for a size out of bounds, UnknownNameError for an unknown format.
     """
 
     num_experts: int
@@ -70,8 +70,12 @@ class MoEShape:
                 raise ShapeError(f"{what} {value} is more than any layer has; give at most {most}")
         if self.top_k > self.num_experts:
             raise ShapeError(f"top_k {self.top_k} exceeds num_experts {self.num_experts}")
-        if self.dtype not in DTYPE_BYTES:
-            raise UnknownNameError("dtype", str(self.dtype), DTYPE_BYTES)
+        find_format(self.dtype)
+
+    @property
+    def format(self) -> Format:
+        """How the weights are stored, and what activations may be rounded to."""
+        return FORMATS[self.dtype]
 
     @property
     def slug(self) -> str:
@@ -93,13 +97,12 @@ class MoEShape:
         return 2 * self.intermediate_size
 
     def matrix_bytes(self, rows: int, columns: int) -> int:
-        """Bytes of one expert's `[rows, columns]` weight, including the scales of its [128, 128] fp8 blocks."""
-        scales = 4 * -(-rows // SCALE_BLOCK) * -(-columns // SCALE_BLOCK) if self.dtype == "fp8" else 0
-        return rows * columns * DTYPE_BYTES[self.dtype] + scales
+        """Bytes of one expert's `[rows, columns]` weight, including its scales."""
+        return self.format.matrix_bytes(rows, columns)
 
     @property
     def gate_up_bytes(self) -> int:
-        """Bytes of one expert's gate and up projections, each with scale blocks of its own."""
+        """Bytes of one expert's gate and up projections, each with scales of its own."""
         return 2 * self.matrix_bytes(self.intermediate_size, self.hidden_size)
 
     @property
@@ -127,10 +130,18 @@ class MoEShape:
 
 @dataclass(frozen=True, slots=True)
 class Model:
-    """A published model's MoE layer, unsharded, in the dtype of its release. `source` says where the sizes are from."""
+    """A published model's MoE layer, unsharded.
+
+    shape: its dtype is the format of the release.
+    source: says where the sizes are from.
+    formats: further formats in which the model's makers published it.
+
+    Raises ShapeError for a shape without a name, UnknownNameError for an unknown format.
+    """
 
     shape: MoEShape
     source: str
+    formats: tuple[str, ...] = ()
 
     @property
     def name(self) -> str:
@@ -140,10 +151,12 @@ class Model:
     def __post_init__(self) -> None:
         if not self.shape.name:
             raise ShapeError(f"a registered model needs a name: {self.shape.slug}")
+        for name in self.formats:
+            find_format(name)
 
 
 _SHARD = re.compile(r"(.+)-tp([0-9]{1,9})")
-_SLUG = re.compile(r"e([0-9]{1,9})-k([0-9]{1,9})-h([0-9]{1,9})-i([0-9]{1,9})-(\w+)")
+_SLUG = re.compile(r"e([0-9]{1,9})-k([0-9]{1,9})-h([0-9]{1,9})-i([0-9]{1,9})-([\w-]+)")
 
 
 def resolve_shape(
@@ -151,8 +164,8 @@ def resolve_shape(
 ) -> MoEShape:
     """Find the shape of a model. `NAME-tpN` shards NAME over N ranks.
 
-    A shape's slug is a name, too, and contains its dtype. Any other model is in `dtype`, else in `default`, else in the
-    dtype of its release.
+    A shape's slug is a name, too, and contains its dtype. Any other model is in `dtype`, else in the format of its
+    release if that is quantised, else in `default`, else in the format of its release.
 
     Raises UnknownNameError for a model that is not in `models`. Raises ShapeError for a shard that does not divide, and
     if a slug's dtype is not `dtype`.
@@ -172,5 +185,7 @@ def resolve_shape(
         return MoEShape(experts, top_k, hidden, intermediate, match[5]).shard(shards)
     if model is None:
         raise UnknownNameError("model", wanted, models, "`ramp-moe models` lists them, -tpN shards one")
-    shape = dataclasses.replace(model.shape, dtype=dtype or default or model.shape.dtype)
+    released = model.shape.dtype
+    usual = released if default is None or model.shape.format.scale is not None else default
+    shape = dataclasses.replace(model.shape, dtype=dtype or usual)
     return shape.shard(shards) if shards != 1 else shape

@@ -22,6 +22,7 @@ import numpy as np
 from ..errors import KernelError, RampMoEError, describe
 from ..registry.detect import detect
 from ..registry.registry import NAME, get_registry
+from ..spec.formats import FORMATS
 from ..spec.geometry import GridGeometry
 from ..spec.hardware import Hardware
 from ..spec.kernel import (
@@ -36,7 +37,7 @@ from ..spec.kernel import (
     why_unsupported,
 )
 from ..spec.routing import KINDS, IntArray, expert_histogram, generate
-from ..spec.shapes import DTYPE_BYTES, MoEShape
+from ..spec.shapes import MoEShape
 from .outcome import MAX_DEFAULT_TOKENS, Failure, Outcome, Skip, powers_of_two
 
 if TYPE_CHECKING:
@@ -44,7 +45,7 @@ if TYPE_CHECKING:
     from .launch import Trial
 
 CHECKS: Mapping[str, str] = {
-    "name": "name and version can be used in paths and profiles",
+    "name": "name and version can be used in paths and profiles, formats exist",
     "reasons": "unsupported() and unavailable() say why, in a sentence",
     "configs": "every supported shape has configurations: distinct names, hashable, consistent stages",
     "layout": "weight_layout() has a key, has room for all weights and is one that the kernel reads",
@@ -83,15 +84,15 @@ MORE = 16
 
 
 def supported_shape(
-    kernel: Kernel, model: str = "olmoe-1b-7b", device: str = "h200", dtypes: Collection[str] = DTYPE_BYTES
+    kernel: Kernel, model: str = "olmoe-1b-7b", device: str = "h200", dtypes: Collection[str] | None = None
 ) -> MoEShape:
-    """The model's shape in the first of `dtypes` that the kernel supports on the device.
+    """The model's shape in the first of `dtypes`, or of the kernel's formats, that the kernel supports on the device.
 
     Raises KernelError with the reasons if it supports none, UnknownNameError for an unknown model or device, and
     ShapeError if `model` is a shape's slug whose dtype is not among `dtypes`.
     """
     registry, reasons = get_registry(), {}
-    named = registry.shape(model)
+    named, dtypes = registry.shape(model), kernel.formats if dtypes is None else dtypes
     for dtype in dtypes if named.name or named.dtype not in dtypes else [named.dtype]:
         shape, hardware = registry.shape(model, dtype), registry.device(device)
         try:
@@ -163,6 +164,9 @@ class Conformance:
         name, version = getattr(self.kernel, "name", None), self.kernel.version()
         if not isinstance(name, str) or not NAME.fullmatch(name):
             raise Failure(f"name is {name!r}; begin with a letter or digit, go on with these or . _ -")
+        formats = self.kernel.formats
+        if not isinstance(formats, tuple) or not formats or not set(formats) <= {*FORMATS}:
+            raise Failure(f"formats is {formats!r}; name formats of weights, as in formats = ('bf16', 'mxfp4')")
         if not isinstance(version, str) or not version.strip():
             raise Failure(f"version() returns {version!r}; return the version of the code that runs")
 
@@ -203,7 +207,7 @@ class Conformance:
                 raise Failure(
                     f"weight_layout({shape.slug}) is {layout.key}, readable_layouts() are {readable}; name it there"
                 )
-            least = shape.num_experts * _elements(shape) * DTYPE_BYTES[shape.dtype]
+            least = shape.num_experts * _weight_bytes(shape)
             if not isinstance(layout.bytes, int) or layout.bytes < least:
                 raise Failure(
                     f"weight_layout({shape.slug}) has {layout.bytes!r} bytes, the weights alone have {least}; "
@@ -244,9 +248,9 @@ class Conformance:
         return f"missing in configs(), so they cannot be profiled: {', '.join(sorted(strays))}; add them there"
 
     def _probes(self) -> Iterator[tuple[MoEShape, Hardware]]:
-        """Shapes in every dtype, each on one GPU per architecture: the registered ones and `hardware`'s."""
+        """Shapes in the kernel's formats, each on one GPU per architecture: the registered ones and `hardware`'s."""
         by_arch = {h.arch: h for h in (*get_registry().hardware.values(), self.hardware)}
-        for dtype in DTYPE_BYTES:
+        for dtype in filter(FORMATS.__contains__, self.kernel.formats):
             for hardware in by_arch.values():
                 yield replace(self.shape, dtype=dtype), hardware
                 for sizes in PROBED:
@@ -404,7 +408,7 @@ def _check_coverage(gemms: Sequence[GridGeometry], shape: MoEShape, layout: Weig
         )
     # The check "layout" reports a layout that is too small.
     read, there = sum(g.expert_bytes for g in gemms), max(layout.bytes / shape.num_experts, shape.expert_bytes)
-    least = _elements(shape) * DTYPE_BYTES[shape.dtype]
+    least = _weight_bytes(shape)
     if not least <= read <= there:
         raise Failure(
             f"{at}: the gemm stages read {read} bytes of an expert (expert_bytes), which has {least} without scales "
@@ -415,6 +419,11 @@ def _check_coverage(gemms: Sequence[GridGeometry], shape: MoEShape, layout: Weig
 def _elements(shape: MoEShape) -> int:
     """Number of weights of one expert."""
     return 3 * shape.hidden_size * shape.intermediate_size
+
+
+def _weight_bytes(shape: MoEShape) -> int:
+    """Bytes of one expert's weights without their scales."""
+    return _elements(shape) * shape.format.bits // 8
 
 
 def run_all(conformance: Conformance) -> Iterator[Outcome]:

@@ -8,11 +8,13 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Literal
 
-from ramp_moe.plugin import DTYPE_BYTES, GridGeometry, Hardware, MoEShape, scale_blocks
+from ramp_moe.plugin import GridGeometry, Hardware, MoEShape, scale_blocks
 
 Gemm = Literal["up", "down"]
 
 TOKEN_BLOCKS = (16, 32, 64, 128)
+DEQUANTISED = 64
+"""Elements of a 4-bit weight tile a thread. With twice as many, registers spill."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -100,23 +102,33 @@ class Path:
         return f"{tiles}-up({up})-down({down})-{'atomic' if self.atomic else 'sum'}"
 
 
+def multiplies_fp8(shape: MoEShape) -> bool:
+    """Whether activations are rounded to fp8, and multiplied with fp8 weights."""
+    return shape.format.element == "e4m3"
+
+
+def steps_of(shape: MoEShape) -> tuple[int, ...]:
+    """Columns of a step along the reduction."""
+    return (scale_group(shape),) if multiplies_fp8(shape) else (64, 128)
+
+
 def quantises_itself(up: GemmConfig) -> bool:
     """Whether an fp8 up projection's CTAs hold whole scale groups of intermediates, and so can quantise them."""
     return up.block_n == up.block_k and up.split_k == 1
 
 
 def scale_group(shape: MoEShape) -> int:
-    """Columns of an activation that share an fp8 scale, as many as in the smallest scale block of the weights."""
+    """Columns of an activation that share an fp8 scale: as many as the smallest scale blocks of the weights have.
+
+    Weights with a scale a row get the same, which is finer than their engines' one a token, and fits the same launches.
+    """
     return scale_blocks(shape.intermediate_size)[-1]
 
 
 def invalid(gemm: Gemm, config: GemmConfig, shape: MoEShape, hardware: Hardware, quantise: bool = False) -> str | None:
-    """Why a configuration cannot run, or never pays; None if it is valid.
-
-    quantise: the launch quantises the activations that it loads (fp8 only). They then pass through shared memory in
-    both dtypes.
-    """
-    c, fp8 = config, shape.dtype == "fp8"
+    """Why a configuration cannot run, or never pays; None where it is valid. quantise: the launch quantises the
+    activations that it loads (fp8 only), which then pass through shared memory in both dtypes."""
+    c, fp8, stored = config, multiplies_fp8(shape), shape.format
     matrices = 2 if gemm == "up" else 1
     depth = shape.hidden_size if gemm == "up" else shape.intermediate_size
     group = scale_group(shape)
@@ -124,16 +136,21 @@ def invalid(gemm: Gemm, config: GemmConfig, shape: MoEShape, hardware: Hardware,
         return f"an fp8 step is one scale group of {group}"
     if fp8 and group % c.block_n:
         return "a weight tile must lie within one scale block"
-    row_bytes = c.block_k * DTYPE_BYTES[shape.dtype]
-    tiles = c.stages * (c.block_m + matrices * c.block_n) * row_bytes
+    row_bytes = c.block_k if fp8 else 2 * c.block_k
+    weight_bytes = stored.matrix_bytes(1, max(c.block_k, stored.scale_columns or 0)) if stored.packed else row_bytes
+    tiles = c.stages * (c.block_m * row_bytes + matrices * c.block_n * weight_bytes)
     if quantise:
         tiles += (c.stages + 1) * c.block_m * row_bytes
+    if stored.packed:  # dequantised, as an operand is read from shared memory
+        tiles += matrices * c.block_n * row_bytes
     # The transposed accumulator of swapped operands, and half of it otherwise, is exchanged through shared memory.
     needed = max(tiles, matrices * c.block_m * c.block_n * 4)
     if needed > hardware.smem_per_sm_bytes - 4096:
         return f"{needed} bytes of tiles exceed shared memory"
     if matrices * c.block_m * c.block_n > 128 * 32 * c.warps:
         return "accumulators would take over 128 registers a thread"
+    if stored.packed and c.block_n * c.block_k > DEQUANTISED * 32 * c.warps:
+        return f"a dequantised weight tile would take over {DEQUANTISED} registers a thread"
     if c.warps > 4 and matrices * c.block_m * c.block_n < 64 * 64:
         return "too little work for eight warps"
     if c.swap and (c.block_n < 64 or c.block_m > 64):
@@ -144,8 +161,8 @@ def invalid(gemm: Gemm, config: GemmConfig, shape: MoEShape, hardware: Hardware,
 
 
 def invalid_path(path: Path, shape: MoEShape, hardware: Hardware) -> str | None:
-    """Why a whole path cannot run; None if it is valid."""
-    fp8 = shape.dtype == "fp8"
+    """Why a whole path cannot run; None where it is valid."""
+    fp8 = multiplies_fp8(shape)
     if path.up.block_m != path.down.block_m:
         return "both GEMMs read one schedule, of one token block"
     return invalid("up", path.up, shape, hardware, quantise=fp8 and path.direct) or invalid(
@@ -155,9 +172,8 @@ def invalid_path(path: Path, shape: MoEShape, hardware: Hardware) -> str | None:
 
 def space(gemm: Gemm, shape: MoEShape, hardware: Hardware) -> Iterator[GemmConfig]:
     """Every valid configuration of one GEMM."""
-    steps = (scale_group(shape),) if shape.dtype == "fp8" else (64, 128)
     for block_m, block_n, block_k, warps, stages, group_m, split_k, swap in itertools.product(
-        TOKEN_BLOCKS, (32, 64, 128), steps, (4, 8), (2, 3, 4, 5), (1, 8), (1, 4), (False, True)
+        TOKEN_BLOCKS, (32, 64, 128), steps_of(shape), (4, 8), (2, 3, 4, 5), (1, 8), (1, 4), (False, True)
     ):
         config = GemmConfig(block_m, block_n, block_k, warps, stages, group_m, split_k, swap)
         if invalid(gemm, config, shape, hardware) is None:

@@ -54,7 +54,7 @@ def forward_steps(
     KernelError for a batch or an output that does not fit the weights.
     """
     x, ids = batch.hidden_states, batch.topk_ids
-    experts, hidden, _ = weights.down.shape
+    experts, hidden, _ = weights.sizes
     check_batch("triton", batch, out, hidden, weights.down.device)
     if weights.gate_up_scale is None:
         check_dtype("triton: hidden_states", x, (weights.gate_up.dtype,))
@@ -93,7 +93,7 @@ def _plan(paths: Sequence[Path], weights: MoEWeights, batch: Batch, workspace: W
     x, ids, scale = batch.hidden_states, batch.topk_ids, weights.gate_up_scale
     device = x.device
     key = (
-        *paths, choosing, ids.shape, x.dtype, weights.down.shape, weights.down.dtype, device,
+        *paths, choosing, ids.shape, x.dtype, weights.down.shape, weights.stored.name, device,
         None if scale is None else scale.shape, weights.layout, weights.activation, weights.limit,
     )  # fmt: skip
     return workspace.plan("triton", key, device, lambda: _planned(paths, weights, batch, workspace, choosing))
@@ -102,7 +102,7 @@ def _plan(paths: Sequence[Path], weights: MoEWeights, batch: Batch, workspace: W
 def _planned(paths: Sequence[Path], weights: MoEWeights, batch: Batch, workspace: Workspace, choosing: bool) -> Plan:
     device, dtype, fp8 = batch.hidden_states.device, batch.hidden_states.dtype, ops.is_fp8(weights)
     tokens, n = batch.num_tokens, batch.topk_ids.numel()
-    experts, hidden, inter = weights.down.shape
+    experts, hidden, inter = weights.sizes
     ups, downs, path = [p.up for p in paths], [p.down for p in paths], paths[0]  # what follows of `path`, all share
     up, down = path.up, path.down
     blocks = tuple(c.block_m for c in ups)

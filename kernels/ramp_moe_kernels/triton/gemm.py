@@ -19,7 +19,11 @@ Layout of one step along the reduction, for the plain and the swapped operands:
 fp8: BK is the group of activations that share a scale. So each step has one scale per token (xs) and one per weight
 tile (ws), and acc += dot * xs * ws. Products of two fp8 values are summed in float32 within a step and promoted after
 it. A weight tile lies in one [SCALE, SCALE] block; blocks of gate and of up each count from their first row. RAGGED:
-the intermediate size is no multiple of SCALE, so the last block of rows of gate, and of up, is short.
+the intermediate size is no multiple of SCALE, so that each half's last block of rows is short. SCALE = 0: each weight
+row has one scale, which its sums are multiplied with at the end.
+
+PACKED: weights of 4 bits, two in a byte, the first in the low half. SCALE columns of a row share a scale. A tile is
+loaded as bytes, and becomes the activations' dtype in registers, multiplied with its scales in float32.
 """
 # Triton is untyped, and so is every function that it compiles.
 # mypy: disable-error-code="import-untyped, untyped-decorator, no-untyped-def, no-untyped-call"
@@ -119,6 +123,67 @@ def _load_w(ptrs, left, C: tl.constexpr):
 
 
 @triton.jit
+def _int4(code):
+    """code - 8 as float32, for int32 codes of 0 to 15: put into the mantissa of 2^23, where a step is 1."""
+    return (code | 0x4B000000).to(tl.float32, bitcast=True) - 8388616.0
+
+
+@triton.jit
+def _e2m1(code):
+    """float32 of int32 codes: sign, two bits of exponent, one of mantissa. Exponent 0 has no leading one: 0 and 0.5."""
+    size = code & 7
+    value = ((size << 22) + 0x3F000000).to(tl.float32, bitcast=True)
+    value = tl.where(size < 2, 2 * value - 1, value)
+    return tl.where(code < 8, value, -value)
+
+
+@triton.jit
+def _e8m0(byte):
+    """float32 2^(byte - 127), of which the smallest is subnormal; 255 is NaN."""
+    bits = byte.to(tl.int32) << 23
+    bits = tl.where(bits == 0, 0x00400000, tl.where(byte == 255, 0x7FC00000, bits))
+    return bits.to(tl.float32, bitcast=True)
+
+
+@triton.jit
+def _row_bytes(columns):
+    """Bytes of a row of 4-bit weights, of whole groups of 32: what is said of them decides how wide loads are."""
+    return tl.multiple_of(columns // 2, 16)
+
+
+@triton.jit
+def _load_packed(ptrs, s_ptrs, step, left, dtype: tl.constexpr, C: tl.constexpr, PACKED: tl.constexpr,
+                 SCALE: tl.constexpr):  # fmt: skip
+    """Weights [BN, BK] of 4 bits as `dtype`, of which `left` columns are left in the reduction.
+
+    ptrs [BN, BK / 2] point at the step's bytes, s_ptrs [BN] at the rows' first scales.
+    """
+    HALF: tl.constexpr = C.BK // 2
+    GROUPS: tl.constexpr = C.BK // SCALE if C.BK > SCALE else 1
+    group = tl.arange(0, GROUPS)
+    s_ptrs = s_ptrs[:, None] + (step // SCALE + group)[None, :]
+    if C.EVEN_K:
+        packed = tl.load(ptrs)
+        scale = tl.load(s_ptrs)
+    else:
+        packed = tl.load(ptrs, mask=(tl.arange(0, HALF) < left // 2)[None, :], other=0)
+        scale = tl.load(s_ptrs, mask=(group * SCALE < left)[None, :], other=0)
+    low = (packed & 15).to(tl.int32)
+    high = (packed >> 4).to(tl.int32)
+    if PACKED == "int4":
+        low = _int4(low)
+        high = _int4(high)
+        scale = scale.to(tl.float32)
+    else:
+        tl.static_assert(PACKED == "e2m1")
+        low = _e2m1(low)
+        high = _e2m1(high)
+        scale = _e8m0(scale)
+    scale = tl.broadcast_to(scale[:, :, None], (C.BN, GROUPS, HALF // GROUPS)).reshape(C.BN, HALF)
+    return tl.interleave((low * scale).to(dtype), (high * scale).to(dtype))
+
+
+@triton.jit
 def _product(x, w, SWAP: tl.constexpr, EMULATE: tl.constexpr):
     """Multiply x [BM, BK] and w [BN, BK]: [BM, BN], or [BN, BM] if SWAP.
 
@@ -156,8 +221,11 @@ def _scale_blocks(I, SCALE: tl.constexpr, RAGGED: tl.constexpr):  # noqa: E741
 
 @triton.jit
 def _weight_scale(ptr, step, BK: tl.constexpr, SCALE: tl.constexpr):
-    """The weight tile's scale. If each step has a scale of its own, ptr has moved to it; else ptr is at the first."""
-    if BK == SCALE:
+    """The weight tile's scale. ptr follows the steps if each has a scale of its own, else it stays at the first.
+    1 if rows have scales, which are applied at the end."""
+    if SCALE == 0:
+        scale = 1.0
+    elif BK == SCALE:
         scale = tl.load(ptr)
     else:
         scale = tl.load(ptr + step // SCALE)

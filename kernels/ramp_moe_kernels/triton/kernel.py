@@ -14,6 +14,7 @@ from pathlib import Path as File
 from typing import TYPE_CHECKING, Any
 
 from ramp_moe.plugin import (
+    FORMATS,
     LAYOUTS,
     Batch,
     Hardware,
@@ -31,7 +32,16 @@ from ramp_moe.plugin import (
 )
 
 from ..limits import MAX_ELEMENTS, max_tokens, too_many_experts
-from .config import GemmConfig, Path, geometry, invalid_path, quantises_itself, scale_group
+from .config import (
+    GemmConfig,
+    Path,
+    geometry,
+    invalid_path,
+    multiplies_fp8,
+    quantises_itself,
+    scale_group,
+    steps_of,
+)
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -45,7 +55,11 @@ MAX_DEFAULT_LOG2_TOKENS = 16
 
 
 class TritonMoE(LaunchableKernel):
-    """The library's Triton kernels, for bf16, fp16 and fp8 (e4m3 W8A8), on any GPU that Triton compiles for.
+    """Every format, on any GPU that Triton compiles for.
+
+    fp8 weights are multiplied with activations in fp8, each scale of which is for a group of a token's columns, whether
+    the weights' scales are for blocks, rows or matrices. 4-bit weights are dequantised in registers, and activations
+    stay in 16 bits.
 
     Scale blocks of weights are any that MoEWeights takes. In fp8 the intermediate is quantised from float32, if the up
     projection's CTAs have whole scale groups. vLLM's and SGLang's own paths round it to bf16 first: compare with a
@@ -54,6 +68,7 @@ class TritonMoE(LaunchableKernel):
 
     name = "triton"
     requires = ("torch", "triton")
+    formats = tuple(f.name for f in FORMATS.values() if f.element != "e4m3" or f.rounds)
 
     def version(self) -> str:
         """The library's version and a digest of the code that runs."""
@@ -63,6 +78,8 @@ class TritonMoE(LaunchableKernel):
         if reason := fp8_unsupported(shape, hardware, whole_blocks=False):
             return reason
         if reason := too_many_experts(shape):
+            return reason
+        if reason := shape.format.misfit(shape.hidden_size, shape.intermediate_size):
             return reason
         for what in ("hidden_size", "intermediate_size"):
             if getattr(shape, what) % ALIGNMENT:
@@ -77,8 +94,8 @@ class TritonMoE(LaunchableKernel):
         return max_tokens(shape, MAX_ELEMENTS // widest)
 
     def paths(self, shape: MoEShape, hardware: Hardware) -> list[Path]:
-        """The paths of all configurations."""
-        steps = (scale_group(shape),) if shape.dtype == "fp8" else (64, 128)
+        """Every configuration, as what it launches."""
+        steps = steps_of(shape)
         downs = (64, 128) if steps[0] >= 64 else (32,)
         depths = (3, 4) if hardware.smem_per_sm_bytes > 128 * 1024 else (1, 2)
         found = []
@@ -107,7 +124,7 @@ class TritonMoE(LaunchableKernel):
         tiles = "direct/" if path.direct else ""
         stages = []
         if not path.direct:
-            beside = ("-quantise" if shape.dtype == "fp8" else "") + ("-zero" if path.atomic else "")
+            beside = ("-quantise" if multiplies_fp8(shape) else "") + ("-zero" if path.atomic else "")
             stages.append(Stage("schedule", f"{self.name}/prepare/bm{up.block_m}{beside}"))
         stages.append(Stage("gemm", f"{self.name}/{tiles}up/{up.name}", geometry("up", up, shape, path.direct)))
         if up.split_k > 1:
@@ -127,19 +144,20 @@ class TritonMoE(LaunchableKernel):
         return LAYOUTS
 
     def prepare(self, weights: MoEWeights) -> MoEWeights:
-        """The weights that were given."""
-        return weights
+        """The weights as they are, except that a matrix's scale becomes one for each of its rows."""
+        if weights.stored.weights != "fp8-tensor":
+            return weights
+        from ramp_moe.runtime.formats import per_row  # torch
+
+        return per_row(weights)
 
     def default_config(self, shape: MoEShape, hardware: Hardware, num_tokens: int) -> KernelConfig:
         """The direct path for a few tokens, else a token block of about twice the experts' mean load."""
         return _default_config(self, shape, hardware, num_tokens)
 
     def _default_path(self, shape: MoEShape, hardware: Hardware, num_tokens: int) -> Path:
-        """The path that wins in most cases on an H200 (profiles/benchmarks), or one of smaller tiles.
-
-        Smaller tiles are for GPUs of less shared memory. Raises KernelError if even the smallest do not fit.
-        """
-        ids, fp8 = num_tokens * shape.top_k, shape.dtype == "fp8"
+        """What mostly wins on an H200 (profiles/benchmarks), then ever smaller tiles, for less shared memory."""
+        ids, fp8 = num_tokens * shape.top_k, multiplies_fp8(shape)
         widest = scale_group(shape) if fp8 else 128
         if num_tokens <= DIRECT_TOKENS:
             # The widest tile that still fills the SMs. If the narrowest makes less than two waves, splits share its
@@ -186,7 +204,7 @@ class TritonMoE(LaunchableKernel):
         path = _path(config)
         if path.direct:
             return None
-        quantised = shape.dtype == "fp8" and quantises_itself(path.up)
+        quantised = multiplies_fp8(shape) and quantises_itself(path.up)
         return path.up.warps, path.down.warps, path.up.split_k, path.down.split_k, path.atomic, quantised
 
     def launch_inline(

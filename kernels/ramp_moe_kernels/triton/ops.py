@@ -61,15 +61,11 @@ def up_gemm(
     direct: bool,
     quantised: bool,
 ) -> Gemm:
-    """The launch of `up` with any of the configurations, which must have equal warps and split_k.
-
-    tiles: most M-tiles of each configuration. choosing: the device chooses one. direct: there is no schedule.
-    quantised: act gets a scale.
-    """
-    inter, hidden = weights.gate_up.shape[1] // 2, weights.gate_up.shape[2]
-    fp8 = weights.gate_up_scale is not None
+    """The launch of `up`, as any of the configurations (several are of the same warps and split_k), which have at most
+    so many M-tiles. choosing: the device says which. direct: without a schedule. quantised: act gets a scale."""
+    _, hidden, inter = weights.sizes
     constants = _constants(configs, inter, hidden, weights, direct) | {
-        "QUANTISE_X": fp8 and direct,
+        "QUANTISE_X": is_fp8(weights) and direct,
         "QUANTISE": quantised,
         "LAYOUT": weights.layout,
         "ACTIVATION": weights.activation,
@@ -87,27 +83,26 @@ def down_gemm(
     quantised: bool,
     atomic: bool,
 ) -> Gemm:
-    """The launch of `down`, with arguments as of `up_gemm`.
-
-    quantised: act has a scale. atomic: rows are added to a token's output.
-    """
-    _, hidden, inter = weights.down.shape
+    """The launch of `down`, likewise. quantised: act has a scale. atomic: rows are added to a token's output."""
+    _, hidden, inter = weights.sizes
     constants = _constants(configs, hidden, inter, weights, direct) | {
-        "QUANTISE": weights.down_scale is not None and not quantised,
+        "QUANTISE": is_fp8(weights) and not quantised,
         "ATOMIC": atomic,
     }
     return Gemm(_grid(configs, tiles, hidden), None if choosing else tiles[0], constants)
 
 
 def _constants(configs: Sequence[GemmConfig], n: int, k: int, weights: MoEWeights, direct: bool) -> dict[str, Any]:
-    common, scale = configs[0], weights.scale_block or 0
+    common, stored, fp8 = configs[0], weights.stored, is_fp8(weights)
+    scale = (stored.scale_columns if stored.packed else weights.scale_block) or 0
     return {
         "VARIANTS": variants(tuple(configs), n, k),
         "SPLIT_K": common.split_k,
         "DIRECT": direct,
-        "FP8": scale > 0,
+        "FP8": fp8,
+        "PACKED": stored.element if stored.packed else None,
         "SCALE": scale,
-        "RAGGED": scale > 0 and weights.down.shape[2] % scale != 0,
+        "RAGGED": fp8 and weights.sizes[2] % (scale or common.block_k) != 0,
         "EMULATE": interpreted(up_kernel),
         **dependent_launch(weights.down.device),
         "num_warps": common.warps,
@@ -137,7 +132,7 @@ def up(
     If fp8 weights come without x_scale, x is quantised as it is loaded. If split_k > 1, act is the float32 partial sums
     `[split_k, num_ids, 2 I]` for `activate`. With act_scale, act is fp8, with a scale per id and row tile.
     """
-    experts, wide, hidden = weights.gate_up.shape
+    experts, hidden, inter = weights.sizes
     with on_device_of(x):
         up_kernel[gemm.grid](
             tiling.choice,
@@ -155,7 +150,7 @@ def up(
             experts,
             top_k,
             hidden,
-            wide // 2,
+            inter,
             **gemm.constants,
         )
 
@@ -196,12 +191,9 @@ def down(
     top_k: int,
     out: Tensor,
 ) -> None:
-    """Compute routing weight * down projection of every routed id.
-
-    If atomic, it is added to out float32 `[T, H]`, which must be zero before. Else it is stored as partial sums
-    `[split_k, num_ids, H]`.
-    """
-    experts, hidden, inter = weights.down.shape
+    """Routing weight * down projection of every routed id: added to out float32 `[T, H]` if atomic (zeroed before),
+    else stored as partial sums `[split_k, num_ids, H]`."""
+    experts, hidden, inter = weights.sizes
     with on_device_of(act):
         down_kernel[gemm.grid](
             tiling.choice,
@@ -225,4 +217,5 @@ def down(
 
 
 def is_fp8(weights: MoEWeights) -> bool:
+    """Whether activations are rounded to fp8, and multiplied with fp8 weights."""
     return weights.gate_up.dtype == torch.float8_e4m3fn

@@ -18,6 +18,7 @@ from ramp_moe.plugin import MoEShape
 
 from ..reference import GROUP
 from .combine import FEW_ELEMENTS
+from .config import multiplies_fp8
 from .quantise import MANY_GROUPS
 from .schedule import MAX_CHUNK, MIN_CHUNK
 
@@ -35,7 +36,7 @@ def warm_sizes(shape: MoEShape, max_tokens: int, group: int = GROUP, ids: Iterab
     """
     last = {most // shape.top_k for most in (*_chunks(), *ids)}
     last |= {FEW_ELEMENTS // shape.hidden_size, MAX_INT // shape.hidden_size}
-    if shape.dtype == "fp8":
+    if multiplies_fp8(shape):
         last.add(MANY_GROUPS // (shape.hidden_size // group))
     return (1, *sorted(size + 1 for size in last if 0 < size < max_tokens))
 

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from ramp_moe.spec.shapes import DTYPE_BYTES
+from ramp_moe.spec.formats import FORMATS
 
 ENGINES = ("vllm", "sglang")
 STOCK, PLUGIN, WITHOUT_EXPERTS = "stock", "plugin", "without_experts"
@@ -59,7 +59,7 @@ class Served:
         """About the GiB of GPU memory of a variant, for experts, keys and values."""
         if name == REFERENCE:
             return (4 * self.expert_parameters + 2 * REFERENCE_TOKENS * self.token_bytes) / 2**30
-        return (DTYPE_BYTES[self.dtype] * self.expert_parameters + self.tokens * self.token_bytes) / 2**30
+        return (FORMATS[self.dtype].bits / 8 * self.expert_parameters + self.tokens * self.token_bytes) / 2**30
 
 
 def variant(engine: str, name: str, served: Served) -> Variant:

@@ -78,7 +78,7 @@ def sources() -> str:
                 row.append("not measured" if reason is None else f"does not take {case.dtype}")
                 continue
             sweep, count = found[1], len(case.of([family]))
-            split = f"{len(sweep.rows_of('tune'))} + {len(sweep.rows_of('test'))}"
+            split = f"{len(sweep.batches_of('tune'))} + {len(sweep.batches_of('test'))}"
             row.append(f"{count} on {split}, {', '.join(sorted({r.gpu for r in sweep.record.runs}))}")
         bounds = case.test.bounded[np.arange(len(case.test.labels)), case.dispatched(case.families)].sum()
         rows.append([*row, f"{len(case.tune.labels)} + {len(case.test.labels)}", bounds])

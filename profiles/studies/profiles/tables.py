@@ -78,7 +78,7 @@ def profiles() -> str:
                 f"{s.kernel} {s.record.kernel_version}",
                 s.only(["path"]).times_us.shape[1],
                 sum(len(x.configs) for x in s.record.left_out),
-                f"{len(s.rows_of('tune'))} + {len(s.rows_of('test'))}",
+                f"{len(s.batches_of('tune'))} + {len(s.batches_of('test'))}",
                 "; ".join(f"{r.measured[:16]} {r.gpu} {r.seconds or 0:.0f} s" for r in runs),
             )
         )

@@ -81,6 +81,7 @@ def test_whatever_sglangs_runner_raises_the_server_lives(
 ) -> None:
     monkeypatch.setattr(metadata, "version", lambda name: "0.5.99")
     monkeypatch.setitem(sys.modules, "ramp_moe_adapters.frameworks.sglang.runner", None)
+    monkeypatch.delattr(sglang, "runner", raising=False)
     sglang.register()
     (line,) = caplog.messages
     assert line.startswith("ramp_moe is no backend of sglang 0.5.99: ModuleNotFoundError: ")

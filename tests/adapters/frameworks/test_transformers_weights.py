@@ -14,9 +14,9 @@ import ramp_moe
 import torch
 from moe_cases import error
 from ramp_moe import KernelError
+from ramp_moe.runtime.formats import dequantise
 from ramp_moe.runtime.layer_factory import Builder
 from ramp_moe.runtime.placeholder import Placeholder
-from ramp_moe.runtime.reference import dequantise
 from ramp_moe.runtime.relayout import relayout
 from ramp_moe.runtime.wrapped_experts import experts_of
 from torch import nn

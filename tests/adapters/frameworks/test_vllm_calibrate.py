@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -22,10 +22,9 @@ from ramp_moe.spec.launchable import Batch, MoEWeights
 from ramp_moe.spec.routing import IntArray
 from ramp_moe_adapters.frameworks import vllm as plugin
 from ramp_moe_kernels.triton.kernel import TritonMoE
-from vllm import logger as vllm_logger
 from vllm.model_executor.custom_op import op_registry_oot
 from vllm.model_executor.layers.fused_moe.experts.triton_moe import TritonExperts
-from vllm_cases import DEVICE, experts_of, run
+from vllm_cases import DEVICE, experts_of, run, said_by_plugin
 
 pytestmark = pytest.mark.skipif(DEVICE == "cuda", reason="with made-up times; others are measured there")
 
@@ -79,18 +78,8 @@ def times(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Callable[[Callable
 
 @pytest.fixture
 def said() -> Iterator[list[str]]:
-    found: list[str] = []
-    handler = logging.Handler(logging.INFO)
-    handler.emit = lambda record: found.append(record.getMessage())  # type: ignore[method-assign]
-    logger = logging.getLogger("vllm.ramp_moe")
-    vllm_logger._print_warning_once.cache_clear()
-    vllm_logger._print_info_once.cache_clear()
-    level = logger.level
-    logger.setLevel(logging.INFO)
-    logger.addHandler(handler)
-    yield found
-    logger.removeHandler(handler)
-    logger.setLevel(level)
+    with said_by_plugin() as found:
+        yield found
 
 
 def layer(dtype: str = "fp16") -> MoEWeights:
@@ -186,6 +175,22 @@ def test_a_shape_is_measured_once_and_kept(times: Any, said: list[str]) -> None:
     assert any("what computes batches" in line for line in said)
 
 
+@pytest.mark.parametrize("other", ["fp8", "gelu_tanh"])
+def test_layers_of_one_size_and_another_kind_are_measured_apart(times: Any, said: list[str], other: str) -> None:
+    """As of a model whose last layers are not quantised. What was measured of one is not said of the other."""
+    timer = times(large_are_vllms)
+    experts_of(layer(), TOP_K, dtype=HALF, **SIZES)
+    asked = len(timer.asked)
+    kind = layer("fp8") if other == "fp8" else replace(layer(), activation=other)
+    for _ in range(2):
+        experts_of(kind, TOP_K, dtype=HALF, **SIZES)
+    assert len({(r.key["shape"], r.key["weights"]) for r in records()}) == 2
+    assert len(timer.asked) == 2 * asked or other == "fp8", "its candidates are others"
+    assert len(timer.asked) > asked
+    assert not [line for line in said if "rank 0 has measured" in line]
+    assert len([line for line in said if "what computes batches" in line]) == 2
+
+
 def test_what_fails_is_named_and_the_rest_computes(times: Any, said: list[str]) -> None:
     failing: set[str] = set()
 
@@ -222,6 +227,25 @@ def test_all_that_may_be_chosen_is_compiled_before(
     name = min(warmed[0][0])
     assert experts(layers[0]).layer.dropped[name] == "planted"
     assert f"ramp_moe: left out: {name}: planted" in said
+
+
+def test_a_kernel_without_a_version_stops_no_other(
+    times: Any, monkeypatch: pytest.MonkeyPatch, said: list[str]
+) -> None:
+    from ramp_moe_adapters.frameworks.vllm import calibrate
+
+    class Broken(TritonMoE):
+        name = "broken"
+
+        def version(self) -> str:
+            raise OSError("gone")
+
+    timer = times(large_are_vllms)
+    monkeypatch.setattr(calibrate, "usable_kernels", lambda shape, hardware: [TritonMoE(), Broken()])
+    experts_of(layer(), TOP_K, dtype=HALF, **SIZES)
+    assert any(name.startswith("triton/") for name, _ in timer.asked), said
+    (record,) = records()
+    assert "broken ?" in record.key["kernels"]
 
 
 def test_if_everything_fails_vllm_has_the_layer(times: Any, said: list[str]) -> None:

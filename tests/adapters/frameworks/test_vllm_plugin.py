@@ -16,19 +16,18 @@ import torch
 import vllm_cases  # noqa: F401  (before anything of vllm's)
 from moe_cases import H200, batch, error, expected, weights
 from ramp_moe import KernelError
+from ramp_moe.runtime.formats import dequantise
 from ramp_moe.runtime.layer_factory import Builder, LayerPlan
 from ramp_moe.runtime.placeholder import Placeholder
-from ramp_moe.runtime.reference import dequantise
 from ramp_moe.runtime.relayout import relayout
 from ramp_moe.spec.launchable import Batch, MoEWeights
 from ramp_moe_adapters.frameworks import vllm as plugin
 from ramp_moe_kernels.triton.kernel import TritonMoE
-from vllm import logger as vllm_logger
 from vllm import plugins
 from vllm.model_executor.custom_op import op_registry_oot
 from vllm.model_executor.layers.fused_moe import RoutedExperts
 from vllm.model_executor.layers.fused_moe.experts.triton_moe import TritonExperts
-from vllm_cases import DEVICE, experts_of, run
+from vllm_cases import DEVICE, experts_of, run, said_by_plugin
 
 EXPERTS, TOP_K, HIDDEN, INTER = 8, 2, 128, 128
 ROUTINGS = ("skewed", "few-experts", "one-expert", "padded", "duplicates")
@@ -64,14 +63,8 @@ def builder(monkeypatch: pytest.MonkeyPatch) -> Builder:
 @pytest.fixture
 def said() -> Iterator[list[str]]:
     """Our warnings, through vLLM's logger."""
-    found: list[str] = []
-    handler = logging.Handler(logging.WARNING)
-    handler.emit = lambda record: found.append(record.getMessage())  # type: ignore[method-assign]
-    logger = logging.getLogger("vllm.ramp_moe")
-    vllm_logger._print_warning_once.cache_clear()
-    logger.addHandler(handler)
-    yield found
-    logger.removeHandler(handler)
+    with said_by_plugin(logging.WARNING) as found:
+        yield found
 
 
 def layer(dtype: str = "half", inter: int = INTER, **options: Any) -> MoEWeights:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import gc
+import weakref
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -99,6 +101,18 @@ def test_it_is_turned_on_at_run_time(recorder: Any, tmp_path: Path) -> None:
     assert len(batches(tmp_path / "another.jsonl")) == 1
 
 
+def test_samples_outlive_the_recorder_that_they_were_made_for(recorder: Any, tmp_path: Path) -> None:
+    """Graphs that were captured meanwhile write to them at every replay: other tensors must not get the memory."""
+    layer, b = routed(), given(3)
+    plugin.record(tmp_path / "trace.jsonl")
+    run(layer, b)
+    ring = weakref.ref(recorder.current._traffic._rings[0])
+    plugin.record(tmp_path / "another.jsonl")
+    run(layer, b)
+    gc.collect()
+    assert ring() is not None
+
+
 @pytest.mark.parametrize("captures", [True, False])
 def test_nothing_is_read_before_graphs_are_captured(
     recorder: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, captures: bool
@@ -126,6 +140,28 @@ def test_a_file_that_cannot_be_written_costs_one_line(recorder: Any, tmp_path: P
     made.flush()
     made.close()
     assert said[1:] == [f"RAMP_MOE_RECORD: cannot write {tmp_path}: it is a folder; name a file"]
+
+
+@pytest.mark.parametrize("what", ["layer", "sample"])
+def test_a_batch_that_cannot_be_sampled_ends_no_server(
+    recorder: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, what: str
+) -> None:
+    """The batch is computed, and one line says why."""
+    said: list[str] = []
+    layer, b = routed(), given(3)
+    recorder.current = recorder.TrafficRecorder(tmp_path / "trace.jsonl", lambda: True, said.append)
+    wanted = run(layer, b)
+
+    def fails(*_: Any) -> None:
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    recorder.current = recorder.TrafficRecorder(tmp_path / "trace.jsonl", lambda: True, said.append)
+    said.clear()
+    monkeypatch.setattr(recorder.Traffic, what, fails)
+    for _ in range(2):
+        assert torch.equal(run(layer, b), wanted)
+    assert said[-1] == "RAMP_MOE_RECORD: nothing more is sampled: OutOfMemoryError: CUDA out of memory"
+    assert len([line for line in said if "nothing more" in line]) == 1
 
 
 def test_layers_of_another_shape_are_left_out(recorder: Any, tmp_path: Path) -> None:

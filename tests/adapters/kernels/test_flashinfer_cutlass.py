@@ -368,6 +368,7 @@ def test_unavailable(source: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert reason() == ""
 
 
+@pytest.mark.slow
 def test_build(source: Path, registry: Registry, h200: Hardware) -> None:
     shape = registry.shape("olmoe-1b-7b", "bf16")
     names, told = tuple(c.name for c in KERNEL.configs(shape, h200)), []

@@ -238,3 +238,15 @@ def test_what_a_server_would_do_with_a_model(tmp_path: Path, monkeypatch: pytest
     unknown = CliRunner().invoke(main, ["env", "--model", "olmo"])
     assert unknown.exit_code == 2
     assert "unknown model 'olmo'" in unknown.output
+
+
+def test_a_plan_whose_key_lacks_something(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("RAMP_MOE_CACHE", str(tmp_path))
+    save(CalibrationRecord(key={"shape": "E64-k8-h2048-i1024-bf16"}, complete=False, seconds=1.0, timings=[]))
+    path = tmp_path / "calibration" / "no-shape.json"
+    path.write_text(
+        '{"format": "ramp-moe/calibration", "version": 1, "key": {}, "complete": true, "seconds": 1, "timings": []}'
+    )
+    found = CliRunner().invoke(main, ["env", "--model", "olmoe-1b-7b"])
+    assert found.exit_code == 0, found.output
+    assert "E64-k8-h2048-i1024-bf16 on ?, driver ?, in ? : cut short" in found.output

@@ -62,7 +62,12 @@ def test_a_file_that_cannot_be_used() -> None:
         (good.replace(b'"version": 1', b'"version": 9'), "upgrade ramp-moe"),
         (good.replace(b"NVIDIA H200", b"NVIDIA H100"), "of another GPU, shape or version"),
         (b"", "corrupt or truncated"),
+        (good.replace(b'"us":9.5', b'"us":0.0'), "timings"),
+        (good.replace(b'"us":9.5', b'"us":-9.5'), "timings"),
+        (good.replace(b'"us":9.5', b'"us":null'), "timings"),
+        (good.replace(b'"tokens":1,"routing"', b'"tokens":0,"routing"'), "timings"),
     ):
+        assert bad != good
         path.write_bytes(bad)
         with pytest.raises(ProfileError, match=said) as raised:
             load(KEY)
@@ -87,6 +92,17 @@ def test_a_folder_that_cannot_be_made(cache: Path) -> None:
         pass
     with pytest.raises(ProfileError, match="cannot write"):
         save(record())
+    assert list(records()) == []
+
+
+def test_a_folder_that_cannot_be_looked_into(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As one of another user; here one whose name is too long."""
+    monkeypatch.setenv(VARIABLE, "x" * 300)
+    for use in (lambda: load(KEY), lambda: save(record())):
+        with pytest.raises(ProfileError, match=r"cannot (read|write) .*name too long"):
+            use()
+    with pytest.raises(ProfileError, match="cannot write"), locked(KEY, 0):
+        pass
     assert list(records()) == []
 
 

@@ -22,13 +22,15 @@ from ramp_moe.profiler.plan import (
     plan,
 )
 from ramp_moe.spec.routing import FloatArray, IntArray
+from tiers import slow_except
 
 MODELS = ("olmoe-1b-7b", "qwen3-30b-a3b", "deepseek-v3-tp8", "mixtral-8x7b-tp4")
 FOUR_OF_FOUR = MoEShape(4, 4, 256, 128)
 ONE_EXPERT = MoEShape(1, 1, 256, 128)
 SHAPES = tuple(get_registry().shape(name, "fp8") for name in MODELS)
-ALL = pytest.mark.parametrize("shape", [*SHAPES, FOUR_OF_FOUR, ONE_EXPERT], ids=lambda s: s.label)
-MODELS_ONLY = pytest.mark.parametrize("shape", SHAPES, ids=lambda s: s.label)
+FEW = (SHAPES[0], FOUR_OF_FOUR, ONE_EXPERT)
+ALL = pytest.mark.parametrize("shape", slow_except(FEW, [*SHAPES, FOUR_OF_FOUR, ONE_EXPERT]), ids=lambda s: s.label)
+MODELS_ONLY = pytest.mark.parametrize("shape", slow_except(SHAPES[:1], SHAPES), ids=lambda s: s.label)
 
 
 @functools.cache

@@ -184,6 +184,7 @@ def test_the_protocol() -> None:
     assert wire.sent == [("failed", "MemoryError: the GPU is full", False)]
 
 
+@pytest.mark.slow
 def test_a_gpu_bench_is_made_by_names(monkeypatch: pytest.MonkeyPatch) -> None:
     pytest.importorskip("torch")
     shape = MoEShape(64, 2, 32, 16, "fp16")

@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 from graph_cases import SHAPE, priced, triton_of
 from ramp_moe import Hardware, KernelError
+from ramp_moe.cost_model.model import join
 from ramp_moe.measurements.calibration_file import CalibrationRecord, PlanRow, Timing, load, locked, save
 from ramp_moe.measurements.plan_table import table
 from ramp_moe.runtime import calibrated_plan
@@ -111,6 +112,28 @@ def test_a_search_that_was_cut_short_goes_on(h200: Hardware) -> None:
     assert (ENGINE, 1) not in timer.asked
     assert record.seconds >= 3.0
     assert load(KEY) == record
+
+
+def test_what_was_not_compiled_in_time_is_measured_by_the_next_start(
+    h200: Hardware, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Also if everything else was measured: what is said of it, to compile it ahead, must help."""
+    kernel, timer = Buildable(), FakeTimer(lambda name, n: 10.0)
+
+    def search(found: Calibration | None) -> Search:
+        model = join([priced(h200, triton_of(kernel=k)) for k in (kernel, TritonMoE())])
+        return Search(SHAPE, h200, [kernel, TritonMoE()], model, SIZES, known=found)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(calibrated_plan, "COMPILING", -1.0)
+        record = measured(KEY, search, lambda: timer, 1e9, lambda line: None, [kernel])
+    assert set(record.dropped.values()) == {LATE}
+    assert not record.complete
+    left, before = set(record.dropped), len(timer.asked)
+    record = measured(KEY, search, lambda: timer, 1e9, lambda line: None, [kernel])
+    assert record.complete
+    assert not record.dropped
+    assert {name for name, _ in timer.asked[before:]} == left
 
 
 def test_what_another_process_found_meanwhile_is_used(h200: Hardware, monkeypatch: pytest.MonkeyPatch) -> None:

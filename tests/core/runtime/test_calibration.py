@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from graph_cases import SHAPE, priced, triton_of
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -134,6 +135,62 @@ def test_if_everything_fails_there_is_no_model(h200: Hardware, model: CostModel)
     with pytest.raises(KernelError, match=r"nothing could be timed .*wrong output: relative error nan"):
         search.corrected()
     assert not search.found.engine_keeps(16, {})
+
+
+@pytest.mark.parametrize("us", [0.0, -1.0, np.nan, np.inf])
+@pytest.mark.parametrize("whose", ["engine", "ours"])
+def test_a_time_that_no_launch_takes_is_a_failure(h200: Hardware, model: CostModel, whose: str, us: float) -> None:
+    """Its logarithm would decide for every size."""
+    calm = searched(h200, model, FakeTimer(lambda name, n: 10.0))
+    wrong = ENGINE if whose == "engine" else calm.chosen(calm.corrected())[16]
+    search = searched(h200, model, FakeTimer(lambda name, n: us if name == wrong else 10.0))
+    assert search.found.dropped == {wrong: f"the GPU's clock says that it takes {us:g} us"}
+    corrected = search.corrected()
+    assert wrong not in search.chosen(corrected).values()
+    assert not search.found.engine_keeps(16, search.chosen(corrected)) or whose == "ours"
+
+
+@pytest.mark.parametrize("count", [1, 3])
+def test_a_time_of_another_number_of_routings_is_no_endless_search(
+    h200: Hardware, model: CostModel, count: int
+) -> None:
+    """One is measured again; of two alike the later counts."""
+    some = [Timing(16, ROUTINGS[i % len(ROUTINGS)], ENGINE, 5.0 + i) for i in range(count)]
+    timer = FakeTimer(lambda name, n: 10.0)
+    search = searched(h200, model, timer, known=Calibration(some), limit=1000)
+    assert search.found.complete
+    assert search.found.us(ENGINE, 16) == (10.0 if count == 1 else 6.5)
+    assert len(timer.asked) < 50
+
+
+def test_what_lacked_memory_is_no_finding_for_good(h200: Hardware, model: CostModel) -> None:
+    """Another process had it, maybe. What is wrong for sure is not tried again."""
+    calm = searched(h200, model, FakeTimer(lambda name, n: 10.0))
+    first = calm.chosen(calm.corrected())[16]
+
+    def fails(name: str, n: int) -> float:
+        if name == first:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return 10.0
+
+    search = searched(h200, model, FakeTimer(fails))
+    assert first in search.found.dropped
+    assert not search.found.complete
+    assert first not in search.chosen(search.corrected()).values()
+
+
+@pytest.mark.parametrize("engine", [True, False], ids=["the engine's own path", "all of ours"])
+def test_where_the_engine_or_all_of_ours_fails_nothing_is_complete(
+    h200: Hardware, model: CostModel, engine: bool
+) -> None:
+    """It says more of the GPU, or of the process, than of the candidates."""
+
+    def fails(name: str, n: int) -> float:
+        if (name == ENGINE) == engine:
+            raise RuntimeError("CUDA error: an illegal memory access was encountered")
+        return 10.0
+
+    assert not searched(h200, model, FakeTimer(fails)).found.complete
 
 
 def test_without_a_profile_the_defaults_are_timed_first(h200: Hardware) -> None:

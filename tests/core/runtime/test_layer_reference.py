@@ -12,7 +12,8 @@ import pytest
 import torch
 from ramp_moe.errors import KernelError, ShapeError, UnknownNameError
 from ramp_moe.runtime import reference as module
-from ramp_moe.runtime.reference import activate, dequantise, reference
+from ramp_moe.runtime.formats import dequantise
+from ramp_moe.runtime.reference import activate, reference
 from ramp_moe.runtime.relayout import relayout
 from ramp_moe.spec.kernel import LAYOUTS
 from ramp_moe.spec.launchable import ACTIVATIONS, Batch, MoEWeights

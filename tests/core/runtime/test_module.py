@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import gc
 import math
 import pickle
 import subprocess
@@ -127,6 +128,9 @@ def test_the_router_is_asked() -> None:
         made()(X)
     with pytest.raises(RoutingError, match="give both"):
         layer(X, IDS)
+    for answer in (None, IDS, (IDS, SCORES, 1), (IDS, None)):
+        with pytest.raises(RoutingError, match=r"the router must return two tensors, \(topk_ids, topk_weights\), not"):
+            MoELayer(weights(), K, router=lambda x, a=answer: a, device="h200", options=options)(X)
     narrow = MoELayer(weights(), K, router=lambda x: (IDS[:, :1].contiguous(), SCORES[:, :1].contiguous()),
                       device="h200", options=options)  # fmt: skip
     with pytest.raises(ShapeError, match="2 ids a token"):
@@ -234,6 +238,41 @@ def test_a_copy_is_its_own(layer: MoELayer) -> None:
     assert torch.equal(layer(X, IDS, SCORES), expected_of(weights()))
 
 
+@pytest.mark.parametrize("how", ["data", "replaced", "assigned", "cast"])
+def test_a_copy_made_after_weights_changed_has_the_new_ones(layer: MoELayer, how: str) -> None:
+    """Also if the layer did not run in between; and neither is the other's."""
+    new = drawn(2)
+    if how == "data":
+        layer.gate_up.data, layer.down.data = new.gate_up.clone(), new.down.clone()
+    elif how == "replaced":
+        layer.gate_up = torch.nn.Parameter(new.gate_up.clone(), requires_grad=False)
+        new = replace(new, down=weights().down)
+    elif how == "assigned":
+        layer.load_state_dict({"gate_up": new.gate_up, "down": new.down}, assign=True)
+    else:
+        new = weights()
+        layer.half()
+        layer(X.half(), IDS, SCORES)
+        layer.bfloat16()
+    twin = copy.deepcopy(layer)
+    wanted = expected_of(new)
+    assert torch.equal(twin(X, IDS, SCORES), wanted)
+    with torch.no_grad():
+        twin.down.zero_()
+    assert not twin(X, IDS, SCORES).any()
+    assert torch.equal(layer(X, IDS, SCORES), wanted)
+
+
+def test_copies_that_would_compute_with_its_weights(layer: MoELayer) -> None:
+    """DataParallel's replicas have parameters of their own. A shallow copy needs what it is a copy of."""
+    with pytest.raises(KernelError, match="DataParallel cannot replicate"):
+        layer._replicate_for_data_parallel()  # which torch calls of each module
+    shallow = copy.copy(made())
+    gc.collect()
+    with pytest.raises(KernelError, match="is gone"):
+        shallow(X, IDS, SCORES)
+
+
 def test_it_is_not_pickled(layer: MoELayer) -> None:
     with pytest.raises(KernelError, match=r"cannot be pickled; save its state_dict"):
         pickle.dumps(layer)
@@ -314,16 +353,49 @@ def test_no_batch_is_explained_that_cannot_be(tokens: Any) -> None:
         made().explain(tokens)
 
 
+@pytest.mark.parametrize("tokens", [0, -1, 1.5, "4", None])
+def test_nothing_is_warmed_up_that_cannot_be(tokens: Any) -> None:
+    with pytest.raises(ShapeError, match="one token or more"):
+        made().warm_up(tokens, torch.bfloat16)
+
+
+@pytest.mark.parametrize(
+    ("wrong", "said"),
+    [
+        ({"weights": (weights().gate_up, weights().down)}, "weights must be a MoEWeights, not tuple"),
+        ({"weights": None}, "weights must be a MoEWeights, not NoneType"),
+        ({"router": 3}, "the router must be a function or a module, or None, not 3"),
+        ({"device": None}, "named by a string, 'auto' or 'h200', not None"),
+        ({"device": torch.device("cpu")}, "named by a string"),
+        ({"options": {"copies": 2}}, "options must be a DispatchOptions, not {'copies': 2}"),
+        ({"options": "fast"}, "options must be a DispatchOptions"),
+    ],
+)
+def test_arguments_of_another_kind_are_refused(wrong: dict[str, Any], said: str) -> None:
+    given = {"weights": weights(), "top_k": K, "device": "h200", "options": DispatchOptions(kernels=[FakeKernel()])}
+    with pytest.raises(ramp_moe.RampMoEError, match=said):
+        MoELayer(**{**given, **wrong})
+
+
+@pytest.mark.parametrize("new", [None, weights().gate_up])
+def test_an_update_takes_weights_alone(new: Any) -> None:
+    layer = made()
+    with pytest.raises(ShapeError, match="new weights must be a MoEWeights, not"):
+        layer.update(new)
+    assert torch.equal(layer(X, IDS, SCORES), expected_of(weights()))
+
+
 # --- Options ----------------------------------------------------------------------------------------------------------
 
 WRONG: dict[str, list[Any]] = {
     "kernels": ["triton", 3, {"triton"}],
     "cost_model": ["fast", 3],
-    "profiles": ["folder", 3],
+    "profiles": ["folder", 3, b"folder", [None], [3]],
     "copies": [0, -1, 1.0, True, None],
     "mode": ["fast", 3],
     "host_sync_us": [-1, math.nan, True, "3"],
     "ep_size": [0, 2.0, None],
+    "activations": ["int8", "fp16", 8],
     "checked": [1, None, "no"],
 }
 

@@ -20,8 +20,9 @@ from ramp_moe import (
     UnknownNameError,
     WeightLayout,
 )
-from ramp_moe.spec.launchable import ACTIVATIONS, Batch, LaunchableKernel, MoEWeights, Workspace, _note_copy, obstacle
+from ramp_moe.spec.launchable import ACTIVATIONS, Batch, LaunchableKernel, MoEWeights, Workspace, obstacle
 from ramp_moe.spec.shapes import scale_blocks
+from ramp_moe.spec.weights import _note_copy
 
 E, H, I, T, K = 4, 256, 128, 5, 2  # noqa: E741
 FP8 = torch.float8_e4m3fn
@@ -98,9 +99,9 @@ WRONG_WEIGHTS: dict[str, tuple[dict[str, Any], str]] = {
     "half and fp8": (fp8(down=zeros(E, H, I)), "down must be torch.float8_e4m3fn, not torch.bfloat16"),
     "scales of bf16": (
         half(gate_up_scale=torch.ones(E, 2, 2)),
-        "scales belong to fp8 weights, these are torch.bfloat16",
+        "scales belong to quantised weights, these are bf16",
     ),
-    "one scale of bf16": (half(down_scale=torch.ones(E, 2, 1)), "scales belong to fp8 weights"),
+    "one scale of bf16": (half(down_scale=torch.ones(E, 2, 1)), "scales belong to quantised weights"),
     "no scale": (fp8(gate_up_scale=None), "fp8 weights need gate_up_scale, float32 [4, 2, 2]"),
     "no down scale": (fp8(down_scale=None), "fp8 weights need down_scale, float32 [4, 2, 1]"),
     "scale a tensor": (fp8(gate_up_scale=torch.ones(E)), "gate_up_scale must be [4, 2, 2], not [4]"),

@@ -23,6 +23,7 @@ from ramp_moe_kernels.cute.aot.cache import COMPILED
 from ramp_moe_kernels.triton import kernel as triton
 from ramp_moe_kernels.triton.forward import forward_steps
 from rewriting import CORE, KERNELS, Rewriting
+from tiers import slow_except
 
 ROOTS = {
     "triton": ((triton.RUNS,), ()),
@@ -221,7 +222,7 @@ def test_a_version_needs_its_sources(tmp_path: Path) -> None:
         digest(tmp_path / "c", launch="from .tiles import *\n" + LAUNCH)
 
 
-@pytest.mark.parametrize("name", ROOTS)
+@pytest.mark.parametrize("name", slow_except(["triton"], ROOTS))
 def test_kernels_in_other_words_have_the_same_version(
     name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -290,7 +291,7 @@ def what_runs(node: ast.AST) -> Iterator[ast.AST]:
                     yield from what_runs(child)
 
 
-@pytest.mark.parametrize("name", ROOTS)
+@pytest.mark.parametrize("name", slow_except(["deep_gemm"], ROOTS))
 def test_every_change_of_a_kernel_is_seen(name: str) -> None:
     roots, apart = ROOTS[name]
     walk = Walk(apart)

@@ -45,6 +45,7 @@ def test_a_right_kernel_passes() -> None:
 
 BROKEN: dict[str, tuple[Kernel, str, str]] = {
     "an impossible name": (cases.Misnamed(), "name", "name is 'no such, name'"),
+    "an unknown format": (cases.Misspelt(), "name", r"formats is \('bf16', 'mxpf4'\); name formats"),
     "a generic reason": (cases.Gruff(), "reasons", "'this dtype is not supported', which does not say why"),
     "a word for a reason": (cases.Curt(), "reasons", "'fp8', which does not say why"),
     "two names alike": (cases.Twins(), "configs", "names two configurations alike"),
@@ -191,6 +192,7 @@ def test_no_supported_dtype() -> None:
         supported_shape(Never())
 
 
+@pytest.mark.slow
 def test_a_crash_fails_its_check_alone() -> None:
     outcomes = {o.check: o for o in run_apart(cases.crashing, 300)}
     assert [c for c, o in outcomes.items() if o.result == "failed"] == ["steps"]

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from ramp_moe.plugin import Batch
+from ramp_moe.runtime.layer_factory import LayerKind, kind_of
 from sglang.srt.plugins.hook_registry import HookRegistry, HookType
 from sglang.srt.runtime_context import get_schedule
 
@@ -22,7 +23,6 @@ from .runner import Choices, RampRunnerCore
 
 if TYPE_CHECKING:
     from ramp_moe.runtime.layer import LayerRuntime
-    from ramp_moe.spec.shapes import MoEShape
 
 LOADED = "sglang.srt.model_executor.model_runner.ModelRunner.load_model"
 CAPTURED = "sglang.srt.model_executor.model_runner.ModelRunner.init_cuda_graphs"
@@ -41,14 +41,12 @@ def install() -> None:
 
 
 def loaded(_: None, runner: Any, *args: Any, **options: Any) -> None:
-    """Make a model's layers after SGLang has loaded it, and warm up one of each shape.
-
-    It runs at the sizes that it may meet outside of graphs. Kernels are then compiled, and buffers have their size,
-    before the first request. What fails is logged, and left to the first batch.
-    """
+    """After SGLang has loaded a model, make its layers, and run one of each kind at the sizes that it may meet outside
+    of graphs. Kernels are then compiled, and buffers have their size, before the first request. What fails is said, and
+    left to the first batch."""
     try:
         make_layers(runner.model, getattr(runner.model_config.hf_text_config, "num_experts_per_tok", None))
-        for core in first_of_each_shape(runner.model).values():
+        for core in first_of_each_kind(runner.model).values():
             _logger.info("ramp_moe: warming up %s", core.layer.shape.title)
             core.eager = warm_up(core.layer, _most_tokens(), runner.model_config.dtype)
         if torch.cuda.is_available():
@@ -103,21 +101,25 @@ def sizes(most: int) -> list[int]:
     return sorted({min(n, most) for n in itertools.chain(*steps)})
 
 
-def first_of_each_shape(model: torch.nn.Module) -> dict[MoEShape, RampRunnerCore]:
-    """The first runner of each shape, among those whose layers are made."""
-    found: dict[MoEShape, RampRunnerCore] = {}
+def first_of_each_kind(model: torch.nn.Module) -> dict[LayerKind, RampRunnerCore]:
+    """Those whose layers are made."""
+    found: dict[LayerKind, RampRunnerCore] = {}
     for _, core in _cores(model):
         if core.made:
-            found.setdefault(core.layer.shape, core)
+            found.setdefault(_kind(core.layer), core)
     return found
 
 
+def _kind(layer: LayerRuntime) -> LayerKind:
+    return kind_of(layer.held[0], layer.shape.top_k)
+
+
 def report(model: torch.nn.Module) -> Iterator[str]:
-    """Lines of a table for each shape: batch sizes, how they are dispatched, and by what."""
+    """Lines of a table for each kind of layer: batch sizes, how they are dispatched, and by what."""
     cores = [core for _, core in _cores(model)]
-    for shape, core in first_of_each_shape(model).items():
-        number = sum(other.made and other.layer.shape == shape for other in cores)
-        yield f"{shape.title}, {number} of {len(cores)} layers"
+    for kind, core in first_of_each_kind(model).items():
+        number = sum(other.made and _kind(other.layer) == kind for other in cores)
+        yield f"{kind.shape.title}, {number} of {len(cores)} layers"
         graphs = core.layer.graphs
         plans = {} if graphs is None else graphs.plans
         in_graphs: Choices = {n: (p.mode, p.bodies[0].name, len(p.bodies)) for n, p in sorted(plans.items())}

@@ -40,6 +40,8 @@ if TYPE_CHECKING:
 STOCK = "vllm_triton"
 """The adapter kernel of vLLM's own path. It is not timed, since that path is timed as vLLM runs it."""
 ENGINE = "vLLM"
+FORM = "w13_weight", "w13_weight_scale_inv", "w13_bias", "w2_bias"
+"""Parameters of vLLM's by which layers of one size differ."""
 _agreed: dict[object, CalibrationRecord | None] = {}
 """Records that the ranks share, by `group_key`."""
 _spent: list[float] = []
@@ -84,10 +86,12 @@ def layer_of(module: Any, moe: Any, weights: MoEWeights, ep_size: int, local_ids
     return LoadedLayer(moe, module, weights, module.top_k, ep_size, local_ids, kept, moe.max_num_tokens * ranks)
 
 
-def group_key(moe: Any) -> object:
-    """The properties of a layer that are equal on all ranks of a tensor-parallel group."""
+def group_key(moe: Any, module: Any) -> object:
+    """What ranks that agree have in common of a layer: all that makes it another kind of layer, measured apart."""
     sizes = moe.num_experts, moe.experts_per_token, moe.hidden_dim, moe.intermediate_size_per_partition
-    return *sizes, str(moe.in_dtype), str(moe.activation), moe.has_bias
+    # Without the first size: ranks may have unlike numbers of experts.
+    forms = (None if t is None else (str(t.dtype), *t.shape[1:]) for t in map(module._parameters.get, FORM))
+    return *sizes, str(moe.in_dtype), str(moe.activation), *forms
 
 
 def agree(key: object, measure: Callable[[], CalibrationRecord | None]) -> CalibrationRecord | None:
@@ -157,7 +161,7 @@ def calibrate(plan: LayerPlan, layer: LoadedLayer, say: Callable[[str], None]) -
         finally:
             _spent.append(time.monotonic() - began)
 
-    record = agree(group_key(layer.moe), measure)
+    record = agree(group_key(layer.moe, layer.module), measure)
     if record is None:
         return None
     kernels = [k for k in kernels if k.name not in record.dropped]
@@ -195,7 +199,7 @@ def report(made: Calibrated, layer: LoadedLayer, graphs: Any, say: Callable[[str
     say("\n".join([f"{shape.slug}: what computes batches of how many tokens", *table(rows, ENGINE)]))
     if line:
         say(f"{shape.slug}: {line}")
-    record = _agreed[group_key(layer.moe)]
+    record = _agreed[group_key(layer.moe, layer.module)]
     if record is not None and (record.plan, record.left) != (rows, line):
         record.plan, record.left = rows, line
         calibrated_plan.keep(record, say)
@@ -214,7 +218,7 @@ def key_of(layer: LoadedLayer, hardware: Hardware, kernels: Sequence[LaunchableK
         "activations": str(moe.in_dtype),
         "sizes": ",".join(map(str, layer.sizes)),
         "tuned": os.environ.get("VLLM_TUNED_CONFIG_FOLDER", ""),
-        "kernels": ",".join(f"{k.name} {k.version()}" for k in kernels),
+        "kernels": ",".join(f"{k.name} {_version(k)}" for k in kernels),
         **{name: version_of(name) for name in ("vllm", "torch", "triton")},
     }
 
@@ -266,6 +270,13 @@ def _gpu_timer(layer: LoadedLayer, kernels: Sequence[LaunchableKernel], hardware
 
 TIMERS: dict[str, Callable[[LoadedLayer, Sequence[LaunchableKernel], Hardware], Timer]] = {"cuda": _gpu_timer}
 """Makers of timers, by type of device. Nothing is measured on other types."""
+
+
+def _version(kernel: LaunchableKernel) -> str:
+    try:
+        return kernel.version()
+    except Exception:  # a plugin's own mistake, which must not stop the others; its kernel is tried apart
+        return "?"
 
 
 def _driver() -> str:

@@ -10,9 +10,9 @@ import math
 from functools import partial
 from typing import Any
 
-from ramp_moe.plugin import KernelError, MoEShape, MoEWeights
+from ramp_moe.plugin import KernelError, MoEWeights
 from ramp_moe.runtime.calibrated_plan import Calibrated
-from ramp_moe.runtime.layer_factory import Builder, LayerPlan
+from ramp_moe.runtime.layer_factory import Builder, LayerKind, LayerPlan, kind_of
 from vllm.model_executor.layers.fused_moe.experts.triton_moe import TritonExperts
 from vllm.model_executor.layers.fused_moe.oracle.fp8 import Fp8MoeBackend
 from vllm.model_executor.layers.fused_moe.oracle.unquantized import UnquantizedMoeBackend
@@ -27,11 +27,10 @@ from .experts import ACTIVATIONS, RampExperts, local_ids, logger, parameters_of,
 from .fields import LAYER, PARALLEL, QUANTISATION, TENSORS
 
 _builder = Builder()
-"""Makes all layers of the process. They share profiles and workspaces."""
-_plans: dict[MoEShape, Calibrated | None] = {}
-"""Measured plans by shape; None if a shape was not measured."""
-_reported = set[MoEShape]()
-"""Shapes that were compiled and reported."""
+"""Of all layers of the process: they share profiles and workspaces."""
+_plans: dict[LayerKind, Calibrated | None] = {}
+"""What was measured, by kind of layer."""
+_reported = set[LayerKind]()
 
 
 def leave(reason: str) -> None:
@@ -39,7 +38,7 @@ def leave(reason: str) -> None:
 
 
 def _calibrated(layer: calibrate.LoadedLayer, plan: LayerPlan) -> LayerPlan:
-    found = _plans[layer.weights.shape(layer.top_k)] = calibrate.calibrate(plan, layer, _say)
+    found = _plans[kind_of(layer.weights, layer.top_k)] = calibrate.calibrate(plan, layer, _say)
     return plan if found is None else found.plan
 
 
@@ -66,7 +65,7 @@ class _Dispatched:
     moe_kernel: Any
     moe: Any
     calibrated: Calibrated | None = None
-    """The measured plan of the layer's shape."""
+    """What was measured of the layer's kind."""
 
     def process_weights_after_loading(self, layer: Any) -> None:
         """Make the layer from the loaded weights. If it exists already, have it compute with the newly loaded ones.
@@ -96,23 +95,23 @@ class _Dispatched:
                 raise KernelError(reason)
             ep_size = self.moe.num_experts // self.moe.num_local_experts
             given = calibrate.layer_of(layer, self.moe, _weights(layer, self.moe), ep_size, local_ids(layer))
-            shape = given.weights.shape(given.top_k)
+            kind = kind_of(given.weights, given.top_k)
             made = _builder.layer(given.weights, given.top_k, ep_size, partial(_calibrated, given))
             made.host_sync_us = math.inf  # the host would wait for the device, in every layer
-            self.calibrated = _plans.get(shape)
-            if self.calibrated is not None and shape not in _reported:
+            self.calibrated = _plans.get(kind)
+            if self.calibrated is not None and kind not in _reported:
                 calibrate.compile_all(self.calibrated, given, made, _say)
             found = Parameters(layer, made, parameters_of(layer))
         except Exception as e:  # whatever a kernel raises: vLLM's experts can have the weights
-            calibrate.agree(calibrate.group_key(self.moe), lambda: None)
+            calibrate.agree(calibrate.group_key(self.moe, layer), lambda: None)
             leave(why(e))
             return None
         for note in _builder.notes[said:]:  # a missing profile matters less if the layer was measured here
             (logger.warning if self.calibrated is None else logger.info)("ramp_moe: %s", note)
         kernels, layouts = ", ".join(made.configs()), " and ".join(made.layouts)
         logger.info_once("ramp_moe: %s by %s; weights in %s", made.shape.slug, kernels, layouts)
-        if self.calibrated is not None and shape not in _reported:
-            _reported.add(shape)
+        if self.calibrated is not None and kind not in _reported:
+            _reported.add(kind)
             if self.experts_cls not in (None, TritonExperts):
                 _say(f"vLLM would take {self.experts_cls.__name__}; ramp_moe is compared with its Triton experts alone")
             _report(self.calibrated, given, made.graphs)

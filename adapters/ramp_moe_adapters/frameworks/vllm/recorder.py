@@ -30,7 +30,9 @@ if TYPE_CHECKING:
 logger = init_logger("vllm.ramp_moe")
 FLUSH_SECONDS = 30.0
 current: TrafficRecorder | None = None
-"""The recorder of this process's layers; None if nothing is recorded."""
+"""What samples this process' layers; None if nothing does."""
+_earlier: list[TrafficRecorder] = []
+"""Those before. Graphs that were captured meanwhile write to their samples for as long as the process lives."""
 captures = False
 """Whether the server captures CUDA graphs when it starts."""
 
@@ -46,19 +48,24 @@ class TrafficRecorder:
         self._path, self._ready, self._say = path, ready, say
         self._traffic: Traffic | None = None
         self._numbers: dict[int, int | None] = {}
-        self._failed = False
+        self._failed = self._ended = False
         self._writing, self._stop = threading.Lock(), threading.Event()
         threading.Thread(target=self._run, name="ramp-moe-record", daemon=True).start()
         atexit.register(self.close)
 
     def sample(self, layer: int, topk_ids: Tensor, num_experts: int) -> None:
-        """Sample a batch of a layer. Layers of another shape than the first are left out.
-
-        layer: any number that identifies the layer. topk_ids: int32 or int64 `[T, k]`, of all ranks' experts.
-        """
-        number = self._numbers[layer] if layer in self._numbers else self._begin(layer, topk_ids, num_experts)
-        if number is not None and self._traffic is not None:
-            self._traffic.sample(number, topk_ids.contiguous())
+        """Keep a batch, whose ids are of all ranks' experts. layer: anything that tells one layer from another. Layers
+        of another shape than the first are left out. If a batch cannot be sampled, none is from then on, which costs
+        one line."""
+        if self._ended:
+            return
+        try:
+            number = self._numbers[layer] if layer in self._numbers else self._begin(layer, topk_ids, num_experts)
+            if number is not None and self._traffic is not None:
+                self._traffic.sample(number, topk_ids.contiguous())
+        except Exception as e:  # memory may be lacking, or Triton; a server goes on
+            self._ended = True
+            self._say(f"{RECORD}: nothing more is sampled: {why(e)}")
 
     def flush(self) -> None:
         """Write what is sampled so far. If the file cannot be written, says so in one line."""
@@ -118,6 +125,7 @@ def begin(path: str | Path | None = None) -> None:
         return
     if current is not None:
         current.close()
+        _earlier.append(current)
     current = TrafficRecorder(Path(f"{named}{suffix}").absolute(), _started, logger.info)
 
 

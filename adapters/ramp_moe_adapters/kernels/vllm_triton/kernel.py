@@ -20,7 +20,6 @@ from typing import TYPE_CHECKING, Any
 
 from ramp_moe.evaluation.vllm_table import Launch
 from ramp_moe.plugin import (
-    DTYPE_BYTES,
     SCALE_BLOCK,
     Batch,
     GridGeometry,
@@ -70,7 +69,7 @@ def _fits(shape: MoEShape, hardware: Hardware, launch: Launch) -> bool:
     accumulators must fit into a thread's registers. With block scales, a step must be as deep as a block: vLLM cuts a
     deeper step into blocks, and a shallower one reads scales twice.
     """
-    tiles = launch.stages * (launch.block_m + launch.block_n) * launch.block_k * DTYPE_BYTES[shape.dtype]
+    tiles = launch.stages * (launch.block_m + launch.block_n) * launch.block_k * shape.format.bits // 8
     accumulators = launch.block_m * launch.block_n / (launch.warps * 32)
     return (
         tiles <= hardware.smem_per_sm_bytes - 1024

@@ -177,6 +177,9 @@ class GraphDispatch:
         self._fixed, self._ep_size = frozenset(fixed), ep_size
         self.dropped: dict[str, str] = {}
         self.plans: dict[int, GraphPlan] = {}
+        self._captured: dict[int, GraphPlan] = {}
+        """By identity. Graphs read a plan's tables, and write its choice, for as long as they live: longer, maybe, than
+        the plan is in `plans`."""
         self.recorder: Recorder | None = None
         self._recorders: list[Recorder] = []  # graphs write to them for as long as they live
         self.names = [c.name for c in cost_model.candidates]
@@ -336,6 +339,7 @@ class GraphDispatch:
         is int32 `[1]` or None.
         """
         assert plan.selector is not None
+        self._captured[id(plan)] = plan
         ids = self._kernel_ids(topk_ids)
         batch = Batch(x, ids, topk_weights)
         if plan.switching is None:
@@ -483,8 +487,7 @@ class GraphDispatch:
             return _Fault(f"raised {type(e).__name__}: {e}")
         if not (guarded[0] == GUARD).all() or not (guarded[-1] == GUARD).all():
             return _Fault("wrote outside its output", wrong=True)
-        dtype = {torch.float8_e4m3fn: "fp8", torch.float16: "fp16"}.get(self._weights.gate_up.dtype, "bf16")
-        if wrong := misfit(guarded[1 : 1 + len(expected)], expected, dtype):
+        if wrong := misfit(guarded[1 : 1 + len(expected)], expected, self._weights.stored.name):
             return _Fault(f"wrong output: {wrong}", wrong=True)
         return None
 

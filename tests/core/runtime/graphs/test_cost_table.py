@@ -13,11 +13,12 @@ from ramp_moe.errors import KernelError
 from ramp_moe.evaluation.replay import load_replay
 from ramp_moe.runtime.graphs.cost_table import CostTable
 from select_cases import by_hand
+from tiers import slow_except
 
 
 @pytest.mark.parametrize("form", ["paper", "ceil", "active", "smooth"])
 @pytest.mark.parametrize("kernels", [("cute",), ("triton",), ("alpha_moe", "deep_gemm", "triton")], ids=" + ".join)
-@pytest.mark.parametrize("model", RECORDED)
+@pytest.mark.parametrize("model", slow_except(RECORDED[:1], RECORDED))
 def test_it_costs_what_the_model_does(
     registry: Registry, shipped: ProfileStore, h200: Hardware, model: str, kernels: tuple[str, ...], form: str
 ) -> None:

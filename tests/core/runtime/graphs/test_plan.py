@@ -3,10 +3,13 @@ kernel would make is the model's."""
 
 from __future__ import annotations
 
+import gc
 import itertools
 import re
+import weakref
 from collections.abc import Callable
 from contextlib import nullcontext
+from dataclasses import replace
 from types import SimpleNamespace
 from typing import Any
 
@@ -367,6 +370,23 @@ def test_recorders_outlive_those_that_replace_them(dispatcher: Make) -> None:
     first, second = graphs.record(2), graphs.record(3)
     assert graphs.recorder is second
     assert graphs._recorders == [first, second], "graphs that were captured before write to it"
+
+
+@pytest.mark.parametrize("how", ["a candidate fails later", "another dtype is planned"])
+def test_what_graphs_were_captured_with_outlives_its_plan(dispatcher: Make, how: str) -> None:
+    """They read its tables, and write its choice, at every replay: other tensors must not get the memory."""
+    graphs, _ = dispatcher("gated")
+    plan = prepared(graphs)
+    choice = weakref.ref(plan.selector.choice)
+    x, ids, scores = inputs(TOKENS)
+    graphs.capture(plan, x, ids, scores, torch.empty_like(x), None)
+    if how == "a candidate fails later":
+        graphs.drop(plan.bodies[0].name, "raised")
+    else:
+        graphs.plans[TOKENS] = replace(plan, dtype=torch.float16, selector=None)
+    del plan
+    gc.collect()
+    assert choice() is not None
 
 
 def test_kernels_that_are_slow_as_switched_nodes_are_left_to_the_other_modes(dispatcher: Make, h200: Hardware) -> None:

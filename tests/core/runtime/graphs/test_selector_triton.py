@@ -21,6 +21,7 @@ from ramp_moe.runtime.graphs.recorder import Recorder
 from ramp_moe.runtime.graphs.selector_triton import MAX_IDS, TritonSelector
 from ramp_moe.spec.routing import IntArray
 from select_cases import ROUTINGS, by_hand, counted, largest_table, routed
+from tiers import slow_except
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 TOP_K = 2
@@ -53,16 +54,17 @@ def check(
     return histogram
 
 
-@pytest.fixture
-def table(registry: Registry, shipped: ProfileStore, h200: Hardware) -> CostTable:
-    """OLMoE's, the smooth form."""
+@pytest.fixture(scope="module")
+def table(registry: Registry, h200: Hardware) -> CostTable:
+    """OLMoE's, the smooth form. Of what ships, whatever is in the user's data folder."""
     shape = registry.shape("olmoe-1b-7b", "fp8")
-    return whole(load_replay(registry, shipped, shape, h200, ("alpha_moe", "triton")).fit(form="smooth"))
+    store = ProfileStore(registry.profile_dirs)
+    return whole(load_replay(registry, store, shape, h200, ("alpha_moe", "triton")).fit(form="smooth"))
 
 
 @pytest.mark.parametrize("form", ["active", "smooth"])
 @pytest.mark.parametrize("kernels", [("alpha_moe",), ("triton",), ("alpha_moe", "deep_gemm", "triton")], ids=" + ".join)
-@pytest.mark.parametrize("model", RECORDED)
+@pytest.mark.parametrize("model", slow_except(RECORDED[:1], RECORDED))
 def test_recorded_models(
     registry: Registry, shipped: ProfileStore, h200: Hardware, model: str, kernels: tuple[str, ...], form: str
 ) -> None:
@@ -125,7 +127,7 @@ def test_without_any_cost_the_choice_exists(table: CostTable) -> None:
         assert selector.choice.tolist() == [0]
 
 
-@pytest.mark.parametrize("num_experts", [1, 3, 1024])
+@pytest.mark.parametrize("num_experts", slow_except([1024], [1, 3, 1024]))
 def test_as_much_as_a_table_may_have(num_experts: int) -> None:
     table = largest_table()
     selector = TritonSelector(table, num_experts, DEVICE)
@@ -181,6 +183,7 @@ def test_bad_input(table: CostTable) -> None:
             selector.launch(ids, recorder=recorder)
 
 
+@pytest.mark.slow
 def test_it_compiles_small() -> None:
     """In a process that knows nothing of the interpreter. Code is fetched from memory once a layer."""
     env = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
