@@ -126,8 +126,10 @@ def scale_group(shape: MoEShape) -> int:
 
 
 def invalid(gemm: Gemm, config: GemmConfig, shape: MoEShape, hardware: Hardware, quantise: bool = False) -> str | None:
-    """Why a configuration cannot run, or never pays; None where it is valid. quantise: the launch quantises the
-    activations that it loads (fp8 only), which then pass through shared memory in both dtypes."""
+    """Say why a configuration cannot run, or never pays. None if it is valid.
+
+    quantise: the launch quantises the activations that it loads (fp8 only). Shared memory then holds both dtypes.
+    """
     c, fp8, stored = config, multiplies_fp8(shape), shape.format
     matrices = 2 if gemm == "up" else 1
     depth = shape.hidden_size if gemm == "up" else shape.intermediate_size
@@ -161,7 +163,7 @@ def invalid(gemm: Gemm, config: GemmConfig, shape: MoEShape, hardware: Hardware,
 
 
 def invalid_path(path: Path, shape: MoEShape, hardware: Hardware) -> str | None:
-    """Why a whole path cannot run; None where it is valid."""
+    """Say why a whole path cannot run. None if it is valid."""
     fp8 = multiplies_fp8(shape)
     if path.up.block_m != path.down.block_m:
         return "both GEMMs read one schedule, of one token block"

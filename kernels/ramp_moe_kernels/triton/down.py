@@ -34,8 +34,8 @@ def _products(
 ):  # fmt: skip
     """float32 [BM, BN]: the product of a and w over this split's steps of the reduction.
 
-    a_ptrs [BM, BK] and w_ptrs [BN, BK] point at the split's first step; so do the scales' pointers, None where nothing
-    has scales. If PACKED, w_ptrs are [BN, BK / 2], and s_ptr [BN] are the rows' first scales.
+    a_ptrs [BM, BK] and w_ptrs [BN, BK] point at the split's first step; so do the scales' pointers, which are None
+    if there are no scales. If PACKED, w_ptrs are [BN, BK / 2], and s_ptr [BN] are the rows' first scales.
     """
     STAGES: tl.constexpr = C.STAGES if C.STAGES > 0 else None
     acc = _zeros(C)

@@ -61,8 +61,11 @@ def up_gemm(
     direct: bool,
     quantised: bool,
 ) -> Gemm:
-    """The launch of `up`, as any of the configurations (several are of the same warps and split_k), which have at most
-    so many M-tiles. choosing: the device says which. direct: without a schedule. quantised: act gets a scale."""
+    """The launch of `up`, as any of the configurations. Several of them share warps and split_k.
+
+    The launch has at most `tiles` M-tiles, given for each configuration. choosing: the device says which configuration runs. direct: there is no
+    schedule. quantised: act gets a scale.
+    """
     _, hidden, inter = weights.sizes
     constants = _constants(configs, inter, hidden, weights, direct) | {
         "QUANTISE_X": is_fp8(weights) and direct,

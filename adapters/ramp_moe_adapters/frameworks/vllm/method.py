@@ -27,7 +27,7 @@ from .experts import ACTIVATIONS, RampExperts, local_ids, logger, parameters_of,
 from .fields import LAYER, PARALLEL, QUANTISATION, TENSORS
 
 _builder = Builder()
-"""Of all layers of the process: they share profiles and workspaces."""
+"""Builds all layers of the process, which share profiles and workspaces."""
 _plans: dict[LayerKind, Calibrated | None] = {}
 """What was measured, by kind of layer."""
 _reported = set[LayerKind]()
