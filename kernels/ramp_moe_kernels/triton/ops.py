@@ -63,8 +63,8 @@ def up_gemm(
 ) -> Gemm:
     """The launch of `up`, as any of the configurations. Several of them share warps and split_k.
 
-    The launch has at most `tiles` M-tiles, given for each configuration. choosing: the device says which configuration runs. direct: there is no
-    schedule. quantised: act gets a scale.
+    tiles: the most M-tiles of the launch, for each configuration. choosing: the device says which configuration runs.
+    direct: there is no schedule. quantised: act gets a scale.
     """
     _, hidden, inter = weights.sizes
     constants = _constants(configs, inter, hidden, weights, direct) | {
