@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import logging
 from collections.abc import Iterator
 from importlib import metadata
@@ -460,6 +461,20 @@ def test_ranks_of_expert_parallelism_that_fail(monkeypatch: pytest.MonkeyPatch, 
         parts.append(run(routed, b).float())
     assert error(sum(parts), wanted(of, b)) < TOLERANCE
     assert len(vllms) == 2
+
+
+@pytest.mark.skipif(DEVICE == "cuda", reason="there is vLLM's own path there")
+def test_a_skipped_id_visits_no_other_expert_by_vllm(monkeypatch: pytest.MonkeyPatch, vllms: list[Any]) -> None:
+    """Expert 0 would overflow for any token. None visits it, although ids out of range are computed at weight 0."""
+    of, b = layer(), given(9, "padded")
+    of.gate_up[0] = torch.inf
+    ids = b.topk_ids.where(b.topk_ids != 0, 1)
+    assert ((ids < 0) & (ids.amax(-1, keepdim=True) > 0)).any(), "some token skips one id and has another"
+    b = dataclasses.replace(b, topk_ids=ids)
+    routed = experts_of(of, TOP_K, dtype=HALF)
+    monkeypatch.setattr(experts(routed).layer, "forward", lambda *_, **__: 1 / 0)
+    assert error(run(routed, b), wanted(of, b)) < TOLERANCE
+    assert vllms
 
 
 def test_both_reasons_are_told_if_vllm_fails_too(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -238,10 +238,12 @@ def by_vllm(experts: MoEWeights, x: Tensor, ids: Tensor, weights: Tensor, output
     """
     prepared = prepare(experts)
     here = (ids >= 0) & (ids < len(experts.gate_up))
+    # An id out of range becomes another of its token's: an expert that it does not visit could overflow for it.
+    another = ids.masked_fill(~here, 0).amax(-1, keepdim=True)
     found = prepared.fused_experts(
         hidden_states=x,
         topk_weights=weights.masked_fill(~here, 0.0),
-        topk_ids=ids.masked_fill(~here, 0),
+        topk_ids=ids.where(here, another),
         **prepared.arguments,
     )
     output.copy_(found.masked_fill(~here.any(-1, keepdim=True), 0.0))
