@@ -19,7 +19,7 @@ import itertools
 import math
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Protocol
 
@@ -132,7 +132,8 @@ def coarse_first(sizes: Sequence[int]) -> list[int]:
 class Search:
     """The search for one shape.
 
-    model: None if there is no profile.
+    kernels: those that run here. The search looks at their candidates alone.
+    model: None if there is no profile. It may have candidates of other kernels, too.
     sizes: batch sizes to measure, ascending.
     ep_size: ranks that share the experts, of which the shape has one rank's.
     known: what an earlier search measured, which is not measured again.
@@ -152,6 +153,7 @@ class Search:
     ) -> None:
         self.shape, self._ep_size, self.sizes = shape, ep_size, tuple(sizes)
         self.found = known or Calibration()
+        model = None if model is None else of_kernels(model, {k.name for k in kernels})
         profiled = set() if model is None else {c.kernel for c in model.candidates}
         guessed = [k for k in kernels if k.name not in profiled]
         self._guessed = {k.name for k in guessed}
@@ -317,6 +319,12 @@ def best(model: CostModel, tokens: int, ep_size: int) -> int:
     """Index of the contender that is predicted to be fastest for a size alone."""
     us = mean_us(model, tokens, ep_size)[model.contenders]
     return int(model.contenders[int(us.argmin())])
+
+
+def of_kernels(model: CostModel, kernels: Collection[str]) -> CostModel | None:
+    """The model of these kernels' candidates alone. None if it has none of them."""
+    others = {c.name for c in model.candidates if c.kernel not in kernels}
+    return None if len(others) == len(model.candidates) else model.without(others)
 
 
 def guess(shape: MoEShape, hardware: Hardware, model: CostModel | None, candidates: Sequence[Candidate]) -> CostModel:

@@ -318,6 +318,18 @@ def test_batches_that_will_be_captured_are_warmed_up(monkeypatch: pytest.MonkeyP
     assert warm == [(8, HALF)] * 2
 
 
+@pytest.mark.skipif(DEVICE == "cuda", reason="of what is there")
+def test_the_warm_up_follows_the_batch_that_may_drop_a_kernel(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What is prepared before the batch would be gone when the size is captured."""
+    routed, plans = experts_of(layer(), TOP_K, dtype=HALF), set[int]()
+    graphs = SimpleNamespace(prepare=lambda n, _: plans.add(n), ready=lambda *_: None)
+    monkeypatch.setattr(experts(routed).layer, "graphs", graphs)
+    monkeypatch.setattr(experts(routed).layer, "forward", lambda *_, **__: plans.clear())
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
+    run(routed, given(8, "skewed"))
+    assert plans == {8}
+
+
 def test_the_hardware_is_that_of_the_profiles() -> None:
     assert experts(experts_of(layer(), TOP_K, dtype=HALF)).layer.hardware == H200
 

@@ -236,6 +236,19 @@ def test_a_kernel_without_a_profile_takes_part(h200: Hardware, model: CostModel)
     assert found.kernel == "triton"
 
 
+def test_candidates_of_a_kernel_that_does_not_run_here_are_not_tried(h200: Hardware, model: CostModel) -> None:
+    """Its profile is of another machine, or a child process found it at fault."""
+
+    class Strange(TritonMoE):
+        name = "strange"
+
+    timer = FakeTimer(lambda name, n: 10.0)
+    search = Search(SHAPE, h200, [Strange()], model, SIZES)
+    search.run(timer, 1e9, Clock())
+    assert {name.split("/")[0] for name, _ in timer.asked} == {ENGINE, "strange"}
+    assert {c.kernel for c in search.corrected().candidates} == {"strange"}
+
+
 def of(*points: tuple[int, float, float]) -> Calibration:
     """(tokens, the engine's microseconds, ours)."""
     timings = [

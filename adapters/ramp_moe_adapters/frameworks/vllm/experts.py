@@ -202,8 +202,9 @@ class RampExperts(FusedMoEExpertsModular):  # type: ignore[misc]
             by_vllm(self._parameters.values(), *batch, output)
             return
         try:
-            self._warm_up(len(hidden_states), hidden_states.dtype)
             self.layer(*batch, out=output)
+            # Afterwards, since a kernel that fails in this batch takes the prepared plans with it.
+            self._warm_up(len(hidden_states), hidden_states.dtype)
         except Exception as e:  # whatever a kernel raises; a server must not end by it
             say("leaves a batch to vLLM's Triton path", why(e))
             self._failed.add(len(hidden_states))
