@@ -1,12 +1,12 @@
-"""The generated pages: benchmarks' and studies' README files, whose tables are computed from recorded measurements.
+"""Generates the README files of benchmarks and studies, whose tables are computed from recorded measurements.
 
     python profiles/pages.py --check [NAME ...]   regenerate, and say what differs; exit code 1 if anything does
     python profiles/pages.py --write [NAME ...]   regenerate, and write pages, sheets and plots
 
-A name is that of a page's folder, `families` say; without names it is all of them. No GPU is needed. The plots need
-matplotlib (`pip install '.[plots]'`).
+A name is the name of a page's folder, for example `families`. Without names, every page is taken. No GPU is needed.
+The plots need matplotlib (`pip install '.[plots]'`).
 
-A page's tables come from the `*tables.py` beside it, which offers these names:
+A page's tables come from the `*tables.py` beside it, which defines these names:
 
 TABLES   maker of each table's text, by the name in the page's markers
 HEAVY    names of tables that take a minute or more; tests leave them out
@@ -15,7 +15,7 @@ FILES    maker of each text file beside the page, by file name
 draw     draws the plots beside the page
 
 Two texts are the same if their words are equal and their computed numbers differ by at most one unit of the last
-printed digit: the last bits of floats are the processor's.
+printed digit. The last bits of a float depend on the processor.
 """
 
 from __future__ import annotations
@@ -39,13 +39,13 @@ Tables = Mapping[str, Callable[[], str]]
 
 FIGURE = r"-?\d[\d,]*(?:\.\d+)?(?:e[-+]?\d+)?%?"
 NUMBER = re.compile(rf"(?<![\w.+-]){FIGURE}(?=x?(?:[^\w.]|\.(?!\w)|$))")
-"""Counts, decimals and percents, ratios as 1.05x; not what a date, a version or a name is made of."""
+"""Matches counts, decimals, percents, and ratios such as 1.05x, but no part of a date, a version or a name."""
 SLACK = 1.001
-"""A unit of the last digit, and what subtracting decimals as floats adds."""
+"""One unit of the last digit, and a little for the rounding of a difference of floats."""
 
 
 def near(found: str, expected: str) -> bool:
-    """Whether two printed numbers are at most a unit of the last digit apart. Counts must be equal."""
+    """Whether two printed numbers differ by at most one unit of the last digit. Counts must be equal."""
     if found == expected:
         return True
     (a, digits), (b, other) = _number(found), _number(expected)
@@ -53,7 +53,7 @@ def near(found: str, expected: str) -> bool:
 
 
 def _number(text: str) -> tuple[float, int | None]:
-    """A number, and how many digits it has behind the point; None for a count."""
+    """A number, and how many digits it has after the point; None for a count."""
     plain = text.rstrip("%").replace(",", "")
     mantissa, _, exponent = plain.partition("e")
     _, point, decimals = mantissa.partition(".")
@@ -63,14 +63,14 @@ def _number(text: str) -> tuple[float, int | None]:
 
 
 def same_line(found: str, expected: str) -> bool:
-    """Whether two lines have the same words, and numbers that are near."""
+    """Whether two lines have the same words, and numbers that are `near` each other."""
     if NUMBER.sub("#", found) != NUMBER.sub("#", expected):
         return False
     return all(map(near, NUMBER.findall(found), NUMBER.findall(expected)))
 
 
 def differences(found: str, expected: str) -> list[str]:
-    """The lines that differ. Neighbouring rows of a table may have changed places: near values order them."""
+    """The lines that differ. Two neighbouring rows of a table may be swapped, since rounding can change their order."""
     ours, theirs = found.splitlines(), expected.splitlines()
     if len(ours) != len(theirs):
         return [f"{len(ours)} lines, not {len(theirs)}"]
@@ -97,7 +97,7 @@ def assert_same(found: str, expected: str) -> None:
 
 
 def assert_says(page: str, text: str) -> None:
-    """Raise AssertionError unless a page has a text somewhere, its numbers near; line breaks are spaces."""
+    """Raise AssertionError unless a page contains a text with numbers that are `near`. Line breaks count as spaces."""
     page, text = " ".join(page.split()), " ".join(text.split())
     words = [re.escape(part) for part in NUMBER.split(text)]
     there = [m.group() for m in re.finditer(FIGURE.join(words), page)]
@@ -121,7 +121,7 @@ def over(read: Callable[[], T], makers: Mapping[str, Callable[[T], str]]) -> Tab
 
 
 def filled(page: str, tables: Tables) -> str:
-    """The page with every table between its markers computed anew. Raises ValueError if a marker is missing."""
+    """The page with every table between its markers computed again. Raises ValueError if a marker is missing."""
     for name, make in tables.items():
         start, end = f"<!-- table: {name} -->\n", f"\n<!-- end: {name} -->"
         if page.count(start) != 1 or end not in page.split(start)[1]:
@@ -140,7 +140,7 @@ def scripts() -> dict[str, list[Path]]:
 
 
 def load(script: Path | str) -> ModuleType:
-    """The module of a script below this folder; a relative path is relative to it. Loaded once a process."""
+    """The module of a script below this folder, loaded once per process. A relative path is relative to this folder."""
     script = HERE / script
     name = ".".join(script.relative_to(HERE).with_suffix("").parts)
     if name not in sys.modules:
@@ -161,7 +161,7 @@ def load(script: Path | str) -> ModuleType:
 
 
 def regenerated(name: str, heavy: bool = True) -> Iterator[tuple[Path, str]]:
-    """Each generated file of a page, and its text. Without `heavy`, tables in HEAVY stay as they are."""
+    """Each generated file of a page, and its text. Without `heavy`, the tables in HEAVY are not recomputed."""
     for script in scripts()[name]:
         module = load(script)
         left_out = () if heavy else getattr(module, "HEAVY", ())
@@ -174,7 +174,7 @@ def regenerated(name: str, heavy: bool = True) -> Iterator[tuple[Path, str]]:
 
 
 def stale(name: str, heavy: bool = True) -> list[str]:
-    """What differs between a page's files and what they should be, a line or more for each file that differs."""
+    """Differences between a page's files and their regenerated text: one or more lines per file that differs."""
     found = []
     for path, text in regenerated(name, heavy):
         texts = text, path.read_text()
@@ -185,7 +185,7 @@ def stale(name: str, heavy: bool = True) -> list[str]:
 
 
 def write(name: str) -> None:
-    """Write a page's files and plots anew."""
+    """Write a page's files and plots again."""
     for path, text in regenerated(name):
         path.write_text(text)
     for script in scripts()[name]:

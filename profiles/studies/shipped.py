@@ -1,4 +1,4 @@
-"""What ships, as the studies read it: sweeps are loaded and cost models fitted once a process, whoever asks."""
+"""The shipped profiles as the studies read them. Sweeps are loaded, and cost models fitted, once per process."""
 
 from __future__ import annotations
 
@@ -17,13 +17,13 @@ store = ProfileStore(shipped=registry.profile_dirs)
 
 @cache
 def replay(model: str, dtype: str, kernels: tuple[str, ...], stages: tuple[str, ...] = ()) -> Replay:
-    """Sweeps of several kernels on the batches that they share. Raises ProfileError if one of them has none."""
+    """Sweeps of several kernels on the batches that they share. Raises ProfileError if a kernel has no sweep."""
     return load_replay(registry, store, registry.shape(model, dtype), h200, kernels, stages)
 
 
 @cache
 def split(model: str, dtype: str, kernels: tuple[str, ...], stages: tuple[str, ...] = ()) -> tuple[Replay, Replay]:
-    """The batches to fit on, and those to judge."""
+    """The batches to fit on, and the batches to judge on."""
     both = replay(model, dtype, kernels, stages)
     tune, test = both.of("tune"), both.of("test")
     assert tune is not None
@@ -35,5 +35,5 @@ def split(model: str, dtype: str, kernels: tuple[str, ...], stages: tuple[str, .
 def fitted(
     model: str, dtype: str, kernels: tuple[str, ...], form: str = DEFAULT_FORM, stages: tuple[str, ...] = ()
 ) -> CostModel:
-    """Fitted on the batches to fit on."""
+    """The cost model fitted on the first part of `split`."""
     return split(model, dtype, kernels, stages)[0].fit(form=form)

@@ -1,4 +1,4 @@
-"""What the README beside this says of accuracy in figures, computed with the reference in float32.
+"""Computes the errors of formats in the README beside this, with the reference in float32.
 
 `python profiles/pages.py --write accuracy` fills the page. No GPU is needed.
 """
@@ -21,7 +21,7 @@ from torch import Tensor
 EXPERTS, TOP_K, HIDDEN, INTER, TOKENS = 8, 2, 1024, 512, 256
 NAMES = tuple(name for name, stored in FORMATS.items() if name == stored.weights and stored.scale is not None)
 KINDS: Mapping[str, float] = {"normal": 0.0, "outliers": 0.01}
-"""Kinds of hidden states and weights, by the share of columns of hidden states that are OUTLIER times as large."""
+"""Kinds of hidden states: the share of columns that are multiplied by OUTLIER."""
 OUTLIER = 20.0
 
 
@@ -41,13 +41,14 @@ class Layer:
         return MoEWeights(gate_up, down, scale, down_scale, format=name)
 
     def exact(self) -> Tensor:
-        """The output of the original weights. They are bf16, which is taken as exact."""
+        """The output float32 `[TOKENS, HIDDEN]` of the original weights. They are bf16 values, and taken as exact."""
         return reference(MoEWeights(self.gate_up.bfloat16(), self.down.bfloat16()), self.batch)
 
 
 @cache
 def layer(kind: str) -> Layer:
-    """Weights as large as a trained layer's, exact in bf16; normal hidden states, some columns of which are large."""
+    """A layer with weights of a trained layer's size, exact in bf16. Hidden states are normal, with outlier columns if
+    the kind has any."""
     generator = torch.Generator().manual_seed(0)
 
     def drawn(*shape: int) -> Tensor:
@@ -66,7 +67,7 @@ def error(out: Tensor, expected: Tensor) -> float:
 
 
 def errors(kind: str) -> Iterator[tuple[str, float, float, float]]:
-    """Each format, with the error of its weights, of rounding activations, and of both."""
+    """(format, error of its weights, error of rounding activations, error of both) for each format, relative."""
     of = layer(kind)
     exact = of.exact()
     for name in NAMES:

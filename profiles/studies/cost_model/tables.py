@@ -1,6 +1,7 @@
-"""The laboratory of the cost model: every figure of the README beside this, from sweeps that the repository holds.
+"""Computes the tables on the cost model in the README beside this, from sweeps in the repository.
 
-`python profiles/pages.py --write cost_model` fills the page and draws the plots, in a minute or two, without a GPU.
+`python profiles/pages.py --write cost_model` fills the page and draws the plots. It takes a minute or two, without a
+GPU.
 """
 
 from __future__ import annotations
@@ -51,7 +52,7 @@ UNSEEN = (
     ("bf16", ("triton",)),
     ("bf16", ("cute", "deep_gemm", "flashinfer_cutlass", "triton")),
 )
-"""Kernels by themselves, and together, that a shape without a profile is guessed for."""
+"""Kernels, alone and together, for which a shape without a profile is predicted."""
 FIRST_SWEEPS = Path(__file__).parents[2] / "archive" / "h200" / "alpha_moe"
 TREES = {
     "olmoe-1b-7b": (0.0125, 0.067),
@@ -59,11 +60,11 @@ TREES = {
     "deepseek-v3-tp8": (0.023, 0.126),
     "mixtral-8x7b-tp4": (0.011, 0.046),
 }
-"""Mean and p95 of the regret of a tree ensemble over (configuration, CTAs, M-tiles, active experts, tokens, largest
-expert) on the first sweeps: what a model without an idea of the kernel reaches."""
+"""Mean and p95 of the regret of a tree ensemble on the first sweeps. Its features are configuration, CTAs, M-tiles,
+active experts, tokens and the largest expert. It stands for a model that knows nothing about the kernel."""
 DEALS = 5
 COUNTS = (8, 12, 16, 24, 32, 48)
-"""Batches after which the learning curve is told."""
+"""Numbers of batches at which the learning curve is shown."""
 
 
 def percent(value: float) -> str:
@@ -72,21 +73,21 @@ def percent(value: float) -> str:
 
 @cache
 def first_sweep(model: str) -> Replay:
-    """Alpha-MoE's launch alone: 152 configurations on 78 batches."""
+    """The first sweep of a model: Alpha-MoE's launch alone, 152 configurations on 78 batches."""
     shape = registry.shape(model, "fp8")
     (file,) = FIRST_SWEEPS.glob(f"{shape.slug}.2026-11-20.json")
     return load_replay(registry, ProfileStore([file]), shape, h200, ["alpha_moe"])
 
 
 def cases() -> Iterator[tuple[str, str, tuple[str, ...], Replay, Replay]]:
-    """(model, dtype, kernels, batches to fit on, batches to judge) of all that ships."""
+    """(model, dtype, kernels, batches to fit on, batches to judge) of the shipped profiles."""
     for dtype, kernels in KERNELS:
         for model in MODELS:
             yield model, dtype, kernels, *split(model, dtype, kernels)
 
 
 def cross_validated(model: str, form: str, deals: int = DEALS) -> np.ndarray:
-    """Regret on the first sweep, five folds dealt `deals` ways, `[deals * batches]`."""
+    """Regret `[deals * batches]` on the first sweep, by five-fold cross-validation. Folds are dealt `deals` ways."""
     replay = first_sweep(model)
     choices = [
         cross_validated_choices(replay.histograms, lambda rows: replay.fit(rows, form), seed=seed)
@@ -96,8 +97,8 @@ def cross_validated(model: str, form: str, deals: int = DEALS) -> np.ndarray:
 
 
 def held_out(model: str, dtype: str, kernels: tuple[str, ...], form: str) -> tuple[np.ndarray, float]:
-    """Regret `[batches]` on the batches to judge, and its mean against the best of one run judged on the other: NaN
-    where there is one run."""
+    """Regret `[batches]` on the batches to judge, and its mean against the split-half best: the best candidate of one
+    run, judged by another. The mean is NaN if there is one run."""
     _, test = split(model, dtype, kernels)
     choices = fitted(model, dtype, kernels, form).cost(test.histograms).argmin(1)
     rows, runs = test.repeated()
@@ -108,7 +109,7 @@ def held_out(model: str, dtype: str, kernels: tuple[str, ...], form: str) -> tup
 
 @cache
 def guess(model: str, dtype: str, kernel: str) -> CostModel:
-    """By the other models' profiles."""
+    """The cost model of a kernel, predicted from the profiles of the other models."""
     shape = registry.shape(model, dtype)
     others = store.of_other_shapes(kernel, shape, h200)
     configs_of = partial(usable_configs, registry.kernel(kernel), hardware=h200)
@@ -116,13 +117,14 @@ def guess(model: str, dtype: str, kernel: str) -> CostModel:
 
 
 def transferred(model: str, dtype: str, kernels: Sequence[str], test: Replay) -> tuple[np.ndarray, int, float]:
-    """Of choosing by the other models' profiles, among what the model's own has timed: regret `[batches]`, and how many
-    configurations there are; and on which share of the batches a choice among all is one of them."""
+    """Choices by the other models' profiles, among the configurations that the model's own profile has timed. Returns
+    their regret `[batches]`, the number of these configurations, and the share of batches that are judged. A batch is
+    judged if the choice among all configurations was timed."""
     us = {c.name: us for g in (guess(model, dtype, k) for k in kernels)
           for c, us in zip(g.candidates, g.cost(test.histograms).T, strict=True)}  # fmt: skip
     never = np.full(len(test.labels), np.inf)
     timed = np.stack([us.get(c.name, never) for c in test.candidates], 1)
-    # What is predicted alike is one choice, whatever rounding says.
+    # Equal predictions count as one choice, although rounding may tell them apart.
     judged = timed.min(1) <= np.stack(list(us.values())).min(0) * (1 + 1e-9)
     return regret(test.times_us, timed.argmin(1)), int(np.isfinite(timed).any(0).sum()), float(judged.mean())
 
@@ -142,7 +144,7 @@ def forms() -> str:
 
 
 def profiles() -> str:
-    """Regret of the forms on the held-out batches of what ships."""
+    """Regret of the forms on the held-out batches of the shipped profiles."""
     rows = []
     for model, dtype, kernels, _, _ in cases():
         cells = [model, f"{' + '.join(kernels)} {dtype}"]
@@ -155,7 +157,7 @@ def profiles() -> str:
 
 
 def regions() -> str:
-    """Where the default form is wrong: held-out batches of all single kernels, by region."""
+    """Regret and error of the default form by region, over the held-out batches of all single kernels."""
     records = []
     for model, dtype, kernels, _, test in cases():
         if len(kernels) > 1:
@@ -189,7 +191,7 @@ def regions() -> str:
 
 
 def orders(tune: Replay) -> dict[str, list[np.ndarray]]:
-    """Ways of choosing which batches to measure first, each as one or several orders of the rows."""
+    """Orders in which to measure the batches, by name. An order is one or several permutations of the rows."""
     n = len(tune.labels)
     uniform = [i for i, (_, kind) in enumerate(tune.labels) if kind == "uniform"]
     by_size = sorted(range(n), key=lambda i: tune.labels[i][0])
@@ -219,7 +221,7 @@ def curve() -> dict[str, dict[int, float]]:
 
 
 def design() -> str:
-    """The learning curve: which batches to measure, and how many."""
+    """The learning curve: regret by the number of batches measured, and by their order."""
     shares = []
     for _, _, kernels, tune, test in cases():
         if len(kernels) == 1:
@@ -233,7 +235,7 @@ def design() -> str:
 
 
 def shapes() -> str:
-    """Leave one shape out."""
+    """Regret on a shape that is predicted from the other shapes."""
     rows = []
     for (dtype, kernels), model in itertools.product(UNSEEN, MODELS):
         tune, test = split(model, dtype, kernels)
@@ -256,7 +258,7 @@ HEAVY = ("forms", "design")
 
 
 def draw() -> None:
-    """forms.png: how often a form loses how much on the first sweeps; design.png: the learning curve."""
+    """Draw forms.png, the distribution of regret by form on the first sweeps, and design.png, the learning curve."""
     import matplotlib
 
     matplotlib.use("Agg")

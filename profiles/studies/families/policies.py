@@ -1,5 +1,5 @@
-"""The batches of every model and dtype, all families that have a profile on one set, and what each policy takes on
-them: measured times, of which every choice is fitted or tuned on the other batches."""
+"""The batches of every model and dtype, and the measured time of each policy on them. All families with a profile share
+one set of batches. Choices are fitted or tuned on other batches than those that judge them."""
 
 from __future__ import annotations
 
@@ -23,15 +23,15 @@ FAMILIES = ("alpha_moe", "deep_gemm", "flashinfer_cutlass", "vllm_triton", "trit
 OURS = ("triton", "cute")
 REGIMES = {"up to 16": (1, 16), "17 to 512": (17, 512), "513 and more": (513, 1 << 30)}
 CHOOSE_AMONG = 8
-"""Candidates whose choice on the device is counted."""
+"""Number of candidates for which the time of choosing on the device is counted."""
 
 present = [f for f in FAMILIES if any(store.find(f, registry.shape(m, d), h200) for m in MODELS for d in DTYPES)]
 
 
 @dataclass(frozen=True, slots=True)
 class Cell:
-    """A batch: what won in hindsight, what dispatch over all families ran, and microseconds by policy: of those that
-    were there. A batch to fit on has its winner alone."""
+    """A batch: the winner in hindsight, the choice of dispatch over all families, and microseconds by policy. `us`
+    lacks policies without a measurement. A batch to fit on has only its winner."""
 
     model: str
     dtype: str
@@ -46,12 +46,12 @@ class Cell:
         return next(name for name, (low, high) in REGIMES.items() if low <= self.tokens <= high)
 
     def over(self, policy: str, variant: str) -> float:
-        """Speed-up of a variant of dispatch over a policy, NaN where that was not measured."""
+        """Speed-up of a variant of dispatch over a policy. NaN if the policy was not measured."""
         return self.us.get(policy, np.nan) / self.us[variant]
 
 
 def graph_rows(model: str, what: str, tokens: int) -> list[dict[str, float]]:
-    """Measured overheads at the next larger batch, or the largest."""
+    """Overheads measured at the smallest batch of at least as many tokens, or at the largest batch."""
     rows = json.loads((OVERHEADS / f"h200_{model}.json").read_text())[what]
     sizes = sorted({r["tokens"] for r in rows})
     size = next((s for s in sizes if s >= tokens), sizes[-1])
@@ -60,14 +60,14 @@ def graph_rows(model: str, what: str, tokens: int) -> list[dict[str, float]]:
 
 @cache
 def choosing_us(model: str, tokens: int) -> float:
-    """Of the kernel that evaluates the cost model on the device."""
+    """Microseconds of the kernel that evaluates the cost model on the device."""
     return next(r["select_us"] for r in graph_rows(model, "selection", tokens) if r["candidates"] == CHOOSE_AMONG)
 
 
 @cache
 def switching_us(model: str, tokens: int) -> float:
-    """All that a layer in a graph takes beyond its body, with the most bodies that were measured, by the better of the
-    modes that can hold any kernel."""
+    """Microseconds that a layer in a graph takes beyond its body, with the most bodies that were measured. The faster
+    of the modes that can hold any kernel counts."""
     rows = graph_rows(model, "bodies", tokens)
     most = {
         mode: max((r for r in rows if r["mode"] == mode), key=lambda r: r["bodies"]) for mode in ("nodes", "switch")
@@ -76,14 +76,14 @@ def switching_us(model: str, tokens: int) -> float:
 
 
 class Case:
-    """One model in one dtype, all families that have a profile on the batches that they share: those to tune on, those
-    to judge, and policies on the latter."""
+    """A model in a dtype, with all families that have a profile. The batches that they share are those to tune on and
+    those to judge. Policies are evaluated on the latter."""
 
     def __init__(self, model: str, dtype: str) -> None:
         self.model, self.dtype, self.shape = model, dtype, registry.shape(model, dtype)
         names = [f for f in FAMILIES if store.find(f, self.shape, h200)]
         self.tune, self.test = tune, test = split(model, dtype, tuple(names))
-        # As a user's dispatch has it: each kernel's is of all batches that it was measured on to be fitted.
+        # As in a user's dispatch: each kernel's model is fitted on all tune batches of that kernel.
         self.fit, _ = load_model(registry, store, self.shape, h200, names)
         at = {c.name: i for i, c in enumerate(self.fit.candidates)}
         columns = [at[c.name] for c in test.candidates]
@@ -92,7 +92,7 @@ class Case:
         self.families = [f for f in FAMILIES if f in self.family]
 
     def layouts(self, copies: int) -> LayoutChoice:
-        """What the layer would hold, by predictions of the batches that were fitted on."""
+        """The layouts that a layer would hold, by predicted times on the tune batches."""
         kernels = [registry.kernel(f) for f in self.families]
         times = kernel_times(self.fit, self.families, self.tune.histograms)
         return choose_layouts(self.shape, kernels, copies, times)
@@ -109,7 +109,7 @@ class Case:
         return columns[self.judged_us[:, columns].argmin(1)]
 
     def own_choice(self, family: str) -> list[int | None]:
-        """What the family takes by itself, None where that was not timed."""
+        """The columns `[batches]` of the family's own default configuration. None if it was not timed."""
         kernel = registry.kernel(family)
         assert isinstance(kernel, LaunchableKernel)
         index = {c.name: i for i, c in enumerate(self.test.candidates)}
@@ -117,9 +117,9 @@ class Case:
         return [index.get(f"{family}/{name}") for name in wanted]
 
     def planned(self, families: Iterable[str]) -> FloatArray:
-        """Inside a CUDA graph: dispatch, all overhead included, for batch sizes where it is predicted to gain more than
-        that; else the one candidate that is predicted to be best for the size. Predictions are of the batches that were
-        fitted on."""
+        """Microseconds `[batches]` inside a CUDA graph. If dispatch is predicted to gain more than its overhead at a
+        batch size, the graph dispatches, and the overhead counts. Otherwise it holds the candidate that is predicted to
+        be best for the size. The predictions are for the tune batches."""
         columns = self.of(families)
         by_size = {t: [i for i, (n, _) in enumerate(self.tune.labels) if n == t] for t, _ in self.tune.labels}
         times = []
@@ -135,7 +135,7 @@ class Case:
 
     @cached_property
     def policies(self) -> dict[str, FloatArray]:
-        """Microseconds of the batches to judge."""
+        """Microseconds `[batches]` of each policy on the batches to judge, by name."""
         us, rows, labels = self.test.times_us, np.arange(len(self.test.labels)), self.tune.labels
         one, two = self.layouts(1).kernels, self.layouts(2).kernels
         choosing = np.array([choosing_us(self.model, tokens) for tokens, _ in self.test.labels])
@@ -161,7 +161,7 @@ class Case:
 
     @property
     def single(self) -> int:
-        """Our one configuration for everything."""
+        """The column of the one configuration of our kernels that is best for all batches."""
         ours = self.of(OURS)
         return int(ours[single_choice(self.tune.times_us[:, ours])])
 

@@ -1,7 +1,7 @@
-"""The cross-kernel study: every figure, table and plot of the README beside this, from the profiles that ship.
+"""Computes the tables and plots of the cross-kernel study in the README beside this from the shipped profiles.
 
 `python profiles/pages.py --write families` fills the page and the repository's README, writes cells.csv and draws the
-plots, in seconds, without a GPU. Whatever families have a profile take part, the others are named as missing.
+plots. It takes seconds, without a GPU. All families with a profile take part. The others are named as missing.
 """
 
 from __future__ import annotations
@@ -32,19 +32,19 @@ from studies.shipped import MODELS, h200, registry, store
 
 HERE = Path(__file__).parent
 DECODE = 512
-"""Tokens up to which the aims are."""
+"""Most tokens of the batches to which the aims apply."""
 LOST = 0.98
-"""Below this speed-up dispatch by histogram is said to lose: of two runs, most cells repeat to less."""
+"""Speed-up below which dispatch by histogram counts as a loss. Most cells of two runs differ by less."""
 TRACE = "trace"
-"""The held-out study's kind of routing that was recorded."""
+"""The kind of routing in the held-out study that was recorded."""
 VARIANTS = {
     "dispatch": "free",
     "choosing": "with choosing",
     "planned": "planned",
 }
-"""Of dispatch by histogram, by policy."""
+"""Names of the variants of dispatch by histogram, by policy."""
 INCLUDED = "choosing"
-"""The variant that the tables tell where they tell one."""
+"""The variant in tables that show only one."""
 AIMS = (
     ("flashinfer_cutlass alone", "by default", 1.13, "flashinfer_cutlass itself", ("dispatch", "choosing")),
     ("flashinfer_cutlass alone", "tuned by batch size", 1.13, "flashinfer_cutlass tuned", ("dispatch", "choosing")),
@@ -53,11 +53,12 @@ AIMS = (
     ("one configuration of our best kernel", "by all families", 1.22, "single", ("dispatch", "choosing")),
     ("one configuration of our best kernel", "by that kernel", 1.22, "single", ("own kernel", "own kernel, choosing")),
 )
-"""Against what, how, speed-up, its policy, variants of dispatch without and with overheads."""
+"""(rival, how it is configured, speed-up aimed at, the rival's policy, variants of dispatch without and with
+overheads)."""
 
 
 def speedup(some: Sequence[Cell], policy: str, variant: str = INCLUDED, spread: bool = False) -> str:
-    """Geometric mean, over the cells where the policy was measured."""
+    """Geometric mean of the speed-ups over the cells in which the policy was measured."""
     ratios = np.array([c.over(policy, variant) for c in some])
     ratios = ratios[np.isfinite(ratios)]
     if not len(ratios):
@@ -67,7 +68,7 @@ def speedup(some: Sequence[Cell], policy: str, variant: str = INCLUDED, spread: 
 
 
 def sources() -> str:
-    """Who takes part: configurations and batches of each family's profile."""
+    """The configurations and batches of each family's profile."""
     rows = []
     for case in cases():
         row = [case.model, case.dtype]
@@ -87,7 +88,7 @@ def sources() -> str:
 
 
 def winners() -> str:
-    """In hindsight, on all batches: shares of the families."""
+    """The share of all batches that each family wins in hindsight."""
     kinds = sorted({c.routing for c in cells()})
     found = [(d, m, r, [c for c in cells() if (c.dtype, c.model, c.regime) == (d, m, r)])
              for d in DTYPES for m in MODELS for r in REGIMES]  # fmt: skip
@@ -110,14 +111,14 @@ def against(some: Sequence[Cell], variant: str = INCLUDED) -> list[object]:
 
 
 def variants() -> str:
-    """What overhead and layouts cost, the models together."""
+    """Speed-ups of each variant of dispatch, the models together: the cost of overhead and layouts."""
     rows = ((d, r, name, *against(judged(dtype=d, regime=r), v)) for d in DTYPES for r in REGIMES
             for v, name in VARIANTS.items())  # fmt: skip
     return table(("dtype", "tokens", "dispatch", *HEAD), rows)
 
 
 def groups() -> str:
-    """By model and batch size, and by skew."""
+    """Speed-ups by model and batch size, and by skew."""
     kinds = sorted({c.routing for c in judged()})
     found = [(d, m, r, judged(dtype=d, model=m, regime=r)) for d in DTYPES for m in MODELS for r in REGIMES]
     found += [(d, "all models", k, judged(dtype=d, routing=k)) for d in DTYPES for k in kinds]
@@ -125,7 +126,7 @@ def groups() -> str:
 
 
 def aims() -> str:
-    """Up to DECODE tokens, the models together and each."""
+    """Speed-ups against the aims up to DECODE tokens, for the models together and for each."""
     rows = []
     for name, how, aim, policy, ways in AIMS:
         for dtype in DTYPES:
@@ -141,7 +142,7 @@ def aims() -> str:
 
 
 def summary() -> str:
-    """Against the best family alone, which nobody knows beforehand, and static dispatch over all."""
+    """Speed-ups over the best family alone, which is known only in hindsight, and over static dispatch over all."""
     rows = []
     for dtype, limit in ((d, t) for d in DTYPES for t in (DECODE, 1 << 30)):
         some = [c for c in judged(dtype=dtype) if c.tokens <= limit]
@@ -157,7 +158,7 @@ def summary() -> str:
 
 
 def unseen() -> str:
-    """Routings that no profile has seen: by kind, the models together, and the trace by batch size."""
+    """Speed-ups on routings that no profile has seen, by kind, and on the trace by batch size. The models together."""
     kinds, sizes = (sorted({of(c) for c in unseen_cells()}) for of in (lambda c: c.routing, lambda c: c.tokens))
     names = [(d, k, "all") for d in DTYPES for k in kinds] + [(d, TRACE, str(t)) for d in DTYPES for t in sizes]
     found = [
@@ -179,7 +180,7 @@ def unseen() -> str:
 
 
 def headline() -> str:
-    """Dispatch, free and planned, over each family, over static dispatch over all and over the oracle."""
+    """Speed-ups of dispatch, free and planned, over each family, over static dispatch over all, and over the oracle."""
     policies = (*(f"{f} tuned" for f in present), "static", "oracle")
     rows = []
     for dtype, limit in ((d, t) for d in DTYPES for t in (DECODE, 1 << 30)):
@@ -193,7 +194,7 @@ def headline() -> str:
 
 
 def overheads() -> str:
-    """What choosing and switching are counted as."""
+    """Microseconds that are counted for choosing and for switching."""
     sizes = (1, 64, 512, 2048)
     rows = [(m, *(f"{choosing_us(m, t):.2f} / {switching_us(m, t):.2f}" for t in sizes)) for m in MODELS]
     head = (
@@ -204,7 +205,7 @@ def overheads() -> str:
 
 
 def layouts() -> str:
-    """What the weights are held in, by copies."""
+    """The layouts that weights are held in, by the number of copies."""
     rows = []
     for case in cases():
         some, free = case.policies, case.layouts(len(FAMILIES))
@@ -218,7 +219,7 @@ def layouts() -> str:
 
 
 def losers() -> str:
-    """How often dispatch loses."""
+    """How often dispatch is slower than each policy by more than LOST allows."""
     rows = []
     for dtype in DTYPES:
         for regime in REGIMES:
@@ -232,7 +233,7 @@ def losers() -> str:
 
 
 def losses() -> str:
-    """Batches where the choice itself, or the plan, is worse than static dispatch."""
+    """Batches on which dispatch, free or planned, is slower than static dispatch by more than LOST allows."""
     rows = []
     for c in sorted(judged(), key=lambda c: (c.dtype, c.model, c.tokens, c.routing)):
         by = [c.over("static", v) for v in VARIANTS]
@@ -247,7 +248,7 @@ FRONT = {"headline": headline}
 
 
 def sheet() -> str:
-    """Every batch, its winner, and microseconds of each policy on those to judge."""
+    """Every batch as CSV: its winner, and the microseconds of each policy if it is one to judge."""
     policies = list(dict.fromkeys(p for c in judged() for p in c.us))
     out = io.StringIO()
     lines = csv.writer(out, lineterminator="\n")
@@ -262,7 +263,7 @@ FILES = {"cells.csv": sheet}
 
 
 def draw() -> None:
-    """winners.png: which family wins where; speedups.png: dispatch over each family, batch by batch."""
+    """Draw winners.png, the family that wins each batch, and speedups.png, dispatch over each family by batch."""
     import matplotlib
 
     matplotlib.use("Agg")

@@ -1,4 +1,4 @@
-"""The families on routings that no profile has seen, the recorded trace among them: times of the held-out study."""
+"""Policies over the families on routings that no profile has seen, by the times of the held-out study."""
 
 from __future__ import annotations
 
@@ -17,8 +17,8 @@ HELD_OUT = Path(__file__).parents[1] / "heldout"
 
 
 class Unseen:
-    """One model in one dtype. Static tables are tuned on the study's draws of all kinds of so many tokens, half of the
-    trace among them; the other draws judge."""
+    """A model in a dtype. For each number of tokens, static tables are tuned on the study's tune draws of all kinds,
+    which include half of the trace. The other draws judge."""
 
     def __init__(self, case: Case, record: dict[str, Any]) -> None:
         self.case, self.record = case, record
@@ -42,7 +42,7 @@ class Unseen:
         predicted = case.fit.cost(np.array([draw["histogram"]]))[0]
 
         def dispatched(families: Iterable[str]) -> int:
-            """Index among the configurations that were timed, which the study's choices of every kernel alone are."""
+            """The index of the choice among the timed configurations. The study timed each kernel's own choice."""
             own = np.flatnonzero(np.isin(self.kernel, list(families)))
             return configs.index(self.names[own[predicted[own].argmin()]])
 
@@ -65,7 +65,7 @@ class Unseen:
 
 @cache
 def unseen_cells() -> list[Cell]:
-    """Of what was measured of all families that the study has."""
+    """The cells of every model and dtype that the held-out study measured."""
     known = {(case.model, case.dtype): case for case in cases()}
     found = []
     for model in MODELS:

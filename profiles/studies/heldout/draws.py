@@ -1,11 +1,12 @@
-"""The routings of the study: batches that no profile has drawn, some of kinds that no profile knows.
+"""The routings of the study: batches that no profile has drawn, some of kinds that no profile contains.
 
-uniform, zipf1.2   kinds that profiles are fitted to, by seeds that none draws from
-sticky0.9          of no profile: a prompt whose tokens keep each of the experts of the token before with probability
-                   0.9, and draw the others uniformly. Which experts are hot changes along the prompt: a large batch is
-                   skewed in blocks, a small one wakes few experts
-trace              recorded from a real model, for models of as many experts: windows of consecutive tokens, as in a
-                   prefill, and in turn tokens evenly apart, as in a decoding step of many requests
+uniform, zipf1.2   kinds that profiles are fitted to, with seeds that no profile draws from
+sticky0.9          in no profile: a token keeps each expert of the token before it with probability 0.9, and draws the
+                   others uniformly. The hot experts change along the prompt. A large batch is therefore skewed in
+                   blocks, and a small one activates few experts
+trace              recorded from a real model, for models with as many experts. Half of the batches are windows of
+                   consecutive tokens, as in a prefill. The others take tokens at even distances, as in a decoding step
+                   of many requests
 """
 
 from __future__ import annotations
@@ -21,14 +22,14 @@ TOKENS = (1, 4, 16, 64, 256, 1024)
 KINDS = ("uniform", "zipf1.2", "sticky0.9")
 TRACE = "trace"
 TUNED = JUDGED = 5
-"""Draws of a group (a number of tokens and a kind): the first to tune static dispatch on, the others to judge."""
+"""Draws per group (a number of tokens and a kind): the first tune static dispatch, the others judge."""
 FIRST_SEED = 20_000
-"""Every draw has a seed of its own, so that no batch is the beginning of another."""
+"""The lowest seed. Every draw has its own, so that no batch is the beginning of another."""
 
 
 @dataclass(frozen=True)
 class Draw:
-    """A batch: top-k ids int64 `[tokens, top_k]`; of a trace, `seed` counts the draws."""
+    """A batch: top-k ids int64 `[tokens, top_k]`. For a trace, `seed` is the number of the draw."""
 
     split: str
     seed: int
@@ -36,7 +37,8 @@ class Draw:
 
 
 def sticky(tokens: int, num_experts: int, top_k: int, stay: float, seed: int) -> IntArray:
-    """Ids int64 `[tokens, top_k]`, distinct in a token: each of the token before stays with probability `stay`."""
+    """Ids int64 `[tokens, top_k]`, distinct within a token. An expert of a token is kept for the next one with
+    probability `stay`."""
     rng = np.random.default_rng(seed)
     ids = np.empty((tokens, top_k), np.int64)
     kept = ids[:0, 0]
@@ -48,8 +50,8 @@ def sticky(tokens: int, num_experts: int, top_k: int, stay: float, seed: int) ->
 
 
 def cut(topk_ids: IntArray, tokens: int, draws: int) -> list[IntArray]:
-    """Batches `[tokens, top_k]` of a trace's ids: windows, which overlap where there are too few ids, and tokens evenly
-    apart, in turn. Raises RoutingError where the trace is too short."""
+    """Batches `[tokens, top_k]` of a trace's ids, alternately windows and tokens at even distances. Windows overlap if
+    there are too few ids. Raises RoutingError if the trace is too short."""
     if tokens > len(topk_ids):
         raise RoutingError(f"a batch of {tokens} tokens cannot be cut from half a trace of {len(topk_ids)}")
     apart = len(topk_ids) // tokens
@@ -61,7 +63,9 @@ def cut(topk_ids: IntArray, tokens: int, draws: int) -> list[IntArray]:
 
 
 def kinds(tokens: int, shape: MoEShape, trace: Trace | None) -> tuple[str, ...]:
-    """A single token wakes top_k experts whatever the routing. A trace of batches says of no token what it named."""
+    """The kinds of routing that a number of tokens is measured with. One token activates top_k experts under any
+    routing, so it needs one kind. A trace takes part if it has ids of tokens, and the experts and top_k of the
+    shape."""
     if tokens == 1:
         return KINDS[:1]
     of_tokens = trace is not None and len(trace.topk_ids)
@@ -70,7 +74,7 @@ def kinds(tokens: int, shape: MoEShape, trace: Trace | None) -> tuple[str, ...]:
 
 
 def draws(kind: str, tokens: int, shape: MoEShape, trace: Trace | None) -> list[Draw]:
-    """One group's. Of a trace, the first half is tuned on and the second judged."""
+    """The draws of one group. For a trace, its first half tunes and its second half judges."""
     splits = ["tune"] * TUNED + ["judge"] * JUDGED
     if kind == TRACE:
         assert trace is not None

@@ -1,14 +1,15 @@
-"""Measure, on this machine's GPU, what dispatch from the shipped profiles chooses on routings that no profile has seen,
-and its rivals: one file a model beside this.
+"""Measure dispatch from the shipped profiles, and its rivals, on routings that no profile has seen. Runs on this
+machine's GPU, and writes one file per model beside this script.
 
     python -m studies.heldout.measure [--models NAME ...] [--dtype D] [--kernel NAME ...] [--trace FILE] [--minutes N]
 
-Each number of tokens: every configuration of the kernels' profiles is timed on two tune draws of each kind of routing.
-Kept are those that dispatch chooses on any draw, for one kernel or for all, and of each kernel the fastest on each
-of these draws, and over all of them. Each group (tokens x kind): those are timed on every draw through the
-library's bench, as its profiler does: whole paths in a CUDA graph with a cold L2, every configuration in two halves of
-at least 20 launches, five at a time, interleaved; a half's time is its median. A group is kept once it is measured: the
-same command goes on after an interruption. No group is begun after --minutes, counted for each model.
+For each number of tokens, every configuration of the kernels' profiles is timed on two tune draws of each kind of
+routing. Some configurations are kept: those that dispatch chooses on any draw, for one kernel or for all together, and
+each kernel's four fastest on each of these draws and over all of them. A group is a number of tokens and a kind. The
+kept configurations are timed on every draw of a group through the library's bench. It times whole paths in a CUDA graph
+with a cold L2. Every configuration has two halves of at least 20 launches, five at a time, interleaved. A half's time
+is its median. A group is stored once it is measured, so the same command resumes after an interruption. No group is
+begun after --minutes, counted per model.
 """
 
 from __future__ import annotations
@@ -53,15 +54,15 @@ MODELS = ("olmoe-1b-7b", "qwen3-30b-a3b", "deepseek-v3-tp8", "mixtral-8x7b-tp4")
 DTYPES = ("fp8", "bf16")
 HALVES, LAUNCHES, ROUND = 2, 20, 5
 SCREENED = 2
-"""Draws of each kind on which all configurations are timed, ROUND launches of each."""
+"""Draws of each kind on which all configurations are timed, with ROUND launches each."""
 NEAREST = 4
-"""Configurations of each kernel that are kept from such a draw."""
+"""Configurations of each kernel that are kept from a screened draw."""
 
 Record = dict[str, Any]
 
 
 class Study:
-    """One model's measurements: dispatchers from its profiles, its file, and a bench in a process of its own."""
+    """The measurements of one model: its dispatchers, its file, and a bench in a separate process."""
 
     def __init__(
         self, model: str, dtype: str, device: str, kernels: Sequence[str], setup: Setup, trace: Trace | None
@@ -85,8 +86,8 @@ class Study:
             raise ProfileError(f"{self.path} was measured with other {' and '.join(changed)}; move it away")
 
     def todo(self) -> list[tuple[int, str]]:
-        """Groups that are not measured yet. What was kept for a size regards the kinds planned then: where there are
-        more now, its groups are measured anew."""
+        """The groups (tokens, kind) that are not measured yet. If more kinds are planned for a size than when its
+        configurations were kept, all groups of that size are measured again."""
         planned = {tokens: kinds(tokens, self.shape, self.trace) for tokens in TOKENS}
         sizes = [s for s in self.record["sizes"] if set(s["kinds"]).issuperset(planned[s["tokens"]])]
         known = {s["tokens"] for s in sizes}
@@ -96,7 +97,7 @@ class Study:
         return [(t, kind) for t, of_size in planned.items() for kind in of_size if (t, kind) not in done]
 
     def run(self, minutes: float) -> None:
-        """Measure what is left, for as long as there is time."""
+        """Measure the groups that are left, until the time is over."""
         began = time.monotonic()
         left = self.todo()
         if not left:
@@ -126,8 +127,8 @@ class Study:
         return expert_histogram(draw.topk_ids, self.shape.num_experts)
 
     def warm(self) -> set[str]:
-        """Compile every configuration, and for each size of batch what besides the GEMMs may be compiled for it, in
-        many processes: compilers' caches are shared. The names of those that cannot be."""
+        """Compile in many processes, which share the compilers' caches, and return the names that do not compile. Every
+        configuration is compiled once. Stages other than GEMMs are compiled for each size of batch."""
         ids = {n: generate("uniform", n, self.shape.num_experts, self.shape.top_k) for n in TOKENS}
         others = {n: {s.key for s in c.config.stages if s.kind != "gemm"} for n, c in self.candidates.items()}
         tasks = [(ids[TOKENS[-1]], c) for c in self.candidates.values()]
@@ -143,7 +144,7 @@ class Study:
         return failed
 
     def kept(self, tokens: int, failed: Iterable[str]) -> list[str]:
-        """Configurations to time on all draws of so many tokens, whatever the kind."""
+        """Names of the configurations to time on all draws of a number of tokens, of any kind."""
         for size in self.record["sizes"]:
             if size["tokens"] == tokens:
                 return list(size["configs"])
@@ -164,7 +165,7 @@ class Study:
         return configs
 
     def screened(self, draw: Draw, live: Sequence[Candidate]) -> FloatArray:
-        """Microseconds of each candidate, the median of few launches."""
+        """Microseconds of each candidate `[candidates]`, the median of one round of launches."""
         self.measurer.open(draw.topk_ids)
         return np.array([statistics.median(self.time(c)) for c in live])
 
@@ -194,13 +195,13 @@ def path_of(folder: Path, model: str, dtype: str) -> Path:
 
 
 def say(text: str, end: str = "\n") -> None:
-    """A line of progress: on a terminal the next one takes its place where it ends in a return."""
+    """Print a line of progress. On a terminal, a line that ends in a carriage return is replaced by the next."""
     terminal = sys.stderr.isatty()
     print(f"\r\033[K{text}" if terminal else text, end=end if terminal else "\n", file=sys.stderr, flush=True)
 
 
 def layout(record: Record) -> bytes:
-    """JSON with a line for each draw."""
+    """JSON with one line per draw."""
 
     def lines(entries: Iterable[bytes]) -> bytes:
         return b"[\n" + b",\n".join(entries) + b"\n]"
@@ -235,10 +236,10 @@ def main(models: Sequence[str], dtype: str, kernels: Sequence[str], trace: Path 
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--models", nargs="+", choices=MODELS, default=MODELS, help="of these only")
-    parser.add_argument("--dtype", choices=DTYPES, default=DTYPES[0], help="of the weights (default: %(default)s)")
-    parser.add_argument("--kernel", action="append", default=[], help="of these only, may be repeated")
-    parser.add_argument("--trace", type=Path, help="recorded routing, for models of as many experts")
-    parser.add_argument("--minutes", type=float, default=3.0, help="of a model (default: %(default)s)")
+    parser.add_argument("--models", nargs="+", choices=MODELS, default=MODELS, help="measure only these models")
+    parser.add_argument("--dtype", choices=DTYPES, default=DTYPES[0], help="dtype of weights (default: %(default)s)")
+    parser.add_argument("--kernel", action="append", default=[], help="measure only this kernel; may be repeated")
+    parser.add_argument("--trace", type=Path, help="recorded routing, for models with as many experts")
+    parser.add_argument("--minutes", type=float, default=3.0, help="time per model (default: %(default)s)")
     options = parser.parse_args()
     main(options.models, options.dtype, options.kernel, options.trace, options.minutes)

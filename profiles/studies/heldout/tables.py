@@ -1,4 +1,4 @@
-"""How dispatch from the shipped profiles does on routings that no profile has seen, from what measure.py wrote.
+"""Tables of the regret of dispatch on routings that no profile has seen, from the files that measure.py wrote.
 
 `python profiles/pages.py --write heldout` fills the page.
 """
@@ -22,21 +22,25 @@ from studies.heldout.measure import DTYPES, MODELS, path_of
 HERE = Path(__file__).parent
 DEVICE = "h200"
 SLOWER, ALONE, JOINT, MOST = 0.02, 0.0093, 0.012, 0.10
-"""What is claimed: no group slower than static by more than SLOWER; mean regret against the split-half best of one
-kernel, and of all together; and the largest regret of a batch."""
+"""The bounds claimed, as fractions: the slowdown of a group against static dispatch; the mean regret against the
+split-half best, for one kernel and for all together; the largest regret of a batch."""
 SHOWN = 12
 
 Record = dict[str, Any]
 Case = tuple[str, tuple[str, ...]]
-"""Model with its dtype, and kernels."""
+"""A model with its dtype, and kernels."""
 
 
 @dataclass(frozen=True)
 class Group:
-    """The judged draws of a number of tokens and a kind of routing. `runs_us` `[halves, draws, candidates]`; `chosen`
-    is dispatch's candidate on each; `static` the one that is fastest over the tune draws of all kinds of so many
-    tokens, by geometric mean, `own_static` over those of this kind. `missing` draws, whose choice was not measured, are
-    in neither."""
+    """The judged draws of a number of tokens and a kind of routing.
+
+    runs_us      microseconds `[halves, draws, candidates]`
+    chosen       the candidate that dispatch chooses on each draw, `[draws]`
+    static       the candidate with the least geometric mean over the tune draws of this size, all kinds
+    own_static   the same over the tune draws of this kind alone
+    missing      how many draws are left out because the choice was not measured
+    """
 
     model: str
     kernels: tuple[str, ...]
@@ -53,7 +57,7 @@ class Group:
         return np.asarray(self.runs_us.mean(0))
 
     def over(self, static: int) -> float:
-        """Dispatch's time over static's, less 1: the mean over the draws."""
+        """Dispatch's time over the time of candidate `static`, less 1: the mean over the draws."""
         times = self.times_us
         return float((times[np.arange(len(times)), self.chosen] / times[:, static]).mean() - 1)
 
@@ -67,17 +71,17 @@ class Group:
 
     @property
     def regret(self) -> FloatArray:
-        """`[draws]`"""
+        """Regret against the oracle, `[draws]`."""
         return regret(self.times_us, self.chosen)
 
     @property
     def split_half(self) -> FloatArray:
-        """Against the best of one half, in the other: `[pairs of halves, draws]`."""
+        """Regret in one half against the best candidate of the other half, `[pairs of halves, draws]`."""
         return split_half_regret(self.runs_us, self.chosen)
 
 
 def load(folder: Path, models: Sequence[str] = MODELS) -> list[Record]:
-    """The records of those models that were measured. Raises ProfileError for one of another device."""
+    """The records of the models that were measured. Raises ProfileError for a record of another device."""
     files = (path_of(folder, model, dtype) for dtype in DTYPES for model in models)
     found = [json.loads(f.read_text()) for f in files if f.exists()]
     for record in found:
@@ -92,13 +96,13 @@ def name_of(record: Record) -> str:
 
 
 def cases(record: Record) -> list[tuple[str, ...]]:
-    """The kernels by themselves, and together."""
+    """Each kernel alone, then all together."""
     names = tuple(record["kernels"])
     return [*((name,) for name in names), *([names] if len(names) > 1 else [])]
 
 
 def groups_of(record: Record, kernels: tuple[str, ...]) -> Iterator[Group]:
-    """As today's profiles dispatch among these kernels."""
+    """The groups of a record, as today's profiles dispatch among these kernels."""
     dispatcher = Dispatcher.for_model(record["model"], record["device"], kernels, record["dtype"])
     for size in record["sizes"]:
         tokens = size["tokens"]
@@ -122,18 +126,18 @@ def groups_of(record: Record, kernels: tuple[str, ...]) -> Iterator[Group]:
 
 
 def _times(draws: Sequence[Record], columns: Sequence[int]) -> FloatArray:
-    """`[halves, draws, candidates]`"""
+    """Microseconds `[halves, draws, candidates]`."""
     return np.array([d["us"] for d in draws]).transpose(1, 0, 2)[..., columns]
 
 
 def _fastest(runs_us: Sequence[FloatArray]) -> int:
-    """By geometric mean over all their draws."""
+    """The column with the least geometric mean over all draws."""
     return int(np.log(np.concatenate(runs_us, axis=1).mean(0)).mean(0).argmin())
 
 
 @dataclass(frozen=True)
 class Study:
-    """What was measured: records, and groups with draws to judge, by case."""
+    """The records that were measured, and by case the groups with draws to judge."""
 
     records: list[Record]
     cases: dict[Case, list[Group]]
@@ -154,13 +158,13 @@ def percent(value: float) -> str:
 
 
 def pooled(groups: Iterable[Group]) -> tuple[FloatArray, FloatArray]:
-    """Regrets of all draws: against the oracle, and against the split-half best."""
+    """Regrets of all draws against the oracle, and against the split-half best."""
     found = list(groups)
     return np.concatenate([g.regret for g in found]), np.concatenate([g.split_half.ravel() for g in found])
 
 
 def claims(study: Study) -> str:
-    """What is claimed, at its worst over the models."""
+    """Each claim, and its worst value over the models."""
     every = study.groups
     if not every:
         return UNMEASURED
@@ -183,7 +187,7 @@ def claims(study: Study) -> str:
 
 
 def regrets(study: Study) -> str:
-    """By model and kernels, over all judged draws."""
+    """Regrets by model and kernels, over all judged draws."""
     rows = []
     for (model, kernels), groups in study.cases.items():
         lost, against = pooled(groups)
@@ -209,7 +213,7 @@ def by_kind(study: Study) -> str:
 
 
 def static(study: Study) -> str:
-    """Groups in which dispatch is slower than static."""
+    """By model and kernels, how often and by how much dispatch is slower than static dispatch."""
     rows = []
     for (model, kernels), groups in study.cases.items():
         cells: list[object] = []
@@ -248,7 +252,7 @@ def sources(study: Study) -> str:
 
 
 def tables(folder: Path = HERE) -> Tables:
-    """Makers of the page's tables over what a folder holds."""
+    """Makers of the page's tables over the records in a folder."""
     makers = (claims, regrets, by_kind, static, worst, sources)
     return over(lambda: Study.of(folder), {f.__name__: f for f in makers})
 

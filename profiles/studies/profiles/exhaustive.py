@@ -1,10 +1,10 @@
-"""What a short profile loses against an exhaustive one, into exhaustive.json.
+"""Writes exhaustive.json: the regret of a short profile against that of an exhaustive one.
 
 ramp-moe profile --model MODEL --kernel triton --kernel alpha_moe --prune inf --minutes 5 --output FOLDER
 python exhaustive.py FOLDER
 
-All is judged by the exhaustive run's times, on its held-out batches. The dispatcher fitted on the shipped profile has
-the configurations that were not pruned from that; the one fitted on the exhaustive run has all.
+Both are judged by the times of the exhaustive run, on its held-out batches. The dispatcher fitted on the shipped
+profile chooses among the configurations that were not pruned. The one fitted on the exhaustive run chooses among all.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from studies.shipped import MODELS, h200, registry, replay
 
 HERE = Path(__file__).parent
 COUNTS = (8, 12, 16, 24, 32)
-"""Tune batches of the shipped profile, in the order in which they were measured."""
+"""Numbers of tune batches of the shipped profile to fit on, in the order in which they were measured."""
 
 
 def study(whole: Replay, short: Replay) -> dict[str, object]:
@@ -50,7 +50,7 @@ def study(whole: Replay, short: Replay) -> dict[str, object]:
 
 
 def _seconds(of: Replay) -> list[float]:
-    """Of each run; the kernels shared them."""
+    """Seconds of each run. The kernels were measured in the same runs."""
     return [run.seconds or 0.0 for run in of.recordings[0].sweep.record.runs]
 
 

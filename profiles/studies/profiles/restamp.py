@@ -1,12 +1,13 @@
 """Write the version of today's code into shipped profiles whose times still hold, and change no other byte.
 
-python restamp.py --check KERNEL...            on an H200: stamp what `ramp-moe check` finds to hold, say what does not
-python restamp.py --from DIGEST,... KERNEL...  stamp without measuring: after changes that leave what the GPU runs as it
-                                               was, those profiles that name the code before, and no older ones
+python restamp.py --check KERNEL...            on an H200: stamp what passes `ramp-moe check`, name the rest
+python restamp.py --from DIGEST,... KERNEL...  without measuring: stamp the profiles that record one of these digests,
+                                               after a change that leaves the code on the GPU as it was
 
-A dtype may follow a kernel: triton/fp8.
+A dtype may follow a kernel, as in triton/fp8.
 
-The digest after the `+` is what changes. The tables of versions follow by `python profiles/pages.py --write profiles`.
+Only the digest after the `+` changes. Run `python profiles/pages.py --write profiles` afterwards to renew the tables of
+versions.
 """
 
 from __future__ import annotations
@@ -28,8 +29,8 @@ VERSION = re.compile(rb'"kernel_version": "([^"+]*)\+([0-9a-f]{8})"')
 def outdated(
     kernels: Sequence[str], folder: Path = SHIPPED, before: Sequence[str] = ()
 ) -> Iterator[tuple[Path, bytes]]:
-    """Profiles of the kernels, or of a dtype of one, that record another digest than today's, and what they should
-    hold. before: only those that record one of these digests."""
+    """Profiles that record another digest than today's, each with its new content. A name in `kernels` is a kernel, or
+    a kernel and a dtype. before: if given, only profiles that record one of these digests."""
     for path in sorted(folder.glob("*/*.json")):
         shape, name = load_sweep(path).shape, path.parent.name
         if name in kernels or f"{name}/{shape.dtype}" in kernels:
@@ -43,7 +44,7 @@ def outdated(
 
 
 def holds(path: Path) -> bool:
-    """Whether a profile's times hold on this machine's GPU, by `ramp-moe check`, which says what it found."""
+    """Whether a profile's times hold on this machine's GPU. Runs `ramp-moe check`, which prints what it finds."""
     shape = load_sweep(path).shape
     asked = ["--model", shape.name or shape.slug, "--dtype", shape.dtype, "--kernel", path.parent.name]
     return subprocess.run([sys.executable, "-m", "ramp_moe.cli", "check", *asked], check=False).returncode == 0

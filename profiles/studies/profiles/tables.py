@@ -1,4 +1,4 @@
-"""Everything that the README beside this says in figures, computed from the profiles that ship.
+"""Computes the tables of the README beside this from the shipped profiles.
 
 `python profiles/pages.py --write profiles` fills the page.
 """
@@ -42,11 +42,11 @@ KERNELS = (
     ("bf16", ("cute", "deep_gemm", "flashinfer_cutlass", "triton")),
 )
 CURVE = (8, 12, 16, 24, 32, 48, 64)
-"""Tune batches after which the learning curve is told."""
+"""Numbers of tune batches at which the learning curve is shown."""
 JUDGED = ("uniform", "distinct0.5", "dirichlet0.3", "zipf2.0")
-"""Routing of the batches to judge."""
+"""Kinds of routing of the batches to judge."""
 DECODE = 512
-"""Tokens up to which DeepGEMM alone is compared cell by cell."""
+"""Most tokens for which DeepGEMM alone is compared cell by cell."""
 
 
 @cache
@@ -68,7 +68,7 @@ def percent(value: float) -> str:
 
 
 def profiles() -> str:
-    """What was measured."""
+    """The sweeps: their versions, counts and runs."""
     rows = []
     for s in SWEEPS:
         runs = s.record.runs
@@ -87,7 +87,7 @@ def profiles() -> str:
 
 
 def repeatability() -> str:
-    """|a / b - 1| between two runs, by range of latency, pooled over the four models."""
+    """|b / a - 1| between two runs a and b, by range of latency, pooled over the four models."""
     rows = []
     for dtype, kernel in SINGLE:
         pairs = []
@@ -114,7 +114,7 @@ def compared(model: str, dtype: str, kernels: tuple[str, ...], form: str = DEFAU
 
 
 def dispatch() -> str:
-    """Held-out batches: static and histogram dispatch, with what noise makes of the regrets."""
+    """Static and histogram dispatch on held-out batches, and the share of the regrets that is noise."""
     rows = []
     for dtype, kernels, model in CASES:
         found = compared(model, dtype, kernels)
@@ -142,8 +142,8 @@ def dispatch() -> str:
 
 
 def alpha_moe() -> str:
-    """Alpha-MoE by histogram over its own tables, by kind of held-out routing, the four models together: whole paths,
-    and its own launch alone."""
+    """Speed-up of Alpha-MoE by histogram over its own tables, for whole paths and for its launch alone. Rows are kinds
+    of held-out routing, pooled over the four models."""
     rows = []
     for stages, table_name in itertools.product(((), ("gemm",)), ("static", "nearest-batch table")):
         by_kind: dict[str, list[float]] = {}
@@ -170,13 +170,13 @@ def alpha_moe() -> str:
 
 
 def held_out(model: str, dtype: str, kernels: tuple[str, ...], stages: tuple[str, ...] = ()) -> tuple[Replay, IntArray]:
-    """The batches to judge, and what dispatch fitted on the others chooses for them."""
+    """The batches to judge, and the candidates `[batches]` that dispatch fitted on the others chooses for them."""
     _, test = split(model, dtype, kernels, stages)
     return test, fitted(model, dtype, kernels, stages=stages).cost(test.histograms).argmin(1)
 
 
 def layouts() -> str:
-    """fp8 dispatch over what one and two copies of the weights serve: time over that of dispatch over all three."""
+    """Time of fp8 dispatch over the kernels that one copy of the weights serves, over that of all three kernels."""
     rows = []
     sets = (("alpha_moe", "triton"), ("deep_gemm", "triton"), ("alpha_moe", "deep_gemm", "triton"))
     for model in MODELS:
@@ -198,7 +198,7 @@ def layouts() -> str:
 
 
 def deep_gemm() -> str:
-    """DeepGEMM's time with its own choice of tiles over that of dispatch over all kernels, and which that chose."""
+    """Time of DeepGEMM with its own choice of tiles over that of dispatch over all kernels, with the kernel chosen."""
     rows: list[tuple[object, ...]] = []
     for dtype, kernels in (("fp8", ("alpha_moe", "deep_gemm", "triton")), ("bf16", ("deep_gemm", "triton"))):
         for model in MODELS:
@@ -223,7 +223,7 @@ def deep_gemm() -> str:
 
 
 def live() -> str:
-    """What `ramp-moe compare --live` measured, from the files beside this."""
+    """Speed-ups that `ramp-moe compare --live` measured, from the files beside this."""
     rows = []
     for file in sorted(HERE.glob("live_*.json")):
         found = json.loads(file.read_text())
@@ -239,8 +239,8 @@ def live() -> str:
 
 
 def curve() -> str:
-    """Mean regret on the test batches of dispatch over all kernels of a dtype, by the tune batches that the fit and the
-    static table saw, in the order in which they were measured."""
+    """Mean regret on the test batches, by the number of tune batches that the fit and the static table saw. Dispatch is
+    over all kernels of a dtype. Tune batches are taken in the order in which they were measured."""
     rows = []
     for dtype, kernels, model in CASES:
         if len(kernels) != {"fp8": 3, "bf16": 2}[dtype]:
@@ -259,7 +259,7 @@ def curve() -> str:
 
 
 def exhaustive() -> str:
-    """What the shipped profiles lose against exhaustive ones, from exhaustive.json."""
+    """Regret of the shipped profiles against exhaustive ones, from exhaustive.json."""
     rows = []
     for found in json.loads((HERE / "exhaustive.json").read_text()):
         batches, configurations, seconds, lost = (found[k] for k in ("batches", "configurations", "seconds", "regret"))
@@ -282,7 +282,7 @@ def exhaustive() -> str:
 
 
 def noise_of_choosing() -> str:
-    """Over all batches that two runs measured: the regret of choosing on one and judging on the other."""
+    """Regret of choosing by one run and judging by another, over all batches that two runs measured."""
     rows = []
     for dtype, kernels, model in CASES:
         twice, runs_us = replay(model, dtype, kernels).repeated()
@@ -296,4 +296,4 @@ def noise_of_choosing() -> str:
 PAGE = (profiles, repeatability, noise_of_choosing, dispatch, layouts, alpha_moe, deep_gemm, live, curve, exhaustive)
 TABLES = {f.__name__: f for f in PAGE}
 HEAVY = ("curve",)
-"""Dozens of fits."""
+"""Tables that need dozens of fits."""

@@ -1,9 +1,10 @@
-"""Measure, on this machine's GPU, what each optimisation of the Triton path is worth: one file a model beside this.
+"""Measure, on this machine's GPU, what each optimisation of the Triton path gains. Writes one file per model beside
+this script.
 
     python -m studies.regions.measure [--models NAME ...]
 
-A model whose file is there is skipped, so that the same command goes on after an interruption; --models splits the work
-over several GPUs (CUDA_VISIBLE_DEVICES). Each cell (tokens x routing) times every configuration of `paths` through the
+A model whose file exists is skipped, so the same command resumes after an interruption. --models splits the work over
+several GPUs (CUDA_VISIBLE_DEVICES). Each cell (tokens x routing) times every configuration of `paths` through the
 library's bench: whole paths in a CUDA graph with a cold L2, in interleaved rounds, the median of at least 20 launches.
 """
 
@@ -41,8 +42,8 @@ STUDIED = (
     "mixtral-8x22b",
 )
 HELD_OUT = ("llama-4-scout", "kimi-k2-tp8", "phi-3.5-moe")
-"""Predicted first (`predictions.json`), measured after. The first has experts far larger than L2, the second a deep
-reduction for few CTAs, and an expert of the third just fits L2."""
+"""Models that were predicted first (`predictions.json`) and measured after. The first has experts far larger than L2.
+The second has a deep reduction for few CTAs. An expert of the third just fits L2."""
 MODELS = (*STUDIED, *HELD_OUT)
 DTYPE = "fp8"
 
@@ -54,13 +55,15 @@ SEED = 1
 LAUNCHES, ROUND = 20, 5
 KINDS = ("sum", "direct", "atomic")
 SPLIT_TOKENS = 64
-"""Largest batch on which split-K, and the paths that go with it, are tried: beyond, the SMs are busy by any account."""
+"""Largest batch on which split-K, and the paths that go with it, are tried. Larger batches keep all SMs busy."""
 
 
 def paths(shape: MoEShape, hardware: Hardware) -> list[Path]:
-    """What is compared: all token blocks (not only those near the advised one, which is on trial), each with and
-    without GROUP_M and the wide tile; and for token block 16, in every kind of path, with and without split-K. What is
-    on trial is varied in the up projection, for which the regions are stated; the rest is as it mostly wins."""
+    """The configurations that are compared. All token blocks take part, each with and without GROUP_M and the wide
+    tile. Token block 16 also takes part in every kind of path, with and without split-K.
+
+    The optimisations are varied in the up projection, for which the regions are stated. The other parameters have the
+    values that win most often."""
 
     def path(block: int, rows: int, group_m: int = 1, split_k: int = 1, kind: str = "sum") -> Path:
         swap, warps, atomic = block <= 32, 8 if block == 128 else 4, kind == "atomic"
@@ -81,7 +84,7 @@ class StudiedTriton(TritonMoE):
 
 
 class Timer(Protocol):
-    """What measuring needs of `profiler.bench.Bench`."""
+    """The part of `profiler.bench.Bench` that measuring needs."""
 
     def open(self, topk_ids: Any) -> None: ...
 
@@ -89,7 +92,7 @@ class Timer(Protocol):
 
 
 def make_bench(model: str, hardware: str) -> Any:
-    """A bench of the study's configurations, in this process or in one that compiles."""
+    """A bench of the study's configurations, for this process or for one that compiles."""
     from ramp_moe.profiler.bench import Bench
 
     registry = get_registry()
@@ -97,8 +100,8 @@ def make_bench(model: str, hardware: str) -> Any:
 
 
 def compile_all(model: str, hardware: Hardware) -> None:
-    """Compile every configuration, in many processes: Triton's cache on disk is shared, also by other models, whose
-    kernels are mostly the same."""
+    """Compile every configuration, in many processes. They share Triton's cache on disk. Other models mostly need the
+    same kernels, so one model suffices. Raises KernelError if a configuration does not compile."""
     shape = get_registry().shape(model, DTYPE)
     ids = generate("uniform", 8, shape.num_experts, shape.top_k, SEED)
     tasks = [(ids, Candidate("triton", c)) for c in StudiedTriton().configs(shape, hardware)]
@@ -110,7 +113,7 @@ def compile_all(model: str, hardware: Hardware) -> None:
 
 
 def measure(bench: Timer, shape: MoEShape, hardware: Hardware, tokens: int, routing: str) -> dict[str, Any]:
-    """One cell: what varies of each path, and its median microseconds."""
+    """One cell: the parameters that vary, and the median microseconds, for each path."""
     bench.open(generate(routing, tokens, shape.num_experts, shape.top_k, SEED))
     few = tokens <= SPLIT_TOKENS
     tried = [p for p in paths(shape, hardware) if few or not (p.direct or p.atomic or p.up.split_k > 1)]
@@ -137,7 +140,7 @@ def measure(bench: Timer, shape: MoEShape, hardware: Hardware, tokens: int, rout
 
 
 def about(hardware: Hardware) -> dict[str, Any]:
-    """What the file says of the machine and the method."""
+    """The machine, software and method, as the file records them."""
     import torch
     import triton
 
@@ -168,7 +171,7 @@ def main(models: Sequence[str]) -> None:
 
 
 def layout(record: dict[str, Any]) -> bytes:
-    """JSON with a line for each cell."""
+    """JSON with one line per cell."""
     cells = b",\n".join(b"  " + msgspec.json.encode(c) for c in record["cells"])
     head = msgspec.json.encode({k: v for k, v in record.items() if k != "cells"})
     return head[:-1] + b',"cells":[\n' + cells + b"\n]}\n"
@@ -176,5 +179,5 @@ def layout(record: dict[str, Any]) -> bytes:
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--models", nargs="+", choices=MODELS, default=MODELS, help="of these only")
+    parser.add_argument("--models", nargs="+", choices=MODELS, default=MODELS, help="measure only these models")
     main(parser.parse_args().models)

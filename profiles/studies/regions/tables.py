@@ -1,8 +1,8 @@
 """The regions' advice against measurements: hits and misses, beside the score of always answering the majority.
 
 `python profiles/pages.py --write regions` fills the page. `python -m studies.regions.tables --predict`, run in
-`profiles/`, notes in predictions.json what is advised today for the models that are held out. It refuses once any of
-them is measured.
+`profiles/`, writes today's advice for the held-out models into predictions.json. It refuses if any of them is measured
+already.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ HERE = Path(__file__).parent
 DEVICE = "h200"
 
 MARGIN = 0.01
-"""A difference that is no larger decides nothing: twice what the median cell of the shipped profiles repeats to."""
+"""Smallest difference that decides: twice the repeatability of the median cell of the shipped profiles."""
 
 OPTIMISATIONS: dict[str, tuple[str, int]] = {
     "GROUP_M swizzle": ("group_m", 8),
@@ -38,8 +38,8 @@ OPTIMISATIONS: dict[str, tuple[str, int]] = {
     "wide weight tile": ("rows", 128),
     "large token block": ("block", 32),
 }
-"""By optimisation, what varies in the measured paths, and from which value on a path has it. "small token block" is the
-large one's opposite: one question."""
+"""By optimisation, the parameter of the measured paths that varies, and its least value in a path with the
+optimisation. "small token block" is the opposite of the large one, and not a question of its own."""
 
 FUSED: dict[str, tuple[str, int]] = {
     "GROUP_M swizzle": ("group_m", 8),
@@ -49,13 +49,13 @@ FUSED: dict[str, tuple[str, int]] = {
 }
 FUSED_MODELS, FUSED_SEED = ("olmoe-1b-7b", "qwen3-30b-a3b", "deepseek-v3-tp8", "mixtral-8x7b-tp4"), 7
 FUSED_MARGIN = 0.03
-"""The same of the fused kernel, whose configurations were screened by three launches each."""
+"""MARGIN for the fused kernel, whose configurations were screened with three launches each."""
 
 CONSTANTS = ("L2_OVER_HBM", "ACHIEVED_PEAK", "LOADED_LATENCY_S", "NOOP_LAUNCH_S", "PIPELINE_STAGES")
-"""Of `cost_model.regions`, what no data sheet gives and the advice hangs on. Moved by a fifth; a count by one."""
+"""Constants of `cost_model.regions` that no data sheet gives. `sensitivity` changes each by a fifth, a count by one."""
 
 Advised = dict[str, bool]
-"""By optimisation, whether it is said to pay."""
+"""By optimisation, whether the advice says that it pays."""
 
 
 @dataclass(frozen=True)
@@ -79,7 +79,7 @@ class Case:
 
 
 def advise(model: str, tokens: int, routing: str, seed: int = SEED) -> Advised:
-    """What the regions say today."""
+    """The regions' advice today."""
     shape, histogram = batch(model, tokens, routing, seed)
     found = regions.analyse(shape, get_registry().device(DEVICE), histogram)
     return {a.optimisation: a.pays for a in found.advice if a.optimisation in OPTIMISATIONS}
@@ -87,7 +87,7 @@ def advise(model: str, tokens: int, routing: str, seed: int = SEED) -> Advised:
 
 @functools.cache
 def batch(model: str, tokens: int, routing: str, seed: int) -> tuple[MoEShape, IntArray]:
-    """What was measured in a cell: the layer and its expert histogram."""
+    """The layer and the expert histogram of a cell."""
     shape = get_registry().shape(model, DTYPE)
     return shape, expert_histogram(generate(routing, tokens, shape.num_experts, shape.top_k, seed), shape.num_experts)
 
@@ -102,7 +102,7 @@ def cases(
         where = record["model"], cell["tokens"], cell["routing"]
         answers = advised(*where)
         for optimisation, (field, least) in optimisations.items():
-            # The rest being equal: what was measured without the optimisation only, or with it only, has no part.
+            # Paths that differ in nothing else are compared; one measured only with, or only without, takes no part.
             by_rest: dict[tuple[Any, ...], dict[bool, float]] = {}
             for path in cell["paths"]:
                 rest = tuple(v for k, v in path.items() if k not in (field, "us"))
@@ -115,7 +115,7 @@ def cases(
 
 
 def measured(folder: Path, models: Sequence[str]) -> list[dict[str, Any]]:
-    """The records of those models that were measured."""
+    """The records of the models that were measured. Raises ProfileError for a record of another device."""
     found = [json.loads(f.read_text()) for m in models if (f := folder / f"{m}.json").exists()]
     for record in found:
         if record["device"] != DEVICE:
@@ -124,14 +124,14 @@ def measured(folder: Path, models: Sequence[str]) -> list[dict[str, Any]]:
 
 
 def predictions(folder: Path) -> list[dict[str, Any]]:
-    """What was predicted before it was measured, the earliest first."""
+    """The predictions that were made before measuring, the earliest first."""
     file = folder / "predictions.json"
     found: list[dict[str, Any]] = json.loads(file.read_text()) if file.exists() else []
     return found
 
 
 def predict(folder: Path) -> None:
-    """Note today's advice for the models held out. Raises ProfileError where one of them is measured already."""
+    """Write today's advice for the held-out models. Raises ProfileError if one of them is measured already."""
     if known := measured(folder, HELD_OUT):
         names = ", ".join(r["model"] for r in known)
         raise ProfileError(f"{names} measured already: what is said now is no prediction; hold out other models")
@@ -142,7 +142,7 @@ def predict(folder: Path) -> None:
 
 
 def groups(folder: Path) -> dict[str, list[Case]]:
-    """The studied models by today's advice, those held out by what was predicted, each time."""
+    """Cases of the studied models by today's advice, and of the held-out models by each prediction."""
     found = {"studied": [c for r in measured(folder, STUDIED) for c in cases(r, advise)]}
     for prediction in predictions(folder):
 
@@ -155,8 +155,8 @@ def groups(folder: Path) -> dict[str, list[Case]]:
 
 
 def scores(folder: Path) -> str:
-    """By group and optimisation: hits of the decided cases, and those of answering always what is right more often; of
-    the others, for how many the optimisation is said to pay."""
+    """Hits and misses in the decided cases, by group and optimisation, with the hits of always giving the more frequent
+    answer. Of the undecided cases, in how many the optimisation is said to pay."""
     rows = []
     for name, of_group in groups(folder).items():
         totals = [0, 0, 0]
@@ -178,7 +178,7 @@ def scores(folder: Path) -> str:
 
 
 def misses(folder: Path) -> str:
-    """Every decided case in which the advice was wrong, the dearest first."""
+    """Every decided case in which the advice was wrong, the most costly first."""
     found = groups(folder)
     wrong = {(name, c) for name, of_group in found.items() for c in of_group if c.decided and not c.hit}
     ordered = sorted(wrong, key=lambda item: (-abs(item[1].gain), item[0], item[1].model))
@@ -191,7 +191,7 @@ def misses(folder: Path) -> str:
 
 
 def fused(folder: Path) -> str:
-    """The fused CuTe kernel's configurations, as its benchmark screened them, against what the regions say."""
+    """Hits and misses of the advice on the fused CuTe kernel's configurations, as its benchmark screened them."""
     found = [c for r in screened(folder.parents[1] / "benchmarks") for c in cases(r, advise_fused, FUSED)]
     rows = []
     for optimisation in FUSED:
@@ -209,7 +209,7 @@ def fused(folder: Path) -> str:
 
 
 def screened(folder: Path) -> Iterator[dict[str, Any]]:
-    """The benchmark's files as records like those that measure.py writes."""
+    """The benchmark's files, in the form of the records that measure.py writes."""
     for model in FUSED_MODELS:
         if (file := folder / f"cute_{DEVICE}_{model}_{DTYPE}.json").exists():
             cells = []
@@ -220,7 +220,7 @@ def screened(folder: Path) -> Iterator[dict[str, Any]]:
 
 
 def fused_path(name: str, us: float) -> dict[str, Any]:
-    """A configuration by its name: bm64-t32-w8-st3-wide2-gm8."""
+    """The parameters of a configuration, read from its name, as in bm64-t32-w8-st3-wide2-gm8."""
     parts = {m[1]: int(m[2]) for part in name.split("-") if (m := re.fullmatch(r"([a-z]+)(\d+)", part))}
     rest = {"tile": parts["t"], "stages": parts["st"], "ctas": parts.get("cta", 1), "pair": "pair" in name}
     what = {"block": parts["bm"], "wide": parts.get("wide", 1), "split_k": parts.get("sk", 1)}
@@ -232,7 +232,7 @@ def advise_fused(model: str, tokens: int, routing: str) -> Advised:
 
 
 def sensitivity(folder: Path) -> str:
-    """Hits on the models studied, over all optimisations, with each constant of the advice moved."""
+    """Hits on the studied models, over all optimisations, with each constant of the advice changed."""
     records = measured(folder, STUDIED)
 
     def hits() -> int:
@@ -249,7 +249,7 @@ def sensitivity(folder: Path) -> str:
 
 
 def predicted(folder: Path) -> str:
-    """How often each optimisation is predicted to pay for the models held out, and when that was said."""
+    """How often each optimisation is predicted to pay for the held-out models, and when the prediction was made."""
     rows = [
         (p["made"][:16], model, *(f"{sum(a[o] for a in of_model.values())} of {len(of_model)}" for o in OPTIMISATIONS))
         for p in predictions(folder)
@@ -268,7 +268,7 @@ def sources(folder: Path) -> str:
 
 
 def tables(folder: Path = HERE) -> Tables:
-    """Makers of the page's tables over what a folder holds."""
+    """Makers of the page's tables over the records in a folder."""
     makers = (scores, misses, fused, sensitivity, predicted, sources)
     return over(lambda: folder, {f.__name__: f for f in makers})
 

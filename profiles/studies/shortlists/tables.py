@@ -1,4 +1,4 @@
-"""What the README beside this says of shortlists in figures, computed from the profiles that ship.
+"""Computes the tables on shortlists in the README beside this from the shipped profiles.
 
 `python profiles/pages.py --write shortlists` fills the page.
 """
@@ -25,13 +25,13 @@ FORMS = ("active", "smooth")
 FEWER = (8, 4, 2, 1)
 FREE = {1: 0.0, MOST: 0.0}
 ADDED_US = OVERHEAD_US["nodes"]
-"""What so many bodies add to a launch."""
+"""Microseconds that switching adds to a launch, by the number of bodies."""
 CAPTURED = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512)
-"""Sizes of graphs to tell the number of bodies of."""
+"""Batch sizes of the graphs whose numbers of bodies are shown."""
 
 
 class Known(CostModel):
-    """A cost model that predicts a set of batches once: several tables ask of the same ones."""
+    """A cost model that predicts a set of batches only once. Several tables need the same batches."""
 
     def __init__(self, model: CostModel) -> None:
         self.__dict__.update(model.__dict__)
@@ -46,7 +46,7 @@ class Known(CostModel):
 
 @dataclass(frozen=True)
 class Case:
-    """Held-out batches of one model, dtype and set of kernels, and a cost model fitted on the others."""
+    """Held-out batches of a model, dtype and set of kernels, and a cost model fitted on the other batches."""
 
     name: tuple[str, str]
     test: Replay
@@ -57,12 +57,12 @@ class Case:
         return [tokens for tokens, _ in self.test.labels]
 
     def lists(self, overhead_us: Mapping[int, float], margin: float) -> list[Shortlist]:
-        """That of each batch's number of tokens."""
+        """The shortlist of each batch, which depends on its number of tokens alone."""
         of = {n: shortlist(self.model, n, overhead_us, margin=margin) for n in dict.fromkeys(self.tokens)}
         return [of[n] for n in self.tokens]
 
     def chosen(self, columns: Sequence[Sequence[int]]) -> FloatArray:
-        """Measured microseconds `[batches]` of what the model chooses among the columns that each batch has."""
+        """Measured microseconds `[batches]` of the model's choice among the columns given for each batch."""
         us = self.model.cost(self.test.histograms)
         picked = [c[int(row[list(c)].argmin())] for row, c in zip(us, columns, strict=True)]
         return self.test.times_us[np.arange(len(us)), picked]
@@ -80,8 +80,8 @@ def cases(form: str) -> list[Case]:
 
 @cache
 def lost(form: str) -> FloatArray:
-    """Mean regret on measured times of choosing from all candidates, and from shortlists of at most so many as FEWER
-    says, `[cases, 1 + len(FEWER)]`."""
+    """Mean regret `[cases, 1 + len(FEWER)]` on measured times. The first column chooses from all candidates, the others
+    from shortlists with at most as many candidates as FEWER says."""
     rows = []
     for case in cases(form):
         lists = [s.columns for s in case.lists(FREE, 0.0)]
@@ -94,7 +94,7 @@ def lost(form: str) -> FloatArray:
 
 
 def pruning() -> str:
-    """What fewer candidates add to the regret of choosing from all."""
+    """Regret that shorter lists add to the regret of choosing from all candidates."""
     rows: list[list[object]] = [[*c.name, len(c.tokens), len(c.test.candidates)] for c in cases(FORMS[0])]
     rows.append(["**mean**", "", "", ""])
     head = ["model", "kernels", "batches", "candidates"]
@@ -106,7 +106,7 @@ def pruning() -> str:
 
 
 def bodies() -> str:
-    """Bodies of a graph of so many tokens at the overhead assumed, by the two forms."""
+    """Bodies in a graph at the overhead assumed, by number of tokens, for the two forms."""
     rows: list[Sequence[object]] = []
     every = list(zip(*(cases(form) for form in FORMS), strict=True))
     for pair in every:
@@ -119,8 +119,15 @@ def bodies() -> str:
 
 @dataclass(frozen=True)
 class Switched:
-    """By batch: its tokens, how many bodies its graph has, measured microseconds of the first of them and of the chosen
-    one, the saving predicted for its graph, and the overhead assumed."""
+    """Values per batch, each `[batches]`.
+
+    tokens         number of tokens
+    bodies         number of bodies in its graph
+    single_us      measured microseconds of the first body
+    chosen_us      measured microseconds of the chosen body
+    predicted_us   microseconds that choosing is predicted to save
+    overhead_us    microseconds assumed for switching
+    """
 
     tokens: IntArray
     bodies: IntArray
@@ -143,7 +150,7 @@ def switched(case: Case, margin: float) -> Switched:
 
 
 def switch() -> str:
-    """On measured times: the best single body in every graph over what shortlists choose, overhead included."""
+    """Measured time of the best single body in every graph over that of the shortlists' choice with its overhead."""
     rows = []
     for form in FORMS:
         for margin in (0.0, MARGIN):
