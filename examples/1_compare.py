@@ -1,4 +1,4 @@
-"""Choose kernels from the recorded profiles, in Python, and see what that gains. Needs no GPU.
+"""Choose kernels in Python from the recorded profiles, and see what that gains. Needs no GPU.
 
     python examples/1_compare.py [--model olmoe-1b-7b] [--device h200]
 
@@ -21,14 +21,14 @@ options = parser.parse_args()
 registry = get_registry()
 shape, hardware = registry.shape(options.model, "fp8"), registry.device(options.device)
 
-# The same number of tokens, spread over the experts in two ways: often two choices.
+# Two batches with the same number of tokens, spread differently over the experts. Often the choices differ.
 dispatcher = Dispatcher.for_model(options.model, options.device)
 for routing in ("uniform", "zipf2.0"):
     ids = generate(routing, 512, shape.num_experts, shape.top_k, seed=1)
     choice = dispatcher.choose(expert_histogram(ids, shape.num_experts))
     print(f"512 tokens, {routing}: {choice.candidate.name}, predicted {choice.predicted_us:.1f} us")
 
-# Measured times of batches that no fit has seen: what did choosing by the batch size alone lose?
+# What does choosing by batch size alone lose, by measured times of batches that no fit has seen?
 store = ProfileStore(shipped=registry.profile_dirs)
 found = compare_recorded(load_replay(registry, store, shape, hardware))
 gain, lost = found.speedup_over_static, found.baselines["histogram"].mean

@@ -1,9 +1,9 @@
-"""Wrap the MoE layers of a Transformers model in one line: generate, and compare with the model's own experts.
+"""Wrap the MoE layers of a Transformers model in one line, generate, and compare with the model's own experts.
 
     python examples/2_wrap_transformers.py [TOKENS ...]
 
-Needs `pip install '.[transformers]'`. The weights are random; without a GPU the model is tiny. Passes are eager: the
-host launches every kernel. `profiles/benchmarks/wrap` has CUDA graphs.
+Needs `pip install '.[transformers]'`. The weights are random. Without a GPU the model is tiny. Passes are eager: the
+host launches every kernel. `profiles/benchmarks/wrap` measures CUDA graphs.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ PASSES = 10 if GPU else 1
 
 
 def run(model: Any, ids: torch.Tensor) -> tuple[torch.Tensor, float]:
-    """Logits, and milliseconds of a pass."""
+    """Logits float32 `[1, tokens, vocabulary]`, and milliseconds per pass."""
     with torch.no_grad():
         found = model(ids).logits.float()  # compiles
         if GPU:

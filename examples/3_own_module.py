@@ -12,7 +12,7 @@ from torch import nn
 
 
 class MoE(nn.Module):
-    """As one would write it first: every expert in turn."""
+    """A plain MoE block, which computes one expert after the other."""
 
     def __init__(self, experts: int, top_k: int, hidden: int, intermediate: int) -> None:
         super().__init__()

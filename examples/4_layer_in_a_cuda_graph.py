@@ -1,9 +1,9 @@
-"""One captured CUDA graph, two routings of as many tokens, two configurations: the device chooses at every replay.
+"""Replay one CUDA graph on two routings of the same number of tokens: the device chooses a kernel at every replay.
 
     python examples/4_layer_in_a_cuda_graph.py [--model deepseek-v3-tp8] [--tokens 512]
 
-Weights are random, fp8; the cost model is fitted to the recorded profiles of the kernels that are installed. Exits
-with 2 where there is no GPU, with 1 where one candidate is best whatever the routing.
+Weights are random, in fp8. The cost model is fitted to the recorded profiles of the installed kernels. The exit code is
+2 without a GPU, and 1 if one candidate is best for every routing or an output differs too much.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from ramp_moe import expert_histogram, generate
 from ramp_moe.spec.launchable import Batch
 
 UNORDERED = 0.01
-"""Two runs of a kernel that adds to a bf16 output in no fixed order differ by less than this, relatively."""
+"""Bound on the relative difference of two runs of a kernel that adds to a bf16 output in no fixed order."""
 KINDS = ("uniform", "zipf1.2", "zipf2.0", "active0.125", "dirichlet0.3", "balancedness0.5")
 
 
@@ -44,7 +44,7 @@ def main(argv: list[str]) -> int:
         print("there is nothing to choose; take another model or number of tokens")
         return 1
 
-    # Two routings for which the cost model names different bodies, of different kernels if there are such.
+    # Two routings for which the cost model chooses different bodies, if possible of different kernels.
     routings = {kind: generate(kind, tokens, shape.num_experts, shape.top_k, seed=1) for kind in KINDS}
     columns = list(short.columns)
     best = {

@@ -1,12 +1,12 @@
-"""Expert and tensor parallelism: every rank chooses its kernel by the histogram of what it computes itself.
+"""Distribute a layer by expert and by tensor parallelism. Every rank chooses its kernel by its own expert histogram.
 
     torchrun --nproc-per-node 2 examples/5_expert_parallel.py
 
-ep: a rank owns E / ranks experts and has tokens of its own. A token travels once to every rank that owns one of its
-    experts, with -1 in the place of the others, and one partial sum comes back.
-tp: a rank owns I / ranks of every expert; every rank has all tokens, and the partial sums are added up.
+ep: a rank owns E / ranks experts and has tokens of its own. A token is sent once to every rank that owns one of its
+    experts. The ids of other ranks' experts are replaced by -1. One partial sum per token and rank comes back.
+tp: a rank owns I / ranks of every expert. Every rank has all tokens, and the partial sums are added up.
 
-Each rank prints what it had to do and what it chose; rank 0 also how far the output is from one GPU's. Without GPUs the
+Each rank prints its number of tokens, its choice, and how far its output is from that of one GPU. Without GPUs the
 layer is tiny. `profiles/benchmarks/parallel` has times.
 """
 
@@ -29,10 +29,10 @@ def main() -> None:
     start()
     rank, ranks = dist.get_rank(), dist.get_world_size()
     shape = replace(get_registry().shape(MODEL), dtype="fp8")
-    weights = random_weights(shape, DEVICE, seed=0)  # alike on all ranks
+    weights = random_weights(shape, DEVICE, seed=0)  # the same on all ranks
     builder = Builder("auto" if GPU else "h200")
 
-    torch.manual_seed(1)  # so are the batches
+    torch.manual_seed(1)  # the batches are also the same on all ranks
     ids = torch.from_numpy(generate("zipf1.2", TOKENS * ranks, shape.num_experts, shape.top_k, seed=1)).int()
     x, scores = torch.randn(len(ids), shape.hidden_size).to(HALF), torch.rand(ids.shape).softmax(-1)
     whole = Batch(x.to(DEVICE), ids.to(DEVICE), scores.to(DEVICE))

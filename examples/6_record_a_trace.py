@@ -1,8 +1,8 @@
-"""Record what a model's router does, and see what dispatch by histogram would gain on it, before profiling for it.
+"""Record a model's routing, and see what dispatch by histogram would gain on it. No profiling is needed.
 
     python examples/6_record_a_trace.py FOLDER
 
-writes FOLDER/trace.jsonl, and FOLDER/report.html of the times that the recorded profiles predict for its batches.
+Writes FOLDER/trace.jsonl, and FOLDER/report.html with the times that the recorded profiles predict for its batches.
 """
 
 from __future__ import annotations

@@ -2,8 +2,8 @@
 
     python examples/7_vllm.py [MODEL]
 
-Needs a GPU and vLLM 0.33. The variable switches the plugin on, which vLLM then finds by itself in every process; for a
-server it is `RAMP_MOE_VLLM=1 vllm serve MODEL`. The log says of each layer that is left to vLLM why.
+Needs a GPU and vLLM 0.33. RAMP_MOE_VLLM=1 switches the plugin on, and vLLM finds it in every process. For a server, run
+`RAMP_MOE_VLLM=1 vllm serve MODEL`. For each layer that stays with vLLM, the log gives the reason.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ os.environ["RAMP_MOE_VLLM"] = "1"  # before vLLM loads its plugins
 MODEL = "allenai/OLMoE-1B-7B-0924"
 PROMPTS = ["The fastest kernel for a batch depends on"]
 NO_ENGINE = 2
-"""Exit code."""
+"""Exit code without vLLM."""
 
 
 def main(model: str) -> int:

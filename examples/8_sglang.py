@@ -2,8 +2,9 @@
 
     python examples/8_sglang.py [MODEL]
 
-Needs a GPU, SGLang 0.5.23 and `pip install '.[triton,graphs]'` beside it. SGLang finds the runner through its own
-plugins; for a server it is `python -m sglang.launch_server --model-path MODEL --moe-runner-backend ramp_moe`.
+Needs a GPU, SGLang 0.5.23, and ramp-moe installed beside it by `pip install '.[triton,graphs]'`. SGLang finds the
+runner through its plugin mechanism. For a server, run
+`python -m sglang.launch_server --model-path MODEL --moe-runner-backend ramp_moe`.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ MODEL = "allenai/OLMoE-1B-7B-0924"
 PROMPTS = ["The fastest kernel for a batch depends on"]
 BACKEND = "ramp_moe"
 NO_ENGINE = 2
-"""Exit code."""
+"""Exit code without SGLang."""
 
 
 def main(model: str) -> int:

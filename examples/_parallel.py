@@ -1,6 +1,6 @@
-"""What expert and tensor parallelism need around a layer: each rank's weights, and what it sends and collects.
+"""Expert and tensor parallelism around a layer: the weights of each rank, and what it sends and collects.
 
-Without a GPU the ranks talk by gloo, and Triton's interpreter runs the kernels.
+Without a GPU, the ranks communicate by gloo, and Triton's interpreter runs the kernels.
 """
 
 from __future__ import annotations
@@ -26,7 +26,8 @@ MODEL, TOKENS = ("olmoe-1b-7b", 512) if GPU else ("E4-k2-h128-i256-fp8", 2)
 # Triton's interpreter truncates where a GPU rounds to bf16.
 HALF = torch.bfloat16 if GPU else torch.float16
 PATIENCE = timedelta(seconds=120)
-"""A rank that waits longer for another ends, and torchrun ends the others. While one compiles, the others wait."""
+"""Longest time that a rank waits for another, for example while that one compiles. Then it ends, and torchrun ends the
+others."""
 
 
 def start() -> None:
@@ -37,7 +38,8 @@ def start() -> None:
 
 
 class ExpertParallel:
-    """This rank's experts, for all ranks' tokens. Raises ShapeError where they do not divide, or are fewer than k."""
+    """A layer of this rank's experts, for the tokens of all ranks. Raises ShapeError if the experts do not divide over
+    the ranks, or if a rank has fewer experts than top_k."""
 
     def __init__(self, whole: MoEWeights, top_k: int, builder: Builder) -> None:
         ranks, rank = dist.get_world_size(), dist.get_rank()
@@ -47,9 +49,10 @@ class ExpertParallel:
         self.layer = builder.layer(sharded(whole, *[lambda t: t.chunk(ranks)[rank].clone()] * 2), top_k, ranks)
 
     def send(self, batch: Batch) -> Batch:
-        """What all ranks have for this one's experts: a row a token, with ids as experts are numbered here, or -1."""
+        """Exchange tokens, and return those of all ranks for this rank's experts, one row per token. Ids are numbers of
+        this rank's experts, or -1."""
         local = self.layer.shape.num_experts
-        # Ids that are skipped, -1 and E, belong to no rank: their quotients are -1 and the number of ranks.
+        # The skipped ids -1 and E belong to no rank: their quotients are -1 and the number of ranks.
         wanted = (batch.topk_ids // local == self.ranks).any(2)
         rank, self.token = wanted.nonzero(as_tuple=True)  # in the order of ranks
         self.num_tokens, sent = batch.num_tokens, wanted.sum(1)
@@ -62,13 +65,13 @@ class ExpertParallel:
         return Batch(*(exchange(t, self.sent, self.received) for t in rows))
 
     def collect(self, partial: Tensor) -> Tensor:
-        """The output `[T, H]` of this rank's tokens, of a partial sum for each row that `send` gave."""
+        """The output `[T, H]` of this rank's tokens, from one partial sum for each row that `send` returned."""
         back = exchange(partial, self.received, self.sent).float()
         return back.new_zeros(self.num_tokens, back.shape[1]).index_add_(0, self.token, back).to(partial.dtype)
 
 
 class TensorParallel:
-    """This rank's part of every expert. Raises ShapeError where the intermediate size does not divide."""
+    """A layer of this rank's part of every expert. Raises ShapeError if the intermediate size does not divide."""
 
     def __init__(self, whole: MoEWeights, top_k: int, builder: Builder) -> None:
         ranks, rank = dist.get_world_size(), dist.get_rank()
@@ -96,7 +99,8 @@ def sharded(whole: MoEWeights, gate_up: Callable[[Tensor], Tensor], down: Callab
 
 
 def exchange(rows: Tensor, sent: list[int], received: list[int]) -> Tensor:
-    """Rows in the order of the ranks that they come from, for rows in the order of those that they go to."""
+    """Send rows, ordered by the rank that they go to. Returns the rows received, ordered by the rank that they come
+    from. `sent` and `received` are numbers of rows per rank."""
     out = rows.new_empty(sum(received), *rows.shape[1:])
     dist.all_to_all_single(out, rows, received, sent)
     return out

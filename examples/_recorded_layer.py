@@ -1,4 +1,4 @@
-"""What the scripts beside this share: a layer with random weights over the kernels that are recorded and run here."""
+"""A layer with random weights over the kernels that have a recorded profile and run on this machine."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from ramp_moe.spec.launchable import LaunchableKernel, MoEWeights, obstacle
 
 MODELS = ("olmoe-1b-7b", "qwen3-30b-a3b", "deepseek-v3-tp8", "mixtral-8x7b-tp4")
 NO_GPU = 2
-"""Exit code."""
+"""Exit code without a GPU."""
 
 
 def arguments(doc: str, model: str) -> argparse.ArgumentParser:
@@ -27,7 +27,7 @@ def arguments(doc: str, model: str) -> argparse.ArgumentParser:
 
 
 def need_gpu() -> None:
-    """Ends the process where there is no GPU."""
+    """Ends the process if there is no GPU."""
     if not torch.cuda.is_available():
         print("this needs a CUDA device, and torch sees none: nothing was captured", file=sys.stderr)
         sys.exit(NO_GPU)
@@ -35,7 +35,7 @@ def need_gpu() -> None:
 
 @dataclass(frozen=True)
 class Recorded:
-    """A layer, the weights that it was made of, and the model by which its graphs choose."""
+    """A layer, its weights, and the cost model by which its graphs choose."""
 
     layer: LayerRuntime
     weights: MoEWeights
@@ -43,7 +43,7 @@ class Recorded:
 
 
 def recorded_layer(name: str) -> Recorded:
-    """In fp8. Raises ProfileError where nothing is recorded for this GPU."""
+    """An fp8 layer of a model. Raises ProfileError if no kernel that runs here has a profile for this GPU."""
     registry, hardware = get_registry(), detect()
     shape, store = registry.shape(name, "fp8"), ProfileStore(shipped=registry.profile_dirs)
     kernels = [

@@ -1,7 +1,7 @@
-"""A kernel told to ramp-moe in one file: its name, where it works, its configurations and their grids, its launch.
+"""The description of a kernel for ramp-moe: its name, the shapes it takes, its configurations and grids, its launch.
 
-The kernel itself is in `kernel.py`; `ramp-moe profile` took the sweep in `profiles/` on a GPU. Triton is imported on
-launch.
+The kernel itself is in `kernel.py`. `ramp-moe profile` measured the sweep in `profiles/` on a GPU. Triton is imported
+on launch.
 """
 
 from __future__ import annotations

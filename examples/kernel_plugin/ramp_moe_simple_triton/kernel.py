@@ -1,9 +1,11 @@
-"""Two launches: up projection with SwiGLU, down projection with the weighted combine. Written to be read, not to win.
+"""A MoE layer in two launches: up projection with SwiGLU, and down projection with the weighted combine.
 
-Activations are bf16 (or fp16), weights fp8 e4m3 with [128, 128] block scales, dequantised on their way into the dot. A
-tile is `BM` sorted ids of one expert: `sorted_token_ids[tile * BM + i]` is a routed id (token * top_k + k), or
-`num_ids` for padding; `expert_ids` is -1 past the last tile, where CTAs exit, so that the grid needs no count on the
-host. The library's schedule fills both on the device.
+It is written for clarity, not for speed. Activations are bf16 or fp16. Weights are fp8 e4m3 with [128, 128] block
+scales, and are dequantised before the dot.
+
+A tile is `BM` sorted ids of one expert. `sorted_token_ids[tile * BM + i]` is a routed id (token * top_k + k), or
+`num_ids` for padding. `expert_ids` is -1 past the last tile, and CTAs there exit. The grid thus needs no count on the
+host. The library's schedule fills both arrays on the device.
 """
 
 import torch
@@ -16,7 +18,7 @@ from ramp_moe_kernels.triton.schedule import Schedule, buffer_sizes, schedule
 def _dot_scaled(
     x, rows, live, w, scales, row, K: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, EMULATE: tl.constexpr
 ):
-    """[BM, BN] float32: x[rows] (K columns) times BN weight rows from `row` on, whose matrix starts at `w`."""
+    """[BM, BN] float32: x[rows] (K columns) times BN weight rows from `row` on, of the matrix that starts at `w`."""
     k = tl.arange(0, 128)
     n = row + tl.arange(0, BN)
     x += rows.to(tl.int64)[:, None] * K
@@ -47,7 +49,7 @@ def up_kernel(
     BN: tl.constexpr,
     EMULATE: tl.constexpr,
 ):
-    """act[id, :] = silu(x[token] @ gate.T) * (x[token] @ up.T), [num_ids, INTER] in x's dtype."""
+    """Compute act[id, :] = silu(x[token] @ gate.T) * (x[token] @ up.T), [num_ids, INTER] in x's dtype."""
     expert = tl.load(expert_ids + tl.program_id(0)).to(tl.int64)
     if expert < 0:
         return
@@ -80,7 +82,7 @@ def down_kernel(
     BN: tl.constexpr,
     EMULATE: tl.constexpr,
 ):
-    """out[token] += topk_weight * act[id] @ down.T, float32 [tokens, HIDDEN], zeroed before."""
+    """Add topk_weight * act[id] @ down.T to out[token], float32 [tokens, HIDDEN], zeroed before."""
     expert = tl.load(expert_ids + tl.program_id(0)).to(tl.int64)
     if expert < 0:
         return
@@ -96,8 +98,8 @@ def down_kernel(
 
 
 def stages(bm, bn, weights, batch, out, workspace):
-    """A whole layer into out [T, H] on the current stream. Yields after the schedule, which zeroes the sums beside it,
-    after up, after down, and after the cast to out."""
+    """Compute a whole layer into out [T, H] on the current stream. Yields after each stage: the schedule, which also
+    zeroes the sums; up; down; the cast to out."""
     x, (experts, hidden, inter), ids = batch.hidden_states, weights.down.shape, batch.topk_ids.numel()
     sizes = buffer_sizes(ids, experts, bm)
     plan = Schedule(**{name: workspace.get(name, (size,), torch.int32, x.device) for name, size in sizes.items()})
