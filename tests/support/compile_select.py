@@ -1,5 +1,5 @@
-"""Compiles the selection kernel for NVIDIA and AMD without either, and prints what it takes; test_select_triton.py runs
-it in a process of its own, since the others interpret kernels."""
+"""Compiles the selection kernel for NVIDIA and AMD, without a GPU, and prints the resources that it takes.
+test_select_triton.py runs it in a separate process, since the other tests interpret kernels."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ CASES = {
 
 
 def code_size(elf: bytes) -> int:
-    """Bytes of the sections with code."""
+    """Bytes of the sections that contain code."""
     (at,) = struct.unpack_from("<Q", elf, 40)
     size, count, names = struct.unpack_from("<HHH", elf, 58)
     sections = [struct.unpack_from("<IIQQQQ", elf, at + i * size) for i in range(count)]

@@ -1,4 +1,4 @@
-"""A function in torch operations in the place of one of the fused kernel's that are compiled."""
+"""Torch operations that replace the compiled functions of the fused kernel."""
 
 from __future__ import annotations
 
@@ -11,12 +11,12 @@ from ramp_moe_kernels.cute.config import Config
 from torch import Tensor
 
 CONTIGUOUS = {"gate_up": 3, "gate_up_scale": 2, "down": 1, "down_scale": 1}
-"""The dimension along which elements are neighbours, where it is not the last."""
+"""The dimension along which elements are contiguous, if it is not the last."""
 INT32 = ("sorted_token_ids", "expert_ids", "num_tokens_post_padded", "choice")
 
 
 def check_arguments(config: Config, arguments: dict[str, object]) -> None:
-    """As tvm-ffi checks them, and the alignment that the kernel was compiled for."""
+    """Check the arguments as tvm-ffi does, and the alignment that the kernel was compiled for."""
     sizes: dict[str, int] = {}
     element = torch.float8_e4m3fn if config.dtype == "fp8" else torch.bfloat16
     dtypes = dict.fromkeys(("x", "gate_up", "down"), element) | dict.fromkeys(INT32, torch.int32)
@@ -39,7 +39,7 @@ def check_arguments(config: Config, arguments: dict[str, object]) -> None:
 
 
 def emulated(config: Config) -> Callable[..., None]:
-    """The compiled function of a configuration on tensors of any device, with its roundings."""
+    """A stand-in for the compiled function of a configuration, for tensors on any device, with the same roundings."""
 
     def function(*given: object) -> None:
         named = dict(zip(SIGNATURE, given, strict=True))

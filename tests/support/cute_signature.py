@@ -1,4 +1,4 @@
-"""What compiled functions of the fused kernel are called with."""
+"""The arguments of the fused kernel's compiled functions."""
 
 SIGNATURE = {
     "x": "n0 n1",
@@ -18,4 +18,4 @@ SIGNATURE = {
     "choice": "1",
     "blocks": "",
 }
-"""Arguments and their dimensions, as compiled functions print them: a name has one value, wherever it is."""
+"""Arguments and their dimensions, as compiled functions print them. Equal names of dimensions stand for equal sizes."""

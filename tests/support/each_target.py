@@ -1,4 +1,4 @@
-"""Runs code that compiles kernels for GPUs that need not be there, in one process without Triton's interpreter."""
+"""Runs code that compiles kernels for GPUs, without the GPUs, in one process without Triton's interpreter."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import sys
 import textwrap
 
 TARGETS = ("cuda 80 32", "cuda 90 32", "hip gfx942 64")
-"""Backend, architecture and threads of a warp, as triton's GPUTarget takes them."""
+"""Backend, architecture and threads per warp, as triton's GPUTarget takes them."""
 
 RUN = """
 import sys
@@ -21,9 +21,9 @@ for target in targets:
 
 
 def compile_for_each_target(code: str, **variables: str) -> None:
-    """Run a script once for each of TARGETS, whose words are its arguments. `variables` join the environment.
+    """Run a script once for each of TARGETS, whose words are its arguments. `variables` are added to the environment.
 
-    Raises AssertionError with what the script prints, the target first, if it fails.
+    Raises AssertionError with the target and the output of the script if it fails.
     """
     env = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"} | variables
     command = [sys.executable, "-c", RUN, textwrap.dedent(code), *TARGETS]

@@ -1,4 +1,4 @@
-"""A compiler of configurations that does as it is told, in real worker processes; it logs each that it begins."""
+"""A compiler whose behaviour per configuration is scripted, in real worker processes. It logs each that it begins."""
 
 from __future__ import annotations
 
@@ -23,8 +23,8 @@ class Fake:
 
 
 class Machine:
-    """`acts`: what happens at a configuration, of those that `make` knows (None: as before); else there is a library of
-    its name."""
+    """A machine with the scripted compiler. `acts` gives the action of `make` by configuration; None keeps the actions
+    that are set. Any other configuration compiles to a library of its name."""
 
     def __init__(self, folder: Path, acts: dict[str, str] | None = None) -> None:
         folder.mkdir(exist_ok=True)
@@ -41,7 +41,7 @@ class Machine:
         self.checks += 1
 
     def compiled(self) -> list[str]:
-        """In the order in which they were begun."""
+        """The configurations in the order in which they were begun."""
         return self._log.read_text().split()
 
 

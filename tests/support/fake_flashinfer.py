@@ -1,7 +1,7 @@
-"""A package `flashinfer` with what the adapter uses: it computes with the plain reference, and goes wrong where
-flashinfer 0.7.2.post1 does. All of it is written from FlashInfer's behaviour.
+"""A package `flashinfer` with the functions that the adapter uses. It computes with the plain reference, and fails in
+the cases in which flashinfer 0.7.2.post1 does. It is written from the behaviour of FlashInfer.
 
-Its module is compiled by another process, which imports it from a folder: `write` makes that.
+Another process compiles its module, and imports it from the folder that `write` makes.
 """
 
 from __future__ import annotations
@@ -26,8 +26,8 @@ class ActivationType(IntEnum):
 
 
 class FakeFlashInfer(ModuleType):
-    """`flashinfer.fused_moe.core`. `calls` has the `profile_ids` of each launch; `largest` is the most tokens that the
-    fp8 runner was asked about; `counts` are of its tactics."""
+    """`flashinfer.fused_moe.core`. `calls` holds the `profile_ids` of each launch. `largest` is the most tokens that
+    the fp8 runner was asked about. `counts` are the numbers of its tactics."""
 
     ActivationType = ActivationType
 
@@ -126,7 +126,7 @@ class FakeFlashInfer(ModuleType):
 
 
 def install(monkeypatch: pytest.MonkeyPatch, folder: Path) -> FakeFlashInfer:
-    """Make `folder/flashinfer` the installed one, its module compiled."""
+    """Make `folder/flashinfer` the installed package, with its module compiled."""
     fake = FakeFlashInfer()
     write(folder)
     monkeypatch.syspath_prepend(str(folder))
@@ -144,8 +144,8 @@ def install(monkeypatch: pytest.MonkeyPatch, folder: Path) -> FakeFlashInfer:
 
 
 def write(folder: Path, units: int = 4, seconds: float = 0.0) -> None:
-    """A package whose module has so many units, each of which takes so long to compile; one that begins with "bad" does
-    not compile. What is there is not compiled again."""
+    """Write a package whose module has `units` units, each of which takes `seconds` to compile. A unit that begins with
+    "bad" does not compile. Units that are compiled already are not compiled again."""
     jit = folder / "flashinfer" / "jit"
     jit.mkdir(parents=True, exist_ok=True)
     (folder / "flashinfer" / "__init__.py").touch()
@@ -187,7 +187,7 @@ def write(folder: Path, units: int = 4, seconds: float = 0.0) -> None:
 
 
 def tools(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """An nvcc and a ninja that nobody runs."""
+    """Make an nvcc and a ninja that can be found, and are never run."""
     for name in ("bin/nvcc", "bin/ninja"):
         tool = folder / "toolkit" / name
         tool.parent.mkdir(parents=True, exist_ok=True)

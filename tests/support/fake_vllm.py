@@ -1,5 +1,5 @@
-"""A package `vllm` with what the adapter uses: it computes with the plain reference, and goes wrong where vllm 0.33
-does. All of it is written from vLLM's behaviour."""
+"""A package `vllm` with the functions that the adapter uses. It computes with the plain reference, and fails in the
+cases in which vllm 0.33 does. It is written from the behaviour of vLLM."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ def biased_moe_quant_config(w1_bias, w2_bias, gemm1_alpha=None):
 
 
 class FakeVllm:
-    """`calls` has the configuration of each call; `during` is run within one."""
+    """vLLM's fused experts. `calls` holds the configuration of each call. `during` is run within a call."""
 
     def __init__(self) -> None:
         self.config: dict[str, Any] | None = None
@@ -46,7 +46,7 @@ class FakeVllm:
 
     @contextmanager
     def override_config(self, config):
-        """Without a finally, as in vllm 0.33: an exception leaves the configuration where it is."""
+        """Override the configuration without a finally clause, as vllm 0.33 does: an exception leaves it overridden."""
         old, self.config = self.config, config
         yield
         self.config = old
@@ -88,7 +88,7 @@ class FakeVllm:
 
 
 def install(monkeypatch: pytest.MonkeyPatch, folder: Path) -> FakeVllm:
-    """Make `folder/vllm` the installed vllm, with an empty folder for tuned files (see `configs_folder`)."""
+    """Make `folder/vllm` the installed package, with an empty folder for tuned files (see `configs_folder`)."""
     fake = FakeVllm()
     names = [MODULE[:i] for i, c in enumerate(MODULE + ".") if c == "."]
     modules = {name: types.ModuleType(name) for name in [*names, f"{MODULE}.config"]}

@@ -1,7 +1,8 @@
-"""Random layers on random batches, each judged by a reference of its own, written plainly in torch and float32.
+"""Random layers on random batches, each judged by a plain reference in torch and float32 that is written here.
 
-What is compiled (a Variant) is drawn a few times a run, since compiling is what takes time; sizes, tokens, routing and
-weights are drawn anew for every layer. A layer is named by the run's seed and its number, which make it again.
+A Variant, which determines what is compiled, is drawn a few times per run, since compiling takes most of the time.
+Sizes, tokens, routing and weights are drawn for every layer. The seed of the run and the number of a layer reproduce
+it.
 """
 
 from __future__ import annotations
@@ -25,30 +26,31 @@ from torch import Tensor
 
 DTYPES = {"bf16": torch.bfloat16, "fp8": torch.float8_e4m3fn, "fp16": torch.float16}
 TOP_K = (1, 2, 3, 4, 6, 8, 22, 32)
-"""The combine is compiled for each."""
+"""Values of top_k that are drawn. The combine is compiled for each."""
 NAN_BYTE, GUARD = 0xFF, 7.0
 LIMIT = 1.5
-"""Of the clamped activation: many values are beyond it."""
+"""Limit of the clamped activation. Many values exceed it."""
 REFERENCE_ELEMENTS = 2**27
 SHAPES, FEW_SHAPES = 40, 4
-"""Of a variant; of one whose kernel is compiled, or whose cost model is made, for each."""
+"""Number of shapes per variant, and the number if a kernel is compiled, or a cost model made, for each shape."""
 
 HALF_ULP = {torch.bfloat16: 2.0**-9, torch.float16: 2.0**-12}
 """Largest relative error of rounding to a dtype."""
 E4M3 = 0.026
-"""Root mean square of the relative error of rounding to e4m3: 3 bits after the first leave at most 2^-4, evenly."""
+"""Root mean square of the relative error of rounding to e4m3. With 3 mantissa bits, errors are evenly spread up to
+2^-4."""
 
 
 @dataclass(frozen=True)
 class Size:
-    """From what sizes are drawn: multiples of 16, of 128 where fp8 needs that."""
+    """Bounds of the sizes that are drawn: multiples of 16, or of 128 if fp8 needs that."""
 
     most_experts: int = 512
     most_units: int = 40
     most_tokens: int = 5000
     most_weights: int = 2**26
     unit: int = 256
-    """Of aligned hidden sizes."""
+    """Unit of aligned hidden sizes."""
 
 
 TINY = Size(most_experts=6, most_units=4, most_tokens=12, most_weights=2**18, unit=128)
@@ -56,8 +58,11 @@ TINY = Size(most_experts=6, most_units=4, most_tokens=12, most_weights=2**18, un
 
 @dataclass(frozen=True)
 class Variant:
-    """A kernel, and what its compiled code depends on. config: the name of one of its configurations; None: its static
-    default. dispatched: three configurations by a cost model instead."""
+    """A kernel, and the properties that its compiled code depends on.
+
+    config       name of the configuration to run, None for the static default
+    dispatched   whether a cost model chooses among three configurations instead
+    """
 
     kernel: LaunchableKernel
     dtype: str
@@ -81,7 +86,7 @@ class Tally:
     refused: Counter[str] = field(default_factory=Counter)
     wrong: list[str] = field(default_factory=list)
     worst: dict[str, float] = field(default_factory=dict)
-    """By kernel and dtype, the largest error over what is allowed."""
+    """The largest error over the allowed error, by kernel and dtype."""
 
     def __str__(self) -> str:
         refused = "; ".join(f"{n} {reason}" for reason, n in self.refused.most_common(8))
@@ -94,9 +99,9 @@ class Tally:
 
 
 def draw_shapes(rng: random.Random, dtype: str, size: Size, count: int, aligned: bool) -> tuple[MoEShape, ...]:
-    """Of two pairs of hidden and intermediate sizes, the first of odd multiples of 16: whether tiles divide them is
-    compiled in. Of fp8 the first intermediate size is no multiple of the scale block, the second is. aligned: the
-    second pair is of multiples that every kernel takes."""
+    """Draw `count` shapes from two pairs of hidden and intermediate sizes. The sizes of the first pair are odd
+    multiples of 16, since kernels are compiled for whether tiles divide a size. For fp8, the first intermediate size is
+    no multiple of the scale block, and the second is one. aligned: every kernel takes the sizes of the second pair."""
     units = size.most_units // 2 - 1
     odd, any_two = ([16 * f(rng.randint(0, units)) for _ in range(2)] for f in (lambda n: 2 * n + 1, lambda n: n + 1))
     wide = [size.unit * rng.randint(1, max(1, size.most_units // 8)) for _ in range(2)]
@@ -116,7 +121,7 @@ def draw_shapes(rng: random.Random, dtype: str, size: Size, count: int, aligned:
 def draw_variants(
     rng: random.Random, kernels: Sequence[LaunchableKernel], hardware: Hardware, count: int, size: Size
 ) -> list[Variant]:
-    """At least two of every kernel, and `count` of the first."""
+    """Draw two variants of every kernel, and `count` of the first."""
     found: list[Variant] = []
     for kernel in kernels:
         first = kernel is kernels[0]
@@ -142,7 +147,7 @@ def draw_variants(
 
 
 def draw_weights(variant: Variant, shape: MoEShape, strided: bool, device: torch.device, seed: int) -> MoEWeights:
-    """Of a size that keeps every layer's output near one."""
+    """Draw weights that are scaled so that every layer's output is near one."""
     generator = torch.Generator(device).manual_seed(seed)
     e, h, i = shape.num_experts, shape.hidden_size, shape.intermediate_size
 
@@ -170,8 +175,8 @@ def draw_weights(variant: Variant, shape: MoEShape, strided: bool, device: torch
 
 
 def draw_ids(rng: random.Random, tokens: int, shape: MoEShape, device: torch.device, generator: Any) -> Tensor:
-    """int32 or int64 `[T, k]`: even, skewed, of few experts or of one, with experts named twice, and with ids that are
-    no expert's."""
+    """Draw ids int32 or int64 `[T, k]`: even, skewed, or of few experts or one. Some tokens name an expert twice, and
+    some ids belong to no expert."""
     e, k = shape.num_experts, shape.top_k
     weights = torch.ones(e, device=device, dtype=torch.float32)
     kind = rng.choice(["even", "skewed", "few", "one", "twice"])
@@ -197,9 +202,11 @@ def draw_ids(rng: random.Random, tokens: int, shape: MoEShape, device: torch.dev
 
 
 def expected(weights: MoEWeights, x: Tensor, ids: Tensor, scores: Tensor, rounded: bool) -> tuple[Tensor, Tensor]:
-    """(float32 `[T, H]`: every expert for every token, times how much of it was asked for; float32 `[T]`: the root of
-    the summed squares of all that was added up for a token). Errors are of the size of what is added up, even where it
-    cancels out. rounded: activations go through e4m3 in groups of 128, as the inputs of fp8 products do."""
+    """The output float32 `[T, H]`, and the scale of its error float32 `[T]`.
+
+    The output is the sum of every expert for every token, times its routing weight or 0. The scale is the root of the
+    summed squares of all terms of a token. Errors are proportional to the terms, even if these cancel out. rounded:
+    activations are rounded to e4m3 in groups of 128, as the inputs of fp8 products are."""
     e, h, i = weights.down.shape
     gate_up, down = weights.gate_up.float(), weights.down.float()
     if weights.gate_up_scale is not None and weights.down_scale is not None:
@@ -255,13 +262,18 @@ def _wide(scale: Tensor, rows: int, columns: int) -> Tensor:
 
 
 def allowed(variant: Variant, shape: MoEShape, rounded: bool) -> float:
-    """Largest error of a whole output, relative to what is added up; a single token's may be four times that.
+    """Largest allowed error of a whole output, relative to its terms. A single token's error may be four times that.
 
-    Three roundings to the dtype of the output, each at most half an ulp: of the activation, of each expert's row, of
-    the sum. Kernels that add in that dtype round once more for each addition: errors of either sign, so their square
-    root. fp8 products of activations that the reference does not round: two roundings to e4m3, the first of which both
-    factors of the activation have. If it does: values that rounding to the output's dtype pushed over to the next of
-    e4m3 before, one of 2^-4 / 2^-9 by a step of at most 2^-3. Twice all of that, since few numbers scatter.
+    The activation, each expert's row and the sum are rounded to the output's dtype, each by at most half an ulp.
+    Kernels that add in that dtype round once more per addition. The signs of these errors vary, so the square root of
+    their number counts.
+
+    For fp8 there are two cases. If the reference does not round activations, two roundings to e4m3 are added. Both
+    factors of the activation have the first of them. If the reference rounds, some values fall on the other side of a
+    boundary between e4m3 values, since they were first rounded to the output's dtype. That happens to 2^-9 / 2^-4 of
+    the values, and changes them by at most 2^-3.
+
+    The result is doubled, since the errors of few numbers scatter.
     """
     ulp = HALF_ULP[variant.hidden_dtype]
     parts = 0 if variant.kernel.name in ("triton", "deep_gemm") else -(-shape.intermediate_size // 128)
@@ -273,7 +285,7 @@ def allowed(variant: Variant, shape: MoEShape, rounded: bool) -> float:
 
 
 class Fuzz:
-    """One run: layer `i` of it is the same whenever it is made."""
+    """One run. A layer is determined by the run's seed and the layer's number."""
 
     def __init__(
         self, seed: int, kernels: Sequence[LaunchableKernel], hardware: Hardware, device: torch.device,
@@ -286,7 +298,7 @@ class Fuzz:
         self._configs: dict[tuple[str, MoEShape], KernelConfig | None] = {}
 
     def run(self, number: int) -> None:
-        """Layer `number` right or refused, by `tally`."""
+        """Run layer `number`, and count in `tally` whether it is right or refused."""
         rng = random.Random(f"{self.seed}/{number}")
         variant = rng.choice(self.variants)
         shape = rng.choice(variant.shapes)
@@ -350,7 +362,7 @@ class Fuzz:
         return moe
 
     def _config(self, variant: Variant, shape: MoEShape) -> KernelConfig | None:
-        """The variant's, of this shape; None if it has none, or none is asked for."""
+        """The variant's configuration for this shape. None if there is none, or if the variant names none."""
         if variant.config is None:
             return None
         if (variant.name, shape) not in self._configs:
@@ -359,7 +371,7 @@ class Fuzz:
         return self._configs[variant.name, shape]
 
     def _model(self, variant: Variant, shape: MoEShape) -> CostModel:
-        """Of three configurations, each of which is predicted to win somewhere."""
+        """A cost model of three configurations, each of which is predicted to win on some batches."""
         if (variant.name, shape) not in self._models:
             by_block: dict[int, KernelConfig] = {}
             for tokens in (4096, 64, 8, 1):
@@ -392,5 +404,5 @@ class Fuzz:
 
 
 def _reason(e: RampMoEError) -> str:
-    """Without what differs from layer to layer."""
+    """The message of an error, without the parts that differ between layers."""
     return "".join("#" if c.isdigit() else c for c in str(e))[:100]

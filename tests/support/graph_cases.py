@@ -1,4 +1,4 @@
-"""Layers that dispatch in graphs, over cost models made up so that configurations of different token blocks win."""
+"""Layers that dispatch in graphs, over invented cost models by which configurations of different token blocks win."""
 
 from __future__ import annotations
 
@@ -23,15 +23,15 @@ from ramp_moe_kernels.triton.config import GemmConfig, Path
 from ramp_moe_kernels.triton.kernel import TritonMoE
 
 KINDS = ("uniform", "zipf1.2", "zipf2.0", "active0.25", "one-hot")
-"""Of routing: between them, each of PRICES wins somewhere."""
+"""Kinds of routing. Each token block of PRICES wins on at least one."""
 SHAPE = MoEShape(32, 4, 256, 128, "bf16")
-"""Small, for Triton's kernels."""
+"""A small shape that Triton's kernels take."""
 PRICES = {16: 100.0, 32: 157.0, 64: 213.0, 128: 261.0}
-"""Microseconds a tile, by token block: much more than any switch costs, and hardly ever equal in sum."""
+"""Microseconds per tile, by token block. They far exceed the cost of a switch, and their sums are hardly ever equal."""
 
 
 def triton_of(blocks: Mapping[int, float] = PRICES, kernel: TritonMoE | None = None) -> dict[Candidate, float]:
-    """One configuration of the Triton path for each token block, none of which adds in an order that varies."""
+    """One configuration of the Triton path for each token block. All of them add in a fixed order."""
     kernel = kernel or TritonMoE()
     gemms = {block: GemmConfig(block, 64, 64, 4, 3, 1, 1, False) for block in blocks}
     paths = {block: Path(gemm, gemm) for block, gemm in gemms.items()}
@@ -39,7 +39,7 @@ def triton_of(blocks: Mapping[int, float] = PRICES, kernel: TritonMoE | None = N
 
 
 def priced(hardware: Hardware, us_a_tile: Mapping[Candidate, float], shape: MoEShape = SHAPE) -> CostModel:
-    """Each candidate costs 20 us, and so many us for each of its tiles."""
+    """A cost model in which each candidate costs 20 us, plus the given microseconds per tile."""
     models = []
     for name in dict.fromkeys(c.kernel for c in us_a_tile):
         mine = {c: price for c, price in us_a_tile.items() if c.kernel == name}

@@ -1,4 +1,4 @@
-"""Makes Triton's interpreter replace the functions of its language once a launch, not at each call of a helper."""
+"""Makes Triton's interpreter replace the functions of its language once per launch, not at each call of a helper."""
 
 from __future__ import annotations
 
@@ -21,8 +21,8 @@ def _patch_builtin(package: Any, builder: Any, scope: Any) -> None:
 
 
 def _once_a_launch(patch: Callable[[Any], Any]) -> Callable[[Any], Any]:
-    """Of `patch`, which a launch calls first, and restores at its end. What a helper called by the launch would replace
-    is replaced already, unless the helper sees another module of the language."""
+    """A version of `patch` for launches and helpers. A launch calls it first, and restores at its end. A helper need
+    not replace anything again, unless it sees another module of the language."""
     patched: set[int] = set()
 
     def patch_lang(fn: Any) -> Any:
@@ -45,8 +45,8 @@ def _once_a_launch(patch: Callable[[Any], Any]) -> Callable[[Any], Any]:
 
 
 def quicken() -> None:
-    """Changes nothing that a kernel computes, and halves the time of one that calls helpers. Versions of Triton whose
-    interpreter replaces in another way stay as they are."""
+    """Make interpreted kernels that call helpers twice as fast, with the same results. Versions of Triton whose
+    interpreter works in another way are left unchanged."""
     if hasattr(interpreter, "_LangPatchScope"):
         interpreter._patch_builtin = _patch_builtin
         interpreter._patch_lang = _once_a_launch(interpreter._patch_lang)

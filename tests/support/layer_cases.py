@@ -1,4 +1,4 @@
-"""A kernel in plain torch, and layers and cost models over it, that tests of the layer share."""
+"""A kernel in plain torch, with layers and cost models over it. Tests of the layer share them."""
 
 from __future__ import annotations
 
@@ -48,8 +48,8 @@ def weights(dtype: torch.dtype = torch.bfloat16) -> MoEWeights:
 
 
 class FakeKernel(LaunchableKernel):
-    """The layer token by token, in float32. Its three configurations differ in their token blocks alone; `launched`
-    lists what was run."""
+    """A kernel that computes a layer token by token in float32. Its three configurations differ only in their token
+    blocks. `launched` lists the configurations that were run."""
 
     def __init__(
         self,
@@ -114,7 +114,7 @@ def inputs(tokens: int, kind: str = "uniform", seed: int = 0) -> tuple[torch.Ten
 
 
 def by_hand(x: torch.Tensor, ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
-    """Every expert for every token, then the sum over those that were asked for."""
+    """The output computed as every expert for every token, summed over the experts that each token names."""
     w = weights()
     gate, up = torch.einsum("eih,th->tei", w.gate_up.float(), x.float()).chunk(2, -1)
     of_all = torch.einsum("ehi,tei->teh", w.down.float(), torch.nn.functional.silu(gate) * up)
@@ -128,7 +128,7 @@ def layer(hardware: Hardware, *kernels: FakeKernel, **options: Any) -> LayerRunt
 
 
 def model_of(hardware: Hardware, kernel: FakeKernel, us_a_tile: dict[int, float], shape: MoEShape = SHAPE) -> CostModel:
-    """Each configuration costs 1 us, and so many us for each of its tiles, exactly."""
+    """A cost model in which each configuration costs exactly 1 us, plus the given microseconds per tile."""
     found = []
     for block, price in us_a_tile.items():
         config = kernel.config(block)

@@ -1,4 +1,4 @@
-"""Layers and batches that tests of kernels share."""
+"""Layers and batches, shared by tests of kernels."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from ramp_moe_kernels import reference
 
 H200 = get_registry().device("h200")
 LIMITS = {"swiglu_clamped": 0.5}
-"""Of the activations that have one, low enough to matter in the layers here."""
+"""Limits of the activations that have one, low enough to clamp values in these layers."""
 ROUTINGS = ("uniform", "skewed", "one-expert", "few-experts", "padded", "duplicates", "garbage")
 
 
@@ -23,8 +23,8 @@ def weights(
     bias: bool = False,
     block: int = 128,
 ) -> MoEWeights:
-    """Random weights scaled by the square root of the reduction, as a trained layer's are; fp8 by scale blocks of
-    `block`."""
+    """Random weights, scaled like a trained layer's by the square root of the reduction. In fp8 they have scale blocks
+    of `block`."""
     generator = torch.Generator().manual_seed(experts * hidden + inter)
 
     def draw(*shape: int) -> torch.Tensor:
@@ -68,7 +68,7 @@ def batch(
 
 
 def expected(layer: MoEWeights, given: Batch, quantise: bool, stored_as: torch.dtype = torch.float32) -> torch.Tensor:
-    """The reference's float32 output; garbage ids are skipped, as the kernels skip them."""
+    """The reference's float32 output. Ids out of range are skipped, as the kernels skip them."""
     experts = layer.gate_up.shape[0]
     ids = given.topk_ids.masked_fill((given.topk_ids < 0) | (given.topk_ids > experts), -1)
     return reference.experts(

@@ -1,5 +1,5 @@
-"""A kernel of torch operations that keeps the contract on every device, and others like it each of which breaks one
-part of it; in a module that a spawned process can import."""
+"""A kernel of torch operations that keeps the contract on every device, and variants that each break one part of it.
+A spawned process can import this module."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ LAUNCHED = MoEShape(8, 2, 128, 64, "fp16")
 
 
 class Plain(LaunchableKernel):
-    """Every expert on every token, weighted by 0 where it was not chosen: nothing is read on the host."""
+    """Computes every expert on every token, with weight 0 if it was not chosen. Nothing is read back to the host."""
 
     name = "plain"
 
@@ -128,14 +128,14 @@ class ReadsAnother(Plain):
 
 
 class SwapsGateAndUp(Plain):
-    """Says that it reads weights that it does not tell from others."""
+    """Says that it reads another layout of weights, but treats all layouts alike."""
 
     def readable_layouts(self, shape: MoEShape) -> tuple[str, ...]:
         return "gate-first", "up-first"
 
 
 class HalfOfTheRows(Plain):
-    """Forgets that gate and up both have rows."""
+    """Counts the rows of gate, and forgets those of up."""
 
     def grid(self, shape: MoEShape, block: int) -> GridGeometry:
         return replace(super().grid(shape, block), n=shape.intermediate_size)
@@ -192,7 +192,7 @@ class EmptyExpertsCount(Plain):
 
 
 class ForgetsPadding(Plain):
-    """Takes -1 for the last expert, as an index would."""
+    """Takes the id -1 for the last expert, as indexing does."""
 
     def run(
         self, config: KernelConfig, prepared: Any, batch: Batch, out: Tensor, workspace: Workspace
@@ -209,7 +209,7 @@ class Raises(Plain):
 
 
 class OutOfBounds(Plain):
-    """Writes a row more than there are tokens."""
+    """Writes one row more than there are tokens."""
 
     def finish(self, batch: Batch, total: Tensor, out: Tensor) -> None:
         tokens, hidden = out.shape
@@ -233,7 +233,7 @@ class ConsumesWeights(Plain):
 
 
 class Wavers(Plain):
-    """Within what an output may be off, but not the same twice."""
+    """Differs from run to run, within the allowed error."""
 
     calls = 0
 
@@ -292,7 +292,7 @@ class Waits(Plain):
 
 
 class Synchronises(Plain):
-    """Right in all else: on a GPU, which alone can tell."""
+    """Synchronises with the host, and is right in everything else. Only a GPU can show that."""
 
     def finish(self, batch: Batch, total: Tensor, out: Tensor) -> None:
         super().finish(batch, total, out)
@@ -300,7 +300,8 @@ class Synchronises(Plain):
 
 
 class FixedRouting(Plain):
-    """Decides on the host, by means that torch does not see, which experts to run: a graph has those of its capture."""
+    """Decides on the host which experts to run, in a way that torch does not see. A graph keeps the experts of its
+    capture."""
 
     def experts(self, w: MoEWeights, batch: Batch) -> Sequence[int]:
         return [e for e in np.unique(batch.topk_ids.numpy()).tolist() if 0 <= e < len(w.down)]
@@ -334,7 +335,7 @@ def cannot_be_made() -> Conformance:
 
 
 class Recorded(TorchDispatchMode):
-    """Torch's operations with the very tensors that they had: what a graph would replay, the host's part left out."""
+    """Records torch's operations with their tensors, as a graph would replay them, without the work of the host."""
 
     def __init__(self) -> None:
         super().__init__()

@@ -1,4 +1,4 @@
-"""A bench without a GPU that does as it is told, in a module that a spawned process can import."""
+"""A bench without a GPU whose behaviour is scripted. A spawned process can import this module."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from typing import Any
 
 
 class FakeBench:
-    """`open` keeps the ids. A configuration's name says what `warm`, `check` and `time` do."""
+    """A bench whose methods `warm`, `check` and `time` act by the configuration's name. `open` keeps the ids."""
 
     def __init__(self) -> None:
         self.topk_ids: Any = None

@@ -1,5 +1,5 @@
-"""The same code in other words: every own name renamed, docstrings and messages reworded, definitions in another order
-and in other files."""
+"""Rewrites code without changing what it does: names and files are renamed, docstrings and messages reworded, and
+definitions reordered."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ def renamed(name: str) -> str:
 
 
 class Rewriting:
-    """Of what some roots reach: `write` makes the files, `place` says where a root went."""
+    """A rewriting of the code that some roots reach. `write` makes the files. `place` says where a root went."""
 
     def __init__(self, roots: Iterable[Place], apart: tuple[Path, ...] = ()) -> None:
         walk = Walk(apart)
@@ -60,13 +60,13 @@ class Rewriting:
 
 
 class Words(ast.NodeTransformer):
-    """The renamed statements of a file."""
+    """Renames the statements of a file."""
 
     def __init__(self, to: Rewriting, file: Path) -> None:
         self.to, self.file = to, file
 
     def external(self, node: ast.AST) -> bool:
-        """Whether a dotted name begins with something of another library's."""
+        """Whether a dotted name begins with a name of another library."""
         while isinstance(node, ast.Attribute | ast.Subscript):
             node = node.value
         if not isinstance(node, ast.Name):

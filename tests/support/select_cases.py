@@ -1,4 +1,4 @@
-"""Tables, routings and costs by hand that tests of choosing on the device share."""
+"""Cost tables, routings, and costs computed on the host, shared by the tests of choosing on the device."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ ROUTINGS = ("uniform", "zipf1.2", "active0.1", "one-hot", "padded", "empty", "ga
 
 
 def by_hand(table: CostTable, histogram: IntArray) -> FloatArray:
-    """Microseconds of the table's candidates: the table evaluator of `ramp_moe.cost_model.formula`."""
+    """Microseconds of the table's candidates, by the table evaluator of `ramp_moe.cost_model.formula`."""
     counts = np.ceil(histogram / table.blocks[:, None].astype(np.float64)).sum(-1)
     ctas = np.ceil(counts[table.grid_block] / table.grid_cluster) * table.grid_cluster * table.grid_ctas
     waves = ctas / table.grid_slots
@@ -42,7 +42,7 @@ def by_hand(table: CostTable, histogram: IntArray) -> FloatArray:
 
 
 def routed(kind: str, tokens: int, num_experts: int, top_k: int, seed: int = 0) -> torch.Tensor:
-    """topk_ids int32 `[tokens, top_k]` of one of ROUTINGS."""
+    """Top-k ids int32 `[tokens, top_k]` of one of ROUTINGS."""
     ids = generate(kind if kind in ROUTINGS[:4] else "uniform", tokens, num_experts, top_k, seed)
     rng = np.random.default_rng(seed)
     if kind == "padded":
@@ -57,13 +57,13 @@ def routed(kind: str, tokens: int, num_experts: int, top_k: int, seed: int = 0) 
 
 
 def counted(topk_ids: torch.Tensor, num_experts: int, num_valid: int | None = None) -> IntArray:
-    """The histogram that a kernel should see."""
+    """The histogram that a kernel should compute."""
     ids = topk_ids.cpu().numpy()[: None if num_valid is None else max(num_valid, 0)]
     return np.bincount(ids[(ids >= 0) & (ids < num_experts)], minlength=num_experts)
 
 
 def largest_table(seed: int = 0) -> CostTable:
-    """As much of everything as a table may have: candidates of one to three parts of one to three grids."""
+    """A table at the limits of every size, with candidates of one to three parts of one to three grids."""
     rng = np.random.default_rng(seed)
     grids, sets = 3, 48
     rows = MAX_DISTANCES // sets

@@ -1,4 +1,4 @@
-"""What tests of a profiling run over simulated kernels share."""
+"""Checks and readers of logs for tests of a profiling run over simulated kernels."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ def configs(kernel: Simulated | None = None) -> dict[str, KernelConfig]:
 
 
 def check_times(sweep: Sweep, kernel: Simulated, run: int = 0, within: float = 1e-3) -> None:
-    """Every measured time is the simulated one, every bound holds; on a batch all stages were measured, or none."""
+    """Assert that measured times equal the simulated ones and bounds hold. A batch has all stages measured, or none."""
     found = configs(kernel)
     for i, histogram in enumerate(sweep.histograms):
         stages = {k: us for c in found.values() for k, us in kernel.stage_us(c, histogram).items()}
@@ -65,17 +65,17 @@ def check_times(sweep: Sweep, kernel: Simulated, run: int = 0, within: float = 1
 
 
 def staged(sweep: Sweep, run: int = 0) -> list[int]:
-    """The rows on which a run timed stages."""
+    """The batches on which a run timed stages, by index."""
     stages = [i for i, c in enumerate(sweep.record.columns) if c.stage != "path"]
     return np.flatnonzero(np.isfinite(sweep.runs_us[run][:, stages]).any(axis=1)).tolist()
 
 
 STAGED = [0, 3, 5, 6, 9]
-"""Of BATCHES, every third, and those to judge on."""
+"""Indices into BATCHES on which stages are timed: every third batch, and those to judge on."""
 
 
 def rounds(calls: list[dict[str, Any]], method: str = "time") -> dict[str, list[str]]:
-    """By batch, the configurations in the order of their visits."""
+    """The configurations by batch, in the order in which they were visited."""
     found: dict[str, list[str]] = {}
     for c in calls:
         if c["method"] == method:
@@ -88,7 +88,7 @@ PROBED = sorted(TUNE[:FIRST_ROWS], key=lambda b: b.num_tokens)
 
 
 def name_of(batch: PlannedBatch) -> str:
-    """As calls name it."""
+    """The name of a batch in the log of calls."""
     return "-".join(map(str, batch.histogram(SHAPE)))
 
 
@@ -98,7 +98,7 @@ def checked(call: Call) -> str:
 
 
 def opened(call: Call) -> list[tuple[str, list[dict[str, Any]]]]:
-    """The batches that were opened, one after the other, each with what was then asked."""
+    """The batches in the order in which they were opened, each with the calls that followed."""
     found: list[tuple[str, list[dict[str, Any]]]] = []
     for c in call.calls():
         if c["method"] == "open":
@@ -109,19 +109,19 @@ def opened(call: Call) -> list[tuple[str, list[dict[str, Any]]]]:
 
 
 def journalled(call: Call) -> list[dict[str, Any]]:
-    """The events of a journal that is still there."""
+    """The events of the journal, which must exist."""
     return [json.loads(line) for line in journal(call).read_text().splitlines()[1:]]
 
 
 def take_an_hour(call: Call) -> None:
-    """By the journal, it took the run so long to get where it is."""
+    """Rewrite the journal so that the run seems to have taken an hour."""
     *before, last = journal(call).read_text().splitlines()
     last = json.dumps(json.loads(last) | {"spent": 3600.0})
     journal(call).write_text("\n".join([*before, last, ""]))
 
 
 def stop_at(call: Call, monkeypatch: pytest.MonkeyPatch, line: int) -> None:
-    """Run until the journal has so many lines; then the disk is full."""
+    """Run until the journal has `line` lines, when the disk is full."""
     write, count = os.write, [0]
 
     def limited(descriptor: int, data: bytes) -> int:

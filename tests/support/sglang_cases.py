@@ -1,4 +1,4 @@
-"""SGLang's FusedMoE as a server would make it with `--moe-runner-backend ramp_moe`, over weights that tests draw."""
+"""SGLang's FusedMoE, made as a server does with `--moe-runner-backend ramp_moe`, over random weights."""
 
 from __future__ import annotations
 
@@ -21,8 +21,8 @@ from sglang.srt.runtime_context import get_context, get_parallel
 
 @contextmanager
 def selected(backend: str = plugin.NAME, ranks: int = 1, rank: int = 0, **options: Any) -> Iterator[None]:
-    """As in one of so many processes of a server that was started with `--moe-runner-backend` and these options; ranks
-    share the experts. In place of the group that they talk in there is its size."""
+    """Act as one process of a server that was started with `--moe-runner-backend` and these options. The ranks share
+    the experts. The group in which they communicate is replaced by its size."""
     whole.install()
     HookRegistry.apply_hooks()  # with what it loads, `load_plugins` does so
     group = SimpleNamespace(world_size=ranks)
@@ -35,7 +35,7 @@ def selected(backend: str = plugin.NAME, ranks: int = 1, rank: int = 0, **option
 
 
 class Experts:
-    """A FusedMoE that holds copies of a rank's weights, since ramp_moe may release what is SGLang's."""
+    """A FusedMoE that holds copies of a rank's weights, since ramp_moe may release SGLang's tensors."""
 
     def __init__(self, weights: MoEWeights, top_k: int, **options: Any) -> None:
         experts, hidden, inter = weights.down.shape
@@ -59,7 +59,7 @@ class Experts:
         self.layer.quant_method.process_weights_after_loading(self.layer)
 
     def __call__(self, given: Batch) -> torch.Tensor:
-        """Ids are those of the experts of all ranks."""
+        """Compute a batch, whose ids number the experts of all ranks."""
         topk = StandardTopKOutput(given.topk_weights, given.topk_ids, torch.empty(0))
         if given.hidden_states.is_cuda:
             return self.layer(given.hidden_states, topk)

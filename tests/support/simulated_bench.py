@@ -1,6 +1,6 @@
-"""Kernels that exist on paper, and a bench that simulates them, in a module that a spawned process can import.
+"""Kernels without code, and a bench that simulates them. A spawned process can import this module.
 
-Run as a script with the path of a pickled `Call`, it profiles them, so that a test can kill it.
+Run as a script with the path of a pickled `Call`, it profiles the kernels, so that a test can kill the run.
 """
 
 from __future__ import annotations
@@ -34,15 +34,16 @@ BATCHES = [
     PlannedBatch(n, ROUTINGS[i % 3], i, "test" if i in (5, 9) else "tune")
     for i, n in enumerate((64, 1, 512, 8, 2, 48, 4, 16, 32, 96, 128, 256))
 ]
-"""The eighth tune batch is that of index 8."""
+"""The planned batches. The eighth tune batch has index 8."""
 
 SLOW = 4.0
 COUNT = itertools.count()
-"""Of the benches of a process, so that no two draw the same noise."""
+"""Counts the benches of a process, so that no two draw the same noise."""
 
 
 class Simulated(LaunchableKernel):
-    """Six configurations of two token blocks; a "slow" one takes SLOW times as long as its fast sister, everywhere."""
+    """A kernel with six configurations of two token blocks. A "slow" one takes SLOW times as long as its fast twin, on
+    every batch."""
 
     def __init__(self, name: str = "sim", version: str = "1", slower: float = 1.0) -> None:
         self.name, self._version, self.slower = name, version, slower
@@ -77,7 +78,7 @@ class Simulated(LaunchableKernel):
         raise AssertionError
 
     def stage_us(self, config: KernelConfig, histogram: Any) -> dict[str, float]:
-        """What each stage takes on a batch."""
+        """Microseconds of each stage on a batch."""
         factor = {"a": 1.0, "b": 1.1, "slow": SLOW}[str(dict(config.params)["kind"])] * self.slower
         gemm = config.stages[1].geometry
         assert gemm is not None
@@ -94,8 +95,8 @@ class Simulated(LaunchableKernel):
 
 @dataclass(frozen=True)
 class Script:
-    """How the simulation behaves. Calls are logged, a JSON line each; `acts` says by METHOD/CONFIG, or by
-    METHOD/CONFIG/TOKENS for batches of so many tokens, what goes wrong."""
+    """The behaviour of the simulation. Each call is logged as a line of JSON. `acts` gives the failures by
+    METHOD/CONFIG, or by METHOD/CONFIG/TOKENS for batches of that size."""
 
     log: Path
     acts: dict[str, str] = field(default_factory=dict)
@@ -171,13 +172,13 @@ class SimulatedBench:
 
 
 def make_bench(script: Script, shape: MoEShape, hardware: str, kernels: Sequence[str]) -> Any:
-    """In place of the command line's."""
+    """Make a bench. Replaces the function of the command line."""
     assert (shape, hardware) == (SHAPE, HARDWARE.name)
     return SimulatedBench(script, [Simulated(k) for k in kernels])
 
 
 class Here:
-    """A worker without a process, for tests that need none: it starts at once."""
+    """A worker without a process, which starts at once, for tests that need no process."""
 
     def __init__(self, make_bench: Callable[[], SimulatedBench]) -> None:
         self.bench = make_bench()
@@ -193,7 +194,7 @@ class Here:
 
 
 class Silent:
-    """Progress that is kept for a test to look at."""
+    """Progress that is kept for a test to read."""
 
     def __init__(self) -> None:
         self.phases: list[tuple[str, int]] = []
@@ -237,7 +238,7 @@ class Call:
         )
 
     def calls(self) -> list[dict[str, Any]]:
-        """What the benches were asked, in order."""
+        """The calls of the benches, in order."""
         return [json.loads(line) for line in self.script.log.read_text().splitlines()]
 
 

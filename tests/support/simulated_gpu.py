@@ -1,4 +1,4 @@
-"""A machine whose GPU exists in its state alone, for tests of the commands that measure on it."""
+"""A machine with a simulated GPU, for tests of the commands that measure on a GPU."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ class Described(Kernel):
 
 
 class Machine:
-    """A registry and a GPU that a test may change before it runs a command. Benches have no processes."""
+    """A registry and a GPU, which a test may change before it runs a command. Benches run in the same process."""
 
     def __init__(self, log: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         self.registry = Registry(load_entry_points=False)

@@ -1,5 +1,5 @@
-"""Counts what Triton would compile for batches of every size, without a GPU and without compiling; test_sizes.py runs
-it in a process of its own, since the others interpret kernels."""
+"""Counts the kernels that Triton would compile for batches of every size, without a GPU and without compiling.
+test_sizes.py runs it in a separate process, since the other tests interpret kernels."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ binders: dict[JITFunction, Callable[..., Any]] = {}
 
 
 def note(self: JITFunction, *args: Any, grid: Any, warmup: bool, **kwargs: Any) -> None:
-    """In place of a launch: by what Triton finds the compiled kernel."""
+    """Note the key by which Triton finds the compiled kernel. Replaces a launch."""
     if self not in binders:
         binders[self] = create_function_from_signature(self.signature, self.params, BACKEND)
     _, specialisation, options = binders[self](*args, **kwargs)
@@ -39,7 +39,7 @@ def note(self: JITFunction, *args: Any, grid: Any, warmup: bool, **kwargs: Any) 
 
 
 def weights_of(shape: MoEShape) -> MoEWeights:
-    """On no device: their addresses are multiples of 16, as an allocator's are."""
+    """Weights on the meta device. Their addresses are multiples of 16, as those of an allocator are."""
     e, h, i, fp8 = shape.num_experts, shape.hidden_size, shape.intermediate_size, shape.dtype == "fp8"
     dtype = torch.float8_e4m3fn if fp8 else torch.bfloat16
     given = [torch.empty(e, 2 * i, h, dtype=dtype, device="meta"), torch.empty(e, h, i, dtype=dtype, device="meta")]
@@ -69,7 +69,7 @@ def keys(kernel: LaunchableKernel, config: KernelConfig, shape: MoEShape, sizes:
 
 
 def cases() -> list[tuple[str, LaunchableKernel, KernelConfig, MoEShape]]:
-    """Every kernel of ours, and of others' those around which ours run, with each set of launches that it has."""
+    """Every kernel that launches our Triton kernels, with one configuration for each set of launches."""
     shapes = [MoEShape(60, 6, 2048, 768, "fp8"), MoEShape(64, 8, 1024, 512, "bf16")]
     listed = []
     for kernel in (TritonMoE(), CuteMoE(), AlphaMoE(), DeepGEMM()):
@@ -87,7 +87,7 @@ def cases() -> list[tuple[str, LaunchableKernel, KernelConfig, MoEShape]]:
 
 
 def main() -> None:
-    """Every size of the first case of each kernel, and some of the others'."""
+    """Print the missing kernels of each case, at every size for the first case of a kernel and at some for others."""
     for module in (cute, alpha_moe, deep_gemm):
         module.check_hopper = lambda *_: None  # type: ignore[attr-defined]
     cute.check_aligned = alpha_moe.check_aligned = lambda *_: None  # type: ignore[attr-defined]

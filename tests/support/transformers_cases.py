@@ -59,7 +59,7 @@ PROMPT = torch.tensor([[5, 17, 99, 3, 64]])
 
 
 def model_of(family: str, dtype: torch.dtype = HALF, **changes: Any) -> Any:
-    """With random weights, wide enough that every expert matters."""
+    """A model with random weights, wide enough that every expert matters."""
     torch.manual_seed(0)
     config = AutoConfig.for_model(family, **(TINY | FAMILIES.get(family, {}) | changes))
     model = AutoModelForCausalLM.from_config(config).eval()
@@ -74,8 +74,8 @@ def logits(model: Any, prompt: torch.Tensor = PROMPT) -> torch.Tensor:
 
 
 def expert_calls(model: Any, prompt: torch.Tensor = PROMPT) -> list[tuple[Any, Any, torch.Tensor]]:
-    """(module, arguments, output) of every module of experts in one pass. Layers are compared on the same routing: in a
-    whole model the roundings of one layer may turn a near tie of the next one's router."""
+    """(module, arguments, output) of every module of experts in one pass. Layers are compared on the same routing. In a
+    whole model, rounding in one layer may reverse a near tie in the next layer's router."""
     found: list[tuple[Any, Any, torch.Tensor]] = []
 
     def keep(module: Any, given: Any, out: torch.Tensor) -> None:
@@ -89,7 +89,7 @@ def expert_calls(model: Any, prompt: torch.Tensor = PROMPT) -> list[tuple[Any, A
 
 
 def worst(calls: list[tuple[Any, Any, torch.Tensor]]) -> float:
-    """Relative error of the same calls, now."""
+    """Relative error of the outputs when the same calls are repeated."""
     with torch.no_grad():
         return max(error(module(*given), out.float()) for module, given, out in calls)
 
@@ -103,7 +103,7 @@ def same(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> bool:
 
 
 def fp8_experts(experts: int = 4, top_k: int = K, hidden: int = 256, inter: int = 128, **options: Any) -> Any:
-    """What Transformers puts in the place of a module's experts when it loads a model in fp8."""
+    """The module with which Transformers replaces experts when it loads a model in fp8."""
     from transformers.integrations.finegrained_fp8 import ALL_FP8_EXPERTS_FUNCTIONS, FP8Experts
     from transformers.integrations.moe import use_experts_implementation
 
@@ -126,7 +126,7 @@ def fp8_experts(experts: int = 4, top_k: int = K, hidden: int = 256, inter: int 
 
 
 def computed(weights: MoEWeights, x: torch.Tensor, ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
-    """By the reference, float32."""
+    """The output of the reference, in float32."""
     scales = {"gate_up_scale": weights.gate_up_scale, "down_scale": weights.down_scale}
     how = {
         "quantise": weights.gate_up_scale is not None,

@@ -1,4 +1,4 @@
-"""Every class of the installed Transformers' experts interface, found by reading its sources; tiny modules of each."""
+"""Every class of the installed Transformers' experts interface, found in its sources, and tiny modules of each."""
 
 from __future__ import annotations
 
@@ -21,11 +21,11 @@ SIZES = {
     "hidden_size": H, "moe_hidden_size": H, "intermediate_size": I, "moe_intermediate_size": I, "num_experts": E,
     "num_local_experts": E, "n_routed_experts": E, "moe_num_experts": E,
 }  # fmt: skip
-"""By the names that configurations have for them."""
+"""Sizes of the tiny modules, by the names that configurations use."""
 
 
 def sources() -> Iterator[tuple[str, str]]:
-    """(name of the module, its text) of every file of models."""
+    """(name of the module, its text) of every modelling file."""
     for path in sorted(MODELS.glob("*/modeling_*.py")):
         yield f"transformers.models.{path.parent.name}.{path.stem}", path.read_text()
 
@@ -36,8 +36,8 @@ def names_of_classes() -> list[str]:
 
 
 def tiny(name: str) -> Any:
-    """A module of the class, of the sizes above, float16 with random weights that are wide enough for clamps to matter,
-    on the configuration that is the class's own."""
+    """A module of the class, with the sizes above and its own configuration, in float16. The random weights are wide
+    enough for clamps to matter."""
     module, _, kind = name.partition(":")
     experts_class = getattr(importlib.import_module(module), kind)
     arguments = inspect.signature(experts_class.__init__).parameters
@@ -59,7 +59,7 @@ def tiny(name: str) -> Any:
 
 
 def _configurations(module: str, annotation: Any) -> Iterator[Any]:
-    """Those beside the class, small, the one that it names first."""
+    """Small configurations from the module of the class. The one that the class names comes first."""
     beside = importlib.import_module(module.replace(".modeling_", ".configuration_"))
     kinds = [
         kind

@@ -1,7 +1,8 @@
 """Routed experts as vLLM itself makes, loads and runs them, for one rank of a layer of random weights.
 
-Where it finds no GPU, or none of its compiled operators, which experts like ours do without, it is told that it is on
-Hopper, once its modules are imported, some of which ask those operators what they can. Import this before vLLM.
+If vLLM finds no GPU, or none of its compiled operators, it is told that it runs on Hopper. Experts like ours do without
+these operators. vLLM is told after its modules are imported, since some of them ask the operators for their
+capabilities. Import this before vLLM.
 """
 
 from __future__ import annotations
@@ -77,7 +78,7 @@ def experts_of(
     load_format: str = "auto",
     **options: Any,
 ) -> Any:
-    """vLLM's routed experts of a rank, (size, rank) of tp or ep, with its part of the weights loaded and processed."""
+    """vLLM's routed experts of a rank, with its part of the weights loaded. `tp` and `ep` are pairs (size, rank)."""
     if not is_workspace_manager_initialized():
         init_workspace_manager(torch.device(DEVICE))
     experts, rows, hidden = full.gate_up.shape
@@ -110,7 +111,7 @@ def experts_of(
 
 
 def load(routed: Any, full: MoEWeights) -> None:
-    """By vLLM's loader, each projection of each expert, as they stand in a checkpoint."""
+    """Load each projection of each expert by vLLM's loader, as from a checkpoint."""
     given = {"weight": (full.gate_up, full.down), "weight_scale_inv": (full.gate_up_scale, full.down_scale)}
     for kind, (gate_up, down) in given.items():
         if gate_up is None:
@@ -131,7 +132,7 @@ def load(routed: Any, full: MoEWeights) -> None:
 
 @contextmanager
 def said_by_plugin(level: int = logging.INFO) -> Iterator[list[str]]:
-    """What the plugin logs from here on, at `level` or above, through vLLM's logger."""
+    """The messages that the plugin logs through vLLM's logger from now on, at `level` or above."""
     found: list[str] = []
     handler = logging.Handler(level)
     handler.emit = lambda record: found.append(record.getMessage())  # type: ignore[method-assign]

@@ -1,4 +1,4 @@
-"""A kernel one of whose configurations stores where it has no memory, in a module that a spawned process can import."""
+"""A kernel with a configuration that stores out of bounds. A spawned process can import this module."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from torch import Tensor
 
 WILD = "wild"
 SANE_TOKENS = 100
-"""Batches of more make the configuration WILD run wild: it passes its check, and fails while it is timed."""
+"""Most tokens for which the configuration WILD is correct. It passes its check, and fails while it is timed."""
 FAR_AWAY = 2**42
 
 
@@ -26,7 +26,7 @@ def _store_at(pointer, offset):
 
 
 class Wild(TritonMoE):
-    """The static choices of TritonMoE, and one of them again under the name WILD."""
+    """TritonMoE with its static choices, and one of them again under the name WILD."""
 
     name = "wild"
 

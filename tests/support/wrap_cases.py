@@ -1,4 +1,4 @@
-"""Modules whose experts a layer holds otherwise than they do, and what their tensors then are."""
+"""Modules whose experts are laid out otherwise than a layer holds them, and checks of their tensors."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ assert SHAPE.num_experts == E
 
 
 class InPlace(FakeKernel):
-    """Launches with the memory of the weights held."""
+    """A FakeKernel whose prepared weights share the memory of the weights given, and which launches from it."""
 
     def prepare(self, weights: MoEWeights) -> Any:
         super().prepare(weights)
@@ -41,7 +41,8 @@ class InPlace(FakeKernel):
 
 
 class Bank(nn.Module):
-    """Experts as a framework calls them. turned: matrices are transposed, gate and up columns in turn, as gpt-oss'."""
+    """Experts as a framework calls them. turned: as in gpt-oss, matrices are transposed, and gate and up columns
+    alternate."""
 
     def __init__(self, seed: int = 0, turned: bool = False) -> None:
         super().__init__()
@@ -57,7 +58,7 @@ class Bank(nn.Module):
 
 @dataclass(frozen=True)
 class Turned(Experts):
-    """Of a turned Bank."""
+    """The adapter of a turned Bank."""
 
     def weights(self, module: nn.Module) -> MoEWeights:
         given = {
@@ -89,11 +90,11 @@ class OneLayer:
 
 @dataclass(frozen=True)
 class Case:
-    """How a Bank's tensors and what the layer holds differ."""
+    """A way in which a Bank's tensors differ from the layer's."""
 
     turned: bool
     layouts: tuple[str, ...]
-    """Of what the kernels read; a layout of which two copies are held, if two."""
+    """Layouts that the kernels read, and the layer holds: one copy per layout."""
     derives: bool = False
 
     def adapter(self) -> Experts:
@@ -112,7 +113,7 @@ class Case:
         return bank
 
     def check(self, bank: Bank, expected: dict[str, Tensor]) -> None:
-        """The bank reads as expected, and every kernel computes with that."""
+        """Assert that the bank reads as expected, and that every kernel computes with these tensors."""
         experts = bank._ramp_moe
         assert isinstance(experts, WrappedExperts)
         plain = Bank(0, self.turned)
@@ -136,7 +137,7 @@ class Case:
 
 
 def outputs(layer: LayerRuntime) -> list[Tensor]:
-    """Of every kernel."""
+    """The output of every kernel."""
     found = []
     for name in layer.configs():
         kernel, _ = layer.kernel(name)
@@ -157,7 +158,7 @@ CASES = {
 
 
 def register_kernel(monkeypatch: pytest.MonkeyPatch, layout: str) -> FakeKernel:
-    """Have it be the only kernel, of no profile, which reads weights in this layout alone."""
+    """Make it the only kernel, without a profile, and let it read weights in this layout alone."""
     kernel = InPlace("only", layouts=(layout,))
     registry = copy.copy(get_registry())
     registry.kernels = {kernel.name: kernel}
