@@ -10,8 +10,8 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[1]
-FOLDERS = ("core", "adapters", "kernels", "profiles/benchmarks")
-"""What was read by the rule, as a whole."""
+FOLDERS = ("core", "adapters", "kernels", "profiles", "examples", "tests/support")
+"""The folders whose docstrings the rule holds for."""
 FILES = sorted(path for folder in FOLDERS for path in (ROOT / folder).rglob("*.py"))
 TURNS = re.compile(r"\A\s*Of\b|\b(so many|the like|be had|as they lie|None where)\b|\bRaises? \w+ where\b")
 
@@ -55,7 +55,6 @@ def test_sentences_are_short(path: Path) -> None:
     assert not found
 
 
-PACKAGES = ("core", "kernels", "adapters", "profiles/ramp_moe_profiles", "profiles/benchmarks")
 FOREIGN = (
     *("get_moe_configs", "try_get_optimal_moe_config", "get_default_config", "moe_sum"),  # vLLM
     "vllm.general_plugins",  # an entry point of vLLM
@@ -71,9 +70,9 @@ NAME = re.compile(r"`([A-Za-z_][\w.]*)`")
 
 @pytest.fixture(scope="module")
 def known() -> set[str]:
-    """Every name that occurs in the packages' code, strings and paths."""
+    """Every name that occurs in the folders' code, strings and paths."""
     found = set(FOREIGN)
-    for path in (path for package in PACKAGES for path in (ROOT / package).rglob("*.py")):
+    for path in FILES:
         found |= set(re.findall(r"\w+", str(path.relative_to(ROOT))))
         tree = ast.parse(path.read_text())
         prose = {id(text) for text in docstrings(tree)}
