@@ -94,3 +94,23 @@ def test_a_name_in_a_docstring_exists(path: Path, known: set[str]) -> None:
         if name not in known and not set(name.split(".")) <= known
     ]
     assert not missing
+
+
+PAGES = sorted(
+    {*ROOT.glob("*.md"), *ROOT.glob("profiles/**/*.md"), *ROOT.glob("examples/**/*.md")} - {ROOT / "README.md"}
+)
+
+
+def paragraphs(page: str) -> Iterator[str]:
+    """The paragraphs of a page in Markdown, without code, tables, headings and what is quoted."""
+    page = re.sub(r"^```.*?^```|^( {4}|[|#<!]).*?$", "", page, flags=re.M | re.S)
+    yield from re.split(r"\n\s*\n|\n\s*(?:-|\d+\.) ", re.sub(r'"[^"]*"', "it", page))
+
+
+@pytest.mark.parametrize("path", PAGES, ids=lambda path: str(path.relative_to(ROOT)))
+def test_pages_read_once(path: Path) -> None:
+    found = []
+    for paragraph in paragraphs(path.read_text()):
+        found += [turn.group() for turn in TURNS.finditer(paragraph)]
+        found += [s for s in sentences(paragraph) if len(s.split()) > MOST_WORDS]
+    assert not found
