@@ -104,7 +104,8 @@ PAGES = sorted(
 def paragraphs(page: str) -> Iterator[str]:
     """The paragraphs of a page in Markdown, without code, tables, headings and what is quoted."""
     page = re.sub(r"^```.*?^```|^( {4}|[|#<!]).*?$", "", page, flags=re.M | re.S)
-    yield from re.split(r"\n\s*\n|\n\s*(?:-|\d+\.) ", re.sub(r'"[^"]*"', "it", page))
+    for paragraph in re.split(r"\n\s*\n|\n\s*(?:-|\d+\.) ", page):
+        yield re.sub(r'"[^"]*"', "it", paragraph)
 
 
 @pytest.mark.parametrize("path", PAGES, ids=lambda path: str(path.relative_to(ROOT)))
