@@ -31,8 +31,8 @@ def _bodies(found: Found) -> str:
     rows = [(f["model"], r["tokens"], r["mode"], r["bodies"], f"{r['overhead_us']:.2f}",
              "" if r["changing_us"] is None else f"{r['changing_us']:.2f}", f"{r['layer_kib']:.0f}",
              f"{r['buffers_mib']:.0f}") for f in found for r in f["bodies"]]  # fmt: skip
-    head = ("model", "tokens", "mode", "bodies", "overhead, us a layer", "routing changes, us a layer",
-            "driver, KiB a layer", "buffers, MiB")  # fmt: skip
+    head = ("model", "tokens", "mode", "bodies", "overhead, us per layer", "routing changes, us per layer",
+            "driver, KiB per layer", "buffers, MiB")  # fmt: skip
     return table(head, rows)
 
 
@@ -46,7 +46,7 @@ def _end_to_end(found: Found) -> str:
             rows.append((f["model"], r["tokens"], f"{r['mode']}, {len(r['bodies'])}", cells[0], f"{mode}, {bodies}",
                          cells[1], f"{statistics.geometric_mean(r['static_us']):.1f}"))  # fmt: skip
     head = ("model", "tokens", "planned: mode, bodies", "planned over static", "up to 4 bodies: mode, bodies",
-            "over static", "static, us a layer")  # fmt: skip
+            "over static", "static, us per layer")  # fmt: skip
     return table(head, rows)
 
 

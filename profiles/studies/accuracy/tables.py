@@ -84,7 +84,7 @@ def accuracy() -> str:
         group = stored.activation_group
         figures = [f"{value:.4f}" for row in (normal, outliers) for value in row[1:]]
         rows.append((normal[0], "fp8" if stored.rounds else "none", "token" if group is None else group, *figures))
-    head = ["format", "its engine rounds to", "columns a scale of activations"]
+    head = ["format", "its engine rounds activations to", "columns per scale of activations"]
     columns = ("weights", "activations", "both")
     return table(head + [f"{kind}: {column}" for kind in KINDS for column in columns], rows)
 

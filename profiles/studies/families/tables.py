@@ -198,7 +198,7 @@ def overheads() -> str:
     sizes = (1, 64, 512, 2048)
     rows = [(m, *(f"{choosing_us(m, t):.2f} / {switching_us(m, t):.2f}" for t in sizes)) for m in MODELS]
     head = (
-        f"us a layer, {CHOOSE_AMONG} candidates: choosing / all of switching in a graph",
+        f"us per layer, {CHOOSE_AMONG} candidates: choosing / all of switching in a graph",
         *(f"{t} tokens" for t in sizes),
     )
     return table(head, rows)
@@ -214,7 +214,7 @@ def layouts() -> str:
             ratio = np.exp(np.log(some[policy] / some["dispatch"]).mean())
             rows.append((case.model, case.dtype, copies, " and ".join(held.layouts), ", ".join(held.kernels),
                          f"{held.bytes / 2**20:.0f}", f"{held.loss - free.loss:.2%}", f"{ratio - 1:.2%}"))  # fmt: skip
-    head = ("model", "dtype", "copies allowed", "held", "kernels", "MiB a layer", "predicted to lose", "loses")
+    head = ("model", "dtype", "copies allowed", "held", "kernels", "MiB per layer", "predicted to lose", "loses")
     return table(head, rows)
 
 

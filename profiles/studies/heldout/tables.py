@@ -183,7 +183,7 @@ def claims(study: Study) -> str:
         ("largest regret of a batch", max(float(g.regret.max()) for g in every), MOST),
     ]
     rows = [(what, percent(v), f"at most {percent(bound)}", "yes" if v <= bound else "no") for what, v, bound in bounds]
-    return table(("of all models, the worst", "measured", "claimed", "holds"), rows)
+    return table(("claim, worst of all models", "measured", "claimed", "holds"), rows)
 
 
 def regrets(study: Study) -> str:

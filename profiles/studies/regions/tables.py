@@ -204,7 +204,7 @@ def fused(folder: Path) -> str:
         majority = max(pays, len(decided) - pays)
         rows.append((optimisation, split, len(asked) - len(decided), hits, len(decided) - hits, majority, worst))
     margin = f"within {FUSED_MARGIN:.0%}"
-    head = ("optimisation", "pays / does not", margin, "hits", "misses", "majority's hits", "dearest miss")
+    head = ("optimisation", "pays / does not", margin, "hits", "misses", "majority's hits", "costliest miss")
     return table(head, rows)
 
 
