@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import os
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Container, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from functools import partial
@@ -167,6 +167,22 @@ def calibrated(search: Search, plan: LayerPlan, kernels: Sequence[LaunchableKern
     return Calibrated(
         replace(plan, kernels=kept, model=model), search.found, layout == engine_layout, chosen, predicted
     )
+
+
+def predicted(plan: LayerPlan) -> Calibrated:
+    """The plan of a cost model, of which nothing was measured here. The engine's own path keeps no size."""
+    return Calibrated(plan, Calibration(), engine=True, chosen={}, predicted={})
+
+
+def without(plan: LayerPlan, kernels: Container[str]) -> LayerPlan:
+    """The plan without some kernels, by name. Raises KernelError if none is left."""
+    kept = [k for k in plan.kernels if k.name not in kernels]
+    if len(kept) == len(plan.kernels):
+        return plan
+    if not kept:
+        raise KernelError(f"no kernel is left without {', '.join(k.name for k in plan.kernels)}")
+    names = [k.name for k in kept]
+    return replace(plan, kernels=kept, model=None if plan.model is None else plan.model.restrict(names))
 
 
 def best_layout(found: Calibration, reads: Mapping[str, Sequence[str]], engine_layout: str) -> str:

@@ -11,6 +11,7 @@ import signal
 import subprocess
 import sys
 from collections.abc import Iterable
+from typing import NamedTuple
 
 from ..registry.registry import get_registry
 from ..spec.hardware import Hardware
@@ -28,7 +29,14 @@ def third_party(kernels: Iterable[LaunchableKernel]) -> list[LaunchableKernel]:
     return [k for k in kernels if k.name in get_registry().third_party]
 
 
-def fault(kernel: str, shape: MoEShape, hardware: Hardware, seconds: float = SECONDS) -> str | None:
+class Fault(NamedTuple):
+    """Why a kernel must not run here. passing: it gave no answer in time, which it may do another day."""
+
+    reason: str
+    passing: bool = False
+
+
+def fault(kernel: str, shape: MoEShape, hardware: Hardware, seconds: float = SECONDS) -> Fault | None:
     """Why a registered kernel must not run in this process; None if it may. `ramp-moe check-kernel` decides.
 
     A kernel that gives no answer within `seconds` must not run either.
@@ -43,11 +51,11 @@ def fault(kernel: str, shape: MoEShape, hardware: Hardware, seconds: float = SEC
     except subprocess.TimeoutExpired:
         os.killpg(child.pid, signal.SIGKILL)  # its own children, too
         child.communicate()
-        return f"gave no answer within {seconds:g} s in a process apart"
+        return Fault(f"gave no answer within {seconds:g} s in a process apart", passing=True)
     try:
         checks = json.loads(printed)["checks"]
         failed = [f"{c['check']}: {c['detail']}" for c in checks if c["result"] == "failed"]
     except (ValueError, KeyError, TypeError):
         lines = (errors or printed).strip().splitlines()
         failed = [f"cannot be checked ({lines[-1] if lines else f'exit code {child.returncode}'})"]
-    return " ".join("; ".join(failed).split()) or None
+    return Fault(" ".join("; ".join(failed).split())) if failed else None

@@ -36,7 +36,8 @@ def test_whatever_the_child_does(case: str, monkeypatch: pytest.MonkeyPatch, h20
 
     monkeypatch.setattr(subprocess, "Popen", popen)
     found = probe.fault("strange", SHAPE, h200, 3 if case == "spins" else 60)
-    assert (found is None) if said is None else (found is not None and found.startswith(said))
+    assert (found is None) if said is None else (found is not None and found.reason.startswith(said))
+    assert found is None or found.passing == (case == "spins"), "what is slow today may answer tomorrow"
     ((_, *command),) = commands
     assert command[:4] == ["-m", "ramp_moe.cli", "check-kernel", "strange"]
     assert SHAPE.slug in command
