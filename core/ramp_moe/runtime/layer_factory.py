@@ -99,6 +99,10 @@ class Builder:
         refine: makes another plan from a kind's, before its first layer is made.
         group: layers of one kind share a plan within it.
         """
+        if not isinstance(weights, MoEWeights):
+            raise KernelError(
+                f"weights must be a MoEWeights, not {type(weights).__name__}; write MoEWeights(gate_up, down)"
+            )
         options = self.options
         if options.activations is not None and weights.stored.scale is not None:
             weights = replace(weights, activations=options.activations)
