@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from functools import partial
 from weakref import WeakKeyDictionary
 
-from ramp_moe.cost_model.model import Candidate
+from ramp_moe import Candidate
 from ramp_moe.plugin import KernelError, LaunchableKernel
 from ramp_moe.runtime import calibrated_plan, probe
 from ramp_moe.runtime.calibrated_plan import Calibrated, CalibrationRecord

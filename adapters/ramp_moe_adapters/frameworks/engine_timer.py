@@ -16,6 +16,7 @@ from ramp_moe.plugin import Batch, Hardware, KernelError, LaunchableKernel, MoEW
 from ramp_moe.runtime.calibration import Timer, spread
 from ramp_moe.runtime.graph_timer import GraphTimer
 from ramp_moe.runtime.layer import LayerRuntime
+from ramp_moe.spec.kernel import known_version
 from torch import Tensor
 
 T = TypeVar("T")
@@ -122,8 +123,8 @@ TIMERS: dict[str, Callable[[LoadedLayer, Sequence[LaunchableKernel], Hardware], 
 
 def _version(kernel: LaunchableKernel) -> str:
     try:
-        return kernel.version()
-    except Exception:  # a plugin's own mistake, which must not stop the others; its kernel is tried apart
+        return known_version(kernel)
+    except KernelError:  # a plugin's own mistake, which must not stop the others; its kernel is tried apart
         return "?"
 
 
