@@ -1,6 +1,7 @@
 """One rank of two that load a model together: `python rank_worker.py RANK HOW FOLDER` prints what it decides.
 
-HOW: "well"; or what rank 0 does when it measures: "killed", or "late" for longer than the other rank waits.
+HOW: "well"; or what rank 0 does when it measures: "killed", or "late" for longer than the other rank waits. "alone" and
+"alone-killed": a server of one rank; any number of them may share a cache.
 """
 
 from __future__ import annotations
@@ -44,7 +45,8 @@ def join(rank: int, folder: Path) -> Any:
 
 
 def main(rank: int, how: str, folder: Path) -> dict[str, Any]:
-    group, said, asked = join(rank, folder), list[str](), list[str]()
+    said, asked = list[str](), list[str]()
+    group = None if how.startswith("alone") else join(rank, folder)
 
     class Timer:
         """On rank 0 the engine's own path is faster from 8 tokens on; rank 1 would say that ours never is."""
@@ -55,9 +57,9 @@ def main(rank: int, how: str, folder: Path) -> dict[str, Any]:
 
         def time(self, candidate: Any, topk_ids: Any) -> float:
             asked.append(ENGINE if candidate is None else candidate.name)
-            if how == "killed":
+            if how.endswith("killed"):
                 os.kill(os.getpid(), signal.SIGKILL)
-            own = 1.0 if rank or len(topk_ids) >= 8 else 20.0
+            own = 1.0 if (group and rank) or len(topk_ids) >= 8 else 20.0
             return own if candidate is None else 10.0 + len(candidate.name) % 7
 
     engine.GRACE = WAITED

@@ -132,7 +132,7 @@ class LoadedModel:
                 self._say(f"{kind.shape}: {line}")
             if record is not None and (record.plan, record.left) != (rows, line):
                 record.plan, record.left = rows, line
-                calibrated_plan.keep(record, self._say)
+                calibrated_plan.renew(record, self._say)
         except Exception as e:  # a server goes on
             self._say(f"cannot say what is done with each size: {why(e)}")
 

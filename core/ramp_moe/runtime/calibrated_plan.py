@@ -14,7 +14,7 @@ import numpy as np
 
 from ..errors import KernelError, ProfileError
 from ..measurements.calibration_file import CalibrationRecord as CalibrationRecord
-from ..measurements.calibration_file import load, locked, save
+from ..measurements.calibration_file import load, locked, path_of, save
 from ..spec.kernel import LAYOUTS, BuildableKernel, KernelConfig, layouts_of
 from ..spec.launchable import LaunchableKernel
 from .calibration import ENGINE, MARGIN, Calibration, Search, Timer
@@ -77,6 +77,12 @@ def keep(record: CalibrationRecord, say: Say) -> None:
         save(record)
     except ProfileError as e:
         say(f"what is measured is not kept: {e}")
+
+
+def renew(record: CalibrationRecord, say: Say) -> None:
+    """Write a record again, if the cache has it: one that could not be written was said to be so."""
+    if path_of(record.key).exists():
+        keep(record, say)
 
 
 def known(record: CalibrationRecord) -> Calibration:

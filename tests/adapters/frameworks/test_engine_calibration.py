@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import errno
+import os
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -14,8 +16,12 @@ pytest.importorskip("triton")
 import torch
 from moe_cases import weights
 from ramp_moe.cost_model.model import Candidate
+from ramp_moe.dispatch import profile_store
+from ramp_moe.dispatch.profile_store import relative_path
+from ramp_moe.measurements import calibration_file
 from ramp_moe.measurements.calibration_file import records
 from ramp_moe.plugin import KernelError
+from ramp_moe.registry.registry import get_registry
 from ramp_moe.runtime import probe
 from ramp_moe.runtime.calibration import ENGINE
 from ramp_moe.runtime.layer_factory import Builder, LayerPlan
@@ -190,3 +196,91 @@ def test_whatever_a_report_raises_is_one_line(times: Times, said: list[str], mon
     monkeypatch.setattr(engine, "plan_rows", fail)
     loaded.report(layer)
     assert said == ["cannot say what is done with each size: no candidate is left"]
+
+
+def test_a_full_disk_costs_one_line(times: Times, said: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    """What was measured is used all the same."""
+
+    def full(*_: Any) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(os, "fsync", full)
+    loaded = model(said.append)
+    layer = loaded.layer(given())
+    loaded.report(layer)
+    found = loaded.calibrated(layer)
+    assert found is not None
+    assert found.keeps_any
+    (line,) = [line for line in said if "is not kept" in line]
+    assert "No space left on device" in line
+    assert "\n" not in line
+    assert list(records()) == []
+
+
+def test_a_cache_that_cannot_be_written_costs_one_line(
+    times: Times, said: list[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    (tmp_path / "file").write_text("")
+    monkeypatch.setenv("RAMP_MOE_CACHE", str(tmp_path / "file"))
+    loaded = model(said.append)
+    layer = loaded.layer(given())
+    loaded.report(layer)
+    assert loaded.calibrated(layer) is not None
+    assert len([line for line in said if "is not kept: cannot write" in line]) == 1
+
+
+@pytest.mark.parametrize(
+    "written", [b"", b"{", b"[]", b'{"format": "ramp-moe/calibration", "version": 99}', b"\xff\xfe"]
+)
+def test_a_record_of_nonsense_is_measured_again_with_one_line(times: Times, said: list[str], written: bytes) -> None:
+    first = model(said.append)
+    first.report(first.layer(given()))
+    (path,) = calibration_file.folder().glob("*.json")
+    path.write_bytes(written)
+    said.clear()
+    times.asked.clear()
+    model(said.append).layer(given())
+    assert times.asked
+    (line,) = said
+    assert line.endswith("it is measured again")
+    assert "\n" not in line
+
+
+def test_a_gpu_that_nobody_profiled_is_served_by_what_was_measured(times: Times, said: list[str]) -> None:
+    """The notes say that there is no profile."""
+    loaded = model(said.append, Builder("a100-sxm"))
+    found = loaded.calibrated(loaded.layer(given()))
+    assert found is not None
+    assert found.keeps_any
+    assert any("nothing was measured in fp16 on a100-sxm" in note for note in loaded.builder.notes)
+
+
+def test_a_profile_of_another_gpu_is_passed_over_with_one_line(
+    times: Times, said: list[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """As a file that was copied from the folder of another GPU."""
+    registry = get_registry()
+    shape, h200 = registry.shape("olmoe-1b-7b", "bf16"), registry.device("h200")
+    place = relative_path("triton", shape, h200)
+    shipped = next(folder / place for folder in registry.profile_dirs if (folder / place).exists())
+    monkeypatch.setattr(profile_store, "user_data_dir", lambda: tmp_path / "data")
+    copy = tmp_path / "data" / relative_path("triton", given().weights.shape(2), h200)
+    copy.parent.mkdir(parents=True)
+    copy.write_bytes(shipped.read_bytes().replace(b'"device": "h200"', b'"device": "a100"'))
+    loaded = model(said.append)
+    assert loaded.calibrated(loaded.layer(given())) is not None
+    (line,) = [line for line in caplog.messages if line.startswith("passed over: ")]
+    assert "a100, its place says triton" in line
+
+
+@pytest.mark.parametrize("part", ["gpu", "driver", "vllm", "torch", "triton", "kernels"])
+def test_times_of_another_gpu_driver_or_version_are_not_used(
+    times: Times, said: list[str], monkeypatch: pytest.MonkeyPatch, part: str
+) -> None:
+    model(said.append).layer(given())
+    times.asked.clear()
+    key_of = engine.key_of
+    monkeypatch.setattr(engine, "key_of", lambda *given: key_of(*given) | {part: "another"})
+    model(said.append).layer(given())
+    assert times.asked
+    assert len({record.key[part] for record in records()}) == 2

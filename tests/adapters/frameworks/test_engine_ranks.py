@@ -18,7 +18,7 @@ import rank_worker
 
 
 def ranks(how: str, folder: Path) -> list[Any]:
-    """What two ranks decide; None for one that was killed."""
+    """What two ranks decide, or two servers that start at once on one cache; None for one that was killed."""
     environment = {
         **os.environ,
         "PYTHONPATH": os.pathsep.join([p for p in sys.path if p]),
@@ -53,6 +53,18 @@ def test_both_choose_by_what_the_first_measured(tmp_path: Path) -> None:
     assert not second["asked"]
     assert any("what computes batches" in line for line in first["said"])
     assert second["said"] == [], "the first rank tells"
+
+
+def test_two_servers_that_start_at_once_on_one_cache_measure_once(tmp_path: Path) -> None:
+    """Also after others were killed while they measured."""
+    assert ranks("alone-killed", tmp_path) == [None, None]
+    assert not list((tmp_path / "cache").rglob("*.json"))
+    found = ranks("alone", tmp_path)
+    assert found[0]["keeps"] == found[1]["keeps"] == [n >= 8 for n in rank_worker.SIZES]
+    assert found[0]["chosen"] == found[1]["chosen"]
+    assert sorted(bool(one["asked"]) for one in found) == [False, True]
+    assert len(list((tmp_path / "cache").rglob("*.json"))) == 1
+    assert all(any("what computes batches" in line for line in one["said"]) for one in found)
 
 
 def test_a_first_rank_that_is_killed_keeps_nobody_waiting(tmp_path: Path) -> None:

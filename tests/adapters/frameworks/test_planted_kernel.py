@@ -61,8 +61,8 @@ def loaded(monkeypatch: pytest.MonkeyPatch, folder: Path, how: str) -> tuple[set
 @pytest.mark.parametrize(
     ("how", "reason"),
     [
-        ("", None),
-        ("raises", "RuntimeError: planted"),
+        pytest.param("", None, marks=pytest.mark.slow),
+        pytest.param("raises", "RuntimeError: planted", marks=pytest.mark.slow),
         ("NaN", "relative error nan of output"),
         ("spins", "gave no answer within 3 s in a process apart"),
     ],
