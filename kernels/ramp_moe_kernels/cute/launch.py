@@ -132,7 +132,7 @@ def launch_steps(
 
 
 @dataclass(frozen=True, slots=True)
-class Plan:
+class FusedPlan:
     """What launches of one size share: the function, and buffers of a workspace.
 
     blocks and tiles: of the schedule. codes: the kernel's argument `blocks`.
@@ -153,7 +153,7 @@ class Plan:
 
 def _plan(
     configs: Sequence[Config], prepared: PreparedCute, batch: Batch, workspace: Workspace, choosing: bool, aside: bool
-) -> Plan:
+) -> FusedPlan:
     """The plan for a batch. That of the last batch is reused if size and weights are alike.
 
     aside: the kernel does not add to the output itself.
@@ -166,7 +166,7 @@ def _plan(
 
 def _planned(
     configs: Sequence[Config], prepared: PreparedCute, batch: Batch, workspace: Workspace, choosing: bool, aside: bool
-) -> Plan:
+) -> FusedPlan:
     config, device, n = configs[0], batch.topk_ids.device, batch.topk_ids.numel()
     (tokens, hidden), (_, inter, experts) = batch.hidden_states.shape, prepared.down.shape
     whole, codes = config, 0
@@ -194,7 +194,7 @@ def _planned(
     if aside:
         summed = workspace.get("summed", (tokens, hidden), torch.bfloat16, device)
     blocks = tuple(c.block_m for c in configs)
-    return Plan(function, blocks, schedule, sizes["expert_ids"], codes, x, x_scale, summed, partial)
+    return FusedPlan(function, blocks, schedule, sizes["expert_ids"], codes, x, x_scale, summed, partial)
 
 
 @functools.cache
