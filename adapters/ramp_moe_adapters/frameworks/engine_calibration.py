@@ -29,8 +29,8 @@ from .engine_ranks import Group, agree
 from .engine_timer import TIMERS, LoadedLayer, elsewhere, key_of
 from .engine_weights import LAYOUT
 
-GRACE = 60.0
-"""Seconds beyond its limits that rank 0 may take to measure a shape, before the other ranks give it up."""
+GRACE = 300.0
+"""Seconds beyond its limits that rank 0 may take to load and measure a shape, before the other ranks give it up."""
 
 
 @dataclass(frozen=True)
@@ -95,7 +95,8 @@ class LoadedModel:
             self._compile(made, kind, given)
             if made.graphs is not None and given.captured:
                 keeps = (lambda n: False) if kind.calibrated is None else kind.calibrated.keeps
-                kind.choosing = where_it_pays(made.graphs, [n for n in given.captured if not keeps(n)])
+                with suppress(KernelError):  # no candidate is left for a graph; its capture will say so
+                    kind.choosing = where_it_pays(made.graphs, [n for n in given.captured if not keeps(n)])
             kind.made = True
         if made.graphs is not None:
             made.graphs.choosing = kind.choosing

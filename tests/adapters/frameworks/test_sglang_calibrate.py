@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -142,6 +143,34 @@ def test_a_later_server_reads_what_was_measured(server: Any) -> None:
     assert not again.asked
     assert core(experts)._keeps(64)
     assert not core(experts)._keeps(1)
+
+
+def test_new_weights_count_on_both_paths(server: Any, stock: list[int]) -> None:
+    """Sizes that SGLang's runner keeps, and ours."""
+    server(large_are_sglangs)
+    of = layer()
+    experts, new = (
+        Experts(of, K),
+        replace(of, gate_up=of.gate_up.flip(0).contiguous(), down=of.down.flip(0).contiguous()),
+    )
+    loaded(experts)
+    experts.layer.w13_weight.data.copy_(new.gate_up)
+    experts.layer.w2_weight.data.copy_(new.down)
+    for tokens, theirs in ((4, []), (32, [32])):
+        stock.clear()
+        given = batch(tokens, K, E, H, "uniform", "cpu", HALF)
+        assert error(experts(given), expected(new, given, quantise=False)) < 2e-2
+        assert stock == theirs
+
+
+def test_a_batch_of_ours_that_fails_is_sglangs(server: Any, stock: list[int], monkeypatch: pytest.MonkeyPatch) -> None:
+    server(large_are_sglangs)
+    of = layer()
+    experts, given = Experts(of, K), batch(4, K, E, H, "uniform", "cpu", HALF)
+    loaded(experts)
+    monkeypatch.setattr(core(experts).layer, "forward", lambda *_, **__: 1 / 0)
+    assert error(experts(given), expected(of, given, quantise=False)) < 2e-2
+    assert stock == [4]
 
 
 def test_if_nothing_can_be_timed_sglang_has_the_layer(server: Any, caplog: pytest.LogCaptureFixture) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -344,6 +345,25 @@ def test_a_strange_kernel_is_tried_in_a_process_apart(times: Any, monkeypatch: p
     experts_of(layer(), TOP_K, dtype=HALF, **SIZES)
     assert not any(name.startswith("strange") for name, _ in timer.asked)
     assert any("strange: gave no answer within 60 s in a process apart" in line for line in said)
+
+
+def test_each_configuration_loads_a_model_of_its_own() -> None:
+    """Nothing of a model before, or beside it, is used: its ranks, or its batches, may be others. What is released is
+    forgotten."""
+    from ramp_moe_adapters.frameworks.vllm import calibrate
+    from vllm.config import VllmConfig, set_current_vllm_config
+
+    found = []
+    for config in (first := VllmConfig(), second := VllmConfig()):
+        with set_current_vllm_config(config):
+            found.append(calibrate.model())
+            assert calibrate.model() is found[-1]
+    assert found[0] is not found[1]
+    known, of_first = set(calibrate._models), id(first)
+    assert {of_first, id(second)} <= known
+    del config, first, second, found
+    gc.collect()
+    assert of_first not in calibrate._models
 
 
 class Group:

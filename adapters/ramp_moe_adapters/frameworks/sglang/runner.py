@@ -11,7 +11,7 @@ import inspect
 import logging
 import math
 from collections.abc import Callable
-from contextlib import nullcontext
+from contextlib import nullcontext, suppress
 from dataclasses import dataclass, replace
 from functools import cache, partial
 from typing import TYPE_CHECKING, Any
@@ -155,7 +155,8 @@ class RampRunnerCore(DispatchMoeRunnerCore):  # type: ignore[misc]
             new = self._parameters is None
             found = self._current(top_k, info, lambda w: model.layer(loading.layer(self.config, info, w, top_k)))
         except Exception as e:  # whatever a kernel raises must not end the server
-            model.refuse(loading.kind(self.config, info, top_k))
+            with suppress(Exception):  # another layer than is known has no kind
+                model.refuse(loading.kind(self.config, info, top_k))
             _say(f"{why(e)}: left to SGLang's Triton runner")
             return
         if new and found is not None:

@@ -6,6 +6,7 @@ no layer can be made from them, the experts that vLLM itself would choose take t
 
 from __future__ import annotations
 
+from contextlib import suppress
 from typing import Any
 
 from ramp_moe.plugin import KernelError, MoEWeights
@@ -74,7 +75,8 @@ class _Dispatched:
             self.calibrated = model.calibrated(made)
             found = Parameters(layer, made, parameters_of(layer))
         except Exception as e:  # whatever a kernel raises: vLLM's experts can have the weights
-            model.refuse(calibrate.kind_of(layer, self.moe))
+            with suppress(Exception):  # another layer than is known has no kind
+                model.refuse(calibrate.kind_of(layer, self.moe))
             leave(why(e))
             return None
         for note in notes[said:]:  # a missing profile matters less if the layer was measured here
