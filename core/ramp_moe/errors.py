@@ -33,9 +33,9 @@ class UnknownNameError(RampMoEError):
 
     def __init__(self, what: str, name: str, known: Iterable[str], remedy: str = "") -> None:
         known = sorted(known)
-        near = difflib.get_close_matches(name.lower(), known, n=1, cutoff=0.5)
+        near = difflib.get_close_matches(str(name).lower(), known, n=1, cutoff=0.5)  # whatever a caller gives
         hint = f"did you mean {near[0]!r}?" if near else f"known: {', '.join(known) or 'none'}"
-        super().__init__(f"unknown {what} {name!r}; {hint}{'; ' + remedy if remedy else ''}")
+        super().__init__(f"unknown {what} {shown(name)}; {hint}{'; ' + remedy if remedy else ''}")
 
 
 class HardwareError(RampMoEError):
@@ -60,3 +60,11 @@ def describe(thing: object) -> str:
         return " ".join(str(thing).split()) or "no message"
     except Exception as e:
         return f"{type(thing).__name__} (its __str__ raises {type(e).__name__})"
+
+
+def shown(thing: object) -> str:
+    """Convert what a caller gave to a short text on one line, even if its `__repr__` raises."""
+    try:
+        return f"{' '.join(repr(thing).split()):.60}"
+    except Exception as e:
+        return f"{type(thing).__name__} (its __repr__ raises {type(e).__name__})"

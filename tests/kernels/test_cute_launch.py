@@ -10,6 +10,7 @@ from dataclasses import replace
 import pytest
 import torch
 from cute_cases import emulated
+from host_calls import calls
 from moe_cases import ROUTINGS, batch, error, expected, weights
 from ramp_moe import KernelConfig, KernelError, MoEShape
 from ramp_moe.runtime.relayout import relayout
@@ -24,6 +25,8 @@ from tiers import slow_except
 
 KERNEL = CuteMoE()
 EXPERTS, TOP_K, HIDDEN, INTER = 5, 3, 256, 256
+MOST_CALLS = 20
+"""Of functions of this project besides the schedule's, for one batch; over 60 before plans were kept."""
 LIMITS = {"fp8": 0.02, "bf16": 0.01}
 KINDS = [
     Config(8, 32, 8, 3),
@@ -108,6 +111,28 @@ def test_no_tokens(config: Config) -> None:
     b = given(3)
     none = Batch(b.hidden_states[:0], b.topk_ids[:0], b.topk_weights[:0])
     assert run(config, layer(), none).shape == (0, HIDDEN)
+
+
+@pytest.mark.parametrize("dtype", LIMITS)
+def test_a_batch_of_the_size_before_costs_few_calls(dtype: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Buffers are fetched, and the function is found, once for a size."""
+    monkeypatch.setattr(launch, "load", lambda config: lambda *_: None)
+    monkeypatch.setattr(launch, "launch_schedule", lambda *_, **__: None)
+    of, b, workspace = KERNEL.prepare(layer(dtype)), given(9), Workspace()
+    config, out = described(KINDS[0], dtype), torch.empty_like(b.hidden_states)
+    first, second = (calls(lambda: KERNEL.launch(config, of, b, out, workspace)) for _ in range(2))
+    assert second.total() <= MOST_CALLS < first.total(), second
+    assert "get" in first
+    assert "get" not in second
+
+
+def test_sizes_and_layers_that_share_a_workspace_do_not_mix() -> None:
+    """A plan is of one size and of weights alike: what follows another batch is as right as what comes first."""
+    workspace, layers = Workspace(), [layer("fp8"), layer("bf16"), weights(EXPERTS, HIDDEN, 512, "bf16", "cpu")]
+    for tokens, index, config in ((9, 0, 0), (9, 1, 0), (9, 0, 4), (5, 0, 0), (9, 2, 0), (9, 1, 5), (9, 2, 5)):
+        of, b = layers[index], given(tokens)
+        dtype = of.shape(TOP_K).dtype
+        assert error(run(KINDS[config], of, b, workspace), expected(of, b, quantise=dtype == "fp8")) < LIMITS[dtype]
 
 
 def test_one_launch_is_any_of_its_blocks() -> None:

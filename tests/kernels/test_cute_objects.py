@@ -236,3 +236,20 @@ def test_loading_without_tvm_ffi(cache: Cache, monkeypatch: pytest.MonkeyPatch) 
     monkeypatch.setitem(sys.modules, "tvm_ffi", None)
     with pytest.raises(KernelError, match=r"apache-tvm-ffi is missing: pip install 'ramp-moe\[cute\]'"):
         load_module.load(Fake("a"))
+
+
+@pytest.mark.usefixtures("tvm_ffi")
+@pytest.mark.filterwarnings("ignore::UserWarning")
+@pytest.mark.parametrize("of", ["tvm-ffi", "kernel", "configuration"])
+def test_an_object_of_another_version_is_not_loaded(cache: Cache, monkeypatch: pytest.MonkeyPatch, of: str) -> None:
+    if of == "tvm-ffi":
+        monkeypatch.setattr(cache_module, "runtime_abis", lambda: ["ffi0.2-x86_64-v3"])
+    if of == "kernel":
+        sources = cache.folder.parent
+        sources.rename(sources.with_name(f"{sources.name[:-8]}deadbeef"))
+    if of == "configuration":
+        for path in cache.folder.glob("a.*"):
+            path.write_bytes(path.read_bytes().replace(b"Fake", b"Fame"))
+    with pytest.raises(KernelError, match=r"^a is not compiled") as raised:
+        load_module.load(Fake("a"))
+    assert "\n" not in str(raised.value)

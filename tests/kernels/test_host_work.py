@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import sys
-from collections import Counter
-from types import FrameType
 from typing import Any
 
 import pytest
 import torch
+from host_calls import calls
 from moe_cases import H200, batch, expected, weights
 from moe_cases import error as error_of
 from ramp_moe import KernelError
@@ -26,22 +24,6 @@ class Launching:
 
     def __getitem__(self, grid: Any) -> Any:
         return lambda *_, **__: None
-
-
-def calls(run: Any) -> Counter[str]:
-    """Functions of ours that a call runs."""
-    found = Counter[str]()
-
-    def note(frame: FrameType, event: str, argument: object) -> None:
-        if event == "call" and "/ramp_moe" in frame.f_code.co_filename:
-            found[frame.f_code.co_name] += 1
-
-    sys.setprofile(note)
-    try:
-        run()
-    finally:
-        sys.setprofile(None)
-    return found
 
 
 @pytest.mark.parametrize("dtype", ["fp16", "fp8"])

@@ -25,7 +25,7 @@ def selected(backend: str = plugin.NAME, ranks: int = 1, rank: int = 0, **option
     the experts. The group in which they communicate is replaced by its size."""
     whole.install()
     HookRegistry.apply_hooks()  # with what it loads, `load_plugins` does so
-    group = SimpleNamespace(world_size=ranks)
+    group = SimpleNamespace(world_size=ranks, rank_in_group=rank)
     sizes = {"tp_size": ranks, "attn_tp_size": ranks, "moe_ep_size": ranks, "moe_tp_size": 1}
     places = {"tp_rank": rank, "moe_ep_rank": rank, "moe_tp_rank": 0, "tp_group": group}
     with get_context().override_server_args(moe_runner_backend=backend, **options):

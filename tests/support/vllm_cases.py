@@ -13,9 +13,12 @@ from contextlib import ExitStack, contextmanager
 from typing import Any
 from unittest import mock
 
+import pytest
 import torch
 import vllm.platforms
+from ramp_moe.runtime.layer_factory import Builder
 from ramp_moe.spec.launchable import Batch, MoEWeights
+from ramp_moe_adapters.frameworks.engine_calibration import LoadedModel
 from vllm import logger as vllm_logger
 from vllm.platforms.interface import DeviceCapability, Platform, PlatformEnum
 
@@ -108,6 +111,15 @@ def experts_of(
         load(routed, full)
         routed.quant_method.process_weights_after_loading(routed)
     return routed
+
+
+def serve(monkeypatch: pytest.MonkeyPatch, builder: Builder | None = None) -> LoadedModel:
+    """Has vLLM load another model from now on, whose layers the builder makes."""
+    from ramp_moe_adapters.frameworks.vllm import calibrate
+
+    found = LoadedModel(calibrate.ENGINE, builder or Builder("auto" if DEVICE == "cuda" else "h200"))
+    monkeypatch.setattr(calibrate, "model", lambda: found)
+    return found
 
 
 def load(routed: Any, full: MoEWeights) -> None:

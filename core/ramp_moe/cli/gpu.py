@@ -21,7 +21,7 @@ from ..profiler.worker import BenchLike, make_gpu_bench
 from ..registry.detect import detect
 from ..registry.registry import Registry, get_registry
 from ..spec.hardware import Hardware, confirm, identify
-from ..spec.kernel import WeightLayout
+from ..spec.kernel import WeightLayout, known_version
 from ..spec.launchable import LaunchableKernel
 from ..spec.shapes import MoEShape
 from .listing import describe_kernel, why_unavailable
@@ -95,7 +95,7 @@ def choose_kernels(
         if not isinstance(kernel, LaunchableKernel):
             reason: str | None = "it is only described; there is nothing to launch"
         else:
-            reason = describe_kernel(kernel, shape, hardware)[2] or why_unavailable(kernel)
+            reason = describe_kernel(kernel, shape, hardware)[2] or why_unavailable(kernel) or _why_unnamed(kernel)
             if reason is None:
                 chosen.append(kernel)
                 continue
@@ -105,6 +105,15 @@ def choose_kernels(
     if not chosen:
         raise KernelError(f"no kernel can be measured for {shape.title} on {hardware.name}: {'; '.join(left_out)}")
     return chosen, left_out
+
+
+def _why_unnamed(kernel: LaunchableKernel) -> str | None:
+    """Why a profile of the kernel could not name the code that was measured; None if it can."""
+    try:
+        known_version(kernel)
+    except KernelError as e:
+        return f"broken: {e}"
+    return None
 
 
 def set_up(

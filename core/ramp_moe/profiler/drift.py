@@ -25,6 +25,7 @@ from ..evaluation.replay import Replay, load_replay
 from ..measurements.sweep import PATH
 from ..registry.registry import Registry
 from ..spec.hardware import Hardware
+from ..spec.kernel import known_version
 from ..spec.shapes import MoEShape
 from .journal import Stopped
 from .plan import TEST_SIZES, TUNE_SIZES, PlannedBatch
@@ -288,7 +289,7 @@ def _changes(registry: Registry, recorded: Replay, environment: Environment) -> 
         e = environment
         here = {"GPU": e.device_name, "its UUID": e.gpu, "driver": e.driver, **e.software}
         of_kernel = f"kernel {record.kernel}"
-        now = {of_kernel: registry.kernel(record.kernel).version()} | here
+        now = {of_kernel: known_version(registry.kernel(record.kernel))} | here
         for what, value in now.items():
             before = [record.kernel_version] if what == of_kernel else [r.get(what, "none") for r in runs]
             if value not in before:
@@ -303,7 +304,7 @@ def _remedy(registry: Registry, recorded: Replay) -> tuple[str, ...]:
     moves = []
     for recording in recorded.recordings:
         kernel, path = recording.sweep.kernel, recording.path
-        extended = registry.kernel(kernel).version() == recording.sweep.record.kernel_version
+        extended = known_version(registry.kernel(kernel)) == recording.sweep.record.kernel_version
         if extended and path == user_data_dir() / relative_path(kernel, shape, recorded.hardware):
             moves.append(shlex.join(["mv", str(path), f"{path}.old"]))
     wanted = [word for kernel in recorded.kernels for word in ("--kernel", kernel)]

@@ -18,6 +18,7 @@ from ..measurements.sweep import PATH, Sweep, load_sweep, path_key
 from ..measurements.trace import Trace, spread_out
 from ..registry.registry import Registry
 from ..spec.hardware import Hardware
+from ..spec.kernel import known_version
 from ..spec.routing import IntArray
 from ..spec.shapes import MoEShape
 from .journal import Stopped
@@ -134,7 +135,7 @@ def _changed(registry: Registry, recorded: Replay) -> list[str]:
     notes = []
     for recording in recorded.recordings:
         sweep = recording.sweep
-        now = registry.kernel(sweep.kernel).version()
+        now = known_version(registry.kernel(sweep.kernel))
         if now != sweep.record.kernel_version:
             notes.append(f"{sweep.kernel} {now} was measured, its profile is of {sweep.record.kernel_version}")
     return notes

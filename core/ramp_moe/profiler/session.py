@@ -22,7 +22,7 @@ from ..cost_model.model import Candidate
 from ..errors import KernelError, RampMoEError
 from ..measurements.sweep import MAX_US, MIN_US, Run
 from ..spec.hardware import Hardware
-from ..spec.kernel import Kernel, usable_configs
+from ..spec.kernel import Kernel, known_version, usable_configs
 from ..spec.launchable import LaunchableKernel
 from ..spec.routing import IntArray, expert_histogram, generate, repeats_experts
 from ..spec.shapes import MoEShape
@@ -127,7 +127,7 @@ def _open(
         k.name: [c for c in usable_configs(k, shape, hardware) if only is None or c.name in only[k.name]]
         for k in kernels
     }
-    versions = {k.name: k.version() for k in kernels}
+    versions = {k.name: known_version(k) for k in kernels}
     merging = frozenset(k.name for k in kernels if not k.counts_repeats)
     static = {f"{k.name}/{name}" for k in kernels for name in _defaults(k, shape, hardware)}
     places: dict[str, Place] = {}

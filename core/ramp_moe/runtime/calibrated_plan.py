@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import os
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Container, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from functools import partial
@@ -14,7 +14,7 @@ import numpy as np
 
 from ..errors import KernelError, ProfileError
 from ..measurements.calibration_file import CalibrationRecord as CalibrationRecord
-from ..measurements.calibration_file import load, locked, save
+from ..measurements.calibration_file import load, locked, path_of, save
 from ..spec.kernel import LAYOUTS, BuildableKernel, KernelConfig, layouts_of
 from ..spec.launchable import LaunchableKernel
 from .calibration import ENGINE, MARGIN, Calibration, Search, Timer
@@ -77,6 +77,12 @@ def keep(record: CalibrationRecord, say: Say) -> None:
         save(record)
     except ProfileError as e:
         say(f"what is measured is not kept: {e}")
+
+
+def renew(record: CalibrationRecord, say: Say) -> None:
+    """Write a record again, if the cache has it: one that could not be written was said to be so."""
+    if path_of(record.key).exists():
+        keep(record, say)
 
 
 def known(record: CalibrationRecord) -> Calibration:
@@ -167,6 +173,22 @@ def calibrated(search: Search, plan: LayerPlan, kernels: Sequence[LaunchableKern
     return Calibrated(
         replace(plan, kernels=kept, model=model), search.found, layout == engine_layout, chosen, predicted
     )
+
+
+def predicted(plan: LayerPlan) -> Calibrated:
+    """The plan of a cost model, of which nothing was measured here. The engine's own path keeps no size."""
+    return Calibrated(plan, Calibration(), engine=True, chosen={}, predicted={})
+
+
+def without(plan: LayerPlan, kernels: Container[str]) -> LayerPlan:
+    """The plan without some kernels, by name. Raises KernelError if none is left."""
+    kept = [k for k in plan.kernels if k.name not in kernels]
+    if len(kept) == len(plan.kernels):
+        return plan
+    if not kept:
+        raise KernelError(f"no kernel is left without {', '.join(k.name for k in plan.kernels)}")
+    names = [k.name for k in kept]
+    return replace(plan, kernels=kept, model=None if plan.model is None else plan.model.restrict(names))
 
 
 def best_layout(found: Calibration, reads: Mapping[str, Sequence[str]], engine_layout: str) -> str:

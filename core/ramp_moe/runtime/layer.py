@@ -10,14 +10,15 @@ from typing import TYPE_CHECKING, Any
 
 from ..cost_model.model import Candidate, CostModel
 from ..dispatch.weight_layouts import choose_layouts, kernel_times, weighed_batches, why_not_served
-from ..errors import HardwareError, KernelError, RampMoEError, ShapeError
+from ..errors import HardwareError, KernelError, RampMoEError, RoutingError, ShapeError, shown
+from ..spec.dense import check_dense
 from ..spec.hardware import Hardware
 from ..spec.kernel import KernelConfig, layouts_of, most_tokens, usable_configs
 from ..spec.launchable import Batch, LaunchableKernel, MoEWeights, Workspace, kernel_ids, obstacle
 from ..spec.routing import expert_histogram
 from .choice import Chooser
 from .fallback import compute
-from .padding import valid_tokens
+from .padding import valid_count, valid_tokens
 from .parts import parts
 from .relayout import relayout, to_give
 
@@ -86,6 +87,10 @@ class LayerRuntime:
     ) -> None:
         from .torch_op import register  # torch: whoever has weights has it
 
+        if not isinstance(weights, MoEWeights):
+            raise KernelError(
+                f"weights must be a MoEWeights, not {type(weights).__name__}; write MoEWeights(gate_up, down)"
+            )
         self.shape = weights.shape(top_k)
         self.hardware, self.checked = hardware, checked
         self.host_sync_us, self.ep_size = host_sync_us, ep_size
@@ -283,7 +288,7 @@ class LayerRuntime:
         import torch
 
         if not isinstance(num_tokens, int) or num_tokens < 1:
-            raise ShapeError(f"a layer is warmed up for one token or more, not {num_tokens!r:.60}")
+            raise ShapeError(f"a layer is warmed up for one token or more, not {shown(num_tokens)}")
         self._check_dtype(dtype)
         if self.graphs is not None:
             return self.graphs.prepare(num_tokens, dtype)
@@ -329,7 +334,9 @@ class LayerRuntime:
 
         if self.stale is not None:
             raise KernelError(self.stale)
-        capturing = _capturing(topk_ids)
+        capturing, valid = _capturing(topk_ids), None
+        if num_valid is not None and not (capturing or isinstance(num_valid, torch.Tensor)):
+            valid, num_valid = valid_count(num_valid, hidden_states.shape[0]), None
         if num_valid is not None:  # first of all: kernels read it by its address
             num_valid = valid_tokens(num_valid, hidden_states.shape[0], topk_ids.device)
         plan = self._plan(hidden_states) if capturing else None
@@ -359,14 +366,23 @@ class LayerRuntime:
             raise ShapeError(f"out is on {out.device}, the weights on {self._device}")
         if plan is not None and self.graphs is not None:
             self.graphs.capture(plan, hidden_states, topk_ids, topk_weights, out, num_valid)
-        elif batch.num_tokens:
-            compute(self, lambda: self._choose(batch, capturing), batch, out)
+        else:
+            part, rows = batch, out
+            if valid is not None and valid < batch.num_tokens:
+                part = Batch(hidden_states[:valid], batch.topk_ids[:valid], topk_weights[:valid])
+                rows = out[:valid]
+            if part.num_tokens:
+                compute(self, lambda: self._choose(part, capturing), part, rows)
+            if rows is not out:
+                out[valid:].zero_()
         return out
 
     def _check_dtype(self, dtype: torch.dtype) -> None:
         """Raises ShapeError for hidden states of a dtype that the layer does not take."""
         import torch
 
+        if not isinstance(dtype, torch.dtype):
+            raise ShapeError(f"dtype must be torch.bfloat16 or torch.float16, not {shown(dtype)}")
         if self.shape.format.scale is not None:
             if dtype not in (torch.bfloat16, torch.float16):
                 raise ShapeError(f"hidden_states must be bf16 or fp16, not {dtype}")
@@ -390,9 +406,16 @@ class LayerRuntime:
         `torch_op`)."""
         import torch
 
+        for given in (hidden_states, topk_ids, topk_weights):
+            if not isinstance(given, torch.Tensor):
+                _check_dense(hidden_states, topk_ids, topk_weights, out, num_valid)
         differentiable = torch.is_grad_enabled() and (hidden_states.requires_grad or topk_weights.requires_grad)
         if not differentiable and not torch.compiler.is_compiling():
-            return self.forward(hidden_states, topk_ids, topk_weights, out, num_valid)
+            try:
+                return self.forward(hidden_states, topk_ids, topk_weights, out, num_valid)
+            except (AttributeError, RuntimeError, TypeError):  # before that, looking would cost time in every call
+                _check_dense(hidden_states, topk_ids, topk_weights, out, num_valid)
+                raise
         from .torch_op import moe
 
         valid = valid_tokens(num_valid, len(hidden_states), topk_ids.device)
@@ -481,6 +504,16 @@ class LayerRuntime:
         """Every configuration of every kernel that the layer can launch."""
         kernels = {name: kernel for name, (kernel, _) in self._kernels.items() if name not in self.dropped}
         return {name: usable_configs(kernel, self.shape, self.hardware) for name, kernel in kernels.items()}
+
+
+def _check_dense(x: object, ids: object, weights: object, out: object, num_valid: object) -> None:
+    """Raises ShapeError or RoutingError for what is no dense tensor."""
+    check_dense(ShapeError, hidden_states=x)
+    check_dense(RoutingError, topk_ids=ids, topk_weights=weights)
+    if out is not None:
+        check_dense(ShapeError, out=out)
+    if getattr(num_valid, "is_nested", False):
+        check_dense(RoutingError, num_valid=num_valid)
 
 
 def _capturing(topk_ids: Tensor) -> bool:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple, cast
@@ -82,7 +82,7 @@ class Builder:
             )
         self.device, self.options = device, options or DispatchOptions()
         self.notes: list[str] = []
-        self._plans: dict[tuple[LayerKind, torch.device], LayerPlan] = {}
+        self._plans: dict[tuple[LayerKind, torch.device, Hashable], LayerPlan] = {}
         self._workspaces: dict[torch.device, Workspace] = {}
 
     def layer(
@@ -91,17 +91,23 @@ class Builder:
         top_k: int,
         ep_size: int | None = None,
         refine: Callable[[LayerPlan], LayerPlan] | None = None,
+        group: Hashable = None,
     ) -> LayerRuntime:
         """Make a layer of the weights, which are not copied if a kernel reads them as they are.
 
         ep_size: that of the options if None.
         refine: makes another plan from a kind's, before its first layer is made.
+        group: layers of one kind share a plan within it.
         """
+        if not isinstance(weights, MoEWeights):
+            raise KernelError(
+                f"weights must be a MoEWeights, not {type(weights).__name__}; write MoEWeights(gate_up, down)"
+            )
         options = self.options
         if options.activations is not None and weights.stored.scale is not None:
             weights = replace(weights, activations=options.activations)
         kind, device = kind_of(weights, top_k), weights.gate_up.device
-        plan = self._plans.get((kind, device))
+        plan = self._plans.get((kind, device, group))
         first = plan is None
         if plan is None:
             plan = self._plan(kind.shape, self._hardware(device))
@@ -123,7 +129,7 @@ class Builder:
         )
         found.workspace = self._workspaces.setdefault(device, Workspace())
         if first:
-            self._plans[kind, device] = self._shared(plan, found)
+            self._plans[kind, device, group] = self._shared(plan, found)
         return found
 
     def _hardware(self, device: torch.device) -> Hardware:

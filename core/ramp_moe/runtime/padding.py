@@ -5,7 +5,7 @@ from __future__ import annotations
 import operator
 from typing import TYPE_CHECKING, SupportsIndex
 
-from ..errors import RoutingError
+from ..errors import RoutingError, shown
 
 if TYPE_CHECKING:
     import torch
@@ -38,17 +38,24 @@ def valid_tokens(num_valid: Tensor | SupportsIndex | None, num_tokens: int, devi
     return num_valid.reshape(1)
 
 
-def _from_int(num_valid: SupportsIndex, num_tokens: int, device: torch.device) -> Tensor:
-    import torch
-
+def valid_count(num_valid: SupportsIndex, num_tokens: int) -> int:
+    """Convert num_valid, which is no tensor, to an int, clamped to [0, num_tokens]. Raises RoutingError for anything
+    but one integer."""
     try:
         count = operator.index(num_valid)
     except TypeError:
         count = None
     if count is None or isinstance(num_valid, bool):
-        raise RoutingError(f"num_valid must be one integer, an int or int32 [1], not {num_valid!r}")
+        raise RoutingError(f"num_valid must be one integer, an int or int32 [1], not {shown(num_valid)}")
+    return min(max(count, 0), num_tokens)
+
+
+def _from_int(num_valid: SupportsIndex, num_tokens: int, device: torch.device) -> Tensor:
+    import torch
+
+    count = valid_count(num_valid, num_tokens)
     if device.type == "cuda" and torch.cuda.is_current_stream_capturing():
         raise RoutingError(
             f"num_valid is the int {count}, which a CUDA graph would keep; give an int32 [1] tensor on {device}"
         )
-    return torch.full((1,), min(max(count, 0), num_tokens), dtype=torch.int32, device=device)
+    return torch.full((1,), count, dtype=torch.int32, device=device)

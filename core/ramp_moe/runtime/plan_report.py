@@ -47,6 +47,8 @@ def _row(made: Calibrated, model: CostModel, graphs: GraphDispatch | None, n: in
         mode, part, short = graphs.outlook(n)
     first = part.candidates[short.columns[0]].name
     predicted = made.predicted.get(n) if made.chosen.get(n) == first else None
+    if not made.found.tokens:  # nothing was measured: the model's times are those that it predicts
+        predicted = short.expected_us
     return PlanRow(n, first, mode, len(short.columns), predicted, found.us(first, n), found.us(ENGINE, n), free_us)
 
 

@@ -93,7 +93,7 @@ class WrappedExperts:
             if self.recorded is not None:
                 self._record(topk_ids)
             trains = torch.is_grad_enabled() and any(p.requires_grad for p in self._tensors.values())
-            if trains and not hidden_states.requires_grad:
+            if trains and not getattr(hidden_states, "requires_grad", True):  # the layer refuses what is no tensor
                 hidden_states = hidden_states.detach().requires_grad_()  # refuses gradients of weights, too
         return layer(hidden_states, topk_ids, topk_weights, out, num_valid)
 

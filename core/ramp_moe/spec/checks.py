@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from ..errors import KernelError, ShapeError
+from .dense import check_dense
 from .launchable import Batch
 
 if TYPE_CHECKING:
@@ -66,10 +67,11 @@ def check_gpu(what: str, tensor: Tensor) -> None:
 def check_tensor(
     what: str, tensor: Tensor, shape: tuple[int, ...], dtypes: tuple[torch.dtype, ...], device: torch.device
 ) -> None:
-    """Raises ShapeError for another shape, KernelError for another dtype or device and for strides.
+    """Raises ShapeError for another shape, KernelError for no dense tensor, another dtype or device, and for strides.
 
     what: names the tensor and whose it is, as in "the schedule's slots".
     """
+    check_dense(KernelError, **{what: tensor})
     if tensor.shape != shape:
         raise ShapeError(f"{what} must be {list(shape)}, not {list(tensor.shape)}")
     check_dtype(what, tensor, dtypes)

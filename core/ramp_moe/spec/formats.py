@@ -130,13 +130,15 @@ def find_format(weights: str, activations: str | None = None) -> Format:
     Raises UnknownNameError for a name or a word that does not exist, ShapeError if weights without scales come with
     activations in fp8.
     """
-    if weights not in FORMATS:
-        raise UnknownNameError("dtype", str(weights), FORMATS)
+    if not isinstance(weights, str) or weights not in FORMATS:
+        raise UnknownNameError("dtype", weights, FORMATS)
     found = FORMATS[weights]
-    if activations is None or activations == found.activations:
+    if activations is None:
         return found
-    if activations not in ENDINGS:
-        raise UnknownNameError("rounding of activations", str(activations), ENDINGS)
+    if not isinstance(activations, str) or activations not in ENDINGS:
+        raise UnknownNameError("rounding of activations", activations, ENDINGS)
+    if activations == found.activations:
+        return found
     stored = FORMATS[found.weights]
     if stored.scale is None:
         raise ShapeError(f"{stored.name} weights take activations as they are; leave out activations={activations!r}")

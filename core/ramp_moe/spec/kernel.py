@@ -11,7 +11,7 @@ from importlib import metadata
 from pathlib import Path
 from typing import Literal, get_args
 
-from ..errors import KernelError, RampMoEError, describe
+from ..errors import KernelError, RampMoEError, describe, shown
 from .geometry import GridGeometry
 from .hardware import Hardware
 from .shapes import SCALE_BLOCK, MoEShape
@@ -177,6 +177,17 @@ def version_of(package: str) -> str:
         entries = (e for e in metadata.entry_points(group="ramp_moe") if e.module.partition(".")[0] == package)
         found = [e.dist.name for e in entries if e.dist]
     return metadata.version(found[0]) if found else "?"
+
+
+def known_version(kernel: Kernel) -> str:
+    """The kernel's version. Raises KernelError if it fails to say one, or says something else."""
+    try:
+        found: object = kernel.version()
+    except Exception as e:  # a plugin's own mistake, which must not look like ours
+        raise KernelError(f"version() raised {type(e).__name__}: {describe(e)}; correct the kernel") from e
+    if not isinstance(found, str) or not found.strip():
+        raise KernelError(f"version() returned {shown(found)}, not the version of the code that runs")
+    return found
 
 
 def is_installed(module: str) -> bool:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 import threading
 from abc import abstractmethod
@@ -11,6 +12,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from ..errors import KernelError, RampMoEError, RoutingError, ShapeError, describe
+from .dense import check_dense
 from .hardware import Hardware
 from .kernel import Kernel, KernelConfig, is_installed, reason_of, why_unsupported
 from .shapes import MoEShape
@@ -55,23 +57,28 @@ class Batch:
     def __post_init__(self) -> None:
         import torch
 
-        # Every call of a layer makes one: each look at a tensor takes a tenth of a microsecond or more.
-        x, ids, weights = self.hidden_states, self.topk_ids, self.topk_weights
-        if x.ndim != 2 or x.dtype not in (torch.bfloat16, torch.float16) or not x.is_contiguous():
-            raise ShapeError(f"hidden_states must be contiguous bf16 or fp16 [T, H], not {x.dtype} {list(x.shape)}")
-        tokens, routed = x.shape[0], ids.shape
-        if len(routed) != 2 or routed[0] != tokens or ids.dtype is not torch.int32 or not ids.is_contiguous():
-            raise RoutingError(f"topk_ids must be contiguous int32 [{tokens}, k], not {ids.dtype} {list(routed)}")
-        if weights.shape != routed or weights.dtype is not torch.float32 or not weights.is_contiguous():
-            raise RoutingError(
-                f"topk_weights must be contiguous float32 {list(routed)}, not {weights.dtype} {list(weights.shape)}"
-            )
-        device = x.device
-        for name, tensor in (("topk_ids", ids), ("topk_weights", weights)):
-            if tensor.device != device:
-                raise RoutingError(f"{name} is on {tensor.device}, hidden_states on {device}; move it there")
-        object.__setattr__(self, "num_tokens", tokens)
-        object.__setattr__(self, "top_k", routed[1])
+        try:
+            # Every call of a layer makes one: each look at a tensor takes a tenth of a microsecond or more.
+            x, ids, weights = self.hidden_states, self.topk_ids, self.topk_weights
+            if x.ndim != 2 or x.dtype not in (torch.bfloat16, torch.float16) or not x.is_contiguous():
+                raise ShapeError(f"hidden_states must be contiguous bf16 or fp16 [T, H], not {x.dtype} {list(x.shape)}")
+            tokens, routed = x.shape[0], ids.shape
+            if len(routed) != 2 or routed[0] != tokens or ids.dtype is not torch.int32 or not ids.is_contiguous():
+                raise RoutingError(f"topk_ids must be contiguous int32 [{tokens}, k], not {ids.dtype} {list(routed)}")
+            if weights.shape != routed or weights.dtype is not torch.float32 or not weights.is_contiguous():
+                raise RoutingError(
+                    f"topk_weights must be contiguous float32 {list(routed)}, not {weights.dtype} {list(weights.shape)}"
+                )
+            device = x.device
+            for name, tensor in (("topk_ids", ids), ("topk_weights", weights)):
+                if tensor.device != device:
+                    raise RoutingError(f"{name} is on {tensor.device}, hidden_states on {device}; move it there")
+            object.__setattr__(self, "num_tokens", tokens)
+            object.__setattr__(self, "top_k", routed[1])
+        except (AttributeError, RuntimeError, TypeError, RampMoEError):
+            check_dense(ShapeError, hidden_states=self.hidden_states)
+            check_dense(RoutingError, topk_ids=self.topk_ids, topk_weights=self.topk_weights)
+            raise
 
 
 def kernel_ids(topk_ids: Tensor, num_experts: int, num_valid: Tensor | None) -> Tensor:
@@ -85,8 +92,28 @@ def kernel_ids(topk_ids: Tensor, num_experts: int, num_valid: Tensor | None) -> 
     if ids.dtype == torch.int64:  # an id beyond 32 bits would wrap around to an expert; clamped, it stays out of range
         ids = ids.clamp(-2, num_experts + 1).to(torch.int32)
     if num_valid is not None:
-        ids = ids.where(torch.arange(len(ids), dtype=torch.int32, device=ids.device)[:, None] < num_valid, -1)
+        ids = ids.where(_row_numbers(len(ids), ids.device) < num_valid, -1)
     return ids
+
+
+def _row_numbers(count: int, device: torch.device) -> Tensor:
+    """0 to count - 1, int32 `[count, 1]`."""
+    import torch
+
+    if device.type == "cuda" and torch.cuda.is_current_stream_capturing():  # memory that is made now is the graph's
+        return torch.arange(count, dtype=torch.int32, device=device)[:, None]
+    return _kept_row_numbers(1 << count.bit_length(), device)[:count]
+
+
+@functools.cache
+def _kept_row_numbers(count: int, device: torch.device) -> Tensor:
+    import torch
+
+    rows = allocate(4 * count, device).view(torch.int32)
+    torch.arange(count, dtype=torch.int32, device=device, out=rows)
+    if device.type == "cuda":  # other streams will read it
+        torch.cuda.current_stream(device).synchronize()
+    return rows[:, None]
 
 
 @dataclass

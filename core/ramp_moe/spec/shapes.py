@@ -8,7 +8,7 @@ import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
-from ..errors import ShapeError, UnknownNameError
+from ..errors import ShapeError, UnknownNameError, shown
 from .formats import FORMATS, Format, find_format
 
 DEFAULT_DTYPE = "fp8"
@@ -65,7 +65,7 @@ class MoEShape:
         for what, most in MAX_SIZES.items():
             value = getattr(self, what)
             if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-                raise ShapeError(f"{what} must be a positive integer, not {value!r}")
+                raise ShapeError(f"{what} must be a positive integer, not {shown(value)}")
             if value > most:
                 raise ShapeError(f"{what} {value} is more than any layer has; give at most {most}")
         if self.top_k > self.num_experts:

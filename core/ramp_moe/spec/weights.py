@@ -9,6 +9,7 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 from ..errors import KernelError, ShapeError, UnknownNameError
+from .dense import check_dense
 from .formats import FORMATS, Format, find_format
 from .kernel import LAYOUTS
 from .shapes import SCALE_BLOCK, MoEShape, scale_block, scale_blocks
@@ -81,7 +82,10 @@ class MoEWeights:
     def __post_init__(self) -> None:
         import torch
 
-        if self.activation not in ACTIVATIONS:
+        optional = ("gate_up_scale", "down_scale", "gate_up_bias", "down_bias")
+        check_dense(ShapeError, gate_up=self.gate_up, down=self.down)
+        check_dense(ShapeError, **{name: t for name in optional if (t := getattr(self, name)) is not None})
+        if not isinstance(self.activation, str) or self.activation not in ACTIVATIONS:
             raise UnknownNameError("activation", self.activation, ACTIVATIONS)
         if self.activation != "swiglu_clamped" and self.limit is not None:
             raise KernelError(f"{self.activation} takes no limit, here {self.limit}; swiglu_clamped does")
@@ -234,7 +238,7 @@ def _note_copy(name: str, shape: tuple[int, ...], stride: tuple[int, ...], gib: 
 
 def check_layout(layout: str, intermediate_size: int) -> None:
     """Raises UnknownNameError for a layout that is not in LAYOUTS, ShapeError if the size rules it out."""
-    if layout not in LAYOUTS:
+    if not isinstance(layout, str) or layout not in LAYOUTS:
         raise UnknownNameError("weight layout", layout, LAYOUTS)
     if layout == "gate-up-interleaved-8" and intermediate_size % ROW_CHUNK:
         raise ShapeError(f"{layout} needs an intermediate size in multiples of {ROW_CHUNK}, not {intermediate_size}")

@@ -30,6 +30,7 @@ from ..spec.kernel import (
     KernelConfig,
     Stage,
     WeightLayout,
+    known_version,
     layouts_of,
     most_tokens,
     reason_of,
@@ -161,14 +162,16 @@ class Conformance:
     # --- the description ---------------------------------------------------------------------------------------------
 
     def _check_name(self) -> None:
-        name, version = getattr(self.kernel, "name", None), self.kernel.version()
+        name = getattr(self.kernel, "name", None)
         if not isinstance(name, str) or not NAME.fullmatch(name):
             raise Failure(f"name is {name!r}; begin with a letter or digit, go on with these or . _ -")
         formats = self.kernel.formats
         if not isinstance(formats, tuple) or not formats or not set(formats) <= {*FORMATS}:
             raise Failure(f"formats is {formats!r}; name formats of weights, as in formats = ('bf16', 'mxfp4')")
-        if not isinstance(version, str) or not version.strip():
-            raise Failure(f"version() returns {version!r}; return the version of the code that runs")
+        try:
+            known_version(self.kernel)
+        except KernelError as e:
+            raise Failure(str(e)) from e
 
     def _check_reasons(self) -> None:
         for shape, hardware in self._probes():

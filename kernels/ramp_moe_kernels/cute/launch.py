@@ -91,66 +91,110 @@ def launch_steps(
     configs: one, or several that a polymorphic configuration can compute. choice: int32 `[1]`, index of the one to run;
     None with one.
     """
-    x, device, config = batch.hidden_states, out.device, configs[0]
-    tokens, hidden = x.shape
-    n, experts = batch.topk_ids.numel(), prepared.down.shape[2]
+    x, config, experts = batch.hidden_states, configs[0], prepared.down.shape[2]
     _check_batch(config, prepared, batch, out)
-    whole, codes = config, 0
-    if choice is not None:
-        whole = one_of(configs)
-        codes = sum(whole.blocks.index(c.block_m) << BITS * i for i, c in enumerate(configs))
-    shape = MoEShape(experts, batch.top_k, hidden, prepared.down.shape[1], prepared.dtype)
-    check_tokens("cute", whole.name, tokens, most_tokens(whole, shape))
-    each = [buffer_sizes(n, experts, c.block_m) for c in configs]
-    sizes = {name: max(size[name] for size in each) for name in each[0]}
-    function = compiled(whole, shape)
-
-    plan = Schedule(**{name: workspace.get(name, (size,), torch.int32, device) for name, size in sizes.items()})
-    x_scale, quantise = prepared.gate_up_scale[0, :1, :, 0].expand(tokens, -1), None
-    if prepared.dtype == "fp8":
-        x_fp8 = workspace.get("x", (tokens, hidden), torch.float8_e4m3fn, device)
-        x_scale = workspace.get("x_scale", (tokens, hidden // SCALE_BLOCK), torch.float32, device)
-        quantise = (x, x_fp8, x_scale)
-    summed, parts = out, prepared.down.shape[1] // (INTERMEDIATES * config.wide)
-    if config.combine == "f32":
-        summed = workspace.get("total", (tokens, hidden), torch.float32, device)
-    if config.combine == "rows":
-        summed = workspace.get("rows", (parts * n, hidden), torch.bfloat16, device)
-    in_place = summed is out and overlap(x, out)
-    if in_place:  # x is read while out is added to
-        summed = workspace.get("summed", (tokens, hidden), torch.bfloat16, device)
-    zero = None if config.combine == "rows" else summed
-    blocks = tuple(c.block_m for c in configs)
-    launch_schedule(batch.topk_ids, experts, blocks, plan, choice, quantise=quantise, zero=zero)
+    in_place = config.combine == "bf16" and overlap(x, out)  # x is read while out is added to
+    plan = _plan(configs, prepared, batch, workspace, choice is not None, in_place)
+    schedule, n = plan.schedule, batch.topk_ids.numel()
+    summed = out if plan.summed is None else plan.summed
+    quantise = None if plan.x is None else (x, plan.x, plan.x_scale)
+    zero = None if plan.partial is not None else summed
+    launch_schedule(batch.topk_ids, experts, plan.blocks, schedule, choice, quantise=quantise, zero=zero)
     yield
     if n:
-        function(
-            x if quantise is None else quantise[1],
-            x_scale,
+        plan.function(
+            x if plan.x is None else plan.x,
+            plan.x_scale,
             prepared.gate_up,
             prepared.gate_up_scale,
             prepared.down,
             prepared.down_scale,
             summed,
-            plan.sorted_token_ids,
-            plan.expert_ids,
-            plan.num_tokens_post_padded,
+            schedule.sorted_token_ids,
+            schedule.expert_ids,
+            schedule.num_tokens_post_padded,
             batch.topk_weights.view(-1),
             batch.top_k,
-            sizes["expert_ids"],
+            plan.tiles,
             prepared.up_first,
-            plan.num_tokens_post_padded if choice is None else choice,
-            codes,
+            schedule.num_tokens_post_padded if choice is None else choice,
+            plan.codes,
         )
     if in_place:
         out.copy_(summed)
     yield
     if config.combine == "f32":
         out.copy_(summed)
-    if config.combine == "rows":
-        launch_combine(summed.view(parts, n, hidden), batch.topk_ids, out, batch.top_k, experts)
+    if plan.partial is not None:
+        launch_combine(plan.partial, batch.topk_ids, out, batch.top_k, experts)
     if config.combine != "bf16":
         yield
+
+
+@dataclass(frozen=True, slots=True)
+class FusedPlan:
+    """What launches of one size share: the function, and buffers of a workspace.
+
+    blocks and tiles: of the schedule. codes: the kernel's argument `blocks`.
+    x: the quantised hidden states; None for bf16 weights, whose x_scale is not read.
+    summed: what the kernel writes or adds to; None if that is the output. partial: its rows as the combine takes them.
+    """
+
+    function: Callable[..., None]
+    blocks: tuple[int, ...]
+    schedule: Schedule
+    tiles: int
+    codes: int
+    x: Tensor | None
+    x_scale: Tensor
+    summed: Tensor | None
+    partial: Tensor | None
+
+
+def _plan(
+    configs: Sequence[Config], prepared: PreparedCute, batch: Batch, workspace: Workspace, choosing: bool, aside: bool
+) -> FusedPlan:
+    """The plan for a batch. That of the last batch is reused if size and weights are alike.
+
+    aside: the kernel does not add to the output itself.
+    """
+    ids, down = batch.topk_ids, prepared.down
+    key = (*configs, choosing, aside, ids.shape, down.shape, prepared.dtype, ids.device)
+    make = functools.partial(_planned, configs, prepared, batch, workspace, choosing, aside)
+    return workspace.plan("cute", key, ids.device, make)
+
+
+def _planned(
+    configs: Sequence[Config], prepared: PreparedCute, batch: Batch, workspace: Workspace, choosing: bool, aside: bool
+) -> FusedPlan:
+    config, device, n = configs[0], batch.topk_ids.device, batch.topk_ids.numel()
+    (tokens, hidden), (_, inter, experts) = batch.hidden_states.shape, prepared.down.shape
+    whole, codes = config, 0
+    if choosing:
+        whole = one_of(configs)
+        codes = sum(whole.blocks.index(c.block_m) << BITS * i for i, c in enumerate(configs))
+    shape = MoEShape(experts, batch.top_k, hidden, inter, prepared.dtype)
+    check_tokens("cute", whole.name, tokens, most_tokens(whole, shape))
+    each = [buffer_sizes(n, experts, c.block_m) for c in configs]
+    sizes = {name: max(size[name] for size in each) for name in each[0]}
+    function = compiled(whole, shape)
+
+    schedule = Schedule(**{name: workspace.get(name, (size,), torch.int32, device) for name, size in sizes.items()})
+    x, x_scale = None, prepared.gate_up_scale[0, :1, :, 0].expand(tokens, -1)
+    if prepared.dtype == "fp8":
+        x = workspace.get("x", (tokens, hidden), torch.float8_e4m3fn, device)
+        x_scale = workspace.get("x_scale", (tokens, hidden // SCALE_BLOCK), torch.float32, device)
+    summed, partial = None, None
+    if config.combine == "f32":
+        summed = workspace.get("total", (tokens, hidden), torch.float32, device)
+    if config.combine == "rows":
+        parts = inter // (INTERMEDIATES * config.wide)
+        summed = workspace.get("rows", (parts * n, hidden), torch.bfloat16, device)
+        partial = summed.view(parts, n, hidden)
+    if aside:
+        summed = workspace.get("summed", (tokens, hidden), torch.bfloat16, device)
+    blocks = tuple(c.block_m for c in configs)
+    return FusedPlan(function, blocks, schedule, sizes["expert_ids"], codes, x, x_scale, summed, partial)
 
 
 @functools.cache

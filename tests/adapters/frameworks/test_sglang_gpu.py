@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterator
 from dataclasses import fields, replace
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -13,7 +15,9 @@ pytest.importorskip("sglang.srt.layers.moe.moe_runner")
 import torch
 from graph_cases import SHAPE, priced, triton_of
 from moe_cases import batch, error, expected, weights
+from ramp_moe.measurements.calibration_file import records
 from ramp_moe.registry.detect import detect
+from ramp_moe.runtime.calibration import ENGINE, Calibration
 from ramp_moe.runtime.layer import LayerRuntime
 from ramp_moe.runtime.layer_factory import Builder
 from ramp_moe.spec.launchable import Batch, MoEWeights
@@ -32,7 +36,8 @@ TOLERANCE = 3e-2
 
 
 @pytest.fixture(autouse=True)
-def server(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+def server(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[None]:
+    monkeypatch.setenv("RAMP_MOE_CACHE", str(tmp_path))
     monkeypatch.setattr(plugin, "_builder", Builder())
     with selected(), torch.no_grad():
         yield
@@ -159,13 +164,18 @@ def test_weights_are_held_once() -> None:
 
 
 @pytest.mark.parametrize("dtype", ["bf16", "fp8"])
-def test_a_layer_that_was_made_when_the_model_was_loaded(dtype: str) -> None:
-    """Its buffers have their size before the first batch, outside of graphs and in them."""
+def test_a_layer_that_was_made_when_the_model_was_loaded(dtype: str, caplog: pytest.LogCaptureFixture) -> None:
+    """Its buffers have their size before the first batch, outside of graphs and in them. It was measured against
+    SGLang's runner."""
+    caplog.set_level(logging.INFO, "ramp_moe")
     given = weights(E, H, I, dtype, "cuda")
     with selected(chunked_prefill_size=512):
         experts = Experts(given, K)
         text = SimpleNamespace(hf_text_config=SimpleNamespace(num_experts_per_tok=K), dtype=BF16)
-        whole.loaded(None, SimpleNamespace(model=torch.nn.ModuleList([experts.layer]), model_config=text))
+        runner = SimpleNamespace(
+            model=torch.nn.ModuleList([experts.layer]), model_config=text, decode_num_tokens_per_req=lambda: 1
+        )
+        whole.loaded(None, runner)
         core = experts.runner.runner_core
         assert core.made
         had = core.layer.workspace.bytes
@@ -178,6 +188,33 @@ def test_a_layer_that_was_made_when_the_model_was_loaded(dtype: str) -> None:
         graph.replay()
         torch.cuda.synchronize()
         assert 0 < wrong(out, given, static) < TOLERANCE
-    lines = list(whole.report(torch.nn.ModuleList([experts.layer])))
-    print("\n".join(lines))
-    assert any(line.startswith("  in graphs, 64 tokens: ") for line in lines)
+        whole.captured(None, runner)
+    print("\n".join(caplog.messages))
+    assert any("what computes batches of how many tokens" in line for line in caplog.messages)
+    (record,) = records()
+    assert not {name for name in record.dropped if name == ENGINE}, "SGLang's runner was timed"
+    assert {t.tokens for t in record.timings if t.candidate == ENGINE}
+    assert all(1 < t.us < 20_000 for t in record.timings)
+
+
+@pytest.mark.parametrize("dtype", ["bf16", "fp8"])
+def test_sizes_that_sglang_keeps_are_computed_by_its_runner(monkeypatch: pytest.MonkeyPatch, dtype: str) -> None:
+    """Eager and in a graph."""
+    monkeypatch.setattr(Calibration, "engine_keeps", lambda self, n, ours: True)
+    given, x = weights(E, H, I, dtype, "cuda"), batch(48, K, E, H, "uniform", "cuda", BF16)
+    with selected(chunked_prefill_size=64):
+        experts = Experts(given, K)
+        text = SimpleNamespace(hf_text_config=SimpleNamespace(num_experts_per_tok=K), dtype=BF16)
+        module = torch.nn.ModuleList([experts.layer])
+        whole.loaded(None, SimpleNamespace(model=module, model_config=text, decode_num_tokens_per_req=lambda: 1))
+        core = experts.runner.runner_core
+        assert core.made
+        monkeypatch.setattr(core.layer, "forward", lambda *_, **__: 1 / 0)
+        eager = experts(x).float().clone()
+        graph, out = captured(experts, x)
+        out.fill_(float("nan"))
+        graph.replay()
+        torch.cuda.synchronize()
+    assert not core._failed
+    assert error(out, eager) < 1e-2
+    assert error(eager, expected(given, x, quantise=False)) < 0.07, "in fp8 SGLang rounds the intermediate first"

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import gc
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any, ClassVar
 
 import pytest
@@ -17,14 +19,16 @@ from moe_cases import batch, error, expected, weights
 from ramp_moe.measurements.calibration_file import records
 from ramp_moe.runtime import calibration_seconds, probe
 from ramp_moe.runtime.calibration import ENGINE, ROUTINGS
-from ramp_moe.runtime.layer_factory import Builder
 from ramp_moe.spec.launchable import Batch, MoEWeights
 from ramp_moe.spec.routing import IntArray
+from ramp_moe_adapters.frameworks import engine_calibration as engine
+from ramp_moe_adapters.frameworks import engine_timer
 from ramp_moe_adapters.frameworks import vllm as plugin
+from ramp_moe_adapters.frameworks.engine_timer import TIMERS
 from ramp_moe_kernels.triton.kernel import TritonMoE
 from vllm.model_executor.custom_op import op_registry_oot
 from vllm.model_executor.layers.fused_moe.experts.triton_moe import TritonExperts
-from vllm_cases import DEVICE, experts_of, run, said_by_plugin
+from vllm_cases import DEVICE, experts_of, run, said_by_plugin, serve
 
 pytestmark = pytest.mark.skipif(DEVICE == "cuda", reason="with made-up times; others are measured there")
 
@@ -57,20 +61,14 @@ class Times:
 @pytest.fixture
 def times(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Callable[[Callable[[str, int], float]], Times]:
     """Has layers measured by made-up times, as in a process that has just started."""
-    from ramp_moe_adapters.frameworks.vllm import calibrate, method
-
     monkeypatch.setenv("RAMP_MOE_CACHE", str(tmp_path / "cache"))
-    monkeypatch.setattr(calibrate, "usable_kernels", lambda shape, hardware: [TritonMoE()])
+    monkeypatch.setattr(engine, "usable_kernels", lambda shape, hardware: [TritonMoE()])
+    monkeypatch.setattr(engine, "warm", lambda layer, candidates, *_: {})
 
     def start(us: Callable[[str, int], float]) -> Times:
         made = Times(us)
-        monkeypatch.setattr(method, "_builder", Builder("h200"))
-        monkeypatch.setattr(calibrate, "_agreed", {})
-        monkeypatch.setattr(calibrate, "_spent", [])
-        monkeypatch.setattr(method, "_plans", {})
-        monkeypatch.setattr(method, "_reported", set())
-        monkeypatch.setitem(calibrate.TIMERS, DEVICE, lambda *_: made)
-        monkeypatch.setattr(calibrate, "warm", lambda layer, candidates, *_: {})
+        start.model = serve(monkeypatch)  # type: ignore[attr-defined]
+        monkeypatch.setitem(TIMERS, DEVICE, lambda *_: made)
         return made
 
     return start
@@ -213,15 +211,13 @@ def test_all_that_may_be_chosen_is_compiled_before(
     times: Any, monkeypatch: pytest.MonkeyPatch, said: list[str]
 ) -> None:
     """Once for a shape, for batches up to the largest; what raises is dropped."""
-    from ramp_moe_adapters.frameworks.vllm import calibrate
-
     timer, warmed = times(lambda name, n: 20.0 if name == ENGINE else 10.0 + len(name)), list[Any]()
 
     def warm(layer: Any, candidates: Any, most: int, dtype: Any) -> dict[str, str]:
         warmed.append(({c.name for c in candidates}, most, dtype))
         return {min(warmed[0][0]): "planted"}
 
-    monkeypatch.setattr(calibrate, "warm", warm)
+    monkeypatch.setattr(engine, "warm", warm)
     layers = [experts_of(layer(), TOP_K, dtype=HALF, **SIZES) for _ in range(2)]
     assert warmed == [({name for name, _ in timer.asked if name != ENGINE}, 64, HALF)]
     name = min(warmed[0][0])
@@ -232,8 +228,6 @@ def test_all_that_may_be_chosen_is_compiled_before(
 def test_a_kernel_without_a_version_stops_no_other(
     times: Any, monkeypatch: pytest.MonkeyPatch, said: list[str]
 ) -> None:
-    from ramp_moe_adapters.frameworks.vllm import calibrate
-
     class Broken(TritonMoE):
         name = "broken"
 
@@ -241,7 +235,7 @@ def test_a_kernel_without_a_version_stops_no_other(
             raise OSError("gone")
 
     timer = times(large_are_vllms)
-    monkeypatch.setattr(calibrate, "usable_kernels", lambda shape, hardware: [TritonMoE(), Broken()])
+    monkeypatch.setattr(engine, "usable_kernels", lambda shape, hardware: [TritonMoE(), Broken()])
     experts_of(layer(), TOP_K, dtype=HALF, **SIZES)
     assert any(name.startswith("triton/") for name, _ in timer.asked), said
     (record,) = records()
@@ -316,10 +310,8 @@ def test_without_time_for_anything_what_is_predicted_stands(
 
 def test_the_time_is_for_a_model(times: Any, monkeypatch: pytest.MonkeyPatch, said: list[str]) -> None:
     """A second shape has what the first left."""
-    from ramp_moe_adapters.frameworks.vllm import calibrate
-
     timer = times(large_are_vllms)
-    monkeypatch.setattr(calibrate, "_spent", [19.0, 1.5])
+    times.model._spent = 20.5
     experts_of(layer(), TOP_K, dtype=HALF, **SIZES)
     assert not timer.asked
     assert any("is not measured: the time for a model is over (RAMP_MOE_CALIBRATE_S)" in line for line in said)
@@ -328,61 +320,70 @@ def test_the_time_is_for_a_model(times: Any, monkeypatch: pytest.MonkeyPatch, sa
 def test_whatever_measuring_raises_the_layer_is_made(
     times: Any, monkeypatch: pytest.MonkeyPatch, said: list[str]
 ) -> None:
-    from ramp_moe_adapters.frameworks.vllm import calibrate
-
     times(large_are_vllms)
 
     def no_timer(*_: Any) -> Any:
         raise torch.OutOfMemoryError("no memory")
 
-    monkeypatch.setitem(calibrate.TIMERS, DEVICE, no_timer)
+    monkeypatch.setitem(TIMERS, DEVICE, no_timer)
     of, b = layer(), given(9)
     assert error(run(experts_of(of, TOP_K, dtype=HALF, **SIZES), b), expected(of, b, quantise=False)) < 2e-2
     assert "ramp_moe: nothing is measured: OutOfMemoryError: no memory" in said
 
 
 def test_a_strange_kernel_is_tried_in_a_process_apart(times: Any, monkeypatch: pytest.MonkeyPatch, said: Any) -> None:
-    from ramp_moe_adapters.frameworks.vllm import calibrate
-
     class Strange(TritonMoE):
         name = "strange"
 
     timer = times(large_are_vllms)
     strange = Strange()
-    monkeypatch.setattr(calibrate, "usable_kernels", lambda *_: [TritonMoE(), strange])
+    monkeypatch.setattr(engine, "usable_kernels", lambda *_: [TritonMoE(), strange])
     monkeypatch.setattr(probe, "third_party", lambda kernels: [k for k in kernels if k is strange])
-    monkeypatch.setattr(probe, "fault", lambda name, *_: "gave no answer within 60 s in a process apart")
+    monkeypatch.setattr(
+        probe, "fault", lambda name, *_: probe.Fault("gave no answer within 60 s in a process apart", True)
+    )
     experts_of(layer(), TOP_K, dtype=HALF, **SIZES)
     assert not any(name.startswith("strange") for name, _ in timer.asked)
     assert any("strange: gave no answer within 60 s in a process apart" in line for line in said)
 
 
+def test_each_configuration_loads_a_model_of_its_own() -> None:
+    """Nothing of a model before, or beside it, is used: its ranks, or its batches, may be others. What is released is
+    forgotten."""
+    from ramp_moe_adapters.frameworks.vllm import calibrate
+    from vllm.config import VllmConfig, set_current_vllm_config
+
+    found = []
+    for config in (first := VllmConfig(), second := VllmConfig()):
+        with set_current_vllm_config(config):
+            found.append(calibrate.model())
+            assert calibrate.model() is found[-1]
+    assert found[0] is not found[1]
+    known, of_first = set(calibrate._models), id(first)
+    assert {of_first, id(second)} <= known
+    del config, first, second, found
+    gc.collect()
+    assert of_first not in calibrate._models
+
+
 class Group:
-    """Two ranks of a tensor-parallel group, one after the other in this process."""
+    """Two ranks of a tensor-parallel group, one after the other in this process, with one key-value store."""
 
-    world_size, ranks, cpu_group = 2, [0, 1], "gloo"
+    world_size = 2
 
-    def __init__(self, rank: int) -> None:
+    def __init__(self, rank: int, store: torch.distributed.Store) -> None:
         self.rank_in_group = rank
+        self.cpu_group = SimpleNamespace(get_group_store=lambda: store)
 
 
 def test_ranks_choose_by_what_the_first_measured(times: Any, monkeypatch: pytest.MonkeyPatch, said: list[str]) -> None:
     from ramp_moe_adapters.frameworks.vllm import calibrate
 
-    told: list[Any] = []
-
-    def broadcast(objects: list[Any], src: int, group: Any) -> None:
-        assert (src, group) == (0, "gloo")
-        if objects[0] is not None:
-            told.append(objects[0])
-        objects[0] = told[-1]
-
-    monkeypatch.setattr(torch.distributed, "broadcast_object_list", broadcast)
-    kept = []
+    kept, store = [], torch.distributed.HashStore()
     for rank in range(2):
         # The second rank's own times would say otherwise.
         timer = times(large_are_vllms if rank == 0 else lambda name, n: 1.0)
-        monkeypatch.setattr(calibrate, "_group", lambda rank=rank: Group(rank))
+        monkeypatch.setattr(calibrate, "_group", lambda rank=rank: Group(rank, store))
         routed = experts_of(layer(), TOP_K, dtype=HALF, **SIZES)
         assert bool(timer.asked) is (rank == 0)
         kept.append([experts(routed)._keeps(n) for n in range(1, 65)])
@@ -391,25 +392,25 @@ def test_ranks_choose_by_what_the_first_measured(times: Any, monkeypatch: pytest
     assert sum("what computes batches" in line for line in said) == 1, "the first rank tells"
 
 
-def test_a_rank_that_has_no_layer_takes_part(times: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The others would wait for it."""
-    from ramp_moe_adapters.frameworks.vllm import calibrate, method
+def test_a_first_rank_that_has_no_layer_says_so(times: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The others would wait for it. They choose by what is predicted."""
+    from ramp_moe_adapters.frameworks.vllm import calibrate
 
+    store = torch.distributed.HashStore()
+    monkeypatch.setattr(calibrate, "_group", lambda: Group(0, store))
     times(large_are_vllms)
-    calls: list[Any] = []
-
-    def broadcast(objects: list[Any], src: int, group: Any) -> None:
-        calls.append(objects[0])
 
     def refuse(*_: Any, **__: Any) -> Any:
         raise RuntimeError("planted")
 
-    monkeypatch.setattr(torch.distributed, "broadcast_object_list", broadcast)
-    monkeypatch.setattr(calibrate, "_group", lambda: Group(1))
-    monkeypatch.setattr(method._builder, "layer", refuse)
-    for _ in range(2):
-        assert isinstance(experts(experts_of(layer(), TOP_K, dtype=HALF, **SIZES)), TritonExperts)
-    assert calls == [None]
+    with monkeypatch.context() as patch:
+        patch.setattr(times.model.builder, "layer", refuse)
+        for _ in range(2):
+            assert isinstance(experts(experts_of(layer(), TOP_K, dtype=HALF, **SIZES)), TritonExperts)
+    monkeypatch.setattr(calibrate, "_group", lambda: Group(1, store))
+    timer = times(large_are_vllms)
+    assert experts(experts_of(layer(), TOP_K, dtype=HALF, **SIZES)).stock is None
+    assert not timer.asked
 
 
 class HostTimer:
@@ -437,7 +438,6 @@ class HostTimer:
 @pytest.mark.parametrize("ep", [(1, 0), (2, 1)])
 def test_what_is_timed_is_what_computes(times: Any, monkeypatch: pytest.MonkeyPatch, ep: tuple[int, int]) -> None:
     """A rank's own experts, by ours and by vLLM's, of ids of all experts."""
-    from ramp_moe_adapters.frameworks.vllm import calibrate
     from ramp_moe_adapters.frameworks.vllm.stock import Stock
 
     def own(self: Stock, output: Any, x: Any, topk_weights: Any, topk_ids: Any, *rest: Any) -> None:
@@ -450,8 +450,8 @@ def test_what_is_timed_is_what_computes(times: Any, monkeypatch: pytest.MonkeyPa
     times(large_are_vllms)
     HostTimer.ran.clear()
     monkeypatch.setattr(Stock, "run", own)
-    monkeypatch.setattr(calibrate, "GraphTimer", HostTimer)
-    monkeypatch.setitem(calibrate.TIMERS, DEVICE, calibrate._gpu_timer)
+    monkeypatch.setattr(engine_timer, "GraphTimer", HostTimer)
+    monkeypatch.setitem(TIMERS, DEVICE, engine_timer._gpu_timer)
     experts_of(layer(), TOP_K, dtype=HALF, ep=ep, moe_options={"max_num_tokens": 1})
     (record,) = records()
     assert record.key["ep_size"] == str(ep[0])

@@ -15,12 +15,12 @@ import vllm_cases  # noqa: F401  (before anything of vllm's)
 from moe_cases import batch, error, expected, weights
 from ramp_moe.measurements.calibration_file import records
 from ramp_moe.runtime.calibration import ENGINE
-from ramp_moe.runtime.layer_factory import Builder
 from ramp_moe.spec.launchable import Batch, MoEWeights
+from ramp_moe_adapters.frameworks import engine_calibration
 from ramp_moe_adapters.frameworks import vllm as plugin
 from ramp_moe_kernels.triton.kernel import TritonMoE
 from vllm.model_executor.custom_op import op_registry_oot
-from vllm_cases import experts_of, run, said_by_plugin
+from vllm_cases import experts_of, run, said_by_plugin, serve
 
 pytestmark = pytest.mark.gpu
 
@@ -37,14 +37,8 @@ def fresh(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[None]:
     monkeypatch.setenv("RAMP_MOE_CACHE", str(tmp_path / "cache"))
     monkeypatch.setenv("RAMP_MOE_CALIBRATE_S", "60")
     plugin.register()
-    from ramp_moe_adapters.frameworks.vllm import calibrate, method
-
-    monkeypatch.setattr(method, "_builder", Builder())
-    monkeypatch.setattr(calibrate, "_agreed", {})
-    monkeypatch.setattr(calibrate, "_spent", [])
-    monkeypatch.setattr(method, "_plans", {})
-    monkeypatch.setattr(method, "_reported", set())
-    monkeypatch.setattr(calibrate, "usable_kernels", lambda *_: [TritonMoE()])
+    serve(monkeypatch)
+    monkeypatch.setattr(engine_calibration, "usable_kernels", lambda *_: [TritonMoE()])
     yield
     op_registry_oot.pop("RoutedExperts")
 
@@ -139,10 +133,8 @@ class Planted(TritonMoE):
 
 @pytest.mark.parametrize("how", ["raises", "no memory", "returns NaN"])
 def test_a_planted_kernel_is_dropped_with_its_name(how: str, monkeypatch: pytest.MonkeyPatch, said: list[str]) -> None:
-    from ramp_moe_adapters.frameworks.vllm import calibrate
-
     planted = Planted(how)
-    monkeypatch.setattr(calibrate, "usable_kernels", lambda *_: [TritonMoE(), planted])
+    monkeypatch.setattr(engine_calibration, "usable_kernels", lambda *_: [TritonMoE(), planted])
     of, b = layer("bf16"), given(33)
     routed = experts_of(of, TOP_K, **SIZES)
     (record,) = records()

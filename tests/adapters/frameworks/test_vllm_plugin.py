@@ -28,7 +28,7 @@ from vllm import plugins
 from vllm.model_executor.custom_op import op_registry_oot
 from vllm.model_executor.layers.fused_moe import RoutedExperts
 from vllm.model_executor.layers.fused_moe.experts.triton_moe import TritonExperts
-from vllm_cases import DEVICE, experts_of, run, said_by_plugin
+from vllm_cases import DEVICE, experts_of, run, said_by_plugin, serve
 
 EXPERTS, TOP_K, HIDDEN, INTER = 8, 2, 128, 128
 ROUTINGS = ("skewed", "few-experts", "one-expert", "padded", "duplicates")
@@ -54,11 +54,7 @@ def loaded() -> Iterator[None]:
 
 @pytest.fixture(autouse=True)
 def builder(monkeypatch: pytest.MonkeyPatch) -> Builder:
-    from ramp_moe_adapters.frameworks.vllm import method as vllm_method
-
-    found = Builder("auto" if DEVICE == "cuda" else "h200")
-    monkeypatch.setattr(vllm_method, "_builder", found)
-    return found
+    return serve(monkeypatch).builder
 
 
 @pytest.fixture

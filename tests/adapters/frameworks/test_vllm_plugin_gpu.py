@@ -23,7 +23,7 @@ from ramp_moe_adapters.frameworks import vllm as plugin
 from ramp_moe_kernels.triton.kernel import TritonMoE
 from vllm.model_executor.custom_op import op_registry_oot
 from vllm.model_executor.model_loader.reload import finalize_layerwise_reload, initialize_layerwise_reload
-from vllm_cases import experts_of, load, run
+from vllm_cases import experts_of, load, run, serve
 
 pytestmark = pytest.mark.gpu
 
@@ -44,11 +44,7 @@ def loaded() -> Iterator[None]:
 
 @pytest.fixture
 def builder(monkeypatch: pytest.MonkeyPatch) -> Builder:
-    from ramp_moe_adapters.frameworks.vllm import method as vllm_method
-
-    found = Builder()
-    monkeypatch.setattr(vllm_method, "_builder", found)
-    return found
+    return serve(monkeypatch).builder
 
 
 def olmoe(dtype: str) -> MoEWeights:

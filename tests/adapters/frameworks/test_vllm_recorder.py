@@ -17,11 +17,10 @@ import vllm_cases  # noqa: F401  (before anything of vllm's)
 from moe_cases import batch, weights
 from ramp_moe import expert_histogram
 from ramp_moe.measurements.trace import load_trace
-from ramp_moe.runtime.layer_factory import Builder
 from ramp_moe.spec.launchable import Batch
 from ramp_moe_adapters.frameworks import vllm as plugin
 from vllm.model_executor.custom_op import op_registry_oot
-from vllm_cases import DEVICE, experts_of, run
+from vllm_cases import DEVICE, experts_of, run, serve
 
 EXPERTS, TOP_K, HIDDEN, INTER = 8, 2, 128, 128
 HALF = torch.bfloat16 if DEVICE == "cuda" else torch.float16
@@ -39,9 +38,9 @@ def loaded() -> Iterator[None]:
 
 @pytest.fixture(autouse=True)
 def recorder(monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
-    from ramp_moe_adapters.frameworks.vllm import method, recorder
+    from ramp_moe_adapters.frameworks.vllm import recorder
 
-    monkeypatch.setattr(method, "_builder", Builder("auto" if DEVICE == "cuda" else "h200"))
+    serve(monkeypatch)
     monkeypatch.setattr(recorder, "current", None)
     monkeypatch.setattr(recorder, "vllms_state", recorder._started, raising=False)
     monkeypatch.setattr(recorder, "_started", lambda: True)

@@ -17,13 +17,14 @@ from moe_cases import batch, error, expected, weights
 from ramp_moe import KernelError, RampMoEError
 from ramp_moe.runtime.layer_factory import Builder, LayerPlan
 from ramp_moe.spec.launchable import Batch, MoEWeights
+from ramp_moe_adapters.frameworks import engine_calibration
 from ramp_moe_adapters.frameworks import vllm as plugin
 from ramp_moe_adapters.frameworks.vllm.stock import Stock
 from ramp_moe_kernels.triton.kernel import TritonMoE
 from torch import Tensor
 from vllm.model_executor.custom_op import op_registry_oot
 from vllm.model_executor.model_loader.reload import finalize_layerwise_reload, initialize_layerwise_reload
-from vllm_cases import DEVICE, experts_of, load, run
+from vllm_cases import DEVICE, experts_of, load, run, serve
 
 EXPERTS, TOP_K, HIDDEN, INTER = 4, 2, 128, 128
 HALF = torch.bfloat16 if DEVICE == "cuda" else torch.float16
@@ -60,20 +61,14 @@ def loaded() -> Iterator[None]:
 
 @pytest.fixture(params=KERNELS)
 def kernel(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
-    from ramp_moe_adapters.frameworks.vllm import method as vllm_method
-
     made = KERNELS[request.param]()
     builder = Builder("auto" if DEVICE == "cuda" else "h200")
     monkeypatch.setattr(builder, "_plan", lambda shape, hardware: LayerPlan(hardware, [made], None))
-    monkeypatch.setattr(vllm_method, "_builder", builder)
+    serve(monkeypatch, builder)
     if request.param == "vllm-keeps":
         keeps = SimpleNamespace(keeps=lambda n: True, keeps_any=True)
-        monkeypatch.setattr(
-            vllm_method.calibrate, "calibrate", lambda plan, *_: SimpleNamespace(plan=plan, **vars(keeps))
-        )
-        monkeypatch.setattr(vllm_method, "_plans", {})
-        monkeypatch.setattr(vllm_method, "_report", lambda *_: None)
-        monkeypatch.setattr(vllm_method.calibrate, "compile_all", lambda *_: None)
+        monkeypatch.setattr(engine_calibration, "TIMERS", {})
+        monkeypatch.setattr(engine_calibration.LoadedModel, "calibrated", lambda *_: keeps)
         if DEVICE == "cpu":
             monkeypatch.setattr(Stock, "run", own)
     return str(request.param)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import re
 import types
@@ -54,6 +55,32 @@ def test_what_it_prints(machine: Machine) -> None:
     assert (recorded.device_name, recorded.driver, recorded.gpu) == ("NVIDIA H200", "580.1", "GPU-01234567")
     assert {"python", "torch", "cuda", "ramp-moe"} <= recorded.software.keys()
     assert recorded.notes == []
+
+
+@pytest.mark.parametrize("version", [OSError("gone"), "", None, 3], ids=repr)
+def test_a_kernel_without_a_version_is_left_out_and_stops_no_other(
+    machine: Machine, monkeypatch: pytest.MonkeyPatch, version: object
+) -> None:
+    """A profile must say which code was measured."""
+
+    def say(self: object) -> object:
+        if isinstance(version, Exception):
+            raise version
+        return version
+
+    kernel = machine.registry.kernels["sim"]
+    nameless = type("Nameless", (type(kernel),), {"version": say})
+    machine.registry.kernels["nameless"] = other = copy.copy(kernel)
+    other.__class__ = nameless
+    monkeypatch.setattr(other, "name", "nameless")
+    result = run(machine)
+    assert result.exit_code == 0, result.output
+    (line,) = [line for line in result.stderr.splitlines() if line.startswith("nameless left out: ")]
+    assert "broken: version() " in line
+    asked = run(machine, "--kernel", "nameless")
+    assert asked.exit_code == 2
+    assert "kernel nameless cannot be measured" in asked.stderr
+    assert "Traceback" not in asked.output
 
 
 def test_json(machine: Machine, tmp_path: Path) -> None:

@@ -9,8 +9,11 @@ from __future__ import annotations
 
 import inspect
 import logging
-from contextlib import nullcontext
+import math
+from collections.abc import Callable
+from contextlib import nullcontext, suppress
 from dataclasses import dataclass, replace
+from functools import cache, partial
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -32,9 +35,11 @@ from sglang.srt.model_executor.runner_utils.capture_mode import get_is_capture_m
 from sglang.srt.plugins.hook_registry import HookRegistry, HookType
 from sglang.srt.runtime_context import get_flags, get_parallel
 
+from ..engine_calibration import LoadedModel
 from ..engine_errors import both_failed, why
 from ..engine_weights import Parameters, place
 from ..known_fields import new_parameters
+from .calibrate import Loading, ep_size
 from .checks import ACTIVATIONS, check_batch, check_layer, refusal
 
 if TYPE_CHECKING:
@@ -54,8 +59,6 @@ TENSORS = {
 _RESOLVE = "sglang.srt.layers.moe.utils.resolve_moe_runner_backend"
 _UNQUANTISED = "sglang.srt.layers.quantization.unquant.UnquantizedFusedMoEMethod.create_moe_runner"
 _logger = logging.getLogger("ramp_moe")
-Choices = dict[int, tuple[str, str, int]]
-"""By batch size how a layer dispatches, the (first) candidate, and how many there are."""
 _builder = Builder()
 """Makes all layers of the process. They share profiles and workspaces."""
 _said: set[str] = set()
@@ -125,8 +128,10 @@ class RampRunnerCore(DispatchMoeRunnerCore):  # type: ignore[misc]
         """Places of the weights for which making a layer failed."""
         self._failed: set[int] = set()
         """Batch sizes that failed. Their graphs are captured with SGLang's runner."""
-        self.eager: Choices = {}
-        """What was run outside of graphs when it was warmed up."""
+        self._model: LoadedModel | None = None
+        """The model in which the layer was made; None if its first run made it."""
+        self._keeps: Callable[[int], bool] | None = None
+        """Whether SGLang's runner computes batches of this size, since nothing is faster; None: it keeps none."""
 
     @property
     def made(self) -> bool:
@@ -139,15 +144,30 @@ class RampRunnerCore(DispatchMoeRunnerCore):  # type: ignore[misc]
         assert self._parameters is not None
         return self._parameters.layer
 
-    def make(self, info: Any, top_k: int) -> None:
+    def make(self, info: Any, top_k: int, loading: Loading) -> None:
         """Make the layer of SGLang's parameters; each token visits top_k experts.
 
-        If it cannot be made, SGLang's runner computes it, and the log says why.
+        loading: the model, of which the first layer of each kind is measured. If the layer cannot be made, SGLang's
+        runner computes it, and the log says why.
         """
+        model = loading.model
         try:
-            self._current(top_k, info)
+            new = self._parameters is None
+            found = self._current(top_k, info, lambda w: model.layer(loading.layer(self.config, info, w, top_k)))
         except Exception as e:  # whatever a kernel raises must not end the server
+            with suppress(Exception):  # another layer than is known has no kind
+                model.refuse(loading.kind(self.config, info, top_k))
             _say(f"{why(e)}: left to SGLang's Triton runner")
+            return
+        if new and found is not None:
+            self._model = model
+            if (times := model.calibrated(found.layer)) is not None and times.keeps_any:
+                self._keeps = cache(times.keeps)
+
+    def report(self) -> None:
+        """Log what computes each batch size, unless a layer of this kind has."""
+        if self._model is not None:
+            self._model.report(self.layer)
 
     @property
     def runner_backend(self) -> Backend:
@@ -172,7 +192,10 @@ class RampRunnerCore(DispatchMoeRunnerCore):  # type: ignore[misc]
             return self._by_sglang(dispatch_output, quant_info)
         try:
             check_batch(dispatch_output)
-            parameters = self._current(dispatch_output.topk_output.topk_ids.shape[1], quant_info)
+            top_k = dispatch_output.topk_output.topk_ids.shape[1]
+            parameters = self._current(top_k, quant_info, partial(self._unmeasured, top_k))
+            if self._keeps is not None and self._keeps(tokens):
+                parameters = None
             if parameters is not None:
                 return StandardCombineInput(hidden_states=self._run(parameters.layer, dispatch_output))
         except Exception as e:  # whatever a kernel raises must not end the server
@@ -186,14 +209,19 @@ class RampRunnerCore(DispatchMoeRunnerCore):  # type: ignore[misc]
 
     def _by_sglang(self, given: Any, info: Any) -> Any:
         """Run SGLang's Triton runner, on a copy in SGLang's order of weights that ramp_moe has reordered."""
-        if self._parameters is not None:
-            self._parameters.check()
-        moved = {name: t.values() for name in TENSORS if isinstance(t := getattr(info, name, None), Placeholder)}
-        return self._stock.run(given, replace(info, **moved) if moved else info)
+        if self._parameters is None:
+            return self._stock.run(given, info)
+        self._parameters.check()
+        if any(isinstance(getattr(info, name, None), Placeholder) for name in TENSORS):
+            values = self._parameters.values()
+            info = replace(info, **{name: getattr(values, field) for name, field in TENSORS.items()})
+        return self._stock.run(given, info)
 
-    def _current(self, top_k: int, info: TritonMoeQuantInfo) -> Parameters | None:
+    def _current(
+        self, top_k: int, info: TritonMoeQuantInfo, make: Callable[[MoEWeights], LayerRuntime]
+    ) -> Parameters | None:
         """The layer of SGLang's parameters of now, None if it was refused before; each token visits top_k experts.
-        Raises RampMoEError with the reason if it is refused now."""
+        `make` makes it if there is none. Raises RampMoEError with the reason if it is refused now."""
         tensors = {field: t for name, field in TENSORS.items() if (t := getattr(info, name)) is not None}
         if self._parameters is not None:
             self._parameters.meet(tensors)
@@ -206,9 +234,17 @@ class RampRunnerCore(DispatchMoeRunnerCore):  # type: ignore[misc]
             check_layer(self.config, info)
             detached = {field: t.detach() for field, t in tensors.items()}
             weights = MoEWeights(**detached, activation=ACTIVATIONS[self.config.activation])
-            layer = _layer(weights, top_k, _ep_size(self.config))
+            said = len(_builder.notes)
+            layer = make(weights)
+            for note in _builder.notes[said:]:
+                _say(note)
             self._parameters = Parameters(self, layer, tensors)
         return self._parameters
+
+    def _unmeasured(self, top_k: int, weights: MoEWeights) -> LayerRuntime:
+        layer = _builder.layer(weights, top_k, ep_size(self.config))
+        layer.host_sync_us = math.inf  # the host would wait for the device, in every layer
+        return layer
 
     def _run(self, layer: LayerRuntime, given: StandardDispatchOutput) -> Tensor:
         x, topk = given.hidden_states.contiguous(), given.topk_output
@@ -219,12 +255,6 @@ class RampRunnerCore(DispatchMoeRunnerCore):  # type: ignore[misc]
             layer.warm_up(len(x), x.dtype)
             layer.ready(len(x), x.dtype)
         return layer(x, topk.topk_ids.int().contiguous(), weights, _output(x))
-
-
-def _ep_size(config: MoeRunnerConfig) -> int:
-    """Number of ranks over which the experts are spread."""
-    known = config.num_experts and config.num_local_experts
-    return int(config.num_experts // config.num_local_experts) if known else 1
 
 
 def _output(x: Tensor) -> Tensor:
@@ -239,14 +269,6 @@ def _before_capture(x: Tensor) -> bool:
     if not x.is_cuda or _capturing(x):
         return False
     return bool(get_is_capture_mode() or get_flags().dp.capturing_prefill_graph)
-
-
-def _layer(weights: MoEWeights, top_k: int, ep_size: int) -> LayerRuntime:
-    said = len(_builder.notes)
-    layer = _builder.layer(weights, top_k, ep_size)
-    for note in _builder.notes[said:]:
-        _say(note)
-    return layer
 
 
 def _capturing(t: Tensor) -> bool:

@@ -6,13 +6,11 @@ no layer can be made from them, the experts that vLLM itself would choose take t
 
 from __future__ import annotations
 
-import math
-from functools import partial
+from contextlib import suppress
 from typing import Any
 
 from ramp_moe.plugin import KernelError, MoEWeights
 from ramp_moe.runtime.calibrated_plan import Calibrated
-from ramp_moe.runtime.layer_factory import Builder, LayerKind, LayerPlan, kind_of
 from vllm.model_executor.layers.fused_moe.experts.triton_moe import TritonExperts
 from vllm.model_executor.layers.fused_moe.oracle.fp8 import Fp8MoeBackend
 from vllm.model_executor.layers.fused_moe.oracle.unquantized import UnquantizedMoeBackend
@@ -23,35 +21,12 @@ from ..engine_errors import why
 from ..engine_weights import Parameters
 from ..known_fields import misfit
 from . import calibrate
-from .experts import ACTIVATIONS, RampExperts, local_ids, logger, parameters_of, say
+from .experts import ACTIVATIONS, RampExperts, logger, parameters_of, say
 from .fields import LAYER, PARALLEL, QUANTISATION, TENSORS
-
-_builder = Builder()
-"""Builds all layers of the process, which share profiles and workspaces."""
-_plans: dict[LayerKind, Calibrated | None] = {}
-"""What was measured, by kind of layer."""
-_reported = set[LayerKind]()
 
 
 def leave(reason: str) -> None:
     say("leaves experts to vLLM", reason)
-
-
-def _calibrated(layer: calibrate.LoadedLayer, plan: LayerPlan) -> LayerPlan:
-    found = _plans[kind_of(layer.weights, layer.top_k)] = calibrate.calibrate(plan, layer, _say)
-    return plan if found is None else found.plan
-
-
-def _report(made: Calibrated, layer: calibrate.LoadedLayer, graphs: Any) -> None:
-    """Report what computes each size. A report that fails does not stop a server."""
-    try:
-        calibrate.report(made, layer, graphs, _say)
-    except Exception as e:
-        logger.warning("ramp_moe cannot say what it does with each size: %s", why(e))
-
-
-def _say(line: str) -> None:
-    logger.info("ramp_moe: %s", line)
 
 
 class _Dispatched:
@@ -89,32 +64,29 @@ class _Dispatched:
 
         Returns None, with a line in the log, if no layer can be made.
         """
-        said = len(_builder.notes)
+        model = calibrate.model()
+        notes, said = model.builder.notes, len(model.builder.notes)
         try:
             if reason := self._misfit(layer):
                 raise KernelError(reason)
             ep_size = self.moe.num_experts // self.moe.num_local_experts
-            given = calibrate.layer_of(layer, self.moe, _weights(layer, self.moe), ep_size, local_ids(layer))
-            kind = kind_of(given.weights, given.top_k)
-            made = _builder.layer(given.weights, given.top_k, ep_size, partial(_calibrated, given))
-            made.host_sync_us = math.inf  # the host would wait for the device, in every layer
-            self.calibrated = _plans.get(kind)
-            if self.calibrated is not None and kind not in _reported:
-                calibrate.compile_all(self.calibrated, given, made, _say)
+            given = calibrate.layer_of(layer, self.moe, _weights(layer, self.moe), ep_size)
+            made = model.layer(given)
+            self.calibrated = model.calibrated(made)
             found = Parameters(layer, made, parameters_of(layer))
         except Exception as e:  # whatever a kernel raises: vLLM's experts can have the weights
-            calibrate.agree(calibrate.group_key(self.moe, layer), lambda: None)
+            with suppress(Exception):  # another layer than is known has no kind
+                model.refuse(calibrate.kind_of(layer, self.moe))
             leave(why(e))
             return None
-        for note in _builder.notes[said:]:  # a missing profile matters less if the layer was measured here
+        for note in notes[said:]:  # a missing profile matters less if the layer was measured here
             (logger.warning if self.calibrated is None else logger.info)("ramp_moe: %s", note)
         kernels, layouts = ", ".join(made.configs()), " and ".join(made.layouts)
         logger.info_once("ramp_moe: %s by %s; weights in %s", made.shape.slug, kernels, layouts)
-        if self.calibrated is not None and kind not in _reported:
-            _reported.add(kind)
-            if self.experts_cls not in (None, TritonExperts):
-                _say(f"vLLM would take {self.experts_cls.__name__}; ramp_moe is compared with its Triton experts alone")
-            _report(self.calibrated, given, made.graphs)
+        if self.calibrated is not None and self.experts_cls not in (None, TritonExperts):
+            name = self.experts_cls.__name__
+            logger.info_once("ramp_moe: vLLM would take %s; ramp_moe is compared with its Triton experts alone", name)
+        model.report(made)
         return found
 
     def _misfit(self, layer: Any) -> str | None:

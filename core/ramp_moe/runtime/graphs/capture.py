@@ -13,7 +13,7 @@ by the batch's expert histogram. There are five modes:
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Hashable, Mapping, Sequence
+from collections.abc import Callable, Collection, Container, Hashable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cache, partial
 from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
@@ -177,6 +177,8 @@ class GraphDispatch:
         self._fixed, self._ep_size = frozenset(fixed), ep_size
         self.dropped: dict[str, str] = {}
         self.plans: dict[int, GraphPlan] = {}
+        self.choosing: Container[int] | None = None
+        """Batch sizes whose graphs may have several bodies; None: all may. Plans that exist already stay."""
         self._captured: dict[int, GraphPlan] = {}
         """By identity. Graphs read a plan's tables, and write its choice, for as long as they live: longer, maybe, than
         the plan is in `plans`."""
@@ -256,7 +258,7 @@ class GraphDispatch:
         model = self._left({**trial.unfit, **trial.skipped}).at(trial.batch.num_tokens)
         if self._modes == MODES and {c.kernel for c in model.candidates} <= self._fixed:
             trial.refused["nodes"] = "every kernel here is slower if its nodes are switched"
-        modes = [m for m in self._modes if m not in trial.refused]
+        modes = [m for m in self._modes_at(trial.batch.num_tokens) if m not in trial.refused]
         if not modes:
             raise KernelError(_cannot(f"{self._modes[0]}: {trial.refused[self._modes[0]]}"))
         offers = [self._offer(m, model, trial.batch.num_tokens) for m in modes]
@@ -305,9 +307,13 @@ class GraphDispatch:
         Nothing is run. Raises KernelError if no candidate is left.
         """
         model = self._left({}).at(num_tokens)
-        offers = [self._offer(m, model, num_tokens) for m in self._modes if m not in self._refused]
+        modes = self._modes_at(num_tokens)
+        offers = [self._offer(m, model, num_tokens) for m in modes if m not in self._refused]
         offer = min(offers, key=lambda o: o.short.expected_us)
         return (offer.mode if offer.short.pays else "single"), offer.model, offer.short
+
+    def _modes_at(self, num_tokens: int) -> Sequence[str]:
+        return self._modes if self.choosing is None or num_tokens in self.choosing else ("single",)
 
     def ready(self, num_tokens: int, dtype: torch.dtype) -> None:
         """Run every body of the plan for `num_tokens` once per stream, on the current one.

@@ -332,6 +332,29 @@ def test_what_misbehaves_is_dropped_and_the_next_takes_over(mode: str, fault: st
         captured.check()
 
 
+def test_a_graph_replays_rightly_after_one_of_its_bodies_is_dropped(mode: str) -> None:
+    """It was captured with that body. Graphs that are captured later, and eager batches, do without it."""
+    moe = built(mode)
+    before = Captured.of(moe)
+    gone = before.plan.bodies[0]
+    assert moe.drop(gone, "it failed in an eager batch") is not None
+    after = Captured.of(moe)
+    assert gone not in after.plan.bodies
+    for skew in SKEWS:
+        for one in (before, after):
+            one.replay(routed(TOKENS, skew))
+            torch.cuda.synchronize()
+            assert one.plan.selector is not None
+            chosen = one.plan.bodies[int(one.plan.selector.choice)]
+            plain = torch.full_like(one.x, float("nan"))
+            moe.launch(chosen, Batch(one.x, one.kernel_ids(), one.scores), plain)
+            torch.cuda.synchronize()
+            assert torch.equal(one.out, plain)
+        eager = moe(after.x, after.ids, after.scores)
+        assert moe.choose(Batch(after.x, after.ids, after.scores)) != gone
+        assert torch.isfinite(eager).all()
+
+
 def test_one_body_where_choosing_does_not_pay(mode: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(dispatch.OVERHEAD_US, mode, {1: 0.0, 8: 1e6})
     captured = Captured.of(built(mode))

@@ -173,6 +173,16 @@ def test_one_body_where_switching_would_cost_more_than_it_gains(
     assert prepared(dispatcher("gated", prices=cheap)[0]).mode == "single"
 
 
+def test_one_body_at_sizes_that_are_not_to_choose(dispatcher: Make) -> None:
+    graphs, _ = dispatcher()
+    assert graphs.outlook(TOKENS)[0] == "nodes"
+    graphs.choosing = frozenset({2 * TOKENS})
+    assert graphs.outlook(TOKENS)[0] == "single"
+    plan = prepared(graphs)
+    assert (plan.mode, len(plan.bodies)) == ("single", 1)
+    assert graphs.prepare(2 * TOKENS, torch.bfloat16).mode == "nodes"
+
+
 @pytest.mark.parametrize(
     ("fault", "reason"),
     [
