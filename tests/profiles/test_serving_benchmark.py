@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import importlib
 import json
+import multiprocessing
 import sys
 from collections.abc import Iterator
+from importlib import metadata
 from pathlib import Path
 from typing import Any
 
@@ -29,9 +31,12 @@ class Engine:
         assert arguments["model"]
         if "broken" in arguments.get("moe_backend", ""):
             raise ValueError("no such backend")
+        self.mute = "mute" in arguments.get("moe_backend", "")
         self.float32 = arguments["dtype"] == "float32"
 
     def call(self, what, *args):
+        if self.mute:
+            raise AttributeError("no attribute 'serving'")
         answers = {
             "recorded": [["graph", 2.0, i * 0.003] for i in range(70)],
             "memory": {"allocated": 1.0, "reserved": 2.0},
@@ -117,6 +122,27 @@ def test_a_run_and_its_page(bench: Any, tmp_path: Path, capsys: pytest.CaptureFi
     assert "| vllm | olmoe-1b-7b | fp8 | stock | 2 | 1.000x | 1.00x |" in page
     assert "| vllm | olmoe-1b-7b | fp8 | 512 | 10.00 | 10.00 | 1.00x |" in page
     assert "| vllm | olmoe-1b-7b | fp8 | plugin | 2856 | 0.5000 | 0.500 |" in page
+
+
+def test_an_engine_that_fails_later_is_left_out(bench: Any, tmp_path: Path) -> None:
+    command = ["--engine", "vllm", "--model", "olmoe-1b-7b", "--dtype", "fp8", "--repeats", "1", "--batches", "1"]
+    output = tmp_path / "vllm.json"
+    assert bench.main([*command, "--variants", "mute,plugin", "--parts", "decode", "--output", str(output)]) == 0
+    found = json.loads(output.read_text())
+    assert found["left_out"] == ["mute: mute: AttributeError: no attribute 'serving'"]
+    assert {row["variant"] for row in found["decode"]} == {"plugin"}
+
+
+def test_processes_that_this_one_starts_find_the_plugin_of_sglang(bench: Any, tmp_path: Path) -> None:
+    """Those of `multiprocessing` do not read PYTHONPATH, but take over this process's module path."""
+    importlib.import_module("sglang_engine").register_plugin(tmp_path / "plugin")
+    with multiprocessing.get_context("spawn").Pool(1) as process:
+        found = process.map(_plugins, ["sglang.srt.plugins"])[0]
+    assert "sglang_worker:register" in found
+
+
+def _plugins(group: str) -> list[str]:
+    return [entry.value for entry in metadata.entry_points(group=group)]
 
 
 def test_the_floor(tmp_path: Path) -> None:

@@ -98,7 +98,12 @@ class Run:
         self.engines.remove(engine)
 
     def ask(self, engine: EngineProcess, what: str, *args: Any, **options: Any) -> Any:
-        """Call a method of `Driven` in the engine's process. If it fails, the engine is dropped, and None returned."""
+        """Call a method of `Driven` in the engine's process. If it fails, the engine is dropped, and None returned.
+
+        An engine that was dropped before is not asked again.
+        """
+        if engine not in self.engines:
+            return None
         try:
             return engine(what, *args, **options)
         except EngineError as e:
