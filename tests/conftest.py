@@ -88,8 +88,8 @@ def data_homes(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
 
 @pytest.fixture(autouse=True)
 def data_home(data_homes: Iterator[Path], monkeypatch: pytest.MonkeyPatch) -> Path:
+    """The parent of the user's data folder, which nobody has made."""
     home = next(data_homes)
-    home.mkdir()
     monkeypatch.setenv("XDG_DATA_HOME", str(home))
     monkeypatch.delenv("RAMP_MOE_PLUGINS", raising=False)
     return home
