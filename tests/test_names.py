@@ -92,7 +92,7 @@ def code() -> dict[Path, str]:
     return {path: path.read_text() for folder in PACKAGES.values() for path in (ROOT / folder).rglob("*.py")}
 
 
-TWICE = {"Batch", "Judged", "Launch", "Outcome", "Place", "Row", "Run", "Worker"}
+TWICE = {"Batch", "Judged", "Launch", "Outcome", "Place", "Run", "Worker"}
 """Classes of two rooms that know nothing of each other."""
 
 

@@ -1,4 +1,4 @@
-"""Compiles the kernels of permute/ for an H200, without one, and prints what they take; test_rows.py runs it in a
+"""Compiles the kernels of permute/ for an H200, without one, and prints what they take; test_permute.py runs it in a
 process of its own, since the others interpret kernels."""
 
 from __future__ import annotations
