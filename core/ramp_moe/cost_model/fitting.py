@@ -134,29 +134,26 @@ def _best_fits(tried: Sequence[_Fitted], histograms: IntArray, times: FloatArray
     error = np.where(seen, relative, 0.0)
     active = (histograms > 0).sum(-1)[:, None]
 
-    def least(values: FloatArray | IntArray) -> list[float]:
-        return np.where(seen, values, np.inf).min(0).tolist()
+    def low(values: FloatArray | IntArray) -> FloatArray:
+        return np.asarray(np.where(seen, values, np.inf).min(0))
 
-    def most(values: FloatArray | IntArray) -> list[float]:
-        return np.where(seen, values, -np.inf).max(0).tolist()
+    def high(values: FloatArray | IntArray) -> FloatArray:
+        return np.asarray(np.where(seen, values, -np.inf).max(0))
 
-    rows = seen.sum(0)
+    rows, worst, fastest = seen.sum(0), np.abs(error).max(0), low(times)
     rms = np.sqrt((error**2).sum(0) / np.maximum(rows, 1))
-    found = zip(
-        best.tolist(), rows.tolist(), rms.tolist(), abs(error).max(0).tolist(),
-        least(ctas), most(ctas), least(active), most(active), least(times), strict=True,
-    )  # fmt: skip
-    for i, (b, n, rms_error, max_error, ctas_low, ctas_high, active_low, active_high, fastest) in enumerate(found):
-        if np.isfinite(losses[b, i]):
+    fewest, most, fewest_active, most_active = low(ctas), high(ctas), low(active), high(active)
+    for i, fitted in enumerate(tried[b] for b in best):
+        if np.isfinite(fitted.loss[i]):
             yield PartFit(
-                part=tried[b].parts[i],
-                coefficients=tuple(tried[b].coefficients[i].tolist()),
-                rows=n,
-                rms_error=rms_error,
-                max_error=max_error,
-                ctas_range=(ctas_low, ctas_high),
-                active_range=(int(active_low), int(active_high)),
-                floor_us=fastest / 2,
+                part=fitted.parts[i],
+                coefficients=tuple(fitted.coefficients[i].tolist()),
+                rows=int(rows[i]),
+                rms_error=float(rms[i]),
+                max_error=float(worst[i]),
+                ctas_range=(float(fewest[i]), float(most[i])),
+                active_range=(int(fewest_active[i]), int(most_active[i])),
+                floor_us=float(fastest[i]) / 2,
             )
 
 
