@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import gc
 import importlib.util
 import itertools
 import os
 import signal
 import sys
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -48,6 +49,17 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
             item.add_marker(pytest.mark.skip(reason="needs a CUDA device"))
 
 
+@pytest.hookimpl(wrapper=True)
+def pytest_collection() -> Generator[None, object, object]:
+    """Let the garbage collector pass over modules and collected tests, which are never garbage."""
+    gc.disable()
+    try:
+        return (yield)
+    finally:
+        gc.freeze()
+        gc.enable()
+
+
 # Helpers that tests in several folders share, and the studies; and, without a GPU, Triton's kernels run in its
 # interpreter, which must be said before Triton is imported.
 TESTS = Path(__file__).parent
@@ -78,8 +90,8 @@ def data_homes(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
 
 @pytest.fixture(autouse=True)
 def data_home(data_homes: Iterator[Path], monkeypatch: pytest.MonkeyPatch) -> Path:
+    """The parent of the user's data folder, which nobody has made."""
     home = next(data_homes)
-    home.mkdir()
     monkeypatch.setenv("XDG_DATA_HOME", str(home))
     monkeypatch.delenv("RAMP_MOE_PLUGINS", raising=False)
     return home

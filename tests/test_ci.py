@@ -29,5 +29,15 @@ def test_the_linters_run_and_are_installed() -> None:
 
 
 def test_tiers_are_named() -> None:
-    markers = [marker.split(":")[0] for marker in PROJECT["tool"]["pytest"]["ini_options"]["markers"]]
-    assert markers == ["gpu", "slow"]
+    markers = [re.split(r"[(:]", marker)[0] for marker in PROJECT["tool"]["pytest"]["ini_options"]["markers"]]
+    assert markers == ["gpu", "slow", "xdist_group"]
+
+
+def test_every_marker_is_registered() -> None:
+    """The last is known to pytest-xdist, which a contributor may not have."""
+    known = {re.split(r"[(:]", marker)[0] for marker in PROJECT["tool"]["pytest"]["ini_options"]["markers"]}
+    known |= {"parametrize", "skip", "skipif", "usefixtures", "xfail", "filterwarnings"}
+    texts = [path.read_text() for path in (ROOT / "tests").rglob("*.py")]
+    used = {name for text in texts for name in re.findall(r"pytest\.mark\.(\w+)", text)}
+    assert used >= {"gpu", "slow", "xdist_group"}
+    assert used <= known

@@ -5,6 +5,7 @@ from __future__ import annotations
 import ast
 import re
 from collections.abc import Iterator
+from functools import cache
 from pathlib import Path
 
 import pytest
@@ -16,19 +17,23 @@ FILES = sorted(path for folder in FOLDERS for path in (ROOT / folder).rglob("*.p
 TURNS = re.compile(r"\A\s*Of\b|\b(so many|the like|be had|as they lie|None where)\b|\bRaises? \w+ where\b")
 
 
-def docstrings(tree: ast.AST) -> Iterator[ast.Constant]:
-    """Every string that stands by itself: of modules, classes, functions, and below constants and fields."""
-    for node in ast.walk(tree):
-        if isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant) and isinstance(node.value.value, str):
-            yield node.value
+def docstring(node: ast.AST) -> ast.Constant | None:
+    """A string that stands by itself: of a module, class or function, or below a constant or field."""
+    value = node.value if isinstance(node, ast.Expr) else None
+    return value if isinstance(value, ast.Constant) and isinstance(value.value, str) else None
+
+
+@cache
+def docstrings(path: Path) -> list[tuple[int, str]]:
+    """The line and text of every docstring of a file."""
+    found = [text for node in ast.walk(ast.parse(path.read_text())) if (text := docstring(node))]
+    return [(text.lineno, str(text.value)) for text in found]
 
 
 @pytest.mark.parametrize("path", FILES, ids=lambda path: str(path.relative_to(ROOT)))
 def test_docstrings_read_once(path: Path) -> None:
     found = [
-        f"line {text.lineno}: {turn.group().strip()!r}"
-        for text in docstrings(ast.parse(path.read_text()))
-        if (turn := TURNS.search(str(text.value)))
+        f"line {line}: {turn.group().strip()!r}" for line, text in docstrings(path) if (turn := TURNS.search(text))
     ]
     assert not found
 
@@ -47,9 +52,9 @@ def sentences(text: str) -> Iterator[str]:
 @pytest.mark.parametrize("path", FILES, ids=lambda path: str(path.relative_to(ROOT)))
 def test_sentences_are_short(path: Path) -> None:
     found = [
-        f"line {text.lineno}: {len(words)} words: {' '.join(words[:8])} ..."
-        for text in docstrings(ast.parse(path.read_text()))
-        for sentence in sentences(str(text.value))
+        f"line {line}: {len(words)} words: {' '.join(words[:8])} ..."
+        for line, text in docstrings(path)
+        for sentence in sentences(text)
         if len(words := sentence.split()) > MOST_WORDS
     ]
     assert not found
@@ -74,10 +79,11 @@ def known() -> set[str]:
     found = set(FOREIGN)
     for path in FILES:
         found |= set(re.findall(r"\w+", str(path.relative_to(ROOT))))
-        tree = ast.parse(path.read_text())
-        prose = {id(text) for text in docstrings(tree)}
-        for node in ast.walk(tree):
-            if isinstance(node, ast.Constant) and isinstance(node.value, str) and id(node) not in prose:
+        prose = set[ast.AST]()
+        for node in ast.walk(ast.parse(path.read_text())):  # a docstring comes after the statement that it is
+            if text := docstring(node):
+                prose.add(text)
+            if isinstance(node, ast.Constant) and isinstance(node.value, str) and node not in prose:
                 found |= set(re.findall(r"\w+", node.value))
             for field in ("id", "attr", "arg", "name", "module"):
                 if isinstance(name := getattr(node, field, None), str):
@@ -88,9 +94,9 @@ def known() -> set[str]:
 @pytest.mark.parametrize("path", FILES, ids=lambda path: str(path.relative_to(ROOT)))
 def test_a_name_in_a_docstring_exists(path: Path, known: set[str]) -> None:
     missing = [
-        f"line {text.lineno}: {name}"
-        for text in docstrings(ast.parse(path.read_text()))
-        for name in NAME.findall(str(text.value))
+        f"line {line}: {name}"
+        for line, text in docstrings(path)
+        for name in NAME.findall(text)
         if name not in known and not set(name.split(".")) <= known
     ]
     assert not missing

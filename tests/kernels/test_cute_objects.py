@@ -170,16 +170,31 @@ def test_an_object_that_does_not_link_is_not_to_blame(dsl: Path, tmp_path: Path)
         toolkit.Linker(tmp_path).link(tmp_path / "a.o", tmp_path / "a.so")
 
 
-@pytest.fixture
-def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Cache:
-    """Where `load` looks, with "a" in it and "b" dropped, and no DSL."""
-    monkeypatch.setenv(cache_module.VARIABLE, str(tmp_path / "root"))
+def current(root: Path, monkeypatch: pytest.MonkeyPatch) -> Cache:
+    """The cache of this folder for a pretended toolchain."""
+    monkeypatch.setenv(cache_module.VARIABLE, str(root))
     monkeypatch.setattr(cache_module, "toolchain", lambda: "dsl1.0-cu13")
     monkeypatch.setattr(cache_module, "runtime_abis", lambda: ["ffi0.1-x86_64-v3"])
+    return Cache.current()
+
+
+@pytest.fixture(scope="module")
+def built(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of a cache with "a" in it and "b" dropped."""
+    folder = tmp_path_factory.mktemp("built")
+    with pytest.MonkeyPatch.context() as monkeypatch:
+        machine = Machine(folder / "machine", {"b": "spills"})
+        found = current(folder / "root", monkeypatch)
+        build([Fake("a"), Fake("b")], cache=found, compiler=machine.compiler, jobs=1)
+    return folder / "root"
+
+
+@pytest.fixture
+def cache(built: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Cache:
+    """Where `load` looks, with "a" in it and "b" dropped, and no DSL."""
+    shutil.copytree(built, tmp_path / "root")
     monkeypatch.setattr(load_module, "dsl_folder", lambda: None)
-    found = Cache.current()
-    machine = Machine(tmp_path / "machine", {"b": "spills"})
-    build([Fake("a"), Fake("b")], cache=found, compiler=machine.compiler, jobs=1)
+    found = current(tmp_path / "root", monkeypatch)
     monkeypatch.setattr(cache_module, "toolchain", lambda: None)
     load_module._function.cache_clear()
     return found

@@ -12,8 +12,13 @@ import pytest
 
 FITTED = {"cost_model", "families", "heldout", "profiles", "shortlists"}
 """Pages that fit cost models. They share fits, and so a process."""
+COMPUTED = {"accuracy"}
+"""Pages for which layers are computed."""
 CASES = [
-    pytest.param(name, marks=[pytest.mark.slow, pytest.mark.xdist_group("pages")] if name in FITTED else [])
+    pytest.param(
+        name,
+        marks=[pytest.mark.slow] * (name in FITTED | COMPUTED) + [pytest.mark.xdist_group("pages")] * (name in FITTED),
+    )
     for name in pages.scripts()
 ]
 

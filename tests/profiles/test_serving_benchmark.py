@@ -159,6 +159,7 @@ def test_the_floor(tmp_path: Path) -> None:
     assert tables["accuracy"]() == pages.UNMEASURED
 
 
+@pytest.mark.slow
 def test_engines_that_do_not_fit_the_gpu(bench: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Qwen3-30B's experts have 29 G parameters: 2 engines in bf16 fit 140 GiB, one in float32 beside them does not."""
     output = tmp_path / "x.json"

@@ -10,7 +10,7 @@ import pytest
 from click.testing import CliRunner, Result
 from ramp_moe import Kernel, Model, Registry
 from ramp_moe.cli import compare, drift, gpu, main, profile
-from ramp_moe.dispatch.profile_store import relative_path
+from ramp_moe.dispatch.profile_store import relative_path, user_data_dir
 from ramp_moe.profiler import pool
 from ramp_moe.profiler.gpu import GpuState
 from simulated_bench import HARDWARE, SHAPE, Here, Script, Simulated, make_bench
@@ -33,6 +33,9 @@ class Described(Kernel):
         return Simulated().weight_layout(shape)
 
 
+_recorded: dict[tuple[int, float], bytes] = {}
+
+
 class Machine:
     """A registry and a GPU, which a test may change before it runs a command. Benches run in the same process."""
 
@@ -49,6 +52,23 @@ class Machine:
 
     def acts(self, acts: dict[str, str], noise: float = 0.0) -> None:
         self.patch.setattr(gpu, "_make_bench", functools.partial(make_bench, Script(self.log, acts, noise)))
+
+    def record(self, runs: int = 1, noise: float = 0.0) -> None:
+        """Leave what this many runs of `ramp-moe profile` leave. They run for the first test that asks; the others get
+        copies."""
+        path = place(user_data_dir())
+        if (runs, noise) not in _recorded:
+            self.acts({}, noise)
+            for _ in range(runs):
+                result = self.run("profile", "--minutes", 0)
+                assert result.exit_code == 0, result.output
+            self.acts({})
+            self.log.unlink()
+            assert [f for f in user_data_dir().rglob("*") if f.is_file()] == [path]
+            _recorded[runs, noise] = path.read_bytes()
+        else:
+            path.parent.mkdir(parents=True)
+            path.write_bytes(_recorded[runs, noise])
 
     def run(self, command: str, *args: object) -> Result:
         return CliRunner().invoke(main, [command, "--model", "tiny", "--dtype", "bf16", *map(str, args)])

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 
 import numpy as np
 
@@ -12,7 +13,7 @@ from ..errors import KernelError, ProfileError
 from ..measurements.sweep import Sweep
 from ..spec.geometry import m_tiles
 from ..spec.hardware import Hardware
-from ..spec.routing import FloatArray
+from ..spec.routing import FloatArray, IntArray
 from .grids import Grids
 from .model import (
     DEFAULT_FORM,
@@ -53,12 +54,18 @@ def fit_sweep(sweep: Sweep, candidates: Sequence[Candidate], hardware: Hardware,
         raise KernelError(f"the sweep of {sweep.kernel} has no column {min(absent)!r}")
     picked = [column[k] for k in by_key]
     times, bounded = sweep.times_us[:, picked], sweep.only_bounded[:, picked]
-    found: dict[str, list[tuple[float, PartFit]]] = {}
-    for resident in RESIDENT if spec.resident else (1,):
-        tried = [p.with_residents([resident * g.ctas_per_sm for g in p.grids]) for p in parts]
-        for loss, fit in _fit_parts(tried, sweep, times, bounded, spec, hardware):
-            found.setdefault(fit.part.key, []).append((loss, fit))
-    fits = {k: min(found[k], key=lambda tried: tried[0])[1] for k in by_key if k in found}
+    tried = [
+        _fit_terms(
+            [p.with_residents([resident * g.ctas_per_sm for g in p.grids]) for p in parts],
+            sweep.histograms,
+            times,
+            bounded,
+            spec,
+            hardware,
+        )
+        for resident in (RESIDENT if spec.resident else (1,))
+    ]
+    fits = {fit.part.key: fit for fit in _best_fits(tried, sweep.histograms, times)}
     kept = [c for c in candidates if all(p.key in fits for p in parts_of(c, sweep.stages))]
     if not kept:
         raise ProfileError(
@@ -73,18 +80,37 @@ def fit_sweep(sweep: Sweep, candidates: Sequence[Candidate], hardware: Hardware,
     return CostModel(sweep.shape, hardware, form, kept, fits, sweep.stages, measured, sweep.histograms, [residual])
 
 
-def _fit_parts(
-    parts: Sequence[Part], sweep: Sweep, times: FloatArray, bounded: BoolArray, spec: Form, hardware: Hardware
-) -> Iterator[tuple[float, PartFit]]:
-    """Fit the parts that have enough rows in `times [rows, parts]`, microseconds.
+@dataclass(frozen=True, slots=True)
+class _Fitted:
+    """Fits of all parts with one number of resident CTAs an SM."""
 
-    Yields the error of each over all rows, too: the distance from a time, or the distance below a bound.
+    parts: Sequence[Part]
+    coefficients: FloatArray
+    """`[parts, terms]`"""
+    relative: FloatArray
+    """Relative errors `[rows, parts]`, NaN for what was not fitted"""
+    ctas: FloatArray
+    """`[rows, parts]`"""
+    loss: FloatArray
+    """`[parts]`: the error over all rows, infinite if fewer rows were fitted than there are terms"""
+
+
+def _fit_terms(
+    parts: Sequence[Part],
+    histograms: IntArray,
+    times: FloatArray,
+    bounded: BoolArray,
+    spec: Form,
+    hardware: Hardware,
+) -> _Fitted:
+    """Fit every part to `times [rows, parts]`, microseconds.
+
+    The loss sums the squared distance from each time, or the distance below each bound.
     """
     grids = Grids([p.grids for p in parts], hardware.num_sms)
-    counts = grids.count(sweep.histograms)
+    counts = grids.count(histograms)
     ctas = grids.ctas(counts)
     features = np.stack([grids.by_part(name, counts, ctas) for name in spec.terms], axis=-1)
-    summed, active = grids.by_part("ctas", counts, ctas), grids.by_part("active", counts, ctas)[:, 0]
     coefficients, relative = least_squares(features, np.where(bounded, np.nan, times), spec.non_negative)
     if bounded.any():
         # A bound enters the fit only if the fit lies below it there, or has too few batches without it.
@@ -94,22 +120,41 @@ def _fit_parts(
         coefficients[below], relative[:, below] = with_bounds
     off = np.einsum("rsn,sn->rs", features, coefficients) / times - 1
     loss = np.nansum(np.where(bounded, np.minimum(off, 0), off) ** 2, axis=0)
-    for i, part in enumerate(parts):
-        seen = np.isfinite(relative[:, i])
-        if seen.sum() < len(spec.terms):
-            continue
-        error = relative[seen, i]
-        fit = PartFit(
-            part=part,
-            coefficients=tuple(coefficients[i].tolist()),
-            rows=int(seen.sum()),
-            rms_error=float(np.sqrt(np.mean(error**2))),
-            max_error=float(np.abs(error).max()),
-            ctas_range=(float(summed[seen, i].min()), float(summed[seen, i].max())),
-            active_range=(int(active[seen].min()), int(active[seen].max())),
-            floor_us=float(times[seen, i].min()) / 2,
-        )
-        yield float(loss[i]), fit
+    loss[np.isfinite(relative).sum(0) < len(spec.terms)] = np.inf
+    return _Fitted(parts, coefficients, relative, grids.by_part("ctas", counts, ctas), loss)
+
+
+def _best_fits(tried: Sequence[_Fitted], histograms: IntArray, times: FloatArray) -> Iterator[PartFit]:
+    """Yield each part's fit of the least loss. A part with too few rows has none."""
+    losses = np.stack([fitted.loss for fitted in tried])
+    best, columns = losses.argmin(0), np.arange(losses.shape[1])
+    relative = np.stack([fitted.relative for fitted in tried])[best, :, columns].T
+    ctas = np.stack([fitted.ctas for fitted in tried])[best, :, columns].T
+    seen = np.isfinite(relative)
+    error = np.where(seen, relative, 0.0)
+    active = (histograms > 0).sum(-1)[:, None]
+
+    def low(values: FloatArray | IntArray) -> FloatArray:
+        return np.asarray(np.where(seen, values, np.inf).min(0))
+
+    def high(values: FloatArray | IntArray) -> FloatArray:
+        return np.asarray(np.where(seen, values, -np.inf).max(0))
+
+    rows, worst, fastest = seen.sum(0), np.abs(error).max(0), low(times)
+    rms = np.sqrt((error**2).sum(0) / np.maximum(rows, 1))
+    fewest, most, fewest_active, most_active = low(ctas), high(ctas), low(active), high(active)
+    for i, fitted in enumerate(tried[b] for b in best):
+        if np.isfinite(fitted.loss[i]):
+            yield PartFit(
+                part=fitted.parts[i],
+                coefficients=tuple(fitted.coefficients[i].tolist()),
+                rows=int(rows[i]),
+                rms_error=float(rms[i]),
+                max_error=float(worst[i]),
+                ctas_range=(float(fewest[i]), float(most[i])),
+                active_range=(int(fewest_active[i]), int(most_active[i])),
+                floor_us=float(fastest[i]) / 2,
+            )
 
 
 def _residual(model: CostModel, sweep: Sweep) -> Residual | None:

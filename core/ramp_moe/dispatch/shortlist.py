@@ -123,20 +123,20 @@ def shortlist(
     return found[min(found)]
 
 
-def choice_by_batch_size(model: CostModel, num_tokens: int, read_back_us: float, ep_size: int = 1) -> Candidate | None:
+def choice_by_batch_size(model: CostModel, num_tokens: int, host_sync_us: float, ep_size: int = 1) -> Candidate | None:
     """The best single candidate for about `num_tokens`, if the histogram is not worth reading back. None if it is.
 
-    Reading it back takes the host `read_back_us`. It is worth that if knowing the histogram is predicted to gain more
-    than `read_back_us` and MARGIN. ep_size: as in `representative`. Sizes are rounded up by less than a quarter. Each
+    Reading it back takes the host `host_sync_us`. It is worth that if knowing the histogram is predicted to gain more
+    than `host_sync_us` and MARGIN. ep_size: as in `representative`. Sizes are rounded up by less than a quarter. Each
     size takes a few hundredths of a second, once for a model.
     """
     step = 1 << max(0, num_tokens.bit_length() - 3)
     size = -(-num_tokens // step) * step
     known = _choices.setdefault(model, {})
-    key = size, read_back_us, ep_size
+    key = size, host_sync_us, ep_size
     if key not in known:
         met = met_at(size, model.shape.num_experts, model.shape.top_k, ep_size)
-        prices = {1: 0.0, 2: read_back_us, MOST: read_back_us} if read_back_us < math.inf else {1: 0.0}
+        prices = {1: 0.0, 2: host_sync_us, MOST: host_sync_us} if host_sync_us < math.inf else {1: 0.0}
         short = shortlist(model.at(size), size, prices, max(prices), histograms=met)
         known[key] = None if short.pays else model.candidates[short.columns[0]]
     return known[key]

@@ -101,8 +101,8 @@ class Header(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
 
 class Event(msgspec.Struct, frozen=True, forbid_unknown_fields=True, tag_field="event", tag=str.lower):
-    """Something that happened. `spent` counts the seconds of all runs so far. A candidate is named KERNEL/CONFIG, a row
-    by its batch's index."""
+    """Something that happened. `spent` counts the seconds of all runs so far. A candidate is named KERNEL/CONFIG, a
+    batch by its index in the header, which files call its row."""
 
     spent: float
 
@@ -127,28 +127,28 @@ class Restored(Event, frozen=True):
 
 
 class Visit(Event, frozen=True):
-    row: int
+    batch: int = msgspec.field(name="row")
     candidate: str
     us: list[float]
 
 
 class Bounded(Event, frozen=True):
-    """The candidate is too far behind to be worth timing on the row."""
+    """The candidate is too far behind to be worth timing on the batch."""
 
-    row: int
+    batch: int = msgspec.field(name="row")
     candidate: str
 
 
 class Stages(Event, frozen=True):
-    row: int
+    batch: int = msgspec.field(name="row")
     candidate: str
     us: dict[str, list[float]]
 
 
-class Row(Event, frozen=True):
-    """The row is complete."""
+class BatchDone(Event, frozen=True, tag="row"):
+    """Everything is measured on the batch."""
 
-    row: int
+    batch: int = msgspec.field(name="row")
 
 
 class Noted(Event, frozen=True):
@@ -167,7 +167,7 @@ class Complete(Event, frozen=True):
     """Everything is measured; what remains is to write the profiles."""
 
 
-AnyEvent = Passed | Dropped | Restored | Visit | Bounded | Stages | Row | Noted | Judged | Complete
+AnyEvent = Passed | Dropped | Restored | Visit | Bounded | Stages | BatchDone | Noted | Judged | Complete
 
 
 @dataclass
@@ -178,16 +178,17 @@ class Taken:
     passed: dict[str, set[str]] = field(default_factory=lambda: {"warm": set(), "check": set()})
     dropped: dict[str, Dropped] = field(default_factory=dict)
     visits: dict[int, dict[str, list[list[float]]]] = field(default_factory=dict)
-    """Microseconds of each visit's launches, by row and candidate."""
+    """Microseconds of each visit's launches, by batch and candidate."""
     bounded: dict[int, set[str]] = field(default_factory=dict)
-    """Candidates that are not timed on a row, by row."""
+    """Candidates that are not timed on a batch, by batch."""
     stages: dict[int, dict[str, list[float]]] = field(default_factory=dict)
-    """Microseconds, by row and stage key."""
+    """Microseconds, by batch and stage key."""
     staged: dict[int, set[str]] = field(default_factory=dict)
-    """Candidates whose stages were asked for, by row."""
+    """Candidates whose stages were asked for, by batch."""
     stageless: set[str] = field(default_factory=set)
     """Kernels that do not time their stages one by one."""
-    rows: set[int] = field(default_factory=set)
+    batches: set[int] = field(default_factory=set)
+    """Those on which everything is measured."""
     notes: list[str] = field(default_factory=list)
     judged: int = 0
     complete: bool = False
@@ -202,18 +203,18 @@ class Taken:
             case Restored():
                 self.dropped.pop(event.candidate, None)
             case Visit():
-                self.visits.setdefault(event.row, {}).setdefault(event.candidate, []).append(event.us)
+                self.visits.setdefault(event.batch, {}).setdefault(event.candidate, []).append(event.us)
             case Bounded():
-                self.bounded.setdefault(event.row, set()).add(event.candidate)
+                self.bounded.setdefault(event.batch, set()).add(event.candidate)
             case Stages():
-                self.staged.setdefault(event.row, set()).add(event.candidate)
+                self.staged.setdefault(event.batch, set()).add(event.candidate)
                 if not event.us:
                     self.stageless.add(event.candidate.partition("/")[0])
-                of_row = self.stages.setdefault(event.row, {})
+                of_batch = self.stages.setdefault(event.batch, {})
                 for key, us in event.us.items():
-                    of_row.setdefault(key, []).extend(us)
-            case Row():
-                self.rows.add(event.row)
+                    of_batch.setdefault(key, []).extend(us)
+            case BatchDone():
+                self.batches.add(event.batch)
             case Noted():
                 self.notes.append(event.text)
             case Judged():

@@ -28,6 +28,7 @@ from ..spec.routing import IntArray, expert_histogram, generate, repeats_experts
 from ..spec.shapes import MoEShape
 from .journal import (
     AnyEvent,
+    BatchDone,
     BatchRecord,
     Bounded,
     Complete,
@@ -39,7 +40,6 @@ from .journal import (
     Noted,
     Passed,
     Restored,
-    Row,
     Stages,
     Stopped,
     Visit,
@@ -209,7 +209,7 @@ class _Session:
         if not self._taken.complete:
             if self._taken.spent:
                 self._progress.note(
-                    f"going on with {self._journal.path}: {len(self._taken.rows)} of {len(self._batches)} batches "
+                    f"going on with {self._journal.path}: {len(self._taken.batches)} of {len(self._batches)} batches "
                     f"measured in {self._taken.spent / 60:.1f} minutes"
                 )
             for text in notes:
@@ -331,9 +331,9 @@ class _Session:
         self._progress.phase("measure", len(self._batches))
         more = self._first_tune(MORE_ROWS)
         for row, batch in enumerate(self._batches):
-            if row in taken.rows:
+            if row in taken.batches:
                 continue
-            if 0 < taken.judged < len(more) == MORE_ROWS and taken.rows.issuperset(more):
+            if 0 < taken.judged < len(more) == MORE_ROWS and taken.batches.issuperset(more):
                 self._prune(more, 1 + CLOSER * (self._settings.prune - 1), FEWER)
             late = self._spent >= self._settings.minutes * 60
             if late and row not in taken.visits and len(taken.visits) >= FIRST_ROWS:
@@ -346,15 +346,15 @@ class _Session:
         where = f"batch {row + 1} of {len(self._batches)} ({batch.num_tokens} tokens, {batch.routing})"
         for turn in range(self._settings.rounds):
             for name in self._turn(row, turn):
-                self._progress.at(len(self._taken.rows), f"{where}, {len(self._live)} configurations", self._spent)
+                self._progress.at(len(self._taken.batches), f"{where}, {len(self._live)} configurations", self._spent)
                 self._visit(row, name)
         staged = self._settings.stages and (batch.split == "test" or row % STAGES_EVERY == 0)
         while names := self._stages_to_time(row) if staged else ():
             for name in names:
-                self._progress.at(len(self._taken.rows), f"{where}, stages", self._spent)
+                self._progress.at(len(self._taken.batches), f"{where}, stages", self._spent)
                 self._visit_stages(row, name)
         self._require_candidates()
-        self._keep(Row(self._spent, row))
+        self._keep(BatchDone(self._spent, row))
 
     def _open(self, row: int) -> None:
         ids = self._batches[row].topk_ids(self._shape)
@@ -457,7 +457,7 @@ class _Session:
 
     def _finish(self) -> Result:
         taken, header = self._taken, self._journal.header
-        ids = {i: self._batches[i].topk_ids(self._shape) for i in sorted(taken.rows)}
+        ids = {i: self._batches[i].topk_ids(self._shape) for i in sorted(taken.batches)}
         rows = {i: (self._batches[i], expert_histogram(of, self._shape.num_experts)) for i, of in ids.items()}
         counted = {i: row for i, row in rows.items() if not repeats_experts(ids[i])}
         profiles = []

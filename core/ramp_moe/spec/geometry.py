@@ -21,6 +21,7 @@ from .shapes import MoEShape
 MAX_TILE = 2**20
 """Bound on the outputs of one CTA's tile: several times what the registers and tensor memory of any SM hold."""
 
+INTEGERS = (int, np.integer)
 MAX_FIELDS = {
     **dict.fromkeys(("block_m", "block_n", "block_k"), 2**20),
     **dict.fromkeys(("n", "k"), 2**24),
@@ -91,7 +92,7 @@ class GridGeometry:
             value = getattr(self, what)
             if value is None and what == "persistent_ctas":
                 continue
-            if isinstance(value, bool) or not isinstance(value, int | np.integer):
+            if isinstance(value, bool) or not isinstance(value, INTEGERS):
                 raise ShapeError(f"grid geometry: {what} must be an integer, not {value!r}")
             if not 1 <= value <= most:
                 raise ShapeError(f"grid geometry: {what} must lie between 1 and {most}, not {value}")

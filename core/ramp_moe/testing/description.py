@@ -9,6 +9,7 @@ Triton's interpreter.
 
 from __future__ import annotations
 
+import functools
 import importlib.util
 import os
 import re
@@ -221,7 +222,7 @@ class Conformance:
         # A grid depends on the hardware only through its configuration: one GPU is enough.
         elsewhere = [s for s, hardware in self._supported() if hardware == self.hardware]
         for shape in (self.shape, *elsewhere):
-            histograms, seen = _histograms(shape), set[GridGeometry]()
+            histograms, seen = _histograms(shape.num_experts, shape.top_k), set[GridGeometry]()
             layout = self.kernel.weight_layout(shape)
             for config in self._described(shape):
                 at = f"configuration {config.name} for {shape.slug} on {self.hardware.name}"
@@ -361,15 +362,15 @@ def _check_config(config: KernelConfig, stages: dict[str, Stage], where: str) ->
             )
 
 
-def _histograms(shape: MoEShape) -> IntArray:
+@functools.cache
+def _histograms(num_experts: int, top_k: int) -> IntArray:
     """Histograms int64 `[B, E]`: every kind of routing in several sizes, and last the empty batch."""
     ids = (
-        generate(kind, tokens, shape.num_experts, shape.top_k, seed)
-        for seed, kind in enumerate(ROUTINGS)
-        for tokens in (1, 7, 60)
+        generate(kind, tokens, num_experts, top_k, seed) for seed, kind in enumerate(ROUTINGS) for tokens in (1, 7, 60)
     )
-    found = [expert_histogram(i, shape.num_experts) for i in ids]
-    return np.stack([*found, np.zeros(shape.num_experts, np.int64)])
+    found = np.stack([*(expert_histogram(i, num_experts) for i in ids), np.zeros(num_experts, np.int64)])
+    found.flags.writeable = False
+    return found
 
 
 def _check_grid(geometry: GridGeometry, histograms: IntArray, at: str) -> None:

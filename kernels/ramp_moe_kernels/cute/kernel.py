@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Hashable, Iterator, Sequence
-from dataclasses import asdict
+from dataclasses import fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -94,7 +94,8 @@ class CuteMoE(LaunchableKernel, BuildableKernel):
             stages.append(Stage("combine", f"{self.name}/cast"))
         if config.combine == "rows":
             stages.append(Stage("combine", f"{self.name}/combine/wide{config.wide}"))
-        params = tuple((k, v) for k, v in asdict(config).items() if k != "smaller")  # of a configuration by itself
+        names = (field.name for field in fields(config) if field.name != "smaller")  # of a configuration by itself
+        params = tuple((name, getattr(config, name)) for name in names)
         return KernelConfig(config.name, tuple(stages), params)
 
     def build(self, shape: MoEShape, hardware: Hardware, report: Progress, jobs: int | None = None) -> Built:

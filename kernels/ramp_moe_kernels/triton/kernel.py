@@ -9,7 +9,7 @@ from __future__ import annotations
 import functools
 import itertools
 from collections.abc import Hashable, Iterator, Sequence
-from dataclasses import asdict, replace
+from dataclasses import fields, replace
 from pathlib import Path as File
 from typing import TYPE_CHECKING, Any
 
@@ -48,6 +48,7 @@ if TYPE_CHECKING:
 
 RUNS = Place(File(__file__).with_name("forward.py"), "forward_steps")
 """The code on which times depend."""
+PARAMS = tuple(field.name for field in fields(GemmConfig))
 ALIGNMENT = 16
 """Elements of a row that are loaded at once. Sizes of a shape must be multiples of it."""
 DIRECT_TOKENS = 2
@@ -133,7 +134,7 @@ class TritonMoE(LaunchableKernel):
         grid = geometry("down", down, shape, path.direct)
         stages.append(Stage("gemm", f"{self.name}/{tiles}down/{down.name}-{ending}", grid))
         stages.append(Stage("combine", f"{self.name}/cast" if path.atomic else f"{self.name}/combine"))
-        params = [(f"{gemm}_{k}", v) for gemm, c in (("up", up), ("down", down)) for k, v in asdict(c).items()]
+        params = [(f"{gemm}_{k}", getattr(c, k)) for gemm, c in (("up", up), ("down", down)) for k in PARAMS]
         return KernelConfig(path.name, tuple(stages), (*params, ("direct", path.direct), ("atomic", path.atomic)))
 
     def weight_layout(self, shape: MoEShape) -> WeightLayout:

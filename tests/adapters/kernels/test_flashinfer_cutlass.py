@@ -150,7 +150,7 @@ def test_ampere_is_left_out_where_it_would_not_apply_the_activation(h200: Hardwa
 
 
 @pytest.mark.parametrize(
-    ("tokens", "rows", "experts", "tile"),
+    ("tokens", "n", "experts", "tile"),
     [
         (1, 2048, 64, (16, 128, True)),
         (16, 2048, 64, (16, 128, True)),
@@ -162,8 +162,8 @@ def test_ampere_is_left_out_where_it_would_not_apply_the_activation(h200: Hardwa
         (100, 7168, 8, (128, 112, False)),  # 512 tiles in 4 waves instead of 448 in 4: the fuller last one
     ],
 )
-def test_fp8_tile(tokens: int, rows: int, experts: int, tile: tuple[int, int, bool]) -> None:
-    found = fp8_tile(tokens, rows, experts, 132)
+def test_fp8_tile(tokens: int, n: int, experts: int, tile: tuple[int, int, bool]) -> None:
+    found = fp8_tile(tokens, n, experts, 132)
     assert (found.tokens, found.weights, found.swapped) == tile
 
 

@@ -45,12 +45,7 @@ def elsewhere(script: Script, factor: Factor, shape: Any, hardware: str, kernels
 def machine(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Machine:
     """With a profile of "sim" in two runs that differ by about 1%."""
     made = Machine(tmp_path / "calls", monkeypatch)
-    made.acts({}, noise=0.01)
-    for _ in range(2):
-        result = made.run("profile", "--minutes", 0)
-        assert result.exit_code == 0, result.output
-    made.acts({})
-    made.log.unlink()
+    made.record(runs=2, noise=0.01)
     return made
 
 

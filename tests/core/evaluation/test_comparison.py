@@ -9,10 +9,13 @@ import numpy as np
 import pytest
 from conftest import RECORDED, exhaustive
 from ramp_moe import Hardware, MoEShape, ProfileError, ProfileStore, Registry, RoutingError, load_sweep, load_trace
+from ramp_moe.cost_model.model import DEFAULT_FORM, CostModel
 from ramp_moe.dispatch.load_model import fitted_on, load_model
 from ramp_moe.dispatch.profile_store import relative_path, user_data_dir
 from ramp_moe.evaluation.comparison import compare_recorded, compare_trace
 from ramp_moe.evaluation.regret import (
+    DEALS,
+    IndexArray,
     Summary,
     cross_validated_choices,
     folds,
@@ -107,7 +110,16 @@ def test_regret_on_the_shipped_sweeps(registry: Registry, h200: Hardware, model:
 
 
 def test_comparison_adds_up(replay: Replay, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("ramp_moe.evaluation.comparison.DEALS", 2)
+    fits: dict[tuple[bytes, str], CostModel] = {}  # those of the folds, which the test needs again
+
+    def fit_once(self: Replay, rows: IndexArray, form: str = DEFAULT_FORM) -> CostModel:
+        key = rows.tobytes(), form
+        if key not in fits:
+            fits[key] = fit(self, rows, form)
+        return fits[key]
+
+    fit = Replay.fit
+    monkeypatch.setattr(Replay, "fit", fit_once)
     found = compare_recorded(replay).as_dict()
     times = replay.times_us
     assert found["mode"] == "replay"
@@ -118,7 +130,8 @@ def test_comparison_adds_up(replay: Replay, monkeypatch: pytest.MonkeyPatch) -> 
         assert batch["regret"] == batch["histogram"]["us"] / batch["best"]["us"] - 1
         assert batch["regret"] >= 0
     # The table shows the first way of dealing the folds, the figures pool all of them.
-    deals = [cross_validated_choices(replay.histograms, replay.fit, seed=deal) for deal in range(2)]
+    deals = [cross_validated_choices(replay.histograms, replay.fit, seed=deal) for deal in range(DEALS)]
+    assert len(fits) == 5 * DEALS
     assert [b["regret"] for b in found["batches"]] == regret(times, deals[0]).tolist()
     regrets = np.concatenate([regret(times, choices) for choices in deals])
     assert found["regret"]["mean"] == pytest.approx(np.mean(regrets))

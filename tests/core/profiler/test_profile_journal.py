@@ -13,6 +13,7 @@ from ramp_moe import ProfileError
 from ramp_moe.measurements.sweep import Run
 from ramp_moe.profiler import journal as journal_module
 from ramp_moe.profiler.journal import (
+    BatchDone,
     BatchRecord,
     Complete,
     Dropped,
@@ -22,7 +23,6 @@ from ramp_moe.profiler.journal import (
     KernelRecord,
     Noted,
     Passed,
-    Row,
     Stages,
     Visit,
     journal_path,
@@ -39,7 +39,7 @@ EVENTS = [
     Visit(2.5, 0, "sim/a", [10.5]),
     Stages(3.0, 0, "sim/a", {"gemm": [9.0], "combine": [1.0]}),
     Stages(3.0, 0, "plain/a", {}),
-    Row(3.5, 0),
+    BatchDone(3.5, 0),
     Dropped(4.0, "sim/c", "slow", pruned=True),
     Judged(4.0, 8),
     Complete(5.0),
@@ -87,10 +87,32 @@ def test_what_is_appended_is_read_back(written: Path) -> None:
     assert taken.stages == {0: {"gemm": [9.0], "combine": [1.0]}}
     assert taken.staged == {0: {"sim/a", "plain/a"}}
     assert taken.stageless == {"plain"}
-    assert (taken.rows, taken.notes, taken.judged, taken.complete) == ({0}, ["the GPU is busy"], 8, True)
+    assert (taken.batches, taken.notes, taken.judged, taken.complete) == ({0}, ["the GPU is busy"], 8, True)
     journal.close()
     first = json.loads(written.read_text().splitlines()[0])
     assert (first["format"], first["version"], first["kernels"]["sim"]["version"]) == ("ramp-moe/journal", 1, "1")
+
+
+LINES = """\
+{"event":"passed","spent":0.5,"phase":"warm","candidate":"sim/a"}
+{"event":"passed","spent":1.0,"phase":"check","candidate":"sim/a"}
+{"event":"dropped","spent":1.5,"candidate":"sim/b","reason":"fails its check: wrong","pruned":false}
+{"event":"noted","spent":1.6,"text":"the GPU is busy"}
+{"event":"visit","spent":2.0,"row":0,"candidate":"sim/a","us":[10.0,11.0]}
+{"event":"visit","spent":2.5,"row":0,"candidate":"sim/a","us":[10.5]}
+{"event":"stages","spent":3.0,"row":0,"candidate":"sim/a","us":{"gemm":[9.0],"combine":[1.0]}}
+{"event":"stages","spent":3.0,"row":0,"candidate":"plain/a","us":{}}
+{"event":"row","spent":3.5,"row":0}
+{"event":"dropped","spent":4.0,"candidate":"sim/c","reason":"slow","pruned":true}
+{"event":"judged","spent":4.0,"batches":8}
+{"event":"complete","spent":5.0}
+"""
+
+
+def test_the_format_is_that_of_journals_which_wait_on_disks(written: Path) -> None:
+    head, _, events = written.read_text().partition("\n")
+    assert events == LINES
+    assert json.loads(head)["version"] == 1, "another version sets the journals of before aside"
 
 
 @pytest.mark.parametrize("cut", [1, 7, 30])

@@ -73,9 +73,9 @@ def plain(w: torch.Tensor, scale: torch.Tensor, name: str, matrices: int) -> np.
     rows, columns = out.shape[0] // matrices, out.shape[1]
     r, c = scale.shape[0] // matrices, scale.shape[1]
     factor = 2.0 ** (scale.numpy().astype(float) - 127) if scale.dtype == torch.uint8 else scale.double().numpy()
-    for matrix, row, column in itertools.product(range(matrices), range(rows), range(columns)):
-        of = factor[matrix * r + row * r // rows, column * c // columns]
-        out[matrix * rows + row, column] *= of
+    row, column = np.arange(rows)[:, None], np.arange(columns)
+    for matrix in range(matrices):
+        out[matrix * rows + row, column] *= factor[matrix * r + row * r // rows, column * c // columns]
     return out
 
 

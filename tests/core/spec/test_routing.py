@@ -5,6 +5,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from ramp_moe import RoutingError, UnknownNameError, expert_histogram, generate
+from ramp_moe.spec.routing import _largest as largest
 from ramp_moe.spec.routing import balancedness, check_histogram
 
 KINDS = ("uniform", "zipf1.2", "dirichlet0.3", "balancedness0.5", "distinct0.5", "active0.25", "one-hot")
@@ -125,3 +126,12 @@ def test_ids_drawn_in_parts_are_the_same(kind: str, monkeypatch: pytest.MonkeyPa
     whole = generate(kind, 100, 16, 4, seed=3)
     monkeypatch.setattr("ramp_moe.spec.routing.DRAWN_AT_ONCE", 16 * 7)
     assert generate(kind, 100, 16, 4, seed=3).tolist() == whole.tolist()
+
+
+@given(
+    st.lists(st.lists(st.sampled_from([-np.inf, 0.0, 0.5, 1.0]), min_size=5, max_size=5), min_size=1), st.integers(1, 5)
+)
+def test_the_first_of_equal_keys_is_drawn_first(rows: list[list[float]], count: int) -> None:
+    keys = np.array(rows)
+    expected = [sorted(range(5), key=lambda i: (-row[i], i))[:count] for row in rows]
+    assert largest(keys, count).tolist() == expected

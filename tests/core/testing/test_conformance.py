@@ -200,6 +200,7 @@ def test_a_crash_fails_its_check_alone() -> None:
     assert outcomes["asynchronous"].result == "passed", "in another process"
 
 
+@pytest.mark.slow
 def test_checks_that_cannot_even_begin_fail(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("ramp_moe.testing.description.CHECKS", {"name": ""})
     (outcome,) = run_apart(cases.cannot_be_made, 60)

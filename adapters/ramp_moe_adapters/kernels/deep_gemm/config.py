@@ -45,56 +45,56 @@ class Tile:
 
 @cache
 def choose(
-    dtype: str, block_m: int, rows: int, reduction: int, experts: int, expected_m: int, num_sms: int, multiple: int = 1
+    dtype: str, block_m: int, n: int, k: int, num_experts: int, expected_m: int, num_sms: int, multiple: int = 1
 ) -> Tile | None:
-    """The tile that DeepGEMM chooses for weights `[experts, rows, reduction]`; None if no tile is valid.
+    """The tile that DeepGEMM chooses for weights `[num_experts, n, k]`; None if no tile is valid.
 
     expected_m: tokens that it expects of each expert.
     """
     size = 1 if dtype == "fp8" else 2
     best: tuple[int, Tile] | None = None
-    for tile in _valid(dtype, block_m, rows, reduction, num_sms, multiple):
-        n, m_cluster, n_cluster = tile.block_n, tile.cluster_m, tile.cluster_n
-        tiles = -(-expected_m // block_m) * -(-rows // n) * experts
+    for tile in _valid(dtype, block_m, n, k, num_sms, multiple):
+        block_n, cluster_m, cluster_n = tile.block_n, tile.cluster_m, tile.cluster_n
+        tiles = -(-expected_m // block_m) * -(-n // block_n) * num_experts
         waves = -(-tiles // num_sms)
-        written = block_m * n * 2
-        l2 = reduction * (block_m // n_cluster + n // m_cluster) * size + written
-        l1 = reduction * (block_m + n) * size + reduction * (max(WGMMA_ROWS, block_m) + n) * size + 2 * written
+        written = block_m * block_n * 2
+        l2 = k * (block_m // cluster_n + block_n // cluster_m) * size + written
+        l1 = k * (block_m + block_n) * size + k * (max(WGMMA_ROWS, block_m) + block_n) * size + 2 * written
         l2_cycles = int(l2 * tiles / min(L2_BYTES_PER_CYCLE_OF_SM * num_sms, MAX_L2_BYTES_PER_CYCLE))
         l1_cycles = l1 * tiles // (L1_BYTES_PER_CYCLE_OF_SM * num_sms)
         cycles = int(max(l1_cycles, l2_cycles) / (tiles / (waves * num_sms)))
-        if m_cluster * n_cluster > 1 and waves <= 1:  # nothing to share
+        if cluster_m * cluster_n > 1 and waves <= 1:  # nothing to share
             cycles = 2**63 - 1
         if best is None or cycles < best[0]:
             best = cycles, tile
     return best and best[1]
 
 
-def _valid(dtype: str, block_m: int, rows: int, reduction: int, num_sms: int, multiple: int) -> Iterator[Tile]:
+def _valid(dtype: str, block_m: int, n: int, k: int, num_sms: int, multiple: int) -> Iterator[Tile]:
     """Yield the valid tiles in DeepGEMM's order, which decides ties."""
     step = math.lcm(16, multiple)
     block_k = STEP_BYTES if dtype == "fp8" else STEP_BYTES // 2
-    for m_cluster, n_cluster in ((1, 1), (1, 2), (2, 1)):
-        cluster = m_cluster * n_cluster
+    for cluster_m, cluster_n in ((1, 1), (1, 2), (2, 1)):
+        cluster = cluster_m * cluster_n
         if num_sms % cluster:
             continue
-        for n in range(step, MAX_BLOCK_N[dtype] + 1, step):
+        for block_n in range(step, MAX_BLOCK_N[dtype] + 1, step):
             # A tile over two scale blocks is unrolled by the first one's share.
-            over = n - block_k
-            if dtype == "fp8" and over > 0 and n % over and block_k % over:
+            over = block_n - block_k
+            if dtype == "fp8" and over > 0 and block_n % over and block_k % over:
                 continue
-            stages = _stages(dtype, block_m, n, reduction)
-            deep = stages >= (3 if block_m * n >= 128 * 192 else 4)
-            if -(-rows // n) % cluster == 0 and deep:
-                yield Tile(n, m_cluster, n_cluster)
+            stages = _stages(dtype, block_m, block_n, k)
+            deep = stages >= (3 if block_m * block_n >= 128 * 192 else 4)
+            if -(-n // block_n) % cluster == 0 and deep:
+                yield Tile(block_n, cluster_m, cluster_n)
 
 
-def _stages(dtype: str, block_m: int, n: int, reduction: int) -> int:
+def _stages(dtype: str, block_m: int, block_n: int, k: int) -> int:
     """Number of pipeline stages that fit into shared memory."""
-    fixed = _align(block_m * n * 2, 1024) + MAX_STAGES * 16
-    stage = (block_m + n) * STEP_BYTES
+    fixed = _align(block_m * block_n * 2, 1024) + MAX_STAGES * 16
+    stage = (block_m + block_n) * STEP_BYTES
     if dtype == "fp8":
-        fixed += _align(-(-reduction // STEP_BYTES) * 4 * (1 if STEP_BYTES % n == 0 else 2), 8)
+        fixed += _align(-(-k // STEP_BYTES) * 4 * (1 if STEP_BYTES % block_n == 0 else 2), 8)
         stage += _align(block_m * 4, 128)
     return min((SMEM_BYTES - fixed) // stage, MAX_STAGES)
 
@@ -113,7 +113,7 @@ class Pinned:
 
 
 def pinned(
-    dtype: str, block_m: int, rows: int, reduction: int, experts: int, num_sms: int, with_multiple: bool
+    dtype: str, block_m: int, n: int, k: int, num_experts: int, num_sms: int, with_multiple: bool
 ) -> list[Pinned]:
     """The tiles that DeepGEMM can be made to choose at this number of SMs, each with the values that pin it.
 
@@ -122,7 +122,7 @@ def pinned(
     multiples = range(1, MAX_BLOCK_N[dtype] + 1) if with_multiple else (1,)
     found: dict[Tile, Pinned] = {}
     for multiple, tiles in itertools.product((m for m in multiples if m == 1 or m % 16 == 0), EXPECTED_TILES):
-        tile = choose(dtype, block_m, rows, reduction, experts, tiles * block_m, num_sms, multiple)
+        tile = choose(dtype, block_m, n, k, num_experts, tiles * block_m, num_sms, multiple)
         if tile is not None:
             found.setdefault(tile, Pinned(tile, tiles * block_m, multiple))
     return list(found.values())

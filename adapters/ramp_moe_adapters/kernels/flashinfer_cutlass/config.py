@@ -115,18 +115,18 @@ WITHOUT_DEEP_GEMM = Fp8Tile(128, 64)
 
 
 @cache
-def fp8_tile(num_tokens: int, rows: int, experts: int, num_sms: int) -> Fp8Tile:
-    """The tile for weights `[experts, rows, any]` and a batch of `num_tokens`.
+def fp8_tile(num_tokens: int, n: int, num_experts: int, num_sms: int) -> Fp8Tile:
+    """The tile for weights `[num_experts, n, any]` and a batch of `num_tokens`.
 
     It expects `num_tokens` for every expert. The tile has the fewest waves, then the fullest last wave, then the
     smallest N.
     """
     swapped = num_tokens < (SWAPPED_BELOW_ON_H20 if num_sms == H20_SMS else SWAPPED_BELOW)
-    m, n = (rows, num_tokens) if swapped else (num_tokens, rows)
-    block_m = 64 if m <= 64 else 128
+    mma_m, mma_n = (n, num_tokens) if swapped else (num_tokens, n)
+    block_m = 64 if mma_m <= 64 else 128
 
     def rank(block_n: int) -> tuple[int, int, int]:
-        tiles = -(-m // block_m) * -(-n // block_n) * experts
+        tiles = -(-mma_m // block_m) * -(-mma_n // block_n) * num_experts
         return -(-tiles // num_sms), -(tiles % num_sms or num_sms), block_n
 
     block_n = min(range(16, 129, 8), key=rank)

@@ -128,9 +128,9 @@ class FlashInferCutlass(LaunchableKernel, BuildableKernel):
         deep_gemm = os.environ.get("TRTLLM_DG_ENABLED", "1") != "0"
         name = "deepgemm" if deep_gemm else f"t{WITHOUT_DEEP_GEMM.tokens}w{WITHOUT_DEEP_GEMM.weights}"
         grids = []
-        for projection, rows in ((GridGeometry.gate_up, shape.gate_up_rows), (GridGeometry.down, shape.hidden_size)):
+        for projection, n in ((GridGeometry.gate_up, shape.gate_up_rows), (GridGeometry.down, shape.hidden_size)):
             if deep_gemm:
-                tile = fp8_tile(MANY_TOKENS, rows, shape.num_experts, hardware.num_sms)
+                tile = fp8_tile(MANY_TOKENS, n, shape.num_experts, hardware.num_sms)
                 grids.append(_grid(projection, shape, hardware, tile))
             else:  # a CTA per expert and tile of weight rows computes all of the expert's tokens
                 grid = _grid(projection, shape, hardware, WITHOUT_DEEP_GEMM)

@@ -11,6 +11,7 @@ logical grid here still merges the ids of one expert, so it is then a lower boun
 
 from __future__ import annotations
 
+import functools
 import importlib.util
 import itertools
 import re
@@ -78,6 +79,16 @@ def _fits(shape: MoEShape, hardware: Hardware, launch: Launch) -> bool:
     )
 
 
+@functools.lru_cache(maxsize=1024)
+def _grids(shape: MoEShape, block_m: int, block_n: int, block_k: int) -> tuple[GridGeometry, GridGeometry]:
+    """The grids of both projections, which launches of equal tiles share."""
+    up, down = (
+        describe(shape, block_m=block_m, block_n=block_n, block_k=block_k, align_block_size=True)
+        for describe in (GridGeometry.gate_up, GridGeometry.down)
+    )
+    return up, down
+
+
 class VllmTriton(LaunchableKernel):
     """Takes bf16 and fp16 weights, with hidden states of the same dtype, and fp8 weights.
 
@@ -138,26 +149,18 @@ class VllmTriton(LaunchableKernel):
 
     def describe(self, launch: Launch, shape: MoEShape) -> KernelConfig:
         """Describe a launch."""
-        up, down = (
-            describe(
-                shape,
-                block_m=launch.block_m,
-                block_n=launch.block_n,
-                block_k=launch.block_k,
-                align_block_size=True,
-            )
-            for describe in (GridGeometry.gate_up, GridGeometry.down)
-        )
+        name = launch.name
+        up, down = _grids(shape, launch.block_m, launch.block_n, launch.block_k)
         quantise = (Stage("quantise", "quantise/group128"),) if shape.dtype == "fp8" else ()
         activation = "activation/silu-quantise" if shape.dtype == "fp8" else "activation/silu"
         return KernelConfig(
-            launch.name,
+            name,
             (
                 *quantise,
                 Stage("schedule", f"schedule/bm{launch.block_m}"),
-                Stage("gemm", f"{self.name}/up/{launch.name}", up),
+                Stage("gemm", f"{self.name}/up/{name}", up),
                 Stage("activation", activation),
-                Stage("gemm", f"{self.name}/down/{launch.name}", down),
+                Stage("gemm", f"{self.name}/down/{name}", down),
                 Stage("combine", "combine/sum"),
             ),
             launch.params,

@@ -1,5 +1,5 @@
-"""Rows sorted by expert, the activation on them and their weighted sum, against plain Python; interpreted without a
-GPU."""
+"""Permuting tokens by expert, the activation on them and their weighted sum, against plain Python; interpreted without
+a GPU."""
 
 from __future__ import annotations
 
@@ -171,7 +171,7 @@ def test_combine(routing: str, bias: bool) -> None:
 def test_they_compile_for_an_h200() -> None:
     """In a process that knows nothing of the interpreter."""
     env = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
-    script = Path(__file__).parents[1] / "support" / "compile_rows.py"
+    script = Path(__file__).parents[1] / "support" / "compile_permute.py"
     done = subprocess.run([sys.executable, script], env=env, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr
     found = json.loads(done.stdout)

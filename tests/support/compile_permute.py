@@ -1,5 +1,7 @@
-"""Compiles the kernels of permute/ for an H200, without a GPU, and prints the resources that they take. test_rows.py
-runs it in a separate process, since the other tests interpret kernels."""
+"""Compiles the kernels of permute/ for an H200, without a GPU, and prints the resources that they take.
+
+test_permute.py runs it in a separate process, since the other tests interpret kernels.
+"""
 
 from __future__ import annotations
 
