@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import importlib
 import json
 import multiprocessing
@@ -13,6 +14,8 @@ from typing import Any
 
 import pages
 import pytest
+from layer_cases import layer
+from ramp_moe.measurements.calibration_file import CalibrationRecord, PlanRow, save
 from ramp_moe.registry.registry import get_registry
 from tiers import slow_except
 
@@ -282,6 +285,25 @@ def test_a_server_under_load(bench: Any, tmp_path: Path, monkeypatch: pytest.Mon
         load.Server("vllm", variants.Variant("gone", {}, ("--port",)), "m", port, {}, tmp_path / "log").ready(30.0)
         is None
     )
+
+
+def test_plans_are_those_of_layers_that_an_engine_has_frozen(
+    bench: Any, h200: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("RAMP_MOE_CACHE", str(tmp_path))
+    made, row = layer(h200), PlanRow(64, "a", "eager", 1, 10.0, 11.0, 12.0, 0.5)
+    for slug in (made.shape.slug, "another"):
+        key = {"shape": slug}
+        save(CalibrationRecord(key=key, complete=True, seconds=1.0, timings=[], plan=[row]))
+    gc.freeze()
+    try:
+        found = importlib.import_module("in_worker").plans()
+    finally:
+        gc.unfreeze()
+    assert found["layers"] >= 1
+    (report,) = (r for r in found["reports"] if r["key"] == {"shape": made.shape.slug})
+    assert report["plan"][0]["measured_us"] == 11.0
+    assert all(r["key"] != {"shape": "another"} for r in found["reports"])
 
 
 def test_random_weights_are_the_same_in_both_dtypes(bench: Any) -> None:

@@ -10,6 +10,7 @@ import os
 import time
 from typing import Any
 
+import msgspec
 import random_weights
 import torch
 
@@ -63,20 +64,30 @@ def plans() -> dict[str, Any]:
     """What ramp_moe's layers chose; empty in a variant without them.
 
     It has the number of layers, the kernels that any of them dropped, and by batch size the mode and the bodies of one
-    layer.
+    layer. `reports` has what the log says at start: by shape, what computes each size, with predicted and measured
+    times.
     """
     try:
+        from ramp_moe.measurements.calibration_file import records
         from ramp_moe.runtime.layer import LayerRuntime
     except ImportError:
         return {}
+    gc.unfreeze()  # engines freeze what they made at start, and frozen objects are not listed
     layers = [found for found in gc.get_objects() if issubclass(type(found), LayerRuntime)]  # proxies may be dead
+    gc.freeze()
     if not layers:
         return {}
     dropped = {name: reason for layer in layers for name, reason in layer.dropped.items()}
     graphs = layers[0].graphs
     chosen = {} if graphs is None else graphs.plans
     sizes = {str(n): {"mode": p.mode, "bodies": [c.name for c in p.bodies]} for n, p in sorted(chosen.items())}
-    return {"layers": len(layers), "dropped": dropped, "sizes": sizes}
+    shapes = {layer.shape.slug for layer in layers}
+    reports = [
+        {"key": r.key, "seconds": r.seconds, "plan": msgspec.to_builtins(r.plan), "left": r.left}
+        for r in records()
+        if r.key["shape"] in shapes
+    ]
+    return {"layers": len(layers), "dropped": dropped, "sizes": sizes, "reports": reports}
 
 
 def start_routing() -> None:
