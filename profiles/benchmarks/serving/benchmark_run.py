@@ -11,12 +11,16 @@ from typing import Any
 
 from engine_process import EngineError, EngineProcess
 from http_load import Server
-from variants import Served, compiled, variant
+from variants import PLUGIN, Served, compiled, variant
 
 FORMAT = "ramp-moe/serving"
 VERSION = 1
 START_S = 420.0
 """Time limit for engines, and for a server, to start."""
+LOAD_S = 120.0
+"""Time limit for the plugin to load a model and to measure its layers."""
+MEASURED = "what computes batches of how many tokens"
+"""The plugin logs this after it has measured."""
 
 
 class Run:
@@ -62,15 +66,18 @@ class Run:
     def start(self, names: Sequence[str]) -> list[EngineProcess]:
         """Start engines. Those that do not start are left out, with the reason.
 
-        vLLM's start together. SGLang sizes its memory by what is free, so its engines start one after another.
+        vLLM's start together, once the plugin has measured its layers: other work on the GPU would be in its times.
+        SGLang sizes its memory by what is free, so its engines start one after another.
         """
         alive = []
         for together in [names] if self.engine == "vllm" else [[name] for name in names]:
             begun = time.perf_counter()
             warm = {name: (compiled(name) / "torch_compile_cache").exists() for name in together}
-            for name in together:
+            for name in sorted(together, key=lambda name: name != PLUGIN):
                 of, log = variant(self.engine, name, self.served), self._logs / f"{name}.log"
                 self.engines.append(EngineProcess(f"{self.engine}_engine", of, self._variables, log))
+                if name == PLUGIN and len(together) > 1:
+                    self.engines[-1].logged(MEASURED, LOAD_S)
             for engine in self.engines[-len(together) :]:
                 try:
                     seconds = engine.wait(min(START_S, self.left) - (time.perf_counter() - begun))

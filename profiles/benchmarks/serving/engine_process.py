@@ -81,7 +81,7 @@ class EngineProcess:
     """Starts a process with a variant's engine. Its output goes into a file. `wait` returns when it is ready."""
 
     def __init__(self, module: str, variant: Variant, variables: Mapping[str, str], log: Path) -> None:
-        self.name = variant.name
+        self.name, self._log = variant.name, log
         context = multiprocessing.get_context("spawn")
         self._connection, theirs = context.Pipe()
         arguments = module, dict(variant.arguments), {**variables, **variant.variables}, str(log), theirs
@@ -92,6 +92,13 @@ class EngineProcess:
     def wait(self, seconds: float) -> float:
         """Wait for the engine, `seconds` at most. Returns the seconds that it took to start. Raises EngineError."""
         return float(self._answer(seconds))
+
+    def logged(self, line: str, seconds: float) -> None:
+        """Wait for a line of its output, `seconds` at most, or until the engine is ready or has ended."""
+        end = time.monotonic() + seconds
+        while time.monotonic() < end and not self._connection.poll(0.2):
+            if self._log.exists() and line in self._log.read_text(errors="replace"):
+                return
 
     def __call__(self, what: str, *args: Any, seconds: float = 180.0, **options: Any) -> Any:
         """Call a method of `Driven` in the process. Raises EngineError if it fails or takes too long."""
