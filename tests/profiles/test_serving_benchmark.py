@@ -137,20 +137,22 @@ def test_an_engine_that_fails_later_is_left_out(bench: Any, tmp_path: Path) -> N
 
 
 def test_others_start_once_the_plugin_has_measured(bench: Any, tmp_path: Path) -> None:
-    """Its times would hold their work. The pretended engine logs when it begins, as the plugin when it has measured."""
+    """Its times would hold their work. The pretended engine logs what the plugin logs, long before it is ready."""
     engine = tmp_path / "vllm_engine.py"
     begins = f"""
+        with open({str(tmp_path / "order")!r}, "a", buffering=1) as file:
+            file.write("begins " + __import__("os").environ["RAMP_MOE_VLLM"] + "\\n")
+            time.sleep(0.5)
+            file.write("measures\\n")
         print("what computes batches of how many tokens", flush=True)
-        with open({str(tmp_path / "order")!r}, "a") as file:
-            file.write(arguments["model"] + __import__("os").environ["RAMP_MOE_VLLM"] + "\\n")
-        time.sleep(0.3)
+        time.sleep(1)
 """
     engine.write_text(engine.read_text().replace('        assert arguments["model"]\n', begins))
     command = ["--engine", "vllm", "--model", "olmoe-1b-7b", "--dtype", "fp8", "--repeats", "1", "--batches", "1"]
     output = tmp_path / "vllm.json"
     assert bench.main([*command, "--variants", "stock,plugin", "--parts", "decode", "--output", str(output)]) == 0
     order = (tmp_path / "order").read_text().splitlines()
-    assert [line[-1] for line in order] == ["1", "0"]
+    assert order == ["begins 1", "measures", "begins 0", "measures"]
 
 
 def test_processes_that_this_one_starts_find_the_plugin_of_sglang(bench: Any, tmp_path: Path) -> None:
