@@ -14,6 +14,7 @@ import torch
 from sglang.srt.plugins.hook_registry import HookRegistry, HookType
 
 from ..engine_errors import why
+from . import recorder
 from . import runner as backend
 from .calibrate import loading
 from .runner import RampRunnerCore
@@ -37,6 +38,7 @@ def loaded(_: None, runner: Any, *args: Any, **options: Any) -> None:
     """After SGLang has loaded a model, make its layers. One of each kind is measured, and what batches outside of
     graphs can need is compiled. What fails is said, and left to the first batch."""
     try:
+        recorder.take()
         make_layers(runner.model, getattr(runner.model_config.hf_text_config, "num_experts_per_tok", None), runner)
         if torch.cuda.is_available():
             torch.cuda.empty_cache()  # frees weights in SGLang's order: the KV cache is sized by what is free
@@ -46,6 +48,7 @@ def loaded(_: None, runner: Any, *args: Any, **options: Any) -> None:
 
 def captured(_: None, runner: Any, *args: Any, **options: Any) -> None:
     """Log what computes each size, after SGLang has captured its graphs."""
+    recorder.start()
     try:
         report(runner.model)
     except Exception as e:

@@ -39,6 +39,7 @@ from ..engine_calibration import LoadedModel
 from ..engine_errors import both_failed, why
 from ..engine_weights import Parameters, place
 from ..known_fields import new_parameters
+from . import recorder
 from .calibrate import Loading, ep_size
 from .checks import ACTIVATIONS, check_batch, check_layer, refusal
 
@@ -194,6 +195,9 @@ class RampRunnerCore(DispatchMoeRunnerCore):  # type: ignore[misc]
             check_batch(dispatch_output)
             top_k = dispatch_output.topk_output.topk_ids.shape[1]
             parameters = self._current(top_k, quant_info, partial(self._unmeasured, top_k))
+            if parameters is not None and recorder.recording.current is not None:
+                ids, experts = dispatch_output.topk_output.topk_ids, parameters.layer.shape.num_experts
+                recorder.recording.current.sample(id(self), ids, experts)
             if self._keeps is not None and self._keeps(tokens):
                 parameters = None
             if parameters is not None:
