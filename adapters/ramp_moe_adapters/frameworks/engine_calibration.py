@@ -12,8 +12,9 @@ from dataclasses import dataclass
 from functools import partial
 from weakref import WeakKeyDictionary
 
+import torch
 from ramp_moe import Candidate
-from ramp_moe.plugin import KernelError, LaunchableKernel
+from ramp_moe.plugin import Batch, KernelError, LaunchableKernel
 from ramp_moe.runtime import calibrated_plan, probe
 from ramp_moe.runtime.calibrated_plan import Calibrated, CalibrationRecord
 from ramp_moe.runtime.calibration import Calibration, Search
@@ -263,7 +264,11 @@ def _candidates(made: LayerRuntime, kind: _Kind, given: LoadedLayer) -> Iterable
     """All that were timed; if none was, the choices for all batch sizes."""
     if kind.record is not None and kind.calibrated is not None and kind.calibrated.plan.model is not None:
         return kind.calibrated.plan.model.candidates
-    return [made.chooser.by_size(n, math.inf) for n in chosen_for(given.most)]
+    device, slots = given.weights.gate_up.device, (given.most, given.top_k)
+    x = torch.zeros(given.most, made.shape.hidden_size, dtype=given.dtype, device=device)
+    ids = torch.zeros(slots, dtype=torch.int32, device=device)
+    weights = torch.zeros(slots, dtype=torch.float32, device=device)
+    return [made.choose(Batch(x[:n], ids[:n], weights[:n])) for n in chosen_for(given.most)]
 
 
 def chosen_for(most: int) -> list[int]:

@@ -69,8 +69,12 @@ def make_layers(model: torch.nn.Module, top_k: int | None, runner: Any) -> None:
 
 
 def report(model: torch.nn.Module) -> None:
-    """Log a table for each kind of layer, what was dropped, and how many layers are SGLang's own."""
+    """Log what computes each kind of layer, in a table if times are known, what was dropped, and how many layers are
+    SGLang's own."""
     cores, dropped = [core for _, core in _cores(model)], dict[str, str]()
+    for layer in {(c.layer.shape, *c.layer.kernels, *c.layer.layouts): c.layer for c in cores if c.made}.values():
+        kernels, layouts = ", ".join(layer.kernels), " and ".join(layer.layouts)
+        _logger.info("ramp_moe: %s by %s; weights in %s", layer.shape.slug, kernels, layouts)
     for core in cores:
         if core.made:
             core.report()
