@@ -180,11 +180,11 @@ class LoadedModel:
             key = key_of(self._engine.name, given, plan.hardware, kernels)
             left = limit - self._spent
             if left > 0:
-                make = TIMERS[given.weights.gate_up.device.type]
-                search = partial(self._probed, given, plan, kernels)
+                make, harmless = TIMERS[given.weights.gate_up.device.type], list(kernels)
+                search = partial(self._probed, given, plan, harmless)
                 return elsewhere(
                     lambda: calibrated_plan.measured(
-                        key, search, lambda: make(given, kernels, plan.hardware), left, self._say, kernels
+                        key, search, lambda: make(given, harmless, plan.hardware), left, self._say, harmless
                     )
                 )
             if limit:
@@ -201,11 +201,12 @@ class LoadedModel:
             self._spent += time.monotonic() - began
 
     def _probed(
-        self, given: LoadedLayer, plan: LayerPlan, kernels: Sequence[LaunchableKernel], found: Calibration | None
+        self, given: LoadedLayer, plan: LayerPlan, kernels: list[LaunchableKernel], found: Calibration | None
     ) -> Search:
-        """The search among the kernels that do no harm, which continues what is found."""
+        """The search among the kernels that do no harm, which continues what is found. `kernels` loses the others."""
         faults = self._faults(given, plan, kernels)
-        begun = _search(given, plan, [k for k in kernels if k.name not in faults], found)
+        kernels[:] = [k for k in kernels if k.name not in faults]
+        begun = _search(given, plan, kernels, found)
         begun.found.dropped |= {name: fault.reason for name, fault in faults.items()}
         begun.found.later |= {name for name, fault in faults.items() if fault.passing}
         return begun
