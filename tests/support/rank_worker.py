@@ -1,7 +1,8 @@
 """One rank of two that load a model together: `python rank_worker.py RANK HOW FOLDER` prints what it decides.
 
-HOW: "well"; or what rank 0 does when it measures: "killed", or "late" for longer than the other rank waits. "alone" and
-"alone-killed": a server of one rank; any number of them may share a cache.
+HOW: "well"; or what becomes of a rank: rank 0 is "killed" while it measures, or "late" for longer than the other waits,
+or "fails" before it measures; or the "other-killed" before it asks. "alone" and "alone-killed": a server of one rank;
+any number of them may share a cache.
 """
 
 from __future__ import annotations
@@ -57,7 +58,7 @@ def main(rank: int, how: str, folder: Path) -> dict[str, Any]:
 
         def time(self, candidate: Any, topk_ids: Any) -> float:
             asked.append(ENGINE if candidate is None else candidate.name)
-            if how.endswith("killed"):
+            if how in ("killed", "alone-killed"):
                 os.kill(os.getpid(), signal.SIGKILL)
             own = 1.0 if (group and rank) or len(topk_ids) >= 8 else 20.0
             return own if candidate is None else 10.0 + len(candidate.name) % 7
@@ -72,11 +73,15 @@ def main(rank: int, how: str, folder: Path) -> dict[str, Any]:
         of, 2, 1, torch.float16, ("a layer",), (), SIZES[-1], lambda ids: ids, lambda: lambda batch, out: None
     )
     found: dict[str, Any] = {"asked": len(asked)}
+    if how == "other-killed" and rank:
+        os.kill(os.getpid(), signal.SIGKILL)
+    if how == "fails" and rank == 0:
+        model.refuse(given.kind)
+        return found
     try:
         layer = model.layer(given)
-        times = model.calibrated(layer)
-        assert times is not None
-        found |= {"keeps": [times.keeps(n) for n in SIZES], "chosen": times.chosen}
+        if (times := model.calibrated(layer)) is not None:
+            found |= {"keeps": [times.keeps(n) for n in SIZES], "chosen": times.chosen}
         model.report(layer)
     except KernelError as e:
         found["refused"] = str(e)

@@ -12,8 +12,9 @@ from dataclasses import dataclass
 from functools import partial
 from weakref import WeakKeyDictionary
 
+import torch
 from ramp_moe import Candidate
-from ramp_moe.plugin import KernelError, LaunchableKernel
+from ramp_moe.plugin import Batch, KernelError, LaunchableKernel
 from ramp_moe.runtime import calibrated_plan, probe
 from ramp_moe.runtime.calibrated_plan import Calibrated, CalibrationRecord
 from ramp_moe.runtime.calibration import Calibration, Search
@@ -179,11 +180,11 @@ class LoadedModel:
             key = key_of(self._engine.name, given, plan.hardware, kernels)
             left = limit - self._spent
             if left > 0:
-                make = TIMERS[given.weights.gate_up.device.type]
-                search = partial(self._probed, given, plan, kernels)
+                make, harmless = TIMERS[given.weights.gate_up.device.type], list(kernels)
+                search = partial(self._probed, given, plan, harmless)
                 return elsewhere(
                     lambda: calibrated_plan.measured(
-                        key, search, lambda: make(given, kernels, plan.hardware), left, self._say, kernels
+                        key, search, lambda: make(given, harmless, plan.hardware), left, self._say, harmless
                     )
                 )
             if limit:
@@ -200,11 +201,12 @@ class LoadedModel:
             self._spent += time.monotonic() - began
 
     def _probed(
-        self, given: LoadedLayer, plan: LayerPlan, kernels: Sequence[LaunchableKernel], found: Calibration | None
+        self, given: LoadedLayer, plan: LayerPlan, kernels: list[LaunchableKernel], found: Calibration | None
     ) -> Search:
-        """The search among the kernels that do no harm, which continues what is found."""
+        """The search among the kernels that do no harm, which continues what is found. `kernels` loses the others."""
         faults = self._faults(given, plan, kernels)
-        begun = _search(given, plan, [k for k in kernels if k.name not in faults], found)
+        kernels[:] = [k for k in kernels if k.name not in faults]
+        begun = _search(given, plan, kernels, found)
         begun.found.dropped |= {name: fault.reason for name, fault in faults.items()}
         begun.found.later |= {name for name, fault in faults.items() if fault.passing}
         return begun
@@ -263,7 +265,11 @@ def _candidates(made: LayerRuntime, kind: _Kind, given: LoadedLayer) -> Iterable
     """All that were timed; if none was, the choices for all batch sizes."""
     if kind.record is not None and kind.calibrated is not None and kind.calibrated.plan.model is not None:
         return kind.calibrated.plan.model.candidates
-    return [made.chooser.by_size(n, math.inf) for n in chosen_for(given.most)]
+    device, slots = given.weights.gate_up.device, (given.most, given.top_k)
+    x = torch.zeros(given.most, made.shape.hidden_size, dtype=given.dtype, device=device)
+    ids = torch.zeros(slots, dtype=torch.int32, device=device)
+    weights = torch.zeros(slots, dtype=torch.float32, device=device)
+    return [made.choose(Batch(x[:n], ids[:n], weights[:n])) for n in chosen_for(given.most)]
 
 
 def chosen_for(most: int) -> list[int]:

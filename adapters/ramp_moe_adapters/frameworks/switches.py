@@ -1,10 +1,12 @@
-"""Environment variables that switch something on or off."""
+"""Environment variables of the plugins for engines."""
 
 from __future__ import annotations
 
 import logging
 import os
 
+RECORD = "RAMP_MOE_RECORD"
+"""Names the file into which a server records what it routes."""
 ON = ("1", "true", "yes", "on")
 OFF = ("0", "false", "no", "off", "")
 NEITHER = f"says neither on ({', '.join(ON)}) nor off ({', '.join(word for word in OFF if word)}): off"

@@ -207,7 +207,7 @@ def _plan_lines(plans: Section) -> Iterator[str]:
     for plan in plans:
         key, state = plan["key"], "complete" if plan["complete"] else "cut short; the next start goes on"
         gpu, driver, engine = (key.get(name, "?") for name in ("gpu", "driver", "engine"))
-        yield f"{key['shape']} on {gpu}, driver {driver}, in {engine} {key.get(engine.lower(), '?')}: {state}"
+        yield f"{key['shape']} on {gpu}, driver {driver}, in {engine} {key.get(engine.lower(), '')}: {state}"
         yield from (f"  {line}" for line in table([PlanRow(**row) for row in plan["plan"]], engine))
         if plan["left"]:
             yield f"  {plan['left']}"

@@ -24,6 +24,7 @@ from ramp_moe.plugin import KernelError
 from ramp_moe.registry.registry import get_registry
 from ramp_moe.runtime import probe
 from ramp_moe.runtime.calibration import ENGINE
+from ramp_moe.runtime.layer import LayerRuntime
 from ramp_moe.runtime.layer_factory import Builder, LayerPlan
 from ramp_moe_adapters.frameworks import engine_calibration as engine
 from ramp_moe_adapters.frameworks.engine_calibration import Engine, LoadedModel
@@ -139,7 +140,15 @@ def test_a_kernel_that_does_not_answer_is_left_out_until_the_next_start(
 def test_a_kernel_that_is_at_fault_stays_left_out(
     times: Times, said: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    """It is not even given the weights."""
     tried: list[str] = []
+    monkeypatch.setattr(Strange, "prepare", lambda *_: pytest.fail("the kernel was given the weights"))
+
+    def timer(given: LoadedLayer, kernels: Any, hardware: Any) -> Times:
+        LayerRuntime(given.weights, given.top_k, hardware, kernels, copies=3)  # as the timer on a GPU does
+        return times
+
+    monkeypatch.setitem(TIMERS, "cpu", timer)
 
     def fault(name: str, *_: Any) -> probe.Fault:
         tried.append(name)

@@ -55,6 +55,7 @@ def test_both_choose_by_what_the_first_measured(tmp_path: Path) -> None:
     assert second["said"] == [], "the first rank tells"
 
 
+@pytest.mark.slow
 def test_two_servers_that_start_at_once_on_one_cache_measure_once(tmp_path: Path) -> None:
     """Also after others were killed while they measured."""
     assert ranks("alone-killed", tmp_path) == [None, None]
@@ -74,8 +75,25 @@ def test_a_first_rank_that_is_killed_keeps_nobody_waiting(tmp_path: Path) -> Non
     assert "\n" not in second["refused"]
 
 
+@pytest.mark.slow
 def test_a_first_rank_that_is_late_learns_that_it_was_given_up(tmp_path: Path) -> None:
     """Both then leave the layer to the engine, for one reason."""
     first, second = ranks("late", tmp_path)
     assert "did not say within" in second["refused"]
     assert first["refused"] == second["refused"]
+
+
+@pytest.mark.slow
+def test_a_first_rank_that_makes_no_layer_keeps_nobody_waiting(tmp_path: Path) -> None:
+    """The other then chooses by what is predicted, and measures nothing."""
+    _, second = ranks("fails", tmp_path)
+    assert "refused" not in second
+    assert "chosen" not in second
+    assert not second["asked"]
+
+
+@pytest.mark.slow
+def test_another_rank_that_is_killed_keeps_the_first_from_nothing(tmp_path: Path) -> None:
+    first, second = ranks("other-killed", tmp_path)
+    assert second is None
+    assert first["keeps"] == [n >= 8 for n in rank_worker.SIZES]

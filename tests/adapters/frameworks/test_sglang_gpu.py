@@ -33,6 +33,8 @@ E, K, H, I = 64, 8, 2048, 1024  # noqa: E741
 ROUTINGS = ("uniform", "skewed", "one-expert", "few-experts", "padded")
 BF16 = torch.bfloat16
 TOLERANCE = 3e-2
+SGLANGS = 0.07
+"""Of SGLang's runner, which in fp8 rounds the intermediate to bf16 first, unlike the reference."""
 
 
 @pytest.fixture(autouse=True)
@@ -45,6 +47,11 @@ def server(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[None]:
 
 def wrong(out: torch.Tensor, given: MoEWeights, x: Batch) -> float:
     return error(out, expected(given, x, given.gate_up_scale is not None))
+
+
+def copied(x: Batch) -> Batch:
+    """SGLang's runner may write its output over the hidden states."""
+    return Batch(x.hidden_states.clone(), x.topk_ids.clone(), x.topk_weights.clone())
 
 
 def copy_into(static: Batch, x: Batch) -> None:
@@ -181,13 +188,15 @@ def test_a_layer_that_was_made_when_the_model_was_loaded(dtype: str, caplog: pyt
         had = core.layer.workspace.bytes
         for tokens in (1, 100, 512):
             x = batch(tokens, K, E, H, "uniform", "cuda", BF16)
-            assert 0 < wrong(experts(x), given, x) < TOLERANCE
+            assert 0 < wrong(experts(copied(x)), given, x) < SGLANGS
         assert core.layer.workspace.bytes == had
-        static = batch(64, K, E, H, "uniform", "cuda", BF16)
+        x = batch(64, K, E, H, "uniform", "cuda", BF16)
+        static = copied(x)
         graph, out = captured(experts, static)
+        copy_into(static, x)
         graph.replay()
         torch.cuda.synchronize()
-        assert 0 < wrong(out, given, static) < TOLERANCE
+        assert 0 < wrong(out, given, x) < SGLANGS
         whole.captured(None, runner)
     print("\n".join(caplog.messages))
     assert any("what computes batches of how many tokens" in line for line in caplog.messages)
@@ -210,11 +219,13 @@ def test_sizes_that_sglang_keeps_are_computed_by_its_runner(monkeypatch: pytest.
         core = experts.runner.runner_core
         assert core.made
         monkeypatch.setattr(core.layer, "forward", lambda *_, **__: 1 / 0)
-        eager = experts(x).float().clone()
-        graph, out = captured(experts, x)
+        static = copied(x)
+        eager = experts(static).float().clone()
+        graph, out = captured(experts, static)
         out.fill_(float("nan"))
+        copy_into(static, x)
         graph.replay()
         torch.cuda.synchronize()
     assert not core._failed
     assert error(out, eager) < 1e-2
-    assert error(eager, expected(given, x, quantise=False)) < 0.07, "in fp8 SGLang rounds the intermediate first"
+    assert error(eager, expected(given, x, quantise=False)) < SGLANGS

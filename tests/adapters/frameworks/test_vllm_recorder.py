@@ -18,6 +18,7 @@ from moe_cases import batch, weights
 from ramp_moe import expert_histogram
 from ramp_moe.measurements.trace import load_trace
 from ramp_moe.spec.launchable import Batch
+from ramp_moe_adapters.frameworks import engine_recorder
 from ramp_moe_adapters.frameworks import vllm as plugin
 from vllm.model_executor.custom_op import op_registry_oot
 from vllm_cases import DEVICE, experts_of, run, serve
@@ -41,13 +42,13 @@ def recorder(monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
     from ramp_moe_adapters.frameworks.vllm import recorder
 
     serve(monkeypatch)
-    monkeypatch.setattr(recorder, "current", None)
+    monkeypatch.setattr(recorder.recording, "current", None)
     monkeypatch.setattr(recorder, "vllms_state", recorder._started, raising=False)
     monkeypatch.setattr(recorder, "_started", lambda: True)
     monkeypatch.setattr(recorder, "captures", False)
     yield recorder
-    if recorder.current is not None:
-        recorder.current.close()
+    if recorder.recording.current is not None:
+        recorder.recording.current.close()
 
 
 def routed(ep: tuple[int, int] = (1, 0)) -> Any:
@@ -76,14 +77,14 @@ def test_a_variable_turns_it_on(recorder: Any, monkeypatch: pytest.MonkeyPatch, 
     layers, b = [routed(), routed(ep=(2, 1))], given(6)
     for layer in layers:
         run(layer, b)
-    recorder.current.close()
+    recorder.recording.current.close()
     assert batches(path) == [(6, histogram(b), 1.0)] * 2
     assert load_trace(path).num_experts == EXPERTS
 
 
 def test_it_is_off_by_default(recorder: Any) -> None:
     run(routed(), given(3))
-    assert recorder.current is None
+    assert recorder.recording.current is None
 
 
 def test_it_is_turned_on_at_run_time(recorder: Any, tmp_path: Path) -> None:
@@ -92,11 +93,11 @@ def test_it_is_turned_on_at_run_time(recorder: Any, tmp_path: Path) -> None:
     plugin.record(tmp_path / "trace.jsonl")
     for _ in range(2):
         run(layer, b)
-    recorder.current.flush()
+    recorder.recording.current.flush()
     assert batches(tmp_path / "trace.jsonl") == [(3, histogram(b), 1.0)] * 2
     plugin.record(tmp_path / "another.jsonl")
     run(layer, b)
-    recorder.current.flush()
+    recorder.recording.current.flush()
     assert len(batches(tmp_path / "another.jsonl")) == 1
 
 
@@ -105,7 +106,7 @@ def test_samples_outlive_the_recorder_that_they_were_made_for(recorder: Any, tmp
     layer, b = routed(), given(3)
     plugin.record(tmp_path / "trace.jsonl")
     run(layer, b)
-    ring = weakref.ref(recorder.current._traffic._rings[0])
+    ring = weakref.ref(recorder.recording.current._traffic._rings[0])
     plugin.record(tmp_path / "another.jsonl")
     run(layer, b)
     gc.collect()
@@ -124,16 +125,16 @@ def test_nothing_is_read_before_graphs_are_captured(
     monkeypatch.setattr(recorder, "captures", captures)
     plugin.record(tmp_path / "trace.jsonl")
     run(layer, given(3))
-    recorder.current.flush()
+    recorder.recording.current.flush()
     assert (tmp_path / "trace.jsonl").exists() is not captures
     monkeypatch.setattr(current_workspace_manager(), "_locked", True)
-    recorder.current.flush()
+    recorder.recording.current.flush()
     assert (tmp_path / "trace.jsonl").exists()
 
 
 def test_a_file_that_cannot_be_written_costs_one_line(recorder: Any, tmp_path: Path) -> None:
     said: list[str] = []
-    made = recorder.TrafficRecorder(tmp_path, lambda: True, said.append)
+    made = engine_recorder.TrafficRecorder("vLLM", tmp_path, lambda: True, said.append)
     made.sample(1, given(3).topk_ids, EXPERTS)
     made.flush()
     made.flush()
@@ -148,15 +149,19 @@ def test_a_batch_that_cannot_be_sampled_ends_no_server(
     """The batch is computed, and one line says why."""
     said: list[str] = []
     layer, b = routed(), given(3)
-    recorder.current = recorder.TrafficRecorder(tmp_path / "trace.jsonl", lambda: True, said.append)
+    recorder.recording.current = engine_recorder.TrafficRecorder(
+        "vLLM", tmp_path / "trace.jsonl", lambda: True, said.append
+    )
     wanted = run(layer, b)
 
     def fails(*_: Any) -> None:
         raise torch.OutOfMemoryError("CUDA out of memory")
 
-    recorder.current = recorder.TrafficRecorder(tmp_path / "trace.jsonl", lambda: True, said.append)
+    recorder.recording.current = engine_recorder.TrafficRecorder(
+        "vLLM", tmp_path / "trace.jsonl", lambda: True, said.append
+    )
     said.clear()
-    monkeypatch.setattr(recorder.Traffic, what, fails)
+    monkeypatch.setattr(engine_recorder.Traffic, what, fails)
     for _ in range(2):
         assert torch.equal(run(layer, b), wanted)
     assert said[-1] == "RAMP_MOE_RECORD: nothing more is sampled: OutOfMemoryError: CUDA out of memory"
@@ -165,7 +170,7 @@ def test_a_batch_that_cannot_be_sampled_ends_no_server(
 
 def test_layers_of_another_shape_are_left_out(recorder: Any, tmp_path: Path) -> None:
     said: list[str] = []
-    made = recorder.TrafficRecorder(tmp_path / "trace.jsonl", lambda: True, said.append)
+    made = engine_recorder.TrafficRecorder("vLLM", tmp_path / "trace.jsonl", lambda: True, said.append)
     b = given(3)
     made.sample(1, b.topk_ids, EXPERTS)
     for _ in range(2):
@@ -189,6 +194,6 @@ def test_graphs_are_sampled_at_every_replay(recorder: Any, tmp_path: Path) -> No
         b.topk_ids.fill_(expert)
         graph.replay()
     torch.cuda.synchronize()
-    recorder.current.close()
+    recorder.recording.current.close()
     found = [h for _, h, _ in batches(tmp_path / "trace.jsonl")]
     assert found[1:] == [[8 if e == expert else 0 for e in range(EXPERTS)] for expert in range(3)]

@@ -216,7 +216,10 @@ main(["--version"], standalone_mode=False)
     assert done.stdout.splitlines() == ["0+unknown", "ramp-moe, version 0+unknown"]
 
 
-def test_what_a_server_would_do_with_a_model(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(("engine", "version"), [("vLLM", "0.33.0"), ("SGLang", "0.5.23")])
+def test_what_a_server_would_do_with_a_model(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, engine: str, version: str
+) -> None:
     """By what it measured here; of the model's shape, in any dtype, and of no other."""
     monkeypatch.setenv("RAMP_MOE_CACHE", str(tmp_path))
     nothing = CliRunner().invoke(main, ["env", "--model", "olmoe-1b-7b"])
@@ -224,11 +227,11 @@ def test_what_a_server_would_do_with_a_model(tmp_path: Path, monkeypatch: pytest
     assert f"no server has measured the model here yet: {tmp_path}/calibration has nothing of it" in nothing.output
     rows = [PlanRow(n, "triton/a" if n < 8 else "", "single", 1, 9.0, 9.5, 10.0, 0.1) for n in (1, 2, 4, 8)]
     for shape in ("E64-k8-h2048-i1024-bf16", "E8-k2-h4096-i14336-bf16"):
-        key = {"engine": "vLLM", "gpu": "NVIDIA H200", "driver": "580.1", "shape": shape, "vllm": "0.33.0"}
+        key = {"engine": engine, "gpu": "NVIDIA H200", "driver": "580.1", "shape": shape, engine.lower(): version}
         save(CalibrationRecord(key=key, complete=True, seconds=1.0, timings=[], plan=rows, left=f"left of {shape}"))
     for model in ("olmoe-1b-7b", "E64-k8-h2048-i1024-bf16"):
         found = CliRunner().invoke(main, ["env", "--model", model])
-        assert "E64-k8-h2048-i1024-bf16 on NVIDIA H200, driver 580.1, in vLLM 0.33.0: complete" in found.output
+        assert f"E64-k8-h2048-i1024-bf16 on NVIDIA H200, driver 580.1, in {engine} {version}: complete" in found.output
         lines = [line.split() for line in found.output.splitlines()]
         assert ["1-4", "triton/a", "single", "1", "9.0", "us", "9.5", "us", "10.0", "us", "0.1", "us"] in lines
         assert "left of E64" in found.output

@@ -210,6 +210,41 @@ def test_only_what_was_timed_is_in_the_plan(h200: Hardware) -> None:
     assert left(made, rows, "vLLM") == "vLLM's own path keeps 256 tokens: nothing is 2% faster"
 
 
+def test_without_times_the_report_has_those_that_are_predicted(h200: Hardware) -> None:
+    model = priced(h200, triton_of())
+    made = calibrated_plan.predicted(LayerPlan(h200, [TritonMoE()], model))
+    assert not made.keeps_any
+    rows = plan_rows(made, None, [1], [256], 1)
+    assert all(r.choice and r.measured_us is None and r.engine_us is None for r in rows)
+    assert all(r.predicted_us is not None and r.predicted_us > 20 for r in rows)
+    assert left(made, rows, "vLLM") == ""
+
+
+def test_a_plan_without_a_kernel(h200: Hardware) -> None:
+    other = Buildable()
+    model = join([priced(h200, triton_of()), priced(h200, triton_of(kernel=other))])
+    plan = LayerPlan(h200, [TritonMoE(), other], model)
+    assert calibrated_plan.without(plan, ["strange"]) is plan
+    less = calibrated_plan.without(plan, ["buildable"])
+    assert [k.name for k in less.kernels] == ["triton"]
+    assert less.model is not None
+    assert {c.kernel for c in less.model.candidates} == {"triton"}
+    assert calibrated_plan.without(LayerPlan(h200, [TritonMoE(), other], None), ["triton"]).kernels == [other]
+    with pytest.raises(KernelError, match="no kernel is left without triton, buildable"):
+        calibrated_plan.without(plan, ["triton", "buildable"])
+
+
+def test_a_record_is_renewed_only_where_it_was_kept() -> None:
+    record, said = CalibrationRecord(key=KEY, complete=True, seconds=1, timings=[]), list[str]()
+    calibrated_plan.renew(record, said.append)
+    assert load(KEY) is None
+    save(record)
+    record.left = "nothing"
+    calibrated_plan.renew(record, said.append)
+    assert load(KEY) == record
+    assert not said
+
+
 def test_sizes_that_are_treated_alike_share_a_line() -> None:
     rows = [
         PlanRow(1, "a", "single", 1, 5.0, 5.5, 6.0, 0.0),

@@ -9,6 +9,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Iterator
 from importlib import metadata
+from pathlib import Path
 
 from ramp_moe import Diagnostic
 
@@ -34,6 +35,17 @@ def diagnostics() -> Iterator[Diagnostic]:
     else:
         state = f"left alone, {refusal}" if refusal else "`--moe-runner-backend ramp_moe` dispatches its MoE layers"
         yield Diagnostic("engine", f"sglang {version}", state)
+
+
+def record(path: str | Path) -> None:
+    """Have the layers of this process's engine sample what they route, from now on. Needs SGLang.
+
+    path: of the trace, for `ramp-moe compare --trace`. CUDA graphs that were captured before are not sampled. With
+    RAMP_MOE_RECORD=path in the environment, all are.
+    """
+    from .recorder import recording
+
+    recording.begin(path)
 
 
 def register() -> None:

@@ -14,6 +14,7 @@ import torch
 from sglang.srt.plugins.hook_registry import HookRegistry, HookType
 
 from ..engine_errors import why
+from . import recorder
 from . import runner as backend
 from .calibrate import loading
 from .runner import RampRunnerCore
@@ -37,6 +38,7 @@ def loaded(_: None, runner: Any, *args: Any, **options: Any) -> None:
     """After SGLang has loaded a model, make its layers. One of each kind is measured, and what batches outside of
     graphs can need is compiled. What fails is said, and left to the first batch."""
     try:
+        recorder.take()
         make_layers(runner.model, getattr(runner.model_config.hf_text_config, "num_experts_per_tok", None), runner)
         if torch.cuda.is_available():
             torch.cuda.empty_cache()  # frees weights in SGLang's order: the KV cache is sized by what is free
@@ -46,6 +48,7 @@ def loaded(_: None, runner: Any, *args: Any, **options: Any) -> None:
 
 def captured(_: None, runner: Any, *args: Any, **options: Any) -> None:
     """Log what computes each size, after SGLang has captured its graphs."""
+    recorder.start()
     try:
         report(runner.model)
     except Exception as e:
@@ -66,8 +69,12 @@ def make_layers(model: torch.nn.Module, top_k: int | None, runner: Any) -> None:
 
 
 def report(model: torch.nn.Module) -> None:
-    """Log a table for each kind of layer, what was dropped, and how many layers are SGLang's own."""
+    """Log what computes each kind of layer, in a table if times are known, what was dropped, and how many layers are
+    SGLang's own."""
     cores, dropped = [core for _, core in _cores(model)], dict[str, str]()
+    for layer in {(c.layer.shape, *c.layer.kernels, *c.layer.layouts): c.layer for c in cores if c.made}.values():
+        kernels, layouts = ", ".join(layer.kernels), " and ".join(layer.layouts)
+        _logger.info("ramp_moe: %s by %s; weights in %s", layer.shape.slug, kernels, layouts)
     for core in cores:
         if core.made:
             core.report()

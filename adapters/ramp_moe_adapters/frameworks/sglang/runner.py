@@ -39,6 +39,7 @@ from ..engine_calibration import LoadedModel
 from ..engine_errors import both_failed, why
 from ..engine_weights import Parameters, place
 from ..known_fields import new_parameters
+from . import recorder
 from .calibrate import Loading, ep_size
 from .checks import ACTIVATIONS, check_batch, check_layer, refusal
 
@@ -150,7 +151,7 @@ class RampRunnerCore(DispatchMoeRunnerCore):  # type: ignore[misc]
         loading: the model, of which the first layer of each kind is measured. If the layer cannot be made, SGLang's
         runner computes it, and the log says why.
         """
-        model = loading.model
+        model, said = loading.model, len(_builder.notes)
         try:
             new = self._parameters is None
             found = self._current(top_k, info, lambda w: model.layer(loading.layer(self.config, info, w, top_k)))
@@ -160,9 +161,11 @@ class RampRunnerCore(DispatchMoeRunnerCore):  # type: ignore[misc]
             _say(f"{why(e)}: left to SGLang's Triton runner")
             return
         if new and found is not None:
-            self._model = model
-            if (times := model.calibrated(found.layer)) is not None and times.keeps_any:
+            self._model, times = model, model.calibrated(found.layer)
+            if times is not None and times.keeps_any:
                 self._keeps = cache(times.keeps)
+            for note in _builder.notes[said:]:  # a missing profile matters less if the layer was measured here
+                (_say if times is None else _logger.info)(note)
 
     def report(self) -> None:
         """Log what computes each batch size, unless a layer of this kind has."""
@@ -194,6 +197,9 @@ class RampRunnerCore(DispatchMoeRunnerCore):  # type: ignore[misc]
             check_batch(dispatch_output)
             top_k = dispatch_output.topk_output.topk_ids.shape[1]
             parameters = self._current(top_k, quant_info, partial(self._unmeasured, top_k))
+            if parameters is not None and recorder.recording.current is not None:
+                ids, experts = dispatch_output.topk_output.topk_ids, parameters.layer.shape.num_experts
+                recorder.recording.current.sample(id(self), ids, experts)
             if self._keeps is not None and self._keeps(tokens):
                 parameters = None
             if parameters is not None:
@@ -234,16 +240,15 @@ class RampRunnerCore(DispatchMoeRunnerCore):  # type: ignore[misc]
             check_layer(self.config, info)
             detached = {field: t.detach() for field, t in tensors.items()}
             weights = MoEWeights(**detached, activation=ACTIVATIONS[self.config.activation])
-            said = len(_builder.notes)
-            layer = make(weights)
-            for note in _builder.notes[said:]:
-                _say(note)
-            self._parameters = Parameters(self, layer, tensors)
+            self._parameters = Parameters(self, make(weights), tensors)
         return self._parameters
 
     def _unmeasured(self, top_k: int, weights: MoEWeights) -> LayerRuntime:
+        said = len(_builder.notes)
         layer = _builder.layer(weights, top_k, ep_size(self.config))
         layer.host_sync_us = math.inf  # the host would wait for the device, in every layer
+        for note in _builder.notes[said:]:
+            _say(note)
         return layer
 
     def _run(self, layer: LayerRuntime, given: StandardDispatchOutput) -> Tensor:

@@ -15,10 +15,9 @@ from ramp_moe import Diagnostic
 from ramp_moe.runtime.calibration_seconds import VARIABLE, seconds
 
 from ...kernels.vllm_triton.kernel import VllmTriton
-from ..switches import NEITHER, state_of, switched_on
+from ..switches import NEITHER, RECORD, state_of, switched_on
 
 SWITCH = "RAMP_MOE_VLLM"
-RECORD = "RAMP_MOE_RECORD"
 _logger = logging.getLogger("vllm.ramp_moe")
 """A child of vLLM's logger, since vLLM configures no other."""
 
@@ -52,9 +51,9 @@ def record(path: str | Path) -> None:
     path: of the trace, for `ramp-moe compare --trace`. CUDA graphs that were captured before are not sampled. With
     RAMP_MOE_RECORD=path in the environment, all are.
     """
-    from .recorder import begin
+    from .recorder import recording
 
-    begin(path)
+    recording.begin(path)
 
 
 def register() -> None:

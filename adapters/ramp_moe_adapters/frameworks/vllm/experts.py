@@ -183,8 +183,8 @@ class RampExperts(FusedMoEExpertsModular):  # type: ignore[misc]
         Raises RampMoEError if parameters were exchanged for others that do not fit, or if a reload failed.
         """
         self._parameters.meet(parameters_of(self._module()))
-        if recorder.current is not None:
-            recorder.current.sample(id(self), topk_ids, global_num_experts)
+        if recorder.recording.current is not None:
+            recorder.recording.current.sample(id(self), topk_ids, global_num_experts)
         if self.stock is not None and self._keeps(len(hidden_states)):
             self._parameters.check()
             self.stock.run(
