@@ -50,7 +50,8 @@ def build(
             files[line["file"]] = line["bytes"]
             new |= {key} if line["new"] else set()
         report(done, len(wanted), f"{key[0]} {key[1].name}")
-    dropped, compiled, reused = {}, [], []
+    dropped = dict[str, str]()
+    compiled, reused = list[str](), list[str]()
     for name, (up, down) in pairs.items():
         keys: list[tuple[str, Tile]] = [("up", up), ("down", down)]
         if reasons := [failed[key] for key in keys if key in failed]:
@@ -127,13 +128,13 @@ def main() -> None:
 
     job = json.load(sys.stdin)
     if torch.cuda.is_available():
-        torch.cuda.init()
+        torch.zeros(1, device="cuda")  # initialises the driver
     else:
         limits = {"max_registers_per_sm": REGISTERS, "max_smem_size": SMEM_BYTES, "max_threads_per_block": 1024}
         package.stand_in(job["device"] | limits | {"sm_version": 90, "sm_major": 9, "sm_minor": 0})
     package.package().nvrtc.get_nvrtc_library_path()
     shape = MoEShape(*job["shape"])
-    layers = {which: package.layer_config(shape, which).to_str() for which in ("up", "down")}  # type: ignore[arg-type]
+    layers = {which: package.layer_config(shape, which).to_str() for which in ("up", "down")}
 
     def compile_one(which: str, fields: dict[str, Any]) -> dict[str, Any]:
         about: dict[str, Any] = {"which": which, "tile": fields}

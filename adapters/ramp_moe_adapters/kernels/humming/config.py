@@ -157,7 +157,7 @@ def _widened(kind: Kind) -> Iterator[Tile]:
     yield from (Tile(m, 128, 64, 64, 32, ctas=4, wgmma=False, stream_k=True) for m in (8, 16))
     yield Tile(8, 128, 256, 32, 64, stream_k=True)
     for m in TOKEN_BLOCKS:
-        loading = {"specialised": True, "reuse_smem": False, "unroll": 1, "split_wait": True}
+        loading: dict[str, Any] = {"specialised": True, "reuse_smem": False, "unroll": 1, "split_wait": True}
         for stream_k in (False, True):
             yield Tile(m, 256, 64, 32, 64, stream_k=stream_k, **loading)
             yield Tile(m, 512, 64, 32, 64, stream_k=stream_k, **loading)
@@ -176,7 +176,8 @@ def _widened(kind: Kind) -> Iterator[Tile]:
 def _flat(of: Sizes) -> Iterator[Tile]:
     """fp8 weights."""
     stages = _stages(of)
-    two, one = {"unroll": 2}, {"unroll": 1, "split_wait": True}
+    two: dict[str, Any] = {"unroll": 2}
+    one: dict[str, Any] = {"unroll": 1, "split_wait": True}
     for m in (*TOKEN_BLOCKS[:-1], 72):
         for stream_k in (False, True):
             shared: dict[str, Any] = {"specialised": True, "reuse_smem": False, "stream_k": stream_k}

@@ -39,7 +39,7 @@ from ramp_moe_kernels.limits import too_many_experts
 from . import package
 from .build import build, prune
 from .config import Tile, geometry, most_tokens, params, tiles
-from .formats import KINDS, misfit, sizes
+from .formats import KINDS, Which, misfit, sizes
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -49,6 +49,9 @@ if TYPE_CHECKING:
 LAUNCH = Path(__file__).with_name("launch.py")
 RUNS = (Place(LAUNCH, "prepare"), Place(LAUNCH, "launch_steps"))
 """Our code that affects the times; the version digests it."""
+PROJECTIONS: tuple[Which, ...] = ("up", "down")
+POWERS = tuple(2**i for i in range(14))
+"""Numbers of tokens for which Humming's own choice is among the configurations."""
 FILL = 0.9
 """Share of a token block that the mean load fills at least, where Humming's own choice is not to be had."""
 
@@ -85,8 +88,8 @@ class Humming(LaunchableKernel, BuildableKernel):
         return most_tokens(shape, shape.top_k)
 
     def configs(self, shape: MoEShape, hardware: Hardware) -> Sequence[KernelConfig]:
-        """Pairs of tiles with one token block, and Humming's own pairs if it is installed beside the GPU."""
-        return _configs(self, shape, hardware, _own_pairs(shape, hardware))
+        """Pairs of tiles with one token block; beside the GPU, also Humming's own pairs for powers of two tokens."""
+        return _configs(self, shape, hardware, _chooses(hardware))
 
     def describe(self, up: Tile, down: Tile, shape: MoEShape, hardware: Hardware) -> KernelConfig:
         """Describe a pair of tiles."""
@@ -108,7 +111,7 @@ class Humming(LaunchableKernel, BuildableKernel):
         )
 
     def weight_layout(self, shape: MoEShape) -> WeightLayout:
-        each = sum(sizes(shape, which).expert_bytes for which in ("up", "down"))  # type: ignore[arg-type]
+        each = sum(sizes(shape, which).expert_bytes for which in PROJECTIONS)
         return WeightLayout(f"humming/{shape.dtype}", shape.num_experts * max(each, shape.expert_bytes))
 
     def version(self) -> str:
@@ -141,9 +144,11 @@ class Humming(LaunchableKernel, BuildableKernel):
     def default_config(self, shape: MoEShape, hardware: Hardware, num_tokens: int) -> KernelConfig:
         """Humming's own choice by the number of rows. Without it, the smallest block that holds the mean load."""
         rows = num_tokens * shape.top_k
-        for most, up, down in _own_pairs(shape, hardware):
-            if rows <= most:
-                return self.describe(up, down, shape, hardware)
+        if _chooses(hardware):
+            tables = [package.own_table(shape, which) for which in PROJECTIONS]
+            own = [next((tile for most, tile in table if rows <= most), None) for table in tables]
+            if own[0] is not None and own[1] is not None:
+                return self.describe(own[0], own[1], shape, hardware)
         load = rows / min(rows, shape.num_experts) * FILL
         pairs = _pairs(shape)
         up, down = next((pair for pair in pairs if pair[0].block_m >= load), pairs[-1])
@@ -168,29 +173,23 @@ def _pairs(shape: MoEShape) -> tuple[tuple[Tile, Tile], ...]:
     return tuple(sorted((p for p in every if p[0].block_m == p[1].block_m), key=lambda p: p[0].block_m))
 
 
-@functools.lru_cache(maxsize=64)
-def _configs(
-    kernel: Humming, shape: MoEShape, hardware: Hardware, own: tuple[tuple[int, Tile, Tile], ...]
-) -> tuple[KernelConfig, ...]:
-    pairs = dict.fromkeys((*_pairs(shape), *((up, down) for _, up, down in own)))
+@functools.lru_cache(maxsize=256)
+def _configs(kernel: Humming, shape: MoEShape, hardware: Hardware, chooses: bool) -> tuple[KernelConfig, ...]:
+    pairs = dict.fromkeys(_pairs(shape))
+    for tokens in POWERS if chooses else ():
+        up, down = (package.own_choice(shape, which, tokens * shape.top_k) for which in PROJECTIONS)
+        if up is not None and down is not None:
+            pairs[up, down] = None
     return tuple(kernel.describe(up, down, shape, hardware) for up, down in pairs)
 
 
 @functools.lru_cache(maxsize=64)
-def _own_pairs(shape: MoEShape, hardware: Hardware) -> tuple[tuple[int, Tile, Tile], ...]:
-    """Humming's own pairs by the most rows; empty unless the package is installed and this GPU is the hardware."""
+def _chooses(hardware: Hardware) -> bool:
+    """Whether Humming's own choice is to be had: the package is installed, and this GPU is like the hardware."""
     if package.problem() is not None:
-        return ()
+        return False
     import torch
 
     if not torch.cuda.is_available() or torch.cuda.get_device_capability() != (9, 0):
-        return ()
-    if torch.cuda.get_device_properties().multi_processor_count != hardware.num_sms:
-        return ()
-    up, down = (package.own_choice(shape, which) for which in ("up", "down"))  # type: ignore[arg-type]
-    ends = sorted({most for table in (up, down) for most, _ in table})
-
-    def at(table: tuple[tuple[int, Tile], ...], rows: int) -> Tile:
-        return next(tile for most, tile in table if rows <= most)
-
-    return tuple((end, at(up, end), at(down, end)) for end in ends) if up and down else ()
+        return False
+    return torch.cuda.get_device_properties().multi_processor_count == hardware.num_sms

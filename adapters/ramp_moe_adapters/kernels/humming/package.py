@@ -99,8 +99,8 @@ class Package(NamedTuple):
 def package() -> Package:
     """Import the package. Raises KernelError if it cannot be imported, or is another than the one described here."""
     try:
-        kernel = importlib.import_module("humming.kernel.humming")
-        compiler = importlib.import_module("humming.jit.compiler")
+        kernel: Any = importlib.import_module("humming.kernel.humming")
+        compiler: Any = importlib.import_module("humming.jit.compiler")
         device, schema, transform, tune, nvrtc = (
             importlib.import_module(f"humming.{name}")
             for name in ("device", "schema", "transform", "tune", "utils.nvrtc")
@@ -211,11 +211,21 @@ def loaded(layer: str, tile: Tile, label: str) -> Any:
     return torch.tensor([0, 1 << 30, kernel.kernel_id, 0], dtype=torch.int64)
 
 
-@functools.lru_cache(maxsize=64)
-def own_choice(shape: MoEShape, which: Which) -> tuple[tuple[int, Tile], ...]:
-    """Humming's own table of a GEMM for the current device: the most rows, in ascending order, and the tile for them.
+@functools.lru_cache(maxsize=4096)
+def own_choice(shape: MoEShape, which: Which, rows: int) -> Tile | None:
+    """Humming's own choice for a GEMM of so many routed ids on the current device; takes milliseconds.
 
-    Takes one to three seconds. Empty if a tile sets something that a Tile does not have.
+    None if it sets something that a Tile does not have.
+    """
+    tune = package().tune
+    return Tile.of(tune.get_heuristics_config(layer_config(shape, which), shape_m=rows, gemm_type="indexed"))
+
+
+@functools.lru_cache(maxsize=64)
+def own_table(shape: MoEShape, which: Which) -> tuple[tuple[int, Tile], ...]:
+    """All of Humming's own choices for a GEMM: the most rows, in ascending order, and the tile for them.
+
+    Takes one to four seconds. Empty if a choice sets something that a Tile does not have.
     """
     rows = package().tune.get_heuristics_config(layer_config(shape, which), gemm_type="indexed")
     found = [(int(most), Tile.of(tuning)) for _, most, tuning in rows]

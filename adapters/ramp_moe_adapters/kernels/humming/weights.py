@@ -93,7 +93,8 @@ def _side(shape: MoEShape, which: Which, weight: Tensor, scale: Tensor) -> Side:
 
 def _experts(kind: Kind, element: str | None, weight: Tensor, scale: Tensor) -> Iterator[dict[str, Tensor]]:
     """Each expert's tensors as Humming's schema has them, `[1, ...]`."""
-    for w, s in zip(weight.split(1), scale.split(1), strict=True):
+    for e in range(len(weight)):
+        w, s = weight[e : e + 1], scale[e : e + 1]
         if kind.element == "float4e0m3" and element is None:
             w = sign_and_magnitude(w)
         yield {"weight": w.view(torch.int32), "weight_scale": _scales(kind, s)}
