@@ -25,7 +25,7 @@ from ramp_moe.spec.kernel import LAYOUTS, usable_configs
 from ramp_moe.spec.launchable import Batch, MoEWeights, Workspace
 from ramp_moe_adapters.kernels.humming import build, config, launch, package
 from ramp_moe_adapters.kernels.humming import weights as repacking
-from ramp_moe_adapters.kernels.humming.config import Tile, invalid, params, smem, tiles, tiles_of
+from ramp_moe_adapters.kernels.humming.config import WarpTile, invalid, params, smem, tiles, tiles_of
 from ramp_moe_adapters.kernels.humming.formats import KINDS, sizes
 from ramp_moe_adapters.kernels.humming.kernel import Humming
 from ramp_moe_adapters.kernels.humming.launch import PreparedHumming
@@ -98,14 +98,14 @@ def test_tiles_survive_their_parameters_and_hummings_own_words() -> None:
     every = {t for s in SUPPORTED for which in ("up", "down") for t in tiles(s, which)}
     for tile in every:
         assert tiles_of(params(tile, tile)) == (tile, tile)
-        assert Tile.of(tile.tuning()) == tile
+        assert WarpTile.of(tile.tuning()) == tile
     assert len({tile.name for tile in every}) == len(every)
     tile = tiles(shape, "up")[0]
-    assert Tile.of(tile.tuning() | {"use_f16_accum": False, "producer_stage_unroll": tile.stages}) == replace(
+    assert WarpTile.of(tile.tuning() | {"use_f16_accum": False, "producer_stage_unroll": tile.stages}) == replace(
         tile, unroll=0
     )
-    assert Tile.of(tile.tuning() | {"multi_cast_size_a": 2}) is None, "what a Tile lacks must not be dropped"
-    assert Tile.of(tile.tuning() | {"warp_shape": (tile.block_m // 2, 32, 128)}) is None
+    assert WarpTile.of(tile.tuning() | {"multi_cast_size_a": 2}) is None, "what a WarpTile lacks must not be dropped"
+    assert WarpTile.of(tile.tuning() | {"warp_shape": (tile.block_m // 2, 32, 128)}) is None
 
 
 REFUSED = [
@@ -153,7 +153,6 @@ def test_obstacles_name_what_is_missing(installed: Any, monkeypatch: pytest.Monk
     monkeypatch.setenv("HUMMING_CACHE_DIR", str(tmp_path / "file" / "cache"))
     assert "humming cannot write its cache" in (KERNEL.unavailable() or "")
     monkeypatch.setattr(package, "is_installed", lambda name: name != "humming")
-    monkeypatch.setattr(package, "_is_namespace", lambda name: False)
     assert KERNEL.unavailable() == "humming missing; pip install 'ramp-moe[humming]'"
     with pytest.raises(KernelError, match="humming missing"):
         KERNEL.build(MoEShape(8, 2, 256, 128, "mxfp4"), H200, lambda *_: None)

@@ -18,7 +18,7 @@ from ramp_moe.spec.formats import FORMATS
 from ramp_moe.spec.launchable import Batch, MoEWeights, Workspace
 from ramp_moe.testing import KernelConformance
 from ramp_moe_adapters.kernels.humming import package
-from ramp_moe_adapters.kernels.humming.config import Tile, invalid, tiles, tiles_of
+from ramp_moe_adapters.kernels.humming.config import WarpTile, invalid, tiles, tiles_of
 from ramp_moe_adapters.kernels.humming.formats import KINDS, sizes
 from ramp_moe_adapters.kernels.humming.kernel import PROJECTIONS, Humming
 from ramp_moe_adapters.kernels.humming.launch import PreparedHumming, gemm, prepare
@@ -268,7 +268,7 @@ def test_hummings_own_choice_is_among_the_configurations(shape: MoEShape) -> Non
 def test_shared_memory_is_what_the_kernels_take() -> None:
     for name in NAMES:
         _, p = repacked(name)
-        tile: Tile = tiles_of(some_configs(name)[-1].params)[0]
+        tile: WarpTile = tiles_of(some_configs(name)[-1].params)[0]
         kernel = package.compiled(p.up.layer, tile).kernel
         kernel.assert_smem_size_matches_estimate()
 

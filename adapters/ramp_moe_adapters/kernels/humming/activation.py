@@ -173,5 +173,5 @@ def weighted_sum(rows: Tensor, bias: Tensor | None, batch: Batch, num_experts: i
 
 
 def _warps(columns: int) -> int:
-    """Warps of a program that holds so many columns: 16 columns a thread, and 4 to 16 warps."""
+    """Warps of a program that holds that number of columns: 16 columns a thread, and 4 to 16 warps."""
     return min(16, max(4, columns // 512))

@@ -17,7 +17,7 @@ from typing import Any
 from ramp_moe.plugin import Built, Hardware, KernelConfig, KernelError, MoEShape, Progress
 
 from . import package
-from .config import REGISTERS, SMEM_BYTES, Tile, tiles_of
+from .config import REGISTERS, SMEM_BYTES, WarpTile, tiles_of
 from .formats import Which
 
 TOLD_LINES = 12
@@ -35,15 +35,15 @@ def build(
         raise KernelError(reason)
     start, cpu = time.perf_counter(), _cpu_seconds()
     pairs = {c.name: tiles_of(c.params) for c in configs}
-    wanted: dict[tuple[Which, Tile], None] = {}
+    wanted: dict[tuple[Which, WarpTile], None] = {}
     for up, down in pairs.values():
         wanted |= {("up", up): None, ("down", down): None}
-    failed: dict[tuple[str, Tile], str] = {}
-    new: set[tuple[str, Tile]] = set()
+    failed: dict[tuple[str, WarpTile], str] = {}
+    new: set[tuple[str, WarpTile]] = set()
     files: dict[str, int] = {}
     report(0, len(wanted), "")
     for done, line in enumerate(_outcomes(shape, hardware, list(wanted), jobs), 1):
-        key = (line["which"], Tile(**line["tile"]))
+        key = (line["which"], WarpTile(**line["tile"]))
         if "error" in line:
             failed[key] = line["error"]
         else:
@@ -53,7 +53,7 @@ def build(
     dropped = dict[str, str]()
     compiled, reused = list[str](), list[str]()
     for name, (up, down) in pairs.items():
-        keys: list[tuple[str, Tile]] = [("up", up), ("down", down)]
+        keys: list[tuple[str, WarpTile]] = [("up", up), ("down", down)]
         if reasons := [failed[key] for key in keys if key in failed]:
             dropped[name] = reasons[0]
         else:
@@ -84,7 +84,7 @@ def prune() -> int:
 
 
 def _outcomes(
-    shape: MoEShape, hardware: Hardware, wanted: list[tuple[Which, Tile]], jobs: int | None
+    shape: MoEShape, hardware: Hardware, wanted: list[tuple[Which, WarpTile]], jobs: int | None
 ) -> Iterator[dict[str, Any]]:
     """Compile in another process, and yield what it says of each tile."""
     job = {
@@ -128,7 +128,7 @@ def main() -> None:
 
     job = json.load(sys.stdin)
     if torch.cuda.is_available():
-        torch.zeros(1, device="cuda")  # initialises the driver
+        torch.zeros(1, dtype=torch.int32, device="cuda")  # initialises the driver
     else:
         limits = {"max_registers_per_sm": REGISTERS, "max_smem_size": SMEM_BYTES, "max_threads_per_block": 1024}
         package.stand_in(job["device"] | limits | {"sm_version": 90, "sm_major": 9, "sm_minor": 0})
@@ -139,7 +139,7 @@ def main() -> None:
     def compile_one(which: str, fields: dict[str, Any]) -> dict[str, Any]:
         about: dict[str, Any] = {"which": which, "tile": fields}
         try:
-            made = package.compiled(layers[which], Tile(**fields), ahead=True)
+            made = package.compiled(layers[which], WarpTile(**fields), ahead=True)
         except KernelError as e:
             return about | {"error": str(e)}
         return about | {"file": str(made.file), "bytes": made.file.stat().st_size, "new": made.new}

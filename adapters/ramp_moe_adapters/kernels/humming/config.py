@@ -27,7 +27,7 @@ STEP_BYTES = 128
 
 
 @dataclass(frozen=True, slots=True)
-class Tile:
+class WarpTile:
     """The launch of one GEMM. A CTA computes `block_m` sorted ids by `block_n` weight rows.
 
     block_k: columns of a step. warp_n, warp_k: what one warp takes of it; it takes all of block_m.
@@ -95,8 +95,8 @@ class Tile:
         }
 
     @classmethod
-    def of(cls, tuning: Mapping[str, Any]) -> Tile | None:
-        """The tile of one of Humming's own tuning configs; None if it sets something that a Tile does not have."""
+    def of(cls, tuning: Mapping[str, Any]) -> WarpTile | None:
+        """The tile of one of Humming's own tuning configs; None if it sets something that a WarpTile does not have."""
         given = {key: getattr(value, "value", value) for key, value in tuning.items()}
         (m, n, k), (warp_m, warp_n, warp_k) = given["block_shape"], given["warp_shape"]
         made = cls(
@@ -117,7 +117,7 @@ class Tile:
         return made if same else None
 
 
-def params(up: Tile, down: Tile) -> tuple[tuple[str, int | bool], ...]:
+def params(up: WarpTile, down: WarpTile) -> tuple[tuple[str, int | bool], ...]:
     """Both tiles as parameters of a KernelConfig."""
     return tuple(
         (f"{which}_{key}", value) for which, t in (("up", up), ("down", down)) for key, value in asdict(t).items()
@@ -125,14 +125,14 @@ def params(up: Tile, down: Tile) -> tuple[tuple[str, int | bool], ...]:
 
 
 @functools.lru_cache(maxsize=4096)
-def tiles_of(given: tuple[tuple[str, Any], ...]) -> tuple[Tile, Tile]:
+def tiles_of(given: tuple[tuple[str, Any], ...]) -> tuple[WarpTile, WarpTile]:
     """The tiles of a KernelConfig's parameters, the inverse of `params`."""
     p = dict(given)
-    up, down = (Tile(**{f.name: p[f"{which}_{f.name}"] for f in fields(Tile)}) for which in ("up", "down"))
+    up, down = (WarpTile(**{f.name: p[f"{which}_{f.name}"] for f in fields(WarpTile)}) for which in ("up", "down"))
     return up, down
 
 
-def geometry(tile: Tile, shape: MoEShape, which: Which, hardware: Hardware) -> GridGeometry:
+def geometry(tile: WarpTile, shape: MoEShape, which: Which, hardware: Hardware) -> GridGeometry:
     """The grid of a tile's launch: persistent, with `ctas` CTAs on each SM."""
     return sizes(shape, which).grid(
         block_m=tile.block_m,
@@ -145,35 +145,35 @@ def geometry(tile: Tile, shape: MoEShape, which: Which, hardware: Hardware) -> G
 
 
 @functools.lru_cache(maxsize=256)
-def tiles(shape: MoEShape, which: Which) -> tuple[Tile, ...]:
+def tiles(shape: MoEShape, which: Which) -> tuple[WarpTile, ...]:
     """The tiles of a GEMM that are worth measuring and can run."""
     kind, of = KINDS[shape.dtype], sizes(shape, which)
     every = _widened(kind) if kind.a_bits == 16 else _flat(of) if kind.flat else _narrow(kind, of)
     return tuple(dict.fromkeys(tile for tile in every if invalid(tile, kind, of) is None))
 
 
-def _widened(kind: Kind) -> Iterator[Tile]:
+def _widened(kind: Kind) -> Iterator[WarpTile]:
     """4-bit weights that become bf16."""
-    yield from (Tile(m, 128, 64, 64, 32, ctas=4, wgmma=False, stream_k=True) for m in (8, 16))
-    yield Tile(8, 128, 256, 32, 64, stream_k=True)
+    yield from (WarpTile(m, 128, 64, 64, 32, ctas=4, wgmma=False, stream_k=True) for m in (8, 16))
+    yield WarpTile(8, 128, 256, 32, 64, stream_k=True)
     for m in TOKEN_BLOCKS:
         loading: dict[str, Any] = {"specialised": True, "reuse_smem": False, "unroll": 1, "split_wait": True}
         for stream_k in (False, True):
-            yield Tile(m, 256, 64, 32, 64, stream_k=stream_k, **loading)
-            yield Tile(m, 512, 64, 32, 64, stream_k=stream_k, **loading)
+            yield WarpTile(m, 256, 64, 32, 64, stream_k=stream_k, **loading)
+            yield WarpTile(m, 512, 64, 32, 64, stream_k=stream_k, **loading)
             if m <= 32:
-                yield Tile(m, 256, 64, 32, 64, ctas=2, stream_k=stream_k, **loading)
-        yield Tile(m, 256, 64, 32, 64, ctas=2)
+                yield WarpTile(m, 256, 64, 32, 64, ctas=2, stream_k=stream_k, **loading)
+        yield WarpTile(m, 256, 64, 32, 64, ctas=2)
         if m >= 64:
-            yield Tile(m, 256, 64, 32, 64, ctas=2, stream_k=True)
+            yield WarpTile(m, 256, 64, 32, 64, ctas=2, stream_k=True)
         if m <= 32:
-            yield Tile(m, 512, 64, 64, 64, ctas=2)
-            yield Tile(m, 256, 128, 64, 64, ctas=2)
-    yield Tile(8, 512, 64, 64, 64, ctas=3)
-    yield from (Tile(m, 512, 64, 64, 64) for m in (8, 40))
+            yield WarpTile(m, 512, 64, 64, 64, ctas=2)
+            yield WarpTile(m, 256, 128, 64, 64, ctas=2)
+    yield WarpTile(8, 512, 64, 64, 64, ctas=3)
+    yield from (WarpTile(m, 512, 64, 64, 64) for m in (8, 40))
 
 
-def _flat(of: Sizes) -> Iterator[Tile]:
+def _flat(of: Sizes) -> Iterator[WarpTile]:
     """fp8 weights."""
     stages = _stages(of)
     two: dict[str, Any] = {"unroll": 2}
@@ -182,17 +182,17 @@ def _flat(of: Sizes) -> Iterator[Tile]:
         for stream_k in (False, True):
             shared: dict[str, Any] = {"specialised": True, "reuse_smem": False, "stream_k": stream_k}
             for loading in (two, one):
-                yield Tile(m, 256, 128, 32, 128, stages, **shared, **loading)
+                yield WarpTile(m, 256, 128, 32, 128, stages, **shared, **loading)
                 if m <= 16:
-                    yield Tile(m, 256, 128, 32, 128, 3, ctas=2, **shared, **loading)
+                    yield WarpTile(m, 256, 128, 32, 128, 3, ctas=2, **shared, **loading)
             if m == 64:
-                yield Tile(m, 256, 128, 32, 128, stages, raster=8, **shared, **one)
+                yield WarpTile(m, 256, 128, 32, 128, stages, raster=8, **shared, **one)
         if m <= 16:
             shared |= two
-            yield from (Tile(m, 128, 128, 16, 128, stages, ctas, **shared) for ctas in (1, 2))
+            yield from (WarpTile(m, 128, 128, 16, 128, stages, ctas, **shared) for ctas in (1, 2))
 
 
-def _narrow(kind: Kind, of: Sizes) -> Iterator[Tile]:
+def _narrow(kind: Kind, of: Sizes) -> Iterator[WarpTile]:
     """4-bit weights that become fp8."""
     stages = _stages(of)
     for m in TOKEN_BLOCKS[:-1]:
@@ -204,13 +204,13 @@ def _narrow(kind: Kind, of: Sizes) -> Iterator[Tile]:
                 "stream_k": stream_k,
             }
             for late in (False, True)[: 2 if kind.a_group else 1]:
-                yield Tile(m, 256, 128, 32, 128, stages, 2 if m <= 32 else 1, unroll=1, late_scale=late, **shared)
+                yield WarpTile(m, 256, 128, 32, 128, stages, 2 if m <= 32 else 1, unroll=1, late_scale=late, **shared)
             if m <= 16:
-                yield Tile(m, 256, 128, 32, 128, stages, unroll=1, **shared)
-                yield Tile(m, 256, 128, 32, 128, stages, 2, unroll=2, late_scale=kind.a_group > 0, **shared)
+                yield WarpTile(m, 256, 128, 32, 128, stages, unroll=1, **shared)
+                yield WarpTile(m, 256, 128, 32, 128, stages, 2, unroll=2, late_scale=kind.a_group > 0, **shared)
         if m in (24, 40, 80):
-            yield Tile(m, 128, 128, 16, 128, stages, 2 if m <= 40 else 1, unroll=1, **shared)
-    yield Tile(8, 128, 128, 32, 128, stages, stream_k=True, specialised=True, reuse_smem=False, unroll=2)
+            yield WarpTile(m, 128, 128, 16, 128, stages, 2 if m <= 40 else 1, unroll=1, **shared)
+    yield WarpTile(8, 128, 128, 32, 128, stages, stream_k=True, specialised=True, reuse_smem=False, unroll=2)
 
 
 def _stages(of: Sizes) -> int:
@@ -218,7 +218,7 @@ def _stages(of: Sizes) -> int:
     return max(3, min(4, of.padded_k // STEP_BYTES))
 
 
-def invalid(tile: Tile, kind: Kind, of: Sizes) -> str | None:
+def invalid(tile: WarpTile, kind: Kind, of: Sizes) -> str | None:
     """Why a tile cannot run for a GEMM; None if it can."""
     if of.padded_n % tile.block_n or of.padded_k % tile.block_k:
         return "whole tiles do not fill the weights"
@@ -243,7 +243,7 @@ def invalid(tile: Tile, kind: Kind, of: Sizes) -> str | None:
 PACKED_WARP_K = 128
 
 
-def smem(tile: Tile, kind: Kind) -> int:
+def smem(tile: WarpTile, kind: Kind) -> int:
     """Bytes of shared memory of a CTA."""
     m, n, k = tile.block_m, tile.block_n, tile.block_k
     parts = [(m * k * kind.a_bits // 8, 1024), (n * k * kind.bits // 8, 1024 if kind.flat else 128)]
@@ -279,7 +279,7 @@ def _up(size: int, to: int) -> int:
     return -(-size // to) * to
 
 
-def _registers(tile: Tile, kind: Kind) -> str | None:
+def _registers(tile: WarpTile, kind: Kind) -> str | None:
     """Why a thread has too few registers; None if it has enough."""
     budget = REGISTERS // (tile.threads * tile.ctas) // 8 * 8
     needed = MIN_REGISTERS

@@ -38,7 +38,7 @@ from ramp_moe_kernels.limits import too_many_experts
 
 from . import package
 from .build import build, prune
-from .config import Tile, geometry, most_tokens, params, tiles
+from .config import WarpTile, geometry, most_tokens, params, tiles
 from .formats import KINDS, Which, misfit, sizes
 
 if TYPE_CHECKING:
@@ -53,7 +53,7 @@ PROJECTIONS: tuple[Which, ...] = ("up", "down")
 POWERS = tuple(2**i for i in range(14))
 """Numbers of tokens for which Humming's own choice is among the configurations."""
 FILL = 0.9
-"""Share of a token block that the mean load fills at least, where Humming's own choice is not to be had."""
+"""Share of a token block that the mean load fills at least, if Humming's own choice is missing."""
 
 
 class Humming(LaunchableKernel, BuildableKernel):
@@ -91,7 +91,7 @@ class Humming(LaunchableKernel, BuildableKernel):
         """Pairs of tiles with one token block; beside the GPU, also Humming's own pairs for powers of two tokens."""
         return _configs(self, shape, hardware, _chooses(hardware))
 
-    def describe(self, up: Tile, down: Tile, shape: MoEShape, hardware: Hardware) -> KernelConfig:
+    def describe(self, up: WarpTile, down: WarpTile, shape: MoEShape, hardware: Hardware) -> KernelConfig:
         """Describe a pair of tiles."""
         kind = KINDS[shape.dtype]
         blocks = f"bm{up.block_m}" + (f"+bm{down.block_m}" if up.block_m != down.block_m else "")
@@ -167,7 +167,7 @@ class Humming(LaunchableKernel, BuildableKernel):
 
 
 @functools.lru_cache(maxsize=256)
-def _pairs(shape: MoEShape) -> tuple[tuple[Tile, Tile], ...]:
+def _pairs(shape: MoEShape) -> tuple[tuple[WarpTile, WarpTile], ...]:
     """Pairs of tiles with one token block, the smallest first."""
     every = itertools.product(tiles(shape, "up"), tiles(shape, "down"))
     return tuple(sorted((p for p in every if p[0].block_m == p[1].block_m), key=lambda p: p[0].block_m))
@@ -185,7 +185,7 @@ def _configs(kernel: Humming, shape: MoEShape, hardware: Hardware, chooses: bool
 
 @functools.lru_cache(maxsize=64)
 def _chooses(hardware: Hardware) -> bool:
-    """Whether Humming's own choice is to be had: the package is installed, and this GPU is like the hardware."""
+    """Whether Humming can be asked for its own choice: it is installed, and this GPU is like the hardware."""
     if package.problem() is not None:
         return False
     import torch

@@ -21,7 +21,7 @@ from torch import Tensor
 
 from . import package
 from .activation import activate, quantise_tokens, weighted_sum
-from .config import Tile, most_tokens, tiles_of
+from .config import WarpTile, most_tokens, tiles_of
 from .formats import KINDS, Kind
 from .weights import Side, repack
 
@@ -46,19 +46,19 @@ class PreparedHumming:
     down_bias: Tensor | None
     activation: str
     limit: float | None
-    kernels: dict[tuple[str, Tile], Tensor] = field(default_factory=dict, repr=False, compare=False)
+    kernels: dict[tuple[str, WarpTile], Tensor] = field(default_factory=dict, repr=False, compare=False)
 
 
 @dataclass(frozen=True, slots=True)
-class Plan:
+class HummingPlan:
     """The tiles and buffers of a batch, which follow from its size.
 
     schedules: of the up and of the down projection, the same if they share one.
     x, x_scale, act_scale: None if activations are not rounded.
     """
 
-    up: Tile
-    down: Tile
+    up: WarpTile
+    down: WarpTile
     schedules: tuple[Schedule, Schedule]
     x: Tensor | None
     x_scale: Tensor | None
@@ -125,7 +125,7 @@ def launch_steps(
 def gemm(
     prepared: PreparedHumming,
     which: str,
-    tile: Tile,
+    tile: WarpTile,
     a: Tensor,
     a_scale: Tensor | None,
     out: Tensor,
@@ -150,7 +150,7 @@ def gemm(
     )  # fmt: skip
 
 
-def _planned(config: KernelConfig, prepared: PreparedHumming, batch: Batch, workspace: Workspace) -> Plan:
+def _planned(config: KernelConfig, prepared: PreparedHumming, batch: Batch, workspace: Workspace) -> HummingPlan:
     shape, kind, device = prepared.shape, prepared.kind, prepared.up.weight.device
     tokens, n, fp8, bf16 = batch.num_tokens, batch.topk_ids.numel(), torch.float8_e4m3fn, torch.bfloat16
     check_tokens("humming", config.name, tokens, most_tokens(shape, batch.top_k))
@@ -175,7 +175,7 @@ def _planned(config: KernelConfig, prepared: PreparedHumming, batch: Batch, work
         act = workspace.get("act", (n, shape.intermediate_size), bf16, device)
     gate_up = workspace.get("rows_gate_up", (n, shape.gate_up_rows), bf16, device)
     rows = workspace.get("rows_out", (n, shape.hidden_size), bf16, device)
-    return Plan(up, down, schedules, x, x_scale, gate_up, act, act_scale, rows)
+    return HummingPlan(up, down, schedules, x, x_scale, gate_up, act, act_scale, rows)
 
 
 def _schedule(n: int, experts: int, block: int, ending: str, workspace: Workspace, device: torch.device) -> Schedule:

@@ -8,7 +8,6 @@ from __future__ import annotations
 import functools
 import glob
 import importlib
-import importlib.util
 import json
 import os
 import sys
@@ -20,13 +19,13 @@ from typing import Any, NamedTuple
 
 from ramp_moe.plugin import KernelError, MoEShape, is_installed, version_of
 
-from .config import Tile
+from .config import WarpTile
 from .formats import KINDS, PAD_K, PAD_N, Which, sizes
 
 INSTALL = "pip install 'ramp-moe[humming]'"
 TESTED = ("0.1.20",)
 """Versions whose tiles, layouts and predicates this adapter follows."""
-NEEDED = ("torch", "triton", "humming", "jinja2", "cuda", "filelock", "tqdm", "safetensors")
+NEEDED = ("torch", "triton", "humming", "jinja2", "cuda.bindings", "filelock", "tqdm", "safetensors")
 HEADERS = ("nvrtc.h", "cuda_runtime.h")
 
 _lock = threading.Lock()
@@ -41,7 +40,7 @@ def cache() -> Path:
 
 def problem() -> str | None:
     """Why the package can neither be loaded nor compile; None if it can. Imports nothing of it."""
-    if missing := [name for name in NEEDED if not is_installed(name) and not _is_namespace(name)]:
+    if missing := [name for name in NEEDED if not _has(name)]:
         return f"{' and '.join(missing)} missing; {INSTALL}"
     version = version_of("humming")
     if version not in TESTED:
@@ -58,10 +57,11 @@ def problem() -> str | None:
     return None
 
 
-def _is_namespace(name: str) -> bool:
-    """Whether a package without an `__init__` is there, as `cuda` is."""
-    spec = importlib.util.find_spec(name)
-    return spec is not None and bool(spec.submodule_search_locations)
+def _has(name: str) -> bool:
+    try:
+        return is_installed(name)
+    except ModuleNotFoundError:  # the package around it
+        return False
 
 
 def _toolkits() -> Iterator[Path]:
@@ -182,7 +182,7 @@ class Compiled(NamedTuple):
     new: bool
 
 
-def compiled(layer: str, tile: Tile, label: str = "", ahead: bool = False) -> Compiled:
+def compiled(layer: str, tile: WarpTile, label: str = "", ahead: bool = False) -> Compiled:
     """Compile a tile for a layer, `LayerConfig.to_str()`, if Humming's cache lacks it. Says so if it has a label.
 
     ahead: True to compile only, which needs no GPU. Raises KernelError, with the compiler's message.
@@ -197,38 +197,38 @@ def compiled(layer: str, tile: Tile, label: str = "", ahead: bool = False) -> Co
     return Compiled(made, Path(made.kernel_filename), _now.compiled)
 
 
-def _arguments(layer: str, tile: Tile) -> dict[str, Any]:
+def _arguments(layer: str, tile: WarpTile) -> dict[str, Any]:
     given: dict[str, Any] = json.loads(layer)
     return given | {"gemm_type": "indexed"} | tile.tuning()
 
 
-def loaded(layer: str, tile: Tile, label: str) -> Any:
+def loaded(layer: str, tile: WarpTile, label: str) -> Any:
     """What Humming's launch takes for a tile: int64 `[4]` on the CPU, compiled and registered on the current device."""
     import torch
 
     with _lock:
         kernel = compiled(layer, tile, label).kernel
-    return torch.tensor([0, 1 << 30, kernel.kernel_id, 0], dtype=torch.int64)
+    return torch.tensor([0, 1 << 30, kernel.kernel_id, 0], dtype=torch.int64, device="cpu")
 
 
 @functools.lru_cache(maxsize=4096)
-def own_choice(shape: MoEShape, which: Which, rows: int) -> Tile | None:
-    """Humming's own choice for a GEMM of so many routed ids on the current device; takes milliseconds.
+def own_choice(shape: MoEShape, which: Which, rows: int) -> WarpTile | None:
+    """Humming's own choice for a GEMM of `rows` routed ids on the current device. Takes milliseconds.
 
-    None if it sets something that a Tile does not have.
+    None if it sets something that a WarpTile does not have.
     """
     tune = package().tune
-    return Tile.of(tune.get_heuristics_config(layer_config(shape, which), shape_m=rows, gemm_type="indexed"))
+    return WarpTile.of(tune.get_heuristics_config(layer_config(shape, which), shape_m=rows, gemm_type="indexed"))
 
 
 @functools.lru_cache(maxsize=64)
-def own_table(shape: MoEShape, which: Which) -> tuple[tuple[int, Tile], ...]:
+def own_table(shape: MoEShape, which: Which) -> tuple[tuple[int, WarpTile], ...]:
     """All of Humming's own choices for a GEMM: the most rows, in ascending order, and the tile for them.
 
-    Takes one to four seconds. Empty if a choice sets something that a Tile does not have.
+    Takes one to four seconds. Empty if a choice sets something that a WarpTile does not have.
     """
     rows = package().tune.get_heuristics_config(layer_config(shape, which), gemm_type="indexed")
-    found = [(int(most), Tile.of(tuning)) for _, most, tuning in rows]
+    found = [(int(most), WarpTile.of(tuning)) for _, most, tuning in rows]
     return tuple((most, tile) for most, tile in found if tile is not None) if all(t for _, t in found) else ()
 
 
