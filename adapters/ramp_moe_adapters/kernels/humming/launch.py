@@ -15,12 +15,12 @@ from ramp_moe.runtime.relayout import relayout
 from ramp_moe.spec.checks import check_aligned, check_batch, check_bf16
 from ramp_moe.spec.launchable import allocate
 from ramp_moe_kernels.limits import check_tokens
+from ramp_moe_kernels.permute.routed import activate, quantise_tokens, weighted_sum
 from ramp_moe_kernels.triton.launch import on_device_of
 from ramp_moe_kernels.triton.schedule import Schedule, buffer_sizes, launch_schedule
 from torch import Tensor
 
 from . import package
-from .activation import activate, quantise_tokens, weighted_sum
 from .config import WarpTile, most_tokens, tiles_of
 from .formats import KINDS, Kind
 from .weights import Side, repack

@@ -1,6 +1,6 @@
-"""What surrounds Humming's GEMMs: rounding of activations to fp8, the activation, and the weighted sum.
+"""What surrounds GEMMs whose rows are those of routed ids: rounding to fp8, the activation, and the weighted sum.
 
-Rows are those of routed ids, token * top_k + slot. Rows of ids out of range are neither read nor written.
+A routed id is token * top_k + slot. Rows of ids out of range are neither read nor written.
 """
 # Triton is untyped, and so is every function that it compiles.
 # mypy: disable-error-code="import-untyped, untyped-decorator, no-untyped-def, no-untyped-call"
@@ -10,11 +10,12 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 from ramp_moe.plugin import Batch
-from ramp_moe_kernels.triton.combine import columns_of_program
-from ramp_moe_kernels.triton.epilogue import CHUNK, _activate, _gate_row
-from ramp_moe_kernels.triton.launch import dependent_launch, on_device_of
-from ramp_moe_kernels.triton.quantise import _quantise_groups, interpreted
 from torch import Tensor
+
+from ..triton.combine import columns_of_program
+from ..triton.epilogue import CHUNK, _activate, _gate_row
+from ..triton.launch import dependent_launch, on_device_of
+from ..triton.quantise import _quantise_groups, interpreted
 
 WIDTH, MAX_GROUPS = 128, 8
 """Columns of a group, and the most groups of a program."""
