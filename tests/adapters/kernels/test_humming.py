@@ -158,6 +158,14 @@ def test_obstacles_name_what_is_missing(installed: Any, monkeypatch: pytest.Monk
         KERNEL.build(MoEShape(8, 2, 256, 128, "mxfp4"), H200, lambda *_: None)
 
 
+def test_warm_sizes_are_where_other_programs_begin() -> None:
+    """Of the schedule, of its rounding of 4,096 groups of 128 activations, and of the weighted sum."""
+    plain, rounded = (KERNEL.warm_sizes(MoEShape(64, 8, 2048, 1024, name), 512) for name in ("mxfp4", "mxfp4-a8"))
+    assert set(plain) >= {1, 65, 129, 257}
+    assert set(rounded) - set(plain) == {4096 * 128 // 2048 + 1} - set(plain)
+    assert 4096 * 128 // 2048 + 1 in rounded
+
+
 # --- packing ----------------------------------------------------------------------------------------------------------
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import json
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -18,6 +19,7 @@ from ramp_moe.spec.formats import FORMATS
 from ramp_moe.spec.launchable import Batch, MoEWeights, Workspace
 from ramp_moe.testing import KernelConformance
 from ramp_moe_adapters.kernels.humming import package
+from ramp_moe_adapters.kernels.humming.build import build
 from ramp_moe_adapters.kernels.humming.config import WarpTile, invalid, tiles, tiles_of
 from ramp_moe_adapters.kernels.humming.formats import KINDS, sizes
 from ramp_moe_adapters.kernels.humming.kernel import PROJECTIONS, Humming
@@ -271,6 +273,19 @@ def test_shared_memory_is_what_the_kernels_take() -> None:
         tile: WarpTile = tiles_of(some_configs(name)[-1].params)[0]
         kernel = package.compiled(p.up.layer, tile).kernel
         kernel.assert_smem_size_matches_estimate()
+
+
+def test_a_build_compiles_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HUMMING_CACHE_DIR", str(tmp_path))
+    c, told = some_configs("mxfp4")[:1], list[tuple[int, int, str]]()
+    shape = MoEShape(EXPERTS, TOP_K, HIDDEN, INTER, "mxfp4")
+    first = build(shape, H200, c, lambda *part: told.append(part), 2)
+    assert (first.compiled, first.reused, first.dropped) == ((c[0].name,), (), {})
+    assert [done for done, _, _ in told] == [0, 1, 2]
+    assert len([*tmp_path.glob("*/kernel.cubin")]) == 2
+    again = build(shape, H200, c, lambda *part: None, 2)
+    assert (again.compiled, again.reused, again.bytes) == ((), (c[0].name,), first.bytes)
+    assert KERNEL.prune() == 0
 
 
 class TestConformance(KernelConformance):

@@ -154,6 +154,15 @@ class Humming(LaunchableKernel, BuildableKernel):
         up, down = next((pair for pair in pairs if pair[0].block_m >= load), pairs[-1])
         return self.describe(up, down, shape, hardware)
 
+    def warm_sizes(self, shape: MoEShape, max_tokens: int) -> Sequence[int]:
+        """The sizes of the Triton kernels around the GEMMs."""
+        from ramp_moe_kernels.triton.quantise import MANY_GROUPS
+        from ramp_moe_kernels.triton.sizes import warm_sizes
+
+        group = KINDS[shape.dtype].a_group
+        ids = (MANY_GROUPS * group // shape.hidden_size * shape.top_k,) if group else ()
+        return warm_sizes(shape, max_tokens, ids=ids)
+
     def run(
         self, config: KernelConfig, prepared: Any, batch: Batch, out: Tensor, workspace: Workspace
     ) -> Iterator[None]:

@@ -138,6 +138,12 @@ class Marlin(LaunchableKernel):
         block = own_block(shape, num_tokens)
         return self.describe(block, tiles(shape, "up", block)[0], tiles(shape, "down", block)[0], shape, hardware)
 
+    def warm_sizes(self, shape: MoEShape, max_tokens: int) -> Sequence[int]:
+        """The sizes of the Triton kernels around the GEMMs."""
+        from ramp_moe_kernels.triton.sizes import warm_sizes
+
+        return warm_sizes(shape, max_tokens)
+
     def run(
         self, config: KernelConfig, prepared: Any, batch: Batch, out: Tensor, workspace: Workspace
     ) -> Iterator[None]:
