@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 import json
 import math
 import os
@@ -169,22 +168,28 @@ def test_warm_sizes_are_where_other_programs_begin() -> None:
 # --- packing ----------------------------------------------------------------------------------------------------------
 
 
-def test_every_nibble_becomes_sign_and_magnitude() -> None:
-    packed = torch.arange(256, dtype=torch.uint8)
-    without = packed[(packed & 15 > 0) & (packed >> 4 > 0)]
-    codes = formats.unpack(repacking.sign_and_magnitude(without)).int()
-    values = torch.where(codes < 8, codes, 8 - codes)
-    assert torch.equal(values, formats.unpack(without).int() - 8)
-    assert not (codes == 8).any(), "minus zero"
-
-
-def test_minus_8_is_found_wherever_it_is() -> None:
-    clean = torch.full((3, 4, 8), 0x77, dtype=torch.uint8)
-    assert not repacking.holds_minus_8(clean)
-    for expert, code in itertools.product(range(3), (0x70, 0x07, 0x00)):
-        dirty = clean.clone()
-        dirty[expert, 1, 5] = code
-        assert repacking.holds_minus_8(dirty)
+@pytest.mark.parametrize("name", KINDS)
+def test_codes_go_to_humming_as_they_are_stored(name: str) -> None:
+    """Every byte, eight codes a word; scales of rows and INT4 groups in bf16, e8m0 byte by byte."""
+    w = random_weights(MoEShape(2, 1, 256, 128, name), "cpu", seed=0)
+    kind, stored = KINDS[name], formats.per_row(w)
+    if w.stored.packed:
+        every = torch.arange(w.gate_up.numel()).to(torch.uint8).view_as(w.gate_up)
+        stored = replace(stored, gate_up=every)
+    for e, tensors in enumerate(repacking._experts(kind, stored.gate_up, stored.gate_up_scale)):
+        assert tensors["weight"].shape == (1, 256, 256 * kind.bits // 32)
+        raw, given_raw = tensors["weight"].view(torch.uint8), stored.gate_up[e : e + 1].view(torch.uint8)
+        assert torch.equal(raw, given_raw)
+        scale = tensors["weight_scale"]
+        assert scale.dtype == getattr(torch, "float8_e8m0fnu" if kind.scale_bits == 8 else kind.scale_dtype)
+        given_scale = stored.gate_up_scale[e : e + 1]
+        assert (
+            torch.equal(scale.view(torch.uint8), given_scale)
+            if kind.scale_bits == 8
+            else torch.equal(scale, given_scale.to(scale.dtype))
+        )
+    if w.stored.packed and kind.element == "uint4":
+        assert formats.INT4[0] == -8, "the code 0 is Humming's integer 0, less 8"
 
 
 def test_exponents_that_fp8_cannot_hold() -> None:

@@ -24,7 +24,6 @@ from ramp_moe_adapters.kernels.humming.config import WarpTile, invalid, tiles, t
 from ramp_moe_adapters.kernels.humming.formats import KINDS, sizes
 from ramp_moe_adapters.kernels.humming.kernel import PROJECTIONS, Humming
 from ramp_moe_adapters.kernels.humming.launch import PreparedHumming, gemm, prepare
-from ramp_moe_adapters.kernels.humming.weights import INTEGER
 from ramp_moe_kernels.triton.schedule import allocate, launch_schedule
 
 KERNEL = Humming()
@@ -41,19 +40,12 @@ pytestmark = [
 
 
 def layer(name: str, bias: bool = False, seed: int = 0, **options: Any) -> MoEWeights:
-    """Random weights; those of int4-g32 have no -8, those of int4-g128 have: Humming multiplies them differently."""
     w = replace(random_weights(MoEShape(EXPERTS, 1, HIDDEN, INTER, name), torch.device("cuda"), seed), **options)
-    if "int4-g32" in name:
-        w = replace(w, gate_up=without_minus_8(w.gate_up), down=without_minus_8(w.down))
     if not bias:
         return w
     generator = torch.Generator().manual_seed(1)
     gate_up, down = (torch.randn(EXPERTS, n, generator=generator).cuda() for n in (2 * INTER, HIDDEN))
     return replace(w, gate_up_bias=gate_up, down_bias=down)
-
-
-def without_minus_8(packed: torch.Tensor) -> torch.Tensor:
-    return (packed & 0x0F).clamp(min=1) | (packed >> 4).clamp(min=1) << 4
 
 
 @functools.cache
@@ -91,17 +83,17 @@ def some_configs(name: str) -> list[KernelConfig]:
 # --- packing ----------------------------------------------------------------------------------------------------------
 
 
-def every_code(name: str, minus_8: bool, wide: bool = False) -> MoEWeights:
-    """Two experts that hold every byte, at every column of a group, under scales that differ everywhere."""
-    stored, hidden, inter = FORMATS[name], 512, 256
-    w = random_weights(MoEShape(2, 1, hidden, inter, name), torch.device("cuda"), 3)
-    if not stored.packed:
-        return w
+def every_code(name: str, wide: bool = False) -> MoEWeights:
+    """Two experts that hold every byte, at every column of a group, under scales that differ everywhere.
 
+    wide: True if MXFP4 scales differ by more than 2^11 from row to row.
+    """
+    w = random_weights(MoEShape(2, 1, 512, 256, name), torch.device("cuda"), 3)
+    if not FORMATS[name].packed:
+        return w
     made = {}
     for key in ("gate_up", "down"):
-        every = torch.arange(getattr(w, key).numel(), device="cuda").to(torch.uint8).view_as(getattr(w, key))
-        made[key] = every if minus_8 or name.startswith("mxfp4") else without_minus_8(every)
+        made[key] = torch.arange(getattr(w, key).numel(), device="cuda").to(torch.uint8).view_as(getattr(w, key))
     if name.startswith("mxfp4"):
         for key in ("gate_up_scale", "down_scale"):
             scale = getattr(w, key)
@@ -111,19 +103,17 @@ def every_code(name: str, minus_8: bool, wide: bool = False) -> MoEWeights:
     return replace(w, **made)
 
 
-CODES = [(name, False) for name in NAMES if name != "fp8-tensor"] + [(name, True) for name in PACKED if "int4" in name]
+CODES = [(name, False) for name in NAMES if name != "fp8-tensor"]
 
 
 @pytest.mark.parametrize("case", [*CODES, ("mxfp4-a8", True)], ids=str)
 def test_every_code_under_every_scale(case: tuple[str, bool]) -> None:
     """Tokens of a one in each column read the weights out: a product with bf16 weights is exact."""
-    name, other = case
-    w = every_code(name, minus_8=other, wide=other)
+    name, wide = case
+    w = every_code(name, wide)
     p = prepare(w)
-    if "int4" in name:
-        assert (json.loads(p.up.layer)["b_dtype"] == INTEGER) == other
     if name == "mxfp4-a8":
-        assert (json.loads(p.up.layer)["weight_scale_2_type"] == "channel") == other
+        assert (json.loads(p.up.layer)["weight_scale_2_type"] == "channel") == wide
     stored = formats.format_of(w)
     sides = (w.gate_up, w.gate_up_scale, 2), (w.down, w.down_scale, 1)
     for which, (weight, scale, matrices) in zip(PROJECTIONS, sides, strict=True):
@@ -145,7 +135,7 @@ def test_every_code_under_every_scale(case: tuple[str, bool]) -> None:
 
 
 def test_scales_that_rounded_activations_rule_out() -> None:
-    w = every_code("mxfp4-a8", minus_8=False)
+    w = every_code("mxfp4-a8")
     scale = w.gate_up_scale.clone()
     scale[1, 3, 0] -= 40
     with pytest.raises(KernelError, match=r"row of expert 1 differ by more than 2\^11"):

@@ -20,9 +20,6 @@ from . import package
 from .config import REGISTERS, SMEM_BYTES, WarpTile, tiles_of
 from .formats import Which
 
-TOLD_LINES = 12
-"""Number of last lines of a failed process's output to report."""
-
 
 def build(
     shape: MoEShape, hardware: Hardware, configs: Sequence[KernelConfig], report: Progress, jobs: int | None
@@ -113,7 +110,7 @@ def _outcomes(
             process.kill()
             raise
     if process.returncode:
-        raise KernelError("humming cannot compile ahead:\n" + "".join(other[-TOLD_LINES:]).rstrip())
+        raise KernelError("humming cannot compile ahead: " + (other[-1].strip() if other else "its process was ended"))
 
 
 def _cpu_seconds() -> float:

@@ -55,7 +55,7 @@ class Kind:
 
 
 def _int4(group: int, a_bits: int = 16) -> Kind:
-    return Kind("float4e0m3", 4, "group", "bfloat16", group, a_bits)
+    return Kind("uint4", 4, "group", "bfloat16", group, a_bits)
 
 
 KINDS: Mapping[str, Kind] = {
@@ -69,7 +69,7 @@ KINDS: Mapping[str, Kind] = {
     "mxfp4": Kind("float4e2m1", 4, "group", "float8e8m0", 32),
     "mxfp4-a8": Kind("float4e2m1", 4, "group", "float8e8m0", 32, 8, 128),
 }
-"""By our formats' names. INT4 has this element unless a weight is -8 (see `weights.py`)."""
+"""By our formats' names. Humming's integers have 8 added, as ours."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -137,18 +137,16 @@ def layer_config(
     which: Which,
     *,
     experts: int | None = None,
-    element: str | None = None,
     row_exponents: bool = False,
 ) -> Any:
     """Humming's LayerConfig of a GEMM.
 
     experts: of the tensors; None for the shape's.
-    element: Humming's dtype of the weights, if it is not the kind's.
     row_exponents: True if each row of fused exponents has a range of its own.
     """
     hum, kind, of = package(), KINDS[shape.dtype], sizes(shape, which)
     weights = hum.schema.HummingWeightSchema(
-        b_dtype=element or kind.element,
+        b_dtype=kind.element,
         bs_dtype=kind.scale_dtype,
         weight_scale_group_size=kind.group,
         weight_scale_group_size_n=kind.group if kind.scales == "block" else 0,
