@@ -203,24 +203,67 @@ def signed(weights: MoEWeights, dtype: str) -> PreparedHumming:
         kinds[dtype] = kept
 
 
+@dataclass(frozen=True)
+class Prepared:
+    """A layer's weights as each kernel wants them.
+
+    signed: INT4 as sign and magnitude. marlin: both are None if the kernel cannot run, or the format has no such form.
+    """
+
+    weights: MoEWeights
+    humming: PreparedHumming
+    signed: PreparedHumming | None
+    marlin: Any
+
+
+def prepare_all(shape: MoEShape) -> Prepared:
+    weights, marlin = random_weights(shape, "cuda", 0), Marlin()
+    signs = None
+    if shape.format.element == "int4":  # without -8, which sign and magnitude lack
+        clean = {key: (w & 15).clamp(min=1) | (w >> 4).clamp(min=1) << 4
+                 for key, w in (("gate_up", weights.gate_up), ("down", weights.down))}  # fmt: skip
+        weights = replace(weights, **clean)
+        signs = signed(weights, shape.dtype)
+    runs = marlin.unavailable() is None and marlin.unsupported(shape, H200) is None
+    return Prepared(weights, prepare(weights), signs, marlin.prepare(weights) if runs else None)
+
+
+def whole_layers(timer: Timer, shape: MoEShape, prepared: Prepared, drawn: Drawn, pairs: Mapping[str, Pair]) -> Any:
+    """Time whole layers of a batch with each pair, and what they are compared with."""
+    kernel, marlin = Humming(), Marlin()
+    x = torch.randn(drawn.tokens, shape.hidden_size, device="cuda", generator=torch.Generator("cuda").manual_seed(1))
+    even = torch.full(drawn.ids.shape, 1 / shape.top_k, device="cuda")
+    batch = Batch(x.bfloat16(), drawn.ids, even)
+    runs: dict[str, tuple[Any, Any, Any]] = {
+        name: (kernel, kernel.describe(*pair, shape, H200), prepared.humming) for name, pair in pairs.items()
+    }
+    if prepared.signed is not None:
+        runs["signed"] = kernel, runs["own"][1], prepared.signed
+    if prepared.marlin is not None:
+        runs["marlin"] = marlin, marlin.default_config(shape, H200, drawn.tokens), prepared.marlin
+    launches, outs = {}, {}
+    for name, (of, config, given) in runs.items():
+        outs[name] = torch.empty_like(batch.hidden_states)
+        launches[name] = partial(of.launch, config, given, batch, outs[name], Workspace())
+        launches[name]()
+    us = dict(zip(launches, timer(list(launches.values()), 20), strict=True))
+    row: dict[str, Any] = {"tokens": drawn.tokens, "routing": drawn.routing}
+    row["us"] = {name: round(t, 2) for name, t in us.items()}
+    row["pairs"] = {name: [tile.name for tile in pair] for name, pair in pairs.items()}
+    if (drawn.tokens, drawn.routing) in CHECKED:
+        expected = reference(prepared.weights, batch)
+        row["error"] = {name: round(apart(o, expected), 5) for name, o in outs.items()}
+    return row
+
+
 def layers(shape: MoEShape, out: Path) -> None:
     """Measure a shape and write the file."""
-    timer, kernel = Timer(), Humming()
-    weights = random_weights(shape, "cuda", 0)
-    signs = None
-    if shape.format.element == "int4":
-        clean = (((w & 15).clamp(min=1) | (w >> 4).clamp(min=1) << 4) for w in (weights.gate_up, weights.down))
-        weights = replace(weights, **dict(zip(("gate_up", "down"), clean, strict=True)))
-        signs = signed(weights, shape.dtype)
-    prepared, marlin = prepare(weights), Marlin()
-    has_marlin = marlin.unavailable() is None and marlin.unsupported(shape, H200) is None
-    for_marlin = marlin.prepare(weights) if has_marlin else None
+    timer, prepared, rows = Timer(), prepare_all(shape), []
     measured: dict[tuple[int, str, int], tuple[Drawn, Times]] = {}
     for tokens, (routing, seed) in itertools.product(TOKENS, dict.fromkeys((*FITTED, *JUDGED))):
         drawn = draw(shape, tokens, routing, seed)
-        measured[tokens, routing, seed] = drawn, stage_times(timer, prepared, shape, drawn)
+        measured[tokens, routing, seed] = drawn, stage_times(timer, prepared.humming, shape, drawn)
     fitted = fit(shape, [measured[tokens, *of] for tokens in TOKENS for of in FITTED])
-    rows = []
     for tokens, (routing, seed) in itertools.product(TOKENS, JUDGED):
         drawn, times = measured[tokens, routing, seed]
         uniform = measured[tokens, "uniform", 7][1]
@@ -230,42 +273,13 @@ def layers(shape: MoEShape, out: Path) -> None:
             for which in PROJECTIONS
         }  # fmt: skip
         common = {which: {t: us for t, us in uniform[which].items() if t in times[which]} for which in PROJECTIONS}
-        pairs = {
-            "own": own(shape, tokens),
-            "model": fastest(predicted),
-            "uniform": fastest(common),
-            "best": fastest(times),
-        }
-        x = torch.randn(tokens, shape.hidden_size, device="cuda", generator=torch.Generator("cuda").manual_seed(1))
-        even = torch.full(drawn.ids.shape, 1 / shape.top_k, device="cuda")
-        batch = Batch(x.bfloat16(), drawn.ids, even)
-        runs: dict[str, tuple[Any, Any, Any]] = {
-            name: (kernel, kernel.describe(*pair, shape, H200), prepared) for name, pair in pairs.items()
-        }
-        if signs is not None:
-            runs["signed"] = kernel, runs["own"][1], signs
-        if for_marlin is not None:
-            runs["marlin"] = marlin, marlin.default_config(shape, H200, tokens), for_marlin
-        launches, outs = {}, {}
-        for name, (of, config, given) in runs.items():
-            outs[name] = torch.empty_like(batch.hidden_states)
-            launches[name] = partial(of.launch, config, given, batch, outs[name], Workspace())
-            launches[name]()
-        us = dict(zip(launches, timer(list(launches.values()), 20), strict=True))
-        row = {"tokens": tokens, "routing": routing, "us": {name: round(t, 2) for name, t in us.items()}}
-        row["pairs"] = {name: [tile.name for tile in pair] for name, pair in pairs.items()}
-        if (tokens, routing) in CHECKED:
-            expected = reference(weights, batch)
-            row["error"] = {name: round(apart(o, expected), 5) for name, o in outs.items()}
-        rows.append(row)
-        print(json.dumps(row["us"]))
-    about = {
-        "model": shape.label,
-        "dtype": shape.dtype,
-        "gpu": torch.cuda.get_device_name(),
-        "torch": torch.__version__,
-    }
-    out.write_text(json.dumps(about | {"humming": package.TESTED[-1], "rows": rows}, indent=0))
+        pairs = {"own": own(shape, tokens), "model": fastest(predicted)}
+        pairs |= {"uniform": fastest(common), "best": fastest(times)}
+        rows.append(whole_layers(timer, shape, prepared, drawn, pairs))
+        print(json.dumps(rows[-1]["us"]))
+    about = {"model": shape.label, "dtype": shape.dtype, "gpu": torch.cuda.get_device_name()}
+    about |= {"torch": torch.__version__, "humming": package.TESTED[-1]}
+    out.write_text(json.dumps(about | {"rows": rows}, indent=0))
 
 
 def main() -> None:

@@ -201,12 +201,17 @@ def _arguments(layer: str, tile: WarpTile) -> dict[str, Any]:
 
 
 def loaded(layer: str, tile: WarpTile, label: str) -> Any:
-    """What Humming's launch takes for a tile: int64 `[4]` on the CPU, compiled and registered on the current device."""
+    """What Humming's launch takes for a tile: int64 `[4]` on the CPU. Compiles and registers it on the current device.
+
+    The four are the rows that the tile is for, from and to, the kernel and the device's SMs. Without the last, each
+    launch would ask the driver.
+    """
     import torch
 
     with _lock:
         kernel = compiled(layer, tile, label).kernel
-    return torch.tensor([0, 1 << 30, kernel.kernel_id, 0], dtype=torch.int64, device="cpu")
+    sms = torch.cuda.get_device_properties(torch.cuda.current_device()).multi_processor_count
+    return torch.tensor([0, 1 << 30, kernel.kernel_id, sms], dtype=torch.int64, device="cpu")
 
 
 @functools.lru_cache(maxsize=4096)
