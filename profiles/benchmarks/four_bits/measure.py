@@ -257,8 +257,10 @@ def whole_layers(timer: Timer, shape: MoEShape, prepared: Prepared, drawn: Drawn
 
 
 def layers(shape: MoEShape, out: Path) -> None:
-    """Measure a shape and write the file."""
-    timer, prepared, rows = Timer(), prepare_all(shape), []
+    """Measure a shape and write the file, anew after each batch."""
+    timer, prepared, rows = Timer(), prepare_all(shape), list[Any]()
+    about = {"model": shape.label, "dtype": shape.dtype, "gpu": torch.cuda.get_device_name()}
+    about |= {"torch": torch.__version__, "humming": package.TESTED[-1]}
     measured: dict[tuple[int, str, int], tuple[Drawn, Times]] = {}
     for tokens, (routing, seed) in itertools.product(TOKENS, dict.fromkeys((*FITTED, *JUDGED))):
         drawn = draw(shape, tokens, routing, seed)
@@ -276,10 +278,8 @@ def layers(shape: MoEShape, out: Path) -> None:
         pairs = {"own": own(shape, tokens), "model": fastest(predicted)}
         pairs |= {"uniform": fastest(common), "best": fastest(times)}
         rows.append(whole_layers(timer, shape, prepared, drawn, pairs))
-        print(json.dumps(rows[-1]["us"]))
-    about = {"model": shape.label, "dtype": shape.dtype, "gpu": torch.cuda.get_device_name()}
-    about |= {"torch": torch.__version__, "humming": package.TESTED[-1]}
-    out.write_text(json.dumps(about | {"rows": rows}, indent=0))
+        print(json.dumps(rows[-1]["us"]), flush=True)
+        out.write_text(json.dumps(about | {"rows": rows}, indent=0))
 
 
 def main() -> None:

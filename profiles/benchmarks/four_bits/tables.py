@@ -33,12 +33,17 @@ def spread(values: Sequence[float]) -> str:
     return f"{mean:.3f}x ({min(values):.2f} to {max(values):.2f})"
 
 
+def of(f: dict[str, Any]) -> tuple[str, str]:
+    """The model, and its weights: their format, and how they were stored if not as integers."""
+    return f["model"], ", ".join((f["dtype"], *([f["stored"]] if "stored" in f else [])))
+
+
 def _gains(found: Found) -> str:
     lines = []
     for f in found:
         for what, routings in (("held-out skew", HELD_OUT), ("all", None)):
             rows = [row for row in f["rows"] if routings is None or row["routing"] in routings]
-            lines.append((f["model"], f["dtype"], what, len(rows), *(spread(ratios(rows, name)) for name in OTHERS)))
+            lines.append((*of(f), what, len(rows), *(spread(ratios(rows, name)) for name in OTHERS)))
     return table(("model", "weights", "routings", "batches", *(f"over {name}" for name in OTHERS)), lines)
 
 
@@ -48,13 +53,13 @@ def _layers(found: Found) -> str:
         for row in f["rows"]:
             us = row["us"]
             cells = [f"{us[name]:.0f}" if name in us else "-" for name in ("model", *OTHERS)]
-            lines.append((f["model"], f["dtype"], row["tokens"], row["routing"], *cells))
+            lines.append((*of(f), row["tokens"], row["routing"], *cells))
     return table(("model", "weights", "tokens", "routing", "model, us", *(f"{name}, us" for name in OTHERS)), lines)
 
 
 def _errors(found: Found) -> str:
     lines = [
-        (f["model"], f["dtype"], row["tokens"], row["routing"], *(f"{row['error'].get(name, math.nan):.4f}"
+        (*of(f), row["tokens"], row["routing"], *(f"{row['error'].get(name, math.nan):.4f}"
          if name in row["error"] else "-" for name in ("model", "own", "signed", "marlin")))
         for f in found for row in f["rows"] if "error" in row
     ]  # fmt: skip

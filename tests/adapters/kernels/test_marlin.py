@@ -18,7 +18,7 @@ from ramp_moe.runtime.relayout import relayout
 from ramp_moe.spec.kernel import LAYOUTS
 from ramp_moe.spec.launchable import Batch, MoEWeights, Workspace
 from ramp_moe_adapters.kernels.marlin import launch
-from ramp_moe_adapters.kernels.marlin.config import TOKEN_BLOCKS, TYPES, own_block, tiles
+from ramp_moe_adapters.kernels.marlin.config import TOKEN_BLOCKS, TYPES, own_block, tiles, tiles_of
 from ramp_moe_adapters.kernels.marlin.kernel import Marlin
 from ramp_moe_adapters.kernels.marlin.launch import MarlinWeights, PreparedMarlin
 from ramp_moe_adapters.kernels.marlin.layout import repack, repack_scales
@@ -34,14 +34,15 @@ def test_tiles_divide_the_weights_and_grids_count_them() -> None:
     shape = MoEShape(384, 6, 7168, 384, "mxfp4")
     histogram = expert_histogram(generate("zipf1.2", 100, 384, 6), 384)
     found = KERNEL.configs(shape, H200)
-    assert len(found) == len({c.name for c in found}) == 5 * 9
+    assert len(found) == len({c.name for c in found}) == 5 * 16
     for c in found:
         p = dict(c.params)
         for grid, n, k, which in zip(c.gemms, (768, 7168), (7168, 384), ("up", "down"), strict=True):
             assert n % p[f"{which}_thread_n"] == k % p[f"{which}_thread_k"] == 0
             m_tiles = sum(math.ceil(h / p["block_m"]) for h in histogram.tolist())
             assert int(grid.logical(histogram)) == m_tiles * n // p[f"{which}_thread_n"]
-            assert grid.launched(600, 384) == H200.num_sms
+            resident = 4 if p[f"{which}_chosen"] and p["block_m"] <= 16 else 1
+            assert grid.launched(600, 384) == resident * H200.num_sms
             assert grid.stream_k
     for tokens in (1, 64, 8192):
         assert KERNEL.default_config(shape, H200, tokens) in found
@@ -120,7 +121,7 @@ class Emulation:
         assert out.shape == (m * top_k, n)
         assert weights.dtype == torch.float32
         assert int(locks.count_nonzero()) == 0
-        assert n % tile[1] == k % tile[0] == 0
+        assert tile == [-1, -1, -1] or n % tile[1] == k % tile[0] == 0
         self.seen.append((block, *tile))
         for i in range(int(used) // block):
             ids = sorted_ids[i * block : (i + 1) * block]
@@ -169,9 +170,9 @@ def test_emulated(case: tuple[str, str], emulation: Emulation) -> None:
     shape = w.shape(2)
     for c in (KERNEL.default_config(shape, H200, 7), KERNEL.configs(shape, H200)[-1]):
         assert error(run(c, w, b), reference(w, b)) < 0.01
-        p = dict(c.params)
-        seen = [(p["block_m"], p[f"{which}_thread_k"], p[f"{which}_thread_n"], 1) for which in ("up", "down")]
-        assert emulation.seen[-2:] == seen
+        block, *pair = tiles_of(c.params)
+        assert emulation.seen[-2:] == [(block, *tile.arguments) for tile in pair]
+        assert all(tile.arguments == (-1, -1, -1) for tile in pair) == (c == KERNEL.default_config(shape, H200, 7))
 
 
 @pytest.mark.parametrize("activation", ["gelu_tanh", "swiglu_oai", "swiglu_clamped"])
@@ -201,6 +202,7 @@ def test_what_it_refuses(emulation: Emulation) -> None:
 
 def test_tiles_follow_the_token_block() -> None:
     shape = MoEShape(64, 8, 2048, 1024, "mxfp4")
-    assert {b: tiles(shape, "up", b)[0].name for b in TOKEN_BLOCKS} == {
+    assert {tiles(shape, "up", b)[0].name for b in TOKEN_BLOCKS} == {"auto"}
+    assert {b: tiles(shape, "up", b)[1].name for b in TOKEN_BLOCKS} == {
         8: "k128n128", 16: "k128n128", 32: "k64n256", 48: "k64n256", 64: "k64n256"
     }  # fmt: skip

@@ -3,8 +3,8 @@
 Our schedule, activation and weighted sum surround them. The library runs unmodified, and vLLM's Python code not at all.
 vllm must be installed only where the kernel is to run.
 
-A launch has one CTA per SM. They divide sum_e ceil(h_e / block_m) * N / thread_n tiles of K / thread_k steps evenly
-among themselves, so that a tile may be shared along k.
+A launch has one to four CTAs per SM. They divide sum_e ceil(h_e / block_m) * N / thread_n tiles of K / thread_k steps
+evenly among themselves, so that a tile may be shared along k.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ from ramp_moe.plugin import (
 )
 from ramp_moe_kernels.limits import too_many_experts
 
-from .config import TOKEN_BLOCKS, TYPES, MarlinTile, geometry, misfit, most_tokens, own_block, tiles
+from .config import TOKEN_BLOCKS, TYPES, MarlinTile, geometry, misfit, most_tokens, own_block, params, tiles
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -85,9 +85,6 @@ class Marlin(LaunchableKernel):
         self, block_m: int, up: MarlinTile, down: MarlinTile, shape: MoEShape, hardware: Hardware
     ) -> KernelConfig:
         """Describe a pair of tiles with one token block."""
-        params: list[tuple[str, int]] = [("block_m", block_m)]
-        for which, tile in (("up", up), ("down", down)):
-            params += [(f"{which}_thread_k", tile.thread_k), (f"{which}_thread_n", tile.thread_n)]
         key = f"bm{block_m}"
         return KernelConfig(
             f"{key}-up({up.name})-down({down.name})",
@@ -98,7 +95,7 @@ class Marlin(LaunchableKernel):
                 Stage("gemm", f"{self.name}/down/{key}-{down.name}", geometry(down, block_m, shape, "down", hardware)),
                 Stage("combine", f"{self.name}/combine"),
             ),
-            tuple(params),
+            params(block_m, up, down),
         )
 
     def weight_layout(self, shape: MoEShape) -> WeightLayout:
@@ -134,7 +131,7 @@ class Marlin(LaunchableKernel):
         return prepare(weights)
 
     def default_config(self, shape: MoEShape, hardware: Hardware, num_tokens: int) -> KernelConfig:
-        """vLLM's own token block, and the tiles that the library takes by itself."""
+        """vLLM's own token block, and tiles of the library's own choice."""
         block = own_block(shape, num_tokens)
         return self.describe(block, tiles(shape, "up", block)[0], tiles(shape, "down", block)[0], shape, hardware)
 

@@ -24,7 +24,7 @@ from ramp_moe_kernels.triton.launch import on_device_of
 from ramp_moe_kernels.triton.schedule import Schedule, buffer_sizes, launch_schedule
 from torch import Tensor
 
-from .config import TYPES, MarlinTile, most_tokens, sizes
+from .config import TYPES, MarlinTile, most_tokens, sizes, tiles_of
 from .layout import repack, repack_scales
 
 LIBRARY = "_moe_C_stable_libtorch.abi3.so"
@@ -163,7 +163,7 @@ def gemm(
             a, out, side.weight, None, side.scale, None, None, None, locks.view(torch.int32),
             schedule.sorted_token_ids, schedule.expert_ids, schedule.num_tokens_post_padded, topk_weights,
             block_m, top_k, False, TYPES[prepared.shape.dtype], len(a), n, k, False, True, False,
-            tile.thread_k, tile.thread_n, 1,
+            *tile.arguments,
         )  # fmt: skip
 
 
@@ -171,12 +171,12 @@ def _planned(config: KernelConfig, prepared: PreparedMarlin, batch: Batch, works
     shape, device = prepared.shape, prepared.up.weight.device
     n, bf16 = batch.topk_ids.numel(), torch.bfloat16
     check_tokens("marlin", config.name, batch.num_tokens, most_tokens(shape, batch.top_k))
-    p = {name: int(value) for name, value in config.params}
-    buffers = buffer_sizes(n, shape.num_experts, p["block_m"])
+    block, up, down = tiles_of(config.params)
+    buffers = buffer_sizes(n, shape.num_experts, block)
     return MarlinPlan(
-        p["block_m"],
-        MarlinTile(p["up_thread_k"], p["up_thread_n"]),
-        MarlinTile(p["down_thread_k"], p["down_thread_n"]),
+        block,
+        up,
+        down,
         Schedule(**{name: workspace.get(name, (size,), torch.int32, device) for name, size in buffers.items()}),
         workspace.get("rows_gate_up", (n, shape.gate_up_rows), bf16, device),
         workspace.get("act", (n, shape.intermediate_size), bf16, device),
