@@ -119,7 +119,6 @@ def test_explain() -> None:
     assert found["figures"] == "predicted"
     assert [n.partition(" left out: no profile for olmoe-1b-7b (fp8) on h200;")[0] for n in found["notes"]] == [
         "humming",
-        "marlin left out: takes weights in int4-g32 or int4-g128 or mxfp4, not in fp8",
         "vllm_triton",
     ]
     assert sum(found["histogram"]) == 512
