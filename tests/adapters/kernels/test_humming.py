@@ -17,8 +17,10 @@ from moe_cases import H200, LIMITS, ROUTINGS, batch, error
 from ramp_moe import Hardware, KernelConfig, KernelError, MoEShape, expert_histogram, generate
 from ramp_moe.profiler.bench import random_weights
 from ramp_moe.runtime import formats
+from ramp_moe.runtime.layer import LayerRuntime
 from ramp_moe.runtime.reference import reference
 from ramp_moe.runtime.relayout import relayout
+from ramp_moe.runtime.update import leaves
 from ramp_moe.spec.formats import FORMATS
 from ramp_moe.spec.kernel import LAYOUTS, usable_configs
 from ramp_moe.spec.launchable import Batch, MoEWeights, Workspace
@@ -256,7 +258,7 @@ def emulation(monkeypatch: pytest.MonkeyPatch) -> Emulation:
     operators = SimpleNamespace(launch_kernel=SimpleNamespace(out=made.out))
     monkeypatch.setattr(package, "package", lambda: SimpleNamespace(operators=operators))
     monkeypatch.setattr(
-        package, "loaded", lambda layer, tile, label: torch.tensor([tile.block_m, json.loads(layer)["group"]])
+        package, "loaded", lambda layer, tile, device: torch.tensor([tile.block_m, json.loads(layer)["group"]])
     )
     return made
 
@@ -331,6 +333,28 @@ def test_unlike_token_blocks_are_sorted_twice(emulation: Emulation) -> None:
     c = KERNEL.describe(up, tiles(shape, "down")[0], shape, H200)
     assert error(run(c, w, b), reference(w, b)) < 0.06
     assert emulation.blocks == [16, 8]
+
+
+@pytest.mark.parametrize("name", ["mxfp4", "int4-g32-a8"])
+def test_a_layer_computes_with_new_weights(name: str, emulation: Emulation, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(launch, "prepare", prepared)
+    monkeypatch.setattr(package, "problem", lambda: None)
+    old, new = (random_weights(MoEShape(4, 1, 128, 128, name), "cpu", seed) for seed in (1, 2))
+    moe, b = LayerRuntime(old, 2, H200, [KERNEL]), batch(5, 2, 4, 128, "padded", "cpu", torch.bfloat16)
+    assert moe.layouts == (f"humming/{name}",)
+    for w in (old, new):
+        moe.update(w)
+        out = moe(b.hidden_states, b.topk_ids, b.topk_weights)
+        assert error(out, reference(w, b)) < TOLERANCE[KINDS[name].a_bits]
+
+
+def test_a_launch_leaves_nothing_in_what_was_prepared(emulation: Emulation) -> None:
+    """New weights are copied into it part by part: none may appear meanwhile."""
+    w, b = layer("mxfp4"), batch(5, 2, 4, 128, "uniform", "cpu", torch.bfloat16)
+    p, c = prepared(w), KERNEL.default_config(w.shape(2), H200, 5)
+    before = [path for path, _ in leaves(p)]
+    KERNEL.launch(c, p, b, torch.empty_like(b.hidden_states), Workspace())
+    assert [path for path, _ in leaves(p)] == before
 
 
 def test_what_a_launch_refuses(emulation: Emulation) -> None:

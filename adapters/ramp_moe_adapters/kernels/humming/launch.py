@@ -7,7 +7,7 @@ ids, once if both GEMMs have the same token block. It also rounds activations th
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import torch
 from ramp_moe.plugin import Batch, KernelConfig, MoEShape, MoEWeights, Workspace
@@ -32,11 +32,7 @@ launches."""
 
 @dataclass(frozen=True, slots=True)
 class PreparedHumming:
-    """The weights in Humming's layout, what remains of ours, and the kernels that were loaded.
-
-    shape: without its top_k, which is 1.
-    kernels: by projection and tile, what Humming's launch takes.
-    """
+    """The weights in Humming's layout, and what remains of ours. shape: without its top_k, which is 1."""
 
     shape: MoEShape
     kind: Kind
@@ -46,7 +42,6 @@ class PreparedHumming:
     down_bias: Tensor | None
     activation: str
     limit: float | None
-    kernels: dict[tuple[str, WarpTile], Tensor] = field(default_factory=dict, repr=False, compare=False)
 
 
 @dataclass(frozen=True, slots=True)
@@ -139,10 +134,7 @@ def gemm(
     a: `[n / top_k, K]`, bf16 or fp8 with its scale. The current device must be the weights'.
     """
     side = prepared.up if which == "up" else prepared.down
-    kernel = prepared.kernels.get((which, tile))
-    if kernel is None:
-        kernel = package.loaded(side.layer, tile, f"{prepared.shape.slug} {which} {tile.name}")
-        prepared.kernels[which, tile] = kernel
+    kernel = package.loaded(side.layer, tile, a.get_device())
     package.package().operators.launch_kernel.out(
         kernel, a, side.weight, side.scale, side.scale_2, a_scale, None, None, None, out,
         schedule.sorted_token_ids, schedule.expert_ids, schedule.num_tokens_post_padded, None, locks.view(torch.int32),

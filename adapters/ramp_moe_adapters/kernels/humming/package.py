@@ -200,17 +200,20 @@ def _arguments(layer: str, tile: WarpTile) -> dict[str, Any]:
     return given | {"gemm_type": "indexed"} | tile.tuning()
 
 
-def loaded(layer: str, tile: WarpTile, label: str) -> Any:
-    """What Humming's launch takes for a tile: int64 `[4]` on the CPU. Compiles and registers it on the current device.
+@functools.cache
+def loaded(layer: str, tile: WarpTile, device: int) -> Any:
+    """What Humming's launch takes for a tile of a layer: int64 `[4]` on the CPU. `device` must be the current one.
 
-    The four are the rows that the tile is for, from and to, the kernel and the device's SMs. Without the last, each
-    launch would ask the driver.
+    The tile is compiled if need be, and loaded once for all layers that are alike. The four are the rows that it is
+    for, from and to, the kernel and the device's SMs. Without the last, each launch would ask the driver.
     """
     import torch
 
+    given = json.loads(layer)
+    sizes = f"{given['num_experts']} x {given['shape_n']} x {given['shape_k']} {given['b_dtype']}"
     with _lock:
-        kernel = compiled(layer, tile, label).kernel
-    sms = torch.cuda.get_device_properties(torch.cuda.current_device()).multi_processor_count
+        kernel = compiled(layer, tile, f"{tile.name} for {sizes}").kernel
+    sms = torch.cuda.get_device_properties(device).multi_processor_count
     return torch.tensor([0, 1 << 30, kernel.kernel_id, sms], dtype=torch.int64, device="cpu")
 
 
