@@ -37,6 +37,7 @@ from ramp_moe import MoEShape, expert_histogram, generate, get_registry
 from ramp_moe.cost_model.fitting import least_squares
 from ramp_moe.profiler.bench import random_weights
 from ramp_moe.runtime.reference import reference
+from ramp_moe.spec.kernel import why_unsupported
 from ramp_moe.spec.launchable import Batch, MoEWeights, Workspace
 from ramp_moe_adapters.kernels.humming import formats, package
 from ramp_moe_adapters.kernels.humming.config import WarpTile, tiles
@@ -224,7 +225,7 @@ def prepare_all(shape: MoEShape) -> Prepared:
                  for key, w in (("gate_up", weights.gate_up), ("down", weights.down))}  # fmt: skip
         weights = replace(weights, **clean)
         signs = signed(weights, shape.dtype)
-    runs = marlin.unavailable() is None and marlin.unsupported(shape, H200) is None
+    runs = marlin.unavailable() is None and why_unsupported(marlin, shape, H200) is None
     return Prepared(weights, prepare(weights), signs, marlin.prepare(weights) if runs else None)
 
 
@@ -289,7 +290,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, required=True)
     options = parser.parse_args()
     shape = get_registry().shape(options.model, options.dtype)
-    if reason := Humming().unsupported(shape, H200) or Humming().unavailable():
+    if reason := why_unsupported(Humming(), shape, H200) or Humming().unavailable():
         parser.error(f"humming cannot run {shape.title} here: {reason}")
     if formats.KINDS[shape.dtype].a_bits != 16:
         parser.error(f"{shape.dtype} rounds activations; give int4-g32, int4-g128 or mxfp4")
