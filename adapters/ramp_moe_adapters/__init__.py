@@ -16,6 +16,8 @@ from .kernels.alpha_moe.kernel import AlphaMoE
 from .kernels.deep_gemm.kernel import DeepGEMM
 from .kernels.flashinfer_cutlass.build import cache
 from .kernels.flashinfer_cutlass.kernel import FlashInferCutlass
+from .kernels.humming import package as humming
+from .kernels.humming.kernel import Humming
 from .kernels.vllm_triton.kernel import VllmTriton
 
 
@@ -24,6 +26,7 @@ def ramp_moe_kernels() -> Iterable[Kernel]:
     yield AlphaMoE()
     yield DeepGEMM()
     yield FlashInferCutlass()
+    yield Humming()
     yield VllmTriton()
 
 
@@ -37,3 +40,4 @@ def ramp_moe_diagnostics() -> Iterable[Diagnostic]:
     yield from vllm.diagnostics()
     yield from sglang.diagnostics()
     yield Diagnostic("cache", "what FlashInfer compiled", str(cache()))
+    yield Diagnostic("cache", "what Humming compiled", str(humming.cache()))

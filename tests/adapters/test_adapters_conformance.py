@@ -8,6 +8,8 @@ from ramp_moe.testing import KernelConformance
 from ramp_moe_adapters.kernels.alpha_moe.kernel import AlphaMoE
 from ramp_moe_adapters.kernels.deep_gemm.kernel import DeepGEMM
 from ramp_moe_adapters.kernels.flashinfer_cutlass.kernel import FlashInferCutlass
+from ramp_moe_adapters.kernels.humming.kernel import Humming
+from ramp_moe_adapters.kernels.marlin.kernel import Marlin
 from ramp_moe_adapters.kernels.vllm_triton.kernel import VllmTriton
 
 
@@ -35,6 +37,16 @@ class TestFlashInferCutlass(KernelConformance):
 @pytest.mark.gpu
 class TestFlashInferCutlassOnGpu(TestFlashInferCutlass):
     configs = 0
+
+
+class TestHumming(KernelConformance):
+    kernel = Humming()
+    shapes = tuple(MoEShape(64, 8, 2048, 1024, name) for name in ("int4-g32", "mxfp4-a8", "fp8"))
+
+
+class TestMarlin(KernelConformance):
+    kernel = Marlin()
+    shapes = tuple(MoEShape(64, 8, 2048, 1024, name) for name in ("int4-g32", "mxfp4"))
 
 
 class TestVllmTriton(KernelConformance):

@@ -53,6 +53,7 @@ class GridFields(TypedDict):
     ctas_per_sm: NotRequired[int]
     cluster_m: NotRequired[int]
     align_block_size: NotRequired[bool]
+    stream_k: NotRequired[bool]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -73,6 +74,8 @@ class GridGeometry:
         M-tile, which keep their slots until the others are done.
     align_block_size: True if the launch covers the whole buffer of vLLM's moe_align_block_size, False if it covers the
         tightest upper bound. The buffer is rounded up to whole blocks, which may be one M-tile more.
+    stream_k: True if the CTAs of a persistent launch share the output tiles of the last wave along k. It then takes as
+        long as its share of a wave.
     """
 
     block_m: int
@@ -86,6 +89,7 @@ class GridGeometry:
     ctas_per_sm: int = 1
     cluster_m: int = 1
     align_block_size: bool = False
+    stream_k: bool = False
 
     def __post_init__(self) -> None:
         for what, most in MAX_FIELDS.items():
@@ -103,6 +107,8 @@ class GridGeometry:
             )
         if self.cluster_m not in (1, 2, 4, 8, 16):
             raise ShapeError(f"grid geometry: cluster_m must be 1, 2, 4, 8 or 16, not {self.cluster_m}")
+        if self.stream_k and self.persistent_ctas is None:
+            raise ShapeError("grid geometry: stream_k needs persistent_ctas, the CTAs that share the last wave")
         if self.split_k > self.tiles_k:
             raise ShapeError(f"grid geometry: split_k {self.split_k} exceeds the {self.tiles_k} steps along k")
 
@@ -179,7 +185,12 @@ class GridGeometry:
         return waves
 
     def tail_utilisation(self, histogram: IntArray, num_sms: int) -> FloatArray:
-        """Share of the slots of all waves that have work, float64 in (0, 1]; 1 for a batch without tokens."""
+        """Share of the slots of all waves that have work, float64 in (0, 1]; 1 for a batch without tokens.
+
+        It is 1 with stream-K, too, which keeps all slots busy to the end.
+        """
+        if self.stream_k:
+            return np.ones(np.shape(self.logical(histogram)))
         slots = self.waves(histogram, num_sms) * self.cta_slots(num_sms)
         return np.where(slots > 0, self.logical(histogram) / np.maximum(slots, 1), 1.0)
 

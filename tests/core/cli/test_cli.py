@@ -118,7 +118,8 @@ def test_explain() -> None:
     assert us == sorted(us)
     assert found["figures"] == "predicted"
     assert [n.partition(" left out: no profile for olmoe-1b-7b (fp8) on h200;")[0] for n in found["notes"]] == [
-        "vllm_triton"
+        "humming",
+        "vllm_triton",
     ]
     assert sum(found["histogram"]) == 512
     shown = run("explain", "--model", "olmoe-1b-7b", "--tokens", 64, "--top", 3).output

@@ -32,7 +32,7 @@ def test_a_shape_that_one_kernel_computes(command: str) -> None:
     what, remedy = failed(command, "--model", STRADDLING)
     assert what.startswith(f"Error: no sweep of triton for {STRADDLING} (E128-k8-h4096-i192-fp8) on h200; ")
     assert "intermediate_size 192 is not a multiple of 128 (alpha_moe, cute)" in what
-    assert "scale block 128 (deep_gemm, flashinfer_cutlass, vllm_triton)" in what
+    assert "scale block 128 (deep_gemm, flashinfer_cutlass, humming, vllm_triton)" in what
     assert remedy.startswith(f"measure it with `ramp-moe profile --model {STRADDLING} --dtype fp8`")
     assert max(map(len, (what, remedy))) < LONGEST
 

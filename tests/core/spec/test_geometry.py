@@ -30,7 +30,8 @@ def geometries(draw: st.DrawFn) -> GridGeometry:
         k=reduction,
         expert_bytes=draw(st.integers(1, 10**6)),
         split_k=draw(st.integers(1, -(-reduction // block_k))),
-        persistent_ctas=draw(st.none() | st.integers(1, 300)),
+        persistent_ctas=(persistent := draw(st.none() | st.integers(1, 300))),
+        stream_k=persistent is not None and draw(st.booleans()),
         ctas_per_sm=draw(st.integers(1, 3)),
         cluster_m=draw(st.sampled_from([1, 2, 4])),
         align_block_size=draw(st.booleans()),
@@ -134,7 +135,8 @@ def test_waves_tail_and_padding(histogram: np.ndarray, g: GridGeometry, sms: int
         assert float(g.tail_utilisation(histogram, sms)) == 1.0
         assert float(g.padding_waste(histogram)) == 0.0
         return
-    assert float(g.tail_utilisation(histogram, sms)) == pytest.approx(ctas / slots / math.ceil(ctas / slots))
+    tail = 1.0 if g.stream_k else ctas / slots / math.ceil(ctas / slots)
+    assert float(g.tail_utilisation(histogram, sms)) == pytest.approx(tail)
     filled = float(histogram.sum()) / (int(g.m_tiles(histogram)) * g.block_m)
     assert float(g.padding_waste(histogram)) == pytest.approx(1 - filled)
 
@@ -162,10 +164,11 @@ WRONG: list[Any] = [1.5, 2.0, True, "1", float("nan")]
         ({"block_m": 2**11, "block_n": 2**10}, "a tile of 2048 tokens by 1024 weight rows has more than"),
         ({"split_k": 5}, "split_k 5 exceeds the 4 steps"),
         ({"cluster_m": 3}, "cluster_m must be 1, 2, 4, 8 or 16, not 3"),
+        ({"stream_k": True}, "stream_k needs persistent_ctas"),
     ],
 )
 def test_impossible_grids(change: dict[str, Any], message: str) -> None:
-    assert {f.name for f in dataclasses.fields(GridGeometry)} == {*MAX_FIELDS, "align_block_size"}
+    assert {f.name for f in dataclasses.fields(GridGeometry)} == {*MAX_FIELDS, "align_block_size", "stream_k"}
     g = GridGeometry(block_m=16, block_n=128, block_k=128, n=256, k=512, expert_bytes=1)
     with pytest.raises(ShapeError, match=message):
         dataclasses.replace(g, **change)

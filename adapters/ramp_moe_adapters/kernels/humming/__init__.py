@@ -1,0 +1,1 @@
+"""Humming (humming-kernels): persistent indexed GEMMs for fp8, INT4 and MXFP4 weights, compiled by NVRTC."""
