@@ -4,7 +4,7 @@ parameters a part that are fitted from a sweep.
 A candidate is one configuration of one kernel. Its time is the sum over its parts: one for each stage, or a single one
 if the sweep measured the path as a whole. A part is described by the grids of its GEMMs alone: g CTAs that do work, in
 ceil(g / slots) waves. `formula` defines every step from the histogram to the choice. `CostModel` is its numpy evaluator
-for steps 4 to 9.
+for steps 4 to 10.
 
 FORMS lists the terms that each form combines. Each part has one coefficient a term, found in `fitting` by least squares
 on the relative error. Rows are weighted by 1 / time, so that 3% count the same at 30 us and at 3 ms.
@@ -29,6 +29,7 @@ from ..spec.kernel import PREPARATION, STAGE_KINDS, KernelConfig
 from ..spec.routing import FloatArray, IntArray
 from ..spec.shapes import MoEShape
 from .correction import Corrections
+from .floor import expert_read_us
 from .grids import Grids
 from .residual import Correction, Residual
 
@@ -255,6 +256,8 @@ class CostModel:
         if corrected:
             names = [self.candidates[i].name for i in self.contenders]
             self._correction = Correction(self.residuals, names, self._contending.grids.blocks.tolist())
+        whole = {PATH, "gemm"} & {*self.stages}
+        self._expert_us = expert_read_us(shape, hardware) if whole else 0.0
         self.corrections = corrections
         self.num_tokens: int | None = None
         """The batch size that `corrections` are applied for; None if they are not."""
@@ -291,8 +294,12 @@ class CostModel:
 
     def cost(self, histograms: IntArray) -> FloatArray:
         """Predict microseconds `[..., candidates]` for checked histograms int64 `[..., num_experts]`."""
+        return self._cost(histograms, self.by_terms(histograms))
+
+    def by_terms(self, histograms: IntArray) -> FloatArray:
+        """Predict like `cost`, by the terms alone: no correction, and no floor."""
         counts = self._sums.grids.count(histograms)
-        return self._cost(histograms, self._sums.us(counts, self._sums.grids.ctas(counts)))
+        return self._sums.us(counts, self._sums.grids.ctas(counts))
 
     def choose(self, histogram: IntArray) -> tuple[int, float, bool]:
         """Choose the fastest candidate for one checked histogram int64 `[num_experts]`, the first of equal ones.
@@ -306,10 +313,11 @@ class CostModel:
         us = contending.us(counts, ctas)
         if self._correction is not None:
             us *= self._correction.factors(counts if counts[0] else np.ones_like(counts))
+        lift = max(1.0, float(counts[-1]) * self._expert_us / float(us.min()))
         if self._factors is not None:
             us = us * self._factors[self.contenders]
         best = int(us.argmin())
-        return int(self.contenders[best]), float(us[best]), contending.is_outside(best, counts, ctas)
+        return int(self.contenders[best]), float(us[best]) * lift, contending.is_outside(best, counts, ctas)
 
     def predict(self, histograms: IntArray) -> Prediction:
         """Predict like `cost`, and mark the predictions that lie outside the rows that were fitted to."""
@@ -343,17 +351,19 @@ class CostModel:
         return found if self.num_tokens is None else found.at(self.num_tokens)
 
     def _cost(self, histograms: IntArray, us: FloatArray) -> FloatArray:
-        """Correct `us`, the times by the terms alone. A candidate that is no contender stays behind the fastest
-        contender."""
+        """Correct and lift `us`, the times by the terms alone. A candidate that is no contender stays behind the
+        fastest contender."""
+        counts = self._contending.grids.count(histograms)
+        corrected = us
+        if self._correction is not None:
+            corrected = self._contending.us(counts, self._contending.grids.ctas(counts))
+            corrected *= self._correction.factors(np.maximum(counts, 1.0))
+        lift = np.maximum(counts[..., -1:] * self._expert_us / corrected.min(-1, keepdims=True), 1.0)
+        us, corrected = us * lift, corrected * lift
         if self._factors is not None:
-            us = us * self._factors
+            us, corrected = us * self._factors, corrected * self._factors[self.contenders]
         if self._correction is None:
             return us
-        counts = self._contending.grids.count(histograms)
-        corrected = self._contending.us(counts, self._contending.grids.ctas(counts))
-        corrected *= self._correction.factors(np.maximum(counts, 1.0))
-        if self._factors is not None:
-            corrected = corrected * self._factors[self.contenders]
         us = np.maximum(us, np.nextafter(corrected.min(-1, keepdims=True), np.inf))
         us[..., self.contenders] = corrected
         return us
