@@ -29,9 +29,9 @@ from ..spec.kernel import PREPARATION, STAGE_KINDS, KernelConfig
 from ..spec.routing import FloatArray, IntArray
 from ..spec.shapes import MoEShape
 from .correction import Corrections
-from .floor import expert_read_us
 from .grids import Grids
 from .residual import Correction, Residual
+from .roofline import expert_read_us, roofline_ratio
 
 BoolArray = NDArray[np.bool_]
 
@@ -223,13 +223,15 @@ class CostModel:
         histograms: IntArray | None = None,
         residuals: Sequence[Residual] = (),
         corrections: Corrections | None = None,
+        measured_on: Hardware | None = None,
     ) -> None:
         """Combine fits into candidates.
 
         stages: kinds of columns that the times are made of ("path" for whole paths). A candidate's other stages are
         left out. measured: says, a line each, where and when the times were recorded. histograms: the batches that were
         fitted to, `[batches, num_experts]`, if they are at hand. residuals: correct the candidates that they know.
-        corrections: by batch size; they take part in the model that `at` makes.
+        corrections: by batch size; they take part in the model that `at` makes. measured_on: the GPU that was fitted
+        to, if it is another (see `scaling`).
         """
         if not candidates:
             raise KernelError(f"no candidate to predict for {shape.label} on {hardware.name}")
@@ -258,6 +260,7 @@ class CostModel:
             self._correction = Correction(self.residuals, names, self._contending.grids.blocks.tolist())
         whole = {PATH, "gemm"} & {*self.stages}
         self._expert_us = expert_read_us(shape, hardware) if whole else 0.0
+        self.measured_on = measured_on
         self.corrections = corrections
         self.num_tokens: int | None = None
         """The batch size that `corrections` are applied for; None if they are not."""
@@ -269,6 +272,11 @@ class CostModel:
     @property
     def num_experts(self) -> int:
         return self.shape.num_experts
+
+    @property
+    def guessed(self) -> bool:
+        """True if times are guessed from other shapes (see `transfer`) or another GPU (see `scaling`)."""
+        return IDS in self.stages or self.measured_on is not None
 
     @property
     def covered(self) -> tuple[str, ...]:
@@ -313,7 +321,7 @@ class CostModel:
         us = contending.us(counts, ctas)
         if self._correction is not None:
             us *= self._correction.factors(counts if counts[0] else np.ones_like(counts))
-        lift = max(1.0, float(counts[-1]) * self._expert_us / float(us.min()))
+        lift = float(self._lift(counts, us.min())[0])
         if self._factors is not None:
             us = us * self._factors[self.contenders]
         best = int(us.argmin())
@@ -347,8 +355,16 @@ class CostModel:
             self.histograms,
             self.residuals,
             self.corrections,
+            self.measured_on,
         )
         return found if self.num_tokens is None else found.at(self.num_tokens)
+
+    def _lift(self, counts: FloatArray, fastest: FloatArray) -> FloatArray:
+        """Factor `[..., 1]` of all times of a batch, whose least before is `fastest`: for the GPU, and the floor."""
+        ids, active, ratio = counts[..., :1], counts[..., -1:], np.float64(1)
+        if self.measured_on is not None:
+            ratio = roofline_ratio(self.shape, self.measured_on, self.hardware, ids, active)
+        return np.maximum(ratio, active * self._expert_us / fastest)
 
     def _cost(self, histograms: IntArray, us: FloatArray) -> FloatArray:
         """Correct and lift `us`, the times by the terms alone. A candidate that is no contender stays behind the
@@ -358,7 +374,7 @@ class CostModel:
         if self._correction is not None:
             corrected = self._contending.us(counts, self._contending.grids.ctas(counts))
             corrected *= self._correction.factors(np.maximum(counts, 1.0))
-        lift = np.maximum(counts[..., -1:] * self._expert_us / corrected.min(-1, keepdims=True), 1.0)
+        lift = self._lift(counts, corrected.min(-1, keepdims=True))
         us, corrected = us * lift, corrected * lift
         if self._factors is not None:
             us, corrected = us * self._factors, corrected * self._factors[self.contenders]
@@ -433,18 +449,22 @@ def join(models: Sequence[CostModel]) -> CostModel:
     first = models[0]
     fits: dict[str, PartFit] = {}
     for model in models:
-        if (model.shape, model.hardware, model.form) != (first.shape, first.hardware, first.form):
+        alike = ("shape", "hardware", "form", "measured_on", "guessed")
+        if any(getattr(model, what) != getattr(first, what) for what in alike):
             raise ProfileError("cost models of different shapes, devices or forms cannot be joined")
         fits = model.fits | fits
     for one, other in itertools.combinations(models, 2):
         if reason := incomparable(one, other):
             raise ProfileError(f"{reason}; choose comparable ones with --kernel")
     candidates = [c for m in models for c in m.candidates]
-    stages = [k for k in COLUMN_KINDS if any(k in m.stages for m in models)]
+    stages = [k for k in (*COLUMN_KINDS, IDS) if any(k in m.stages for m in models)]
     measured = [line for m in models for line in m.measured]
     histograms = next((m.histograms for m in models if m.histograms is not None), None)
     residuals = [r for m in models for r in m.residuals]
-    return CostModel(first.shape, first.hardware, first.form, candidates, fits, stages, measured, histograms, residuals)
+    of_first = first.shape, first.hardware, first.form
+    return CostModel(
+        *of_first, candidates, fits, stages, measured, histograms, residuals, measured_on=first.measured_on
+    )
 
 
 class Timed(Protocol):
