@@ -171,8 +171,7 @@ def explain(
         found = explain_unmeasured(registry, kernels, shape, hardware, counts)
         if as_json:
             about = {"model": shape.label, "dtype": shape.dtype, "device": hardware.name, "batch": batch}
-            about |= {"figures": "grids", "guessed": False}
-            print_json(about | found | {"histogram": counts.tolist()})
+            print_json(about | {"figures": "grids", "guessed": False} | found | {"histogram": counts.tolist()})
         else:
             console().print(*render(shape, hardware, batch, counts, found), sep="\n")
         return

@@ -361,7 +361,8 @@ class CostModel:
 
     def _lift(self, counts: FloatArray, fastest: FloatArray) -> FloatArray:
         """Factor `[..., 1]` of all times of a batch, whose least before is `fastest`: for the GPU, and the floor."""
-        ids, active, ratio = counts[..., :1], counts[..., -1:], np.float64(1)
+        ids, active = counts[..., :1], counts[..., -1:]
+        ratio = np.ones_like(active)
         if self.measured_on is not None:
             ratio = roofline_ratio(self.shape, self.measured_on, self.hardware, ids, active)
         return np.maximum(ratio, active * self._expert_us / fastest)

@@ -91,5 +91,10 @@ def _part(part: Part, fit: PartFit, ratios: Sequence[float]) -> PartFit:
     """The fit of a part, with the grids that the part has on the other GPU."""
     residents = [g.ctas_per_sm for g in fit.part.grids]
     coefficients = tuple(c * ratio for c, ratio in zip(fit.coefficients, ratios, strict=True))
-    outside: dict[str, tuple[float, float]] = {"ctas_range": (math.inf, -math.inf)}
-    return replace(fit, part=part.with_residents(residents), coefficients=coefficients, active_range=(1, 0), **outside)
+    return replace(
+        fit,
+        part=part.with_residents(residents),
+        coefficients=coefficients,
+        ctas_range=(math.inf, -math.inf),
+        active_range=(1, 0),
+    )
