@@ -77,14 +77,15 @@ def _nearest(config: KernelConfig, measured: Sequence[Candidate]) -> Candidate |
     return min(alike, key=lambda c: (c.config.name != config.name, _distance(c.config, config)), default=None)
 
 
-def _distance(one: KernelConfig, other: KernelConfig) -> tuple[float, float]:
-    """Distances in log2, summed over the GEMMs: of the token blocks, and of the tiles' other sizes."""
+def _distance(one: KernelConfig, other: KernelConfig) -> tuple[float, float, int]:
+    """Distances in log2, summed over the GEMMs: of the token blocks, and of the tiles' other sizes. The last is the
+    number of parameters that differ."""
     pairs = list(zip(one.gemms, other.gemms, strict=False))
     blocks, others = (
         sum(abs(math.log2(getattr(a, size) / getattr(b, size))) for a, b in pairs for size in sizes)
         for sizes in (("block_m",), ("block_n", "block_k", "split_k"))
     )
-    return blocks, others
+    return blocks, others, len({*one.params} ^ {*other.params})
 
 
 def _part(part: Part, fit: PartFit, ratios: Sequence[float]) -> PartFit:
