@@ -216,21 +216,22 @@ def _guessed(
     models = _transferred(registry, store, shape, hardware, able)
     missing = f"{shape.title} has no profile on {hardware.name}: what is chosen is guessed from"
     remedy = f"measure it with `ramp-moe profile --model {shape.label} --dtype {shape.dtype}`"
+    if hardware.vendor != "NVIDIA":
+        remedy = NVIDIA_ALONE
     if models:
         notes.append(f"{missing} other shapes; {remedy}")
         return models
-    if hardware.vendor != "NVIDIA":
-        remedy = NVIDIA_ALONE
     recorded = {device for device, _, _ in store.recorded()}
     others = [h for h in registry.hardware.values() if h.name in recorded and h.name != hardware.name]
     for other in sorted(others, key=lambda other: nearness(hardware, other)):
         there, untold = _known(registry, store, shape, other, able, False, form, [])
-        there = there or _transferred(registry, store, shape, other, untold)
+        if all(c.kernel in registry.third_party for model in there for c in model.candidates):
+            there = _transferred(registry, store, shape, other, untold) or there
         for model in there:
             with suppress(ProfileError, KernelError):
                 models.append(scaled(model, _configs(registry, model, hardware), hardware))
         if models:
-            shapes = "other shapes on " if models[0].stages != there[0].covered else ""
+            shapes = "other shapes on " if there[0].guessed else ""
             notes.append(f"{missing} {shapes}{other.name}, {_scale(other, hardware)}; {remedy}")
             break
     return models
@@ -249,8 +250,9 @@ def _configs(registry: Registry, model: CostModel, hardware: Hardware) -> dict[s
         kernel, shape = registry.kernel(name), model.shape
         known = {c.config.name for c in model.candidates if c.kernel == name}
         if isinstance(kernel, LaunchableKernel):
-            own = {kernel.default_config(shape, hardware, tokens).name for tokens in UNIFORM_TOKENS}
-            known |= own - {c.name for c in usable_configs(kernel, shape, model.hardware)}
+            with suppress(Exception):  # a plugin's own mistake: its other configurations may do
+                own = {kernel.default_config(shape, hardware, tokens).name for tokens in UNIFORM_TOKENS}
+                known |= own - {c.name for c in usable_configs(kernel, shape, model.hardware)}
         found[name] = [c for c in usable_configs(kernel, shape, hardware) if c.name in known]
     return found
 

@@ -99,3 +99,16 @@ def test_the_dispatcher_chooses_on_another_gpu(registry: Registry, shipped: Prof
     model, notes = load_model(registry, shipped, registry.shape("olmoe-1b-7b", "bf16"), BY_NAME["h20"], ["deep_gemm"])
     assert {c.config.name.split("-")[1] for c in model.candidates} == {"sm78"}, "its own choices"
     assert any("guessed from h200, scaled by data sheets" in n for n in notes)
+
+
+def test_a_kernel_that_fails_to_choose_keeps_what_was_measured(
+    registry: Registry, shipped: ProfileStore, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(*_: object) -> KernelConfig:
+        raise RuntimeError("not today")
+
+    monkeypatch.setattr(type(registry.kernel("deep_gemm")), "default_config", fail)
+    shape = registry.shape("olmoe-1b-7b", "bf16")
+    model, _ = load_model(registry, shipped, shape, BY_NAME["h100-sxm"], ["deep_gemm"])
+    measured, _ = load_model(registry, shipped, shape, BY_NAME["h200"], ["deep_gemm"])
+    assert {c.name for c in model.candidates} <= {c.name for c in measured.candidates}
