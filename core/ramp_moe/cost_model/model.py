@@ -321,11 +321,10 @@ class CostModel:
         us = contending.us(counts, ctas)
         if self._correction is not None:
             us *= self._correction.factors(counts if counts[0] else np.ones_like(counts))
-        lift = float(self._lift(counts, us.min())[0])
-        if self._factors is not None:
-            us = us * self._factors[self.contenders]
-        best = int(us.argmin())
-        return int(self.contenders[best]), float(us[best]) * lift, contending.is_outside(best, counts, ctas)
+        factors = 1.0 if self._factors is None else self._factors[self.contenders]
+        best = int((us * factors).argmin())
+        lifted = self._lifted(counts, us.min(), us[best]) * np.broadcast_to(factors, us.shape)[best]
+        return int(self.contenders[best]), float(lifted[0]), contending.is_outside(best, counts, ctas)
 
     def predict(self, histograms: IntArray) -> Prediction:
         """Predict like `cost`, and mark the predictions that lie outside the rows that were fitted to."""
@@ -359,13 +358,15 @@ class CostModel:
         )
         return found if self.num_tokens is None else found.at(self.num_tokens)
 
-    def _lift(self, counts: FloatArray, fastest: FloatArray) -> FloatArray:
-        """Factor `[..., 1]` of all times of a batch, whose least before is `fastest`: for the GPU, and the floor."""
+    def _lifted(self, counts: FloatArray, fastest: FloatArray, us: FloatArray) -> FloatArray:
+        """Step 10 of `formula` for times `us`, of which the least of each batch, `[..., 1]`, is `fastest`."""
         ids, active = counts[..., :1], counts[..., -1:]
         ratio = np.ones_like(active)
         if self.measured_on is not None:
             ratio = roofline_ratio(self.shape, self.measured_on, self.hardware, ids, active)
-        return np.maximum(ratio, active * self._expert_us / fastest)
+        least = active * self._expert_us
+        # A residual far from its batches can leave next to nothing, which no factor lifts.
+        return np.maximum(us * np.maximum(ratio, least / np.maximum(fastest, 1e-99)), least)
 
     def _cost(self, histograms: IntArray, us: FloatArray) -> FloatArray:
         """Correct and lift `us`, the times by the terms alone. A candidate that is no contender stays behind the
@@ -375,8 +376,8 @@ class CostModel:
         if self._correction is not None:
             corrected = self._contending.us(counts, self._contending.grids.ctas(counts))
             corrected *= self._correction.factors(np.maximum(counts, 1.0))
-        lift = self._lift(counts, corrected.min(-1, keepdims=True))
-        us, corrected = us * lift, corrected * lift
+        fastest = corrected.min(-1, keepdims=True)
+        us, corrected = self._lifted(counts, fastest, us), self._lifted(counts, fastest, corrected)
         if self._factors is not None:
             us, corrected = us * self._factors, corrected * self._factors[self.contenders]
         if self._correction is None:

@@ -118,3 +118,21 @@ def test_a_rate_that_nobody_measured_is_a_share_of_the_data_sheet(h200: Hardware
     for rate in (0.0, -1.0, 5e12, float("nan")):
         with pytest.raises(HardwareError, match="measured_bytes_per_s must lie between 0 and hbm_bytes_per_s"):
             dataclasses.replace(h200, measured_bytes_per_s=rate)
+
+
+def test_predictions_that_left_all_bounds(registry: Registry, h200: Hardware) -> None:
+    """A residual far from its batches may leave nothing of a time."""
+    store, shape = ProfileStore(shipped=[DATA / "profiles"]), registry.shape("olmoe-1b-7b", "fp8")
+    replay = load_replay(registry, store, shape, h200, ["alpha_moe"])
+    model = replay.fit()
+    (residual,) = model.residuals
+    nothing = {name: (block, -1000.0, weights) for name, (block, _, weights) in residual.weights.items()}
+    residuals = [dataclasses.replace(residual, weights=nothing)]
+    about = shape, h200, model.form, model.candidates, model.fits, model.stages, (), None, residuals
+    wild = CostModel(*about)
+    for histogram in replay.histograms[::10]:
+        least = (histogram > 0).sum() * expert_read_us(shape, h200)
+        us, (index, predicted, _) = wild.cost(histogram), wild.choose(histogram)
+        assert np.isfinite(us).all()
+        assert us.min() >= least
+        assert (index, predicted) == (us.argmin(), us.min())
