@@ -5,17 +5,21 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Iterator
+from dataclasses import replace
 from typing import Any
 
 import pytest
 import torch
 from ramp_moe import Hardware, Kernel, KernelConfig, KernelError, MoEShape, Registry, get_registry
 from ramp_moe.runtime.layer import LayerRuntime
-from ramp_moe.spec.kernel import most_tokens, usable_configs
+from ramp_moe.spec.kernel import most_tokens, usable_configs, why_unsupported
 from ramp_moe.spec.launchable import Batch, MoEWeights, Workspace
 from ramp_moe_adapters.kernels.alpha_moe import launch as alpha_moe_launch
 from ramp_moe_adapters.kernels.deep_gemm import launch as deep_gemm_launch
 from ramp_moe_adapters.kernels.flashinfer_cutlass import launch as flashinfer_cutlass_launch
+from ramp_moe_adapters.kernels.humming import launch as humming_launch
+from ramp_moe_adapters.kernels.humming.formats import KINDS
+from ramp_moe_adapters.kernels.humming.weights import Side
 from ramp_moe_adapters.kernels.vllm_triton import launch as vllm_triton_launch
 from ramp_moe_kernels import limits
 from ramp_moe_kernels.cute import launch as cute_launch
@@ -44,11 +48,12 @@ def up_to_the_first_launch(monkeypatch: pytest.MonkeyPatch) -> None:
     def reached(*args: Any, **kwargs: Any) -> Any:
         raise Reached
 
-    for module in (forward, cute_launch, alpha_moe_launch, permute):
+    for module in (forward, cute_launch, alpha_moe_launch, humming_launch, permute):
         monkeypatch.setattr(module, "launch_schedule", reached)
     monkeypatch.setattr(forward.ops, "up", reached)
     monkeypatch.setattr(cute_launch, "load", lambda config: reached)
     monkeypatch.setattr(permute, "permute_kernel", Launching())
+    monkeypatch.setattr(humming_launch, "allocate", lambda size, device: torch.empty(size, device=device))
     monkeypatch.setattr(vllm_triton_launch, "routing", reached)
     monkeypatch.setattr(flashinfer_cutlass_launch, "routed_in_one_block", reached)
 
@@ -76,6 +81,12 @@ def prepared(kernel: Kernel, shape: MoEShape) -> Any:
         return vllm_triton_launch.PreparedVllmTriton(weights, lambda: None, lambda: None, {}, {})
     if kernel.name == "flashinfer_cutlass":
         return flashinfer_cutlass_launch.PreparedFlashInfer(weights, lambda: None, lambda: None, {}, {})
+    if kernel.name == "humming":
+        side = Side("{}", weights.down, weights.down, None)
+        kind = KINDS[shape.dtype]
+        return humming_launch.PreparedHumming(
+            replace(shape, top_k=1), kind, side, side, None, None, weights.activation, None
+        )
     assert kernel.name == "triton"
     return weights
 
@@ -100,7 +111,7 @@ def test_what_a_kernel_accepts_its_launch_accepts(name: str, registry: Registry,
     kernel = registry.kernel(name)
     seen = 0
     for shape in shapes():
-        if kernel.unsupported(shape, h200) is not None:
+        if why_unsupported(kernel, shape, h200) is not None:
             continue
         configs = usable_configs(kernel, shape, h200)
         for config in {configs[0], configs[len(configs) // 2], configs[-1]}:
@@ -130,7 +141,7 @@ def test_more_experts_than_the_schedule_sorts_are_refused_with_the_reason(
 def test_sizes_that_a_kernel_does_not_take_are_named(name: str, registry: Registry, h200: Hardware) -> None:
     for dtype in ("bf16", "fp8"):
         for hidden, inter, size in ((511, 512, "511"), (512, 511, "511")):
-            reason = registry.kernel(name).unsupported(MoEShape(64, 8, hidden, inter, dtype), h200)
+            reason = why_unsupported(registry.kernel(name), MoEShape(64, 8, hidden, inter, dtype), h200)
             if name == "vllm_triton" and dtype == "bf16":
                 continue  # masks its loads
             assert reason is not None

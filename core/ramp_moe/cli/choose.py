@@ -155,7 +155,8 @@ def explain(
 ) -> None:
     """Show the predicted time of each candidate for one batch, which wins, and what a second weight copy would gain.
 
-    Without a profile, show each kernel's own choice and its grids.
+    Without a profile, show what the cost model guesses from other shapes or devices. If none has a profile in this
+    dtype either, show each kernel's own choice and its grids.
     """
     get_form(form)
     registry = get_registry()
@@ -170,8 +171,7 @@ def explain(
         found = explain_unmeasured(registry, kernels, shape, hardware, counts)
         if as_json:
             about = {"model": shape.label, "dtype": shape.dtype, "device": hardware.name, "batch": batch}
-            about |= {"figures": "grids"}
-            print_json(about | found | {"histogram": counts.tolist()})
+            print_json(about | {"figures": "grids", "guessed": False} | found | {"histogram": counts.tolist()})
         else:
             console().print(*render(shape, hardware, batch, counts, found), sep="\n")
         return
@@ -181,9 +181,16 @@ def explain(
     )
     notes = [*notes, *in_parts(candidates)]
     if as_json:
-        about = {"model": shape.label, "dtype": shape.dtype, "device": hardware.name, "batch": batch, "form": form}
+        about = {
+            "model": shape.label,
+            "dtype": shape.dtype,
+            "device": hardware.name,
+            "batch": batch,
+            "form": cost_model.form,
+        }
         stages = {"stages": cost_model.covered, "measured": list(cost_model.measured)}
         found = {"layouts": layouts, "candidates": candidates}
-        print_json(about | {"figures": "predicted"} | stages | {"notes": notes, "histogram": counts.tolist()} | found)
+        flags = {"figures": "predicted", "guessed": cost_model.guessed}
+        print_json(about | flags | stages | {"notes": notes, "histogram": counts.tolist()} | found)
     else:
         console().print(*tables.explanation(cost_model, batch, counts, candidates[:top], layouts, notes), sep="\n")

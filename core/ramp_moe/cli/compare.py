@@ -9,7 +9,9 @@ import click
 
 from ..cost_model.model import get_form
 from ..dispatch.profile_store import ProfileStore
+from ..errors import NoProfileError
 from ..evaluation.comparison import Comparison, compare_plugins, compare_recorded, compare_trace
+from ..evaluation.guessed import compare_guessed
 from ..evaluation.replay import load_replay, of_plugins
 from ..evaluation.report import check_report, write_report
 from ..evaluation.vllm_table import open_table
@@ -91,7 +93,10 @@ def compare(
     html_path: Path | None,
     as_json: bool,
 ) -> None:
-    """Compare static dispatch, dispatch by histogram and the oracle, on recorded measurements or --live."""
+    """Compare static dispatch, dispatch by histogram and the oracle, on recorded measurements or --live.
+
+    Without a profile, show what the cost model guesses from other shapes or devices.
+    """
     if minutes is not None and not live:
         raise click.UsageError("--minutes limits a live measurement: give --live, too")
     if live and stages:
@@ -116,8 +121,17 @@ def compare(
     else:
         hardware = resolve_device(registry, device)
         table = None if static_table is None else open_table(static_table, shape, hardware)
-        replay = load_replay(registry, store, shape, hardware, kernels, stages)
-        if recorded_trace:
+        try:
+            replay = load_replay(registry, store, shape, hardware, kernels, stages)
+        except NoProfileError as e:
+            if stages or table is not None:
+                option = "--stage" if stages else "--static-table"
+                what = f"{option} judges measured times, of which there are none: {e.args[0].splitlines()[0]}"
+                raise NoProfileError(what, remedy=e.remedy) from None
+            replay = None
+        if replay is None:
+            result = compare_guessed(registry, store, shape, hardware, kernels, recorded_trace, form)
+        elif recorded_trace:
             result = compare_trace(replay, recorded_trace, form)
             apart = [n for n in of_plugins(registry, store, shape, hardware) if n not in replay.kernels]
             if not kernels and apart:

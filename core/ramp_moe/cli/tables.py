@@ -247,7 +247,8 @@ def explanation(
     return [
         batch_title(model.shape, model.hardware, batch, histogram),
         table,
-        f"{len(model.candidates)} candidates. PREDICTED by the cost model (form {model.form}), which was fitted to "
+        f"{len(model.candidates)} candidates. {'GUESSED' if model.guessed else 'PREDICTED'} by the cost model "
+        f"(form {model.form}), which was fitted to "
         f"recorded measurements of {escape(' and '.join(model.measured))}; times cover: {', '.join(model.covered)}.",
         escape(_held(layouts)),
         *(f"[dim]note: {escape(n)}" for n in notes),

@@ -162,7 +162,7 @@ def _residual(model: CostModel, sweep: Sweep) -> Residual | None:
     rows."""
     histograms = sweep.histograms
     rows = np.flatnonzero(histograms.any(-1))
-    predicted = model.cost(histograms[rows])
+    predicted = model.by_terms(histograms[rows])
     contend = np.flatnonzero((predicted <= CONTEND * predicted.min(1, keepdims=True)).any(0))
     candidates = [model.candidates[i] for i in contend]
     times = np.where(path_bounds(sweep, candidates), np.nan, path_times(sweep, candidates))[rows]

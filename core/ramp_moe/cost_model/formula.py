@@ -60,6 +60,9 @@ Steps:
 8.  Others. Who is no contender is predicted at least the next float above the fastest contender (numpy only).
 9.  Extrapolation. A prediction extrapolates if any of its parts lies outside its fitted rows: `ctas` of step 3 outside
     ctas_range, or the active experts outside active_range, ends included (numpy only).
+10. Roofline. If another GPU was measured, all candidates are multiplied by one factor (`roofline`). No layer takes
+    less time than reading its active experts' weights: if the least us is still below, the factor is larger. It comes
+    before any factor that was measured. So it changes times, and never a choice (numpy only).
 
 Rounding: counts and CTAs are whole numbers, and exact in every evaluator. `filled` is divided with correct rounding
 before it is rounded up, so that a full wave never becomes two. The order of sums is free within the tolerance, but is

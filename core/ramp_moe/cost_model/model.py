@@ -4,7 +4,7 @@ parameters a part that are fitted from a sweep.
 A candidate is one configuration of one kernel. Its time is the sum over its parts: one for each stage, or a single one
 if the sweep measured the path as a whole. A part is described by the grids of its GEMMs alone: g CTAs that do work, in
 ceil(g / slots) waves. `formula` defines every step from the histogram to the choice. `CostModel` is its numpy evaluator
-for steps 4 to 9.
+for steps 4 to 10.
 
 FORMS lists the terms that each form combines. Each part has one coefficient a term, found in `fitting` by least squares
 on the relative error. Rows are weighted by 1 / time, so that 3% count the same at 30 us and at 3 ms.
@@ -31,6 +31,7 @@ from ..spec.shapes import MoEShape
 from .correction import Corrections
 from .grids import Grids
 from .residual import Correction, Residual
+from .roofline import expert_read_us, roofline_ratio
 
 BoolArray = NDArray[np.bool_]
 
@@ -222,13 +223,15 @@ class CostModel:
         histograms: IntArray | None = None,
         residuals: Sequence[Residual] = (),
         corrections: Corrections | None = None,
+        measured_on: Hardware | None = None,
     ) -> None:
         """Combine fits into candidates.
 
         stages: kinds of columns that the times are made of ("path" for whole paths). A candidate's other stages are
         left out. measured: says, a line each, where and when the times were recorded. histograms: the batches that were
         fitted to, `[batches, num_experts]`, if they are at hand. residuals: correct the candidates that they know.
-        corrections: by batch size; they take part in the model that `at` makes.
+        corrections: by batch size; they take part in the model that `at` makes. measured_on: the GPU that was fitted
+        to, if it is another (see `scaling`).
         """
         if not candidates:
             raise KernelError(f"no candidate to predict for {shape.label} on {hardware.name}")
@@ -255,6 +258,9 @@ class CostModel:
         if corrected:
             names = [self.candidates[i].name for i in self.contenders]
             self._correction = Correction(self.residuals, names, self._contending.grids.blocks.tolist())
+        whole = {PATH, "gemm"} & {*self.stages}
+        self._expert_us = expert_read_us(shape, hardware) if whole else 0.0
+        self.measured_on = measured_on
         self.corrections = corrections
         self.num_tokens: int | None = None
         """The batch size that `corrections` are applied for; None if they are not."""
@@ -266,6 +272,11 @@ class CostModel:
     @property
     def num_experts(self) -> int:
         return self.shape.num_experts
+
+    @property
+    def guessed(self) -> bool:
+        """True if times are guessed from other shapes (see `transfer`) or another GPU (see `scaling`)."""
+        return IDS in self.stages or self.measured_on is not None
 
     @property
     def covered(self) -> tuple[str, ...]:
@@ -291,8 +302,12 @@ class CostModel:
 
     def cost(self, histograms: IntArray) -> FloatArray:
         """Predict microseconds `[..., candidates]` for checked histograms int64 `[..., num_experts]`."""
+        return self._cost(histograms, self.by_terms(histograms))
+
+    def by_terms(self, histograms: IntArray) -> FloatArray:
+        """Predict like `cost`, by the terms alone: no correction, and no floor."""
         counts = self._sums.grids.count(histograms)
-        return self._cost(histograms, self._sums.us(counts, self._sums.grids.ctas(counts)))
+        return self._sums.us(counts, self._sums.grids.ctas(counts))
 
     def choose(self, histogram: IntArray) -> tuple[int, float, bool]:
         """Choose the fastest candidate for one checked histogram int64 `[num_experts]`, the first of equal ones.
@@ -306,10 +321,10 @@ class CostModel:
         us = contending.us(counts, ctas)
         if self._correction is not None:
             us *= self._correction.factors(counts if counts[0] else np.ones_like(counts))
-        if self._factors is not None:
-            us = us * self._factors[self.contenders]
-        best = int(us.argmin())
-        return int(self.contenders[best]), float(us[best]), contending.is_outside(best, counts, ctas)
+        factors = 1.0 if self._factors is None else self._factors[self.contenders]
+        best = int((us * factors).argmin())
+        lifted = self._lifted(counts, us.min(), us[best]) * np.broadcast_to(factors, us.shape)[best]
+        return int(self.contenders[best]), float(lifted[0]), contending.is_outside(best, counts, ctas)
 
     def predict(self, histograms: IntArray) -> Prediction:
         """Predict like `cost`, and mark the predictions that lie outside the rows that were fitted to."""
@@ -339,21 +354,34 @@ class CostModel:
             self.histograms,
             self.residuals,
             self.corrections,
+            self.measured_on,
         )
         return found if self.num_tokens is None else found.at(self.num_tokens)
 
+    def _lifted(self, counts: FloatArray, fastest: FloatArray, us: FloatArray) -> FloatArray:
+        """Step 10 of `formula` for times `us`, of which the least of each batch, `[..., 1]`, is `fastest`."""
+        ids, active = counts[..., :1], counts[..., -1:]
+        ratio = np.ones_like(active)
+        if self.measured_on is not None:
+            ratio = roofline_ratio(self.shape, self.measured_on, self.hardware, ids, active)
+        least = active * self._expert_us
+        # A residual far from its batches can leave next to nothing, which no factor lifts.
+        return np.maximum(us * np.maximum(ratio, least / np.maximum(fastest, 1e-99)), least)
+
     def _cost(self, histograms: IntArray, us: FloatArray) -> FloatArray:
-        """Correct `us`, the times by the terms alone. A candidate that is no contender stays behind the fastest
-        contender."""
+        """Correct and lift `us`, the times by the terms alone. A candidate that is no contender stays behind the
+        fastest contender."""
+        counts = self._contending.grids.count(histograms)
+        corrected = us
+        if self._correction is not None:
+            corrected = self._contending.us(counts, self._contending.grids.ctas(counts))
+            corrected *= self._correction.factors(np.maximum(counts, 1.0))
+        fastest = corrected.min(-1, keepdims=True)
+        us, corrected = self._lifted(counts, fastest, us), self._lifted(counts, fastest, corrected)
         if self._factors is not None:
-            us = us * self._factors
+            us, corrected = us * self._factors, corrected * self._factors[self.contenders]
         if self._correction is None:
             return us
-        counts = self._contending.grids.count(histograms)
-        corrected = self._contending.us(counts, self._contending.grids.ctas(counts))
-        corrected *= self._correction.factors(np.maximum(counts, 1.0))
-        if self._factors is not None:
-            corrected = corrected * self._factors[self.contenders]
         us = np.maximum(us, np.nextafter(corrected.min(-1, keepdims=True), np.inf))
         us[..., self.contenders] = corrected
         return us
@@ -423,18 +451,22 @@ def join(models: Sequence[CostModel]) -> CostModel:
     first = models[0]
     fits: dict[str, PartFit] = {}
     for model in models:
-        if (model.shape, model.hardware, model.form) != (first.shape, first.hardware, first.form):
+        alike = ("shape", "hardware", "form", "measured_on", "guessed")
+        if any(getattr(model, what) != getattr(first, what) for what in alike):
             raise ProfileError("cost models of different shapes, devices or forms cannot be joined")
         fits = model.fits | fits
     for one, other in itertools.combinations(models, 2):
         if reason := incomparable(one, other):
             raise ProfileError(f"{reason}; choose comparable ones with --kernel")
     candidates = [c for m in models for c in m.candidates]
-    stages = [k for k in COLUMN_KINDS if any(k in m.stages for m in models)]
+    stages = [k for k in (*COLUMN_KINDS, IDS) if any(k in m.stages for m in models)]
     measured = [line for m in models for line in m.measured]
     histograms = next((m.histograms for m in models if m.histograms is not None), None)
     residuals = [r for m in models for r in m.residuals]
-    return CostModel(first.shape, first.hardware, first.form, candidates, fits, stages, measured, histograms, residuals)
+    of_first = first.shape, first.hardware, first.form
+    return CostModel(
+        *of_first, candidates, fits, stages, measured, histograms, residuals, measured_on=first.measured_on
+    )
 
 
 class Timed(Protocol):

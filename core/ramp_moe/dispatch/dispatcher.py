@@ -40,7 +40,8 @@ class Dispatcher:
 
         dtype: format of the weights; if neither this nor the model's name says it, that of the model's release, or fp8
         if that has 16 bits. If these kernels have no profile of the shape, profiles of other shapes are used (see
-        `transfer`). Then `model.measured` says so, and every choice is extrapolated.
+        `transfer`), or of the nearest device (see `scaling`). Then `model.guessed` is True, and every choice
+        extrapolates.
 
         Raises UnknownNameError for a name nobody registered, ProfileError if nothing is recorded.
         """

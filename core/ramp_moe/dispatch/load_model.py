@@ -17,6 +17,7 @@ from ..cost_model.model import (
     incomparable,
     join,
 )
+from ..cost_model.scaling import nearness, scaled
 from ..cost_model.transfer import transfer
 from ..errors import KernelError, ProfileError, RampMoEError
 from ..measurements.sweep import PATH, Sweep
@@ -25,6 +26,9 @@ from ..spec.hardware import Hardware
 from ..spec.kernel import Kernel, KernelConfig, usable_configs, why_unsupported
 from ..spec.shapes import MoEShape
 from .profile_store import ProfileStore
+from .weight_layouts import UNIFORM_TOKENS
+
+NVIDIA_ALONE = "`ramp-moe profile` measures only on NVIDIA's GPUs so far"
 
 
 def nothing_recorded(
@@ -76,7 +80,9 @@ def without_profile(registry: Registry, store: ProfileStore, shape: MoEShape, ha
 def _no_profile(kernel: Kernel, shape: MoEShape, hardware: Hardware) -> str:
     from ..spec.launchable import LaunchableKernel  # which needs this module
 
-    if isinstance(kernel, LaunchableKernel):
+    if hardware.vendor != "NVIDIA":
+        remedy = NVIDIA_ALONE
+    elif isinstance(kernel, LaunchableKernel):
         flags = f"--model {shape.label} --dtype {shape.dtype} --kernel {kernel.name}"
         remedy = f"measure one with `ramp-moe profile {flags}`"
     else:
@@ -124,28 +130,18 @@ def load_model(
     the others.
 
     If no such kernel, of the library's own if none is named, has a profile of this shape, profiles of other shapes are
-    used (see `transfer`).
+    used (see `transfer`), or those of the nearest device that has some (see `scaling`). The model is then `guessed`.
     """
-    notes: list[str] = []
-    unknown: list[str] = []
     names = list(dict.fromkeys(kernels) or _own_first(registry, registry.kernels))
-    chosen = {name: registry.kernel(name) for name in names}
     store.check(names, shape, hardware)
-    models: list[CostModel] = []
-    for name, kernel in chosen.items():
-        with _left_out(name, bool(kernels), notes):
-            recorded, fitted = store.find(name, shape, hardware), store.find_fit(name, shape, hardware)
-            if recorded is None and fitted is None:
-                unknown.append(name)
-                continue
-            configs = usable_configs(kernel, shape, hardware)
-            sweep = None if recorded is None else recorded[1]
-            models.append(_dispatchable(sweep, fitted, configs, shape, hardware, form, notes))
+    notes: list[str] = []
+    models, unknown = _known(registry, store, shape, hardware, names, bool(kernels), form, notes)
     needed = names if kernels else [n for n in names if n not in registry.third_party] or names
     if set(needed) <= set(unknown):
-        models = _transferred(registry, store, shape, hardware, unknown, notes) + models
-    elif kernels and unknown:
-        raise nothing_recorded(registry, store, unknown, shape, hardware)
+        models = _guessed(registry, store, shape, hardware, unknown, form, notes) + models
+    known = {c.kernel for m in models for c in m.candidates}
+    if kernels and (left := [n for n in unknown if n not in known]):
+        raise nothing_recorded(registry, store, left, shape, hardware)
     if not models:
         raise ProfileError("; ".join(notes)) if notes else nothing_recorded(registry, store, names, shape, hardware)
     if not kernels:
@@ -154,6 +150,32 @@ def load_model(
         missing = without_profile(registry, store, shape, hardware)
         notes += [missing[name] for name in unknown if name not in known]
     return join(models), notes
+
+
+def _known(
+    registry: Registry,
+    store: ProfileStore,
+    shape: MoEShape,
+    hardware: Hardware,
+    names: Sequence[str],
+    asked_for: bool,
+    form: str,
+    notes: list[str],
+) -> tuple[list[CostModel], list[str]]:
+    """Make the models of the kernels that have a profile of the shape. Returns them, and the other kernels' names."""
+    models: list[CostModel] = []
+    unknown: list[str] = []
+    for name in names:
+        kernel = registry.kernel(name)
+        with _left_out(name, asked_for, notes):
+            recorded, fitted = store.find(name, shape, hardware), store.find_fit(name, shape, hardware)
+            if recorded is None and fitted is None:
+                unknown.append(name)
+                continue
+            configs = usable_configs(kernel, shape, hardware)
+            sweep = None if recorded is None else recorded[1]
+            models.append(_dispatchable(sweep, fitted, configs, shape, hardware, form, notes))
+    return models, unknown
 
 
 def _dispatchable(
@@ -179,28 +201,91 @@ def _dispatchable(
     return fit_recorded(sweep, configs, hardware, form, notes)
 
 
-def _transferred(
+def _guessed(
     registry: Registry,
     store: ProfileStore,
     shape: MoEShape,
     hardware: Hardware,
     kernels: Sequence[str],
+    form: str,
     notes: list[str],
 ) -> list[CostModel]:
-    """Predict each kernel that runs here from its whole paths of other shapes."""
+    """Predict those of the kernels that run here by other shapes on this device, else by the nearest device that has a
+    profile of some of them. A note says what the guesses rest on."""
+    able = [name for name in kernels if _runs(registry.kernel(name), shape, hardware)]
+    models = _transferred(registry, store, shape, hardware, able)
+    missing = f"{shape.title} has no profile on {hardware.name}: what is chosen is guessed from"
+    remedy = f"measure it with `ramp-moe profile --model {shape.label} --dtype {shape.dtype}`"
+    if hardware.vendor != "NVIDIA":
+        remedy = NVIDIA_ALONE
+    if models:
+        notes.append(f"{missing} other shapes; {remedy}")
+        return models
+    recorded = {device for device, _, _ in store.recorded()}
+    others = [h for h in registry.hardware.values() if h.name in recorded and h.name != hardware.name]
+    for other in sorted(others, key=lambda other: nearness(hardware, other)):
+        there, untold = _known(registry, store, shape, other, able, False, form, [])
+        if all(c.kernel in registry.third_party for model in there for c in model.candidates):
+            there = _transferred(registry, store, shape, other, untold) or there
+        for model in there:
+            with suppress(ProfileError, KernelError):
+                models.append(scaled(model, _configs(registry, model, hardware), hardware))
+        if models:
+            shapes = "other shapes on " if there[0].guessed else ""
+            notes.append(f"{missing} {shapes}{other.name}, {_scale(other, hardware)}; {remedy}")
+            break
+    return models
+
+
+def _configs(registry: Registry, model: CostModel, hardware: Hardware) -> dict[str, list[KernelConfig]]:
+    """List what may be chosen on another device than the model's, by kernel.
+
+    It is what the model has, too. Of what the model's device cannot have, nothing tells more than the kernel's own
+    choices.
+    """
+    from ..spec.launchable import LaunchableKernel  # which needs this module
+
+    found = {}
+    for name in dict.fromkeys(c.kernel for c in model.candidates):
+        kernel, shape = registry.kernel(name), model.shape
+        known = {c.config.name for c in model.candidates if c.kernel == name}
+        if isinstance(kernel, LaunchableKernel):
+            with suppress(Exception):  # a plugin's own mistake: its other configurations may do
+                own = {kernel.default_config(shape, hardware, tokens).name for tokens in UNIFORM_TOKENS}
+                known |= own - {c.name for c in usable_configs(kernel, shape, model.hardware)}
+        found[name] = [c for c in usable_configs(kernel, shape, hardware) if c.name in known]
+    return found
+
+
+def _runs(kernel: Kernel, shape: MoEShape, hardware: Hardware) -> bool:
+    """Whether the kernel computes the shape on this device; False if it fails to answer."""
+    try:
+        return why_unsupported(kernel, shape, hardware) is None
+    except RampMoEError:
+        return False
+
+
+def _transferred(
+    registry: Registry, store: ProfileStore, shape: MoEShape, hardware: Hardware, kernels: Sequence[str]
+) -> list[CostModel]:
+    """Predict each kernel that runs on this device from its whole paths of other shapes."""
     models = []
     for name in kernels:
-        kernel = registry.kernel(name)
         sweeps = store.of_other_shapes(name, shape, hardware)
         if sweeps:
+            configs_of = partial(usable_configs, registry.kernel(name), hardware=hardware)
             with suppress(ProfileError, KernelError):
-                models.append(transfer(sweeps, partial(usable_configs, kernel, hardware=hardware), shape, hardware))
-    if models:
-        notes.append(
-            f"{shape.title} has no profile on {hardware.name}: what is chosen is guessed from other shapes; measure it "
-            f"with `ramp-moe profile --model {shape.label} --dtype {shape.dtype}`"
-        )
+                models.append(transfer(sweeps, configs_of, shape, hardware))
     return models
+
+
+def _scale(measured_on: Hardware, hardware: Hardware) -> str:
+    """Say by which constants times of one GPU are scaled to another."""
+    return (
+        f"scaled by data sheets (memory {measured_on.hbm_bytes_per_s / 1e12:.3g} to "
+        f"{hardware.hbm_bytes_per_s / 1e12:.3g} TB/s, bf16 {measured_on.bf16_flops / 1e12:,.0f} to "
+        f"{hardware.bf16_flops / 1e12:,.0f} TFLOP/s, {measured_on.num_sms} to {hardware.num_sms} SMs), unchecked"
+    )
 
 
 def fit_recorded(
@@ -234,8 +319,8 @@ def _comparable(registry: Registry, models: Sequence[CostModel], notes: list[str
 
     for model in sorted(models, key=order):
         name = model.candidates[0].kernel
-        if kept and model.form != kept[0].form:
-            notes.append(f"{name} left out: the others are guessed from other shapes; name it with --kernel")
+        if kept and (model.form, model.guessed) != (kept[0].form, kept[0].guessed):
+            notes.append(f"{name} left out: the others are guessed; name it with --kernel")
         elif reason := next((r for k in kept if (r := incomparable(k, model))), None):
             notes.append(f"{name} left out: {reason}")
         else:

@@ -173,7 +173,7 @@ class ProfileStore:
             remedy = ""
         remedy += (
             "name a sweep file with --profile, or another --model, --dtype or --device "
-            "(`ramp-moe explain` and `regions` need no sweep); recorded for "
+            "(`ramp-moe explain`, `compare` and `regions` need no sweep); recorded for "
             + (f"{hardware.name}: {', '.join(shapes[:MAX_NAMED])}{more}" if shapes else devices)
         )
         return NoProfileError(f"no sweep of {what}{aside}", remedy=remedy)

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
 from typing import Any, Literal
 
 import msgspec
@@ -171,6 +171,8 @@ class Comparison:
     static_table: Mapping[str, Any] | None = None
     """A table of vLLM's format that was judged, too: its file, the kernel on whose times, and what each entry became
     among the recorded candidates."""
+    guessed: bool = False
+    """True if the cost model was fitted to other shapes or another GPU."""
     plugins: Sequence[Row] = ()
     """Plugins' kernels, which have no part in the figures above: each alone, and beside the library's own."""
 
@@ -180,8 +182,8 @@ class Comparison:
         origin = {
             "replay": f"Replay of recorded measurements, nothing was run on this machine: {what}.",
             "live": f"MEASURED on this machine's GPU just now; the cost model was fitted to: {what}.",
-            "predicted": "PREDICTED by the cost model, not measured; it was fitted to recorded measurements of "
-            f"{what}.",
+            "predicted": f"{'GUESSED' if self.guessed else 'PREDICTED'} by the cost model, not measured; it was fitted "
+            f"to recorded measurements of {what}.",
         }[self.mode]
         left_out = "; ".join(f"{k} without {', '.join(v)}" for k, v in self.stages_left_out.items() if v)
         return f"{origin} Times cover: {', '.join(self.stages)}" + (f" ({left_out})." if left_out else ".")
@@ -191,6 +193,7 @@ class Comparison:
         summaries = {name: s.as_dict() for name, s in self.baselines.items()}
         return {
             "mode": self.mode,
+            "guessed": self.guessed,
             "device": self.device,
             "model": self.model,
             "dtype": self.dtype,
@@ -397,10 +400,25 @@ def compare_trace(replay: Replay, trace: Trace, form: str = DEFAULT_FORM) -> Com
     tune = replay.of("tune")
     if tune is None:
         raise ProfileError(f"{shape.title} on {replay.hardware.name}: no batches to fit on; measure some first")
-    model = tune.fit(form=form)
-    table = static_table(tune.times_us, tune.labels)
+    found = compare_predicted(
+        tune.fit(form=form), static_table(tune.times_us, tune.labels), trace_batches(trace, shape.num_experts)
+    )
+    return replace(
+        found,
+        sources=sources_of(replay),
+        stages_left_out=replay.stages_left_out,
+        notes=[*replay.notes, *found.notes, "their regret is what `compare` without a trace reports"],
+    )
+
+
+TraceBatches = Iterable[tuple[str, int, list[int], IntArray, FloatArray]]
+"""(Kind, number of batches, tokens of each judged one, their histograms, how many that ran each stands for)."""
+
+
+def compare_predicted(model: CostModel, table: dict[int, int], kinds: TraceBatches) -> Comparison:
+    """Predict what each policy would cost on these batches. `table` is the static one, of the model's candidates."""
     batches, outside, total, left = [], 0, 0, 0
-    for routing, count, sizes, histograms, runs in _trace_batches(trace, shape.num_experts):
+    for routing, count, sizes, histograms, runs in kinds:
         left += count - len(sizes)
         prediction = model.predict(histograms)
         static = np.array([table_choice(table, size) for size in sizes])
@@ -408,25 +426,23 @@ def compare_trace(replay: Replay, trace: Trace, form: str = DEFAULT_FORM) -> Com
         outside += int(prediction.extrapolated[np.arange(len(chosen)), chosen].sum())
         total += len(chosen)
         batches.append(_trace_batch(model, routing, max(sizes), histograms, static, chosen, prediction.us, runs))
-    notes = [
-        *replay.notes,
-        "times are predictions of the cost model, so the speed-up is at least 1 by construction; "
-        "its regret on measured batches is what `compare` without a trace reports",
-    ]
+    notes = ["times are predictions of the cost model, so the speed-up is at least 1 by construction"]
     if left:
         notes.append(f"of each kind {STEPS} batches at most are judged, evenly spread over the trace: {left} are not")
     if outside:
         notes.append(f"{outside} of {total} predictions lie outside the batches that the fit saw")
+    kernels = list(dict.fromkeys(c.kernel for c in model.candidates))
     return Comparison(
         mode="predicted",
-        device=replay.hardware.name,
-        model=shape.label,
-        dtype=shape.dtype,
-        kernels=replay.kernels,
-        form=form,
-        sources=sources_of(replay),
-        stages=list(replay.stages),
-        stages_left_out=replay.stages_left_out,
+        guessed=model.guessed,
+        device=model.hardware.name,
+        model=model.shape.label,
+        dtype=model.shape.dtype,
+        kernels=kernels,
+        form=model.form,
+        sources=[{"summary": line, "kernel": line.split()[0], "runs": []} for line in model.measured],
+        stages=list(model.covered),
+        stages_left_out={kernel: [] for kernel in kernels},
         batches=batches,
         baselines={},
         speedup_over_static=Ratios.of(np.array([b.speedup for b in batches]), [b.runs for b in batches]),
@@ -435,8 +451,8 @@ def compare_trace(replay: Replay, trace: Trace, form: str = DEFAULT_FORM) -> Com
     )
 
 
-def _trace_batches(trace: Trace, num_experts: int) -> Iterator[tuple[str, int, list[int], IntArray, FloatArray]]:
-    """Yield (kind, number of batches, tokens of each judged one, their histograms, how many that ran each stands for).
+def trace_batches(trace: Trace, num_experts: int) -> Iterator[tuple[str, int, list[int], IntArray, FloatArray]]:
+    """Yield a trace's TraceBatches.
 
     They are the recorded batches, or those of the sizes that the trace is long enough for.
     """

@@ -27,6 +27,7 @@ import numpy as np
 
 from ..cost_model.correction import Corrections
 from ..cost_model.model import DEFAULT_FORM, Candidate, CostModel, PartFit, get_form, parts_of
+from ..cost_model.roofline import expert_read_us
 from ..dispatch.shortlist import DRAWN, met_at
 from ..errors import KernelError, RampMoEError
 from ..measurements.calibration_file import Timing
@@ -328,22 +329,26 @@ def of_kernels(model: CostModel, kernels: Collection[str]) -> CostModel | None:
 
 
 def guess(shape: MoEShape, hardware: Hardware, model: CostModel | None, candidates: Sequence[Candidate]) -> CostModel:
-    """The model, extended by candidates that were never measured. They take one microsecond whatever the batch.
+    """The model, extended by candidates that were never measured. They take as long as reading all experts' weights,
+    whatever the batch, which is no less than any batch can take.
 
-    Their corrections are then the measured times themselves. model: None: the result has these candidates alone.
+    Corrections bring them to the measured times. model: None: the result has these candidates alone.
     """
     form, stages = (DEFAULT_FORM, (PATH,)) if model is None else (model.form, model.stages)
-    none = [0.0] * (len(get_form(form).terms) - 1)
+    terms = (shape.num_experts * expert_read_us(shape, hardware), *[0.0] * (len(get_form(form).terms) - 1))
+    nothing = (0.0, *terms[1:])
     fits: dict[str, PartFit] = {} if model is None else dict(model.fits)
     for candidate in candidates:
         for i, part in enumerate(parts_of(candidate, stages)):
-            terms = (float(i == 0), *none)
-            fits.setdefault(part.key, PartFit(part, terms, 1, 0.0, 0.0, (0.0, np.inf), (0, shape.num_experts), 0.0))
+            of_part = nothing if i else terms
+            fits.setdefault(part.key, PartFit(part, of_part, 1, 0.0, 0.0, (0.0, np.inf), (0, shape.num_experts), 0.0))
     known = () if model is None else model.candidates
     measured = () if model is None else model.measured
     histograms, residuals = (None, ()) if model is None else (model.histograms, model.residuals)
     every = [*known, *candidates]
-    return CostModel(shape, hardware, form, every, fits, stages, measured, histograms, residuals)
+    measured_on = None if model is None else model.measured_on
+    about = shape, hardware, form, every, fits, stages, measured, histograms, residuals
+    return CostModel(*about, measured_on=measured_on)
 
 
 def _defaults(shape: MoEShape, hardware: Hardware, kernels: Sequence[LaunchableKernel], tokens: int) -> list[Candidate]:

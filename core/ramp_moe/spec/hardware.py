@@ -9,6 +9,10 @@ from dataclasses import dataclass
 from ..errors import HardwareError
 from .formats import FORMATS
 
+READ_SHARE = 0.9
+"""Share of the data sheet's bandwidth at which weights are read at best, as on an H200; used for every GPU that nobody
+measured."""
+
 
 @dataclass(frozen=True, slots=True)
 class Hardware:
@@ -18,6 +22,7 @@ class Hardware:
     l2_bytes: L2 cache of the whole GPU, summed over its dies.
     smem_per_sm_bytes: shared memory of one multiprocessor (LDS on AMD).
     hbm_bytes_per_s: bandwidth of the memory.
+    measured_bytes_per_s: the rate at which kernels read weights from memory at best; None if nobody measured it.
     fp8_flops, bf16_flops: peaks in FLOP/s; fp8_flops is None if the GPU has no fp8 units.
     device_names: names that the driver reports, or consecutive whole words of them. "NVIDIA H20" matches "NVIDIA H20",
         but not "NVIDIA H20-3e".
@@ -35,11 +40,22 @@ class Hardware:
     fp8_flops: float | None
     bf16_flops: float
     source: str
+    measured_bytes_per_s: float | None = None
 
     def __post_init__(self) -> None:
         for what in ("num_sms", "l2_bytes", "smem_per_sm_bytes", "hbm_bytes_per_s", "bf16_flops"):
             if getattr(self, what) <= 0:
                 raise HardwareError(f"hardware {self.name!r}: {what} must be positive, not {getattr(self, what)!r}")
+        if self.measured_bytes_per_s is not None and not 0 < self.measured_bytes_per_s <= self.hbm_bytes_per_s:
+            raise HardwareError(
+                f"hardware {self.name!r}: measured_bytes_per_s must lie between 0 and hbm_bytes_per_s, "
+                f"not {self.measured_bytes_per_s!r}"
+            )
+
+    @property
+    def read_bytes_per_s(self) -> float:
+        """The rate at which weights are read from memory at best: measured, or READ_SHARE of the data sheet's."""
+        return self.measured_bytes_per_s or READ_SHARE * self.hbm_bytes_per_s
 
     @property
     def vendor(self) -> str:

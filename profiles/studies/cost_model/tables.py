@@ -14,7 +14,7 @@ from pathlib import Path
 import numpy as np
 from pages import table
 from ramp_moe import ProfileStore
-from ramp_moe.cost_model.model import FORMS, CostModel
+from ramp_moe.cost_model.model import FORMS, CostModel, join
 from ramp_moe.cost_model.transfer import transfer
 from ramp_moe.evaluation.regret import (
     cross_validated_choices,
@@ -120,8 +120,8 @@ def transferred(model: str, dtype: str, kernels: Sequence[str], test: Replay) ->
     """Choices by the other models' profiles, among the configurations that the model's own profile has timed. Returns
     their regret `[batches]`, the number of these configurations, and the share of batches that are judged. A batch is
     judged if the choice among all configurations was timed."""
-    us = {c.name: us for g in (guess(model, dtype, k) for k in kernels)
-          for c, us in zip(g.candidates, g.cost(test.histograms).T, strict=True)}  # fmt: skip
+    guessed = join([guess(model, dtype, k) for k in kernels])
+    us = dict(zip([c.name for c in guessed.candidates], guessed.cost(test.histograms).T, strict=True))
     never = np.full(len(test.labels), np.inf)
     timed = np.stack([us.get(c.name, never) for c in test.candidates], 1)
     # Equal predictions count as one choice, although rounding may tell them apart.

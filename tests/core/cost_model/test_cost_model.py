@@ -115,7 +115,7 @@ def test_fit_minimises_relative_error_like_numpy(replay: Replay, h200: Hardware)
         x = np.stack([np.ones(len(g)), np.ceil(g / 132), g, np.log(g + 1)], 1)
         expected, *_ = np.linalg.lstsq(x / t[:, None], np.ones(len(g)), rcond=None)
         predicted = np.maximum(x @ expected, t.min() / 2)
-        assert model.cost(sweep.histograms)[:, i] == pytest.approx(predicted, rel=1e-6)
+        assert model.by_terms(sweep.histograms)[:, i] == pytest.approx(predicted, rel=1e-6)
         fit = model.fits[candidate.config.stages[-1].key]
         assert fit.rms_error == pytest.approx(np.sqrt(np.mean((x @ expected / t - 1) ** 2)), rel=1e-6)
         assert fit.rows == 78
