@@ -45,6 +45,7 @@ def test_ratios_are_over_the_models_choice() -> None:
     assert UNMEASURED in tables.tables(FOLDER / "none")["gains"]()
 
 
+@pytest.mark.slow
 def test_it_says_why_it_cannot_run(tmp_path: Path) -> None:
     command = [sys.executable, str(FOLDER / "measure.py"), "--model", "mixtral-8x7b", "--out", str(tmp_path / "x.json")]
     done = subprocess.run([*command, "--dtype", "bf16"], capture_output=True, text=True, check=False)

@@ -136,6 +136,7 @@ def test_an_engine_that_fails_later_is_left_out(bench: Any, tmp_path: Path) -> N
     assert {row["variant"] for row in found["decode"]} == {"plugin"}
 
 
+@pytest.mark.slow
 def test_others_start_once_the_plugin_has_measured(bench: Any, tmp_path: Path) -> None:
     """Its times would hold their work. The pretended engine logs what the plugin logs, long before it is ready."""
     engine = tmp_path / "vllm_engine.py"
@@ -155,6 +156,7 @@ def test_others_start_once_the_plugin_has_measured(bench: Any, tmp_path: Path) -
     assert order == ["begins 1", "measures", "begins 0", "measures"]
 
 
+@pytest.mark.slow
 def test_processes_that_this_one_starts_find_the_plugin_of_sglang(bench: Any, tmp_path: Path) -> None:
     """Those of `multiprocessing` do not read PYTHONPATH, but take over this process's module path."""
     importlib.import_module("sglang_engine").register_plugin(tmp_path / "plugin")

@@ -68,6 +68,7 @@ def test_two_servers_that_start_at_once_on_one_cache_measure_once(tmp_path: Path
     assert all(any("what computes batches" in line for line in one["said"]) for one in found)
 
 
+@pytest.mark.slow
 def test_a_first_rank_that_is_killed_keeps_nobody_waiting(tmp_path: Path) -> None:
     first, second = ranks("killed", tmp_path)
     assert first is None

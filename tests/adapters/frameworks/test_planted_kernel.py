@@ -64,7 +64,7 @@ def loaded(monkeypatch: pytest.MonkeyPatch, folder: Path, how: str) -> tuple[set
         pytest.param("", None, marks=pytest.mark.slow),
         pytest.param("raises", "RuntimeError: planted", marks=pytest.mark.slow),
         ("NaN", "relative error nan of output"),
-        ("spins", "gave no answer within 3 s in a process apart"),
+        pytest.param("spins", "gave no answer within 3 s in a process apart", marks=pytest.mark.slow),
     ],
 )
 def test_it_is_dropped_with_its_name(

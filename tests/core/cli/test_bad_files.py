@@ -210,7 +210,7 @@ def test_folders_on_the_way_that_are_none(where: str) -> None:
         for name in COMMANDS.keys() - {"fit"}:  # which writes there
             assert run(*COMMANDS[name], "--model", "olmoe-1b-7b").exit_code == 0
         assert run("explain", "--model", "olmoe-1b-7b-tp2").exit_code == 0
-        assert run("compare", "--model", "mixtral-8x7b").exit_code == 2
+        assert run("compare", "--model", "mixtral-8x7b").exit_code == 0
         place.unlink()
 
 

@@ -12,6 +12,7 @@ import pytest
 from click.testing import CliRunner, Result
 from ramp_moe import generate
 from ramp_moe.cli import main
+from tiers import slow_except
 
 MODEL = ("--model", "qwen1.5-moe-a2.7b", "--dtype", "bf16")
 EXPERTS, TOP_K = 60, 4
@@ -61,7 +62,7 @@ def test_every_command_is_listed() -> None:
     assert commands(main) == set(ANSWERS), "say in ANSWERS what the new command does without a profile"
 
 
-@pytest.mark.parametrize("command", [c for c, how in ANSWERS.items() if how != COMPILES])
+@pytest.mark.parametrize("command", slow_except(["explain"], [c for c, how in ANSWERS.items() if how != COMPILES]))
 def test_a_shape_without_a_profile(command: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
     how = ANSWERS[command]
@@ -86,7 +87,7 @@ def test_a_shape_without_a_profile(command: str, monkeypatch: pytest.MonkeyPatch
             assert "GPU" in said
 
 
-@pytest.mark.parametrize("device", ["h100-sxm", "h20", "a100-sxm", "b200", "mi300x"])
+@pytest.mark.parametrize("device", slow_except(["mi300x"], ["h100-sxm", "h20", "a100-sxm", "b200", "mi300x"]))
 def test_other_gpus(device: str) -> None:
     """Say what the times rest on, and why kernels are left out."""
     found = answer("compare", *MODEL, "--device", device)
@@ -111,6 +112,7 @@ def trace(tmp_path: Path, num_experts: int) -> Path:
     return path
 
 
+@pytest.mark.slow
 def test_a_trace(tmp_path: Path) -> None:
     found = answer("compare", *MODEL, "--trace", trace(tmp_path, EXPERTS))
     assert (found["mode"], found["guessed"]) == ("predicted", True)
