@@ -14,7 +14,7 @@ from weakref import WeakKeyDictionary
 
 import torch
 from ramp_moe import Candidate
-from ramp_moe.plugin import Batch, KernelError, LaunchableKernel
+from ramp_moe.plugin import LAYOUTS, Batch, KernelError, LaunchableKernel, MoEShape
 from ramp_moe.runtime import calibrated_plan, probe
 from ramp_moe.runtime.calibrated_plan import Calibrated, CalibrationRecord
 from ramp_moe.runtime.calibration import Calibration, Search
@@ -24,6 +24,7 @@ from ramp_moe.runtime.layer import LayerRuntime
 from ramp_moe.runtime.layer_factory import Builder, LayerKind, LayerPlan, kind_of, usable_kernels
 from ramp_moe.runtime.plan_report import left, plan_rows, table
 from ramp_moe.runtime.warm import warm
+from ramp_moe.spec.kernel import layouts_of
 
 from .engine_errors import why
 from .engine_ranks import Group, agree
@@ -142,7 +143,12 @@ class LoadedModel:
         """Make the kind's plan from times on the layer. Raises KernelError if every candidate failed, or if the ranks
         do not agree."""
         shape = given.weights.shape(given.top_k)
-        kernels = [k for k in usable_kernels(shape, plan.hardware) if k.name != self._engine.adapter]
+        usable = [k for k in usable_kernels(shape, plan.hardware) if k.name != self._engine.adapter]
+        repacking = {k.name for k in (*usable, *plan.kernels) if _repacks(k, shape)}
+        for name in sorted(repacking):
+            self._say(f"{name} is left out: it would hold a second copy of the weights, beside {self._engine.name}'s")
+        kernels = [k for k in usable if k.name not in repacking]
+        plan = calibrated_plan.without(plan, repacking)
         patience = 2 * seconds(lambda _: None) + probe.SECONDS * len(probe.third_party(kernels)) + GRACE
         record = None
         if given.weights.gate_up.device.type in TIMERS:
@@ -248,6 +254,14 @@ class LoadedModel:
                 self._say(f"left out: {name}: {reason}")
                 made.drop(todo[name], reason)
             warmed |= todo.keys()
+
+
+def _repacks(kernel: LaunchableKernel, shape: MoEShape) -> bool:
+    """Whether a kernel reads the weights in none of LAYOUTS, and so makes a copy in a format of its own."""
+    try:
+        return not {*LAYOUTS} & {*layouts_of(kernel, shape)}
+    except KernelError:  # a plugin's own mistake; whoever makes the layer leaves its kernel out
+        return False
 
 
 def _at(given: LoadedLayer) -> tuple[object, LayerKind]:

@@ -81,8 +81,9 @@ class Calibration:
 
     @property
     def tokens(self) -> tuple[int, ...]:
-        """Batch sizes at which any of our candidates was timed, ascending."""
-        return tuple(sorted({t.tokens for t in self.timings if t.candidate != ENGINE}))
+        """Batch sizes at which any of our candidates that have not failed was timed, ascending."""
+        timed = self.timed
+        return tuple(sorted({t.tokens for t in self.timings if t.candidate in timed}))
 
     @property
     def timed(self) -> set[str]:
@@ -136,7 +137,8 @@ class Search:
     model: None if there is no profile. It may have candidates of other kernels, too.
     sizes: batch sizes to measure, ascending.
     ep_size: ranks that share the experts, of which the shape has one rank's.
-    known: what an earlier search measured, which is not measured again.
+    known: what an earlier search measured, which is not measured again. Times of others than these kernels' candidates
+        are left out of it.
 
     Of kernels without a profile the defaults are timed, and without a model SPREAD other configurations, too.
     """
@@ -166,6 +168,8 @@ class Search:
         self._others = list(tried) if model is None else []
         """Names of candidates that are timed at every size."""
         self._by_name = {c.name: c for c in self.model.candidates}
+        known_names = {ENGINE, *self._by_name}
+        self.found.timings = [t for t in self.found.timings if t.candidate in known_names]
         self._kernel = np.array([c.kernel for c in self.model.candidates])
         self._contends = set(self.model.contenders.tolist())
         self._predicted: dict[int, FloatArray] = {}
