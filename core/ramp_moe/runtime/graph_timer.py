@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import statistics
 from collections.abc import Callable
+from contextlib import suppress
 from functools import partial
 
 import torch
@@ -70,8 +71,11 @@ class GraphTimer:
             graph.capture_begin(capture_error_mode="thread_local")  # NCCL has threads of its own
             try:
                 spans = self._enqueue(run)
-            finally:
-                graph.capture_end()
+            except BaseException:
+                with suppress(Exception):  # it would say that the capture failed, not why
+                    graph.capture_end()
+                raise
+            graph.capture_end()
 
             def replay() -> tuple[torch.cuda.Event, torch.cuda.Event]:
                 graph.replay()

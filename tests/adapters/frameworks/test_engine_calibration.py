@@ -13,6 +13,7 @@ import pytest
 
 pytest.importorskip("triton")
 
+import msgspec
 import torch
 from moe_cases import weights
 from ramp_moe.cost_model.model import Candidate
@@ -353,3 +354,17 @@ def test_a_kernel_that_repacks_would_need_a_second_copy_of_an_engines_weights(
     assert set(layer.kernels) == {"triton"}
     assert not any(name.startswith("repacking") for name in times.asked)
     assert sum("repacking is left out: it would hold a second copy of the weights" in line for line in said) == 1
+
+
+def test_a_report_does_not_undo_what_another_server_measured_since(times: Times, said: list[str]) -> None:
+    """A server may report minutes after it has measured, once its graphs are captured."""
+    loaded = model(said.append)
+    layer = loaded.layer(given())
+    (record,) = records()
+    first = record.timings[0]
+    more = calibration_file.Timing(first.tokens, first.routing, "triton/another", 1.0)
+    later = msgspec.structs.replace(record, timings=[*record.timings, more])
+    calibration_file.save(later)
+    loaded.report(layer)
+    (kept,) = records()
+    assert kept.timings == later.timings

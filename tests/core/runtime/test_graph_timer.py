@@ -1,13 +1,19 @@
-"""What is checked of an output that was timed."""
+"""What is checked of an output that was timed, and what is said of a candidate that raises."""
 
 from __future__ import annotations
 
+from contextlib import nullcontext
+from types import SimpleNamespace
+from unittest.mock import MagicMock
+
+import numpy as np
 import pytest
 import torch
 from moe_cases import batch, weights
 from ramp_moe import KernelError
 from ramp_moe.profiler.bench import random_weights
-from ramp_moe.runtime.graph_timer import CHECKED_TOKENS, OutputCheck
+from ramp_moe.runtime import graph_timer
+from ramp_moe.runtime.graph_timer import CHECKED_TOKENS, GraphTimer, OutputCheck
 from ramp_moe.runtime.reference import reference
 from ramp_moe.spec.shapes import MoEShape
 from torch import Tensor
@@ -44,3 +50,24 @@ def test_formats_have_their_own_limits() -> None:
         else:
             with pytest.raises(KernelError, match="wrong output"):
                 check((16,), given, out)
+
+
+def test_what_a_capture_raises_is_not_hidden_by_its_end(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A candidate that lacked memory is tried again at the next start, one that failed otherwise is not."""
+    runs: list[int] = []
+
+    def launch(*_: object) -> None:
+        runs.append(1)
+        if len(runs) == 2:  # the first is outside of a capture
+            raise torch.OutOfMemoryError("planted")
+
+    failed = MagicMock(side_effect=RuntimeError("operation failed due to a previous error during capture"))
+    graph = SimpleNamespace(capture_begin=lambda **_: None, capture_end=failed)
+    patches = {"Stream": MagicMock(), "current_stream": MagicMock(), "Event": MagicMock(), "CUDAGraph": lambda: graph}
+    for name, value in (patches | {"stream": lambda _: nullcontext(), "is_current_stream_capturing": bool}).items():
+        monkeypatch.setattr(torch.cuda, name, value)
+    monkeypatch.setattr(graph_timer, "FLUSH_BYTES", 8)
+    timer = GraphTimer(launch, OF, torch.float16, same, lambda _: True)
+    with pytest.raises(torch.OutOfMemoryError, match="planted"):
+        timer.time(None, np.zeros((2, 2), dtype=np.int64))
+    assert failed.called
