@@ -14,6 +14,7 @@ from weakref import WeakKeyDictionary
 
 import torch
 from ramp_moe import Candidate
+from ramp_moe.cost_model.model import CostModel
 from ramp_moe.plugin import LAYOUTS, Batch, KernelError, LaunchableKernel, MoEShape
 from ramp_moe.runtime import calibrated_plan, probe
 from ramp_moe.runtime.calibrated_plan import Calibrated, CalibrationRecord
@@ -183,7 +184,7 @@ class LoadedModel:
         began, limit = time.monotonic(), seconds(self._say)
         shape = given.weights.shape(given.top_k).slug
         try:
-            key = key_of(self._engine.name, given, plan.hardware, kernels)
+            key = key_of(self._engine.name, given, plan.hardware, kernels) | {"candidates": _profiled(plan.model)}
             left = limit - self._spent
             if left > 0:
                 make, harmless = TIMERS[given.weights.gate_up.device.type], list(kernels)
@@ -262,6 +263,12 @@ def _repacks(kernel: LaunchableKernel, shape: MoEShape) -> bool:
         return not {*LAYOUTS} & {*layouts_of(kernel, shape)}
     except KernelError:  # a plugin's own mistake; whoever makes the layer leaves its kernel out
         return False
+
+
+def _profiled(model: CostModel | None) -> str:
+    """A digest of the candidates that a profile adds to those of a search. Its times do not matter."""
+    names = [] if model is None else sorted(c.name for c in model.candidates)
+    return hashlib.sha256("\n".join(names).encode()).hexdigest()[:8]
 
 
 def _at(given: LoadedLayer) -> tuple[object, LayerKind]:

@@ -24,7 +24,7 @@ from ramp_moe.measurements.calibration_file import records
 from ramp_moe.plugin import KernelError, WeightLayout
 from ramp_moe.registry.registry import get_registry
 from ramp_moe.runtime import probe
-from ramp_moe.runtime.calibration import ENGINE
+from ramp_moe.runtime.calibration import ENGINE, guess
 from ramp_moe.runtime.layer import LayerRuntime
 from ramp_moe.runtime.layer_factory import Builder, LayerPlan
 from ramp_moe_adapters.frameworks import engine_calibration as engine
@@ -354,6 +354,27 @@ def test_a_kernel_that_repacks_would_need_a_second_copy_of_an_engines_weights(
     assert set(layer.kernels) == {"triton"}
     assert not any(name.startswith("repacking") for name in times.asked)
     assert sum("repacking is left out: it would hold a second copy of the weights" in line for line in said) == 1
+
+
+def test_what_was_measured_without_a_profile_is_measured_again_with_one(
+    times: Times, said: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A profile has candidates that nobody could think of before. Its times may change without that."""
+    gpu = get_registry().device("h200")
+    shape = given().weights.shape(2)
+    profiled = [Candidate("triton", config) for config in TritonMoE().configs(shape, gpu)[-4:-1]]
+    plans = [LayerPlan(gpu, [TritonMoE()], of) for of in (None, *[guess(shape, gpu, None, profiled)] * 2)]
+    asked = []
+    for plan in plans:
+        builder = Builder("h200")
+        monkeypatch.setattr(builder, "_plan", lambda *_, plan=plan: plan)
+        times.asked.clear()
+        loaded = model(said.append, builder)
+        assert loaded.calibrated(loaded.layer(given())) is not None
+        asked.append({*times.asked} - {ENGINE})
+    assert asked[1]
+    assert asked[1] <= {c.name for c in profiled}
+    assert not asked[2]
 
 
 def test_a_report_does_not_undo_what_another_server_measured_since(times: Times, said: list[str]) -> None:
