@@ -145,11 +145,10 @@ class LoadedModel:
         do not agree."""
         shape = given.weights.shape(given.top_k)
         usable = [k for k in usable_kernels(shape, plan.hardware) if k.name != self._engine.adapter]
-        repacking = {k.name for k in (*usable, *plan.kernels) if _repacks(k, shape)}
-        for name in sorted(repacking):
+        for name in sorted(repacking([*usable, *plan.kernels], shape)):
             self._say(f"{name} is left out: it would hold a second copy of the weights, beside {self._engine.name}'s")
-        kernels = [k for k in usable if k.name not in repacking]
-        plan = calibrated_plan.without(plan, repacking)
+        kernels = [k for k in usable if k.name not in repacking(usable, shape)]
+        plan = in_place(shape, plan)
         patience = 2 * seconds(lambda _: None) + probe.SECONDS * len(probe.third_party(kernels)) + GRACE
         record = None
         if given.weights.gate_up.device.type in TIMERS:
@@ -257,12 +256,19 @@ class LoadedModel:
             warmed |= todo.keys()
 
 
-def _repacks(kernel: LaunchableKernel, shape: MoEShape) -> bool:
-    """Whether a kernel reads the weights in none of LAYOUTS, and so makes a copy in a format of its own."""
-    try:
-        return not {*LAYOUTS} & {*layouts_of(kernel, shape)}
-    except KernelError:  # a plugin's own mistake; whoever makes the layer leaves its kernel out
-        return False
+def in_place(shape: MoEShape, plan: LayerPlan) -> LayerPlan:
+    """The plan without kernels that would hold a second copy of the weights. Raises KernelError if none is left."""
+    return calibrated_plan.without(plan, repacking(plan.kernels, shape))
+
+
+def repacking(kernels: Iterable[LaunchableKernel], shape: MoEShape) -> set[str]:
+    """Names of the kernels that read the weights in none of LAYOUTS, and so copy them into a format of their own."""
+    found = set[str]()
+    for kernel in kernels:
+        with suppress(KernelError):  # a plugin's own mistake; whoever makes the layer leaves its kernel out
+            if not {*LAYOUTS} & {*layouts_of(kernel, shape)}:
+                found.add(kernel.name)
+    return found
 
 
 def _profiled(model: CostModel | None) -> str:
