@@ -9,8 +9,8 @@ batches.
 
 The correction of a candidate at a size is its measured time over its predicted time. A candidate that was not timed
 there takes the mean correction of its kernel, or the largest of all if none of the kernel was timed. For kernels
-without a profile, it counts as slow as the slowest candidate that was timed there. Only candidates that were timed are
-chosen from then on: they are compiled, and their output was checked.
+without a profile, it counts as slower by MARGIN than the slowest candidate that was timed there. Only candidates that
+were timed are chosen from then on: they are compiled, and their output was checked.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ ROUTINGS = ("uniform", "zipf1.2")
 ENGINE = ""
 """Name of the engine's own path among timings."""
 MARGIN = 1.02
-"""The engine's own path is kept if its time is less than this factor times ours."""
+"""Times that differ by a smaller factor count as equal: the engine's own path is kept if ours is not faster by it."""
 MOST = 3
 """Most candidates that are timed at one size beyond those that the search begins with."""
 SPREAD = 6
@@ -307,7 +307,7 @@ class Search:
         for kernel in set(self._kernel.tolist()):
             mine, rest = self._kernel == kernel, ~known & (self._kernel == kernel)
             if kernel in self._guessed:
-                logs[rest] = np.log(us[known].max() / expected[rest])
+                logs[rest] = np.log(MARGIN * us[known].max() / expected[rest])
             else:
                 logs[rest] = logs[mine & known].mean() if (mine & known).any() else logs[known].max()
         return logs
