@@ -14,7 +14,8 @@ from weakref import WeakKeyDictionary
 
 import torch
 from ramp_moe import Candidate
-from ramp_moe.plugin import Batch, KernelError, LaunchableKernel
+from ramp_moe.cost_model.model import CostModel
+from ramp_moe.plugin import LAYOUTS, Batch, KernelError, LaunchableKernel, MoEShape
 from ramp_moe.runtime import calibrated_plan, probe
 from ramp_moe.runtime.calibrated_plan import Calibrated, CalibrationRecord
 from ramp_moe.runtime.calibration import Calibration, Search
@@ -24,6 +25,7 @@ from ramp_moe.runtime.layer import LayerRuntime
 from ramp_moe.runtime.layer_factory import Builder, LayerKind, LayerPlan, kind_of, usable_kernels
 from ramp_moe.runtime.plan_report import left, plan_rows, table
 from ramp_moe.runtime.warm import warm
+from ramp_moe.spec.kernel import layouts_of
 
 from .engine_errors import why
 from .engine_ranks import Group, agree
@@ -142,7 +144,11 @@ class LoadedModel:
         """Make the kind's plan from times on the layer. Raises KernelError if every candidate failed, or if the ranks
         do not agree."""
         shape = given.weights.shape(given.top_k)
-        kernels = [k for k in usable_kernels(shape, plan.hardware) if k.name != self._engine.adapter]
+        usable = [k for k in usable_kernels(shape, plan.hardware) if k.name != self._engine.adapter]
+        for name in sorted(repacking([*usable, *plan.kernels], shape)):
+            self._say(f"{name} is left out: it would hold a second copy of the weights, beside {self._engine.name}'s")
+        kernels = [k for k in usable if k.name not in repacking(usable, shape)]
+        plan = in_place(shape, plan)
         patience = 2 * seconds(lambda _: None) + probe.SECONDS * len(probe.third_party(kernels)) + GRACE
         record = None
         if given.weights.gate_up.device.type in TIMERS:
@@ -177,7 +183,7 @@ class LoadedModel:
         began, limit = time.monotonic(), seconds(self._say)
         shape = given.weights.shape(given.top_k).slug
         try:
-            key = key_of(self._engine.name, given, plan.hardware, kernels)
+            key = key_of(self._engine.name, given, plan.hardware, kernels) | {"candidates": _profiled(plan.model)}
             left = limit - self._spent
             if left > 0:
                 make, harmless = TIMERS[given.weights.gate_up.device.type], list(kernels)
@@ -248,6 +254,27 @@ class LoadedModel:
                 self._say(f"left out: {name}: {reason}")
                 made.drop(todo[name], reason)
             warmed |= todo.keys()
+
+
+def in_place(shape: MoEShape, plan: LayerPlan) -> LayerPlan:
+    """The plan without kernels that would hold a second copy of the weights. Raises KernelError if none is left."""
+    return calibrated_plan.without(plan, repacking(plan.kernels, shape))
+
+
+def repacking(kernels: Iterable[LaunchableKernel], shape: MoEShape) -> set[str]:
+    """Names of the kernels that read the weights in none of LAYOUTS, and so copy them into a format of their own."""
+    found = set[str]()
+    for kernel in kernels:
+        with suppress(KernelError):  # a plugin's own mistake; whoever makes the layer leaves its kernel out
+            if not {*LAYOUTS} & {*layouts_of(kernel, shape)}:
+                found.add(kernel.name)
+    return found
+
+
+def _profiled(model: CostModel | None) -> str:
+    """A digest of the candidates that a profile adds to those of a search. Its times do not matter."""
+    names = [] if model is None else sorted(c.name for c in model.candidates)
+    return hashlib.sha256("\n".join(names).encode()).hexdigest()[:8]
 
 
 def _at(given: LoadedLayer) -> tuple[object, LayerKind]:

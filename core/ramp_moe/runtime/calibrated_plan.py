@@ -6,7 +6,7 @@ import math
 import os
 import time
 from collections.abc import Callable, Container, Mapping, Sequence
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from dataclasses import dataclass, replace
 from functools import partial
 
@@ -14,7 +14,7 @@ import numpy as np
 
 from ..errors import KernelError, ProfileError
 from ..measurements.calibration_file import CalibrationRecord as CalibrationRecord
-from ..measurements.calibration_file import load, locked, path_of, save
+from ..measurements.calibration_file import load, locked, save
 from ..spec.kernel import LAYOUTS, BuildableKernel, KernelConfig, layouts_of
 from ..spec.launchable import LaunchableKernel
 from .calibration import ENGINE, MARGIN, Calibration, Search, Timer
@@ -80,9 +80,14 @@ def keep(record: CalibrationRecord, say: Say) -> None:
 
 
 def renew(record: CalibrationRecord, say: Say) -> None:
-    """Write a record again, if the cache has it: one that could not be written was said to be so."""
-    if path_of(record.key).exists():
-        keep(record, say)
+    """Write a record again, if the cache has its times: one that could not be written was said to be so.
+
+    Another server may have continued it since. Its record then stays.
+    """
+    with suppress(ProfileError):
+        found = load(record.key)
+        if found is not None and found.timings == record.timings:
+            keep(record, say)
 
 
 def known(record: CalibrationRecord) -> Calibration:

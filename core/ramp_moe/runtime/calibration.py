@@ -9,8 +9,8 @@ batches.
 
 The correction of a candidate at a size is its measured time over its predicted time. A candidate that was not timed
 there takes the mean correction of its kernel, or the largest of all if none of the kernel was timed. For kernels
-without a profile, it counts as slow as the slowest candidate that was timed there. Only candidates that were timed are
-chosen from then on: they are compiled, and their output was checked.
+without a profile, it counts as slower by MARGIN than the slowest candidate that was timed there. Only candidates that
+were timed are chosen from then on: they are compiled, and their output was checked.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ ROUTINGS = ("uniform", "zipf1.2")
 ENGINE = ""
 """Name of the engine's own path among timings."""
 MARGIN = 1.02
-"""The engine's own path is kept if its time is less than this factor times ours."""
+"""Times that differ by a smaller factor count as equal: the engine's own path is kept if ours is not faster by it."""
 MOST = 3
 """Most candidates that are timed at one size beyond those that the search begins with."""
 SPREAD = 6
@@ -82,8 +82,9 @@ class Calibration:
 
     @property
     def tokens(self) -> tuple[int, ...]:
-        """Batch sizes at which any of our candidates was timed, ascending."""
-        return tuple(sorted({t.tokens for t in self.timings if t.candidate != ENGINE}))
+        """Batch sizes at which any of our candidates that have not failed was timed, ascending."""
+        timed = self.timed
+        return tuple(sorted({t.tokens for t in self.timings if t.candidate in timed}))
 
     @property
     def timed(self) -> set[str]:
@@ -137,7 +138,8 @@ class Search:
     model: None if there is no profile. It may have candidates of other kernels, too.
     sizes: batch sizes to measure, ascending.
     ep_size: ranks that share the experts, of which the shape has one rank's.
-    known: what an earlier search measured, which is not measured again.
+    known: what an earlier search measured, which is not measured again. Times of others than these kernels' candidates
+        are left out of it.
 
     Of kernels without a profile the defaults are timed, and without a model SPREAD other configurations, too.
     """
@@ -167,6 +169,8 @@ class Search:
         self._others = list(tried) if model is None else []
         """Names of candidates that are timed at every size."""
         self._by_name = {c.name: c for c in self.model.candidates}
+        known_names = {ENGINE, *self._by_name}
+        self.found.timings = [t for t in self.found.timings if t.candidate in known_names]
         self._kernel = np.array([c.kernel for c in self.model.candidates])
         self._contends = set(self.model.contenders.tolist())
         self._predicted: dict[int, FloatArray] = {}
@@ -304,7 +308,7 @@ class Search:
         for kernel in set(self._kernel.tolist()):
             mine, rest = self._kernel == kernel, ~known & (self._kernel == kernel)
             if kernel in self._guessed:
-                logs[rest] = np.log(us[known].max() / expected[rest])
+                logs[rest] = np.log(MARGIN * us[known].max() / expected[rest])
             else:
                 logs[rest] = logs[mine & known].mean() if (mine & known).any() else logs[known].max()
         return logs

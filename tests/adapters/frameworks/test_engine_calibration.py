@@ -13,6 +13,7 @@ import pytest
 
 pytest.importorskip("triton")
 
+import msgspec
 import torch
 from moe_cases import weights
 from ramp_moe.cost_model.model import Candidate
@@ -20,10 +21,10 @@ from ramp_moe.dispatch import profile_store
 from ramp_moe.dispatch.profile_store import relative_path
 from ramp_moe.measurements import calibration_file
 from ramp_moe.measurements.calibration_file import records
-from ramp_moe.plugin import KernelError
+from ramp_moe.plugin import KernelError, WeightLayout
 from ramp_moe.registry.registry import get_registry
 from ramp_moe.runtime import probe
-from ramp_moe.runtime.calibration import ENGINE
+from ramp_moe.runtime.calibration import ENGINE, guess
 from ramp_moe.runtime.layer import LayerRuntime
 from ramp_moe.runtime.layer_factory import Builder, LayerPlan
 from ramp_moe_adapters.frameworks import engine_calibration as engine
@@ -293,3 +294,98 @@ def test_times_of_another_gpu_driver_or_version_are_not_used(
     model(said.append).layer(given())
     assert times.asked
     assert len({record.key[part] for record in records()}) == 2
+
+
+class Repacking(TritonMoE):
+    """A kernel whose weights lie in a format of its own."""
+
+    name = "repacking"
+
+    def weight_layout(self, shape: Any) -> Any:
+        return WeightLayout("repacking/own", 1)
+
+    def readable_layouts(self, shape: Any) -> tuple[str, ...]:
+        return ("repacking/own",)
+
+
+@pytest.mark.parametrize("late", [False, True])
+def test_a_kernel_that_was_timed_and_then_fails_its_trial_leaves_the_others(
+    times: Times, said: list[str], monkeypatch: pytest.MonkeyPatch, late: bool
+) -> None:
+    """Its times of an earlier start, which was cut short, count no more."""
+    fault: probe.Fault | None = None
+    monkeypatch.setattr(engine, "usable_kernels", lambda *_: [TritonMoE(), Strange()])
+    monkeypatch.setattr(probe, "third_party", lambda kernels: [k for k in kernels if k.name == "strange"])
+    monkeypatch.setattr(probe, "fault", lambda *_: fault)
+    works = times.time
+
+    def fails(candidate: Candidate | None, ids: Any) -> float:
+        if candidate is None or (late and candidate.kernel == "triton" and len(ids) > 1):
+            raise KernelError("planted")
+        return works(candidate, ids)
+
+    times.time = fails  # type: ignore[method-assign]
+
+    def made() -> LayerRuntime:
+        builder = Builder("h200")
+        monkeypatch.setattr(builder, "_plan", lambda shape, gpu: LayerPlan(gpu, [Strange(), TritonMoE()], None))
+        return model(said.append, builder).layer(given())
+
+    made()
+    (record,) = records()
+    assert not record.complete
+    assert {t.candidate.partition("/")[0] for t in record.timings} >= {"strange"}
+    fault = probe.Fault("hangs")
+    times.time = works  # type: ignore[method-assign]
+    assert set(made().kernels) == {"triton"}
+
+
+@pytest.mark.parametrize("seconds", ["20", "0"])
+def test_a_kernel_that_repacks_would_need_a_second_copy_of_an_engines_weights(
+    times: Times, said: list[str], monkeypatch: pytest.MonkeyPatch, seconds: str
+) -> None:
+    """It is neither timed nor given the weights, and the log says so."""
+    monkeypatch.setenv("RAMP_MOE_CALIBRATE_S", seconds)
+    monkeypatch.setattr(Repacking, "prepare", lambda *_: pytest.fail("the kernel was given the weights"))
+    monkeypatch.setattr(engine, "usable_kernels", lambda *_: [Repacking(), TritonMoE()])
+    builder = Builder("h200")
+    monkeypatch.setattr(builder, "_plan", lambda shape, gpu: LayerPlan(gpu, [Repacking(), TritonMoE()], None))
+    layer = model(said.append, builder).layer(given())
+    assert set(layer.kernels) == {"triton"}
+    assert not any(name.startswith("repacking") for name in times.asked)
+    assert sum("repacking is left out: it would hold a second copy of the weights" in line for line in said) == 1
+
+
+def test_what_was_measured_without_a_profile_is_measured_again_with_one(
+    times: Times, said: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A profile has candidates that nobody could think of before. Its times may change without that."""
+    gpu = get_registry().device("h200")
+    shape = given().weights.shape(2)
+    profiled = [Candidate("triton", config) for config in TritonMoE().configs(shape, gpu)[-4:-1]]
+    plans = [LayerPlan(gpu, [TritonMoE()], of) for of in (None, *[guess(shape, gpu, None, profiled)] * 2)]
+    asked = []
+    for plan in plans:
+        builder = Builder("h200")
+        monkeypatch.setattr(builder, "_plan", lambda *_, plan=plan: plan)
+        times.asked.clear()
+        loaded = model(said.append, builder)
+        assert loaded.calibrated(loaded.layer(given())) is not None
+        asked.append({*times.asked} - {ENGINE})
+    assert asked[1]
+    assert asked[1] <= {c.name for c in profiled}
+    assert not asked[2]
+
+
+def test_a_report_does_not_undo_what_another_server_measured_since(times: Times, said: list[str]) -> None:
+    """A server may report minutes after it has measured, once its graphs are captured."""
+    loaded = model(said.append)
+    layer = loaded.layer(given())
+    (record,) = records()
+    first = record.timings[0]
+    more = calibration_file.Timing(first.tokens, first.routing, "triton/another", 1.0)
+    later = msgspec.structs.replace(record, timings=[*record.timings, more])
+    calibration_file.save(later)
+    loaded.report(layer)
+    (kept,) = records()
+    assert kept.timings == later.timings

@@ -127,7 +127,7 @@ def test_a_batch_of_more_than_a_million_ids() -> None:
 class Priced(Builder):
     """Prices for which the routing decides which of four configurations is best."""
 
-    def layer(self, weights: MoEWeights, top_k: int, ep_size: int = 1) -> LayerRuntime:
+    def layer(self, weights: MoEWeights, top_k: int, *rest: object) -> LayerRuntime:
         hardware = detect()
         return LayerRuntime(weights, top_k, hardware, [TritonMoE()], priced(hardware, triton_of()))
 

@@ -22,13 +22,14 @@ import torch
 from moe_cases import batch, error, expected, weights
 from ramp_moe import KernelError
 from ramp_moe.runtime.layer import LayerRuntime
-from ramp_moe.runtime.layer_factory import Builder
+from ramp_moe.runtime.layer_factory import Builder, LayerPlan
 from ramp_moe.runtime.placeholder import Placeholder
 from ramp_moe.runtime.relayout import relayout
 from ramp_moe.spec.launchable import Batch, MoEWeights
 from ramp_moe_adapters.frameworks import sglang
 from ramp_moe_adapters.frameworks.sglang import fields as sglang_fields
 from ramp_moe_adapters.frameworks.sglang import runner as plugin
+from ramp_moe_kernels.triton.kernel import TritonMoE
 from sglang.srt.layers.moe.moe_runner.base import FusedOpPool
 from sglang.srt.layers.moe.moe_runner.triton import TritonRunnerCore
 from sglang.srt.layers.moe.token_dispatcher import standard
@@ -209,8 +210,8 @@ def test_weights_are_sglangs_where_their_order_will_do(builder: Builder, stock: 
 class UpFirst(Builder):
     """As where kernels that want another order of rows are predicted to be faster."""
 
-    def layer(self, weights: MoEWeights, top_k: int, ep_size: int = 1) -> LayerRuntime:
-        return super().layer(relayout(weights, "up-first"), top_k, ep_size)
+    def layer(self, weights: MoEWeights, *rest: Any) -> LayerRuntime:
+        return super().layer(relayout(weights, "up-first"), *rest)
 
 
 @pytest.mark.parametrize("dtype", ["bf16", "fp8"])
@@ -227,6 +228,30 @@ def test_what_is_moved_is_held_once(
     assert isinstance(experts.layer.w13_weight, Placeholder)
     assert experts.layer.w2_weight.data_ptr() == held.down.data_ptr()
     assert torch.equal(experts.layer.w13_weight.float(), given.gate_up.float()), "reads as SGLang's"
+    assert not stock
+
+
+class Repacking(TritonMoE):
+    """A kernel whose weights lie in a format of its own."""
+
+    name = "repacking"
+
+    def readable_layouts(self, shape: Any) -> tuple[str, ...]:
+        return ("repacking/own",)
+
+    def prepare(self, given: MoEWeights) -> Any:
+        raise AssertionError("a second copy of the weights was made")
+
+
+def test_a_layer_that_is_made_when_it_first_runs_holds_no_second_copy(
+    builder: Builder, stock: list[Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The KV cache has taken the memory by then."""
+    monkeypatch.setattr(builder, "_plan", lambda shape, gpu: LayerPlan(gpu, [Repacking(), TritonMoE()], None))
+    given, x = drawn("bf16"), routed(5, "bf16")
+    experts = Experts(given, K)
+    assert error(experts(x), expected(given, x, False)) < TOLERANCE["bf16"]
+    assert set(layer_of(experts).kernels) == {"triton"}
     assert not stock
 
 

@@ -59,6 +59,28 @@ def searched(
     return search
 
 
+def test_a_size_has_a_choice_that_was_timed_there_whatever_fails_and_whenever_time_is_over(h200: Hardware) -> None:
+    """Also if what was timed there has failed at another size since."""
+
+    @settings(max_examples=25, deadline=None)
+    @given(st.randoms(use_true_random=False), st.integers(2, 60))
+    def check(drawn: Any, limit: int) -> None:
+        fails_from: dict[str, int] = {}
+
+        def us(name: str, tokens: int) -> float:
+            if name != ENGINE and tokens >= fails_from.setdefault(name, drawn.choice([1, 16, 256, 1024])):
+                raise KernelError("planted")
+            return float(drawn.randint(1, 100))
+
+        search = searched(h200, None, FakeTimer(us), limit=limit)
+        assert all(any(search.found.us(c, n) is not None for c in search.found.timed) for n in search.found.tokens)
+        if search.found.timed:
+            for n, name in search.chosen(search.corrected()).items():
+                assert search.found.us(name, n) is not None
+
+    check()
+
+
 def test_the_search_ends_with_a_choice_that_was_timed(h200: Hardware, model: CostModel) -> None:
     """Whatever the times are, at each size; and no other that was timed is expected to be faster."""
 

@@ -35,7 +35,7 @@ from sglang.srt.model_executor.runner_utils.capture_mode import get_is_capture_m
 from sglang.srt.plugins.hook_registry import HookRegistry, HookType
 from sglang.srt.runtime_context import get_flags, get_parallel
 
-from ..engine_calibration import LoadedModel
+from ..engine_calibration import LoadedModel, in_place
 from ..engine_errors import both_failed, why
 from ..engine_weights import Parameters, place
 from ..known_fields import new_parameters
@@ -245,7 +245,7 @@ class RampRunnerCore(DispatchMoeRunnerCore):  # type: ignore[misc]
 
     def _unmeasured(self, top_k: int, weights: MoEWeights) -> LayerRuntime:
         said = len(_builder.notes)
-        layer = _builder.layer(weights, top_k, ep_size(self.config))
+        layer = _builder.layer(weights, top_k, ep_size(self.config), partial(in_place, weights.shape(top_k)))
         layer.host_sync_us = math.inf  # the host would wait for the device, in every layer
         for note in _builder.notes[said:]:
             _say(note)
