@@ -57,14 +57,15 @@ def loaded(monkeypatch: pytest.MonkeyPatch, folder: Path, how: str) -> tuple[set
     return set(layer.kernels), said
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(GPU, reason="with made-up times")
 @pytest.mark.parametrize(
     ("how", "reason"),
     [
-        pytest.param("", None, marks=pytest.mark.slow),
-        pytest.param("raises", "RuntimeError: planted", marks=pytest.mark.slow),
+        ("", None),
+        ("raises", "RuntimeError: planted"),
         ("NaN", "relative error nan of output"),
-        pytest.param("spins", "gave no answer within 3 s in a process apart", marks=pytest.mark.slow),
+        ("spins", "gave no answer within 3 s in a process apart"),
     ],
 )
 def test_it_is_dropped_with_its_name(

@@ -82,6 +82,7 @@ def test_a_profile_of_its_own_comes_first(registry: Registry, shipped: ProfileSt
         load_model(registry, shipped, shape, h200, ["triton", "vllm_triton"])
 
 
+@pytest.mark.slow
 def test_sweeps_that_say_nothing(registry: Registry, shipped: ProfileStore, h200: Hardware) -> None:
     """Of configurations that no shape has, of none to fit on, or without a time of a whole path."""
     shape = registry.shape("olmoe-1b-7b", "fp8")

@@ -168,6 +168,7 @@ def test_not_enough_batches_to_prune_again(call: Call) -> None:
     assert [o.reason for o in load_sweep(place(call)).record.left_out] == [LOST]
 
 
+@pytest.mark.slow
 def test_compiling_in_several_processes(call: Call) -> None:
     silent = Silent()
     call = script(call, {"warm/bm16-b": "raises", "warm/bm64-b": "exits"}, delay_s=0.01)

@@ -112,6 +112,7 @@ def lines(path: Path) -> int:
     return path.read_bytes().count(b"\n") if path.exists() else 0
 
 
+@pytest.mark.slow
 def test_going_on_after_kills(call: Call, undisturbed: Call, tmp_path: Path) -> None:
     slowly = script(call, delay_s=0.002)
     (tmp_path / "call").write_bytes(pickle.dumps(slowly))

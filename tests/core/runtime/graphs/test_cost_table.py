@@ -57,6 +57,7 @@ def test_some_of_the_candidates(registry: Registry, shipped: ProfileStore, h200:
         CostTable.of(smooth, [outsider])
 
 
+@pytest.mark.slow
 def test_a_shape_without_a_profile(registry: Registry, shipped: ProfileStore, h200: Hardware) -> None:
     """A path is the sum of a part with grids and one without."""
     model, _ = load_model(registry, shipped, registry.shape("qwen3-235b-a22b", "fp8"), h200)
