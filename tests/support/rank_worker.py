@@ -88,6 +88,18 @@ def main(rank: int, how: str, folder: Path) -> dict[str, Any]:
     return found | {"asked": len(asked), "said": said}
 
 
+def stay(rank: int, how: str, folder: Path) -> None:
+    """Keep rank 0 until rank 1 has decided: it has the group's store, as in a server, which goes on."""
+    (folder / f"done-{rank}").touch()
+    end = time.monotonic() + 60
+    while not (rank or how.startswith("alone") or how == "other-killed") and time.monotonic() < end:
+        if (folder / "done-1").exists():
+            return
+        time.sleep(0.01)
+
+
 if __name__ == "__main__":
-    print(json.dumps(main(int(sys.argv[1]), sys.argv[2], Path(sys.argv[3]))), flush=True)
+    given = int(sys.argv[1]), sys.argv[2], Path(sys.argv[3])
+    print(json.dumps(main(*given)), flush=True)
+    stay(*given)
     os._exit(0)  # a group whose other rank has died cannot be left
