@@ -13,8 +13,7 @@ from functools import partial
 from weakref import WeakKeyDictionary
 
 import torch
-from ramp_moe import Candidate
-from ramp_moe.cost_model.model import CostModel
+from ramp_moe import Candidate, CostModel
 from ramp_moe.plugin import LAYOUTS, Batch, KernelError, LaunchableKernel, MoEShape
 from ramp_moe.runtime import calibrated_plan, probe
 from ramp_moe.runtime.calibrated_plan import Calibrated, CalibrationRecord
