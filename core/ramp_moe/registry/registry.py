@@ -20,7 +20,7 @@ from typing import Any, TypeVar
 import pluggy
 
 from ..errors import HardwareError, UnknownNameError, describe
-from ..spec.hardware import Hardware
+from ..spec.hardware import Hardware, reported_as
 from ..spec.kernel import Kernel
 from ..spec.shapes import Model, MoEShape, resolve_shape
 from ..version import DISTRIBUTION, __version__
@@ -111,7 +111,12 @@ class Registry:
         return _look_up("kernel", name, self.kernels, "`ramp-moe kernels` lists them")
 
     def device(self, name: str) -> Hardware:
-        """Look up hardware. Raises UnknownNameError, or HardwareError if GPUs of several names go by it."""
+        """Look up hardware by its name, or by the name that the driver reports ("NVIDIA H200").
+
+        Raises UnknownNameError, or HardwareError if GPUs of several names go by it.
+        """
+        if " " in name and (found := reported_as(self.hardware.values(), name)):
+            return found
         variants = sorted(n for n in self.hardware if n.lower().startswith(f"{name.lower()}-"))
         if len(variants) > 1 and name.lower() not in map(str.lower, self.hardware):
             reported = (f"{n} ({self.hardware[n].device_names[0]})" for n in variants)

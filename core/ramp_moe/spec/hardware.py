@@ -87,6 +87,12 @@ def identify(known: Iterable[Hardware], device_name: str, num_sms: int | None = 
     return found[0]
 
 
+def reported_as(known: Iterable[Hardware], device_name: str) -> Hardware | None:
+    """The known GPU that reports `device_name`; None if there is none, or several."""
+    found = _matches(known, device_name)
+    return found[0] if len(found) == 1 else None
+
+
 def confirm(
     hardware: Hardware, known: Iterable[Hardware], device_name: str, num_sms: int | None = None, arch: str | None = None
 ) -> Hardware:

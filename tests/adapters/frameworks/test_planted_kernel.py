@@ -38,7 +38,7 @@ def loaded(monkeypatch: pytest.MonkeyPatch, folder: Path, how: str) -> tuple[set
     install(folder, monkeypatch, how)
     said, of = list[str](), weights(8, 128, 128, DTYPE, DEVICE)
     monkeypatch.setenv("RAMP_MOE_CACHE", str(folder / "cache"))
-    monkeypatch.setenv("RAMP_MOE_CALIBRATE_S", "1e6")
+    monkeypatch.setenv("RAMP_MOE_CALIBRATE_S", "20" if GPU else "1e6")
     monkeypatch.setattr(get_registry(), "third_party", {"planted"})
     monkeypatch.setattr(engine, "usable_kernels", lambda *_: [TritonMoE(), Planted()])
     if not GPU:

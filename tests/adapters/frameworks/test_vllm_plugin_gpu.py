@@ -165,8 +165,11 @@ def test_a_batch_that_fails_is_vllms(dtype: str, monkeypatch: pytest.MonkeyPatch
         raise torch.OutOfMemoryError("no memory")
 
     monkeypatch.setattr(layer_of(routed), "forward", fail)
-    assert error(run(routed, b), wanted(of, b)) < TOLERANCE
-    assert error(Captured(routed, given(64, "uniform")).replay(b), wanted(of, b)) < TOLERANCE
+    # vLLM may round a scale of fp8 activations up to a power of two: other errors than ours, of the same size.
+    exact = expected(of, b, quantise=False)
+    most = 1.25 * error(wanted(of, b), exact) if dtype == "fp8" else TOLERANCE
+    assert error(run(routed, b), exact) < most
+    assert error(Captured(routed, given(64, "uniform")).replay(b), exact) < most
 
 
 def test_the_device_chooses_in_the_graph(builder: Builder, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -198,12 +201,14 @@ def test_the_device_chooses_in_the_graph(builder: Builder, monkeypatch: pytest.M
 @pytest.mark.parametrize("dtype", ["bf16", "fp8"])
 def test_weights_are_not_doubled(dtype: str) -> None:
     of = olmoe(dtype)
+    first = experts_of(of, 8)  # with the workspace that all layers share
     torch.cuda.synchronize()
     before = torch.cuda.memory_allocated()
     routed = experts_of(of, 8)
     torch.cuda.synchronize()
     size = sum(p.numel() * p.element_size() for p in routed.parameters())
-    assert torch.cuda.memory_allocated() - before < 1.02 * size
+    assert torch.cuda.memory_allocated() - before < 1.01 * size
+    assert layer_of(first) is not layer_of(routed)
 
 
 def test_registering_leaves_cuda_alone() -> None:

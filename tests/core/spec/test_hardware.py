@@ -15,6 +15,15 @@ def test_known_devices(registry: Registry) -> None:
     assert registry.device("H200").num_sms == 132
 
 
+def test_a_device_is_known_by_the_name_that_its_driver_reports(registry: Registry) -> None:
+    for hardware in GPUS:
+        if len(hardware.device_names) == 1 and " " in hardware.device_names[0]:
+            assert registry.device(hardware.device_names[0]).name == hardware.name
+    assert registry.device("NVIDIA H200").name == "h200"
+    with pytest.raises(UnknownNameError, match="unknown device 'NVIDIA H2000'"):
+        registry.device("NVIDIA H2000")
+
+
 def test_unknown_device_suggests(registry: Registry) -> None:
     with pytest.raises(UnknownNameError, match="unknown device 'h2000'; did you mean 'h200'"):
         registry.device("h2000")
