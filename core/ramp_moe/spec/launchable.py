@@ -15,6 +15,7 @@ from ..errors import KernelError, RampMoEError, RoutingError, ShapeError, descri
 from .dense import check_dense
 from .hardware import Hardware
 from .kernel import Kernel, KernelConfig, is_installed, reason_of, why_unsupported
+from .router_logits import RouterLogits
 from .shapes import MoEShape
 from .weights import ACTIVATIONS, ROW_CHUNK, MoEWeights, check_layout
 
@@ -28,6 +29,7 @@ __all__ = [
     "Batch",
     "LaunchableKernel",
     "MoEWeights",
+    "RouterLogits",
     "Workspace",
     "allocate",
     "check_layout",
@@ -292,6 +294,27 @@ class LaunchableKernel(Kernel):
                 "generator"
             )
         return running
+
+    def routes(self, config: KernelConfig, shape: MoEShape, num_tokens: int) -> bool:
+        """Whether `launch_routed` takes a batch of `num_tokens` tokens. By default no batch."""
+        return False
+
+    def launch_routed(
+        self,
+        config: KernelConfig,
+        prepared: Any,
+        router: RouterLogits,
+        batch: Batch,
+        out: Tensor,
+        workspace: Workspace,
+    ) -> None:
+        """Choose the experts, and compute the batch with them, in no more launches than `launch` takes.
+
+        batch: its topk_ids and topk_weights are written: the chosen experts, -1 for padding, and their weights.
+
+        Raises KernelError if the kernel has no such launch.
+        """
+        raise KernelError(f"{self.name} does not choose experts itself")
 
     def inline_key(self, config: KernelConfig, shape: MoEShape) -> Hashable | None:
         """A key that configurations must share for `launch_inline` to take them together.
