@@ -22,6 +22,8 @@ from vllm.model_executor.layers.quantization.utils.quant_utils import (
     GroupShape,
     create_fp8_quant_key,
     kFp8Dynamic128Sym,
+    kFp8DynamicTokenSym,
+    kFp8StaticChannelSym,
 )
 from vllm.v1.worker.workspace import current_workspace_manager, is_workspace_manager_initialized
 
@@ -42,10 +44,12 @@ PARAMETERS = {
     "w2_weight": "down",
     "w13_weight_scale_inv": "gate_up_scale",
     "w2_weight_scale_inv": "down_scale",
+    "w13_weight_scale": "gate_up_scale",
+    "w2_weight_scale": "down_scale",
     "w13_bias": "gate_up_bias",
     "w2_bias": "down_bias",
 }
-"""Names of vLLM's parameters, with the fields of MoEWeights that they become."""
+"""Names of vLLM's parameters, with the fields of MoEWeights that they become. A layer has one name for each field."""
 logger = init_logger("vllm.ramp_moe")
 
 
@@ -126,8 +130,9 @@ class RampExperts(FusedMoEExpertsModular):  # type: ignore[misc]
 
     @staticmethod
     def _supports_quant_scheme(weight_key: Any, activation_key: Any) -> bool:
-        quantised = weight_key in BLOCK_SCALES and activation_key == kFp8Dynamic128Sym
-        return quantised or (weight_key, activation_key) == (None, None)
+        if weight_key in BLOCK_SCALES:
+            return bool(activation_key == kFp8Dynamic128Sym)
+        return (weight_key, activation_key) in ((None, None), (kFp8StaticChannelSym, kFp8DynamicTokenSym))
 
     @staticmethod
     def _supports_activation(activation: Any) -> bool:
@@ -252,8 +257,8 @@ def by_vllm(experts: MoEWeights, x: Tensor, ids: Tensor, weights: Tensor, output
 
 def parameters_of(module: Any) -> dict[str, Tensor]:
     """vLLM's parameters of a module of routed experts, by field of MoEWeights."""
-    found = {field: module._parameters.get(name) for name, field in PARAMETERS.items()}
-    return {field: t for field, t in found.items() if t is not None}
+    found = module._parameters
+    return {field: t for name, field in PARAMETERS.items() if (t := found.get(name)) is not None}
 
 
 def local_ids(module: Any) -> Tensor | None:

@@ -1,7 +1,7 @@
 """vLLM 0.33's methods for unquantised and fp8 experts, with a dispatched layer in place of the experts. Needs vLLM.
 
-vLLM loads the weights as for its Triton experts: gate rows first, and fp8 with float32 scales of [128, 128] blocks. If
-no layer can be made from them, the experts that vLLM itself would choose take them.
+vLLM loads the weights as for its Triton experts: gate rows first, and fp8 with float32 scales of [128, 128] blocks or
+of rows. If no layer can be made from them, the experts that vLLM itself would choose take them.
 """
 
 from __future__ import annotations
@@ -9,13 +9,24 @@ from __future__ import annotations
 from contextlib import suppress
 from typing import Any
 
-from ramp_moe.plugin import KernelError, MoEWeights
+from ramp_moe.plugin import SCALE_BLOCK, KernelError, MoEWeights
 from ramp_moe.runtime.calibrated_plan import Calibrated
 from vllm.model_executor.layers.fused_moe.experts.triton_moe import TritonExperts
 from vllm.model_executor.layers.fused_moe.oracle.fp8 import Fp8MoeBackend
 from vllm.model_executor.layers.fused_moe.oracle.unquantized import UnquantizedMoeBackend
 from vllm.model_executor.layers.fused_moe.unquantized_fused_moe_method import UnquantizedFusedMoEMethod
+from vllm.model_executor.layers.quantization.compressed_tensors.compressed_tensors_moe import (
+    compressed_tensors_moe_w8a8_fp8 as compressed_fp8,
+)
 from vllm.model_executor.layers.quantization.fp8 import Fp8MoEMethod
+from vllm.model_executor.layers.quantization.utils.quant_utils import (
+    GroupShape,
+    create_fp8_quant_key,
+    kFp8Dynamic128Sym,
+    kFp8DynamicTokenSym,
+    kFp8Static128BlockSym,
+    kFp8StaticChannelSym,
+)
 
 from ..engine_errors import why
 from ..engine_weights import Parameters
@@ -36,6 +47,8 @@ class _Dispatched:
     """Name of the attribute with vLLM's backend, for which vLLM converts the weights."""
     unconverted: Any
     """The backend for which vLLM leaves the weights as they were loaded."""
+    format: str | None = None
+    """Format of MoEWeights; None if the dtype of the weights says it."""
     experts_cls: Any
     moe_kernel: Any
     moe: Any
@@ -70,7 +83,7 @@ class _Dispatched:
             if reason := self._misfit(layer):
                 raise KernelError(reason)
             ep_size = self.moe.num_experts // self.moe.num_local_experts
-            given = calibrate.layer_of(layer, self.moe, _weights(layer, self.moe), ep_size)
+            given = calibrate.layer_of(layer, self.moe, _weights(layer, self.moe, self.format), ep_size)
             made = model.layer(given)
             self.calibrated = model.calibrated(made)
             found = Parameters(layer, made, parameters_of(layer))
@@ -106,12 +119,67 @@ class _Dispatched:
 class DispatchedUnquantizedMethod(_Dispatched, UnquantizedFusedMoEMethod):  # type: ignore[misc]
     backend, unconverted = "unquantized_backend", UnquantizedMoeBackend.TRITON
 
+    @classmethod
+    def of(cls, method: Any, layer: Any, moe: Any) -> Any:
+        return cls(moe)
+
+    @staticmethod
+    def keys(method: Any) -> tuple[Any, Any]:
+        return None, None
+
 
 class DispatchedFp8Method(_Dispatched, Fp8MoEMethod):  # type: ignore[misc]
     backend, unconverted = "fp8_backend", Fp8MoeBackend.TRITON
 
+    @classmethod
+    def of(cls, method: Any, layer: Any, moe: Any) -> Any:
+        return cls(method.quant_config, layer)
 
-def _weights(layer: Any, moe: Any) -> MoEWeights:
+    @staticmethod
+    def keys(method: Any) -> tuple[Any, Any]:
+        if method.moe_block_shape is None:
+            raise KernelError("fp8 weights have no block scales")
+        return create_fp8_quant_key(static=True, group_shape=GroupShape(*method.moe_block_shape)), kFp8Dynamic128Sym
+
+
+class DispatchedCompressedFp8Method(_Dispatched, compressed_fp8.CompressedTensorsW8A8Fp8MoEMethod):  # type: ignore[misc]
+    """compressed-tensors' fp8, whose scales are of rows or of [128, 128] blocks."""
+
+    backend, unconverted = "fp8_backend", Fp8MoeBackend.TRITON
+
+    @property
+    def format(self) -> str | None:  # type: ignore[override]
+        return None if self.block_quant else "fp8-channel"
+
+    @classmethod
+    def of(cls, method: Any, layer: Any, moe: Any) -> Any:
+        return cls(method.weight_quant, method.input_quant, moe)
+
+    @staticmethod
+    def keys(method: Any) -> tuple[Any, Any]:
+        if method.static_input_scales:
+            raise KernelError("activations have scales of their own in the checkpoint")
+        if method.block_quant:
+            if [*method.weight_block_size] != [SCALE_BLOCK, SCALE_BLOCK]:
+                raise KernelError(
+                    f"fp8 scales are of blocks {method.weight_block_size}, not of {SCALE_BLOCK} by as many"
+                )
+            return kFp8Static128BlockSym, kFp8Dynamic128Sym
+        if method.weight_quant.strategy != compressed_fp8.QuantizationStrategy.CHANNEL:
+            raise KernelError("fp8 weights have a scale for each matrix, which vLLM merges for gate and up")
+        return kFp8StaticChannelSym, kFp8DynamicTokenSym
+
+
+METHODS: dict[type, Any] = {
+    UnquantizedFusedMoEMethod: DispatchedUnquantizedMethod,
+    Fp8MoEMethod: DispatchedFp8Method,
+    compressed_fp8.CompressedTensorsW8A8Fp8MoEMethod: DispatchedCompressedFp8Method,
+}
+"""By vLLM's method, ours. `of(method, layer, moe)` makes it in the place of vLLM's. `keys(method)` are vLLM's names of
+how weights and activations are quantised; it raises KernelError for what no kernel computes."""
+
+
+def _weights(layer: Any, moe: Any, format: str | None) -> MoEWeights:
     """MoEWeights of the layer's parameters, in their memory. Raises KernelError or ShapeError if they cannot be
     used."""
     padded = moe.hidden_dim, moe.intermediate_size_per_partition
@@ -121,4 +189,6 @@ def _weights(layer: Any, moe: Any) -> MoEWeights:
     if kind.itemsize > 1 and kind != moe.in_dtype:
         raise KernelError(f"weights are {kind}, activations {moe.in_dtype}")
     given: dict[str, Any] = {field: t.detach() for field, t in parameters_of(layer).items()}
-    return MoEWeights(**given, activation=ACTIVATIONS[layer.activation])
+    if moe.has_bias and "gate_up_bias" not in given:
+        raise KernelError("the layer has biases, which vLLM does not load in this format")
+    return MoEWeights(**given, activation=ACTIVATIONS[layer.activation], format=format)
