@@ -91,7 +91,7 @@ def experts_of(
     """
     if not is_workspace_manager_initialized():
         init_workspace_manager(torch.device(DEVICE))
-    experts, rows, hidden = full.gate_up.shape
+    experts, hidden, inter = full.sizes
     parallel = FusedMoEParallelConfig.make_no_parallel()
     parallel.tp_size, parallel.tp_rank = tp
     parallel.ep_size, parallel.ep_rank = ep
@@ -106,7 +106,7 @@ def experts_of(
             ranks.enter_context(mock.patch(name, return_value=tp[0]))
         manager = ExpertMapManager(8192, top_k, experts, 0, None, parallel, "linear", False)
         config = FusedMoEConfig(
-            num_experts=experts, experts_per_token=top_k, hidden_dim=hidden, intermediate_size=rows // 2,
+            num_experts=experts, experts_per_token=top_k, hidden_dim=hidden, intermediate_size=inter,
             num_local_experts=manager.local_num_experts, num_logical_experts=experts, activation=activation,
             device=DEVICE, routing_method=RoutingMethodType.Default, moe_parallel_config=parallel, in_dtype=dtype,
             has_bias=full.gate_up_bias is not None, max_capture_size=512, **(moe_options or {}),
@@ -141,7 +141,11 @@ def serve(monkeypatch: pytest.MonkeyPatch, builder: Builder | None = None) -> Lo
 def load(routed: Any, full: MoEWeights) -> None:
     """Load each projection of each expert by vLLM's loader, as from a checkpoint."""
     scale = "weight_scale_inv" if hasattr(routed, "w13_weight_scale_inv") else "weight_scale"
-    given = {"weight": (full.gate_up, full.down), scale: (full.gate_up_scale, full.down_scale)}
+    weights = full.gate_up, full.down
+    packed = hasattr(routed, "w13_weight_packed")
+    if packed:
+        weights = full.gate_up.view(torch.int32), full.down.view(torch.int32)
+    given = {"weight_packed" if packed else "weight": weights, scale: (full.gate_up_scale, full.down_scale)}
     for kind, (gate_up, down) in given.items():
         if gate_up is None:
             continue

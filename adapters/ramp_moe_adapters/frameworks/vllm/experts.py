@@ -29,7 +29,7 @@ from vllm.v1.worker.workspace import current_workspace_manager, is_workspace_man
 
 from ...kernels.vllm_triton.launch import prepare
 from ..engine_errors import both_failed, why
-from ..engine_weights import LAYOUT, Parameters
+from ..engine_weights import LAYOUT, Parameters, Repacked
 from . import recorder
 from .stock import Stock
 
@@ -42,6 +42,8 @@ BLOCK_SCALES = [create_fp8_quant_key(static=True, group_shape=GroupShape(side, s
 PARAMETERS = {
     "w13_weight": "gate_up",
     "w2_weight": "down",
+    "w13_weight_packed": "gate_up",
+    "w2_weight_packed": "down",
     "w13_weight_scale_inv": "gate_up_scale",
     "w2_weight_scale_inv": "down_scale",
     "w13_weight_scale": "gate_up_scale",
@@ -49,7 +51,7 @@ PARAMETERS = {
     "w13_bias": "gate_up_bias",
     "w2_bias": "down_bias",
 }
-"""Names of vLLM's parameters, with the fields of MoEWeights that they become. A layer has one name for each field."""
+"""Names of vLLM's parameters, with the fields of MoEWeights that they become. Of several names, the last counts."""
 logger = init_logger("vllm.ramp_moe")
 
 
@@ -81,7 +83,7 @@ class RampExperts(FusedMoEExpertsModular):  # type: ignore[misc]
         self._keeps: Callable[[int], bool] = lambda num_tokens: False
         """Whether vLLM's own path computes batches of this size."""
 
-    def take(self, module: Any, parameters: Parameters, calibrated: Calibrated | None = None) -> None:
+    def take(self, module: Any, parameters: Parameters | Repacked, calibrated: Calibrated | None = None) -> None:
         """Compute with the layer that was made from vLLM's parameters.
 
         module: has the parameters. calibrated: times of its shape, by which vLLM's own path may keep batch sizes.
@@ -184,7 +186,8 @@ class RampExperts(FusedMoEExpertsModular):  # type: ignore[misc]
 
         Weights, scales and workspaces are the layer's own, but for batch sizes that vLLM's own path keeps.
 
-        If a batch fails, vLLM's Triton path computes it. Raises KernelError with both reasons if that fails, too.
+        If a batch fails, vLLM's Triton path computes it, unless the weights are packed. Raises KernelError with both
+        reasons if that fails, too.
         Raises RampMoEError if parameters were exchanged for others that do not fit, or if a reload failed.
         """
         self._parameters.meet(parameters_of(self._module()))
@@ -211,6 +214,8 @@ class RampExperts(FusedMoEExpertsModular):  # type: ignore[misc]
             # Afterwards, since a kernel that fails in this batch takes the prepared plans with it.
             self._warm_up(len(hidden_states), hidden_states.dtype)
         except Exception as e:  # whatever a kernel raises; a server must not end by it
+            if self.layer.shape.format.packed:
+                raise  # vLLM's Triton path does not take them, and what others take is not held
             say("leaves a batch to vLLM's Triton path", why(e))
             self._failed.add(len(hidden_states))
             try:
@@ -264,7 +269,7 @@ def parameters_of(module: Any) -> dict[str, Tensor]:
 def local_ids(module: Any) -> Tensor | None:
     """Make `RampExperts.local_ids` from the module's expert_map; None without expert parallelism."""
     here = module.expert_map
-    return None if here is None else torch.cat((here, here.new_full((1,), -1))).to(module.w13_weight.device)
+    return None if here is None else torch.cat((here, here.new_full((1,), -1))).to(parameters_of(module)["down"].device)
 
 
 def _capturing(t: Tensor) -> bool:

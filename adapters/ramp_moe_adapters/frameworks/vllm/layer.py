@@ -17,7 +17,8 @@ from ..engine_errors import why
 from ..known_fields import misfit, misfit_arguments, new_parameters
 from .experts import RampExperts
 from .fields import CONSTRUCTOR, LAYER, PARALLEL
-from .method import METHODS, leave
+from .method import leave
+from .methods import METHODS
 
 NAME = "RoutedExperts"
 """Name of the class in vLLM's registry."""

@@ -6,8 +6,9 @@ of rows. If no layer can be made from them, the experts that vLLM itself would c
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from contextlib import suppress
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from ramp_moe.plugin import SCALE_BLOCK, KernelError, MoEWeights
 from ramp_moe.runtime.calibrated_plan import Calibrated
@@ -29,18 +30,22 @@ from vllm.model_executor.layers.quantization.utils.quant_utils import (
 )
 
 from ..engine_errors import why
-from ..engine_weights import Parameters
+from ..engine_weights import Parameters, Repacked
 from ..known_fields import misfit
 from . import calibrate
 from .experts import ACTIVATIONS, RampExperts, logger, parameters_of, say
 from .fields import LAYER, PARALLEL, QUANTISATION, TENSORS
+
+if TYPE_CHECKING:
+    from ramp_moe.runtime.layer import LayerRuntime
+    from torch import Tensor
 
 
 def leave(reason: str) -> None:
     say("leaves experts to vLLM", reason)
 
 
-class _Dispatched:
+class Dispatched:
     """Mixin for vLLM's methods: a LayerRuntime computes the experts, if one can be made from the loaded weights."""
 
     backend: str
@@ -52,6 +57,10 @@ class _Dispatched:
     experts_cls: Any
     moe_kernel: Any
     moe: Any
+    like: frozenset[str] | None = None
+    """See `LoadedLayer.like`; None if vLLM's Triton experts read the weights as they were loaded."""
+    untimed = "ramp_moe is compared with its Triton experts alone"
+    """What a person should know of the comparison, if vLLM would take other experts."""
     calibrated: Calibrated | None = None
     """What was measured of the layer's kind."""
 
@@ -65,14 +74,19 @@ class _Dispatched:
             self.moe_kernel.fused_experts.load(layer)
             return
         found = None if self.moe_kernel else self._made(layer)
-        if found is not None:
-            self.experts_cls = RampExperts
-            setattr(self, self.backend, self.unconverted)
-        super().process_weights_after_loading(layer)  # type: ignore[misc]
-        if found is not None:
-            self.moe_kernel.fused_experts.take(layer, found, self.calibrated)
+        if found is None:
+            super().process_weights_after_loading(layer)  # type: ignore[misc]
+            return
+        self.experts_cls = RampExperts
+        self._install(layer)
+        self.moe_kernel.fused_experts.take(layer, found, self.calibrated)
 
-    def _made(self, layer: Any) -> Parameters | None:
+    def _install(self, layer: Any) -> None:
+        """Have vLLM make its modular kernel with our experts."""
+        setattr(self, self.backend, self.unconverted)
+        super().process_weights_after_loading(layer)  # type: ignore[misc]
+
+    def _made(self, layer: Any) -> Parameters | Repacked | None:
         """Make a layer from the loaded parameters, which share its memory from then on.
 
         Returns None, with a line in the log, if no layer can be made.
@@ -83,10 +97,11 @@ class _Dispatched:
             if reason := self._misfit(layer):
                 raise KernelError(reason)
             ep_size = self.moe.num_experts // self.moe.num_local_experts
-            given = calibrate.layer_of(layer, self.moe, _weights(layer, self.moe, self.format), ep_size)
+            weights = _weights(layer, self.moe, self.format)
+            given = calibrate.layer_of(layer, self.moe, weights, ep_size, self.like)
             made = model.layer(given)
             self.calibrated = model.calibrated(made)
-            found = Parameters(layer, made, parameters_of(layer))
+            found = self._parameters(layer, made)
         except Exception as e:  # whatever a kernel raises: vLLM's experts can have the weights
             with suppress(Exception):  # another layer than is known has no kind
                 model.refuse(calibrate.kind_of(layer, self.moe))
@@ -98,9 +113,12 @@ class _Dispatched:
         logger.info_once("ramp_moe: %s by %s; weights in %s", made.shape.slug, kernels, layouts)
         if self.calibrated is not None and self.experts_cls not in (None, TritonExperts):
             name = self.experts_cls.__name__
-            logger.info_once("ramp_moe: vLLM would take %s; ramp_moe is compared with its Triton experts alone", name)
+            logger.info_once("ramp_moe: vLLM would take %s; %s", name, self.untimed)
         model.report(made)
         return found
+
+    def _parameters(self, layer: Any, made: LayerRuntime) -> Parameters | Repacked:
+        return Parameters(layer, made, parameters_of(layer))
 
     def _misfit(self, layer: Any) -> str | None:
         """Why ramp_moe does not compute the layer: a field of vLLM's configurations; None if every field fits."""
@@ -116,7 +134,7 @@ class _Dispatched:
         return next((reason for reason in reasons if reason), None)
 
 
-class DispatchedUnquantizedMethod(_Dispatched, UnquantizedFusedMoEMethod):  # type: ignore[misc]
+class DispatchedUnquantizedMethod(Dispatched, UnquantizedFusedMoEMethod):  # type: ignore[misc]
     backend, unconverted = "unquantized_backend", UnquantizedMoeBackend.TRITON
 
     @classmethod
@@ -128,7 +146,7 @@ class DispatchedUnquantizedMethod(_Dispatched, UnquantizedFusedMoEMethod):  # ty
         return None, None
 
 
-class DispatchedFp8Method(_Dispatched, Fp8MoEMethod):  # type: ignore[misc]
+class DispatchedFp8Method(Dispatched, Fp8MoEMethod):  # type: ignore[misc]
     backend, unconverted = "fp8_backend", Fp8MoeBackend.TRITON
 
     @classmethod
@@ -142,7 +160,7 @@ class DispatchedFp8Method(_Dispatched, Fp8MoEMethod):  # type: ignore[misc]
         return create_fp8_quant_key(static=True, group_shape=GroupShape(*method.moe_block_shape)), kFp8Dynamic128Sym
 
 
-class DispatchedCompressedFp8Method(_Dispatched, compressed_fp8.CompressedTensorsW8A8Fp8MoEMethod):  # type: ignore[misc]
+class DispatchedCompressedFp8Method(Dispatched, compressed_fp8.CompressedTensorsW8A8Fp8MoEMethod):  # type: ignore[misc]
     """compressed-tensors' fp8, whose scales are of rows or of [128, 128] blocks."""
 
     backend, unconverted = "fp8_backend", Fp8MoeBackend.TRITON
@@ -170,25 +188,22 @@ class DispatchedCompressedFp8Method(_Dispatched, compressed_fp8.CompressedTensor
         return kFp8StaticChannelSym, kFp8DynamicTokenSym
 
 
-METHODS: dict[type, Any] = {
-    UnquantizedFusedMoEMethod: DispatchedUnquantizedMethod,
-    Fp8MoEMethod: DispatchedFp8Method,
-    compressed_fp8.CompressedTensorsW8A8Fp8MoEMethod: DispatchedCompressedFp8Method,
-}
-"""By vLLM's method, ours. `of(method, layer, moe)` makes it in the place of vLLM's. `keys(method)` are vLLM's names of
-how weights and activations are quantised; it raises KernelError for what no kernel computes."""
-
-
 def _weights(layer: Any, moe: Any, format: str | None) -> MoEWeights:
     """MoEWeights of the layer's parameters, in their memory. Raises KernelError or ShapeError if they cannot be
     used."""
     padded = moe.hidden_dim, moe.intermediate_size_per_partition
     if padded != (moe.hidden_dim_unpadded, moe.intermediate_size_per_partition_unpadded):
         raise KernelError(f"vLLM has padded the weights to {padded[0]} and {padded[1]}")
-    kind = layer.w13_weight.dtype
-    if kind.itemsize > 1 and kind != moe.in_dtype:
+    given = parameters_of(layer)
+    kind = given["gate_up"].dtype
+    if kind.is_floating_point and kind.itemsize > 1 and kind != moe.in_dtype:
         raise KernelError(f"weights are {kind}, activations {moe.in_dtype}")
-    given: dict[str, Any] = {field: t.detach() for field, t in parameters_of(layer).items()}
     if moe.has_bias and "gate_up_bias" not in given:
         raise KernelError("the layer has biases, which vLLM does not load in this format")
-    return MoEWeights(**given, activation=ACTIVATIONS[layer.activation], format=format)
+    return weights_of(given, layer.activation, format)
+
+
+def weights_of(tensors: Mapping[str, Tensor], activation: Any, format: str | None) -> MoEWeights:
+    """MoEWeights of parameters by field, in their memory."""
+    given: dict[str, Any] = {field: t.detach() for field, t in tensors.items()}
+    return MoEWeights(**given, activation=ACTIVATIONS[activation], format=format)
