@@ -28,7 +28,7 @@ from .quantise import groups_per_program, interpreted
 from .router import _best
 from .schedule import PROGRAMS, ZERO_BLOCK, Schedule, _beside, _bins, _count, _schedule_expert, _summarise
 
-MAX_SCORES = 2048
+MAX_SCORES = 1024
 """Most scores, rows times padded experts, that every program computes. More take longer than two launches do."""
 MAX_TOP_K = 16
 
@@ -149,7 +149,7 @@ def takes(num_tokens: int, num_experts: int, top_k: int) -> bool:
     if num_tokens < 1 or not 1 <= top_k <= min(num_experts, MAX_TOP_K):
         return False
     sizes = _sizes(num_tokens, num_experts, top_k)
-    return sizes.rows * triton.next_power_of_2(num_experts) <= MAX_SCORES
+    return sizes.rows * int(triton.next_power_of_2(num_experts)) <= MAX_SCORES
 
 
 def launch_routed_schedule(
