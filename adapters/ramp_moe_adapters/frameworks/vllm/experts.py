@@ -214,6 +214,7 @@ class RampExperts(FusedMoEExpertsModular):  # type: ignore[misc]
             x, ids, weights = hidden_states.contiguous(), pending.ids, pending.weights
             try:
                 forward_routed(self.layer, x, pending.router, ids, weights, output)
+                self.routing.done(pending)
                 return
             except Exception as e:  # whatever a kernel raises
                 say("leaves the routing of a batch to vLLM", why(e))

@@ -20,6 +20,7 @@ from ramp_moe.runtime.layer import LayerRuntime
 from ramp_moe.runtime.routed import forward_routed, routing_candidate
 from torch import Tensor
 from vllm.forward_context import get_forward_context, is_forward_context_available
+from vllm.logger import init_logger
 from vllm.model_executor.layers.fused_moe.prepare_finalize.no_dp_ep import MoEPrepareAndFinalizeNoDPEPModular
 from vllm.model_executor.layers.fused_moe.router.fused_topk_router import FusedTopKRouter, _get_padding_mask
 
@@ -28,6 +29,7 @@ from . import recorder
 SCORINGS = {"softmax": ops.topk_softmax, "sigmoid": ops.topk_sigmoid}
 WEIGHTS_APART, OUTPUTS_APART = 1e-5, 1e-2
 """How far weights, relative to each, and outputs, relative to their norm, may lie from those with vLLM's router."""
+logger = init_logger("vllm.ramp_moe")
 _tried: dict[Hashable, str | None] = {}
 """Why a size is not routed by a kernel, by what that depends on; None if it is. Layers of a model are alike."""
 
@@ -53,6 +55,8 @@ class KernelRouting:
         self._passed: tuple[int, int] | None = None
         """Addresses of the ids and weights that the router last returned."""
         self._sizes = set[int]()
+        self.captured = set[int]()
+        """Batch sizes of the graphs in which the kernel chooses the experts."""
 
     @classmethod
     def of(cls, layer: LayerRuntime, module: Any) -> KernelRouting | None:
@@ -100,6 +104,12 @@ class KernelRouting:
         if (topk_ids.data_ptr(), topk_weights.data_ptr()) != (found.ids.data_ptr(), found.weights.data_ptr()):
             raise KernelError("vLLM has copied ids that were not chosen yet; unset RAMP_MOE_VLLM and report this")
         return found
+
+    def done(self, pending: Pending) -> None:
+        """Note that the kernel was launched for a batch."""
+        if not self.captured:
+            logger.info_once("ramp_moe: kernels choose the experts in graphs of up to %d tokens", len(pending.ids))
+        self.captured.add(len(pending.ids))
 
     def choose(self, pending: Pending) -> None:
         """Write the ids and weights of a batch after all, as vLLM's router does."""
