@@ -12,8 +12,10 @@ from tiers import slow_except
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 KINDS = ("random", "equal", "skewed", "huge", "nan", "infinite", "padded", "all padded")
-FAST = ((5, 64, 8, 8), (3, 60, 6, 32))
-SHAPES = (*FAST, (1, 64, 8, 16), (32, 64, 8, 64), (8, 128, 8, 16), (16, 8, 2, 128), (4, 10, 1, 8))
+SHAPES = (
+    *((5, 64, 8, 8), (3, 60, 6, 32), (1, 64, 8, 16), (16, 64, 8, 64), (8, 128, 8, 16), (4, 256, 8, 16)),
+    *((16, 8, 2, 128), (64, 8, 2, 16), (4, 10, 1, 8), (1, 8, 1, 16)),
+)
 """Tokens, experts, top_k and block."""
 
 
@@ -80,14 +82,31 @@ def route_and_check(
     return quantised
 
 
-@pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("shape", slow_except(FAST, SHAPES), ids=str)
-def test_ids_weights_and_order(shape: tuple[int, int, int, int], kind: str) -> None:
+def check_both_scorings(shape: tuple[int, int, int, int], kind: str) -> None:
     tokens, experts, top_k, block = shape
     for sigmoid, renormalise, dtype in ((False, True, torch.bfloat16), (True, False, torch.float32)):
-        logits = logits_of(kind, tokens, experts, dtype)
-        router = RouterLogits(logits, sigmoid, renormalise, padding_of(kind, tokens))
+        router = RouterLogits(logits_of(kind, tokens, experts, dtype), sigmoid, renormalise, padding_of(kind, tokens))
         route_and_check(router, top_k, block)
+
+
+SMALL = {
+    (5, 32, 4, 8): ("random", "infinite", "all padded"),
+    (3, 12, 6, 32): ("nan", "equal"),
+    (4, 8, 2, 16): ("padded", "huge"),
+}
+CASES = [(shape, kind) for shape, kinds in SMALL.items() for kind in kinds]
+
+
+@pytest.mark.parametrize("case", slow_except([(s, kinds[0]) for s, kinds in SMALL.items()], CASES), ids=str)
+def test_ids_weights_and_order(case: tuple[tuple[int, int, int, int], str]) -> None:
+    check_both_scorings(*case)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_gpu_ids_weights_and_order(shape: tuple[int, int, int, int], kind: str) -> None:
+    check_both_scorings(shape, kind)
 
 
 def test_rows_may_lie_apart() -> None:

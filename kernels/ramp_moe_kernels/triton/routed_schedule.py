@@ -5,7 +5,7 @@ writes ids, weights and the summary. Then each sorts the ids of its experts, as 
 
     score   float32 [rows, P]   softmax or sigmoid of the logits; NaN and infinity count as 0
     pick    int32 [rows]        k times: the lowest expert of the best score, which is then excluded
-    expert  int32 [4, N / 4]    the picks by routed id; -1 for padding
+    expert  int32 [1, N]        the picks by routed id; -1 for padding
 
 Ids and the treatment of NaN, ties and padding are those of vLLM 0.33's router.
 """
@@ -121,9 +121,9 @@ def routed_schedule_kernel(
         chosen, weights = _choose(logits, padding, num_tokens, stride, E, K, ROWS, SIGMOID, RENORMALISE)
         row, slot = tl.arange(0, ROWS)[:, None], tl.arange(0, SLOTS)[None, :]
         routed = row * K + slot
-        # Neighbouring ids along the first axis, as `_schedule_expert` ranks them.
-        experts = tl.trans(tl.reshape(chosen, (ROWS * SLOTS // 4, 4)))
-        ids = tl.trans(tl.reshape(routed, (ROWS * SLOTS // 4, 4)))
+        # One row of ids: scans over the transposed [4, N / 4], as `schedule` has, are wrong on a GPU if N is small.
+        experts = tl.reshape(chosen, (1, ROWS * SLOTS))
+        ids = tl.reshape(routed, (1, ROWS * SLOTS))
         count = _count(experts, BINS)
         tiles = tl.cdiv(count, block)
         if program == 0:
@@ -148,7 +148,7 @@ def takes(num_tokens: int, num_experts: int, top_k: int) -> bool:
     """Whether one launch routes and sorts a batch. A larger one takes a router of its own, and `schedule`."""
     if num_tokens < 1 or not 1 <= top_k <= min(num_experts, MAX_TOP_K):
         return False
-    sizes = _sizes(num_tokens, num_experts, top_k)
+    sizes = _sizes(num_tokens, num_experts)
     return sizes.rows * int(triton.next_power_of_2(num_experts)) <= MAX_SCORES
 
 
@@ -168,7 +168,7 @@ def launch_routed_schedule(
     """
     tokens, top_k = topk_ids.shape
     num_experts = router.logits.shape[1]
-    sizes = _sizes(tokens, num_experts, top_k)
+    sizes = _sizes(tokens, num_experts)
     x, x_fp8, x_scale = quantise or (None, None, None)
     groups = groups_each = group = x_programs = 0
     if x is not None and x_scale is not None:
@@ -224,9 +224,8 @@ class _Sizes(NamedTuple):
 
 
 @functools.lru_cache(maxsize=1024)
-def _sizes(num_tokens: int, num_experts: int, top_k: int) -> _Sizes:
-    slots = triton.next_power_of_2(top_k)
-    rows = max(triton.next_power_of_2(num_tokens), 4 // min(slots, 4))
+def _sizes(num_tokens: int, num_experts: int) -> _Sizes:
+    rows = triton.next_power_of_2(num_tokens)
     experts_each = -(-num_experts // PROGRAMS)
     # One warp for a row, so that reductions stay within warps.
     return _Sizes(rows, experts_each, -(-num_experts // experts_each), _bins(num_experts), min(4, rows))

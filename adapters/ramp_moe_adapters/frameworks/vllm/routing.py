@@ -17,6 +17,7 @@ import torch
 import vllm._custom_ops as ops
 from ramp_moe.plugin import Batch, KernelError, RouterLogits
 from ramp_moe.runtime.layer import LayerRuntime
+from ramp_moe.runtime.reference import misfit
 from ramp_moe.runtime.routed import forward_routed, routing_candidate
 from torch import Tensor
 from vllm.forward_context import get_forward_context, is_forward_context_available
@@ -27,8 +28,8 @@ from vllm.model_executor.layers.fused_moe.router.fused_topk_router import FusedT
 from . import recorder
 
 SCORINGS = {"softmax": ops.topk_softmax, "sigmoid": ops.topk_sigmoid}
-WEIGHTS_APART, OUTPUTS_APART = 1e-5, 1e-2
-"""How far weights, relative to each, and outputs, relative to their norm, may lie from those with vLLM's router."""
+WEIGHTS_APART = 1e-5
+"""How far weights may lie from those of vLLM's router, relative to each."""
 logger = init_logger("vllm.ramp_moe")
 _tried: dict[Hashable, str | None] = {}
 """Why a size is not routed by a kernel, by what that depends on; None if it is. Layers of a model are alike."""
@@ -133,7 +134,9 @@ class KernelRouting:
         router = self._router
         key = self._layer.shape, candidate.name, tokens, dtype, self._logits, router.scoring_func, router.renormalize
         if key not in _tried:
-            _tried[key] = self._apart(candidate, tokens, dtype)
+            _tried[key] = wrong = self._apart(candidate, tokens, dtype)
+            if wrong is not None:
+                logger.info("ramp_moe: vLLM's router stays for %d tokens: with the kernel's, %s", tokens, wrong)
         if _tried[key] is None:
             self._sizes.add(tokens)
 
@@ -170,7 +173,6 @@ class KernelRouting:
             there = ids >= 0
             if not torch.allclose(weights[there], weighed[there], rtol=WEIGHTS_APART, atol=0):
                 return "other weights"
-            apart = (out.float() - expected.float()).norm() / expected.float().norm()
-            if not apart < OUTPUTS_APART:
-                return f"another output ({float(apart):.2g})"
+            if wrong := misfit(out, expected.float(), self._layer.held[0].stored.name):
+                return f"another output: {wrong}"
         return None
