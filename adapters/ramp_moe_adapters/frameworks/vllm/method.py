@@ -101,7 +101,7 @@ class Dispatched:
             given = calibrate.layer_of(layer, self.moe, weights, ep_size, self.like)
             made = model.layer(given)
             self.calibrated = model.calibrated(made)
-            found = self._parameters(layer, made)
+            found = self._followed(layer, made)
         except Exception as e:  # whatever a kernel raises: vLLM's experts can have the weights
             with suppress(Exception):  # another layer than is known has no kind
                 model.refuse(calibrate.kind_of(layer, self.moe))
@@ -117,7 +117,7 @@ class Dispatched:
         model.report(made)
         return found
 
-    def _parameters(self, layer: Any, made: LayerRuntime) -> Parameters | Repacked:
+    def _followed(self, layer: Any, made: LayerRuntime) -> Parameters | Repacked:
         return Parameters(layer, made, parameters_of(layer))
 
     def _misfit(self, layer: Any) -> str | None:
