@@ -1,4 +1,4 @@
-"""INT4 checkpoints in the real vLLM 0.33: one copy of the weights, against the float32 reference."""
+"""INT4 and MXFP4 checkpoints in the real vLLM 0.33: one copy of the weights, against the float32 reference."""
 
 from __future__ import annotations
 
@@ -21,12 +21,15 @@ from ramp_moe.runtime.layer_factory import Builder, LayerPlan
 from ramp_moe.runtime.reference import reference
 from ramp_moe.spec.launchable import Batch, MoEWeights
 from ramp_moe_adapters.frameworks import vllm as plugin
+from ramp_moe_adapters.frameworks.vllm import packed
 from ramp_moe_adapters.frameworks.vllm.experts import RampExperts
 from ramp_moe_kernels.triton.kernel import TritonMoE
 from vllm.model_executor.custom_op import op_registry_oot
 from vllm.model_executor.layers.quantization.compressed_tensors.compressed_tensors_moe.compressed_tensors_moe_wna16 import (  # noqa: E501
     CompressedTensorsWNA16MoEMethod,
 )
+from vllm.model_executor.layers.quantization.mxfp4 import Mxfp4MoEMethod
+from vllm.model_executor.layers.quantization.utils.quant_utils import kMxfp8Dynamic
 from vllm.model_executor.model_loader.reload import finalize_layerwise_reload, initialize_layerwise_reload
 from vllm_cases import DEVICE, experts_of, load, run, said_by_plugin, scheme, serve
 
@@ -237,3 +240,82 @@ def test_what_no_kernel_computes_is_vllms(case: str, said: list[str], monkeypatc
 
 def test_an_order_by_which_columns_were_only_quantised_is_none() -> None:
     assert type(experts(made(layer(), compressed=pack_quantized(actorder="weight")))) is RampExperts
+
+
+# --- MXFP4 ------------------------------------------------------------------------------------------------------------
+
+
+class Mxfp4Config:
+    """A configuration whose experts are MXFP4, as DeepSeek-V4's is."""
+
+    online_quantization_config = None
+
+    def __init__(self, activation_key: Any = None) -> None:
+        self.activation_key = activation_key
+
+    def get_name(self) -> str:
+        return "deepseek_v4_fp8"
+
+    def get_quant_method(self, layer: Any, prefix: str) -> Any:
+        return Mxfp4MoEMethod(layer.moe_config, activation_key=self.activation_key)
+
+
+def mxfp4(hidden: int = 256, **changed: Any) -> MoEWeights:
+    return replace(random_weights(MoEShape(EXPERTS, 1, hidden, INTER, "mxfp4"), DEVICE, 0), **changed)
+
+
+def given_mxfp4() -> Batch:
+    return batch(9, TOP_K, EXPERTS, 256, "skewed", DEVICE, HALF)
+
+
+CLAMPED = {"activation": "swiglu_clamped", "limit": 0.5}
+
+
+@pytest.mark.parametrize("changed", [{}, CLAMPED], ids=["swiglu", "clamped"])
+def test_mxfp4_is_computed_with_its_limit(changed: dict[str, Any]) -> None:
+    of = mxfp4(**changed)
+    routed = experts_of(of, TOP_K, dtype=HALF, quant=Mxfp4Config())
+    found = experts(routed).layer
+    assert (type(experts(routed)), found.shape.dtype, found.held[0].limit) == (RampExperts, "mxfp4", of.limit)
+    assert routed.w13_weight.numel() == routed.w2_weight_scale.numel() == 0
+    assert error(run(routed, given_mxfp4()), reference(of, given_mxfp4())) < TOLERANCE
+
+
+def test_activations_are_rounded_if_the_checkpoint_asks_and_vllm_would(monkeypatch: pytest.MonkeyPatch) -> None:
+    of = mxfp4()
+    shapes = []
+    for backend in ("MARLIN", "HUMMING"):
+        with monkeypatch.context() as patch:
+            patch.setattr(packed, "ROUNDING", (backend,))
+            for key in (None, kMxfp8Dynamic):
+                routed = experts_of(of, TOP_K, dtype=HALF, quant=Mxfp4Config(key))
+                shapes.append(experts(routed).layer.shape.dtype)
+    assert shapes == ["mxfp4", "mxfp4-a8", "mxfp4", "mxfp4"], "vLLM takes Marlin here"
+
+
+def test_sizes_that_vllm_pads_are_vllms(said: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    kept: list[Any] = []
+    monkeypatch.setattr(Mxfp4MoEMethod, "process_weights_after_loading", lambda self, layer: kept.append(layer))
+    routed = experts_of(mxfp4(hidden=128), TOP_K, dtype=HALF, quant=Mxfp4Config())
+    assert kept == [routed]
+    assert said[-1] == "ramp_moe leaves experts to vLLM: vLLM has padded the weights to 256 and 128"
+
+
+def test_roundings_that_a_person_asked_for_are_vllms(said: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(packed, "get_current_vllm_config", lambda: SimpleNamespace(model_config=True))
+    monkeypatch.setattr(packed.mxfp4, "_user_moe_activation_override", lambda: kMxfp8Dynamic)
+    kept: list[Any] = []
+    monkeypatch.setattr(
+        CompressedTensorsWNA16MoEMethod, "process_weights_after_loading", lambda self, layer: kept.append(layer)
+    )
+    assert kept == [made(layer())]
+    assert said[-1] == "ramp_moe leaves experts to vLLM: vLLM was told how to round the activations of experts"
+
+
+@pytest.mark.parametrize(("given_limit", "reason"), [(7.0, "the activation has a limit"), (None, "the argument")])
+def test_limits_that_are_not_computed_are_vllms(given_limit: float | None, reason: str, said: list[str],
+                                                monkeypatch: pytest.MonkeyPatch) -> None:  # fmt: skip
+    """INT4 is not clamped here; and a limit must be the same wherever vLLM says it."""
+    monkeypatch.setattr(CompressedTensorsWNA16MoEMethod, "process_weights_after_loading", lambda *_: None)
+    made(layer(), swiglu_limit=given_limit, moe_options={"swiglu_limit": 7.0})
+    assert said[-1].startswith(f"ramp_moe leaves experts to vLLM: {reason}")

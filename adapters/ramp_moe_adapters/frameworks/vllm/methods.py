@@ -12,15 +12,17 @@ from vllm.model_executor.layers.quantization.compressed_tensors.compressed_tenso
     CompressedTensorsWNA16MoEMethod,
 )
 from vllm.model_executor.layers.quantization.fp8 import Fp8MoEMethod
+from vllm.model_executor.layers.quantization.mxfp4 import Mxfp4MoEMethod
 
 from .method import DispatchedCompressedFp8Method, DispatchedFp8Method, DispatchedUnquantizedMethod
-from .packed import DispatchedInt4Method
+from .packed import DispatchedInt4Method, DispatchedMxfp4Method
 
 METHODS: dict[type, Any] = {
     UnquantizedFusedMoEMethod: DispatchedUnquantizedMethod,
     Fp8MoEMethod: DispatchedFp8Method,
     CompressedTensorsW8A8Fp8MoEMethod: DispatchedCompressedFp8Method,
     CompressedTensorsWNA16MoEMethod: DispatchedInt4Method,
+    Mxfp4MoEMethod: DispatchedMxfp4Method,
 }
 """By vLLM's method, ours. `of(method, layer, moe)` makes it in the place of vLLM's. `keys(method)` are vLLM's names of
 how weights and activations are quantised; it raises KernelError for what no kernel computes."""

@@ -9,29 +9,34 @@ If no layer can be made, vLLM repacks the weights as ever. Afterwards no path of
 
 from __future__ import annotations
 
-from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from ramp_moe.plugin import KernelError
 from ramp_moe.runtime.release import repacked
+from vllm import envs
+from vllm.config import get_current_vllm_config
 from vllm.model_executor.layers.fused_moe.all2all_utils import maybe_make_prepare_finalize
 from vllm.model_executor.layers.fused_moe.config import FUSED_MOE_UNQUANTIZED_CONFIG
 from vllm.model_executor.layers.fused_moe.modular_kernel import FusedMoEKernel
+from vllm.model_executor.layers.fused_moe.oracle import mxfp4
 from vllm.model_executor.layers.quantization.compressed_tensors.compressed_tensors_moe import (
     compressed_tensors_moe_wna16 as compressed_int4,
 )
+from vllm.model_executor.layers.quantization.mxfp4 import Mxfp4MoEMethod
 
 from ..engine_weights import Parameters, Repacked
 from ..known_fields import misfit
 from .experts import RampExperts, parameters_of
 from .fields import LAYER, PARALLEL
-from .method import Dispatched, weights_of
+from .method import Dispatched
 
 if TYPE_CHECKING:
     from ramp_moe.runtime.layer import LayerRuntime
 
 LIKE = {"HUMMING": frozenset({"humming"}), "MARLIN": frozenset({"humming", "marlin"})}
 """By vLLM's backend, the kernels that are no slower on Hopper."""
+ROUNDING = ("HUMMING",)
+"""Backends that round activations to fp8 if the checkpoint asks for it."""
 GROUPS = (32, 128)
 """Columns that share a scale, of the formats int4-g32 and int4-g128."""
 
@@ -56,8 +61,7 @@ class Packed(Dispatched):
         tensors = parameters_of(layer)
         if not repacked(made):
             return Parameters(layer, made, tensors)
-        make = partial(weights_of, activation=layer.activation, format=self.format)
-        return Repacked(made, self.moe.in_dtype, tensors, make)
+        return Repacked(made, self.moe.in_dtype, tensors, self._maker(layer))
 
     def _modular(self, layer: Any) -> Any:
         """vLLM's modular kernel with our experts."""
@@ -95,6 +99,7 @@ class DispatchedInt4Method(Packed, compressed_int4.CompressedTensorsWNA16MoEMeth
 
     @staticmethod
     def keys(method: Any) -> tuple[Any, Any]:
+        _refuse_override()
         if method.num_bits != 4:
             raise KernelError(f"packed weights have {method.num_bits} bits, not 4")
         if not method.symmetric:
@@ -107,3 +112,34 @@ class DispatchedInt4Method(Packed, compressed_int4.CompressedTensorsWNA16MoEMeth
         super().process_weights_after_loading(layer)
         if self.experts_cls is RampExperts:  # under the names by which vLLM gives weights to experts
             layer.w13_weight, layer.w2_weight = layer.w13_weight_packed, layer.w2_weight_packed
+
+
+class DispatchedMxfp4Method(Packed, Mxfp4MoEMethod):  # type: ignore[misc]
+    """MXFP4 with the gate rows first, as DeepSeek-V4 has it.
+
+    If the checkpoint asks for MXFP8 activations, vLLM's Humming experts round them to fp8 on Hopper, with a scale for
+    each group of 128. Then ours may do so, too.
+    """
+
+    backend, format, clamps = "mxfp4_backend", "mxfp4", True
+
+    @property
+    def activations(self) -> str | None:  # type: ignore[override]
+        return "fp8" if self.activation_key is not None and self.mxfp4_backend.name in ROUNDING else None
+
+    @classmethod
+    def of(cls, method: Any, layer: Any, moe: Any) -> Any:
+        return cls(moe, activation_key=method.activation_key)
+
+    @staticmethod
+    def keys(method: Any) -> tuple[Any, Any]:
+        _refuse_override()
+        return None, None
+
+
+def _refuse_override() -> None:
+    """Raises KernelError if a person has told vLLM how to round activations."""
+    model = get_current_vllm_config().model_config
+    asked = model is not None and mxfp4._user_moe_activation_override() is not None
+    if asked or envs.VLLM_HUMMING_INPUT_QUANT_CONFIG:
+        raise KernelError("vLLM was told how to round the activations of experts")
