@@ -312,10 +312,13 @@ def test_roundings_that_a_person_asked_for_are_vllms(said: list[str], monkeypatc
     assert said[-1] == "ramp_moe leaves experts to vLLM: vLLM was told how to round the activations of experts"
 
 
-@pytest.mark.parametrize(("given_limit", "reason"), [(7.0, "the activation has a limit"), (None, "the argument")])
-def test_limits_that_are_not_computed_are_vllms(given_limit: float | None, reason: str, said: list[str],
-                                                monkeypatch: pytest.MonkeyPatch) -> None:  # fmt: skip
-    """INT4 is not clamped here; and a limit must be the same wherever vLLM says it."""
+def test_a_limit_of_an_int4_layer_is_vllms(said: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(CompressedTensorsWNA16MoEMethod, "process_weights_after_loading", lambda *_: None)
-    made(layer(), swiglu_limit=given_limit, moe_options={"swiglu_limit": 7.0})
-    assert said[-1].startswith(f"ramp_moe leaves experts to vLLM: {reason}")
+    made(layer(), swiglu_limit=7.0, moe_options={"swiglu_limit": 7.0})
+    assert said[-1].startswith("ramp_moe leaves experts to vLLM: the activation has a limit")
+
+
+def test_limits_must_agree(said: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Mxfp4MoEMethod, "process_weights_after_loading", lambda *_: None)
+    experts_of(mxfp4(**CLAMPED), TOP_K, dtype=HALF, quant=Mxfp4Config(), swiglu_limit=7.0)
+    assert said[-1] == "ramp_moe leaves experts to vLLM: the argument swiglu_limit is 7.0"

@@ -106,7 +106,7 @@ class Dispatched:
             given = calibrate.layer_of(layer, self.moe, weights, ep_size, self.like)
             made = model.layer(given)
             self.calibrated = model.calibrated(made)
-            found = self._followed(layer, made)
+            found = self._held(layer, made)
         except Exception as e:  # whatever a kernel raises: vLLM's experts can have the weights
             with suppress(Exception):  # another layer than is known has no kind
                 model.refuse(calibrate.kind_of(layer, self.moe))
@@ -146,7 +146,7 @@ class Dispatched:
             activations=self.activations,
         )
 
-    def _followed(self, layer: Any, made: LayerRuntime) -> Parameters | Repacked:
+    def _held(self, layer: Any, made: LayerRuntime) -> Parameters | Repacked:
         return Parameters(layer, made, parameters_of(layer))
 
     def _misfit(self, layer: Any) -> str | None:

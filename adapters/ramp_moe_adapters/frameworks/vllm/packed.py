@@ -56,7 +56,7 @@ class Packed(Dispatched):
     def _install(self, layer: Any) -> None:
         self.moe_quant_config, self.moe_kernel = FUSED_MOE_UNQUANTIZED_CONFIG, self._kernel
 
-    def _followed(self, layer: Any, made: LayerRuntime) -> Parameters | Repacked:
+    def _held(self, layer: Any, made: LayerRuntime) -> Parameters | Repacked:
         self._kernel = self._modular(layer)  # what fails is still left to vLLM
         tensors = parameters_of(layer)
         if not repacked(made):
