@@ -401,5 +401,7 @@ def test_an_engine_without_a_path_on_the_loaded_weights_has_them_in_the_fastest_
     assert set(model(said.append).layer(packed).kernels) == {"repacking"}
     assert not any("left out" in line for line in said)
     unlike = replace(packed, like=frozenset({"humming"}), kind=("another",))
+    monkeypatch.setattr(Repacking, "prepare", lambda *_: pytest.fail("the kernel was given the weights"))
     with pytest.raises(KernelError, match="no kernel like them was compared"):
         model(said.append).layer(unlike)
+    assert "repacking is left out: vLLM's own experts are like humming" in said
