@@ -342,7 +342,9 @@ def test_random_weights_of_compressed_experts(bench: Any, dtype: str) -> None:
         name, held = "experts.w13_weight", torch.zeros(experts, rows, columns, dtype=torch.float8_e4m3fn)
         scale = torch.zeros(experts, rows, 1, dtype=torch.float32)
     shape = torch.full((2, 2), 5.0)
+    zero = torch.zeros(1)
     made = {name: held, "experts.w13_weight_scale": scale, "experts.w13_weight_shape": shape, **other}
+    made["attn.k_zero_point"] = zero
     weights.fill(made)
     full = {"experts.w13_weight": torch.zeros(experts, rows, columns), "o_proj.weight": torch.zeros(128, 128)}
     weights.fill(full, dtype)
@@ -352,6 +354,7 @@ def test_random_weights_of_compressed_experts(bench: Any, dtype: str) -> None:
     assert full["experts.w13_weight"].any()
     assert torch.equal(other["o_proj.weight"].float(), full["o_proj.weight"])
     assert (shape == 5.0).all()
+    assert not zero.any()
 
 
 def test_only_vllm_is_measured_with_compressed_experts(bench: Any, tmp_path: Path) -> None:

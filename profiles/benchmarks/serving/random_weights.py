@@ -23,7 +23,7 @@ BLOCK = 128
 SPREAD = 0.022
 """Standard deviation of a weight."""
 DOWN_SPREAD = 0.03
-FILLED = ("scale_inv", "_scale", "_shape")
+FILLED = ("scale_inv", "_scale", "_shape", "_zero_point")
 """Endings of parameters that are drawn with others, or that experts do not read."""
 COMPRESSED = ("fp8-channel", "int4-g32")
 """Formats in which the experts alone are quantised."""
