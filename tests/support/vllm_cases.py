@@ -148,10 +148,11 @@ def load(routed: Any, full: MoEWeights) -> None:
     """Load each projection of each expert by vLLM's loader, as from a checkpoint."""
     scale = "weight_scale_inv" if hasattr(routed, "w13_weight_scale_inv") else "weight_scale"
     weights = full.gate_up, full.down
-    packed = hasattr(routed, "w13_weight_packed")
-    if packed:
+    gptq, kind = hasattr(routed, "w13_qweight"), "weight"
+    if gptq or hasattr(routed, "w13_weight_packed"):
+        kind, scale = ("qweight", "scales") if gptq else ("weight_packed", scale)
         weights = full.gate_up.view(torch.int32), full.down.view(torch.int32)
-    given = {"weight_packed" if packed else "weight": weights, scale: (full.gate_up_scale, full.down_scale)}
+    given = {kind: weights, scale: (full.gate_up_scale, full.down_scale)}
     for kind, (gate_up, down) in given.items():
         if gate_up is None:
             continue
@@ -160,7 +161,7 @@ def load(routed: Any, full: MoEWeights) -> None:
             for shard, tensor in (("w1", gate), ("w3", up), ("w2", down[expert])):
                 name = f"{'w2' if shard == 'w2' else 'w13'}_{kind}"
                 parameter = getattr(routed, name)
-                parameter.weight_loader(parameter, tensor, f"experts.{name}", shard, expert)
+                parameter.weight_loader(parameter, tensor.T if gptq else tensor, f"experts.{name}", shard, expert)
     if full.gate_up_bias is not None and full.down_bias is not None:
         for expert in range(len(full.gate_up_bias)):
             gate, up = full.gate_up_bias[expert].chunk(2)

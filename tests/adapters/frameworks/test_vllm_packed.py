@@ -13,7 +13,7 @@ import pytest
 pytest.importorskip("vllm")
 
 import torch
-import vllm_cases  # noqa: F401  (before anything of vllm's)
+import vllm_cases  # before anything of vllm's
 from moe_cases import batch, error
 from ramp_moe import KernelError, MoEShape, ShapeError
 from ramp_moe.profiler.bench import random_weights
@@ -25,6 +25,7 @@ from ramp_moe_adapters.frameworks.vllm import packed
 from ramp_moe_adapters.frameworks.vllm.experts import RampExperts
 from ramp_moe_kernels.triton.kernel import TritonMoE
 from vllm.model_executor.custom_op import op_registry_oot
+from vllm.model_executor.layers.quantization.auto_gptq import AutoGPTQConfig, AutoGPTQMoEMethod
 from vllm.model_executor.layers.quantization.compressed_tensors.compressed_tensors_moe.compressed_tensors_moe_wna16 import (  # noqa: E501
     CompressedTensorsWNA16MoEMethod,
 )
@@ -322,3 +323,45 @@ def test_limits_must_agree(said: list[str], monkeypatch: pytest.MonkeyPatch) -> 
     monkeypatch.setattr(Mxfp4MoEMethod, "process_weights_after_loading", lambda *_: None)
     experts_of(mxfp4(**CLAMPED), TOP_K, dtype=HALF, quant=Mxfp4Config(), swiglu_limit=7.0)
     assert said[-1] == "ramp_moe leaves experts to vLLM: the argument swiglu_limit is 7.0"
+
+
+# --- GPTQ -------------------------------------------------------------------------------------------------------------
+
+
+class GptqConfig(Mxfp4Config):
+    def __init__(self, **changed: Any) -> None:
+        given = {"weight_bits": 4, "group_size": 32, "desc_act": False, "is_sym": True, "lm_head_quantized": False}
+        self.found = AutoGPTQConfig(**{**given, "dynamic": {}, "full_config": {}, **changed})
+
+    def get_name(self) -> str:
+        return "auto_gptq"
+
+    def get_quant_method(self, layer: Any, prefix: str) -> Any:
+        return AutoGPTQMoEMethod(self.found, layer.moe_config)
+
+
+@pytest.mark.parametrize("reads", [False, True])
+def test_gptq_is_held_once_with_the_rows_first(reads: bool, kernels: list[Any]) -> None:
+    """reads: the kernel reads the copy that the layer is made of."""
+    if reads:
+        kernels[:] = [TritonMoE(), Repacking()]
+    of, new = layer(), layer(seed=1)
+    routed = experts_of(of, TOP_K, dtype=HALF, quant=GptqConfig())
+    assert type(experts(routed)) is RampExperts
+    assert experts(routed).layer.released is not reads
+    for name in ("w13_qweight", "w2_qweight", "w13_scales", "w2_scales"):
+        assert getattr(routed, name).numel() == 0
+    assert routed.w13_bias is None
+    assert error(run(routed, given()), reference(of, given())) < TOLERANCE
+    with torch.device(DEVICE):
+        initialize_layerwise_reload(routed)
+        load(routed, new)
+        finalize_layerwise_reload(routed, SimpleNamespace(dtype=HALF))
+    assert error(run(routed, given()), reference(new, given())) < TOLERANCE
+
+
+def test_gptq_in_groups_of_another_size_is_vllms(said: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(AutoGPTQMoEMethod, "process_weights_after_loading", lambda *_: None)
+    monkeypatch.setattr(vllm_cases, "load", lambda *_: None)
+    experts_of(layer(), TOP_K, dtype=HALF, quant=GptqConfig(group_size=64))
+    assert said[-1].startswith("ramp_moe leaves experts to vLLM: INT4 scales are of groups of 64")
