@@ -327,6 +327,46 @@ def test_plans_are_those_of_layers_that_an_engine_has_frozen(
     assert all(r["key"] != {"shape": "another"} for r in found["reports"])
 
 
+@pytest.mark.parametrize("dtype", ["int4-g32", "fp8-channel"])
+def test_random_weights_of_compressed_experts(bench: Any, dtype: str) -> None:
+    """As compressed-tensors has them; everything else stays in bf16."""
+    from ramp_moe.runtime.formats import plain
+    from ramp_moe.spec.formats import FORMATS
+
+    weights, (experts, rows, columns) = importlib.import_module("random_weights"), (2, 64, 128)
+    other = {"o_proj.weight": torch.zeros(128, 128, dtype=torch.bfloat16)}
+    if dtype == "int4-g32":
+        name, held = "experts.w13_weight_packed", torch.zeros(experts, rows, columns // 8, dtype=torch.int32)
+        scale = torch.zeros(experts, rows, columns // 32, dtype=torch.bfloat16)
+    else:
+        name, held = "experts.w13_weight", torch.zeros(experts, rows, columns, dtype=torch.float8_e4m3fn)
+        scale = torch.zeros(experts, rows, 1, dtype=torch.float32)
+    shape = torch.full((2, 2), 5.0)
+    zero = torch.zeros(1)
+    made = {name: held, "experts.w13_weight_scale": scale, "experts.w13_weight_shape": shape, **other}
+    made["attn.k_zero_point"] = zero
+    weights.fill(made)
+    full = {"experts.w13_weight": torch.zeros(experts, rows, columns), "o_proj.weight": torch.zeros(128, 128)}
+    weights.fill(full, dtype)
+    stored = held.view(torch.uint8) if dtype == "int4-g32" else held
+    for e in range(experts):
+        assert torch.equal(plain(stored[e], scale[e], FORMATS[dtype]), full["experts.w13_weight"][e])
+    assert full["experts.w13_weight"].any()
+    assert torch.equal(other["o_proj.weight"].float(), full["o_proj.weight"])
+    assert (shape == 5.0).all()
+    assert not zero.any()
+
+
+def test_only_vllm_is_measured_with_compressed_experts(bench: Any, tmp_path: Path) -> None:
+    command = ["--engine", "sglang", "--dtype", "int4-g32", "--output", str(tmp_path / "x.json")]
+    with pytest.raises(SystemExit):
+        bench.main(command)
+    models = importlib.import_module("served_models")
+    found = models.config(get_registry().shape("qwen3-30b-a3b", "int4-g32"))["quantization_config"]
+    assert found["config_groups"]["group_0"]["weights"]["group_size"] == 32
+    assert "input_activations" not in found["config_groups"]["group_0"]
+
+
 def test_random_weights_are_the_same_in_both_dtypes(bench: Any) -> None:
     """Those of a float32 engine are what those of an fp8 engine stand for."""
     weights = importlib.import_module("random_weights")

@@ -83,11 +83,13 @@ def experts_of(
     parallel_options: dict[str, Any] | None = None,
     load_format: str = "auto",
     compressed: dict[str, Any] | None = None,
+    quant: Any = None,
     **options: Any,
 ) -> Any:
     """vLLM's routed experts of a rank, with its part of the weights loaded. `tp` and `ep` are pairs (size, rank).
 
     compressed: scheme of a compressed-tensors checkpoint (see `scheme`); None for vLLM's own fp8, or 16 bits.
+    quant: another configuration of vLLM's. `full` may be clamped swiglu, whose limit vLLM is given.
     """
     if not is_workspace_manager_initialized():
         init_workspace_manager(torch.device(DEVICE))
@@ -98,7 +100,10 @@ def experts_of(
     parallel.use_ep = ep[0] > 1
     for name, value in (parallel_options or {}).items():
         setattr(parallel, name, value)
-    activation = {"swiglu": MoEActivation.SILU, "gelu_tanh": MoEActivation.GELU_TANH}[full.activation]
+    activation = MoEActivation.GELU_TANH if full.activation == "gelu_tanh" else MoEActivation.SILU
+    if full.limit is not None:
+        moe_options = {"swiglu_limit": full.limit, **(moe_options or {})}
+        options.setdefault("swiglu_limit", full.limit)
     whole = VllmConfig(load_config=LoadConfig(load_format=load_format))
     with set_current_vllm_config(whole), torch.device(DEVICE), ExitStack() as ranks:
         for module in ("vllm.distributed", "vllm.model_executor.layers.quantization.fp8"):
@@ -111,7 +116,8 @@ def experts_of(
             device=DEVICE, routing_method=RoutingMethodType.Default, moe_parallel_config=parallel, in_dtype=dtype,
             has_bias=full.gate_up_bias is not None, max_capture_size=512, **(moe_options or {}),
         )  # fmt: skip
-        quant: Any = None if full.gate_up_scale is None else Fp8Config(weight_block_size=[128, 128])
+        if quant is None and full.gate_up_scale is not None:
+            quant = Fp8Config(weight_block_size=[128, 128])
         if compressed is not None:
             quant = CompressedTensorsConfig.from_config(compressed)
         routed = RoutedExperts("layer", dtype, config, quant, expert_map_manager=manager, **options)
@@ -142,10 +148,11 @@ def load(routed: Any, full: MoEWeights) -> None:
     """Load each projection of each expert by vLLM's loader, as from a checkpoint."""
     scale = "weight_scale_inv" if hasattr(routed, "w13_weight_scale_inv") else "weight_scale"
     weights = full.gate_up, full.down
-    packed = hasattr(routed, "w13_weight_packed")
-    if packed:
+    gptq, kind = hasattr(routed, "w13_qweight"), "weight"
+    if gptq or hasattr(routed, "w13_weight_packed"):
+        kind, scale = ("qweight", "scales") if gptq else ("weight_packed", scale)
         weights = full.gate_up.view(torch.int32), full.down.view(torch.int32)
-    given = {"weight_packed" if packed else "weight": weights, scale: (full.gate_up_scale, full.down_scale)}
+    given = {kind: weights, scale: (full.gate_up_scale, full.down_scale)}
     for kind, (gate_up, down) in given.items():
         if gate_up is None:
             continue
@@ -154,7 +161,7 @@ def load(routed: Any, full: MoEWeights) -> None:
             for shard, tensor in (("w1", gate), ("w3", up), ("w2", down[expert])):
                 name = f"{'w2' if shard == 'w2' else 'w13'}_{kind}"
                 parameter = getattr(routed, name)
-                parameter.weight_loader(parameter, tensor, f"experts.{name}", shard, expert)
+                parameter.weight_loader(parameter, tensor.T if gptq else tensor, f"experts.{name}", shard, expert)
     if full.gate_up_bias is not None and full.down_bias is not None:
         for expert in range(len(full.gate_up_bias)):
             gate, up = full.gate_up_bias[expert].chunk(2)

@@ -145,13 +145,14 @@ class LoadedModel:
         do not agree."""
         shape = given.weights.shape(given.top_k)
         kernels = [k for k in usable_kernels(shape, plan.hardware) if k.name != self._engine.adapter]
-        if given.own is not None:
-            for name in sorted(repacking([*kernels, *plan.kernels], shape)):
-                self._say(
-                    f"{name} is left out: it would hold a second copy of the weights, beside {self._engine.name}'s"
-                )
-            kernels = [k for k in kernels if k.name not in repacking(kernels, shape)]
-            plan = in_place(shape, plan)
+        others, engine = repacking([*kernels, *plan.kernels], shape) - given.like, self._engine.name
+        why_not = f"it would hold a second copy of the weights, beside {engine}'s"
+        if given.own is None:
+            why_not = f"{engine}'s own experts are like {' or '.join(sorted(given.like)) or 'no kernel here'}"
+        for name in sorted(others):
+            self._say(f"{name} is left out: {why_not}")
+        kernels = [k for k in kernels if k.name not in others]
+        plan = calibrated_plan.without(plan, others)
         patience = 2 * seconds(lambda _: None) + probe.SECONDS * len(probe.third_party(kernels)) + GRACE
         record = None
         if given.weights.gate_up.device.type in TIMERS:

@@ -18,7 +18,7 @@ from ramp_moe.plugin import KernelError, MoEWeights, ShapeError
 from ramp_moe.runtime.layer import LayerRuntime
 from ramp_moe.runtime.placeholder import Placeholder, Source, become
 from ramp_moe.runtime.relayout import ROWS, relayout
-from ramp_moe.runtime.release import WEIGHTS
+from ramp_moe.runtime.release import WEIGHTS, repacked
 from ramp_moe.runtime.update import check_fits, put, storage, writing
 from torch import Tensor
 
@@ -112,15 +112,15 @@ class Parameters:
 
 
 class Repacked:
-    """The parameters of a layer whose kernels hold the weights in formats of their own alone. They are emptied.
+    """The parameters of a layer that holds the weights in another form than the engine. They are emptied.
 
     Their last dimension is then 0; biases stay. Engines must load new weights whole, into parameters of their first
     shape, and give them to `load`.
 
-    dtype: of hidden states. make: makes MoEWeights of the parameters.
+    dtype: of hidden states. make: makes MoEWeights of the parameters. If a kernel reads these as they are made, they
+    must be copies.
 
-    Raises KernelError if a kernel reads the weights as they were given, or computes something else. The parameters are
-    then unchanged.
+    Raises KernelError if a kernel that repacks the weights computes something else. The parameters are then unchanged.
     """
 
     def __init__(
@@ -131,7 +131,8 @@ class Repacked:
         make: Callable[[Mapping[str, Tensor]], MoEWeights],
     ) -> None:
         self.layer, self._make = layer, make
-        layer.release(dtype)
+        if repacked(layer):
+            layer.release(dtype)
         self._empty(tensors)
 
     def meet(self, tensors: Mapping[str, Tensor]) -> None:
@@ -161,7 +162,7 @@ class Repacked:
 
     def values(self) -> MoEWeights:
         """Raises KernelError: no kernel of the engine can read the weights."""
-        raise KernelError(f"the weights are held in a format of {', '.join(self.layer.kernels)} alone")
+        raise KernelError(f"the weights are held in a form of {', '.join(self.layer.kernels)}")
 
     def _empty(self, tensors: Mapping[str, Tensor]) -> None:
         for field in WEIGHTS:

@@ -62,7 +62,7 @@ def parser() -> argparse.ArgumentParser:
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     p.add_argument("--engine", choices=ENGINES, required=True)
     p.add_argument("--model", default="olmoe-1b-7b", help="a name of `ramp-moe models`, with -tpN for one rank of N")
-    p.add_argument("--dtype", choices=("bf16", "fp8"), default="bf16")
+    p.add_argument("--dtype", choices=("bf16", "fp8", *served_models.COMPRESSED), default="bf16")
     p.add_argument("--layers", type=int, help="of the model; its own number if left out, and 8 of models without one")
     p.add_argument("--variants", type=names, default=[STOCK, PLUGIN], help=f"{STOCK},{PLUGIN} if left out")
     p.add_argument("--parts", type=names, default=list(parts.PARTS), help="all if left out")
@@ -81,6 +81,8 @@ def check(p: argparse.ArgumentParser, options: argparse.Namespace) -> None:
         p.error(f"there is no part {', '.join(unknown)}; there are {', '.join(parts.PARTS)}")
     if options.batches[-1] > MAX_BATCH:
         p.error(f"batches are at most {MAX_BATCH}, not {options.batches[-1]}")
+    if options.engine != "vllm" and options.dtype in served_models.COMPRESSED:
+        p.error(f"{options.dtype} is measured with vllm alone")
     if options.prompts[-1] > parts.MAX_PROMPT:
         p.error(f"prompts are at most {parts.MAX_PROMPT} tokens, not {options.prompts[-1]}")
     if options.repeats < 1 or (options.layers is not None and options.layers < 1):

@@ -12,6 +12,8 @@ import zlib
 from collections.abc import Mapping
 
 import torch
+from ramp_moe.runtime import formats
+from ramp_moe.spec.formats import FORMATS
 from torch import Tensor
 
 CONSTANT = 6.0
@@ -21,25 +23,28 @@ BLOCK = 128
 SPREAD = 0.022
 """Standard deviation of a weight."""
 DOWN_SPREAD = 0.03
-SCALES = ("scale_inv", "_scale")
+FILLED = ("scale_inv", "_scale", "_shape", "_zero_point")
+"""Endings of parameters that are drawn with others, or that experts do not read."""
+COMPRESSED = ("fp8-channel", "int4-g32")
+"""Formats in which the experts alone are quantised."""
 
 
 def fill(parameters: Mapping[str, Tensor], rounded: str | None = None) -> None:
     """Draw a model's parameters in place.
 
-    rounded: `bf16` or `fp8`, for a float32 model that must have exactly the values of the model in that dtype. None:
-        the model has its own dtype.
+    rounded: `bf16`, `fp8` or one of COMPRESSED, for a float32 model that must have exactly the values of the model in
+        that dtype. None: the model has its own dtype.
     """
     for name, parameter in parameters.items():
         p = parameter.data
-        if name.endswith(SCALES):
+        if name.endswith(FILLED):
             continue
         if p.dim() == 1 or "norm" in name:
             p.fill_(1.0)
         elif p.dim() == 3:  # experts, one at a time
-            scales = parameters.get(f"{name}_scale_inv")
+            scales = parameters.get(f"{name}_scale_inv", parameters.get(f"{name.removesuffix('_packed')}_scale"))
             for e in range(len(p)):
-                _put(f"{name}.{e}", p[e], None if scales is None else scales.data[e], rounded)
+                _put(f"{name.removesuffix('_packed')}.{e}", p[e], None if scales is None else scales.data[e], rounded)
         else:
             scales = parameters.get(f"{name}_scale_inv")
             _put(name, p, None if scales is None else scales.data, rounded)
@@ -63,7 +68,18 @@ def quantise(w: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _put(name: str, p: Tensor, scales: Tensor | None, rounded: str | None) -> None:
+    if p.dtype == torch.int32:
+        assert scales is not None
+        packed, s = formats.quantise(_drawn(name, p, columns=8 * p.shape[1]), "int4-g32")
+        p.copy_(packed.view(torch.int32))
+        scales.copy_(s)
+        return
     w = _drawn(name, p)
+    if p.dtype == FP8 and scales is not None and scales.shape == (len(p), 1):
+        q, s = formats.quantise(w, "fp8-channel")
+        p.copy_(q)
+        scales.copy_(s)
+        return
     if p.dtype == FP8:
         q, s = quantise(w)
         p.copy_(q)
@@ -73,18 +89,21 @@ def _put(name: str, p: Tensor, scales: Tensor | None, rounded: str | None) -> No
     if rounded == "fp8" and not _is_plain(name):
         q, s = quantise(w)
         w = q.float() * s.repeat_interleave(BLOCK, 0).repeat_interleave(BLOCK, 1)
+    elif rounded in COMPRESSED and "experts" in name:
+        w = formats.plain(*formats.quantise(w, rounded), FORMATS[rounded])
     elif rounded is not None:
         w = w.bfloat16()
     p.copy_(w)
 
 
-def _drawn(name: str, p: Tensor) -> Tensor:
+def _drawn(name: str, p: Tensor, columns: int | None = None) -> Tensor:
+    """Weights float32 of the parameter's shape. columns: of the weights, if the parameter packs them."""
     spread = DOWN_SPREAD if "down" in name or "w2_" in name else SPREAD
     if "embed_tokens" in name:
         spread = 1.0
     elif _is_router(name):
         spread = 1 / math.sqrt(p.shape[1])
-    w = torch.empty(p.shape, device=p.device, dtype=torch.float32)
+    w = torch.empty((len(p), columns or p.shape[1]), device=p.device, dtype=torch.float32)
     w.normal_(0, spread, generator=_generator(name, p.device))
     if _is_plain(name):
         w[:, 0] = CONSTANT if "embed_tokens" in name else 0.0

@@ -16,6 +16,15 @@ from ramp_moe import MoEShape
 MAX_POSITIONS = 16384
 """Longer than the published models', so that prompts of 8,192 tokens fit."""
 SCALES = {"activation_scheme": "dynamic", "fmt": "e4m3", "quant_method": "fp8", "weight_block_size": [128, 128]}
+COMPRESSED: dict[str, tuple[str, dict[str, Any], dict[str, Any] | None]] = {
+    "fp8-channel": (
+        "float-quantized",
+        {"num_bits": 8, "type": "float", "strategy": "channel"},
+        {"num_bits": 8, "type": "float", "strategy": "token", "dynamic": True, "symmetric": True},
+    ),
+    "int4-g32": ("pack-quantized", {"num_bits": 4, "type": "int", "strategy": "group", "group_size": 32}, None),
+}
+"""Formats of which compressed-tensors checkpoints are published: its format, weights and activations. vLLM alone."""
 OLMOE = {
     "architectures": ["OlmoeForCausalLM"],
     "model_type": "olmoe",
@@ -66,7 +75,23 @@ def config(shape: MoEShape, layers: int | None = None) -> dict[str, Any]:
     if shape.dtype == "fp8":
         gates = [f"model.layers.{i}.mlp.gate" for i in range(found["num_hidden_layers"])]
         found["quantization_config"] = SCALES | {"modules_to_not_convert": ["lm_head", *gates]}
+    elif shape.dtype in COMPRESSED:
+        found["quantization_config"] = compressed(shape.dtype)
     return found
+
+
+def compressed(dtype: str) -> dict[str, Any]:
+    """The quantization_config of a compressed-tensors checkpoint whose experts alone are quantised."""
+    format, weights, activations = COMPRESSED[dtype]
+    group = {"targets": ["Linear"], "weights": weights | {"symmetric": True, "dynamic": False}}
+    if activations is not None:
+        group["input_activations"] = activations
+    return {
+        "quant_method": "compressed-tensors",
+        "format": format,
+        "config_groups": {"group_0": group},
+        "ignore": ["lm_head", "re:.*self_attn.*", "re:.*mlp.gate$"],
+    }
 
 
 def cache_bytes_per_token(found: dict[str, Any]) -> int:

@@ -42,7 +42,7 @@ class Served:
 
     folder: of the model.
     plain: folder of the same model without quantisation.
-    dtype: `bf16` or `fp8`.
+    dtype: of the experts, one of FORMATS.
     tokens: for whose keys and values an engine has memory.
     token_bytes: of one token's keys and values.
     expert_parameters: number of parameters of all experts.

@@ -398,8 +398,16 @@ def test_an_engine_without_a_path_on_the_loaded_weights_has_them_in_the_fastest_
     monkeypatch.setattr(engine, "usable_kernels", lambda *_: kernels)
     times.time = lambda candidate, ids: 1.0 if candidate.kernel == "repacking" else 2.0  # type: ignore[method-assign]
     packed = given(own=None, like=frozenset({"repacking"}))
-    assert set(model(said.append).layer(packed).kernels) == {"repacking"}
-    assert not any("left out" in line for line in said)
+    loaded = model(said.append)
+    layer = loaded.layer(packed)
+    assert set(layer.kernels) == {"repacking"}
+    loaded.report(layer)
+    assert not any("left out" in line or "cannot say" in line for line in said)
+    assert any("repacking" in line for line in said)
+    (record,) = records()
+    assert record.complete
     unlike = replace(packed, like=frozenset({"humming"}), kind=("another",))
+    monkeypatch.setattr(Repacking, "prepare", lambda *_: pytest.fail("the kernel was given the weights"))
     with pytest.raises(KernelError, match="no kernel like them was compared"):
         model(said.append).layer(unlike)
+    assert "repacking is left out: vLLM's own experts are like humming" in said

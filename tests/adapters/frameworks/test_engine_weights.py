@@ -14,7 +14,7 @@ from ramp_moe.runtime.layer import LayerRuntime
 from ramp_moe.runtime.placeholder import Placeholder
 from ramp_moe.spec.launchable import Batch, MoEWeights
 from ramp_moe_adapters.frameworks import engine_weights
-from ramp_moe_adapters.frameworks.engine_weights import Parameters
+from ramp_moe_adapters.frameworks.engine_weights import Parameters, Repacked
 from ramp_moe_kernels.triton.kernel import TritonMoE
 from torch import Tensor, nn
 
@@ -178,3 +178,48 @@ def test_an_exchange_that_fails_leaves_all_as_it_was(step: int, monkeypatch: pyt
         Parameters(engine, layer, engine.tensors)
     assert {name: t.data_ptr() for name, t in engine.tensors.items()} == places
     assert all(torch.equal(engine.get_parameter(name), t) for name, t in named(old).items())
+
+
+# --- Parameters that are given up ------------------------------------------------------------------------------------
+
+
+class Repacking(Deriving):
+    """Reads the weights in a format of its own."""
+
+    def readable_layouts(self, shape: Any) -> tuple[str, ...]:
+        return ("repacking's",)
+
+
+def of_copies(tensors: Any) -> MoEWeights:
+    return MoEWeights(**{name: t.detach().clone() for name, t in tensors.items()})
+
+
+@pytest.mark.parametrize("kernel", [Repacking, Plain], ids=["repacked", "copied"])
+def test_a_layer_in_another_form_empties_the_parameters(kernel: type[TritonMoE]) -> None:
+    """copied: its kernel reads the copies that the layer was made of."""
+    old, new = weights(E, H, I, "bf16", "cpu", bias=True), weights(E, H, I, "bf16", "cpu", bias=True)
+    new = replace(new, gate_up=new.gate_up.flip(0).contiguous(), down=new.down.flip(0).contiguous())
+    engine = Engine(old)
+    made = LayerRuntime(of_copies(engine.tensors), K, H200, [kernel()])
+    follows = Repacked(made, torch.bfloat16, engine.tensors, of_copies)
+    assert made.released is (kernel is Repacking)
+    assert [list(engine.tensors[name].shape) for name in ("gate_up", "down")] == [[E, 2 * I, 0], [E, H, 0]]
+    assert torch.equal(engine.tensors["gate_up_bias"], old.gate_up_bias)
+    follows.meet(engine.tensors)  # nothing was loaded
+
+    def wrong(of: MoEWeights) -> float:
+        b = batch(5, K, E, H, "skewed", "cpu", torch.bfloat16)
+        return error(made(b.hidden_states, b.topk_ids, b.topk_weights), expected(of, b, quantise=False))
+
+    assert wrong(old) < 5e-3
+    engine.gate_up.data = new.gate_up.clone()
+    with pytest.raises(ShapeError, match="gate_up were loaded without the others"):
+        follows.meet(engine.tensors)
+    assert wrong(old) < 5e-3
+    engine.down.data = new.down.clone()
+    follows.meet(engine.tensors)
+    assert wrong(new) < 5e-3
+    assert engine.gate_up.numel() == engine.down.numel() == 0
+    follows.check()
+    with pytest.raises(KernelError, match="are held in a form of"):
+        follows.values()

@@ -1,4 +1,4 @@
-"""INT4 checkpoints in the real vLLM 0.33: one copy of the weights, against the float32 reference."""
+"""INT4 and MXFP4 checkpoints in the real vLLM 0.33: one copy of the weights, against the float32 reference."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ import pytest
 pytest.importorskip("vllm")
 
 import torch
-import vllm_cases  # noqa: F401  (before anything of vllm's)
+import vllm_cases  # before anything of vllm's
 from moe_cases import batch, error
 from ramp_moe import KernelError, MoEShape, ShapeError
 from ramp_moe.profiler.bench import random_weights
@@ -21,12 +21,16 @@ from ramp_moe.runtime.layer_factory import Builder, LayerPlan
 from ramp_moe.runtime.reference import reference
 from ramp_moe.spec.launchable import Batch, MoEWeights
 from ramp_moe_adapters.frameworks import vllm as plugin
+from ramp_moe_adapters.frameworks.vllm import packed
 from ramp_moe_adapters.frameworks.vllm.experts import RampExperts
 from ramp_moe_kernels.triton.kernel import TritonMoE
 from vllm.model_executor.custom_op import op_registry_oot
+from vllm.model_executor.layers.quantization.auto_gptq import AutoGPTQConfig, AutoGPTQMoEMethod
 from vllm.model_executor.layers.quantization.compressed_tensors.compressed_tensors_moe.compressed_tensors_moe_wna16 import (  # noqa: E501
     CompressedTensorsWNA16MoEMethod,
 )
+from vllm.model_executor.layers.quantization.mxfp4 import Mxfp4MoEMethod
+from vllm.model_executor.layers.quantization.utils.quant_utils import kMxfp8Dynamic
 from vllm.model_executor.model_loader.reload import finalize_layerwise_reload, initialize_layerwise_reload
 from vllm_cases import DEVICE, experts_of, load, run, said_by_plugin, scheme, serve
 
@@ -45,7 +49,7 @@ def pack_quantized(**changed: Any) -> dict[str, Any]:
 class Repacking(TritonMoE):
     """Holds the weights in a format of its own, here their copies. Named as a kernel like vLLM's own."""
 
-    name = "marlin"
+    name = "humming"
 
     def readable_layouts(self, shape: Any) -> tuple[str, ...]:
         return ("repacking's",)
@@ -62,6 +66,7 @@ class Repacking(TritonMoE):
 def loaded() -> Iterator[None]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv(plugin.SWITCH, "1")
+        patch.setenv("RAMP_MOE_CALIBRATE_S", "0")  # what is measured would decide instead of the tests' own kernels
         plugin.register()
         yield
     op_registry_oot.pop("RoutedExperts")
@@ -170,14 +175,14 @@ def test_a_layer_whose_output_is_wrong_is_vllms(monkeypatch: pytest.MonkeyPatch,
     routed = made(layer())
     assert kept == [routed]
     assert routed.w13_weight_packed.numel() > 0, "vLLM still has the weights"
-    assert said[-1].startswith("ramp_moe leaves experts to vLLM: marlin/")
+    assert said[-1].startswith("ramp_moe leaves experts to vLLM: humming/")
 
 
 @pytest.mark.parametrize("again", [False, True])
 def test_reloaded_weights_take_their_place(again: bool) -> None:
     of, new = layer(), layer(seed=1)
     routed = made(of)
-    before = experts(routed).layer.kernel("marlin")[1].gate_up.data_ptr()
+    before = experts(routed).layer.kernel("humming")[1].gate_up.data_ptr()
     for _ in range(1 + again):
         with torch.device(DEVICE):
             initialize_layerwise_reload(routed)
@@ -185,7 +190,7 @@ def test_reloaded_weights_take_their_place(again: bool) -> None:
             finalize_layerwise_reload(routed, SimpleNamespace(dtype=HALF))
         assert error(run(routed, given()), reference(new, given())) < TOLERANCE
         assert routed.w13_weight_packed.numel() == 0
-    after = experts(routed).layer.kernel("marlin")[1].gate_up.data_ptr()
+    after = experts(routed).layer.kernel("humming")[1].gate_up.data_ptr()
     assert before == after, "captured graphs read there"
 
 
@@ -236,3 +241,127 @@ def test_what_no_kernel_computes_is_vllms(case: str, said: list[str], monkeypatc
 
 def test_an_order_by_which_columns_were_only_quantised_is_none() -> None:
     assert type(experts(made(layer(), compressed=pack_quantized(actorder="weight")))) is RampExperts
+
+
+# --- MXFP4 ------------------------------------------------------------------------------------------------------------
+
+
+class Mxfp4Config:
+    """A configuration whose experts are MXFP4, as DeepSeek-V4's is."""
+
+    online_quantization_config = None
+
+    def __init__(self, activation_key: Any = None) -> None:
+        self.activation_key = activation_key
+
+    def get_name(self) -> str:
+        return "deepseek_v4_fp8"
+
+    def get_quant_method(self, layer: Any, prefix: str) -> Any:
+        return Mxfp4MoEMethod(layer.moe_config, activation_key=self.activation_key)
+
+
+def mxfp4(hidden: int = 256, **changed: Any) -> MoEWeights:
+    return replace(random_weights(MoEShape(EXPERTS, 1, hidden, INTER, "mxfp4"), DEVICE, 0), **changed)
+
+
+def given_mxfp4() -> Batch:
+    return batch(9, TOP_K, EXPERTS, 256, "skewed", DEVICE, HALF)
+
+
+CLAMPED = {"activation": "swiglu_clamped", "limit": 0.5}
+
+
+@pytest.mark.parametrize("changed", [{}, CLAMPED], ids=["swiglu", "clamped"])
+def test_mxfp4_is_computed_with_its_limit(changed: dict[str, Any]) -> None:
+    of = mxfp4(**changed)
+    routed = experts_of(of, TOP_K, dtype=HALF, quant=Mxfp4Config())
+    found = experts(routed).layer
+    assert (type(experts(routed)), found.shape.dtype, found.held[0].limit) == (RampExperts, "mxfp4", of.limit)
+    assert routed.w13_weight.numel() == routed.w2_weight_scale.numel() == 0
+    assert error(run(routed, given_mxfp4()), reference(of, given_mxfp4())) < TOLERANCE
+
+
+def test_activations_are_rounded_if_the_checkpoint_asks_and_vllm_would(monkeypatch: pytest.MonkeyPatch) -> None:
+    of = mxfp4()
+    shapes = []
+    for backend in ("MARLIN", "HUMMING"):
+        with monkeypatch.context() as patch:
+            patch.setattr(packed, "ROUNDING", (backend,))
+            for key in (None, kMxfp8Dynamic):
+                routed = experts_of(of, TOP_K, dtype=HALF, quant=Mxfp4Config(key))
+                shapes.append(experts(routed).layer.shape.dtype)
+    assert shapes == ["mxfp4", "mxfp4-a8", "mxfp4", "mxfp4"], "vLLM takes Marlin here"
+
+
+def test_sizes_that_vllm_pads_are_vllms(said: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    kept: list[Any] = []
+    monkeypatch.setattr(Mxfp4MoEMethod, "process_weights_after_loading", lambda self, layer: kept.append(layer))
+    routed = experts_of(mxfp4(hidden=128), TOP_K, dtype=HALF, quant=Mxfp4Config())
+    assert kept == [routed]
+    assert said[-1] == "ramp_moe leaves experts to vLLM: vLLM has padded the weights to 256 and 128"
+
+
+def test_roundings_that_a_person_asked_for_are_vllms(said: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(packed, "get_current_vllm_config", lambda: SimpleNamespace(model_config=True))
+    monkeypatch.setattr(packed.mxfp4, "_user_moe_activation_override", lambda: kMxfp8Dynamic)
+    kept: list[Any] = []
+    monkeypatch.setattr(
+        CompressedTensorsWNA16MoEMethod, "process_weights_after_loading", lambda self, layer: kept.append(layer)
+    )
+    assert kept == [made(layer())]
+    assert said[-1] == "ramp_moe leaves experts to vLLM: vLLM was told how to round the activations of experts"
+
+
+def test_a_limit_of_an_int4_layer_is_vllms(said: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(CompressedTensorsWNA16MoEMethod, "process_weights_after_loading", lambda *_: None)
+    made(layer(), swiglu_limit=7.0, moe_options={"swiglu_limit": 7.0})
+    assert said[-1].startswith("ramp_moe leaves experts to vLLM: the activation has a limit")
+
+
+def test_limits_must_agree(said: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Mxfp4MoEMethod, "process_weights_after_loading", lambda *_: None)
+    experts_of(mxfp4(**CLAMPED), TOP_K, dtype=HALF, quant=Mxfp4Config(), swiglu_limit=7.0)
+    assert said[-1] == "ramp_moe leaves experts to vLLM: the argument swiglu_limit is 7.0"
+
+
+# --- GPTQ -------------------------------------------------------------------------------------------------------------
+
+
+class GptqConfig(Mxfp4Config):
+    def __init__(self, **changed: Any) -> None:
+        given = {"weight_bits": 4, "group_size": 32, "desc_act": False, "is_sym": True, "lm_head_quantized": False}
+        self.found = AutoGPTQConfig(**{**given, "dynamic": {}, "full_config": {}, **changed})
+
+    def get_name(self) -> str:
+        return "auto_gptq"
+
+    def get_quant_method(self, layer: Any, prefix: str) -> Any:
+        return AutoGPTQMoEMethod(self.found, layer.moe_config)
+
+
+@pytest.mark.parametrize("reads", [False, True])
+def test_gptq_is_held_once_with_the_rows_first(reads: bool, kernels: list[Any]) -> None:
+    """reads: the kernel reads the copy that the layer is made of."""
+    if reads:
+        kernels[:] = [TritonMoE(), Repacking()]
+    of, new = layer(), layer(seed=1)
+    routed = experts_of(of, TOP_K, dtype=HALF, quant=GptqConfig())
+    assert type(experts(routed)) is RampExperts
+    assert experts(routed).layer.released is not reads
+    for name in ("w13_qweight", "w2_qweight", "w13_scales", "w2_scales"):
+        assert getattr(routed, name).numel() == 0
+    assert routed.w13_bias is None
+    assert error(run(routed, given()), reference(of, given())) < TOLERANCE
+    with torch.device(DEVICE):
+        initialize_layerwise_reload(routed)
+        load(routed, new)
+        finalize_layerwise_reload(routed, SimpleNamespace(dtype=HALF))
+    assert error(run(routed, given()), reference(new, given())) < TOLERANCE
+
+
+def test_gptq_in_groups_of_another_size_is_vllms(said: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(AutoGPTQMoEMethod, "process_weights_after_loading", lambda *_: None)
+    monkeypatch.setattr(vllm_cases, "load", lambda *_: None)
+    experts_of(layer(), TOP_K, dtype=HALF, quant=GptqConfig(group_size=64))
+    assert said[-1].startswith("ramp_moe leaves experts to vLLM: INT4 scales are of groups of 64")

@@ -19,7 +19,10 @@ from .stock import Stock
 if TYPE_CHECKING:
     from torch import Tensor
 
-FORM = "w13_weight", "w13_weight_packed", "w13_weight_scale_inv", "w13_weight_scale", "w13_bias", "w2_bias"
+FORM = (
+    *("w13_weight", "w13_weight_packed", "w13_qweight", "w13_weight_scale_inv", "w13_weight_scale", "w13_scales"),
+    *("w13_bias", "w2_bias"),
+)
 """Parameters of vLLM's by which layers of one size differ."""
 _models: dict[int, LoadedModel] = {}
 """By the identity of vLLM's configuration, for as long as that lives."""

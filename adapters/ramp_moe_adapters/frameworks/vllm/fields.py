@@ -20,6 +20,8 @@ LAYER: Known = {
             *("shared_expert_prefix", "skip_final_all_reduce"),
             # The number of data-parallel ranks: elastic expert parallelism, where it differs, is refused before.
             "elastic_ep_max_dp_size",
+            # It is refused before if the method of the layer does not clamp.
+            "swiglu_limit",
         ),
         ANY,
     ),
@@ -27,7 +29,6 @@ LAYER: Known = {
     "intermediate_pad": (None, 0),
     "_defer_moe_finalize": (False,),
     "defer_moe_finalize_max_num_tokens": (-1,),
-    "swiglu_limit": NO,
     "swiglu_alpha": NO,
     "swiglu_beta": NO,
     "activation_situ_beta": NO,
@@ -76,10 +77,11 @@ CONSTRUCTOR: Known = {
             *("renormalize", "use_grouped_topk", "num_expert_group", "topk_group", "custom_routing_function"),
             *("scoring_func", "routed_scaling_factor", "e_score_correction_bias", "hash_indices_table"),
             "apply_router_weight_on_input",
+            # It must be that of the configuration.
+            "swiglu_limit",
         ),
         ANY,
     ),
-    "swiglu_limit": NO,
     "swiglu_alpha": NO,
     "swiglu_beta": NO,
 }

@@ -58,8 +58,11 @@ class DispatchedRoutedExperts(RoutedExperts):  # type: ignore[misc]
             return f"the backend {moe.moe_backend} was asked for"
         if moe.in_dtype not in (torch.bfloat16, torch.float16):
             return f"activations are {moe.in_dtype}, not bf16 or fp16"
-        if (moe.swiglu_limit, moe.swiglu_alpha, moe.swiglu_beta) != (None, None, None):
+        limits = (None,) if not ours.clamps else (None, moe.swiglu_limit)
+        if moe.swiglu_limit not in limits or (moe.swiglu_alpha, moe.swiglu_beta) != (None, None):
             return "the activation has a limit, a slope or an offset of its own"
+        if self.swiglu_limit != moe.swiglu_limit:
+            return f"the argument swiglu_limit is {self.swiglu_limit}"
         if self.expert_map_manager.num_fused_shared_experts:
             return "shared experts are among the routed ones"
         config = get_current_vllm_config()

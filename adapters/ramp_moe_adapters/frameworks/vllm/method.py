@@ -6,8 +6,9 @@ of rows. If no layer can be made from them, the experts that vLLM itself would c
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from contextlib import suppress
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from ramp_moe.plugin import SCALE_BLOCK, KernelError, MoEWeights
@@ -57,6 +58,10 @@ class Dispatched:
     experts_cls: Any
     moe_kernel: Any
     moe: Any
+    activations: str | None = None
+    """See MoEWeights."""
+    clamps = False
+    """Whether the method's layers may have a limit at which gate and up are clamped."""
     like: frozenset[str] | None = None
     """See `LoadedLayer.like`; None if vLLM's Triton experts read the weights as they were loaded."""
     untimed = "ramp_moe is compared with its Triton experts alone"
@@ -97,7 +102,7 @@ class Dispatched:
             if reason := self._misfit(layer):
                 raise KernelError(reason)
             ep_size = self.moe.num_experts // self.moe.num_local_experts
-            weights = _weights(layer, self.moe, self.format)
+            weights = self._weights(layer)
             given = calibrate.layer_of(layer, self.moe, weights, ep_size, self.like)
             made = model.layer(given)
             self.calibrated = model.calibrated(made)
@@ -116,6 +121,30 @@ class Dispatched:
             logger.info_once("ramp_moe: vLLM would take %s; %s", name, self.untimed)
         model.report(made)
         return found
+
+    def _weights(self, layer: Any) -> MoEWeights:
+        """MoEWeights of the layer's parameters, in their memory. Raises KernelError or ShapeError if they cannot be
+        used."""
+        moe, given = self.moe, parameters_of(layer)
+        padded = moe.hidden_dim, moe.intermediate_size_per_partition
+        if padded != (moe.hidden_dim_unpadded, moe.intermediate_size_per_partition_unpadded):
+            raise KernelError(f"vLLM has padded the weights to {padded[0]} and {padded[1]}")
+        kind = given["gate_up"].dtype
+        if kind.is_floating_point and kind.itemsize > 1 and kind != moe.in_dtype:
+            raise KernelError(f"weights are {kind}, activations {moe.in_dtype}")
+        if moe.has_bias and "gate_up_bias" not in given:
+            raise KernelError("the layer has biases, which vLLM does not load in this format")
+        return self._maker(layer)(given)
+
+    def _maker(self, layer: Any) -> Callable[[Mapping[str, Tensor]], MoEWeights]:
+        """Makes MoEWeights of the layer's parameters by field. It does not hold the layer."""
+        return partial(
+            weights_of,
+            activation=layer.activation,
+            limit=self.moe.swiglu_limit,
+            format=self.format,
+            activations=self.activations,
+        )
 
     def _held(self, layer: Any, made: LayerRuntime) -> Parameters | Repacked:
         return Parameters(layer, made, parameters_of(layer))
@@ -188,22 +217,14 @@ class DispatchedCompressedFp8Method(Dispatched, compressed_fp8.CompressedTensors
         return kFp8StaticChannelSym, kFp8DynamicTokenSym
 
 
-def _weights(layer: Any, moe: Any, format: str | None) -> MoEWeights:
-    """MoEWeights of the layer's parameters, in their memory. Raises KernelError or ShapeError if they cannot be
-    used."""
-    padded = moe.hidden_dim, moe.intermediate_size_per_partition
-    if padded != (moe.hidden_dim_unpadded, moe.intermediate_size_per_partition_unpadded):
-        raise KernelError(f"vLLM has padded the weights to {padded[0]} and {padded[1]}")
-    given = parameters_of(layer)
-    kind = given["gate_up"].dtype
-    if kind.is_floating_point and kind.itemsize > 1 and kind != moe.in_dtype:
-        raise KernelError(f"weights are {kind}, activations {moe.in_dtype}")
-    if moe.has_bias and "gate_up_bias" not in given:
-        raise KernelError("the layer has biases, which vLLM does not load in this format")
-    return weights_of(given, layer.activation, format)
-
-
-def weights_of(tensors: Mapping[str, Tensor], activation: Any, format: str | None) -> MoEWeights:
-    """MoEWeights of parameters by field, in their memory."""
+def weights_of(
+    tensors: Mapping[str, Tensor], activation: Any, limit: float | None, format: str | None, activations: str | None
+) -> MoEWeights:
+    """MoEWeights of parameters by field, in their memory. activation: vLLM's, clamped at `limit` if that is given."""
+    name = ACTIVATIONS[activation]
+    if limit is not None:
+        if name != "swiglu":
+            raise KernelError(f"{activation} with a limit is not computed here")
+        name = "swiglu_clamped"
     given: dict[str, Any] = {field: t.detach() for field, t in tensors.items()}
-    return MoEWeights(**given, activation=ACTIVATIONS[activation], format=format)
+    return MoEWeights(**given, activation=name, limit=limit, format=format, activations=activations)
