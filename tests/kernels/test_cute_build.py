@@ -9,7 +9,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -18,7 +18,7 @@ from ramp_moe import Built, KernelError
 from ramp_moe.spec.versions import Place
 from ramp_moe_kernels.cute.aot import cache as cache_module
 from ramp_moe_kernels.cute.aot import toolkit
-from ramp_moe_kernels.cute.aot.build import build
+from ramp_moe_kernels.cute.aot.build import build, build_each, built
 from ramp_moe_kernels.cute.aot.cache import VARIABLE, Cache, prune
 
 ABC = [Fake("a"), Fake("b"), Fake("c")]
@@ -32,6 +32,19 @@ cache, folder, timeout, *names = sys.argv[1:]
 machine = Machine(Path(folder), {n: "hangs" if n == "hangs" else "is slow" for n in names})
 built = build(map(Fake, names), cache=Cache(Path(cache)), compiler=machine.compiler, jobs=2, timeout=float(timeout))
 print(*built.compiled)
+"""
+BACKGROUND = """
+import sys, threading, time
+from pathlib import Path
+from fake_compiler import Fake, Machine
+from ramp_moe_kernels.cute.aot.build import build_each
+from ramp_moe_kernels.cute.aot.cache import Cache
+cache, folder = sys.argv[1:]
+machine = Machine(Path(folder), {"hangs": "hangs"})
+each = build_each(map(Fake, ["a", "hangs"]), jobs=1, nice=19, cache=Cache(Path(cache)), compiler=machine.compiler)
+threading.Thread(target=list, args=(each,), daemon=True).start()
+while "hangs" not in machine.compiled():
+    time.sleep(0.05)
 """
 
 
@@ -173,6 +186,36 @@ def test_a_build_that_is_killed_blocks_nobody(cache: Cache, tmp_path: Path) -> N
     built = run(cache, Machine(tmp_path / "mine"), [Fake("a"), Fake("hangs")])
     assert (built.compiled, built.reused) == (("hangs",), ("a",))
     wait(lambda: not any(map(_alive, workers)))  # nobody is left who would kill the one that hangs
+
+
+def test_what_comes_next_is_decided_when_a_process_is_free(cache: Cache, tmp_path: Path) -> None:
+    machine, asked = acts(tmp_path, b="spills"), list[str]()
+
+    def wanted() -> Iterator[Fake]:
+        for config in ABC:
+            asked.append(f"{config.name} after {machine.compiled()}")
+            yield config
+
+    assert built(ABC, cache) == {}
+    found = dict(build_each(wanted(), jobs=1, cache=cache, compiler=machine.compiler))
+    reason = "spills: 216 bytes of local memory a thread, at 168 registers"
+    assert found == {"a": None, "b": reason, "c": None} == built(ABC, cache)
+    assert asked == ["a after []", "b after ['a']", "c after ['a', 'b']"]
+    cache.library(ABC[0]).write_bytes(b"half")
+    assert built(ABC, cache) == {"b": reason, "c": None}, "what is damaged is no object"
+
+
+@pytest.mark.slow
+def test_a_program_ends_whatever_it_compiles_in_the_background(cache: Cache, tmp_path: Path) -> None:
+    temporary = tmp_path / "temporary"
+    temporary.mkdir()
+    path = os.pathsep.join(p or os.getcwd() for p in sys.path)
+    command = [sys.executable, "-c", BACKGROUND, str(cache.folder), str(tmp_path / "machine")]
+    variables = {"PYTHONPATH": path, "TMPDIR": str(temporary)}
+    subprocess.run(command, env=os.environ | variables, check=True, timeout=300)
+    assert built([Fake("a"), Fake("hangs")], cache) == {"a": None}
+    assert not list(temporary.iterdir())
+    assert run(cache, Machine(tmp_path / "mine"), [Fake("a"), Fake("hangs")]).compiled == ("hangs",)
 
 
 def _children(pid: int) -> list[int]:

@@ -13,7 +13,8 @@ from pathlib import Path
 import pytest
 from cute_signature import SIGNATURE
 from ramp_moe import Built
-from ramp_moe_kernels.cute.aot import Cache, build
+from ramp_moe_kernels.cute.aot import Cache, build, build_each
+from ramp_moe_kernels.cute.aot import built as compiled
 from ramp_moe_kernels.cute.aot.cache import VARIABLE
 from ramp_moe_kernels.cute.config import Config
 
@@ -72,6 +73,18 @@ def test_what_was_compiled(built: Built) -> None:
         24: (128, 0),
         32: (128, 0),
     }
+
+
+def test_what_is_asked_for_one_by_one(built: Built, root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As in the background: by processes that stand back behind others."""
+    monkeypatch.setenv(VARIABLE, str(root))
+    more = Config(16, 32, 8, 3)
+    assert dict(build_each(iter([*WHOLE[:1], more, SPILLS]), jobs=1, nice=19)) == {
+        WHOLE[0].name: None,
+        more.name: None,
+        SPILLS.name: built.dropped[SPILLS.name],
+    }
+    assert compiled([more, Config(8, 32, 8, 4)]) == {more.name: None}
 
 
 def test_it_loads_without_the_compiler(built: Built, root: Path) -> None:

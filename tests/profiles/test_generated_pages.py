@@ -10,7 +10,7 @@ from pathlib import Path
 import pages
 import pytest
 
-FITTED = {"cost_model", "families", "heldout", "profiles", "shortlists"}
+FITTED = {"compiling", "cost_model", "families", "heldout", "profiles", "shortlists"}
 """Pages that fit cost models. They share fits, and so a process."""
 COMPUTED = {"accuracy"}
 """Pages for which layers are computed."""

@@ -8,7 +8,7 @@ import math
 import time
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from weakref import WeakKeyDictionary
 
@@ -22,6 +22,7 @@ from ramp_moe.runtime.calibration_seconds import VARIABLE, seconds
 from ramp_moe.runtime.graphs.bodies import where_it_pays
 from ramp_moe.runtime.layer import LayerRuntime
 from ramp_moe.runtime.layer_factory import Builder, LayerKind, LayerPlan, kind_of, usable_kernels
+from ramp_moe.runtime.on_demand import on_demand, worth_trying
 from ramp_moe.runtime.plan_report import left, plan_rows, table
 from ramp_moe.runtime.warm import warm
 from ramp_moe.spec.kernel import layouts_of
@@ -153,11 +154,14 @@ class LoadedModel:
             self._say(f"{name} is left out: {why_not}")
         kernels = [k for k in kernels if k.name not in others]
         plan = calibrated_plan.without(plan, others)
+        if plan.model is not None:
+            plan = replace(plan, model=worth_trying(plan.model, plan.kernels, given.ep_size))
         patience = 2 * seconds(lambda _: None) + probe.SECONDS * len(probe.third_party(kernels)) + GRACE
         record = None
         if given.weights.gate_up.device.type in TIMERS:
             record = self._agree(given.kind, lambda: self._measure(given, plan, kernels), patience)
         found = None if record is None else self._by_times(record, given, plan, kernels)
+        plan = self._launchable(plan, given.ep_size)
         if found is None:
             plan = calibrated_plan.without(plan, () if record is None else record.dropped)
             record, found = None, None if plan.model is None else calibrated_plan.predicted(plan)
@@ -187,6 +191,17 @@ class LoadedModel:
                 f"{self._engine.name}'s own experts for {shape.dtype} may be faster, and no kernel like them was "
                 f"compared ({reasons or 'there is none'})"
             )
+
+    def _launchable(self, plan: LayerPlan, ep_size: int) -> LayerPlan:
+        """The plan of what is compiled. The rest is compiled in the background, for the next start."""
+        if plan.model is None:
+            return plan
+        model, rest = on_demand(plan.model, plan.kernels, ep_size, [])
+        group = self._engine.group()
+        if rest is not None and (group is None or group.rank_in_group == 0):
+            self._say("what can win is compiled in the background; the next start uses it")
+            rest.begin()
+        return replace(plan, model=model if rest is None else rest.model)
 
     def _agree(
         self, kind: tuple[object, ...], measure: Callable[[], CalibrationRecord | None], seconds: float

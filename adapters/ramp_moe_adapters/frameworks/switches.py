@@ -5,11 +5,11 @@ from __future__ import annotations
 import logging
 import os
 
+from ramp_moe.spec.compiling import OFF, ON
+
 RECORD = "RAMP_MOE_RECORD"
 """Names the file into which a server records what it routes."""
-ON = ("1", "true", "yes", "on")
-OFF = ("0", "false", "no", "off", "")
-NEITHER = f"says neither on ({', '.join(ON)}) nor off ({', '.join(word for word in OFF if word)}): off"
+NEITHER = f"says neither on ({', '.join(ON)}) nor off ({', '.join(OFF)}): off"
 
 
 def state_of(variable: str) -> bool | None:
@@ -18,7 +18,7 @@ def state_of(variable: str) -> bool | None:
     An unset variable is off.
     """
     value = os.environ.get(variable, "").strip().lower()
-    return value in ON if value in ON + OFF else None
+    return value in ON if value in (*ON, *OFF, "") else None
 
 
 def switched_on(variable: str, logger: logging.Logger) -> bool:

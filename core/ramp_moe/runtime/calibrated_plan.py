@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
+import itertools
 import math
-import os
 import time
 from collections.abc import Callable, Container, Mapping, Sequence
 from contextlib import ExitStack, suppress
 from dataclasses import dataclass, replace
-from functools import partial
 
 import numpy as np
 
@@ -26,7 +25,7 @@ COMPILING = 0.5
 
 WAITED = 1.0
 """If the lock took longer than these seconds, another process held it."""
-LATE = "not compiled within the time for it; `ramp-moe kernels build` compiles it ahead"
+LATE = "not compiled within the time for it; the next start takes it, or `ramp-moe kernels build` compiles it ahead"
 
 
 def measured(
@@ -95,8 +94,9 @@ def known(record: CalibrationRecord) -> Calibration:
 
 
 def compile_ahead(search: Search, kernels: Sequence[LaunchableKernel], deadline: float, say: Say) -> None:
-    """Compile what the search begins with. Candidates that are not compiled at the deadline are left out of it."""
-    wanted = search.wanted()
+    """Compile what the search begins with, and then its other candidates. Those that are not compiled at the deadline
+    are left out of it."""
+    wanted = dict.fromkeys([*search.wanted(), *search.model.candidates])
     for kernel in kernels:
         if isinstance(kernel, BuildableKernel):
             configs = [c.config for c in wanted if c.kernel == kernel.name]
@@ -106,28 +106,24 @@ def compile_ahead(search: Search, kernels: Sequence[LaunchableKernel], deadline:
 
 
 def _compiled(kernel: BuildableKernel, configs: Sequence[KernelConfig], deadline: float, say: Say) -> dict[str, str]:
-    """Compile as many configurations at a time as there are processors.
+    """Compile what is not compiled, until the deadline. What is begun before it is finished.
 
     Returns the reasons why configurations are left out, by their names.
     """
-    dropped: dict[str, str] = {}
-    each = max(1, len(os.sched_getaffinity(0)))
-    for first in range(0, len(configs), each):
-        if time.monotonic() >= deadline:
-            say(f"{len(configs) - first} configurations of {kernel.name} left out: {LATE}")
-            return dropped | {c.name: LATE for c in configs[first:]}
-        done = partial(_progress, say, kernel.name, first, len(configs))
-        try:
-            dropped |= kernel.build_some(configs[first : first + each], done)
-        except KernelError as e:  # nothing can be compiled here; objects that exist already are still used
-            say(f"{kernel.name}: {e}")
-            break
-    return dropped
-
-
-def _progress(say: Say, kernel: str, before: int, every: int, done: int, total: int, last: str) -> None:
-    if last:
-        say(f"compiled {before + done} of {every} configurations of {kernel} ({last})")
+    found: dict[str, str | None] = {}
+    try:
+        found = kernel.built(configs)
+        todo, before = [c for c in configs if c.name not in found], len(found)
+        in_time = itertools.takewhile(lambda _: time.monotonic() < deadline, todo)
+        for name, reason in kernel.build_each(in_time):
+            found[name] = reason
+            say(f"compiled {len(found) - before} of {len(todo)} configurations of {kernel.name} ({name})")
+        if late := [c.name for c in configs if c.name not in found]:
+            say(f"{len(late)} configurations of {kernel.name} left out: {LATE}")
+            found |= dict.fromkeys(late, LATE)
+    except KernelError as e:  # nothing can be compiled here; objects that exist already are still used
+        say(f"{kernel.name}: {e}")
+    return {name: reason for name, reason in found.items() if reason is not None}
 
 
 @dataclass(frozen=True)

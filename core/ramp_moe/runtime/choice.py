@@ -41,6 +41,9 @@ class Chooser:
         self._shape, self._hardware, self._ep_size = shape, hardware, ep_size
         self._kernels = {kernel.name: kernel for kernel in kernels}
         self._failures = Counter[str]()
+        self._gone = set[str]()
+        """Names of the candidates that were dropped."""
+        self._growing = False
         self.dispatcher = None if cost_model is None else Dispatcher(cost_model.restrict(list(self._kernels)))
         """None if there is no model."""
         self._latest: dict[int, Candidate] = {}
@@ -57,6 +60,19 @@ class Chooser:
     def model(self) -> CostModel | None:
         """The cost model of the candidates that were not dropped; None if there is none."""
         return None if self.dispatcher is None else self.dispatcher.model
+
+    def take(self, cost_model: CostModel, growing: bool = False) -> None:
+        """Choose among the candidates of this model from now on, except for those that were dropped.
+
+        growing: there will be more candidates, so that no kernel is dropped for lack of others. Choosers that are given
+        one model, and have dropped nothing, share what is derived from it.
+        """
+        self._growing = growing
+        left = [c for c in cost_model.candidates if c.kernel in self._kernels and c.name not in self._gone]
+        if left:
+            kept = {c.name for c in left}
+            self.dispatcher = Dispatcher(cost_model.without({c.name for c in cost_model.candidates} - kept))
+            self._known.clear()
 
     def by_histogram(self, num_tokens: int, histogram: IntArray) -> Candidate:
         """The candidate that the model predicts to be fastest. There must be a model.
@@ -128,7 +144,7 @@ class Chooser:
         if known and len(left) == len(known):
             return candidate.name
         self._failures[kernel] += 1
-        own = any(c.kernel == kernel for c in left)
+        own = self._growing or any(c.kernel == kernel for c in left)
         others = len(self._kernels) > 1
         if not own and not others and not even_last:
             return None
@@ -137,8 +153,8 @@ class Chooser:
             del self._kernels[kernel]
             left = [c for c in left if c.kernel != kernel]
         kept = {c.name for c in left}
+        self._gone |= {c.name for c in known} - kept
         self._latest = {n: c for n, c in self._latest.items() if c.name in kept}
         if model is not None:
-            gone = {c.name for c in known} - kept
-            self.dispatcher = Dispatcher(model.without(gone)) if left else None
+            self.dispatcher = Dispatcher(model.without(self._gone)) if left else None
         return kernel if whole else candidate.name

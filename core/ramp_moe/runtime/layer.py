@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from .graphs.capture import GraphDispatch, GraphPlan
+    from .on_demand import OnDemand
     from .protocols import Owner
 
 HALVES = {"torch.bfloat16": "bf16", "torch.float16": "fp16"}
@@ -127,6 +128,10 @@ class LayerRuntime:
         """Choosers among the kernels that take a dtype of hidden states, by dtype. Unused if every kernel takes all."""
         self._picky = any({*HALVES.values()} - {*kernel.hidden_dtypes} for kernel in self.kernels.values())
         self._number = register(self)
+        self._compiling: OnDemand | None = None
+        """What is still being compiled; None if all that may be chosen can be launched."""
+        self._version = 0
+        """That of `_compiling` whose candidates are chosen among."""
         self.graphs: GraphDispatch | None = None
         safe = [name for name, (kernel, _) in self._kernels.items() if kernel.graph_safe]
         if cost_model is not None and safe and self._device.type == "cuda":
@@ -135,6 +140,34 @@ class LayerRuntime:
             fixed = {name for name in safe if not self._kernels[name][0].switchable}
             known = cost_model.restrict(safe)
             self.graphs = GraphDispatch(self, next(iter(self.held)), known, top_k, mode, fixed, ep_size)
+
+    def choose_among(self, cost_model: CostModel) -> None:
+        """Choose among the candidates of this model from now on, in eager batches and in graphs that are planned.
+
+        cost_model: has some of the candidates that the layer was given. Graphs that are captured keep what they hold.
+        """
+        self.chooser.take(cost_model, growing=self._compiling is not None)
+        self._choosers.clear()
+        if self.graphs is not None:
+            self.graphs.take(cost_model)
+
+    def follow(self, compiling: OnDemand) -> None:
+        """Choose among what is compiled, and among more once it is."""
+        self._compiling = compiling
+        self._take(compiling)
+
+    def _take(self, compiling: OnDemand) -> None:
+        if compiling.done:
+            self._compiling = None
+        self._version = compiling.version  # before the model, which may be newer
+        self.choose_among(compiling.model)
+
+    def _meet(self, num_tokens: int) -> None:
+        """Before a choice for a number of tokens: take what was compiled since the last one."""
+        if (compiling := self._compiling) is not None:
+            compiling.meet(num_tokens)
+            if compiling.version != self._version:
+                self._take(compiling)
 
     def _usable(self, kernels: Sequence[LaunchableKernel]) -> list[LaunchableKernel]:
         """The kernels that say that they can compute the shape here. The others are dropped."""
@@ -259,6 +292,8 @@ class LayerRuntime:
         dtype = batch.hidden_states.dtype
         if capturing:
             return self._blind(batch.num_tokens, dtype)
+        if self._compiling is not None:
+            self._meet(batch.num_tokens)
         chooser = self._chooser_for(dtype) if self._picky else self.chooser
         if known := chooser.choice_by_batch_size(batch.num_tokens, self.host_sync_us):
             return known
@@ -314,6 +349,7 @@ class LayerRuntime:
         if not isinstance(num_tokens, int) or num_tokens < 1:
             raise ShapeError(f"a layer is warmed up for one token or more, not {shown(num_tokens)}")
         self._check_dtype(dtype)
+        self._meet(num_tokens)
         if self.graphs is not None:
             return self.graphs.prepare(num_tokens, dtype)
         device, shape = self._device, self.shape

@@ -20,6 +20,7 @@ from ..spec.hardware import Hardware
 from ..spec.launchable import LaunchableKernel, MoEWeights, Workspace, obstacle
 from ..spec.shapes import MoEShape
 from .layer import LayerRuntime
+from .on_demand import OnDemand, on_demand
 from .options import DispatchOptions
 
 if TYPE_CHECKING:
@@ -56,11 +57,15 @@ def kind_of(weights: MoEWeights, top_k: int) -> LayerKind:
 
 @dataclass
 class LayerPlan:
-    """How the layers of one kind are made."""
+    """How the layers of one kind are made.
+
+    model: of all that may be chosen. compiling: what of it is still being compiled; None if nothing is.
+    """
 
     hardware: Hardware
     kernels: list[LaunchableKernel]
     model: CostModel | None
+    compiling: OnDemand | None = None
 
 
 class Builder:
@@ -129,7 +134,9 @@ class Builder:
         )
         found.workspace = self._workspaces.setdefault(device, Workspace())
         if first:
-            self._plans[kind, device, group] = self._shared(plan, found)
+            plan = self._plans[kind, device, group] = self._shared(plan, found)
+        if plan.compiling is not None:
+            found.follow(plan.compiling)
         return found
 
     def _hardware(self, device: torch.device) -> Hardware:
@@ -205,7 +212,12 @@ class Builder:
         if gain := self._gain(plan.model, first.shape, plan.kernels):
             self.notes.append(gain)
         kept = [k for k in plan.kernels if k.name not in first.dropped]
-        return replace(plan, kernels=kept, model=plan.model.restrict([k.name for k in kept]))
+        model = plan.model.restrict([k.name for k in kept])
+        model, compiling = on_demand(model, kept, self.options.ep_size, self.notes)
+        first.choose_among(model)
+        if compiling is not None:
+            compiling.begin()
+        return replace(plan, kernels=kept, model=model, compiling=compiling)
 
     def _gain(self, model: CostModel, shape: MoEShape, kernels: Sequence[LaunchableKernel]) -> str | None:
         """A note on what one more copy of the weights would gain; None if less than 0.1%."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import importlib.util
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
@@ -159,10 +159,27 @@ class BuildableKernel(Kernel):
         Raises KernelError if something needed is missing, or if the cache cannot be written.
         """
 
-    def build_some(self, configs: Sequence[KernelConfig], report: Progress) -> dict[str, str]:
-        """Compile what the cache lacks of a few configurations, if that takes seconds. Returns those that cannot be
-        had, by name, with the reason. By default nothing is compiled."""
-        return {}
+    def built(self, configs: Sequence[KernelConfig]) -> dict[str, str | None]:
+        """Those of the configurations that need no compiling, by name: None if a launch can load it, else the reason
+        why it can never run. By default all can be launched.
+
+        Raises KernelError if that cannot be said.
+        """
+        return dict.fromkeys((c.name for c in configs), None)
+
+    def build_each(
+        self, configs: Iterable[KernelConfig], jobs: int | None = None, nice: int = 0
+    ) -> Iterator[tuple[str, str | None]]:
+        """Compile what the cache lacks of a few configurations, each of which takes seconds. Yields each as it is done,
+        as `built` describes it.
+
+        configs: asked for the next one, in another thread, whenever a process is free. jobs: processes; None: the
+        kernel decides. nice: by how much the processes stand back behind others, as in `os.nice`.
+
+        By default nothing is compiled. Raises KernelError as `build` does.
+        """
+        for config in configs:
+            yield config.name, None
 
     @abstractmethod
     def prune(self) -> int:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Iterator, Sequence
+from collections.abc import Hashable, Iterable, Iterator, Sequence
 from dataclasses import fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -104,10 +104,17 @@ class CuteMoE(LaunchableKernel, BuildableKernel):
 
         return build([*configurations(shape), *polymorphic(shape)], report=report, jobs=jobs)
 
-    def build_some(self, configs: Sequence[KernelConfig], report: Progress) -> dict[str, str]:
-        from .aot import build
+    def built(self, configs: Sequence[KernelConfig]) -> dict[str, str | None]:
+        from .aot import built
 
-        return build([_config(c) for c in configs], report=report).dropped
+        return built(map(_config, configs))
+
+    def build_each(
+        self, configs: Iterable[KernelConfig], jobs: int | None = None, nice: int = 0
+    ) -> Iterator[tuple[str, str | None]]:
+        from .aot import build_each
+
+        return build_each(map(_config, configs), jobs=jobs, nice=nice)
 
     def prune(self) -> int:
         from .aot import prune

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import os
+import threading
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -15,7 +16,9 @@ pytest.importorskip("triton")
 
 import msgspec
 import torch
+from graph_cases import priced, triton_of
 from moe_cases import weights
+from planted_compiler import Planted
 from ramp_moe.cost_model.model import Candidate
 from ramp_moe.dispatch import profile_store
 from ramp_moe.dispatch.profile_store import relative_path
@@ -23,7 +26,7 @@ from ramp_moe.measurements import calibration_file
 from ramp_moe.measurements.calibration_file import records
 from ramp_moe.plugin import KernelError, WeightLayout
 from ramp_moe.registry.registry import get_registry
-from ramp_moe.runtime import probe
+from ramp_moe.runtime import calibrated_plan, probe
 from ramp_moe.runtime.calibration import ENGINE, guess
 from ramp_moe.runtime.layer import LayerRuntime
 from ramp_moe.runtime.layer_factory import Builder, LayerPlan
@@ -78,6 +81,52 @@ def given(**changed: Any) -> LoadedLayer:
 
 def model(say: Callable[[str], None], builder: Builder | None = None) -> LoadedModel:
     return LoadedModel(Engine("vLLM", lambda: None, say), builder or Builder("h200"))
+
+
+class Ahead(Planted, TritonMoE):
+    """A kernel that is compiled ahead, of six token blocks."""
+
+    name = "ahead"
+
+    def configs(self, shape: Any, hardware: Any) -> list[Any]:
+        return [c.config for c in triton_of(dict.fromkeys((16, 32, 64, 128), 1.0), TritonMoE())]
+
+
+def test_a_server_uses_what_is_compiled_and_takes_the_rest_at_its_next_start(
+    times: Times, said: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Nothing is compiled while it is timed, and nothing that cannot win is compiled at all."""
+    monkeypatch.setattr(calibrated_plan, "COMPILING", -1.0)  # no time to compile before the first batch
+    gpu, shape = get_registry().device("h200"), given().weights.shape(2)
+    prices = triton_of({16: 50.0, 32: 40.0, 64: 900.0}, TritonMoE())
+    kernel = Ahead()
+    costs = {Candidate("ahead", c.config): us for c, us in prices.items()} | {
+        Candidate("triton", c.config): 5 * us for c, us in prices.items()
+    }
+    costs = priced(gpu, costs, shape)
+    monkeypatch.setattr(engine, "usable_kernels", lambda *_: [kernel, TritonMoE()])
+
+    def start() -> tuple[LayerRuntime, set[str]]:
+        builder = Builder("h200")
+        monkeypatch.setattr(builder, "_plan", lambda *_: LayerPlan(gpu, [kernel, TritonMoE()], costs))
+        times.asked.clear()
+        layer = model(said.append, builder).layer(given())
+        return layer, {name.partition("/")[0] for name in times.asked}
+
+    layer, timed = start()
+    assert timed == {ENGINE, "triton"}
+    assert layer._compiling is None, "a server does not switch"
+    assert any("next start" in line for line in said)
+    kernel.allow(10)
+    for thread in threading.enumerate():
+        if thread.name == "ramp-moe-compile":
+            thread.join()
+    assert kernel.objects
+    assert not any("bm64" in name for name in kernel.objects)
+    assert not any(c.kernel == "ahead" for c in layer.chooser.model.candidates)  # type: ignore[union-attr]
+    layer, timed = start()
+    assert "ahead" in timed
+    assert any(c.kernel == "ahead" for c in layer.chooser.model.candidates)  # type: ignore[union-attr]
 
 
 def test_models_of_one_process_share_no_plan(times: Times, said: list[str]) -> None:

@@ -10,8 +10,9 @@ from importlib import metadata
 from pathlib import Path
 
 import pytest
+from ramp_moe.spec.compiling import OFF, ON
 from ramp_moe_adapters.frameworks import sglang, vllm
-from ramp_moe_adapters.frameworks.switches import OFF, ON, switched_on
+from ramp_moe_adapters.frameworks.switches import switched_on
 from ramp_moe_adapters.kernels.vllm_triton import static_table as vllm_static
 from ramp_moe_adapters.kernels.vllm_triton.kernel import VllmTriton
 
@@ -27,7 +28,7 @@ def test_words_that_switch_on(monkeypatch: pytest.MonkeyPatch, caplog: pytest.Lo
     assert caplog.messages == ["RAMP_MOE_VLLM is set, but reached"]
 
 
-@pytest.mark.parametrize("value", [None, *(v for word in OFF for v in (word, word.upper()))])
+@pytest.mark.parametrize("value", [None, "", *(v for word in OFF for v in (word, word.upper()))])
 def test_words_that_switch_off(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, value: str | None
 ) -> None:
@@ -102,6 +103,7 @@ READ = {
     "RAMP_MOE_CACHE": "a folder",
     "RAMP_MOE_CALIBRATE_S": "seconds",
     "RAMP_MOE_RECORD": "a file",
+    "RAMP_MOE_COMPILE": "on unless it is switched off",
 }
 
 

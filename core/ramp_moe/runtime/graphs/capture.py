@@ -177,6 +177,8 @@ class GraphDispatch:
         self._fixed, self._ep_size = frozenset(fixed), ep_size
         self.dropped: dict[str, str] = {}
         self.plans: dict[int, GraphPlan] = {}
+        self._planned_by: dict[int, CostModel] = {}
+        """The model by which each of `plans` was made."""
         self.choosing: Container[int] | None = None
         """Batch sizes whose graphs may have several bodies; None: all may. Plans that exist already stay."""
         self._captured: dict[int, GraphPlan] = {}
@@ -201,6 +203,13 @@ class GraphDispatch:
         weights: the same, without values. compute: the right output `[T, H]` of a batch.
         """
         self._weights, self._reference = weights, compute
+
+    def take(self, cost_model: CostModel) -> None:
+        """Choose among the candidates of this model, some of those that the first one had, whenever `prepare` is called
+        from now on. Plans that exist stay until then, and graphs that are captured keep what they hold."""
+        safe = {name.partition("/")[0] for name in self.names}
+        if any(c.kernel in safe for c in cost_model.candidates):
+            self._model = cost_model.restrict(sorted(safe))
 
     def drop(self, name: str, reason: str) -> None:
         """Plan no graph with a candidate from now on. name: of the candidate, or of a kernel for all of its
@@ -232,7 +241,7 @@ class GraphDispatch:
         One that lacks memory is left out of this plan alone. Raises KernelError with the reasons if none is left.
         """
         known = self.plans.get(num_tokens)
-        if known is not None and known.dtype is dtype:
+        if known is not None and known.dtype is dtype and self._planned_by[num_tokens] is self._model:
             return known
         trial = self._trial(num_tokens, dtype)
         while True:
@@ -244,7 +253,8 @@ class GraphDispatch:
                 break
             except KernelError as e:
                 trial.refused[offer.mode] = str(e)
-        self.plans[num_tokens] = plan
+        self.plans[num_tokens], self._planned_by[num_tokens] = plan, self._model
+        self._ready = {key for key in self._ready if key[0] != num_tokens}
         return plan
 
     def _trial(self, num_tokens: int, dtype: torch.dtype) -> _Trial:
@@ -433,7 +443,7 @@ class GraphDispatch:
     def _left(self, skipped: Mapping[str, str]) -> CostModel:
         """The model without what was dropped and what is skipped. Raises KernelError if nothing is left, saying why."""
         without = {**self.dropped, **skipped}
-        if all(name in without for name in self.names):
+        if all(c.name in without for c in self._model.candidates):
             reasons = "; ".join(f"{name}: {reason}" for name, reason in without.items())
             raise KernelError(f"no candidate is left for a graph ({reasons})")
         return self._model.without(without)

@@ -4,8 +4,8 @@ Building needs nvidia-cutlass-dsl and a C compiler, but no GPU; loading needs ap
 here knows what a kernel computes: a configuration has a `name`, and `ramp_moe_kernels.cute.moe` compiles it.
 """
 
-from .build import build
+from .build import build, build_each, built
 from .cache import Cache, Configuration, prune
 from .load import compilable, load, runtime
 
-__all__ = ["Cache", "Configuration", "build", "compilable", "load", "prune", "runtime"]
+__all__ = ["Cache", "Configuration", "build", "build_each", "built", "compilable", "load", "prune", "runtime"]

@@ -7,7 +7,7 @@ import os
 import resource
 import tempfile
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Generator, Iterable
 from pathlib import Path
 
 from ramp_moe.plugin import Built
@@ -61,15 +61,11 @@ def build(
             missing.append((config, note))
     if missing:
         report(len(done), len(every), "")
-        with tempfile.TemporaryDirectory(prefix="ramp-moe-build-") as folder:
-            compiler.check(Path(folder))
-            pool = Pool(cache, compiler, Path(folder), timeout)
-            with contextlib.closing(
-                pool.outcomes(missing, jobs or min(len(os.sched_getaffinity(0)), MAX_JOBS))
-            ) as outcomes:
-                for outcome in outcomes:
-                    done.append(outcome)
-                    report(len(done), len(every), outcome.name)
+        processes = min(jobs or _cores(), len(missing))
+        with contextlib.closing(_compiled(missing, processes, timeout, cache, compiler)) as outcomes:
+            for outcome in outcomes:
+                done.append(outcome)
+                report(len(done), len(every), outcome.name)
     whole = [d for d in done if d.entry.reason is None]
     return Built(
         folder=cache.folder,
@@ -81,6 +77,62 @@ def build(
         seconds=time.perf_counter() - start,
         cpu_seconds=_cpu_seconds() - cpu,
     )
+
+
+def build_each(
+    configs: Iterable[Configuration],
+    *,
+    jobs: int | None = None,
+    nice: int = 0,
+    timeout: float = COMPILE_SECONDS,
+    cache: Cache | None = None,
+    compiler: Compiler = CUTE,
+) -> Generator[tuple[str, str | None]]:
+    """Compile configurations, and yield each one's name as it is done, with the reason if it cannot be used.
+
+    configs: asked for the next one whenever a process is free, so that what comes next can be decided late.
+    nice: by how much the processes stand back behind others.
+
+    Ends as the generator is closed. Otherwise as `build`.
+    """
+    cache = cache or Cache.current()
+    pairs = ((config, None) for config in configs)
+    with contextlib.closing(_compiled(pairs, jobs or _cores(), timeout, cache, compiler, nice)) as outcomes:
+        for outcome in outcomes:
+            yield outcome.name, outcome.entry.reason
+
+
+def built(configs: Iterable[Configuration], cache: Cache | None = None) -> dict[str, str | None]:
+    """What needs no compiling, by name: None if it can be loaded, else the reason why it cannot be used.
+
+    Raises KernelError if tvm-ffi is missing.
+    """
+    cache, found = cache or Cache.current(), dict[str, str | None]()
+    for config in configs:
+        with contextlib.suppress(Damaged):  # which is compiled again
+            entry = cache.look_up(config)
+            if entry is not None and entry.finished:
+                found[config.name] = entry.reason
+    return found
+
+
+def _compiled(
+    missing: Iterable[tuple[Configuration, str | None]],
+    jobs: int,
+    timeout: float,
+    cache: Cache,
+    compiler: Compiler,
+    nice: int = 0,
+) -> Generator[Outcome]:
+    with tempfile.TemporaryDirectory(prefix="ramp-moe-build-") as folder:
+        compiler.check(Path(folder))
+        pool = Pool(cache, compiler, Path(folder), timeout, nice)
+        with contextlib.closing(pool.outcomes(missing, jobs)) as outcomes:
+            yield from outcomes
+
+
+def _cores() -> int:
+    return min(len(os.sched_getaffinity(0)), MAX_JOBS)
 
 
 def _cpu_seconds() -> float:

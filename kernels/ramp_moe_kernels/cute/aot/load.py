@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from ramp_moe.plugin import KernelError
+from ramp_moe.spec.compiling import VARIABLE, allowed
 
 from .build import build
 from .cache import Cache, Configuration, Damaged
@@ -35,6 +36,11 @@ def load(config: Configuration) -> Callable[..., None]:
         warnings.warn(f"{e}; it is compiled again", stacklevel=2)
         entry = None
     if entry is None or not entry.finished:
+        if not allowed():
+            raise KernelError(
+                f"{config.name} is not compiled: {cache.folder} lacks it, and {VARIABLE}=0; `ramp-moe kernels build` "
+                "compiles it"
+            )
         if dsl_folder() is None:
             raise KernelError(
                 f"{config.name} is not compiled: {cache.folder} lacks it. Run `ramp-moe kernels build`, which needs "

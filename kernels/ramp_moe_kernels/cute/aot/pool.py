@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import atexit
 import queue
 import threading
 import time
 from collections import deque
-from collections.abc import Generator, Sequence
+from collections.abc import Generator, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -28,24 +29,31 @@ class Outcome:
 
 
 class Pool:
-    """Compiles into a cache. folder: for unfinished files. timeout: seconds for one configuration."""
+    """Compiles into a cache. folder: for unfinished files. timeout: seconds for one configuration. nice: of workers."""
 
-    def __init__(self, cache: Cache, compiler: Compiler, folder: Path, timeout: float) -> None:
+    def __init__(self, cache: Cache, compiler: Compiler, folder: Path, timeout: float, nice: int = 0) -> None:
         self._cache, self._compiler, self._folder, self._timeout = cache, compiler, folder, timeout
-        self._todo: deque[tuple[Configuration, str | None]] = deque()
+        self._nice = nice
+        self._todo: Iterator[tuple[Configuration, str | None]] = iter(())
+        self._asking = threading.Lock()  # of what is to be done
+        self._elsewhere: deque[tuple[Configuration, str | None]] = deque()
+        """What other builds were compiling when this one looked."""
         self._done: queue.SimpleQueue[Outcome | BaseException | None] = queue.SimpleQueue()
         self._workers: set[Worker] = set()
         self._lock = threading.Lock()  # of the two below
         self._stopped = False
 
-    def outcomes(self, configs: Sequence[tuple[Configuration, str | None]], jobs: int) -> Generator[Outcome]:
+    def outcomes(self, configs: Iterable[tuple[Configuration, str | None]], jobs: int) -> Generator[Outcome]:
         """Compile configurations, given with their notes, and yield each outcome as it is done.
 
-        The workers end with this generator, however it ends. Raises KernelError if no worker can be started, or if the
-        cache cannot be written.
+        configs: asked for the next one whenever one of the `jobs` workers is free, in a thread of that worker.
+
+        The workers end with this generator, however it ends, or with this process. Raises KernelError if no worker can
+        be started, or if the cache cannot be written.
         """
-        self._todo.extend(configs)
-        threads = [threading.Thread(target=self._work) for _ in range(min(jobs, len(configs)))]
+        self._todo = iter(configs)
+        threads = [threading.Thread(target=self._work, daemon=True) for _ in range(jobs)]
+        atexit.register(self.stop)
         for thread in threads:
             thread.start()
         running = len(threads)
@@ -59,25 +67,34 @@ class Pool:
                 else:
                     raise outcome
         finally:
-            with self._lock:
-                self._stopped = True
-                for worker in self._workers:
-                    worker.kill()
+            self.stop()
             for thread in threads:
                 thread.join()
+            atexit.unregister(self.stop)
+
+    def stop(self) -> None:
+        """Kill the workers. What they compile is lost; what is compiled is kept."""
+        with self._lock:
+            self._stopped = True
+            for worker in self._workers:
+                worker.kill()
+
+    def _next(self) -> tuple[Configuration, str | None] | None:
+        with self._asking:
+            found = next(self._todo, None)
+            if found is None and self._elsewhere:
+                found = self._elsewhere.popleft()
+            return found
 
     def _work(self) -> None:
         """Compile in a thread, with a worker. If it is lost, the next configuration gets a new one."""
         worker: Worker | None = None
         try:
-            while not self._stopped and self._todo:
-                try:
-                    config, note = self._todo.popleft()
-                except IndexError:
-                    break
+            while not self._stopped and (asked := self._next()) is not None:
+                config, note = asked
                 with self._cache.lock(config) as mine:
                     if not mine:  # another build compiles it: look at its outcome later
-                        self._todo.append((config, note))
+                        self._elsewhere.append(asked)
                         time.sleep(_POLL_S)
                         continue
                     entry, lost = self._known(config)
@@ -127,7 +144,8 @@ class Pool:
 
     def _start(self) -> Worker:
         with self._lock:
-            worker = Worker(self._compiler.make, self._compiler.variables | {"TMPDIR": str(self._folder)})
+            variables = self._compiler.variables | {"TMPDIR": str(self._folder)}
+            worker = Worker(self._compiler.make, variables, self._nice)
             self._workers.add(worker)
             if self._stopped:
                 worker.kill()

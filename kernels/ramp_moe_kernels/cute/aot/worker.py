@@ -50,15 +50,16 @@ class Worker:
 
     make: name of the function that makes the process's Maker, as "module:function".
     variables: added to its environment.
+    nice: how far it stands back behind other processes, as in `os.nice`.
     """
 
-    def __init__(self, make: str, variables: dict[str, str]) -> None:
+    def __init__(self, make: str, variables: dict[str, str], nice: int = 0) -> None:
         self._output = tempfile.TemporaryFile(prefix="ramp-moe-compiler-")  # noqa: SIM115 - closed by `close`
         self._connection, theirs = Pipe()
         path = os.pathsep.join(p or os.getcwd() for p in sys.path)
         with theirs:
             self._process = subprocess.Popen(
-                [sys.executable, "-c", f"from {__name__} import main; main()", str(theirs.fileno()), make],
+                [sys.executable, "-c", f"from {__name__} import main; main()", str(theirs.fileno()), make, str(nice)],
                 env=os.environ | {"PYTHONPATH": path} | variables,
                 stdin=subprocess.DEVNULL,
                 stdout=self._output,
@@ -155,6 +156,7 @@ def _reason(error: Exception) -> str:
 
 
 def main() -> None:
-    """Run the process. Its arguments are its end of the pipe, and the name of `make`."""
+    """Run the process. Its arguments are its end of the pipe, the name of `make`, and by how much to be nice."""
+    os.nice(int(sys.argv[3]))
     with contextlib.suppress(EOFError, ConnectionError):
         serve(Connection(int(sys.argv[1])), sys.argv[2])

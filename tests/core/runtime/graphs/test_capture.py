@@ -395,3 +395,29 @@ def test_a_mode_that_cannot_be_had(monkeypatch: pytest.MonkeyPatch) -> None:
     assert plan is not None
     assert plan.mode in ("inline", "gated")  # whichever is cheaper for the bodies that win
     assert "nodes: needs CUDA 12.8" in plan.why
+
+
+def test_a_graph_keeps_what_it_holds_while_more_is_compiled(mode: str) -> None:
+    """The next one that is planned for the same size takes what was compiled since."""
+    moe = built(mode)
+    whole = moe.chooser.model
+    assert whole is not None
+    fast = next(c for c in whole.candidates if block_of(c.config) == 16)
+    moe.choose_among(whole.without({fast.name}))
+    before = Captured.of(moe)
+    assert fast not in before.plan.bodies
+    moe.choose_among(whole)
+    after = Captured.of(moe)
+    assert fast in after.plan.bodies
+    chosen = set[str]()
+    for skew in SKEWS:
+        for captured in (before, after):
+            captured.replay(routed(TOKENS, skew))
+            index = int(captured.plan.selector.choice)  # type: ignore[union-attr]
+            plain = torch.full_like(captured.x, float("nan"))
+            batch = Batch(captured.x, captured.kernel_ids(), captured.scores)
+            moe.launch(captured.plan.bodies[index], batch, plain)
+            torch.cuda.synchronize()
+            assert torch.equal(captured.out, plain)
+            chosen.add(captured.plan.bodies[index].name)
+    assert len(chosen) > 1

@@ -473,3 +473,23 @@ def test_in_a_capture_the_best_single_one_is_launched_where_none_chooses(
     kernel.launched.clear()
     graphs._launches(*inputs(TOKENS, "one-hot"))
     assert kernel.launched == [(plan.bodies[0].config.name, TOKENS)]
+
+
+def test_what_is_compiled_later_comes_into_graphs_that_are_planned_later(
+    dispatcher: Make, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
+    graphs, kernel = dispatcher(prices={8: 100.0, 32: 1.0})
+    whole = graphs._model
+    graphs.take(whole.without({"fake/bm32"}))
+    before = prepared(graphs)
+    assert names(before) == {"bm8"}
+    graphs.ready(TOKENS, torch.bfloat16)
+    graphs.take(whole)
+    assert graphs.plans[TOKENS] is before, "a capture that is under way finds what was prepared for it"
+    after = prepared(graphs)
+    assert names(after) == {"bm32"}
+    assert prepared(graphs) is after
+    kernel.launched.clear()
+    graphs.ready(TOKENS, torch.bfloat16)
+    assert {name for name, _ in kernel.launched} == {"bm32"}, "what is captured must have run on that stream"
