@@ -155,10 +155,10 @@ class KernelRouting:
         """How the kernel differs from vLLM's operator and our layer on random logits; None if it does not."""
         shape, top_k, device = self._layer.shape, self._router.top_k, self._layer.held[0].gate_up.device
         generator = torch.Generator(device).manual_seed(tokens)
-        options: dict[str, Any] = {"device": device, "generator": generator}
-        x = torch.randn(tokens, shape.hidden_size, dtype=dtype, **options)
-        logits = torch.randn(tokens, shape.num_experts, dtype=torch.float32, **options).to(self._logits)
-        padded = torch.arange(tokens, device=device) >= max(1, tokens - tokens // 4)
+        x = torch.randn(tokens, shape.hidden_size, dtype=dtype, device=device, generator=generator)
+        logits = torch.randn(tokens, shape.num_experts, dtype=torch.float32, device=device, generator=generator)
+        logits = logits.to(self._logits)
+        padded = torch.arange(tokens, dtype=torch.int32, device=device) >= max(1, tokens - tokens // 4)
         for padding in (None, padded):
             ids, chosen = (torch.empty(tokens, top_k, dtype=torch.int32, device=device) for _ in range(2))
             weights, weighed = (torch.empty(tokens, top_k, dtype=torch.float32, device=device) for _ in range(2))
