@@ -100,8 +100,9 @@ def profile(
 ) -> Result:
     """Measure these kernels on `batches` (the plan for the shape if None) and write a profile of each.
 
-    `only` names the configurations to measure, by kernel; None measures all. Raises ProfileError for a profile or
-    journal that cannot be used or written, or if nothing could be measured. Raises KernelError for a kernel without
+    `only` names the configurations to measure, by kernel; None measures all. A profile that is extended keeps those
+    that it has, and a run that goes on keeps those that it began with. Raises ProfileError for a profile or journal
+    that cannot be used or written, or if nothing could be measured. Raises KernelError for a kernel without
     configurations. An exception or Ctrl-C leaves the journal, to go on from.
     """
     planned = plan(shape) if batches is None else batches
@@ -123,10 +124,8 @@ def _open(
     planned: Sequence[PlannedBatch],
     only: Mapping[str, Collection[str]] | None,
 ) -> _Session:
-    configs = {
-        k.name: [c for c in usable_configs(k, shape, hardware) if only is None or c.name in only[k.name]]
-        for k in kernels
-    }
+    configs = {k.name: usable_configs(k, shape, hardware) for k in kernels}
+    wanted = {k: [c.name for c in of_kernel if only is None or c.name in only[k]] for k, of_kernel in configs.items()}
     versions = {k.name: known_version(k) for k in kernels}
     merging = frozenset(k.name for k in kernels if not k.counts_repeats)
     static = {f"{k.name}/{name}" for k in kernels for name in _defaults(k, shape, hardware)}
@@ -143,7 +142,10 @@ def _open(
                 names = measured_configs(place.base, of_kernel)
                 records[name] = KernelRecord(versions[name], names, digest(place.base))
             else:
-                records[name] = KernelRecord(versions[name], [c.name for c in of_kernel], None)
+                begun, names = found and found.kernels.get(name), wanted[name]
+                if begun and begun.base is None and {*begun.candidates} <= {c.name for c in of_kernel}:
+                    names = begun.candidates
+                records[name] = KernelRecord(versions[name], names, None)
         if found and any(p.written for p in places.values()):
             drawn = found.batches  # what a run has written itself must not change what it takes for given
         else:
