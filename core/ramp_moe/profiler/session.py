@@ -265,7 +265,7 @@ class _Session:
 
         Every candidate runs on one batch. Then, for each size of batch to be measured, enough candidates run to cover
         all stages besides the GEMMs, which may be compiled for sizes. Different candidates run at the same time, so
-        that no two processes compile the same.
+        that no two processes compile the same. The process that measures starts beside them.
         """
         passed = self._taken.passed
         todo = [n for n in self._live if n not in passed["warm"] and n not in passed["check"]]
@@ -274,6 +274,7 @@ class _Session:
         others = {n: {s.key for s in self._candidates[n].config.stages if s.kind != "gemm"} for n in todo}
         sizes = dict.fromkeys(b.num_tokens for b in self._batches)
         first = _batch_to_check(self._shape)
+        self._measurer.begin(first)
         routings = [generate("uniform", n, self._shape.num_experts, self._shape.top_k) for n in sizes]
         tasks = [(first, n) for n in todo] + [(ids, n) for n in cover(others) for ids in routings]
         self._progress.phase("compile", len(tasks))
