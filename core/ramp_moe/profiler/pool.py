@@ -100,11 +100,16 @@ class Measurer:
     def close(self) -> None:
         """End the worker."""
         if self._begun is not None:
-            self._begun.add_done_callback(lambda begun: begun.exception() or begun.result().close())
+            self._begun.add_done_callback(_closed)
             self._begun = None
         if self._worker is not None:
             self._worker.close()
             self._worker = None
+
+
+def _closed(begun: Future[Worker]) -> None:
+    if begun.exception() is None:
+        begun.result().close()
 
 
 class Warmers:
