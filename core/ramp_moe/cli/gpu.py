@@ -150,9 +150,9 @@ def _layouts(kernels: Iterable[LaunchableKernel], shape: MoEShape) -> list[Weigh
 
 
 def _warmers(kernels: Sequence[LaunchableKernel], shape: MoEShape, max_tokens: int, state: GpuState) -> int:
-    """Number of processes that compile: no more than fit into the GPU's memory at a time."""
+    """Number of processes that compile: no more than fit into the GPU's memory beside the one that measures."""
     needed = sum(memory_needed(shape, _layouts(kernels, shape), max_tokens).values())
-    return max(1, min(default_warmers(), state.free_bytes // needed))
+    return max(1, min(default_warmers(), state.free_bytes // needed - 1))
 
 
 def _software() -> dict[str, str]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -12,10 +13,11 @@ from rich.console import RenderableType
 from rich.markup import escape
 from rich.table import Table
 
-from ..dispatch.profile_store import user_data_dir
+from ..dispatch.profile_store import ProfileStore, user_data_dir
 from ..profiler.gpu import GpuState
 from ..profiler.journal import journal_path
 from ..profiler.plan import plan
+from ..profiler.prior import WITHOUT_STAGES, promising
 from ..profiler.session import profile
 from ..profiler.settings import Result, Settings
 from ..registry.registry import get_registry
@@ -37,7 +39,9 @@ from .output import console, print_json, say
     type=AtLeast(0),
     default=10.0,
     show_default=True,
-    help="Stop at the end of a batch after these minutes; at least eight batches are measured.",
+    help="Stop at the end of a batch after these minutes; at least eight batches are measured. A run of up to four "
+    "minutes measures only the configurations that are most promising by other shapes' profiles; one of up to two, "
+    "only whole paths.",
 )
 @click.option(
     "--output",
@@ -70,22 +74,26 @@ def profile_command(
     state, hardware = find_gpu(registry, device)
     display = Display(minutes)
     chosen, left_out = choose_kernels(registry, kernels, registry.kernels, shape, hardware)
-    for note in left_out:
+    folder = output or user_data_dir()
+    store = ProfileStore(shipped=[folder, *registry.profile_dirs])  # other shapes' files may be unusable
+    only, fewer = promising(shape, hardware, chosen, store, minutes if math.isfinite(prune) else math.inf)
+    for note in (*left_out, *fewer):
         display.note(note)
     batches = plan(shape)
     setup = set_up(shape, hardware, state, chosen, max(b.num_tokens for b in batches), display.note)
-    folder = output or user_data_dir()
-    settings = Settings(minutes, folder, prune, warmers=setup.warmers)
+    settings = Settings(minutes, folder, prune, stages=minutes > WITHOUT_STAGES, warmers=setup.warmers)
     try:
         with display:
-            result = profile(shape, hardware, chosen, settings, setup.environment, setup.make_bench, display, batches)
+            result = profile(
+                shape, hardware, chosen, settings, setup.environment, setup.make_bench, display, batches, only
+            )
     except KeyboardInterrupt:
         journal = journal_path(folder, shape, hardware)
         kept = f"what was measured is kept in {journal}; the same command goes on from it"
         say(f"interrupted: {kept if journal.exists() else 'nothing was measured'}", err=True)
         ctx.exit(INTERRUPTED)
     if as_json:
-        print_json(_as_dict(shape, hardware, state, result, left_out))
+        print_json(_as_dict(shape, hardware, state, result, [*left_out, *fewer]))
     else:
         compare = f"ramp-moe compare --model {model} --dtype {shape.dtype} --device {hardware.name}"
         console().print(*_summary(shape, hardware, result), sep="\n")

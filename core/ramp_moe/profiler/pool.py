@@ -6,6 +6,7 @@ import queue
 import threading
 from collections import deque
 from collections.abc import Callable, Generator, Sequence
+from concurrent.futures import Future
 from typing import Any
 
 from ..cost_model.model import Candidate
@@ -38,11 +39,27 @@ class Measurer:
     def __init__(self, make_bench: Callable[[], BenchLike], timeout: float) -> None:
         self._make_bench, self._timeout = make_bench, timeout
         self._worker: Worker | None = None
+        self._begun: Future[Worker] | None = None
         self._lost = 0
+
+    def begin(self, topk_ids: IntArray) -> None:
+        """Start the worker, with a batch open, while something else goes on. The next `open` waits for it."""
+        begun = self._begun = Future[Worker]()
+
+        def start() -> None:
+            try:
+                begun.set_result(_start(self._make_bench, topk_ids, self._timeout))
+            except Exception as e:  # `open` tries again, and says what is wrong
+                begun.set_exception(e)
+
+        threading.Thread(target=start, name="ramp-moe-measurer", daemon=True).start()  # Ctrl-C does not wait for it
 
     def open(self, topk_ids: IntArray) -> None:
         """Open a batch. Raises Stopped if no worker can be made that opens it within `timeout` seconds."""
         self._topk_ids = topk_ids
+        if self._begun is not None and self._begun.exception() is None:  # it waits for either
+            self._worker = self._begun.result()
+        self._begun = None
         if self._worker is not None:
             try:
                 self._worker.call("open", topk_ids, timeout=self._timeout)
@@ -82,9 +99,17 @@ class Measurer:
 
     def close(self) -> None:
         """End the worker."""
+        if self._begun is not None:
+            self._begun.add_done_callback(_closed)
+            self._begun = None
         if self._worker is not None:
             self._worker.close()
             self._worker = None
+
+
+def _closed(begun: Future[Worker]) -> None:
+    if begun.exception() is None:
+        begun.result().close()
 
 
 class Warmers:

@@ -100,8 +100,9 @@ def profile(
 ) -> Result:
     """Measure these kernels on `batches` (the plan for the shape if None) and write a profile of each.
 
-    `only` names the configurations to measure, by kernel; None measures all. Raises ProfileError for a profile or
-    journal that cannot be used or written, or if nothing could be measured. Raises KernelError for a kernel without
+    `only` names the configurations to measure, by kernel; None measures all. A profile that is extended keeps those
+    that it has, and a run that goes on keeps those that it began with. Raises ProfileError for a profile or journal
+    that cannot be used or written, or if nothing could be measured. Raises KernelError for a kernel without
     configurations. An exception or Ctrl-C leaves the journal, to go on from.
     """
     planned = plan(shape) if batches is None else batches
@@ -123,10 +124,8 @@ def _open(
     planned: Sequence[PlannedBatch],
     only: Mapping[str, Collection[str]] | None,
 ) -> _Session:
-    configs = {
-        k.name: [c for c in usable_configs(k, shape, hardware) if only is None or c.name in only[k.name]]
-        for k in kernels
-    }
+    configs = {k.name: usable_configs(k, shape, hardware) for k in kernels}
+    wanted = {k: [c.name for c in of_kernel if only is None or c.name in only[k]] for k, of_kernel in configs.items()}
     versions = {k.name: known_version(k) for k in kernels}
     merging = frozenset(k.name for k in kernels if not k.counts_repeats)
     static = {f"{k.name}/{name}" for k in kernels for name in _defaults(k, shape, hardware)}
@@ -143,7 +142,10 @@ def _open(
                 names = measured_configs(place.base, of_kernel)
                 records[name] = KernelRecord(versions[name], names, digest(place.base))
             else:
-                records[name] = KernelRecord(versions[name], [c.name for c in of_kernel], None)
+                begun, names = found and found.kernels.get(name), wanted[name]
+                if begun and begun.base is None and {*begun.candidates} <= {c.name for c in of_kernel}:
+                    names = begun.candidates
+                records[name] = KernelRecord(versions[name], names, None)
         if found and any(p.written for p in places.values()):
             drawn = found.batches  # what a run has written itself must not change what it takes for given
         else:
@@ -263,7 +265,7 @@ class _Session:
 
         Every candidate runs on one batch. Then, for each size of batch to be measured, enough candidates run to cover
         all stages besides the GEMMs, which may be compiled for sizes. Different candidates run at the same time, so
-        that no two processes compile the same.
+        that no two processes compile the same. The process that measures starts beside them.
         """
         passed = self._taken.passed
         todo = [n for n in self._live if n not in passed["warm"] and n not in passed["check"]]
@@ -272,6 +274,7 @@ class _Session:
         others = {n: {s.key for s in self._candidates[n].config.stages if s.kind != "gemm"} for n in todo}
         sizes = dict.fromkeys(b.num_tokens for b in self._batches)
         first = _batch_to_check(self._shape)
+        self._measurer.begin(first)
         routings = [generate("uniform", n, self._shape.num_experts, self._shape.top_k) for n in sizes]
         tasks = [(first, n) for n in todo] + [(ids, n) for n in cover(others) for ids in routings]
         self._progress.phase("compile", len(tasks))

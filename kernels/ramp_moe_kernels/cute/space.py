@@ -107,9 +107,10 @@ def one_of(configs: Sequence[Config]) -> Config:
     raise KernelError(f"no launch of cute is any of {', '.join(c.name for c in configs)}")
 
 
-def configurations(shape: MoEShape) -> list[Config]:
+@functools.cache  # finding them takes a hundredth of a second, and a profile asks for thousands of defaults
+def configurations(shape: MoEShape) -> tuple[Config, ...]:
     """The configurations of `space` that are valid for a shape."""
-    return [c for c in (replace(c, dtype=shape.dtype) for c in space()) if invalid(c, shape) is None]
+    return tuple(c for c in (replace(c, dtype=shape.dtype) for c in space()) if invalid(c, shape) is None)
 
 
 def geometry(c: Config, shape: MoEShape) -> GridGeometry:

@@ -55,6 +55,7 @@ def test_what_it_prints(machine: Machine) -> None:
     assert (recorded.device_name, recorded.driver, recorded.gpu) == ("NVIDIA H200", "580.1", "GPU-01234567")
     assert {"python", "torch", "cuda", "ramp-moe"} <= recorded.software.keys()
     assert recorded.notes == []
+    assert load_sweep(place(user_data_dir())).stages == ("path",), "a short run has time for no more"
 
 
 @pytest.mark.parametrize("version", [OSError("gone"), "", None, 3], ids=repr)
@@ -208,6 +209,7 @@ def test_the_bar_on_a_terminal(machine: Machine, monkeypatch: pytest.MonkeyPatch
     assert "60.0 minutes left" in result.stderr
     assert "batch 138 of 138 (" in result.stderr
     json.loads(result.stdout)
+    assert set(load_sweep(place(user_data_dir())).stages) > {"path"}, "a long run has time for stages, too"
 
 
 def test_the_worker_looks_at_the_gpu(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -65,6 +65,15 @@ def test_going_on_after_a_full_disk(call: Call, undisturbed: Call, monkeypatch: 
     assert not counted(undisturbed) - counted(call)
 
 
+@in_process
+def test_what_a_run_began_with_stays_if_it_goes_on_in_another_time(call: Call, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A short run measures fewer configurations. Going on for longer does not add to them."""
+    few = replace(call, only={"sim": {"bm16-b", "bm64-a"}})
+    stop_at(few, monkeypatch, 20)
+    assert call.run().profiles[0].configs == 2
+    assert call.run().profiles[0].configs == 2
+
+
 def in_order(call: Call) -> dict[str, list[str]]:
     """By batch, the configurations in the order of their visits; once, where a visit was repeated at once."""
     return {batch: [name for name, _ in itertools.groupby(names)] for batch, names in rounds(call.calls()).items()}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import threading
 from collections import Counter
 from dataclasses import replace
 from typing import Any
@@ -16,6 +17,7 @@ from ramp_moe.profiler import pool
 from ramp_moe.profiler.journal import Journal
 from ramp_moe.profiler.plan import PlannedBatch
 from ramp_moe.profiler.session import FIRST_ROWS, cover
+from ramp_moe.profiler.worker import Died
 from session_cases import (
     LOST,
     NAMES,
@@ -333,3 +335,36 @@ def test_the_simulation_is_as_the_tests_think() -> None:
     assert all(us[c.name] > 1.1 * min(us.values()) for c in slow)
     assert SLOW > 1.1
     assert sum(b.split == "tune" for b in BATCHES[:9]) == FIRST_ROWS
+
+
+@pytest.mark.parametrize("fails", [0, 1])
+def test_the_process_that_measures_starts_beside_those_that_compile(
+    monkeypatch: pytest.MonkeyPatch, fails: int
+) -> None:
+    """If it cannot start meanwhile, it is started when it is needed."""
+    made: list[list[str]] = []
+
+    class Started:
+        def __init__(self, make_bench: object) -> None:
+            made.append([])
+            if len(made) <= fails:
+                raise Died("no memory left")
+
+        def call(self, method: str, *args: object, timeout: float) -> None:
+            made[-1].append(method)
+
+        def close(self) -> None:
+            made[-1].append("closed")
+
+    monkeypatch.setattr(pool, "Worker", Started)
+    measurer = pool.Measurer(lambda: None, 10.0)  # type: ignore[arg-type,return-value]
+    measurer.begin(np.zeros((1, 2), np.int64))
+    measurer.open(np.zeros((1, 2), np.int64))
+    assert made == ([[], ["open"]] if fails else [["open", "open"]])
+    measurer.close()
+    assert made[-1][-1] == "closed"
+    measurer.begin(np.zeros((1, 2), np.int64))
+    measurer.close()
+    for thread in [t for t in threading.enumerate() if t.name.startswith("ramp-moe-measurer")]:
+        thread.join()
+    assert made[-1] == ["open", "closed"]
