@@ -148,7 +148,7 @@ def takes(num_tokens: int, num_experts: int, top_k: int) -> bool:
     """Whether one launch routes and sorts a batch. A larger one takes a router of its own, and `schedule`."""
     if num_tokens < 1 or not 1 <= top_k <= min(num_experts, MAX_TOP_K):
         return False
-    sizes = _sizes(num_tokens, num_experts)
+    sizes = _sizes(num_tokens, num_experts, top_k)
     return sizes.rows * int(triton.next_power_of_2(num_experts)) <= MAX_SCORES
 
 
@@ -168,7 +168,7 @@ def launch_routed_schedule(
     """
     tokens, top_k = topk_ids.shape
     num_experts = router.logits.shape[1]
-    sizes = _sizes(tokens, num_experts)
+    sizes = _sizes(tokens, num_experts, top_k)
     x, x_fp8, x_scale = quantise or (None, None, None)
     groups = groups_each = group = x_programs = 0
     if x is not None and x_scale is not None:
@@ -224,8 +224,8 @@ class _Sizes(NamedTuple):
 
 
 @functools.lru_cache(maxsize=1024)
-def _sizes(num_tokens: int, num_experts: int) -> _Sizes:
-    rows = triton.next_power_of_2(num_tokens)
+def _sizes(num_tokens: int, num_experts: int, top_k: int) -> _Sizes:
+    rows = max(triton.next_power_of_2(num_tokens), 4 // min(4, triton.next_power_of_2(top_k)))  # fewer do not compile
     experts_each = -(-num_experts // PROGRAMS)
     # One warp for a row, so that reductions stay within warps.
     return _Sizes(rows, experts_each, -(-num_experts // experts_each), _bins(num_experts), min(4, rows))

@@ -19,7 +19,7 @@ from ramp_moe.runtime.reference import reference
 from ramp_moe.spec.launchable import Batch, MoEWeights
 from ramp_moe_adapters.frameworks import vllm as plugin
 from ramp_moe_adapters.frameworks.vllm.experts import RampExperts
-from ramp_moe_adapters.frameworks.vllm.methods import METHODS
+from ramp_moe_adapters.frameworks.vllm.methods import FOUR_BITS, METHODS
 from vllm.model_executor.custom_op import op_registry_oot
 from vllm.model_executor.layers.fused_moe.experts.triton_moe import TritonExperts
 from vllm_cases import DEVICE, experts_of, run, said_by_plugin, scheme, serve
@@ -175,7 +175,7 @@ def test_without_a_layer_vllms_path_is_whole(model: Any, monkeypatch: pytest.Mon
     assert torch.equal(routed.w13_weight_scale, of.gate_up_scale)
 
 
-@pytest.mark.parametrize("ours", METHODS.values(), ids=lambda ours: ours.__name__)
+@pytest.mark.parametrize("ours", {**METHODS, **FOUR_BITS}.values(), ids=lambda ours: ours.__name__)
 def test_no_attribute_of_ours_hides_one_of_a_module(ours: type) -> None:
     """Some methods of vLLM are modules, whose own attributes are found before methods of the class."""
     named = {name for cls in ours.__mro__ if cls.__module__.startswith("ramp_moe") for name in vars(cls)}

@@ -21,8 +21,10 @@ from ramp_moe.runtime.layer_factory import Builder, LayerPlan
 from ramp_moe.runtime.reference import reference
 from ramp_moe.spec.launchable import Batch, MoEWeights
 from ramp_moe_adapters.frameworks import vllm as plugin
+from ramp_moe_adapters.frameworks.vllm import layer as layers
 from ramp_moe_adapters.frameworks.vllm import packed
 from ramp_moe_adapters.frameworks.vllm.experts import RampExperts
+from ramp_moe_adapters.frameworks.vllm.methods import FOUR_BITS, METHODS
 from ramp_moe_kernels.triton.kernel import TritonMoE
 from vllm.model_executor.custom_op import op_registry_oot
 from vllm.model_executor.layers.quantization.auto_gptq import AutoGPTQConfig, AutoGPTQMoEMethod
@@ -67,6 +69,7 @@ def loaded() -> Iterator[None]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv(plugin.SWITCH, "1")
         patch.setenv("RAMP_MOE_CALIBRATE_S", "0")  # what is measured would decide instead of the tests' own kernels
+        patch.setattr(layers, "METHODS", {**METHODS, **FOUR_BITS})
         plugin.register()
         yield
     op_registry_oot.pop("RoutedExperts")

@@ -19,8 +19,10 @@ from ramp_moe.profiler.bench import random_weights
 from ramp_moe.runtime.reference import reference
 from ramp_moe.spec.launchable import Batch, MoEWeights
 from ramp_moe_adapters.frameworks import vllm as plugin
+from ramp_moe_adapters.frameworks.vllm import layer as layers
 from ramp_moe_adapters.frameworks.vllm import packed
 from ramp_moe_adapters.frameworks.vllm.experts import RampExperts
+from ramp_moe_adapters.frameworks.vllm.methods import FOUR_BITS, METHODS
 from vllm.model_executor.custom_op import op_registry_oot
 from vllm.model_executor.model_loader.reload import finalize_layerwise_reload, initialize_layerwise_reload
 from vllm_cases import experts_of, load, run, said_by_plugin, scheme, serve
@@ -41,6 +43,7 @@ def fresh(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[None]:
     monkeypatch.setenv("RAMP_MOE_CALIBRATE_S", "60")
     # Whichever of them is installed, since what vLLM would take does not matter here.
     monkeypatch.setattr(packed, "LIKE", dict.fromkeys(packed.LIKE, frozenset({"humming", "marlin"})))
+    monkeypatch.setattr(layers, "METHODS", {**METHODS, **FOUR_BITS})
     plugin.register()
     serve(monkeypatch)
     yield

@@ -200,6 +200,7 @@ def test_the_device_chooses_in_the_graph(builder: Builder, monkeypatch: pytest.M
 
 
 @pytest.mark.parametrize("dtype", ["bf16", "fp8"])
+@pytest.mark.usefixtures("builder")
 def test_weights_are_not_doubled(dtype: str) -> None:
     """Of the third layer: the first has the workspace that all share, and the second what is made once for two."""
     of, made, grown = olmoe(dtype), [], []

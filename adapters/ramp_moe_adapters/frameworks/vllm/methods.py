@@ -22,9 +22,12 @@ METHODS: dict[type, Any] = {
     UnquantizedFusedMoEMethod: DispatchedUnquantizedMethod,
     Fp8MoEMethod: DispatchedFp8Method,
     CompressedTensorsW8A8Fp8MoEMethod: DispatchedCompressedFp8Method,
+}
+"""By vLLM's method, ours. `of(method, layer, moe)` makes it in the place of vLLM's. `keys(method)` are vLLM's names of
+how weights and activations are quantised; it raises KernelError for what no kernel computes."""
+FOUR_BITS: dict[type, Any] = {
     CompressedTensorsWNA16MoEMethod: DispatchedInt4Method,
     AutoGPTQMoEMethod: DispatchedGptqMethod,
     Mxfp4MoEMethod: DispatchedMxfp4Method,
 }
-"""By vLLM's method, ours. `of(method, layer, moe)` makes it in the place of vLLM's. `keys(method)` are vLLM's names of
-how weights and activations are quantised; it raises KernelError for what no kernel computes."""
+"""Methods of 4-bit weights, as METHODS. vLLM keeps their layers until ours have run on a GPU: then they go there."""
