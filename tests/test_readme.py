@@ -1,4 +1,4 @@
-"""What the README says is what the library computes."""
+"""What the README and the guides say is what the library computes."""
 
 from __future__ import annotations
 
@@ -17,7 +17,8 @@ from ramp_moe.cost_model.model import DEFAULT_FORM
 from ramp_moe.evaluation.comparison import Comparison, compare_recorded
 from studies.shipped import replay
 
-README = (Path(__file__).parents[1] / "README.md").read_text()
+ROOT = Path(__file__).parents[1]
+README = "\n".join(page.read_text() for page in (ROOT / "README.md", *sorted(ROOT.glob("core/docs/*.md"))))
 
 
 ALL = ("alpha_moe", "cute", "deep_gemm", "flashinfer_cutlass", "triton")
@@ -65,6 +66,24 @@ def test_the_range_of_regrets_without_the_correction() -> None:
     cases = itertools.product(RECORDED, KERNELS)
     regrets = [compared(model, kernels, "active").baselines["histogram"].mean for model, kernels in cases]
     assert_says(README, f"the regret in these rows is {min(regrets):.1%} to {max(regrets):.1%}")
+
+
+@pytest.mark.slow
+@pytest.mark.xdist_group("pages")
+def test_what_others_claim_stands_beside_what_is_recorded() -> None:
+    found = [compared(model, ALL) for model in RECORDED]
+    regrets = [c.baselines["histogram"].mean for c in found]
+    gains = [c.speedup_over_static.geomean for c in found]
+    assert_says(README, f"{min(regrets):.1%} to {max(regrets):.1%}, by model, over all kernels")
+    assert_says(README, f"{min(gains):.3f}x to {max(gains):.3f}x, by model, over all kernels")
+
+
+def test_links_lead_somewhere() -> None:
+    pages = [ROOT / "README.md", *sorted(ROOT.glob("core/docs/*.md"))]
+    links = [(page, link) for page in pages for link in re.findall(r"\]\(([^)#]+)", page.read_text())]
+    missing = [(page.name, link) for page, link in links if "://" not in link and not (page.parent / link).exists()]
+    assert len(links) > 10
+    assert not missing
 
 
 def test_python_examples_run(registry: Registry, h200: Hardware, capsys: pytest.CaptureFixture[str]) -> None:

@@ -236,3 +236,25 @@ def tables(folder: Path = HERE) -> Tables:
 
 TABLES = tables()
 FRONT = over(lambda: settings(HERE), {"servers": _servers})
+
+
+def draw() -> None:
+    """Draw decode.png: how much faster a decode step is than stock, by batch size, for each setting."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot as plt
+
+    figure, axis = plt.subplots(figsize=(7, 3), layout="constrained")
+    for s in settings(HERE):
+        batches = [batch for skew, batch in s.values("decode", "skew", "batch") if not skew]
+        times = [[s.value("decode", GPU, name, batch=b, skew=0.0) for name in (STOCK, PLUGIN)] for b in batches]
+        gains = [(b, stock / ours) for b, (stock, ours) in zip(batches, times, strict=True) if stock and ours]
+        axis.plot(*zip(*gains, strict=True), marker="o", label=" ".join(s.label))
+    axis.axhline(1, color="grey", linewidth=0.8)
+    axis.set(
+        xscale="log", xlabel="batch", ylabel="times as fast as stock", title="GPU time of a decode step on an H200"
+    )
+    axis.set_xticks([1, 8, 32, 128, 256], ["1", "8", "32", "128", "256"])
+    axis.legend(fontsize=8)
+    figure.savefig(HERE / "decode.png", dpi=100)
