@@ -9,18 +9,18 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from ..cost_model.model import Candidate, CostModel
-from ..dispatch.weight_layouts import choose_layouts, kernel_times, weighed_batches, why_not_served
-from ..errors import HardwareError, KernelError, RampMoEError, RoutingError, ShapeError, shown
-from ..spec.dense import check_dense
+from ..errors import KernelError, ShapeError, shown
 from ..spec.hardware import Hardware
 from ..spec.kernel import KernelConfig, layouts_of, most_tokens, usable_configs
-from ..spec.launchable import Batch, LaunchableKernel, MoEWeights, Workspace, kernel_ids, obstacle
+from ..spec.launchable import Batch, LaunchableKernel, MoEWeights, Workspace, kernel_ids
 from ..spec.routing import expert_histogram
 from .choice import Chooser
 from .fallback import compute
+from .given import check_given, in_range
+from .holding import HALVES, hold
 from .padding import valid_count, valid_tokens
 from .parts import parts
-from .relayout import relayout, to_give
+from .relayout import to_give
 
 if TYPE_CHECKING:
     import torch
@@ -30,8 +30,6 @@ if TYPE_CHECKING:
     from .on_demand import OnDemand
     from .protocols import Owner
 
-HALVES = {"torch.bfloat16": "bf16", "torch.float16": "fp16"}
-"""Names of the dtypes of hidden states, by `str(torch.dtype)`."""
 MOST_READY = 1024
 """Most candidates for which `_Ready` is remembered."""
 
@@ -98,27 +96,19 @@ class LayerRuntime:
         self._device, self._dtype = weights.gate_up.device, weights.gate_up.dtype
         self._row, self._slots = (self.shape.hidden_size,), (top_k,)
         self.workspace = Workspace()
-        self.layouts: tuple[str, ...] = ()
-        self.held: tuple[MoEWeights, ...] = ()
-        self.dropped: dict[str, str] = {}
-        self.derived = set[str]()
-        """Kernels that launch with something that they derived from the weights, in memory of its own."""
         self.owner: weakref.ref[Owner] | None = None
         """The object through which a module calls this layer. It knows whether the module still has these weights."""
         self.stale: str | None = None
         """Why this layer must not compute with the weights it holds; None if it may."""
         self.released = False
         """Whether the weights are held in kernels' own formats alone. Those in `held` are then without values."""
-        self._kernels: dict[str, tuple[LaunchableKernel, Any]] = {}
-        if cost_model is not None:
-            self._check(cost_model)
-        usable = self._usable(kernels)
-        # A kernel that refuses the weights once they are in its layout leaves the choice of layouts to the others.
-        while usable and (refusing := self._hold(weights, usable, copies, cost_model)):
-            usable.remove(refusing)
-        if not self._kernels:
-            reasons = "; ".join(f"{k}: {r}" for k, r in self.dropped.items()) or "none was given"
-            raise KernelError(f"no kernel can compute {self.shape.label} on {hardware.name} ({reasons})")
+        holding = hold(weights, self.shape, hardware, kernels, copies, cost_model)
+        self.layouts: tuple[str, ...] = holding.layouts
+        self.held: tuple[MoEWeights, ...] = tuple(holding.held.values())
+        self.dropped: dict[str, str] = holding.dropped
+        self.derived: set[str] = holding.derived
+        """Kernels that launch with something that they derived from the weights, in memory of its own."""
+        self._kernels: dict[str, tuple[LaunchableKernel, Any]] = holding.kernels
         self.chooser = Chooser(
             self.shape, hardware, [kernel for kernel, _ in self._kernels.values()], cost_model, ep_size
         )
@@ -168,71 +158,6 @@ class LayerRuntime:
             compiling.meet(num_tokens)
             if compiling.version != self._version:
                 self._take(compiling)
-
-    def _usable(self, kernels: Sequence[LaunchableKernel]) -> list[LaunchableKernel]:
-        """The kernels that say that they can compute the shape here. The others are dropped."""
-        usable: dict[str, LaunchableKernel] = {}
-        for kernel in kernels:
-            if kernel.name in usable:
-                raise KernelError(f"two of the layer's kernels are named {kernel.name!r}; give one of them")
-            try:
-                if reason := obstacle(kernel, self.shape, self.hardware):
-                    raise KernelError(reason)
-                if self.shape.dtype in HALVES.values() and self.shape.dtype not in kernel.hidden_dtypes:
-                    raise KernelError(f"takes hidden states in {' and '.join(kernel.hidden_dtypes)} only")
-                layouts_of(kernel, self.shape)
-                usable[kernel.name] = kernel
-            except RampMoEError as e:
-                self.dropped[kernel.name] = str(e)
-        return list(usable.values())
-
-    def _hold(
-        self, weights: MoEWeights, usable: Sequence[LaunchableKernel], copies: int, cost_model: CostModel | None
-    ) -> LaunchableKernel | None:
-        """Choose the layouts, and prepare the kernels that read one of them.
-
-        Returns a kernel that refuses the weights, as soon as there is one. None if none does.
-        """
-        times = None
-        if cost_model is not None:
-            names = [k.name for k in usable]
-            times = kernel_times(cost_model.restrict(names), names, weighed_batches(cost_model))
-        chosen = choose_layouts(self.shape, usable, copies, times, weights.layout)
-        from .update import prepare  # torch
-
-        held: dict[str, MoEWeights] = {}
-        self._kernels, self.derived = {}, set[str]()
-        for kernel in usable:
-            if kernel.name not in chosen.kernels:
-                continue
-            layout = to_give([key for key in layouts_of(kernel, self.shape) if key in chosen.layouts])
-            try:
-                if layout not in held:
-                    held[layout] = relayout(weights, layout)
-                prepared, derives = prepare(kernel, held[layout])
-                self._kernels[kernel.name] = kernel, prepared
-                self.derived |= {kernel.name} if derives else set()
-            except RampMoEError as e:
-                self.dropped[kernel.name] = str(e)
-                self._kernels = {}
-                return kernel
-        self.layouts = chosen.layouts
-        self.held = tuple(held.values())
-        self.dropped |= {
-            kernel.name: why_not_served(self.shape, usable, kernel, copies, times, weights.layout)
-            for kernel in usable
-            if kernel.name not in chosen.kernels
-        }
-        return None
-
-    def _check(self, cost_model: CostModel) -> None:
-        """Raises ShapeError or HardwareError for a model of another shape or GPU."""
-        if cost_model.shape != self.shape:
-            raise ShapeError(f"the cost model is for {cost_model.shape.slug}, the weights are {self.shape.slug}")
-        if cost_model.hardware != self.hardware:
-            raise HardwareError(
-                f"the cost model was fitted on {cost_model.hardware.name}, the layer is on {self.hardware.name}"
-            )
 
     def update(self, weights: MoEWeights) -> None:
         """Compute with new weights from now on, also in CUDA graphs that were captured before.
@@ -297,7 +222,7 @@ class LayerRuntime:
         chooser = self._chooser_for(dtype) if self._picky else self.chooser
         if known := chooser.choice_by_batch_size(batch.num_tokens, self.host_sync_us):
             return known
-        histogram = expert_histogram(_in_range(batch, self.shape.num_experts), self.shape.num_experts)
+        histogram = expert_histogram(in_range(batch.topk_ids, self.shape.num_experts), self.shape.num_experts)
         return chooser.by_histogram(batch.num_tokens, histogram)
 
     def _blind(self, num_tokens: int, dtype: torch.dtype) -> Candidate:
@@ -468,13 +393,13 @@ class LayerRuntime:
 
         for given in (hidden_states, topk_ids, topk_weights):
             if not isinstance(given, torch.Tensor):
-                _check_dense(hidden_states, topk_ids, topk_weights, out, num_valid)
+                check_given(hidden_states, topk_ids, topk_weights, out, num_valid)
         differentiable = torch.is_grad_enabled() and (hidden_states.requires_grad or topk_weights.requires_grad)
         if not differentiable and not torch.compiler.is_compiling():
             try:
                 return self.forward(hidden_states, topk_ids, topk_weights, out, num_valid)
             except (AttributeError, RuntimeError, TypeError):  # before that, looking would cost time in every call
-                _check_dense(hidden_states, topk_ids, topk_weights, out, num_valid)
+                check_given(hidden_states, topk_ids, topk_weights, out, num_valid)
                 raise
         from .torch_op import moe
 
@@ -566,25 +491,9 @@ class LayerRuntime:
         return {name: usable_configs(kernel, self.shape, self.hardware) for name, kernel in kernels.items()}
 
 
-def _check_dense(x: object, ids: object, weights: object, out: object, num_valid: object) -> None:
-    """Raises ShapeError or RoutingError for what is no dense tensor."""
-    check_dense(ShapeError, hidden_states=x)
-    check_dense(RoutingError, topk_ids=ids, topk_weights=weights)
-    if out is not None:
-        check_dense(ShapeError, out=out)
-    if getattr(num_valid, "is_nested", False):
-        check_dense(RoutingError, num_valid=num_valid)
-
-
 def _capturing(topk_ids: Tensor) -> bool:
     if not topk_ids.is_cuda:
         return False
     import torch
 
     return torch.cuda.is_current_stream_capturing()
-
-
-def _in_range(batch: Batch, num_experts: int) -> Tensor:
-    """The batch's ids, with those outside [0, E] as -1, which `expert_histogram` skips as the kernels do."""
-    ids = batch.topk_ids
-    return ids.masked_fill((ids < 0) | (ids > num_experts), -1)

@@ -16,7 +16,7 @@ from __future__ import annotations
 from collections.abc import Callable, Collection, Container, Hashable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cache, partial
-from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
+from typing import TYPE_CHECKING, NamedTuple, Protocol
 from weakref import WeakKeyDictionary
 
 import numpy as np
@@ -26,12 +26,13 @@ from ...dispatch.shortlist import Shortlist, representative, shortlist
 from ...errors import KernelError
 from ...spec.launchable import Batch, MoEWeights, Workspace, allocate
 from ..options import MODES
-from ..reference import misfit, reference
+from ..reference import reference
 from . import conditional as graph
 from .cost_table import CostTable
 from .recorder import Recorder
 from .selector import Selector
 from .selector_cuda import MAX_IDS, CudaSelector
+from .trial import CHECKED_TOKENS, Trial, even_batch, first, misbehaves, side_stream
 
 if TYPE_CHECKING:
     import torch
@@ -48,12 +49,8 @@ OVERHEAD_US: Mapping[str, Mapping[int, float]] = {
 
 The largest number is the most bodies of the mode. Measured on an H200 (profiles/benchmarks/graph_dispatch).
 """
-CHECKED_TOKENS = 32
-"""First tokens of a batch whose output is compared with the reference."""
 STATES = 1024
 """Most captures of one layer in mode "nodes"."""
-GUARD = 7.0
-"""Value of the rows around a tested output, which must not change."""
 _shortlists: WeakKeyDictionary[CostModel, dict[Hashable, tuple[CostModel | None, Shortlist]]] = WeakKeyDictionary()
 """Shortlists of each cost model, by their other arguments. The layers of a network share them.
 
@@ -107,33 +104,6 @@ class GraphPlan:
     selector: Selector | None = field(default=None, repr=False)
     switching: CudaSelector | None = field(default=None, repr=False)
     """The selector if it also sets the graph's nodes, in modes "nodes" and "switch"; else None."""
-
-
-class _Fault(NamedTuple):
-    reason: str
-    wrong: bool = False
-    """Whether the output was wrong. If not, the candidate raised."""
-    passing: bool = False
-    """Whether memory was lacking, which is no fault of the candidate."""
-
-
-@dataclass
-class _Trial:
-    """What `prepare` learns about one batch size on its way to a plan."""
-
-    batch: Batch
-    expected: Callable[[], Tensor]
-    """The reference's output for the first tokens of the batch."""
-    right: set[str]
-    """Candidates whose output was right, in any layer of the cost model."""
-    refused: dict[str, str]
-    """Why modes are impossible, by mode."""
-    unfit: dict[str, str]
-    """Why candidates do not take the batch's dtype, by name."""
-    run: set[str] = field(default_factory=set)
-    """Names of the candidates that were run."""
-    skipped: dict[str, str] = field(default_factory=dict)
-    """Why candidates are left out of this plan alone, by name."""
 
 
 class _Offer(NamedTuple):
@@ -190,8 +160,8 @@ class GraphDispatch:
         """Names of the candidates, by the index that a recorder writes."""
         self._launches, self._weights, self._model, self._top_k = launches, weights, cost_model, top_k
         self._reference: Callable[[Batch], Tensor] = partial(reference, weights)
-        self._device = weights.gate_up.device
-        self._side = _side_stream(self._device)
+        self._device, self._format = weights.gate_up.device, weights.stored.name
+        self._side = side_stream(self._device)
         # While engines sleep they free the pool that weights are loaded into: this memory must not come from there.
         self._states = allocate(4 * STATES, self._device).view(torch.int32).view(STATES, 1).fill_(-1)
         self._captures = 0
@@ -257,21 +227,21 @@ class GraphDispatch:
         self._ready = {key for key in self._ready if key[0] != num_tokens}
         return plan
 
-    def _trial(self, num_tokens: int, dtype: torch.dtype) -> _Trial:
-        batch = self._batch(num_tokens, dtype)
+    def _trial(self, num_tokens: int, dtype: torch.dtype) -> Trial:
+        batch = even_batch(num_tokens, self._top_k, dtype, self._weights.down.shape, self._device)
         right = _right.setdefault(self._model, {}).setdefault((num_tokens, dtype), set())
         refused, ids = dict(self._refused), num_tokens * self._top_k
         if ids > MAX_IDS:
             refused |= dict.fromkeys(MODES[:-1], f"{ids} routed ids are more than {MAX_IDS}")
-        expected = cache(lambda: self._reference(_first(batch, CHECKED_TOKENS)))
+        expected = cache(lambda: self._reference(first(batch, CHECKED_TOKENS)))
         unfit = {
             c.name: f"takes no hidden states in {str(dtype).removeprefix('torch.')}"
             for c in self._model.candidates
             if not self._launches.takes(c, dtype)
         }
-        return _Trial(batch, expected, right, refused, unfit)
+        return Trial(batch, expected, right, refused, unfit)
 
-    def _cheapest(self, trial: _Trial) -> _Offer:
+    def _cheapest(self, trial: Trial) -> _Offer:
         """Take the first step: find the mode with the least expected time, and its bodies."""
         model = self._left({**trial.unfit, **trial.skipped}).at(trial.batch.num_tokens)
         if self._modes == MODES and {c.kernel for c in model.candidates} <= self._fixed:
@@ -282,7 +252,7 @@ class GraphDispatch:
         offers = [self._offer(m, model, trial.batch.num_tokens) for m in modes]
         return min(offers, key=lambda o: o.short.expected_us)  # of equal ones the first
 
-    def _run_once(self, bodies: Sequence[Candidate], trial: _Trial) -> bool:
+    def _run_once(self, bodies: Sequence[Candidate], trial: Trial) -> bool:
         """Take the second step: run every body that was not run yet. Returns False if one of them is left out."""
         for candidate in bodies:
             name = candidate.name
@@ -290,7 +260,7 @@ class GraphDispatch:
                 continue
             trial.run.add(name)
             compared = None if name in trial.right else trial.expected()
-            found = self._misbehaves(partial(self._launches.launch, candidate), trial.batch, compared)
+            found = misbehaves(partial(self._launches.launch, candidate), trial.batch, compared, self._format)
             if found is None:
                 trial.right.add(name)
             elif found.passing:
@@ -301,7 +271,7 @@ class GraphDispatch:
                     self._launches.drop(candidate, found.reason, wrong=True)
         return not any(c.name in self.dropped or c.name in trial.skipped for c in bodies)
 
-    def _planned(self, offer: _Offer, trial: _Trial) -> GraphPlan:
+    def _planned(self, offer: _Offer, trial: Trial) -> GraphPlan:
         """Take the third step: make the plan. Raises KernelError if the mode is impossible with these bodies."""
         mode, bodies, tokens = offer.mode, offer.bodies, trial.batch.num_tokens
         dtype = trial.batch.hidden_states.dtype
@@ -345,7 +315,7 @@ class GraphDispatch:
         key = num_tokens, dtype, stream.cuda_stream
         if plan is None or plan.dtype is not dtype or key in self._ready or torch.cuda.is_current_stream_capturing():
             return
-        batch = self._batch(num_tokens, dtype)
+        batch = even_batch(num_tokens, self._top_k, dtype, self._weights.down.shape, self._device)
         out = torch.empty_like(batch.hidden_states)
         for candidate in plan.bodies:
             self._launches.launch(candidate, batch, out)
@@ -465,7 +435,7 @@ class GraphDispatch:
             raise KernelError(f"the bodies have {kernels} kernels, more than {graph.MAX_NODES}")
         return kernels
 
-    def _check_inline(self, bodies: Sequence[Candidate], trial: _Trial) -> None:
+    def _check_inline(self, bodies: Sequence[Candidate], trial: Trial) -> None:
         """Run the common launch once as each of the bodies. Raises KernelError if they have none, or if it is
         wrong."""
         import torch
@@ -481,69 +451,9 @@ class GraphDispatch:
         for i, body in enumerate(bodies):
             choice = torch.full((1,), i, dtype=torch.int32, device=self._device)
             launch = partial(self._launches.launch_inline, bodies, choice)
-            if found := self._misbehaves(launch, trial.batch, trial.expected()):
+            if found := misbehaves(launch, trial.batch, trial.expected(), self._format):
                 raise KernelError(f"as {body.name}: {found.reason}")
-
-    def _misbehaves(
-        self, launch: Callable[[Batch, Tensor], None], batch: Batch, expected: Tensor | None
-    ) -> _Fault | None:
-        """Why a launch must not be captured; None if nothing is wrong with it.
-
-        expected: the first tokens' output `[tokens, H]`; None: the output is not compared.
-        """
-        import torch
-
-        x = batch.hidden_states
-        guarded = torch.full((len(x) + 2, x.shape[1]), GUARD, dtype=x.dtype, device=x.device)
-        try:
-            for stream in (torch.cuda.current_stream(self._device), self._side):
-                # A capture runs on the caller's stream or on ours, and each stream has buffers of its own.
-                stream.wait_stream(torch.cuda.current_stream(self._device))
-                with torch.cuda.stream(stream):
-                    launch(batch, guarded[1:-1])
-                torch.cuda.current_stream(self._device).wait_stream(stream)
-            if expected is None:
-                return None
-            torch.cuda.synchronize(self._device)
-        except torch.OutOfMemoryError as e:
-            return _Fault(f"lacks memory: {e}".partition("\n")[0], passing=True)
-        except Exception as e:  # whatever a kernel raises
-            return _Fault(f"raised {type(e).__name__}: {e}")
-        if not (guarded[0] == GUARD).all() or not (guarded[-1] == GUARD).all():
-            return _Fault("wrote outside its output", wrong=True)
-        if wrong := misfit(guarded[1 : 1 + len(expected)], expected, self._weights.stored.name):
-            return _Fault(f"wrong output: {wrong}", wrong=True)
-        return None
-
-    def _batch(self, num_tokens: int, dtype: torch.dtype) -> Batch:
-        """A random batch with even routing."""
-        import torch
-
-        experts, hidden = self._weights.down.shape[:2]
-        generator = torch.Generator(self._device).manual_seed(num_tokens)
-        x = torch.randn(num_tokens, hidden, device=self._device, dtype=dtype, generator=generator)
-        scores = torch.rand(num_tokens, experts, dtype=torch.float32, device=self._device, generator=generator)
-        ids = scores.topk(self._top_k, -1).indices.int()
-        weights = torch.rand(num_tokens, self._top_k, dtype=torch.float32, device=self._device, generator=generator)
-        return Batch(x, ids, weights / weights.sum(-1, keepdim=True))
-
-
-@cache
-def _side_stream(device: torch.device) -> torch.cuda.Stream:
-    """The stream on which all layers capture bodies of conditional nodes.
-
-    Buffers are each stream's own, so these bodies share one set of a workspace. Graphs of such layers must not run at
-    the same time.
-    """
-    import torch
-
-    return torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
 
 
 def _cannot(mode_and_reason: str) -> str:
     return f"graphs cannot dispatch in mode {mode_and_reason}; leave the mode out"
-
-
-def _first(batch: Batch, tokens: int) -> Batch:
-    of: Any = (batch.hidden_states, batch.topk_ids, batch.topk_weights)
-    return Batch(*(t[:tokens].contiguous() for t in of))
