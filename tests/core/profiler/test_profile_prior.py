@@ -15,7 +15,6 @@ from ramp_moe.spec.kernel import usable_configs
 from simulated_bench import Simulated
 
 SHORT = MOST[0][0]
-MODELS = ("olmoe-1b-7b", "qwen3-30b-a3b", "deepseek-v3-tp8", "mixtral-8x7b-tp4")
 
 
 @pytest.mark.parametrize(("name", "kernel"), [("mixtral-8x7b-tp4", "cute"), ("olmoe-1b-7b", "triton")])
