@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -20,17 +20,17 @@ from ..errors import describe
 from ..evaluation.repeatability import spread, stage_bias
 from ..measurements.sweep import Split, Sweep
 from ..registry.registry import get_registry
+from ..spec.formats import FORMATS
 from ..spec.hardware import Hardware
 from ..spec.kernel import Kernel, KernelConfig, WeightLayout, reason_of, usable_configs, why_unsupported
 from ..spec.launchable import LaunchableKernel
-from ..spec.shapes import MoEShape
+from ..spec.shapes import Model, MoEShape
 from . import tables
 from .options import (
     device_option,
     dtype_option,
     json_option,
     kernel_option,
-    model_option,
     profile_option,
     resolve_device,
     resolve_model,
@@ -38,6 +38,8 @@ from .options import (
 from .output import console, print_json
 
 GIVEN = click.core.ParameterSource.COMMANDLINE
+SHARDS = (1, 2, 4, 8)
+"""Tensor-parallel ranks whose shards are called by their model's name in lists."""
 
 
 @click.command()
@@ -132,34 +134,61 @@ def why_unavailable(kernel: Kernel) -> str | None:
 @click.command()
 @json_option
 def models(as_json: bool) -> None:
-    """List named models: the sizes of their MoE layers, and the sources of the sizes."""
-    found = get_registry().models
+    """List named models: the sizes of their MoE layers, the formats that are profiled, and the sources of the sizes."""
+    registry = get_registry()
+    found = registry.models
+    names = _names()
+    recorded = {(device, slug) for device, _, slug in ProfileStore(shipped=registry.profile_dirs).recorded()}
+
+    def profiled(model: Model) -> list[str]:
+        """What any kernel was measured for, of the whole model or of a shard, as in `h200 fp8` and `h200 fp8 tp8`."""
+        mine = {
+            slug: (label.removeprefix(model.name).replace("-", " "), dtype)
+            for slug, (label, dtype) in names.items()
+            if label == model.name or label.startswith(f"{model.name}-tp")
+        }
+        return sorted(f"{device} {mine[slug][1]}{mine[slug][0]}" for device, slug in recorded if slug in mine)
+
     if as_json:
-        print_json([asdict(m.shape) | {"formats": m.formats, "source": m.source} for m in found.values()])
+        rows = [(m, profiled(m)) for m in found.values()]
+        print_json([asdict(m.shape) | {"formats": m.formats, "profiled": p, "source": m.source} for m, p in rows])
         return
     table = Table()
-    for what in ("model", "experts", "top_k", "hidden", "intermediate", "released", "source"):
+    for what in ("model", "experts", "top_k", "hidden", "intermediate", "released", "profiled", "source"):
         table.add_column(what, overflow="fold", no_wrap=what == "model")
     for m in found.values():
         s = m.shape
         sizes = [str(v) for v in (s.num_experts, s.top_k, s.hidden_size, s.intermediate_size)]
-        table.add_row(m.name, *sizes, ", ".join((s.dtype, *m.formats)), escape(m.source))
+        table.add_row(m.name, *sizes, ", ".join((s.dtype, *m.formats)), ", ".join(profiled(m)), escape(m.source))
     console().print(table)
     console().print("NAME-tpN is a model's shard on one of N tensor-parallel ranks.")
 
 
 @click.command()
-@model_option
+@click.option("--model", help="As of `ramp-moe explain`. Without it, every profile is listed.")
 @device_option
 @dtype_option
 @kernel_option
 @profile_option
 @json_option
 def profiles(
-    model: str, device: str, dtype: str | None, kernels: tuple[str, ...], profiles: tuple[Path, ...], as_json: bool
+    model: str | None,
+    device: str,
+    dtype: str | None,
+    kernels: tuple[str, ...],
+    profiles: tuple[Path, ...],
+    as_json: bool,
 ) -> None:
-    """List what was measured for a model and device: runs, batches, configurations, and how well the runs repeat."""
+    """List what was measured for a model and device: runs, batches, configurations, and how well the runs repeat.
+
+    Without a model, list which kernels have a profile of which models, on all devices.
+    """
     registry = get_registry()
+    if model is None:
+        given = click.get_current_context().get_parameter_source("device") is GIVEN
+        only = resolve_device(registry, device).name if given else None
+        _list_all(ProfileStore(profiles, registry.profile_dirs), only, dtype, kernels, as_json)
+        return
     shape, hardware = resolve_model(registry, model, dtype), resolve_device(registry, device)
     store = ProfileStore(profiles, registry.profile_dirs)
     names = kernels or tuple(registry.kernels)
@@ -175,6 +204,42 @@ def profiles(
         print_json(rows)
     else:
         console().print(*tables.profiles(shape, hardware, rows), sep="\n")
+
+
+def _names() -> dict[str, tuple[str, str]]:
+    """Label and format of every registered model and its shards, by the slug of the shape; the first of equal ones."""
+    found: dict[str, tuple[str, str]] = {}
+    for model in get_registry().models.values():
+        for ranks in SHARDS:
+            if model.shape.intermediate_size % ranks == 0:
+                shape = model.shape if ranks == 1 else model.shape.shard(ranks)
+                for dtype in FORMATS:
+                    found.setdefault(replace(shape, dtype=dtype).slug, (shape.label, dtype))
+    return found
+
+
+def _list_all(
+    store: ProfileStore, device: str | None, dtype: str | None, kernels: tuple[str, ...], as_json: bool
+) -> None:
+    """List every profile, of all devices, formats and kernels if none is given."""
+    found: dict[tuple[str, str, str], list[str]] = {}
+    names = _names()
+    for where, kernel, slug in sorted(store.recorded()):
+        label, format = names.get(slug, (slug, slug.split("-", 4)[-1]))
+        if device in (None, where) and dtype in (None, format) and (not kernels or kernel in kernels):
+            found.setdefault((where, label, format), []).append(kernel)
+    if as_json:
+        print_json(
+            [dict(zip(("device", "model", "dtype"), of, strict=True)) | {"kernels": k} for of, k in found.items()]
+        )
+        return
+    table = Table()
+    for what in ("device", "model", "dtype", "kernels"):
+        table.add_column(what, overflow="fold")
+    for (where, label, format), have in found.items():
+        table.add_row(where, escape(label), format, escape(", ".join(have)))
+    console().print(table)
+    console().print("`ramp-moe profiles --model MODEL` has the runs, the batches, and how well they repeat.")
 
 
 def describe_profile(path: Path, sweep: Sweep, configs: Sequence[KernelConfig]) -> dict[str, Any]:

@@ -20,7 +20,7 @@ HALVES = {"torch.bfloat16": "bf16", "torch.float16": "fp16"}
 
 
 @dataclass
-class Holding:
+class HeldWeights:
     """What a layer holds of its weights.
 
     layouts: names of the layouts. held: the weights, by the layout of each copy.
@@ -43,7 +43,7 @@ def hold(
     kernels: Sequence[LaunchableKernel],
     copies: int,
     cost_model: CostModel | None,
-) -> Holding:
+) -> HeldWeights:
     """Hold the weights for these kernels; the arguments are as of `LayerRuntime`.
 
     Raises KernelError if no kernel computes the shape here, or if two have one name. Raises ShapeError or HardwareError
@@ -56,7 +56,7 @@ def hold(
     # A kernel that refuses the weights once they are in its layout leaves the choice of layouts to the others.
     while usable:
         found = _tried(weights, shape, usable, copies, cost_model, dropped)
-        if isinstance(found, Holding):
+        if isinstance(found, HeldWeights):
             return found
         usable.remove(found)
     reasons = "; ".join(f"{k}: {r}" for k, r in dropped.items()) or "none was given"
@@ -90,7 +90,7 @@ def _tried(
     copies: int,
     cost_model: CostModel | None,
     dropped: dict[str, str],
-) -> Holding | LaunchableKernel:
+) -> HeldWeights | LaunchableKernel:
     """Choose the layouts, and prepare the kernels that read one of them.
 
     Returns a kernel that refuses the weights, as soon as there is one.
@@ -102,7 +102,7 @@ def _tried(
         names = [k.name for k in usable]
         times = kernel_times(cost_model.restrict(names), names, weighed_batches(cost_model))
     chosen = choose_layouts(shape, usable, copies, times, weights.layout)
-    found = Holding(chosen.layouts, dropped=dropped)
+    found = HeldWeights(chosen.layouts, dropped=dropped)
     for kernel in usable:
         if kernel.name not in chosen.kernels:
             continue

@@ -104,6 +104,22 @@ def test_models_and_plugins() -> None:
     assert "adapters" in run("plugins").output
 
 
+def test_what_is_profiled_is_listed() -> None:
+    models = {m["name"]: m["profiled"] for m in run_json("models")}
+    assert models["olmoe-1b-7b"] == ["h200 bf16", "h200 fp8"]
+    assert models["deepseek-v3"] == ["h200 bf16 tp8", "h200 fp8 tp8"]
+    assert models["kimi-k3"] == []
+    rows = run_json("profiles")
+    assert {row["model"] for row in rows} >= {"olmoe-1b-7b", "deepseek-v3-tp8", "mixtral-8x7b-tp4"}
+    olmoe = {row["dtype"]: row["kernels"] for row in rows if row["model"] == "olmoe-1b-7b"}
+    assert "alpha_moe" in olmoe["fp8"]
+    assert "alpha_moe" not in olmoe["bf16"]
+    (few,) = run_json("profiles", "--dtype", "bf16", "--kernel", "cute", "--device", "h200")[:1]
+    assert (few["dtype"], few["kernels"]) == ("bf16", ["cute"])
+    assert run_json("profiles", "--device", "mi300x") == []
+    assert "deepseek-v3-tp8" in run("profiles").output
+
+
 def test_regions() -> None:
     found = run_json("regions", "--model", "mixtral-8x7b", "--tokens", 2048)
     advice = {a["optimisation"]: a for a in found["advice"]}

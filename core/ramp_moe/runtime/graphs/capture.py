@@ -32,7 +32,7 @@ from .cost_table import CostTable
 from .recorder import Recorder
 from .selector import Selector
 from .selector_cuda import MAX_IDS, CudaSelector
-from .trial import CHECKED_TOKENS, Trial, even_batch, first, misbehaves, side_stream
+from .trial import CHECKED_TOKENS, SizeTrial, even_batch, first, misbehaves, side_stream
 
 if TYPE_CHECKING:
     import torch
@@ -227,7 +227,7 @@ class GraphDispatch:
         self._ready = {key for key in self._ready if key[0] != num_tokens}
         return plan
 
-    def _trial(self, num_tokens: int, dtype: torch.dtype) -> Trial:
+    def _trial(self, num_tokens: int, dtype: torch.dtype) -> SizeTrial:
         batch = even_batch(num_tokens, self._top_k, dtype, self._weights.down.shape, self._device)
         right = _right.setdefault(self._model, {}).setdefault((num_tokens, dtype), set())
         refused, ids = dict(self._refused), num_tokens * self._top_k
@@ -239,9 +239,9 @@ class GraphDispatch:
             for c in self._model.candidates
             if not self._launches.takes(c, dtype)
         }
-        return Trial(batch, expected, right, refused, unfit)
+        return SizeTrial(batch, expected, right, refused, unfit)
 
-    def _cheapest(self, trial: Trial) -> _Offer:
+    def _cheapest(self, trial: SizeTrial) -> _Offer:
         """Take the first step: find the mode with the least expected time, and its bodies."""
         model = self._left({**trial.unfit, **trial.skipped}).at(trial.batch.num_tokens)
         if self._modes == MODES and {c.kernel for c in model.candidates} <= self._fixed:
@@ -252,7 +252,7 @@ class GraphDispatch:
         offers = [self._offer(m, model, trial.batch.num_tokens) for m in modes]
         return min(offers, key=lambda o: o.short.expected_us)  # of equal ones the first
 
-    def _run_once(self, bodies: Sequence[Candidate], trial: Trial) -> bool:
+    def _run_once(self, bodies: Sequence[Candidate], trial: SizeTrial) -> bool:
         """Take the second step: run every body that was not run yet. Returns False if one of them is left out."""
         for candidate in bodies:
             name = candidate.name
@@ -271,7 +271,7 @@ class GraphDispatch:
                     self._launches.drop(candidate, found.reason, wrong=True)
         return not any(c.name in self.dropped or c.name in trial.skipped for c in bodies)
 
-    def _planned(self, offer: _Offer, trial: Trial) -> GraphPlan:
+    def _planned(self, offer: _Offer, trial: SizeTrial) -> GraphPlan:
         """Take the third step: make the plan. Raises KernelError if the mode is impossible with these bodies."""
         mode, bodies, tokens = offer.mode, offer.bodies, trial.batch.num_tokens
         dtype = trial.batch.hidden_states.dtype
@@ -435,7 +435,7 @@ class GraphDispatch:
             raise KernelError(f"the bodies have {kernels} kernels, more than {graph.MAX_NODES}")
         return kernels
 
-    def _check_inline(self, bodies: Sequence[Candidate], trial: Trial) -> None:
+    def _check_inline(self, bodies: Sequence[Candidate], trial: SizeTrial) -> None:
         """Run the common launch once as each of the bodies. Raises KernelError if they have none, or if it is
         wrong."""
         import torch

@@ -20,7 +20,7 @@ GUARD = 7.0
 """Value of the rows around a tested output, which must not change."""
 
 
-class Fault(NamedTuple):
+class Misbehaviour(NamedTuple):
     reason: str
     wrong: bool = False
     """Whether the output was wrong. If not, the candidate raised."""
@@ -29,7 +29,7 @@ class Fault(NamedTuple):
 
 
 @dataclass
-class Trial:
+class SizeTrial:
     """What `prepare` learns about one batch size on its way to a plan."""
 
     batch: Batch
@@ -49,7 +49,7 @@ class Trial:
 
 def misbehaves(
     launch: Callable[[Batch, Tensor], None], batch: Batch, expected: Tensor | None, format: str
-) -> Fault | None:
+) -> Misbehaviour | None:
     """Why a launch must not be captured; None if nothing is wrong with it.
 
     expected: the first tokens' output `[tokens, H]`; None: the output is not compared.
@@ -71,13 +71,13 @@ def misbehaves(
             return None
         torch.cuda.synchronize(device)
     except torch.OutOfMemoryError as e:
-        return Fault(f"lacks memory: {e}".partition("\n")[0], passing=True)
+        return Misbehaviour(f"lacks memory: {e}".partition("\n")[0], passing=True)
     except Exception as e:  # whatever a kernel raises
-        return Fault(f"raised {type(e).__name__}: {e}")
+        return Misbehaviour(f"raised {type(e).__name__}: {e}")
     if not (guarded[0] == GUARD).all() or not (guarded[-1] == GUARD).all():
-        return Fault("wrote outside its output", wrong=True)
+        return Misbehaviour("wrote outside its output", wrong=True)
     if wrong := misfit(guarded[1 : 1 + len(expected)], expected, format):
-        return Fault(f"wrong output: {wrong}", wrong=True)
+        return Misbehaviour(f"wrong output: {wrong}", wrong=True)
     return None
 
 
