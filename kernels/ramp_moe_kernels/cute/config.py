@@ -190,7 +190,7 @@ def smem_map(c: Config) -> SmemMap:
         "routing": (c.block_m * 4, 16),
         "h_scale": (c.wide * c.block_m * 4, 16),
         "maxima": (c.block_m * c.warps * 4, 16),
-        "barriers": ((4 * c.stages + 1) * 8, 16),
+        "barriers": (_barrier_bytes(c.stages), 16),
     }
     two = _laid_out(regions, 2)
     if two.bytes <= c.smem_limit:
@@ -209,3 +209,68 @@ def _laid_out(regions: Mapping[str, tuple[int, int]], buffers: int) -> SmemMap:
         offsets[name] = -(-at // alignment) * alignment
         at = offsets[name] + size
     return SmemMap(**offsets, bytes=at, buffers=buffers)
+
+
+ITEM_BLOCKS = (8, 16, 24, 32, 48, 64, 80, 96, 112, 128)
+"""Token blocks of an item: each has its own code in the launch, about 35 kB of it."""
+ITEM_WIDE = 4
+"""Most times 256 rows of an item."""
+ITEM_STAGES = (3, 4)
+"""Stages of weights of an item's block: the fewest, and the most."""
+
+
+@dataclass(frozen=True, slots=True)
+class ItemsConfig:
+    """The launch that works off a list of items, one a CTA, each with a token block and a width of its own.
+
+    dtype: of weights and activations.
+    """
+
+    dtype: str = "fp8"
+
+    @property
+    def name(self) -> str:
+        """A unique name, for files and functions, too."""
+        return "items" + (f"-{self.dtype}" if self.dtype != "fp8" else "")
+
+    @property
+    def bodies(self) -> tuple[Config, ...]:
+        """For each of ITEM_BLOCKS, its stages, and the widest item that shared memory holds."""
+        return tuple(self._body(block) for block in ITEM_BLOCKS)
+
+    @property
+    def ring(self) -> int:
+        """Stages for which there are barriers."""
+        return max(c.stages for c in self.bodies)
+
+    @property
+    def barriers(self) -> int:
+        """Offset of the barriers in shared memory, where all bodies find them."""
+        return max(smem_map(c).barriers for c in self.bodies)
+
+    @property
+    def bytes(self) -> int:
+        """Shared memory of a CTA."""
+        return self.barriers + _barrier_bytes(self.ring)
+
+    def map(self, config: Config) -> SmemMap:
+        """The map of one of `bodies` in this launch."""
+        return replace(smem_map(config), barriers=self.barriers, bytes=self.bytes)
+
+    def _body(self, block: int) -> Config:
+        """As wide as fits with the fewest stages. Then two buffers of output come before more stages."""
+        few, many = ITEM_STAGES
+        every = [
+            [Config(block, 32, 8, stages, wide=wide, dtype=self.dtype) for stages in range(few, many + 1)]
+            for wide in range(ITEM_WIDE, 0, -1)
+        ]
+        fitting = next(fits for of_wide in every if (fits := [c for c in of_wide if self._fits(c)]))
+        return max(fitting, key=lambda c: (smem_map(c).buffers, c.stages))
+
+    @staticmethod
+    def _fits(c: Config) -> bool:
+        return smem_map(c).barriers + _barrier_bytes(max(ITEM_STAGES)) <= c.smem_limit
+
+
+def _barrier_bytes(stages: int) -> int:
+    return (4 * stages + 1) * 8

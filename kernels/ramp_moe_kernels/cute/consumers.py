@@ -12,7 +12,7 @@ from cutlass.pipeline import PipelineState, PipelineUserType, make_pipeline_stat
 
 from .barriers import OTHER_LANE, OWN_LANE, PRODUCER_WARPS, expected_bytes, part_bytes
 from .config import PRODUCER_THREADS, UP_ROWS
-from .cta import CtaTile, KernelParameters, Layouts, Role, Shared
+from .cta import CtaTile, ItemParameters, ItemTile, KernelParameters, Layouts, Role, Shared
 from .output import Output
 
 FP8_MAX = 448.0
@@ -29,7 +29,13 @@ class Consumer(Role):
     """
 
     def __init__(
-        self, layouts: Layouts, given: KernelParameters, shared: Shared, tile: CtaTile, thread: Int32, warp_index: Int32
+        self,
+        layouts: Layouts,
+        given: KernelParameters | ItemParameters,
+        shared: Shared,
+        tile: CtaTile | ItemTile,
+        thread: Int32,
+        warp_index: Int32,
     ) -> None:
         super().__init__(layouts, given, shared, tile)
         c = self.config
@@ -56,8 +62,8 @@ class Consumer(Role):
         row = self.output.row()
         weights = make_pipeline_state(PipelineUserType.Consumer, c.stages)
         tokens = make_pipeline_state(PipelineUserType.Consumer, c.stages)
-        for w in cutlass.range(c.wide, unroll=1):
-            weights, tokens = self.gate_up(tile.n * c.wide + w, weights, tokens)
+        for w in cutlass.range(tile.wide(c), unroll=1):
+            weights, tokens = self.gate_up(tile.first_n(c) + w, weights, tokens)
             if const_expr(c.split_k > 1):
                 self.share()
             self.swiglu()
@@ -78,10 +84,11 @@ class Consumer(Role):
         """Put the routing weights of the block's slots into shared memory; 0 if a slot has no token."""
         given, routing = self.given, self.shared.routing
         if self.own < self.config.block_m:
-            slot = given.sorted_token_ids[self.tile.m * self.config.block_m + self.own]
             weight = Float32(0.0)
-            if slot < given.x.shape[0] * given.top_k:
-                weight = given.routing[slot]
+            if self.own < self.tile.rows(self.config):
+                slot = given.sorted_token_ids[self.tile.first_slot(self.config) + self.own]
+                if slot < given.x.shape[0] * given.top_k:
+                    weight = given.routing[slot]
             routing[self.own] = weight
 
     @cute.jit
@@ -105,7 +112,7 @@ class Consumer(Role):
         """sums <- output columns [256 n, 256 n + 256) of the intermediates, times their routing weights."""
         c, sums = self.config, self.sums
         sums.fill(0.0)
-        for k in cutlass.range(c.wide * self.layouts.parts_of_h, unroll=1):
+        for k in cutlass.range(self.tile.wide(c) * self.layouts.parts_of_h, unroll=1):
             b = self.hidden[(None, None, None, k)]
             scales = self.down_scales(n, k)
             cute.arch.mbarrier_wait(self.barriers.full_w + weights.index, weights.phase)
@@ -132,7 +139,7 @@ class Consumer(Role):
             return None
         c, tile, halves = self.config, self.tile, self.config.tiles // 2
         first = 2 * n + self.group * halves
-        of_halves = [self.given.w2_scale[first + half, tile.n * c.wide + k, tile.expert] for half in range(halves)]
+        of_halves = [self.given.w2_scale[first + half, tile.first_n(c) + k, tile.expert] for half in range(halves)]
         return [(of_halves[t // 2],) for t in range(c.tiles)]
 
     @cute.jit

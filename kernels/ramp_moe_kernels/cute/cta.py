@@ -10,7 +10,7 @@ import cutlass.utils.hopper_helpers as sm90
 from cutlass import BFloat16, Float8E4M3FN, Float32, Int32, Int64
 from cutlass.cute.nvgpu import OperandMajorMode, warpgroup
 
-from .config import INTERMEDIATES, UP_ROWS, Config, smem_map
+from .config import INTERMEDIATES, UP_ROWS, Config, SmemMap, smem_map
 
 
 class KernelParameters(NamedTuple):
@@ -34,6 +34,26 @@ class KernelParameters(NamedTuple):
     tiles_n: Int32  # weight tiles
     choice: cute.Tensor  # int32 [1], read if there are several blocks
     blocks: Int32  # by choice, four bits each: index of the block
+
+
+class ItemParameters(NamedTuple):
+    """Parameters of the kernel that works off a list of items. Those of the same name are as in KernelParameters."""
+
+    x: cute.Tensor
+    x_scale: cute.Tensor
+    tma_w1: cute.CopyAtom
+    w1: cute.Tensor
+    w1_scale: cute.Tensor
+    tma_w2: cute.CopyAtom
+    w2: cute.Tensor
+    w2_scale: cute.Tensor
+    out: cute.Tensor  # [T, H]
+    sorted_token_ids: cute.Tensor  # int32 [T * k]: routed ids by expert, without padding
+    items: cute.Tensor  # int32 [capacity, 4], see items.py
+    num_items: cute.Tensor  # int32 [1]
+    routing: cute.Tensor  # float32 [T * k]
+    top_k: Int32
+    up_first: Int32
 
 
 class Barriers(NamedTuple):
@@ -62,7 +82,7 @@ class Shared(NamedTuple):
 
 
 class CtaTile(NamedTuple):
-    """The work of a CTA: an M-tile by a weight tile, or its part of that."""
+    """The work of a CTA: an M-tile by a weight tile, or its part of that. Methods are given its configuration."""
 
     n: Int32  # of tiles_n
     m: Int32
@@ -75,15 +95,62 @@ class CtaTile(NamedTuple):
     out_last: Int32
     out_step: int
 
+    def first_slot(self, c):
+        """The first slot of sorted_token_ids that is the CTA's."""
+        return self.m * c.block_m
+
+    def rows(self, c):
+        """Slots of the block that are the CTA's. Not all need to have a token."""
+        return c.block_m
+
+    def wide(self, c):
+        """How many times 256 rows of gate and up it computes."""
+        return c.wide
+
+    def first_n(self, c):
+        """The first 256 rows of gate and up, among all."""
+        return self.n * c.wide
+
+
+class ItemTile(NamedTuple):
+    """The work of a CTA that has an item of a list. The item says what CtaTile takes from the grid."""
+
+    slot: Int32
+    num_rows: Int32
+    n: Int32
+    width: Int32
+    expert: Int32
+    first: Int32
+    last: Int32
+    out_first: Int32
+    out_last: Int32
+    out_step: int = 1
+
+    def first_slot(self, c):
+        return self.slot
+
+    def rows(self, c):
+        return self.num_rows
+
+    def wide(self, c):
+        return self.width
+
+    def first_n(self, c):
+        return self.n
+
 
 class Layouts:
-    """The types, tiled layouts and views of shared memory that follow from a configuration."""
+    """The types, tiled layouts and views of shared memory that follow from a configuration.
 
-    def __init__(self, config: Config) -> None:
+    map: of shared memory, if not the configuration's own. ring: stages for which there are barriers, likewise.
+    """
+
+    def __init__(self, config: Config, map: SmemMap | None = None, ring: int | None = None) -> None:
         self.config = config
         self.fp8 = config.dtype == "fp8"
         self.element = Float8E4M3FN if self.fp8 else BFloat16
-        self.map = smem_map(config)
+        self.map = map or smem_map(config)
+        self.ring = ring or config.stages
         self.parts_of_h = INTERMEDIATES // config.block_k  # tiles of 128 bytes that hold 128 intermediates
         self.box_rows = UP_ROWS // 2 if config.pair else UP_ROWS  # that one TMA copy loads
 
@@ -117,7 +184,7 @@ class Layouts:
             self._floats(base + at.routing, cute.make_layout(c.block_m)),
             self._floats(base + at.h_scale, cute.make_layout((c.block_m, c.wide))),
             self._floats(base + at.maxima, cute.make_layout((c.block_m, c.warps), stride=(c.warps, 1))),
-            Barriers(*(full_w + kind * c.stages for kind in range(len(Barriers._fields)))),
+            Barriers(*(full_w + kind * self.ring for kind in range(len(Barriers._fields)))),
         )
 
     def _swizzled(self, at, layout):
@@ -130,7 +197,9 @@ class Layouts:
 class Role:
     """A role of a CTA, with the objects on which it works."""
 
-    def __init__(self, layouts: Layouts, given: KernelParameters, shared: Shared, tile: CtaTile) -> None:
+    def __init__(
+        self, layouts: Layouts, given: KernelParameters | ItemParameters, shared: Shared, tile: CtaTile | ItemTile
+    ) -> None:
         self.config = layouts.config
         self.layouts, self.given, self.shared, self.tile = layouts, given, shared, tile
         self.barriers = shared.barriers

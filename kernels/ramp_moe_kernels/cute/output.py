@@ -10,7 +10,7 @@ from cutlass.cute.nvgpu import warp
 from cutlass.experimental import primitives as prims
 
 from .config import OUT_COLUMNS, UP_ROWS
-from .cta import CtaTile, KernelParameters, Layouts, Role, Shared
+from .cta import CtaTile, ItemParameters, ItemTile, KernelParameters, Layouts, Role, Shared
 
 
 class Output(Role):
@@ -19,9 +19,9 @@ class Output(Role):
     def __init__(
         self,
         layouts: Layouts,
-        given: KernelParameters,
+        given: KernelParameters | ItemParameters,
         shared: Shared,
-        tile: CtaTile,
+        tile: CtaTile | ItemTile,
         own: Int32,
         group: Int32,
         own_warp: Int32,
@@ -36,8 +36,8 @@ class Output(Role):
         """The output's row for this thread's token among its warpgroup's staged rows; -1 if there is no token."""
         c, given = self.config, self.given
         row = Int32(-1)
-        if self.own % 128 < c.block_m:
-            slot = given.sorted_token_ids[self.tile.m * c.block_m + self.own % 128]
+        if self.own % 128 < self.tile.rows(c):
+            slot = given.sorted_token_ids[self.tile.first_slot(c) + self.own % 128]
             if slot < given.x.shape[0] * given.top_k:
                 row = slot // given.top_k
                 if const_expr(c.combine == "rows"):

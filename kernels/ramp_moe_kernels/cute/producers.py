@@ -10,7 +10,7 @@ from cutlass.pipeline import PipelineState, PipelineUserType, make_pipeline_stat
 
 from .barriers import FIRST_GATHERER, STAGE_BYTES
 from .config import GATHER_THREADS, ROW_BYTES
-from .cta import CtaTile, KernelParameters, Layouts, Role, Shared
+from .cta import CtaTile, ItemParameters, ItemTile, KernelParameters, Layouts, Role, Shared
 
 CHUNK = 16
 """Bytes that a thread copies at once."""
@@ -28,16 +28,16 @@ class WeightsProducer(Role):
         from_w1, to_w1 = self.partition(given.tma_w1, given.w1)
         from_w2, to_w2 = self.partition(given.tma_w2, given.w2)
         state = make_pipeline_state(PipelineUserType.Producer, c.stages)
-        for w in cutlass.range(c.wide, unroll=1):
+        for w in cutlass.range(tile.wide(c), unroll=1):
             for k in cutlass.range(tile.first, tile.last, 1, unroll=1):
                 self.acquire(state)
-                self.load(given.tma_w1, from_w1, to_w1, tile.n * c.wide + w, k, state)
+                self.load(given.tma_w1, from_w1, to_w1, tile.first_n(c) + w, k, state)
                 state.advance()
-        parts = c.wide * self.layouts.parts_of_h
+        parts, first_part = tile.wide(c) * self.layouts.parts_of_h, tile.first_n(c) * self.layouts.parts_of_h
         for n in cutlass.range(tile.out_first, tile.out_last, tile.out_step, unroll=1):
             for k in cutlass.range(parts, unroll=1):
                 self.acquire(state)
-                self.load(given.tma_w2, from_w2, to_w2, n, tile.n * parts + k, state)
+                self.load(given.tma_w2, from_w2, to_w2, n, first_part + k, state)
                 state.advance()
 
     def partition(self, tma, weights):
@@ -78,7 +78,14 @@ class TokensProducer(Role):
     ROWS = GATHER_THREADS // CHUNKS
     """Rows of a turn."""
 
-    def __init__(self, layouts: Layouts, given: KernelParameters, shared: Shared, tile: CtaTile, thread: Int32) -> None:
+    def __init__(
+        self,
+        layouts: Layouts,
+        given: KernelParameters | ItemParameters,
+        shared: Shared,
+        tile: CtaTile | ItemTile,
+        thread: Int32,
+    ) -> None:
         super().__init__(layouts, given, shared, tile)
         self.own = thread - FIRST_GATHERER
         self.place, self.chunk = self.own // CHUNKS, self.own % CHUNKS
@@ -93,11 +100,11 @@ class TokensProducer(Role):
         rows = cute.make_rmem_tensor((self.turns,), Int32)
         scale_rows = cute.make_rmem_tensor((self.scale_turns,), Int32)
         for r in cutlass.range_constexpr(self.turns):
-            rows[r] = self.start(self.given.x, tile.m * c.block_m, r * self.ROWS + self.place)
+            rows[r] = self.start(self.given.x, tile.first_slot(c), r * self.ROWS + self.place)
         for r in cutlass.range_constexpr(self.scale_turns if self.layouts.fp8 else 0):
-            scale_rows[r] = self.start(self.given.x_scale, tile.m * c.block_m, r * GATHER_THREADS + self.own)
+            scale_rows[r] = self.start(self.given.x_scale, tile.first_slot(c), r * GATHER_THREADS + self.own)
         state = make_pipeline_state(PipelineUserType.Producer, c.stages)
-        for _ in cutlass.range(c.wide, unroll=1):
+        for _ in cutlass.range(tile.wide(c), unroll=1):
             for k in cutlass.range(tile.first, tile.last, 1, unroll=1):
                 self.copy(rows, scale_rows, k, state)
                 state.advance()
@@ -129,7 +136,7 @@ class TokensProducer(Role):
     def start(self, source: cute.Tensor, first: Int32, at: Int32):
         """Offset in `source` of the row of slot `at` in the block that begins at `first`; -1 if it has no token."""
         start = Int32(-1)
-        if at < self.config.block_m:
+        if at < self.tile.rows(self.config):
             row = self.given.sorted_token_ids[first + at] // self.given.top_k
             if row < source.shape[0]:
                 start = row * source.shape[1]
