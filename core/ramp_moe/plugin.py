@@ -19,6 +19,7 @@ from .registry.hookspecs import hookimpl
 from .spec.formats import FORMATS, Format
 from .spec.geometry import GridGeometry
 from .spec.hardware import Hardware
+from .spec.item_plan import PlanTable, plan_table
 from .spec.kernel import (
     LAYOUTS,
     BuildableKernel,
@@ -67,6 +68,7 @@ __all__ = [
     "MoEWeights",
     "Model",
     "Place",
+    "PlanTable",
     "ProfileError",
     "Progress",
     "RampMoEError",
@@ -82,6 +84,7 @@ __all__ = [
     "fp8_unsupported",
     "hookimpl",
     "is_installed",
+    "plan_table",
     "scale_blocks",
     "version_of",
 ]
