@@ -41,7 +41,9 @@ json_option = click.option("--json", "as_json", is_flag=True, help="Print JSON (
 model_option = click.option(
     "--model",
     required=True,
-    help="A model that `ramp-moe models` lists, with -tpN for a shard; or a shape, as in E64-k8-h2048-i1024-bf16.",
+    help="A model that `ramp-moe models` lists; the path of a config.json, or of its folder; the id of a checkpoint on "
+    "Hugging Face that is known or in the local cache; or a shape, as in E64-k8-h2048-i1024-bf16. -tpN behind it: a "
+    "shard.",
 )
 device_option = click.option(
     "--device", default="h200", show_default=True, help="Hardware by name; `auto` detects this machine's GPU."

@@ -44,10 +44,48 @@ _ALSO: Mapping[str, tuple[str, ...]] = {
 """Further formats in which the makers published a model: the FP8 checkpoints of GLM-4.5, and Kimi-K2 since Thinking."""
 
 
+_REPOSITORIES: Mapping[str, str] = {
+    "olmoe-1b-7b": """
+        allenai/OLMoE-1B-7B-0924 allenai/OLMoE-1B-7B-0924-Instruct allenai/OLMoE-1B-7B-0125
+        allenai/OLMoE-1B-7B-0125-Instruct""",
+    "mixtral-8x7b": "mistralai/Mixtral-8x7B-v0.1 mistralai/Mixtral-8x7B-Instruct-v0.1",
+    "mixtral-8x22b": "mistralai/Mixtral-8x22B-v0.1 mistralai/Mixtral-8x22B-Instruct-v0.1",
+    "qwen1.5-moe-a2.7b": "Qwen/Qwen1.5-MoE-A2.7B Qwen/Qwen1.5-MoE-A2.7B-Chat",
+    "qwen2-57b-a14b": "Qwen/Qwen2-57B-A14B Qwen/Qwen2-57B-A14B-Instruct",
+    "qwen3-30b-a3b": """
+        Qwen/Qwen3-30B-A3B Qwen/Qwen3-30B-A3B-Base Qwen/Qwen3-30B-A3B-FP8=fp8 Qwen/Qwen3-30B-A3B-Instruct-2507
+        Qwen/Qwen3-30B-A3B-Instruct-2507-FP8=fp8 Qwen/Qwen3-30B-A3B-Thinking-2507 Qwen/Qwen3-Coder-30B-A3B-Instruct""",
+    "qwen3-235b-a22b": """
+        Qwen/Qwen3-235B-A22B Qwen/Qwen3-235B-A22B-FP8=fp8 Qwen/Qwen3-235B-A22B-Instruct-2507
+        Qwen/Qwen3-235B-A22B-Thinking-2507""",
+    "qwen3-next-80b": "Qwen/Qwen3-Next-80B-A3B-Instruct Qwen/Qwen3-Next-80B-A3B-Thinking",
+    "qwen3.5-35b-a3b": "Qwen/Qwen3.5-35B-A3B",
+    "deepseek-v2-lite": "deepseek-ai/DeepSeek-V2-Lite deepseek-ai/DeepSeek-V2-Lite-Chat",
+    "deepseek-v3": """
+        deepseek-ai/DeepSeek-V3 deepseek-ai/DeepSeek-V3-0324 deepseek-ai/DeepSeek-V3.1 deepseek-ai/DeepSeek-V3.2-Exp
+        deepseek-ai/DeepSeek-R1 deepseek-ai/DeepSeek-R1-0528""",
+    "glm-4.5-air": "zai-org/GLM-4.5-Air zai-org/GLM-4.5-Air-FP8=fp8-channel",
+    "glm-4.5": "zai-org/GLM-4.5 zai-org/GLM-4.5-FP8=fp8-channel",
+    "gpt-oss-20b": "openai/gpt-oss-20b",
+    "gpt-oss-120b": "openai/gpt-oss-120b",
+    "phi-3.5-moe": "microsoft/Phi-3.5-MoE-instruct",
+    "llama-4-scout": "meta-llama/Llama-4-Scout-17B-16E meta-llama/Llama-4-Scout-17B-16E-Instruct",
+    "kimi-k2": "moonshotai/Kimi-K2-Instruct moonshotai/Kimi-K2-Base moonshotai/Kimi-K2-Thinking=int4-g32",
+}
+"""Checkpoints on Hugging Face by model, each with its format behind "=" if that is not the release's."""
+
+
+def _repositories(name: str, dtype: str) -> dict[str, str]:
+    """Formats by id."""
+    parted = (entry.partition("=") for entry in _REPOSITORIES.get(name, "").split())
+    return {repository: form or dtype for repository, _, form in parted}
+
+
 @hookimpl
 def ramp_moe_models() -> Iterable[Model]:
     for name, experts, top_k, hidden, intermediate, dtype, source in _MODELS:
-        yield Model(MoEShape(experts, top_k, hidden, intermediate, dtype, name), source, _ALSO.get(name, ()))
+        shape = MoEShape(experts, top_k, hidden, intermediate, dtype, name)
+        yield Model(shape, source, _ALSO.get(name, ()), _repositories(name, dtype))
 
 
 @hookimpl

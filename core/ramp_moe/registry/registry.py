@@ -28,6 +28,7 @@ from . import builtin, hookspecs
 from .diagnostics import Diagnostic
 from .experts_adapter import ExpertsAdapter
 from .hookspecs import GROUP
+from .model_files import read_shape
 
 ALLOW_LIST = "RAMP_MOE_PLUGINS"
 SLOW_SECONDS = 1.0
@@ -124,8 +125,9 @@ class Registry:
         return _look_up("device", name, self.hardware, "plugins add more with the ramp_moe_hardware hook")
 
     def shape(self, model: str, dtype: str | None = None, default: str | None = None) -> MoEShape:
-        """The shape of a registered model, NAME or NAME-tpN (see `resolve_shape`)."""
-        return resolve_shape(self.models, model, dtype, default)
+        """The shape of a model by its name, or by what `read_shape` finds on this machine, or of its shard, NAME-tpN (see
+        `resolve_shape`)."""
+        return resolve_shape(self.models, model, dtype, default, read_shape)
 
     def diagnostics(self) -> list[Diagnostic]:
         """Ask the plugins what a bug report should say of them. One that fails at it gets another problem."""

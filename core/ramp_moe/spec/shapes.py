@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import math
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 
 from ..errors import ShapeError, UnknownNameError, shown
@@ -135,6 +135,7 @@ class Model:
     shape: its dtype is the format of the release.
     source: says where the sizes are from.
     formats: further formats in which the model's makers published it.
+    repositories: its checkpoints on Hugging Face, and the format of each, by id such as "allenai/OLMoE-1B-7B-0924".
 
     Raises ShapeError for a shape without a name, UnknownNameError for an unknown format.
     """
@@ -142,6 +143,7 @@ class Model:
     shape: MoEShape
     source: str
     formats: tuple[str, ...] = ()
+    repositories: Mapping[str, str] = field(default_factory=dict, compare=False)
 
     @property
     def name(self) -> str:
@@ -151,41 +153,59 @@ class Model:
     def __post_init__(self) -> None:
         if not self.shape.name:
             raise ShapeError(f"a registered model needs a name: {self.shape.slug}")
-        for name in self.formats:
+        for name in (*self.formats, *self.repositories.values()):
             find_format(name)
 
 
-_SHARD = re.compile(r"(.+)-tp([0-9]{1,9})")
+_SHARD = re.compile(r"(.+)-tp([0-9]{1,9})", re.IGNORECASE | re.DOTALL)
 _SLUG = re.compile(r"e([0-9]{1,9})-k([0-9]{1,9})-h([0-9]{1,9})-i([0-9]{1,9})-([\w-]+)")
 
 
+ReadShape = Callable[[str, str | None], MoEShape | None]
+"""Finds the shape of a path or id in files, in this format if one is given; None if the name is neither."""
+
+
 def resolve_shape(
-    models: Mapping[str, Model], name: str, dtype: str | None = None, default: str | None = None
+    models: Mapping[str, Model],
+    name: str,
+    dtype: str | None = None,
+    default: str | None = None,
+    read: ReadShape | None = None,
 ) -> MoEShape:
     """Find the shape of a model. `NAME-tpN` shards NAME over N ranks.
 
-    A shape's slug is a name, too, and contains its dtype. Any other model is in `dtype`, else in the format of its
-    release if that is quantised, else in `default`, else in the format of its release.
+    A model goes by its name, and by the id of a checkpoint on Hugging Face. A shape's slug is a name, too, and contains
+    its dtype. `read` finds what is none of these. Any other model is in `dtype`, else in the format of its release if
+    that is quantised, else in `default`, else in the format of its release.
 
-    Raises UnknownNameError for a model that is not in `models`. Raises ShapeError for a shard that does not divide, and
+    Raises UnknownNameError for a model that is found nowhere. Raises ShapeError for a shard that does not divide, and
     if a slug's dtype is not `dtype`.
     """
-    by_name = {n.lower(): m for n, m in models.items()} | dict(models)
-    wanted = name if name in by_name else name.lower()
-    model, shards = by_name.get(wanted), 1
-    if model is None and (match := _SHARD.fullmatch(wanted)):
+    released = {i.lower(): (m, form) for m in models.values() for i, form in m.repositories.items()}
+    released |= {n.lower(): (m, m.shape.dtype) for n, m in models.items()}
+    wanted, shards = name, 1
+    if name.lower() not in released and (match := _SHARD.fullmatch(name)):
         wanted, shards = match[1], int(match[2])
-        model = by_name.get(wanted)
-    if model is None and (match := _SLUG.fullmatch(wanted)):
+    if found := released.get(wanted.lower()):
+        model, form = found
+        shape = dataclasses.replace(model.shape, dtype=form)
+    elif match := _SLUG.fullmatch(wanted.lower()):
         experts, top_k, hidden, intermediate = map(int, match.groups()[:4])
         if dtype is not None and dtype != match[5]:
             raise ShapeError(
                 f"the shape {name} is of dtype {match[5]}, not {dtype}; leave out the dtype, or correct it"
             )
         return MoEShape(experts, top_k, hidden, intermediate, match[5]).shard(shards)
-    if model is None:
-        raise UnknownNameError("model", wanted, models, "`ramp-moe models` lists them, -tpN shards one")
-    released = model.shape.dtype
-    usual = released if default is None or model.shape.format.scale is not None else default
-    shape = dataclasses.replace(model.shape, dtype=dtype or usual)
+    elif read is not None and (read_shape := read(wanted, dtype)):
+        shape = read_shape
+    else:
+        remedy = "`ramp-moe models` lists them, -tpN shards one"
+        if "/" in wanted:
+            remedy = (
+                "it is not in the local Hugging Face cache, and nothing is downloaded: fetch its config with "
+                f"`hf download {wanted} config.json`, or give the path of a config.json"
+            )
+        raise UnknownNameError("model", wanted.lower(), released, remedy)
+    usual = shape.dtype if default is None or shape.format.scale is not None else default
+    shape = dataclasses.replace(shape, dtype=dtype or usual)
     return shape.shard(shards) if shards != 1 else shape
