@@ -35,6 +35,7 @@ import numpy as np
 import torch
 from ramp_moe import MoEShape, expert_histogram, generate, get_registry
 from ramp_moe.cost_model.fitting import least_squares
+from ramp_moe.plugin import version_of
 from ramp_moe.profiler.bench import random_weights
 from ramp_moe.runtime.reference import reference
 from ramp_moe.spec.kernel import why_unsupported
@@ -261,7 +262,7 @@ def layers(shape: MoEShape, out: Path) -> None:
     """Measure a shape and write the file, anew after each batch."""
     timer, prepared, rows = Timer(), prepare_all(shape), list[Any]()
     about = {"model": shape.label, "dtype": shape.dtype, "gpu": torch.cuda.get_device_name()}
-    about |= {"torch": torch.__version__, "humming": package.TESTED[-1]}
+    about |= {"torch": torch.__version__, "humming": version_of("humming")}
     measured: dict[tuple[int, str, int], tuple[Drawn, Times]] = {}
     for tokens, (routing, seed) in itertools.product(TOKENS, dict.fromkeys((*FITTED, *JUDGED))):
         drawn = draw(shape, tokens, routing, seed)

@@ -145,7 +145,9 @@ def installed(monkeypatch: pytest.MonkeyPatch, tmp_path: Any) -> Any:
 def test_obstacles_name_what_is_missing(installed: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: Any) -> None:
     assert KERNEL.unavailable() is None
     monkeypatch.setattr(package, "version_of", lambda name: "0.1.99")
-    assert KERNEL.unavailable() == ("humming-kernels 0.1.99 is not tested (0.1.20 is); pip install 'ramp-moe[humming]'")
+    assert KERNEL.unavailable() == (
+        "humming-kernels 0.1.99 is not tested (0.1.19 or 0.1.20 is); pip install 'ramp-moe[humming]'"
+    )
     monkeypatch.setattr(package, "version_of", lambda name: "0.1.20")
     (installed / "include" / "nvrtc.h").unlink()
     assert "finds no libnvrtc with its headers" in (KERNEL.unavailable() or "")

@@ -23,7 +23,7 @@ from .config import WarpTile
 from .formats import KINDS, PAD_K, PAD_N, Which, sizes
 
 INSTALL = "pip install 'ramp-moe[humming]'"
-TESTED = ("0.1.20",)
+TESTED = ("0.1.19", "0.1.20")
 """Versions whose tiles, layouts and predicates this adapter follows."""
 NEEDED = ("torch", "triton", "humming", "jinja2", "cuda.bindings", "filelock", "tqdm", "safetensors")
 HEADERS = ("nvrtc.h", "cuda_runtime.h")
@@ -44,7 +44,7 @@ def problem() -> str | None:
         return f"{' and '.join(missing)} missing; {INSTALL}"
     version = version_of("humming")
     if version not in TESTED:
-        return f"humming-kernels {version} is not tested ({', '.join(TESTED)} is); {INSTALL}"
+        return f"humming-kernels {version} is not tested ({' or '.join(TESTED)} is); {INSTALL}"
     if not any(_has_nvrtc(root) for root in _toolkits()):
         return "humming compiles its kernels with NVRTC, and finds no libnvrtc with its headers; " + (
             "pip install 'humming-kernels[cu13]', or install a CUDA toolkit and set CUDA_HOME"
