@@ -32,9 +32,9 @@ from ramp_moe.spec.checks import check_gpu, check_tensor
 from torch import Tensor
 
 from ..limits import MAX_EXPERTS, MAX_IDS
-from ..reference import GROUP
+from .beside import _beside, beside_of
 from .launch import on_device_of
-from .quantise import _quantise_rows, check_quantise, groups_per_program, interpreted
+from .quantise import check_quantise, interpreted
 
 MAX_BLOCK = 256
 MIN_CHUNK = 512
@@ -43,7 +43,6 @@ PROGRAMS = 128
 """Most sorting programs of the only launch: one per SM of a large GPU, since each of them counts all ids."""
 PROGRAMS_IN_CHUNKS = 512
 """Most sorting programs of the second launch, which reads the counts: several share an SM."""
-ZERO_BLOCK = 4096
 
 _MAX_BLOCK = tl.constexpr(MAX_BLOCK)
 _PARTIALS = tl.constexpr(16)  # chunks whose histograms are loaded at a time
@@ -185,38 +184,6 @@ def _summarise(
     for first in range(num_tiles, capacity, _TAIL):
         tile = first + tl.arange(0, _TAIL)
         tl.store(expert_ids + tile, -1, mask=tile < capacity)
-
-
-@triton.jit
-def _zero_rows(program, zero, zero_size, BLOCK: tl.constexpr):
-    """Zero BLOCK elements of a contiguous tensor."""
-    first = program.to(tl.int64) * BLOCK  # elements can exceed 2^31
-    at = tl.arange(0, BLOCK)
-    tl.store(zero + first + at, tl.zeros((BLOCK,), zero.dtype.element_ty), mask=at < zero_size - first)
-
-
-@triton.jit
-def _beside(
-    program,
-    x,
-    x_fp8,
-    x_scale,
-    num_groups,
-    x_programs,
-    zero,
-    zero_size,
-    GROUPS: tl.constexpr,
-    GROUP: tl.constexpr,
-    ZERO: tl.constexpr,
-    EMULATE_FP8: tl.constexpr,
-):
-    """Do the work of a program past the sorting ones: quantise a part of x, or zero a part of `zero`."""
-    if x is not None:  # noqa: SIM102 - known when compiling, unlike the next
-        if program < x_programs:
-            _quantise_rows(program, x, x_fp8, x_scale, num_groups, GROUPS, GROUP, EMULATE_FP8)
-    if zero is not None:  # noqa: SIM102
-        if program >= x_programs:
-            _zero_rows(program - x_programs, zero, zero_size, ZERO)
 
 
 # Sizes that change with every batch must not compile a kernel each. zero_size stays specialised: it is a multiple of 16
@@ -365,7 +332,7 @@ def schedule(
     check_tensor("topk_ids", topk_ids, (tokens, top_k), (torch.int32, torch.int64), topk_ids.device)
     blocks = (block,) if isinstance(block, int) else tuple(block)
     for size in blocks:
-        _check_out(out, num_ids, num_experts, size, topk_ids.device)
+        check_out(out, num_ids, num_experts, size, topk_ids.device)
     if (choice is None) != (len(blocks) == 1):
         raise KernelError(f"several blocks and a choice among them belong together; blocks are {list(blocks)}")
     if choice is not None:
@@ -395,34 +362,20 @@ def launch_schedule(
     tokens, top_k = topk_ids.shape
     num_ids = tokens * top_k
     split = _split(num_ids, num_experts)
-    x, x_fp8, x_scale = quantise or (None, None, None)
-    groups = groups_each = group = x_programs = 0
-    if x is not None and x_scale is not None:
-        groups = x_scale.numel()
-        group = x.numel() // groups if groups else GROUP
-        groups_each = groups_per_program(groups)
-        x_programs = -(-groups // groups_each)
-    zero_size = 0 if zero is None else zero.numel()
-    beside = (x, x_fp8, x_scale, groups, x_programs, zero, zero_size)
-    beside_programs = x_programs + -(-zero_size // ZERO_BLOCK)
+    beside, programs = beside_of(quantise, zero)
     constants = {
         "CHUNK": split.chunk,
         "BINS": split.bins,
-        "GROUPS": groups_each,
-        "GROUP": group,
-        "ZERO": ZERO_BLOCK,
-        "EMULATE_FP8": interpreted(schedule_kernel),
         "num_warps": split.warps,
     }
     with on_device_of(topk_ids):
         if split.chunks > 1:
-            histogram_kernel[(split.chunks + beside_programs,)](
-                topk_ids, num_valid, out.partial, num_ids, tokens, top_k, num_experts, split.chunks, *beside,
+            histogram_kernel[(split.chunks + programs,)](
+                topk_ids, num_valid, out.partial, num_ids, tokens, top_k, num_experts, split.chunks, **beside,
                 **constants,
             )  # fmt: skip
-            beside, beside_programs = _NOTHING, 0
-            constants |= {"GROUPS": 0, "GROUP": 0}
-        schedule_kernel[(1 + split.chunks * split.parts + beside_programs,)](
+            beside, programs = beside_of(None, None)
+        schedule_kernel[(1 + split.chunks * split.parts + programs,)](
             topk_ids,
             num_valid,
             choice,
@@ -440,13 +393,10 @@ def launch_schedule(
             split.chunks,
             split.experts_each,
             split.parts,
-            *beside,
             BLOCKS=None if choice is None else blocks,
+            **beside,
             **constants,
         )
-
-
-_NOTHING = (None, None, None, 0, 0, None, 0)
 
 
 class Split(NamedTuple):
@@ -481,7 +431,8 @@ def _bins(num_experts: int) -> int:
     return int(max(64, triton.next_power_of_2(num_experts)))
 
 
-def _check_out(out: Schedule, num_ids: int, num_experts: int, block: int, device: torch.device) -> None:
+def check_out(out: Schedule, num_ids: int, num_experts: int, block: int, device: torch.device) -> None:
+    """Raises KernelError unless every buffer has the size, dtype and device for up to `num_ids` routed ids."""
     for name, size in buffer_sizes(num_ids, num_experts, block).items():
         buffer: Tensor | None = getattr(out, name)
         has = 0 if buffer is None else buffer.numel()
