@@ -38,6 +38,7 @@ from .spec.launchable import (
     Batch,
     LaunchableKernel,
     MoEWeights,
+    RouterLogits,
     Workspace,
     check_layout,
 )
@@ -69,6 +70,7 @@ __all__ = [
     "ProfileError",
     "Progress",
     "RampMoEError",
+    "RouterLogits",
     "RoutingError",
     "ShapeError",
     "Stage",

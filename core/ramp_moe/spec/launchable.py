@@ -15,6 +15,7 @@ from ..errors import KernelError, RampMoEError, RoutingError, ShapeError, descri
 from .dense import check_dense
 from .hardware import Hardware
 from .kernel import Kernel, KernelConfig, is_installed, reason_of, why_unsupported
+from .router_logits import RouterLogits
 from .shapes import MoEShape
 from .weights import ACTIVATIONS, ROW_CHUNK, MoEWeights, check_layout
 
@@ -28,6 +29,7 @@ __all__ = [
     "Batch",
     "LaunchableKernel",
     "MoEWeights",
+    "RouterLogits",
     "Workspace",
     "allocate",
     "check_layout",

@@ -332,7 +332,7 @@ def schedule(
     check_tensor("topk_ids", topk_ids, (tokens, top_k), (torch.int32, torch.int64), topk_ids.device)
     blocks = (block,) if isinstance(block, int) else tuple(block)
     for size in blocks:
-        check_out(out, num_ids, num_experts, size, topk_ids.device)
+        _check_out(out, num_ids, num_experts, size, topk_ids.device)
     if (choice is None) != (len(blocks) == 1):
         raise KernelError(f"several blocks and a choice among them belong together; blocks are {list(blocks)}")
     if choice is not None:
@@ -431,8 +431,7 @@ def _bins(num_experts: int) -> int:
     return int(max(64, triton.next_power_of_2(num_experts)))
 
 
-def check_out(out: Schedule, num_ids: int, num_experts: int, block: int, device: torch.device) -> None:
-    """Raises KernelError unless every buffer has the size, dtype and device for up to `num_ids` routed ids."""
+def _check_out(out: Schedule, num_ids: int, num_experts: int, block: int, device: torch.device) -> None:
     for name, size in buffer_sizes(num_ids, num_experts, block).items():
         buffer: Tensor | None = getattr(out, name)
         has = 0 if buffer is None else buffer.numel()

@@ -20,21 +20,16 @@ Everything else are sums along an axis of that matrix. The rules are those of vL
 
 from __future__ import annotations
 
-from typing import NamedTuple
-
-import torch
 import triton
 import triton.language as tl
-from ramp_moe.plugin import KernelError, ShapeError
-from ramp_moe.spec.checks import check_gpu, check_tensor
+from ramp_moe.plugin import RouterLogits
 from torch import Tensor
 
 from .beside import _beside, beside_of
 from .gemm import _after_previous
 from .launch import dependent_launch, on_device_of
-from .quantise import check_quantise, interpreted
-from .router import DTYPES, UNROLLED_TOP_K, _best
-from .schedule import Schedule, _summarise, check_out
+from .router import UNROLLED_TOP_K, _best
+from .schedule import Schedule, _summarise
 
 MAX_TOKENS = 64
 """Most tokens of a batch. From about there on, a launch for the top-k and one for the schedule take less time."""
@@ -42,16 +37,6 @@ MAX_SCORES = 8192
 """Most scores, tokens and experts both padded to powers of two: one program keeps them in registers."""
 
 _PADDING = tl.constexpr(16)  # slots of padding that are written at a time
-
-
-class Scoring(NamedTuple):
-    """How a router turns logits into the weights of a token's top-k."""
-
-    top_k: int
-    sigmoid: bool = False
-    """Whether scores are sigmoids of the logits; if not, their softmax."""
-    renormalise: bool = True
-    """Whether a token's weights are divided by their sum."""
 
 
 @triton.jit
@@ -110,8 +95,8 @@ def _schedule_choice(
 
 
 @triton.jit(do_not_specialize=["num_tokens", "block", "capacity", "num_groups", "x_programs"])
-def route_schedule_kernel(
-    logits,  # [T, E]
+def routed_schedule_kernel(
+    logits,  # [T, E], rows `stride` elements apart
     padding,  # bool [T], or None
     topk_weights,  # float32 [T, K]
     topk_ids,  # int32 [T, K]
@@ -120,6 +105,7 @@ def route_schedule_kernel(
     num_tokens_post_padded,
     histogram,
     num_tokens,
+    stride,
     block,
     capacity,  # tiles that expert_ids has room for
     x,  # bf16, fp16 or float32 [num_groups, GROUP], or None
@@ -150,7 +136,7 @@ def route_schedule_kernel(
         row = tl.arange(0, ROWS)[:, None]
         expert = tl.arange(0, P)[None, :]
         real, exists = row < num_tokens, expert < E
-        given = tl.load(logits + row * E + expert, mask=real & exists, other=-float("inf"))
+        given = tl.load(logits + row * stride + expert, mask=real & exists, other=-float("inf"))
         scores = _scores(given.to(tl.float32), SIGMOID)
         merit = tl.where(exists, scores.to(tl.int32, bitcast=True), -1)  # no score is negative: integers order them
         slot = tl.arange(0, SLOTS)[None, :]
@@ -193,79 +179,38 @@ def route_schedule_kernel(
         )
 
 
-def takes(num_tokens: int, num_experts: int, scoring: Scoring) -> bool:
+def takes(num_tokens: int, num_experts: int, top_k: int) -> bool:
     """Whether one launch can route and schedule a batch, and takes less time than two."""
-    if not (1 <= num_tokens <= MAX_TOKENS and 1 <= scoring.top_k <= num_experts):
+    if not (1 <= num_tokens <= MAX_TOKENS and 1 <= top_k <= num_experts):
         return False
     return triton.next_power_of_2(num_tokens) * triton.next_power_of_2(num_experts) <= MAX_SCORES
 
 
-def route_schedule(
-    logits: Tensor,
-    scoring: Scoring,
+def launch_routed_schedule(
+    router: RouterLogits,
+    topk_ids: Tensor,
+    topk_weights: Tensor,
     block: int,
     out: Schedule,
-    topk_weights: Tensor,
-    topk_ids: Tensor,
-    *,
-    padding: Tensor | None = None,
     quantise: tuple[Tensor, Tensor, Tensor] | None = None,
     zero: Tensor | None = None,
 ) -> None:
-    """Choose each token's experts as vLLM does, and fill `out` for them as `schedule` does, in one launch.
+    """Choose the experts of a batch that `takes` allows, and fill `out` for them as `schedule` does, in one launch.
 
-    logits: float32, bf16 or fp16 `[T, E]`, contiguous.
-    topk_weights: contiguous float32 `[T, k]`, which is written.
     topk_ids: contiguous int32 `[T, k]`, which is written, -1 in padding rows.
-    padding: contiguous bool `[T]`, the rows that are padding.
+    topk_weights: contiguous float32 `[T, k]`, which is written.
+    out: has the sizes of `buffer_sizes`. quantise and zero: as of `schedule`.
 
-    The other arguments are those of `schedule`. Nothing is allocated, and the host does not wait. Raises KernelError
-    for a batch that it does not take (see `takes`), and as `schedule` does. Raises ShapeError for shapes that do not
-    fit.
+    Nothing is checked or allocated, and the host does not wait.
     """
-    if logits.ndim != 2:
-        raise ShapeError(f"router logits must be [T, E], not {list(logits.shape)}")
-    tokens, experts = logits.shape
-    if not takes(tokens, experts, scoring):
-        raise KernelError(
-            f"one launch cannot route {tokens} tokens to {scoring.top_k} of {experts} experts; call route and schedule"
-        )
-    device, top_k = logits.device, scoring.top_k
-    check_tensor("router logits", logits, (tokens, experts), DTYPES, device)
-    check_tensor("topk_weights", topk_weights, (tokens, top_k), (torch.float32,), device)
-    check_tensor("topk_ids", topk_ids, (tokens, top_k), (torch.int32,), device)
-    check_out(out, tokens * top_k, experts, block, device)
-    if padding is not None:
-        check_tensor("padding", padding, (tokens,), (torch.bool,), device)
-    if quantise is not None:
-        check_quantise(*quantise, device)
-    if zero is not None:
-        check_tensor("the tensor to zero", zero, tuple(zero.shape), (zero.dtype,), device)
-    if not interpreted(route_schedule_kernel):
-        check_gpu("router logits", logits)
-    launch_route_schedule(logits, scoring, block, out, topk_weights, topk_ids, padding, quantise, zero)
-
-
-def launch_route_schedule(
-    logits: Tensor,
-    scoring: Scoring,
-    block: int,
-    out: Schedule,
-    topk_weights: Tensor,
-    topk_ids: Tensor,
-    padding: Tensor | None = None,
-    quantise: tuple[Tensor, Tensor, Tensor] | None = None,
-    zero: Tensor | None = None,
-) -> None:
-    """Do what `route_schedule` does, without checks."""
-    tokens, experts = logits.shape
+    (tokens, top_k), experts = topk_ids.shape, router.logits.shape[1]
     rows, wide = triton.next_power_of_2(tokens), triton.next_power_of_2(experts)
     warps = _warps(rows * wide)
     beside, programs = beside_of(quantise, zero, warps)
-    with on_device_of(logits):
-        route_schedule_kernel[(1 + programs,)](
-            logits,
-            padding,
+    with on_device_of(topk_ids):
+        routed_schedule_kernel[(1 + programs,)](
+            router.logits,
+            router.padding,
             topk_weights,
             topk_ids,
             out.sorted_token_ids,
@@ -273,18 +218,19 @@ def launch_route_schedule(
             out.num_tokens_post_padded,
             out.histogram,
             tokens,
+            router.logits.stride(0),
             block,
             out.expert_ids.numel(),
             E=experts,
-            K=scoring.top_k,
+            K=top_k,
             ROWS=rows,
             P=wide,
-            SLOTS=triton.next_power_of_2(scoring.top_k),
-            SIGMOID=scoring.sigmoid,
-            RENORMALISE=scoring.renormalise,
-            UNROLL=scoring.top_k <= UNROLLED_TOP_K,
+            SLOTS=triton.next_power_of_2(top_k),
+            SIGMOID=router.sigmoid,
+            RENORMALISE=router.renormalise,
+            UNROLL=top_k <= UNROLLED_TOP_K,
             num_warps=warps,
-            **dependent_launch(logits.device),
+            **dependent_launch(topk_ids.device),
             **beside,
         )
 
