@@ -511,3 +511,18 @@ def test_a_layer_that_cannot_be_made_is_vllms(
     assert isinstance(experts(experts_of(layer(), TOP_K, dtype=HALF)), TritonExperts)
     (line,) = said
     assert line.endswith(str(raised))
+
+
+@pytest.mark.skipif(DEVICE == "cuda", reason="of what is there")
+def test_shared_experts_run_beside_ours(monkeypatch: pytest.MonkeyPatch) -> None:
+    """On vLLM's other stream, from before the routed ones begin until they end, as beside its own experts."""
+    from vllm.model_executor.layers.fused_moe.runner import shared_experts
+    from vllm.model_executor.layers.fused_moe.runner.shared_experts import SharedExperts, SharedExpertsOrder
+
+    routed = experts_of(layer(), TOP_K, dtype=HALF)
+    monkeypatch.setattr(shared_experts, "aux_stream", lambda: object())
+    monkeypatch.setattr(torch.cuda, "Event", object)
+    overlaps = lambda: routed.quant_method.mk_can_overlap_shared_experts  # noqa: E731 - as vLLM's runner has it
+    shared = SharedExperts(torch.nn.Identity(), routed.moe_config, False, overlaps)
+    x = given(8, "skewed").hidden_states
+    assert shared._determine_shared_experts_order(x) is SharedExpertsOrder.MULTI_STREAM_OVERLAPPED
