@@ -240,7 +240,7 @@ COMPILE = """
     def compile(kernel, warps, **changed):
         known = pointers | changed
         known = {"choice": None, "BLOCKS": None} | known
-        known |= {"BINS": 256, "GROUPS": 16, "GROUP": 128, "ZERO": 4096, "EMULATE_FP8": False}
+        known |= {"BINS": 256, "GROUPS": 16, "GROUP": 128, "ZERO": 4096, "EMULATE_FP8": False, "PDL": target.arch == 90}
         types = {name: known.get(name, "i32") for name in kernel.arg_names}
         signature = {name: t if isinstance(t, str) else "constexpr" for name, t in types.items()}
         constants = {name: t for name, t in types.items() if not isinstance(t, str)}

@@ -33,7 +33,8 @@ from torch import Tensor
 
 from ..limits import MAX_EXPERTS, MAX_IDS
 from .beside import _beside, beside_of
-from .launch import on_device_of
+from .gemm import _after_previous
+from .launch import dependent_launch, on_device_of
 from .quantise import check_quantise, interpreted
 
 MAX_BLOCK = 256
@@ -214,8 +215,10 @@ def histogram_kernel(
     GROUP: tl.constexpr,
     ZERO: tl.constexpr,
     EMULATE_FP8: tl.constexpr,
+    PDL: tl.constexpr,
 ):
     """Do the first of two launches: write partial[chunk, :] for each of `chunks`. Programs after those do `_beside`."""
+    _after_previous(PDL)
     program = tl.program_id(0)
     if program < chunks:
         _, experts = _load_experts(topk_ids, num_valid, program * CHUNK, num_ids, num_tokens, top_k, num_experts, CHUNK)
@@ -259,8 +262,10 @@ def schedule_kernel(
     GROUP: tl.constexpr,
     ZERO: tl.constexpr,
     EMULATE_FP8: tl.constexpr,
+    PDL: tl.constexpr,
 ):
     """Sort. Program 0 does `_summarise`, the next chunks * parts sort, and those after them do `_beside`."""
+    _after_previous(PDL)
     program = tl.program_id(0)
     if choice is not None:
         chosen = tl.load(choice)
@@ -367,6 +372,7 @@ def launch_schedule(
         "CHUNK": split.chunk,
         "BINS": split.bins,
         "num_warps": split.warps,
+        **dependent_launch(topk_ids.device),
     }
     with on_device_of(topk_ids):
         if split.chunks > 1:
