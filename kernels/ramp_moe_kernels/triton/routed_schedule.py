@@ -183,7 +183,7 @@ def takes(num_tokens: int, num_experts: int, top_k: int) -> bool:
     """Whether one launch can route and schedule a batch, and takes less time than two."""
     if not (1 <= num_tokens <= MAX_TOKENS and 1 <= top_k <= num_experts):
         return False
-    return triton.next_power_of_2(num_tokens) * triton.next_power_of_2(num_experts) <= MAX_SCORES
+    return bool(triton.next_power_of_2(num_tokens) * triton.next_power_of_2(num_experts) <= MAX_SCORES)
 
 
 def launch_routed_schedule(
