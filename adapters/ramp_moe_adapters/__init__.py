@@ -18,6 +18,7 @@ from .kernels.flashinfer_cutlass.build import cache
 from .kernels.flashinfer_cutlass.kernel import FlashInferCutlass
 from .kernels.humming import package as humming
 from .kernels.humming.kernel import Humming
+from .kernels.marlin.kernel import Marlin
 from .kernels.vllm_triton.kernel import VllmTriton
 
 
@@ -27,6 +28,7 @@ def ramp_moe_kernels() -> Iterable[Kernel]:
     yield DeepGEMM()
     yield FlashInferCutlass()
     yield Humming()
+    yield Marlin()
     yield VllmTriton()
 
 

@@ -20,6 +20,7 @@ from ramp_moe_adapters.kernels.flashinfer_cutlass import launch as flashinfer_cu
 from ramp_moe_adapters.kernels.humming import launch as humming_launch
 from ramp_moe_adapters.kernels.humming.formats import KINDS
 from ramp_moe_adapters.kernels.humming.weights import Side
+from ramp_moe_adapters.kernels.marlin import launch as marlin_launch
 from ramp_moe_adapters.kernels.vllm_triton import launch as vllm_triton_launch
 from ramp_moe_kernels import limits
 from ramp_moe_kernels.cute import launch as cute_launch
@@ -48,18 +49,22 @@ def up_to_the_first_launch(monkeypatch: pytest.MonkeyPatch) -> None:
     def reached(*args: Any, **kwargs: Any) -> Any:
         raise Reached
 
-    for module in (forward, cute_launch, alpha_moe_launch, humming_launch, permute):
+    for module in (forward, cute_launch, alpha_moe_launch, humming_launch, marlin_launch, permute):
         monkeypatch.setattr(module, "launch_schedule", reached)
     monkeypatch.setattr(forward.ops, "up", reached)
     monkeypatch.setattr(cute_launch, "load", lambda config: reached)
     monkeypatch.setattr(permute, "permute_kernel", Launching())
-    monkeypatch.setattr(humming_launch, "allocate", lambda size, device: torch.empty(size, device=device))
+    for module in (humming_launch, marlin_launch):
+        monkeypatch.setattr(module, "allocate", lambda size, device: torch.empty(size, device=device))
     monkeypatch.setattr(vllm_triton_launch, "routing", reached)
     monkeypatch.setattr(flashinfer_cutlass_launch, "routed_in_one_block", reached)
 
 
 def prepared(kernel: Kernel, shape: MoEShape) -> Any:
     """What `prepare` makes of weights, where it takes neither a GPU nor the third party."""
+    if kernel.name == "marlin":
+        side = marlin_launch.MarlinWeights(torch.empty(0, device=META), torch.empty(0, device=META))
+        return marlin_launch.PreparedMarlin(replace(shape, top_k=1), side, side, None, None, "swiglu", None)
     dtype = {"fp8": torch.float8_e4m3fn, "bf16": torch.bfloat16, "fp16": torch.float16}[shape.dtype]
 
     def of(*sizes: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
@@ -99,8 +104,9 @@ def launched(kernel: Any, config: KernelConfig, shape: MoEShape, tokens: int) ->
     kernel.launch(config, prepared(kernel, shape), batch, torch.empty_like(x), Workspace())
 
 
-def shapes() -> Iterator[MoEShape]:
-    for experts, (hidden, inter), dtype in itertools.product(EXPERTS, SIZES, ("fp8", "bf16", "fp16")):
+def shapes(kernel: Kernel) -> Iterator[MoEShape]:
+    dtypes = ("int4-g32", "mxfp4") if kernel.name == "marlin" else ("fp8", "bf16", "fp16")
+    for experts, (hidden, inter), dtype in itertools.product(EXPERTS, SIZES, dtypes):
         for top_k in {1, min(8, experts), min(22, experts)}:
             yield MoEShape(experts, top_k, hidden, inter, dtype)
 
@@ -110,7 +116,7 @@ def shapes() -> Iterator[MoEShape]:
 def test_what_a_kernel_accepts_its_launch_accepts(name: str, registry: Registry, h200: Hardware) -> None:
     kernel = registry.kernel(name)
     seen = 0
-    for shape in shapes():
+    for shape in shapes(kernel):
         if why_unsupported(kernel, shape, h200) is not None:
             continue
         configs = usable_configs(kernel, shape, h200)

@@ -61,6 +61,9 @@ from vllm.model_executor.layers.fused_moe.config import (  # noqa: E402
     RoutingMethodType,
 )
 from vllm.model_executor.layers.fused_moe.expert_map_manager import ExpertMapManager  # noqa: E402
+from vllm.model_executor.layers.quantization.compressed_tensors.compressed_tensors import (  # noqa: E402
+    CompressedTensorsConfig,
+)
 from vllm.model_executor.layers.quantization.fp8 import Fp8Config  # noqa: E402
 from vllm.model_executor.model_loader.reload import record_metadata_for_reloading  # noqa: E402
 from vllm.v1.worker.workspace import init_workspace_manager, is_workspace_manager_initialized  # noqa: E402
@@ -79,19 +82,22 @@ def experts_of(
     moe_options: dict[str, Any] | None = None,
     parallel_options: dict[str, Any] | None = None,
     load_format: str = "auto",
+    compressed: dict[str, Any] | None = None,
     **options: Any,
 ) -> Any:
-    """vLLM's routed experts of a rank, with its part of the weights loaded. `tp` and `ep` are pairs (size, rank)."""
+    """vLLM's routed experts of a rank, with its part of the weights loaded. `tp` and `ep` are pairs (size, rank).
+
+    compressed: scheme of a compressed-tensors checkpoint (see `scheme`); None for vLLM's own fp8, or 16 bits.
+    """
     if not is_workspace_manager_initialized():
         init_workspace_manager(torch.device(DEVICE))
-    experts, rows, hidden = full.gate_up.shape
+    experts, hidden, inter = full.sizes
     parallel = FusedMoEParallelConfig.make_no_parallel()
     parallel.tp_size, parallel.tp_rank = tp
     parallel.ep_size, parallel.ep_rank = ep
     parallel.use_ep = ep[0] > 1
     for name, value in (parallel_options or {}).items():
         setattr(parallel, name, value)
-    fp8 = full.gate_up_scale is not None
     activation = {"swiglu": MoEActivation.SILU, "gelu_tanh": MoEActivation.GELU_TANH}[full.activation]
     whole = VllmConfig(load_config=LoadConfig(load_format=load_format))
     with set_current_vllm_config(whole), torch.device(DEVICE), ExitStack() as ranks:
@@ -100,17 +106,27 @@ def experts_of(
             ranks.enter_context(mock.patch(name, return_value=tp[0]))
         manager = ExpertMapManager(8192, top_k, experts, 0, None, parallel, "linear", False)
         config = FusedMoEConfig(
-            num_experts=experts, experts_per_token=top_k, hidden_dim=hidden, intermediate_size=rows // 2,
+            num_experts=experts, experts_per_token=top_k, hidden_dim=hidden, intermediate_size=inter,
             num_local_experts=manager.local_num_experts, num_logical_experts=experts, activation=activation,
             device=DEVICE, routing_method=RoutingMethodType.Default, moe_parallel_config=parallel, in_dtype=dtype,
             has_bias=full.gate_up_bias is not None, max_capture_size=512, **(moe_options or {}),
         )  # fmt: skip
-        quant = Fp8Config(weight_block_size=[128, 128]) if fp8 else None
+        quant: Any = None if full.gate_up_scale is None else Fp8Config(weight_block_size=[128, 128])
+        if compressed is not None:
+            quant = CompressedTensorsConfig.from_config(compressed)
         routed = RoutedExperts("layer", dtype, config, quant, expert_map_manager=manager, **options)
         record_metadata_for_reloading(routed)
         load(routed, full)
         routed.quant_method.process_weights_after_loading(routed)
     return routed
+
+
+def scheme(weights: dict[str, Any], activations: dict[str, Any] | None, format: str) -> dict[str, Any]:
+    """The quantization_config of a compressed-tensors checkpoint whose linear layers all have one scheme."""
+    group = {"targets": ["Linear"], "weights": {"symmetric": True, "dynamic": False, **weights}}
+    if activations is not None:
+        group["input_activations"] = {"symmetric": True, "dynamic": True, **activations}
+    return {"quant_method": "compressed-tensors", "format": format, "config_groups": {"group_0": group}, "ignore": []}
 
 
 def serve(monkeypatch: pytest.MonkeyPatch, builder: Builder | None = None) -> LoadedModel:
@@ -124,7 +140,12 @@ def serve(monkeypatch: pytest.MonkeyPatch, builder: Builder | None = None) -> Lo
 
 def load(routed: Any, full: MoEWeights) -> None:
     """Load each projection of each expert by vLLM's loader, as from a checkpoint."""
-    given = {"weight": (full.gate_up, full.down), "weight_scale_inv": (full.gate_up_scale, full.down_scale)}
+    scale = "weight_scale_inv" if hasattr(routed, "w13_weight_scale_inv") else "weight_scale"
+    weights = full.gate_up, full.down
+    packed = hasattr(routed, "w13_weight_packed")
+    if packed:
+        weights = full.gate_up.view(torch.int32), full.down.view(torch.int32)
+    given = {"weight_packed" if packed else "weight": weights, scale: (full.gate_up_scale, full.down_scale)}
     for kind, (gate_up, down) in given.items():
         if gate_up is None:
             continue

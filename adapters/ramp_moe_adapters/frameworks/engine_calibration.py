@@ -13,7 +13,7 @@ from functools import partial
 from weakref import WeakKeyDictionary
 
 import torch
-from ramp_moe import Candidate, CostModel
+from ramp_moe import Candidate, CostModel, get_registry
 from ramp_moe.plugin import LAYOUTS, Batch, KernelError, LaunchableKernel, MoEShape
 from ramp_moe.runtime import calibrated_plan, probe
 from ramp_moe.runtime.calibrated_plan import Calibrated, CalibrationRecord
@@ -25,6 +25,7 @@ from ramp_moe.runtime.layer_factory import Builder, LayerKind, LayerPlan, kind_o
 from ramp_moe.runtime.plan_report import left, plan_rows, table
 from ramp_moe.runtime.warm import warm
 from ramp_moe.spec.kernel import layouts_of
+from ramp_moe.spec.launchable import obstacle
 
 from .engine_errors import why
 from .engine_ranks import Group, agree
@@ -143,11 +144,14 @@ class LoadedModel:
         """Make the kind's plan from times on the layer. Raises KernelError if every candidate failed, or if the ranks
         do not agree."""
         shape = given.weights.shape(given.top_k)
-        usable = [k for k in usable_kernels(shape, plan.hardware) if k.name != self._engine.adapter]
-        for name in sorted(repacking([*usable, *plan.kernels], shape)):
-            self._say(f"{name} is left out: it would hold a second copy of the weights, beside {self._engine.name}'s")
-        kernels = [k for k in usable if k.name not in repacking(usable, shape)]
-        plan = in_place(shape, plan)
+        kernels = [k for k in usable_kernels(shape, plan.hardware) if k.name != self._engine.adapter]
+        if given.own is not None:
+            for name in sorted(repacking([*kernels, *plan.kernels], shape)):
+                self._say(
+                    f"{name} is left out: it would hold a second copy of the weights, beside {self._engine.name}'s"
+                )
+            kernels = [k for k in kernels if k.name not in repacking(kernels, shape)]
+            plan = in_place(shape, plan)
         patience = 2 * seconds(lambda _: None) + probe.SECONDS * len(probe.third_party(kernels)) + GRACE
         record = None
         if given.weights.gate_up.device.type in TIMERS:
@@ -156,9 +160,32 @@ class LoadedModel:
         if found is None:
             plan = calibrated_plan.without(plan, () if record is None else record.dropped)
             record, found = None, None if plan.model is None else calibrated_plan.predicted(plan)
+        if given.own is None:
+            self._check_like_own(given, plan, record)
         sizes = given.captured, given.eager, given.ep_size
         self._kinds[_at(given)] = _Kind(shape.slug, *sizes, found, record)
         return plan if found is None else found.plan
+
+    def _check_like_own(self, given: LoadedLayer, plan: LayerPlan, record: CalibrationRecord | None) -> None:
+        """Raises KernelError if none of the candidates is like the engine's own experts, which are not timed here.
+
+        record: what was measured; None if the plan's kernels are taken as they are predicted.
+        """
+        names = {k.name for k in plan.kernels}
+        if record is not None:
+            names = {t.candidate.partition("/")[0] for t in record.timings}
+        if not names & given.like:
+            shape, registry = given.weights.shape(given.top_k), get_registry()
+            kernels = [k for n, k in sorted(registry.kernels.items()) if n in given.like]
+            reasons = "; ".join(
+                f"{k.name}: {obstacle(k, shape, plan.hardware) or 'not measured'}"
+                for k in kernels
+                if isinstance(k, LaunchableKernel)
+            )
+            raise KernelError(
+                f"{self._engine.name}'s own experts for {shape.dtype} may be faster, and no kernel like them was "
+                f"compared ({reasons or 'there is none'})"
+            )
 
     def _agree(
         self, kind: tuple[object, ...], measure: Callable[[], CalibrationRecord | None], seconds: float
@@ -241,7 +268,7 @@ class LoadedModel:
             if seconds(lambda _: None):
                 self._say(f"no time was left to measure {shape}: what is predicted stands ({VARIABLE})")
             return None
-        return calibrated_plan.calibrated(done, plan, kernels, LAYOUT)
+        return calibrated_plan.calibrated(done, plan, kernels, LAYOUT, any_format=given.own is None)
 
     def _compile(self, made: LayerRuntime, kind: _Kind, given: LoadedLayer) -> None:
         """Launch every candidate that batches outside of graphs may run. Those that raise are dropped."""
@@ -284,7 +311,8 @@ def _search(
     given: LoadedLayer, plan: LayerPlan, kernels: Sequence[LaunchableKernel], found: Calibration | None
 ) -> Search:
     shape = given.weights.shape(given.top_k)
-    return Search(shape, plan.hardware, kernels, plan.model, given.sizes, given.ep_size, found)
+    engine = given.own is not None
+    return Search(shape, plan.hardware, kernels, plan.model, given.sizes, given.ep_size, found, engine)
 
 
 def _candidates(made: LayerRuntime, kind: _Kind, given: LoadedLayer) -> Iterable[Candidate]:

@@ -33,7 +33,9 @@ class LoadedLayer:
     captured: numbers of tokens of CUDA graphs, ascending.
     most: tokens of the largest batch.
     local: converts ids of all ranks' experts to this rank's, and other ranks' to -1.
-    own: makes the engine's own experts of the weights.
+    own: makes the engine's own experts of the weights. None if the engine has none that read them as they are loaded:
+        the layer may then hold them in a kernel's own format alone.
+    like: names of the kernels that are no slower than the experts that the engine would take instead, if own is None.
     depends: what else their times depend on, by name.
     """
 
@@ -45,8 +47,9 @@ class LoadedLayer:
     captured: tuple[int, ...]
     most: int
     local: Callable[[Tensor], Tensor] = field(repr=False)
-    own: Callable[[], Own] = field(repr=False)
+    own: Callable[[], Own] | None = field(repr=False)
     depends: Mapping[str, str] = field(default_factory=dict)
+    like: frozenset[str] = frozenset()
 
     @property
     def sizes(self) -> list[int]:
@@ -100,10 +103,12 @@ def elsewhere(run: Callable[[], T]) -> T:
 def _gpu_timer(layer: LoadedLayer, kernels: Sequence[LaunchableKernel], hardware: Hardware) -> Timer:
     """The timer of all kernels and of the engine's own experts, on the loaded weights."""
     ours = LayerRuntime(layer.weights, layer.top_k, hardware, kernels, copies=3, host_sync_us=math.inf)
-    own = layer.own()
+    own = None if layer.own is None else layer.own()
 
     def launch(candidate: Any, batch: Batch, out: Tensor) -> None:
         if candidate is None:
+            if own is None:
+                raise KernelError("the engine has no experts of its own on these weights")
             own(batch, out)
             return
         if (reason := ours.dropped.get(candidate.kernel)) is not None:

@@ -9,7 +9,7 @@ layer's memory.
 from __future__ import annotations
 
 import weakref
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from typing import Any
 
@@ -18,6 +18,7 @@ from ramp_moe.plugin import KernelError, MoEWeights, ShapeError
 from ramp_moe.runtime.layer import LayerRuntime
 from ramp_moe.runtime.placeholder import Placeholder, Source, become
 from ramp_moe.runtime.relayout import ROWS, relayout
+from ramp_moe.runtime.release import WEIGHTS
 from ramp_moe.runtime.update import check_fits, put, storage, writing
 from torch import Tensor
 
@@ -63,9 +64,10 @@ class Parameters:
         new: dict[str, Any] = {field: t.detach() for field, t in tensors.items() if not self._follows(t)}
         held = self.layer.held[0]
         with writing(self.layer):
-            check_fits(held, replace(held, **new))
-            for field, tensor in new.items():
-                put(self.layer, field, tensor, LAYOUT)
+            given = replace(held, **new)  # packed weights are bytes there
+            check_fits(held, given)
+            for field in new:
+                put(self.layer, field, getattr(given, field), LAYOUT)
         self._follow(tensors)
 
     def check(self) -> None:
@@ -107,6 +109,64 @@ class Parameters:
     def _follows(self, tensor: Tensor) -> bool:
         """Whether a write to the parameter reaches the layer and all that is derived from it."""
         return isinstance(tensor, Placeholder) and tensor._source.layer is self.layer
+
+
+class Repacked:
+    """The parameters of a layer whose kernels hold the weights in formats of their own alone. They are emptied.
+
+    Their last dimension is then 0; biases stay. Engines must load new weights whole, into parameters of their first
+    shape, and give them to `load`.
+
+    dtype: of hidden states. make: makes MoEWeights of the parameters.
+
+    Raises KernelError if a kernel reads the weights as they were given, or computes something else. The parameters are
+    then unchanged.
+    """
+
+    def __init__(
+        self,
+        layer: LayerRuntime,
+        dtype: torch.dtype,
+        tensors: Mapping[str, Tensor],
+        make: Callable[[Mapping[str, Tensor]], MoEWeights],
+    ) -> None:
+        self.layer, self._make = layer, make
+        layer.release(dtype)
+        self._empty(tensors)
+
+    def meet(self, tensors: Mapping[str, Tensor]) -> None:
+        """Have the layer compute with parameters that were loaded since; see `Parameters.meet`."""
+        if all(tensors[field].numel() == 0 for field in WEIGHTS if field in tensors):
+            return
+        if torch.cuda.is_available() and torch.cuda.is_current_stream_capturing():
+            raise KernelError("weights were loaded since the layer last ran; run it once before it is captured")
+        self.load(tensors)
+
+    def load(self, tensors: Mapping[str, Tensor]) -> None:
+        """Have kernels derive again what they hold, from newly loaded parameters, and empty those.
+
+        Does nothing if nothing was loaded. Raises RampMoEError as `meet` does.
+        """
+        given = [field for field in WEIGHTS if field in tensors]
+        if loaded := [field for field in given if tensors[field].numel()]:
+            if loaded != given:
+                raise ShapeError(f"{', '.join(loaded)} were loaded without the others, which the layer has repacked")
+            self.layer.update(self._make(tensors))
+            self._empty(tensors)
+
+    def check(self) -> None:
+        """Raises KernelError if the layer has no weights since an update failed."""
+        if self.layer.stale is not None:
+            raise KernelError(self.layer.stale)
+
+    def values(self) -> MoEWeights:
+        """Raises KernelError: no kernel of the engine can read the weights."""
+        raise KernelError(f"the weights are held in a format of {', '.join(self.layer.kernels)} alone")
+
+    def _empty(self, tensors: Mapping[str, Tensor]) -> None:
+        for field in WEIGHTS:
+            if field in tensors:
+                tensors[field].data = tensors[field].data.new_empty((*tensors[field].shape[:-1], 0))
 
 
 class _AsGiven:

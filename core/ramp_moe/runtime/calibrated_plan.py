@@ -159,15 +159,19 @@ class Calibrated:
         return any(self.keeps(n) for n in self.found.tokens)
 
 
-def calibrated(search: Search, plan: LayerPlan, kernels: Sequence[LaunchableKernel], engine_layout: str) -> Calibrated:
+def calibrated(
+    search: Search, plan: LayerPlan, kernels: Sequence[LaunchableKernel], engine_layout: str, any_format: bool = False
+) -> Calibrated:
     """The plan by what a search found, with one copy of the weights.
 
     The weights stay in the engine's order of rows, unless `best_layout` prefers another. Kernels that do not read the
-    weights' order are left out. Raises KernelError if the search timed nothing, or if no measured kernel is left.
+    weights' order are left out. any_format: the engine's own path is not kept, so `fastest_layout` decides. Raises
+    KernelError if the search timed nothing, or if no measured kernel is left.
     """
     model = search.corrected()
     reads = {k.name: layouts_of(k, search.shape) for k in kernels}
-    layout = best_layout(search.found, reads, engine_layout)
+    find = fastest_layout if any_format else best_layout
+    layout = find(search.found, reads, engine_layout)
     names = {c.kernel for c in model.candidates}
     kept = [k for k in kernels if k.name in names and layout in reads[k.name]]
     if not kept:
@@ -203,11 +207,7 @@ def best_layout(found: Calibration, reads: Mapping[str, Sequence[str]], engine_l
     """
 
     def times(layout: str) -> list[float]:
-        names = [n for n in found.timed if layout in reads[n.partition("/")[0]]]
-        names += [ENGINE] if layout == engine_layout else []
-        return [
-            min((us for name in names if (us := found.us(name, n)) is not None), default=math.inf) for n in found.tokens
-        ]
+        return _least_times(found, reads, layout, (ENGINE,) if layout == engine_layout else ())
 
     own = times(engine_layout)
     best, gain = engine_layout, math.log(MARGIN)
@@ -218,6 +218,31 @@ def best_layout(found: Calibration, reads: Mapping[str, Sequence[str]], engine_l
             if ratio > gain:
                 best, gain = layout, ratio
     return best
+
+
+def fastest_layout(found: Calibration, reads: Mapping[str, Sequence[str]], otherwise: str) -> str:
+    """The layout or format whose kernels are fastest, in the geometric mean over the sizes at which all were timed.
+
+    otherwise: the answer if there is no such size.
+    """
+    timed = dict.fromkeys(key for name in sorted(found.timed) for key in reads[name.partition("/")[0]])
+    times = {layout: _least_times(found, reads, layout) for layout in timed}
+    sizes = [i for i in range(len(found.tokens)) if all(math.isfinite(us[i]) for us in times.values())]
+    if not sizes:
+        return otherwise
+    return min(times, key=lambda layout: sum(math.log(times[layout][i]) for i in sizes))
+
+
+def _least_times(
+    found: Calibration, reads: Mapping[str, Sequence[str]], layout: str, others: Sequence[str] = ()
+) -> list[float]:
+    """By measured size, the least microseconds of candidates that read a layout, and of `others`; inf if there is
+    none."""
+    names = [n for n in found.timed if layout in reads[n.partition("/")[0]]]
+    names += others
+    return [
+        min((us for name in names if (us := found.us(name, n)) is not None), default=math.inf) for n in found.tokens
+    ]
 
 
 def _known(key: Mapping[str, str], say: Say) -> CalibrationRecord | None:

@@ -140,6 +140,7 @@ class Search:
     ep_size: ranks that share the experts, of which the shape has one rank's.
     known: what an earlier search measured, which is not measured again. Times of others than these kernels' candidates
         are left out of it.
+    engine: whether the engine has a path of its own on these weights, which is timed, too.
 
     Of kernels without a profile the defaults are timed, and without a model SPREAD other configurations, too.
     """
@@ -153,7 +154,9 @@ class Search:
         sizes: Sequence[int],
         ep_size: int = 1,
         known: Calibration | None = None,
+        engine: bool = True,
     ) -> None:
+        self._engine = (ENGINE,) if engine else ()
         self.shape, self._ep_size, self.sizes = shape, ep_size, tuple(sizes)
         self.found = known or Calibration()
         model = None if model is None else of_kernels(model, {k.name for k in kernels})
@@ -234,7 +237,7 @@ class Search:
 
     def _first(self, tokens: int) -> str | None:
         """The next of what the search begins with at a size; None if all of it was timed."""
-        return next((name for name in (ENGINE, *self._begin(tokens)) if self._open(name, tokens)), None)
+        return next((name for name in (*self._engine, *self._begin(tokens)) if self._open(name, tokens)), None)
 
     def _next(self, tokens: int) -> str | None:
         """The next to time at a size, after what the search begins with; None if the size is done."""

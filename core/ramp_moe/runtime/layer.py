@@ -106,6 +106,8 @@ class LayerRuntime:
         """The object through which a module calls this layer. It knows whether the module still has these weights."""
         self.stale: str | None = None
         """Why this layer must not compute with the weights it holds; None if it may."""
+        self.released = False
+        """Whether the weights are held in kernels' own formats alone. Those in `held` are then without values."""
         self._kernels: dict[str, tuple[LaunchableKernel, Any]] = {}
         if cost_model is not None:
             self._check(cost_model)
@@ -209,9 +211,31 @@ class LayerRuntime:
         again what they had derived. Raises ShapeError for weights that do not fit, before anything is written. Raises
         KernelError if a kernel does not take them.
         """
+        if self.released:
+            from .release import derive_again
+
+            derive_again(self, weights)
+            return
         from .update import update
 
         update(self, weights)
+
+    def release(self, dtype: torch.dtype) -> None:
+        """Hold the weights no longer as they were given, if every kernel holds them in a format of its own.
+
+        Their memory is then the caller's to free. Before, the output of one candidate is compared with the float32
+        layer, on a random batch of this dtype; other candidates are later compared with that one.
+
+        Raises KernelError if a kernel reads the weights as they were given, or if the output is wrong.
+        """
+        from .release import checked, on_meta, repacked
+
+        if not repacked(self):
+            raise KernelError("a kernel of the layer reads the weights as they were given, which must stay")
+        compute = checked(self, dtype)
+        self.held, self.released = (on_meta(self.held[0]),), True
+        if self.graphs is not None:
+            self.graphs.compare_with(self.held[0], compute)
 
     @property
     def kernels(self) -> Mapping[str, LaunchableKernel]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Protocol
 
 if TYPE_CHECKING:
@@ -68,3 +68,22 @@ class Holding(Protocol):
     def kernel(self, name: str) -> tuple[LaunchableKernel, Any]: ...
 
     def weights_of(self, kernel: LaunchableKernel) -> MoEWeights: ...
+
+
+class Running(Protocol):
+    """A layer, as the check before its weights are given up sees it."""
+
+    @property
+    def shape(self) -> MoEShape: ...
+
+    @property
+    def held(self) -> Sequence[MoEWeights]: ...
+
+    @property
+    def kernels(self) -> Mapping[str, LaunchableKernel]: ...
+
+    def kernel(self, name: str) -> tuple[LaunchableKernel, Any]: ...
+
+    def choose(self, batch: Batch) -> Candidate: ...
+
+    def launch(self, candidate: Candidate, batch: Batch, out: Tensor, most: int | None = None) -> None: ...

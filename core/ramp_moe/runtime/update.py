@@ -97,14 +97,16 @@ def put(layer: Holding, name: str, tensor: Tensor, layout: str, experts: slice =
                 copy_rows(tensor, layout, place, order, layer.shape.intermediate_size)
 
 
-def refresh(layer: Holding) -> None:
+def refresh(layer: Holding, given: MoEWeights | None = None) -> None:
     """Derive again what kernels derived from the held weights, after a change, and copy it in place.
+
+    given: the weights to derive it from, in place of those held.
 
     Raises KernelError if a kernel now derives something that does not fit in the place of the old.
     """
     for name in layer.derived:
         kernel, prepared = layer.kernel(name)
-        weights = layer.weights_of(kernel)
+        weights = layer.weights_of(kernel) if given is None else given
         held = {storage(t) for t in tensors(weights)}
         old, new = list(leaves(prepared)), list(leaves(kernel.prepare(weights)))
         if [path for path, _ in old] != [path for path, _ in new]:

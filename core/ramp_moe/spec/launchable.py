@@ -295,6 +295,27 @@ class LaunchableKernel(Kernel):
             )
         return running
 
+    def routes(self, config: KernelConfig, shape: MoEShape, num_tokens: int) -> bool:
+        """Whether `launch_routed` takes a batch of `num_tokens` tokens. By default no batch."""
+        return False
+
+    def launch_routed(
+        self,
+        config: KernelConfig,
+        prepared: Any,
+        router: RouterLogits,
+        batch: Batch,
+        out: Tensor,
+        workspace: Workspace,
+    ) -> None:
+        """Choose the experts, and compute the batch with them, in no more launches than `launch` takes.
+
+        batch: its topk_ids and topk_weights are written: the chosen experts, -1 for padding, and their weights.
+
+        Raises KernelError if the kernel has no such launch.
+        """
+        raise KernelError(f"{self.name} does not choose experts itself")
+
     def inline_key(self, config: KernelConfig, shape: MoEShape) -> Hashable | None:
         """A key that configurations must share for `launch_inline` to take them together.
 

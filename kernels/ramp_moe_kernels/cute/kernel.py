@@ -20,6 +20,7 @@ from ramp_moe.plugin import (
     MoEWeights,
     Place,
     Progress,
+    RouterLogits,
     Stage,
     WeightLayout,
     Workspace,
@@ -163,6 +164,25 @@ class CuteMoE(LaunchableKernel, BuildableKernel):
         from .launch import launch_steps
 
         return launch_steps([_config(config)], prepared, batch, out, workspace)
+
+    def routes(self, config: KernelConfig, shape: MoEShape, num_tokens: int) -> bool:
+        from ..triton.routed_schedule import takes
+
+        return takes(num_tokens, shape.num_experts, shape.top_k)
+
+    def launch_routed(
+        self,
+        config: KernelConfig,
+        prepared: Any,
+        router: RouterLogits,
+        batch: Batch,
+        out: Tensor,
+        workspace: Workspace,
+    ) -> None:
+        from .launch import launch_steps
+
+        for _ in launch_steps([_config(config)], prepared, batch, out, workspace, router=router):
+            pass
 
     def inline_key(self, config: KernelConfig, shape: MoEShape) -> Hashable | None:
         """The name of a polymorphic launch that can compute this configuration; None if there is none."""

@@ -7,13 +7,14 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
-from ramp_moe.plugin import SCALE_BLOCK, Batch, KernelError, MoEShape, MoEWeights, Workspace
+from ramp_moe.plugin import SCALE_BLOCK, Batch, KernelError, MoEShape, MoEWeights, RouterLogits, Workspace
 from ramp_moe.runtime.parts import overlap
 from ramp_moe.spec.checks import check_aligned, check_batch, check_bf16, check_hopper
 from torch import Tensor
 
 from ..limits import check_tokens
 from ..triton.combine import launch_combine
+from ..triton.routed_schedule import launch_routed_schedule
 from ..triton.schedule import Schedule, buffer_sizes, launch_schedule
 from .aot import load
 from .config import INTERMEDIATES, UP_ROWS, Config
@@ -85,11 +86,12 @@ def launch_steps(
     out: Tensor,
     workspace: Workspace,
     choice: Tensor | None = None,
+    router: RouterLogits | None = None,
 ) -> Iterator[None]:
     """Launch a layer. Yields after the preparation, after the kernel, and after the combine if there is one.
 
     configs: one, or several that a polymorphic configuration can compute. choice: int32 `[1]`, index of the one to run;
-    None with one.
+    None with one. router: with one configuration, the preparation writes the batch's ids and weights by it.
     """
     x, config, experts = batch.hidden_states, configs[0], prepared.down.shape[2]
     _check_batch(config, prepared, batch, out)
@@ -99,7 +101,11 @@ def launch_steps(
     summed = out if plan.summed is None else plan.summed
     quantise = None if plan.x is None else (x, plan.x, plan.x_scale)
     zero = None if plan.partial is not None else summed
-    launch_schedule(batch.topk_ids, experts, plan.blocks, schedule, choice, quantise=quantise, zero=zero)
+    if router is None:
+        launch_schedule(batch.topk_ids, experts, plan.blocks, schedule, choice, quantise=quantise, zero=zero)
+    else:
+        ids, weights, (block,) = batch.topk_ids, batch.topk_weights, plan.blocks
+        launch_routed_schedule(router, ids, weights, block, schedule, quantise, zero)
     yield
     if n:
         plan.function(

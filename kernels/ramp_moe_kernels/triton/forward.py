@@ -6,13 +6,14 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
-from ramp_moe.plugin import Batch, MoEWeights, Workspace
+from ramp_moe.plugin import Batch, MoEWeights, RouterLogits, Workspace
 from ramp_moe.spec.checks import check_batch, check_dtype
 from torch import Tensor
 
 from . import ops
 from .combine import launch_combine
 from .config import Path, quantises_itself
+from .routed_schedule import launch_routed_schedule
 from .schedule import Schedule, buffer_sizes, launch_schedule
 
 
@@ -47,10 +48,12 @@ def forward_steps(
     out: Tensor,
     workspace: Workspace,
     choice: Tensor | None = None,
+    router: RouterLogits | None = None,
 ) -> Iterator[None]:
     """Launch [prepare], up, [activate], down and combine. Yields after each stage of the path's description.
 
-    paths: one, or several of one `inline_key`. choice: int32 `[1]`, index of the one to run; None with one path. Raises
+    paths: one, or several of one `inline_key`. choice: int32 `[1]`, index of the one to run; None with one path.
+    router: with one path that is not direct, the preparation writes the batch's ids and weights by it. Raises
     KernelError for a batch or an output that does not fit the weights.
     """
     x, ids = batch.hidden_states, batch.topk_ids
@@ -67,7 +70,11 @@ def forward_steps(
         if plan.x is not None and scale is not None:
             quantise, given = (x, plan.x, scale), plan.x
         zero = plan.rows if atomic else None
-        launch_schedule(ids, experts, plan.blocks, plan.schedule, choice, quantise=quantise, zero=zero)
+        if router is None:
+            launch_schedule(ids, experts, plan.blocks, plan.schedule, choice, quantise=quantise, zero=zero)
+        else:
+            (block,) = plan.blocks
+            launch_routed_schedule(router, ids, batch.topk_weights, block, plan.schedule, quantise, zero)
         tiling = ops.Tiling(plan.schedule.sorted_token_ids, plan.schedule.expert_ids, choice)
         yield
 

@@ -24,6 +24,7 @@ from ramp_moe.plugin import (
     MoEShape,
     MoEWeights,
     Place,
+    RouterLogits,
     Stage,
     WeightLayout,
     Workspace,
@@ -196,6 +197,25 @@ class TritonMoE(LaunchableKernel):
         from .forward import forward_steps
 
         return forward_steps([_path(config)], prepared, batch, out, workspace)
+
+    def routes(self, config: KernelConfig, shape: MoEShape, num_tokens: int) -> bool:
+        from .routed_schedule import takes
+
+        return not _path(config).direct and takes(num_tokens, shape.num_experts, shape.top_k)
+
+    def launch_routed(
+        self,
+        config: KernelConfig,
+        prepared: Any,
+        router: RouterLogits,
+        batch: Batch,
+        out: Tensor,
+        workspace: Workspace,
+    ) -> None:
+        from .forward import forward_steps
+
+        for _ in forward_steps([_path(config)], prepared, batch, out, workspace, router=router):
+            pass
 
     def inline_key(self, config: KernelConfig, shape: MoEShape) -> Hashable | None:
         """The warps, and all on which the sequence of launches and their buffers depend. The rest may differ.

@@ -389,3 +389,17 @@ def test_a_report_does_not_undo_what_another_server_measured_since(times: Times,
     loaded.report(layer)
     (kept,) = records()
     assert kept.timings == later.timings
+
+
+def test_an_engine_without_a_path_on_the_loaded_weights_has_them_in_the_fastest_format(
+    times: Times, said: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    kernels = [TritonMoE(), Repacking()]
+    monkeypatch.setattr(engine, "usable_kernels", lambda *_: kernels)
+    times.time = lambda candidate, ids: 1.0 if candidate.kernel == "repacking" else 2.0  # type: ignore[method-assign]
+    packed = given(own=None, like=frozenset({"repacking"}))
+    assert set(model(said.append).layer(packed).kernels) == {"repacking"}
+    assert not any("left out" in line for line in said)
+    unlike = replace(packed, like=frozenset({"humming"}), kind=("another",))
+    with pytest.raises(KernelError, match="no kernel like them was compared"):
+        model(said.append).layer(unlike)

@@ -117,9 +117,9 @@ def test_explain() -> None:
     us = [c["predicted_us"] for c in found["candidates"]]
     assert us == sorted(us)
     assert found["figures"] == "predicted"
-    assert [n.partition(" left out: no profile for olmoe-1b-7b (fp8) on h200;")[0] for n in found["notes"]] == [
-        "humming",
-        "vllm_triton",
+    assert [n.partition(" left out: ")[0] for n in found["notes"]] == ["humming", "marlin", "vllm_triton"]
+    assert [n for n in found["notes"] if "no profile for olmoe-1b-7b (fp8) on h200;" not in n] == [
+        "marlin left out: takes weights in int4-g32 or int4-g128 or mxfp4, not in fp8"
     ]
     assert sum(found["histogram"]) == 512
     shown = run("explain", "--model", "olmoe-1b-7b", "--tokens", 64, "--top", 3).output

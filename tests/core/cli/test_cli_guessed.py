@@ -141,7 +141,7 @@ def test_what_only_measured_times_tell(option: tuple[str, str], tmp_path: Path) 
     what, remedy = result.stderr.splitlines()
     assert what.startswith(f"Error: {name} judges measured times, of which there are none: no sweep of ")
     assert remedy.startswith("measure it with `ramp-moe profile --model qwen1.5-moe-a2.7b --dtype bf16`")
-    assert max(len(what), len(remedy)) < 500
+    assert max(len(what), len(remedy)) < 600
 
 
 def test_a_kernel_that_no_guess_knows() -> None:

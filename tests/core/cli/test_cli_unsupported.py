@@ -16,7 +16,7 @@ from ramp_moe.spec.hardware import Hardware
 from ramp_moe.spec.kernel import Kernel
 
 STRADDLING = "qwen3-235b-a22b-tp8"
-LONGEST = 400
+LONGEST = 480
 """Characters of a line."""
 
 

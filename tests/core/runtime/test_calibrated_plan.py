@@ -16,7 +16,7 @@ from ramp_moe.cost_model.model import join
 from ramp_moe.measurements.calibration_file import CalibrationRecord, PlanRow, Timing, load, locked, save
 from ramp_moe.measurements.plan_table import table
 from ramp_moe.runtime import calibrated_plan
-from ramp_moe.runtime.calibrated_plan import LATE, best_layout, calibrated, compile_ahead, measured
+from ramp_moe.runtime.calibrated_plan import LATE, best_layout, calibrated, compile_ahead, fastest_layout, measured
 from ramp_moe.runtime.calibration import ENGINE, ROUTINGS, Calibration, Search
 from ramp_moe.runtime.layer_factory import LayerPlan
 from ramp_moe.runtime.plan_report import left, plan_rows
@@ -195,6 +195,26 @@ def test_the_order_of_rows_is_the_engines_unless_another_is_faster_everywhere(
     us: dict[str, tuple[float, ...]], layout: str
 ) -> None:
     assert best_layout(timings(**us), READS, "gate-first") == layout
+
+
+@pytest.mark.parametrize(
+    ("us", "layout"),
+    [
+        ({"first": (9, 9, 9), "own": (8, 8, 8)}, "own/format"),
+        ({"first": (9, 9, 9), "own": (10, 8, 8)}, "own/format"),
+        ({"first": (9, 9, 9), "own": (10, 10, 8.5)}, "gate-first"),
+        ({"first": (9, 9), "own": (10, 8, 1)}, "own/format"),
+        ({"first": (9,), "own": (10, 8, 1)}, "gate-first"),
+        ({}, "gate-first"),
+    ],
+)
+def test_the_fastest_format_is_that_over_the_sizes_at_which_all_were_timed(
+    us: dict[str, tuple[float, ...]], layout: str
+) -> None:
+    found = Calibration(
+        [Timing(n, r, f"{k}/a", t) for k, of in us.items() for n, t in zip(SIZES, of, strict=False) for r in ROUTINGS]
+    )
+    assert fastest_layout(found, {"first": ("gate-first",), "own": ("own/format",)}, "gate-first") == layout
 
 
 def test_only_what_was_timed_is_in_the_plan(h200: Hardware) -> None:

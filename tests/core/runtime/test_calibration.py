@@ -101,6 +101,15 @@ def test_the_search_ends_with_a_choice_that_was_timed(h200: Hardware, model: Cos
     check()
 
 
+def test_an_engine_without_a_path_of_its_own_is_not_timed(h200: Hardware, model: CostModel) -> None:
+    timer = FakeTimer(lambda name, n: 10.0 + len(name))
+    search = Search(SHAPE, h200, [TritonMoE()], model, SIZES, engine=False)
+    search.run(timer, 1e9, Clock())
+    assert ENGINE not in {name for name, _ in timer.asked}
+    assert search.found.complete
+    assert not search.found.engine_keeps(16, search.chosen(search.corrected()))
+
+
 def test_nothing_is_timed_twice(h200: Hardware, model: CostModel) -> None:
     timer = FakeTimer(lambda name, n: 10.0 + len(name))
     searched(h200, model, timer)

@@ -19,7 +19,7 @@ from .stock import Stock
 if TYPE_CHECKING:
     from torch import Tensor
 
-FORM = "w13_weight", "w13_weight_scale_inv", "w13_bias", "w2_bias"
+FORM = "w13_weight", "w13_weight_packed", "w13_weight_scale_inv", "w13_weight_scale", "w13_bias", "w2_bias"
 """Parameters of vLLM's by which layers of one size differ."""
 _models: dict[int, LoadedModel] = {}
 """By the identity of vLLM's configuration, for as long as that lives."""
@@ -35,8 +35,13 @@ def model() -> LoadedModel:
     return _models[id(config)]
 
 
-def layer_of(module: Any, moe: Any, weights: MoEWeights, ep_size: int) -> LoadedLayer:
-    """Describe a module of vLLM, whose weights are loaded. moe: its configuration."""
+def layer_of(
+    module: Any, moe: Any, weights: MoEWeights, ep_size: int, like: frozenset[str] | None = None
+) -> LoadedLayer:
+    """Describe a module of vLLM, whose weights are loaded. moe: its configuration.
+
+    like: see LoadedLayer; None if vLLM's own Triton experts read the weights as they were loaded, and are timed.
+    """
     captured, most = _sizes(moe)
     here = local_ids(module)
 
@@ -57,7 +62,7 @@ def layer_of(module: Any, moe: Any, weights: MoEWeights, ep_size: int) -> Loaded
 
     return LoadedLayer(
         weights, module.top_k, ep_size, moe.in_dtype, kind_of(module, moe), captured, most, local,
-        own, {"tuned": os.environ.get("VLLM_TUNED_CONFIG_FOLDER", "")},
+        own if like is None else None, {"tuned": os.environ.get("VLLM_TUNED_CONFIG_FOLDER", "")}, like or frozenset(),
     )  # fmt: skip
 
 

@@ -22,12 +22,14 @@ from vllm.model_executor.layers.quantization.utils.quant_utils import (
     GroupShape,
     create_fp8_quant_key,
     kFp8Dynamic128Sym,
+    kFp8DynamicTokenSym,
+    kFp8StaticChannelSym,
 )
 from vllm.v1.worker.workspace import current_workspace_manager, is_workspace_manager_initialized
 
 from ...kernels.vllm_triton.launch import prepare
 from ..engine_errors import both_failed, why
-from ..engine_weights import LAYOUT, Parameters
+from ..engine_weights import LAYOUT, Parameters, Repacked
 from . import recorder
 from .stock import Stock
 
@@ -40,12 +42,16 @@ BLOCK_SCALES = [create_fp8_quant_key(static=True, group_shape=GroupShape(side, s
 PARAMETERS = {
     "w13_weight": "gate_up",
     "w2_weight": "down",
+    "w13_weight_packed": "gate_up",
+    "w2_weight_packed": "down",
     "w13_weight_scale_inv": "gate_up_scale",
     "w2_weight_scale_inv": "down_scale",
+    "w13_weight_scale": "gate_up_scale",
+    "w2_weight_scale": "down_scale",
     "w13_bias": "gate_up_bias",
     "w2_bias": "down_bias",
 }
-"""Names of vLLM's parameters, with the fields of MoEWeights that they become."""
+"""Names of vLLM's parameters, with the fields of MoEWeights that they become. Of several names, the last counts."""
 logger = init_logger("vllm.ramp_moe")
 
 
@@ -77,7 +83,7 @@ class RampExperts(FusedMoEExpertsModular):  # type: ignore[misc]
         self._keeps: Callable[[int], bool] = lambda num_tokens: False
         """Whether vLLM's own path computes batches of this size."""
 
-    def take(self, module: Any, parameters: Parameters, calibrated: Calibrated | None = None) -> None:
+    def take(self, module: Any, parameters: Parameters | Repacked, calibrated: Calibrated | None = None) -> None:
         """Compute with the layer that was made from vLLM's parameters.
 
         module: has the parameters. calibrated: times of its shape, by which vLLM's own path may keep batch sizes.
@@ -126,8 +132,9 @@ class RampExperts(FusedMoEExpertsModular):  # type: ignore[misc]
 
     @staticmethod
     def _supports_quant_scheme(weight_key: Any, activation_key: Any) -> bool:
-        quantised = weight_key in BLOCK_SCALES and activation_key == kFp8Dynamic128Sym
-        return quantised or (weight_key, activation_key) == (None, None)
+        if weight_key in BLOCK_SCALES:
+            return bool(activation_key == kFp8Dynamic128Sym)
+        return (weight_key, activation_key) in ((None, None), (kFp8StaticChannelSym, kFp8DynamicTokenSym))
 
     @staticmethod
     def _supports_activation(activation: Any) -> bool:
@@ -179,7 +186,8 @@ class RampExperts(FusedMoEExpertsModular):  # type: ignore[misc]
 
         Weights, scales and workspaces are the layer's own, but for batch sizes that vLLM's own path keeps.
 
-        If a batch fails, vLLM's Triton path computes it. Raises KernelError with both reasons if that fails, too.
+        If a batch fails, vLLM's Triton path computes it, unless the weights are packed. Raises KernelError with both
+        reasons if that fails, too.
         Raises RampMoEError if parameters were exchanged for others that do not fit, or if a reload failed.
         """
         self._parameters.meet(parameters_of(self._module()))
@@ -206,6 +214,8 @@ class RampExperts(FusedMoEExpertsModular):  # type: ignore[misc]
             # Afterwards, since a kernel that fails in this batch takes the prepared plans with it.
             self._warm_up(len(hidden_states), hidden_states.dtype)
         except Exception as e:  # whatever a kernel raises; a server must not end by it
+            if self.layer.shape.format.packed:
+                raise  # vLLM's Triton path does not take them, and what others take is not held
             say("leaves a batch to vLLM's Triton path", why(e))
             self._failed.add(len(hidden_states))
             try:
@@ -252,14 +262,14 @@ def by_vllm(experts: MoEWeights, x: Tensor, ids: Tensor, weights: Tensor, output
 
 def parameters_of(module: Any) -> dict[str, Tensor]:
     """vLLM's parameters of a module of routed experts, by field of MoEWeights."""
-    found = {field: module._parameters.get(name) for name, field in PARAMETERS.items()}
-    return {field: t for field, t in found.items() if t is not None}
+    found = module._parameters
+    return {field: t for name, field in PARAMETERS.items() if (t := found.get(name)) is not None}
 
 
 def local_ids(module: Any) -> Tensor | None:
     """Make `RampExperts.local_ids` from the module's expert_map; None without expert parallelism."""
     here = module.expert_map
-    return None if here is None else torch.cat((here, here.new_full((1,), -1))).to(module.w13_weight.device)
+    return None if here is None else torch.cat((here, here.new_full((1,), -1))).to(parameters_of(module)["down"].device)
 
 
 def _capturing(t: Tensor) -> bool:

@@ -11,20 +11,14 @@ from vllm.config import get_current_vllm_config
 from vllm.model_executor.custom_op import PluggableLayer, op_registry_oot
 from vllm.model_executor.layers.fused_moe.modular_kernel import FusedMoEActivationFormat, FusedMoEExpertsModular
 from vllm.model_executor.layers.fused_moe.routed_experts import RoutedExperts
-from vllm.model_executor.layers.fused_moe.unquantized_fused_moe_method import UnquantizedFusedMoEMethod
-from vllm.model_executor.layers.quantization.fp8 import Fp8MoEMethod
-from vllm.model_executor.layers.quantization.utils.quant_utils import (
-    GroupShape,
-    create_fp8_quant_key,
-    kFp8Dynamic128Sym,
-)
 from vllm.model_executor.offloader import NoopOffloader, get_offloader
 
 from ..engine_errors import why
 from ..known_fields import misfit, misfit_arguments, new_parameters
 from .experts import RampExperts
 from .fields import CONSTRUCTOR, LAYER, PARALLEL
-from .method import DispatchedFp8Method, DispatchedUnquantizedMethod, leave
+from .method import leave
+from .methods import METHODS
 
 NAME = "RoutedExperts"
 """Name of the class in vLLM's registry."""
@@ -49,8 +43,7 @@ class DispatchedRoutedExperts(RoutedExperts):  # type: ignore[misc]
         try:
             if reason := self._misfit(method, moe_config):
                 raise KernelError(reason)
-            fp8 = isinstance(method, Fp8MoEMethod)
-            ours = DispatchedFp8Method(method.quant_config, self) if fp8 else DispatchedUnquantizedMethod(moe_config)
+            ours = METHODS[type(method)].of(method, self, moe_config)
         except Exception as e:  # also a configuration that is not as expected: vLLM's method takes the layer
             leave(why(e))
             return method
@@ -59,8 +52,8 @@ class DispatchedRoutedExperts(RoutedExperts):  # type: ignore[misc]
 
     def _misfit(self, method: Any, moe: Any) -> str | None:
         """Why vLLM computes this layer itself; None if ramp_moe may."""
-        if type(method) not in (UnquantizedFusedMoEMethod, Fp8MoEMethod):
-            return f"{type(method).__name__} is not its unquantised or fp8 method"
+        if (ours := METHODS.get(type(method))) is None:
+            return f"{type(method).__name__} is none of {', '.join(sorted(known.__name__ for known in METHODS))}"
         if moe.moe_backend != "auto":
             return f"the backend {moe.moe_backend} was asked for"
         if moe.in_dtype not in (torch.bfloat16, torch.float16):
@@ -76,14 +69,8 @@ class DispatchedRoutedExperts(RoutedExperts):  # type: ignore[misc]
             return f"weights that are loaded as {config.load_config.load_format} may have been converted already"
         if not isinstance(get_offloader(), NoopOffloader):
             return "weights are offloaded"
-        keys = None, None
-        if isinstance(method, Fp8MoEMethod):
-            if method.moe_block_shape is None:
-                return "fp8 weights have no block scales"
-            shape = GroupShape(*method.moe_block_shape)
-            keys = create_fp8_quant_key(static=True, group_shape=shape), kFp8Dynamic128Sym
         standard = FusedMoEActivationFormat.Standard
-        unsupported: str | None = RampExperts.is_supported_config(RampExperts, moe, *keys, standard)[1]
+        unsupported: str | None = RampExperts.is_supported_config(RampExperts, moe, *ours.keys(method), standard)[1]
         return unsupported or self._unknown_argument or misfit(moe, LAYER) or misfit(moe.moe_parallel_config, PARALLEL)
 
 

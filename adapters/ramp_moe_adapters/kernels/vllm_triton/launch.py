@@ -85,11 +85,17 @@ def prepare(weights: MoEWeights) -> PreparedVllmTriton:
 def quant_config(weights: MoEWeights, config: Any) -> Any:
     """vLLM's configuration of the weights' scales and biases; None if they have neither.
 
-    config: the module that makes it. Raises KernelError for scale blocks that vLLM counts in another way.
+    config: the module that makes it. Raises KernelError for scales that vLLM's Triton path does not take, and for
+    blocks that it counts in another way.
     """
     biases = {"w1_bias": weights.gate_up_bias, "w2_bias": weights.down_bias}
     if weights.gate_up_scale is not None:
         given = {"w1_scale": weights.gate_up_scale, "w2_scale": weights.down_scale, **biases}
+        if weights.stored.weights == "fp8-channel":
+            rows = {"per_act_token_quant": True, "per_out_ch_quant": True}
+            return _function(config, "fp8_w8a8_moe_quant_config", (*given, *rows))(**given, **rows)
+        if weights.stored.weights != "fp8":
+            raise KernelError(f"vLLM's Triton path takes fp8 with scales of blocks or rows, not {weights.stored.name}")
         make = _function(config, "fp8_w8a8_moe_quant_config", (*given, "block_shape"))
         block, inter = weights.scale_block, weights.down.shape[2]
         if block is None or inter % block:

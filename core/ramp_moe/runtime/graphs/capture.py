@@ -187,12 +187,20 @@ class GraphDispatch:
         self.names = [c.name for c in cost_model.candidates]
         """Names of the candidates, by the index that a recorder writes."""
         self._launches, self._weights, self._model, self._top_k = launches, weights, cost_model, top_k
+        self._reference: Callable[[Batch], Tensor] = partial(reference, weights)
         self._device = weights.gate_up.device
         self._side = _side_stream(self._device)
         # While engines sleep they free the pool that weights are loaded into: this memory must not come from there.
         self._states = allocate(4 * STATES, self._device).view(torch.int32).view(STATES, 1).fill_(-1)
         self._captures = 0
         self._ready: set[tuple[int, torch.dtype, int]] = set()
+
+    def compare_with(self, weights: MoEWeights, compute: Callable[[Batch], Tensor]) -> None:
+        """Compare candidates with what `compute` returns from now on, since the layer's weights are given up.
+
+        weights: the same, without values. compute: the right output `[T, H]` of a batch.
+        """
+        self._weights, self._reference = weights, compute
 
     def drop(self, name: str, reason: str) -> None:
         """Plan no graph with a candidate from now on. name: of the candidate, or of a kernel for all of its
@@ -245,7 +253,7 @@ class GraphDispatch:
         refused, ids = dict(self._refused), num_tokens * self._top_k
         if ids > MAX_IDS:
             refused |= dict.fromkeys(MODES[:-1], f"{ids} routed ids are more than {MAX_IDS}")
-        expected = cache(lambda: reference(self._weights, _first(batch, CHECKED_TOKENS)))
+        expected = cache(lambda: self._reference(_first(batch, CHECKED_TOKENS)))
         unfit = {
             c.name: f"takes no hidden states in {str(dtype).removeprefix('torch.')}"
             for c in self._model.candidates
