@@ -14,6 +14,7 @@ import torch
 from ramp_moe.plugin import KernelError, MoEWeights
 from ramp_moe.runtime.calibrated_plan import Calibrated
 from ramp_moe.runtime.layer import LayerRuntime
+from ramp_moe.runtime.routed import forward_routed
 from vllm.logger import init_logger
 from vllm.model_executor.layers.fused_moe.activation import MoEActivation
 from vllm.model_executor.layers.fused_moe.modular_kernel import FusedMoEActivationFormat, FusedMoEExpertsModular
@@ -35,6 +36,8 @@ from .stock import Stock
 
 if TYPE_CHECKING:
     from torch import Tensor
+
+    from .routing import KernelRouting
 
 ACTIVATIONS = {MoEActivation.SILU: "swiglu", MoEActivation.GELU_TANH: "gelu_tanh"}
 BLOCK_SCALES = [create_fp8_quant_key(static=True, group_shape=GroupShape(side, side)) for side in (128, 64, 32)]
@@ -75,9 +78,13 @@ class RampExperts(FusedMoEExpertsModular):  # type: ignore[misc]
     """
     stock: Stock | None = None
     """vLLM's own path, if it keeps some batch sizes."""
+    routing: KernelRouting | None = None
+    """The layer's router, if kernels may choose the experts themselves."""
 
     def __init__(self, *args: Any, **options: Any) -> None:
         super().__init__(*args, **options)
+        self._asked = False
+        """Whether `routing` was looked for."""
         self._failed: set[int] = set()
         """Batch sizes at which a batch has failed. In the capture of a graph, vLLM's Triton path computes them."""
         self._keeps: Callable[[int], bool] = lambda num_tokens: False
@@ -203,6 +210,14 @@ class RampExperts(FusedMoEExpertsModular):  # type: ignore[misc]
         if expert_map is not None:
             assert self.local_ids is not None
             topk_ids = self.local_ids[topk_ids]
+        if self.routing is not None and (pending := self.routing.take(topk_ids, topk_weights)) is not None:
+            x, ids, weights = hidden_states.contiguous(), pending.ids, pending.weights
+            try:
+                forward_routed(self.layer, x, pending.router, ids, weights, output)
+                return
+            except Exception as e:  # whatever a kernel raises
+                say("leaves the routing of a batch to vLLM", why(e))
+                self.routing.choose(pending)
         if apply_router_weight_on_input:
             topk_weights = torch.ones_like(topk_weights)
         batch = hidden_states.contiguous(), topk_ids.int().contiguous(), topk_weights.float().contiguous()
@@ -212,7 +227,8 @@ class RampExperts(FusedMoEExpertsModular):  # type: ignore[misc]
         try:
             self.layer(*batch, out=output)
             # Afterwards, since a kernel that fails in this batch takes the prepared plans with it.
-            self._warm_up(len(hidden_states), hidden_states.dtype)
+            if self._warm_up(len(hidden_states), hidden_states.dtype) and not apply_router_weight_on_input:
+                self._warm_up_routing(topk_ids, topk_weights, hidden_states.dtype)
         except Exception as e:  # whatever a kernel raises; a server must not end by it
             if self.layer.shape.format.packed:
                 raise  # vLLM's Triton path does not take them, and what others take is not held
@@ -223,19 +239,34 @@ class RampExperts(FusedMoEExpertsModular):  # type: ignore[misc]
             except Exception as other:
                 raise both_failed(e, "vLLM's Triton path", other) from e
 
-    def _warm_up(self, num_tokens: int, dtype: torch.dtype) -> None:
-        """Prepare the capture of a batch size, unless captures are over.
+    def _warm_up(self, num_tokens: int, dtype: torch.dtype) -> bool:
+        """Prepare the capture of a batch size, and say so. False if captures are over, or do not hold this size.
 
         vLLM runs each size once before its capture, on the stream of the capture. It locks its workspaces when all
         sizes are captured.
         """
         graphs, moe = self.layer.graphs, self.moe_config
         if graphs is None or not 0 < num_tokens <= moe.max_capture_size * moe.dp_size * moe.pcp_size:
-            return
+            return False
         started = is_workspace_manager_initialized() and current_workspace_manager().is_locked()
-        if not started and not torch.cuda.is_current_stream_capturing():
-            graphs.prepare(num_tokens, dtype)
-            self.layer.ready(num_tokens, dtype)
+        if started or torch.cuda.is_current_stream_capturing():
+            return False
+        graphs.prepare(num_tokens, dtype)
+        self.layer.ready(num_tokens, dtype)
+        return True
+
+    def _warm_up_routing(self, topk_ids: Tensor, topk_weights: Tensor, dtype: torch.dtype) -> None:
+        """Let the kernel choose the experts in captures of this size, if it does that as vLLM's router does."""
+        try:
+            if not self._asked:
+                from .routing import KernelRouting  # names of vLLM's that another version may not have
+
+                self._asked, self.routing = True, KernelRouting.of(self.layer, self._module())
+            if self.routing is not None:
+                self.routing.warm_up(topk_ids, topk_weights, dtype)
+        except Exception as e:  # whatever is not as in the vLLM that is known: its router goes on
+            self._asked = True
+            say("leaves routing to vLLM", why(e))
 
 
 def by_vllm(experts: MoEWeights, x: Tensor, ids: Tensor, weights: Tensor, output: Tensor) -> None:
