@@ -8,8 +8,11 @@ from dataclasses import fields
 import pytest
 import torch
 from each_target import compile_for_each_target
-from ramp_moe.plugin import RouterLogits
+from moe_cases import H200
+from moe_cases import weights as layer_weights
+from ramp_moe.plugin import Batch, RouterLogits, Workspace
 from ramp_moe_kernels import reference
+from ramp_moe_kernels.triton.kernel import TritonMoE
 from ramp_moe_kernels.triton.routed_schedule import launch_routed_schedule, takes
 from ramp_moe_kernels.triton.schedule import Schedule, allocate, schedule
 from tiers import slow_except
@@ -142,6 +145,35 @@ def test_work_beside() -> None:
     check_schedule(out, ids, 8, 16)
 
 
+def test_ids_alone() -> None:
+    router = RouterLogits(logits_of("ties", 3, 12))
+    weights, ids = torch.empty(3, 2, device=DEVICE), torch.empty(3, 2, dtype=torch.int32, device=DEVICE)
+    launch_routed_schedule(router, ids, weights)
+    expected_ids, expected = vllms(router, 2)
+    assert torch.equal(ids, expected_ids)
+    torch.testing.assert_close(weights, expected, rtol=1e-5, atol=1e-30)
+
+
+@pytest.mark.parametrize("path", ["direct", "scheduled", "atomic"])
+def test_a_layer_from_logits(path: str) -> None:
+    """It computes what it computes from the ids that vLLM's rules give."""
+    of, kernel = layer_weights(8, 128, 512, "fp16", DEVICE), TritonMoE()
+    shape, prepared = of.shape(2), kernel.prepare(of)
+    wanted = {"direct": path == "direct", "atomic": path == "atomic"}.items()
+    config = next(c for c in kernel.configs(shape, H200) if wanted <= dict(c.params).items())
+    assert kernel.routes(config, shape, 3)
+    router = RouterLogits(logits_of("random", 3, 8))
+    x = torch.randn(3, 128, generator=torch.Generator().manual_seed(2)).half().to(DEVICE)
+    ids, weights = vllms(router, 2)
+    out, expected, workspace = torch.empty_like(x), torch.empty_like(x), Workspace()
+    kernel.launch(config, prepared, Batch(x, ids.contiguous(), weights.contiguous()), expected, workspace)
+    chosen = Batch(x, torch.full_like(ids, -1).contiguous(), torch.zeros_like(weights).contiguous())
+    kernel.launch_routed(config, prepared, router, chosen, out, workspace)
+    assert torch.equal(chosen.topk_ids, ids)
+    assert float(expected.float().norm()) > 0
+    assert float((out.float() - expected.float()).norm() / expected.float().norm()) < 1e-3
+
+
 def test_what_one_launch_takes() -> None:
     assert takes(1, 256, 8)
     assert takes(64, 128, 8)
@@ -162,9 +194,10 @@ COMPILE = """
     names = ("topk_ids", "sorted_token_ids", "expert_ids", "num_tokens_post_padded", "histogram")
     pointers = dict.fromkeys(names, "*i32") | {"topk_weights": "*fp32"}
     activations = {"x": "*bf16", "x_fp8": "*fp8e4nv", "x_scale": "*fp32", "zero": "*bf16"}
-    for tokens, experts, top_k, sigmoid, logits, padding, beside in (
-        (1, 64, 8, False, "*bf16", "*i1", True), (64, 128, 8, False, "*bf16", "*i1", False),
-        (8, 256, 22, True, "*fp32", None, False), (32, 8, 2, False, "*fp16", None, True),
+    for tokens, experts, top_k, sigmoid, logits, padding, beside, scheduled in (
+        (1, 64, 8, False, "*bf16", "*i1", True, True), (64, 128, 8, False, "*bf16", "*i1", False, True),
+        (8, 256, 22, True, "*fp32", None, False, True), (32, 8, 2, False, "*fp16", None, True, True),
+        (2, 128, 8, False, "*bf16", None, False, False),
     ):
         beside = beside and target.arch != 80
         rows = triton.next_power_of_2(tokens)
@@ -172,6 +205,7 @@ COMPILE = """
         known |= {"logits": logits, "padding": padding, "E": experts, "K": top_k, "ROWS": rows, "P": experts}
         known |= {"SLOTS": triton.next_power_of_2(top_k), "SIGMOID": sigmoid, "RENORMALISE": True, "UNROLL": top_k < 17}
         known |= {"GROUPS": 4, "GROUP": 128, "ZERO": 1024, "EMULATE_FP8": False, "PDL": target.arch == 90}
+        known |= {} if scheduled else dict.fromkeys(names[1:])
         types = {name: known.get(name, "i32") for name in kernel.arg_names}
         signature = {name: t if isinstance(t, str) else "constexpr" for name, t in types.items()}
         constants = {name: t for name, t in types.items() if not isinstance(t, str)}

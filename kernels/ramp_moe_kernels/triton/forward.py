@@ -53,8 +53,8 @@ def forward_steps(
     """Launch [prepare], up, [activate], down and combine. Yields after each stage of the path's description.
 
     paths: one, or several of one `inline_key`. choice: int32 `[1]`, index of the one to run; None with one path.
-    router: with one path that is not direct, the preparation writes the batch's ids and weights by it. Raises
-    KernelError for a batch or an output that does not fit the weights.
+    router: with one path, the preparation writes the batch's ids and weights by it; on the direct path, a launch
+    before the others. Raises KernelError for a batch or an output that does not fit the weights.
     """
     x, ids = batch.hidden_states, batch.topk_ids
     experts, hidden, _ = weights.sizes
@@ -77,6 +77,8 @@ def forward_steps(
             launch_routed_schedule(router, ids, batch.topk_weights, block, plan.schedule, quantise, zero)
         tiling = ops.Tiling(plan.schedule.sorted_token_ids, plan.schedule.expert_ids, choice)
         yield
+    elif router is not None:
+        launch_routed_schedule(router, ids, batch.topk_weights)
 
     if plan.partial is not None:
         ops.up(plan.up, given, scale, weights, tiling, n, top_k, plan.partial, None)

@@ -201,7 +201,7 @@ class TritonMoE(LaunchableKernel):
     def routes(self, config: KernelConfig, shape: MoEShape, num_tokens: int) -> bool:
         from .routed_schedule import takes
 
-        return not _path(config).direct and takes(num_tokens, shape.num_experts, shape.top_k)
+        return takes(num_tokens, shape.num_experts, shape.top_k)
 
     def launch_routed(
         self,

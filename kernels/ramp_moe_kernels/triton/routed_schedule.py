@@ -100,7 +100,7 @@ def routed_schedule_kernel(
     padding,  # bool [T], or None
     topk_weights,  # float32 [T, K]
     topk_ids,  # int32 [T, K]
-    sorted_token_ids,
+    sorted_token_ids,  # as the next three of a Schedule, or None
     expert_ids,
     num_tokens_post_padded,
     histogram,
@@ -159,20 +159,12 @@ def routed_schedule_kernel(
         at, written = row * K + slot, real & (slot < K)
         tl.store(topk_weights + at, weights, mask=written)
         tl.store(topk_ids + at, tl.where(live, ids, -1), mask=written)
-        _schedule_choice(
-            ids,
-            ((merit < 0) & exists & live).to(tl.int32),
-            live,
-            sorted_token_ids,
-            expert_ids,
-            num_tokens_post_padded,
-            histogram,
-            num_tokens,
-            block,
-            capacity,
-            E,
-            K,
-        )
+        if sorted_token_ids is not None:
+            one = ((merit < 0) & exists & live).to(tl.int32)
+            _schedule_choice(
+                ids, one, live, sorted_token_ids, expert_ids, num_tokens_post_padded, histogram, num_tokens, block,
+                capacity, E, K,
+            )  # fmt: skip
     else:
         _beside(
             program - 1, x, x_fp8, x_scale, num_groups, x_programs, zero, zero_size, GROUPS, GROUP, ZERO, EMULATE_FP8
@@ -190,8 +182,8 @@ def launch_routed_schedule(
     router: RouterLogits,
     topk_ids: Tensor,
     topk_weights: Tensor,
-    block: int,
-    out: Schedule,
+    block: int = 1,
+    out: Schedule | None = None,
     quantise: tuple[Tensor, Tensor, Tensor] | None = None,
     zero: Tensor | None = None,
 ) -> None:
@@ -199,7 +191,8 @@ def launch_routed_schedule(
 
     topk_ids: contiguous int32 `[T, k]`, which is written, -1 in padding rows.
     topk_weights: contiguous float32 `[T, k]`, which is written.
-    out: has the sizes of `buffer_sizes`. quantise and zero: as of `schedule`.
+    out: has the sizes of `buffer_sizes`. None if the ids alone are wanted.
+    quantise and zero: as of `schedule`.
 
     Nothing is checked or allocated, and the host does not wait.
     """
@@ -207,20 +200,20 @@ def launch_routed_schedule(
     rows, wide = triton.next_power_of_2(tokens), triton.next_power_of_2(experts)
     warps = _warps(rows * wide)
     beside, programs = beside_of(quantise, zero, warps)
+    plan: tuple[Tensor | None, ...] = (None,) * 4
+    if out is not None:
+        plan = out.sorted_token_ids, out.expert_ids, out.num_tokens_post_padded, out.histogram
     with on_device_of(topk_ids):
         routed_schedule_kernel[(1 + programs,)](
             router.logits,
             router.padding,
             topk_weights,
             topk_ids,
-            out.sorted_token_ids,
-            out.expert_ids,
-            out.num_tokens_post_padded,
-            out.histogram,
+            *plan,
             tokens,
             router.logits.stride(0),
             block,
-            out.expert_ids.numel(),
+            0 if out is None else out.expert_ids.numel(),
             E=experts,
             K=top_k,
             ROWS=rows,
