@@ -12,11 +12,10 @@ import ramp_moe
 import torch
 from layer_cases import FakeKernel, H
 from ramp_moe import KernelError, RampMoEError
+from ramp_moe.runtime import holding, placeholder, refusals
 from ramp_moe.runtime import layer as layers
 from ramp_moe.runtime import layer_factory as building
-from ramp_moe.runtime import placeholder, refusals
 from ramp_moe.runtime import wrapped_experts as routed
-from ramp_moe.runtime.layer import LayerRuntime
 from ramp_moe.runtime.placeholder import Placeholder, Source
 from ramp_moe.runtime.wrapped_experts import KEY, WrappedExperts
 from torch import Tensor, nn
@@ -26,7 +25,7 @@ ADAPTER = Turned(Bank, "w13", "w2", K, gate_up_bias="b13", down_bias="b2")
 STEPS: list[tuple[Any, str]] = [
     (Turned, "weights"), (Turned, "names"), (Turned, "order"), (Turned, "given"), (Turned, "own"), (Turned, "install"),
     (Turned, "top_k_of"), (building.Builder, "layer"), (building.Builder, "_plan"), (building.Builder, "_shared"),
-    (InPlace, "prepare"), (InPlace, "unsupported"), (LayerRuntime, "_hold"), (layers, "relayout"), (refusals, "check"),
+    (InPlace, "prepare"), (InPlace, "unsupported"), (layers, "hold"), (holding, "relayout"), (refusals, "check"),
     (WrappedExperts, "__init__"), (WrappedExperts, "take"), (WrappedExperts, "install"), (placeholder, "become"),
     (Placeholder, "__new__"), (Source, "__init__"), (torch.utils, "swap_tensors"), (routed, "_plain_in_state_dict"),
     (nn.Module, "register_state_dict_post_hook"), (torch, "empty_like"), (torch, "empty"),
