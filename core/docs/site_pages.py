@@ -1,4 +1,4 @@
-"""What `mkdocs.yml` needs of code: pages of the repository that lie outside `core/docs`, and links between all pages.
+"""What mkdocs.yml needs of code: pages of the repository that lie outside `core/docs`, and links between all pages.
 
 Links in the repository are relative paths, so that they work where it is browsed. On the site they lead to the page of
 that file. A link to a file that is no page, such as a script, becomes its text. The strict build ends with an error if
@@ -18,12 +18,13 @@ from mkdocs.structure.pages import Page
 
 ROOT = Path(__file__).parents[2]
 DOCS = Path(__file__).parent
+INDEX = "index.md"
 NAMED = {
-    "README.md": "index.md",
+    "README.md": INDEX,
     "CHANGELOG.md": "changelog.md",
     "CONTRIBUTING.md": "contributing.md",
-    "examples/README.md": "examples/index.md",
-    "examples/kernel_plugin/README.md": "examples/kernel_plugin/index.md",
+    "examples/README.md": f"examples/{INDEX}",
+    "examples/kernel_plugin/README.md": f"examples/kernel_plugin/{INDEX}",
     "examples/kernel_plugin/adapter_guide.md": "examples/kernel_plugin/adapter_guide.md",
 }
 """Addresses in the site's sources, by path in the repository."""
@@ -39,7 +40,7 @@ def addresses() -> dict[str, str]:
     for section in SECTIONS:
         for path in sorted((ROOT / "profiles" / section).rglob("*")):
             if path.name == "README.md" or path.suffix == ".png":
-                inside = path.relative_to(ROOT / "profiles").with_name(path.name.replace("README.md", "index.md"))
+                inside = path.relative_to(ROOT / "profiles").with_name(path.name.replace("README.md", INDEX))
                 found[path.relative_to(ROOT).as_posix()] = f"measured/{inside.as_posix()}"
     return found
 
