@@ -125,7 +125,7 @@ class Registry:
         return _look_up("device", name, self.hardware, "plugins add more with the ramp_moe_hardware hook")
 
     def shape(self, model: str, dtype: str | None = None, default: str | None = None) -> MoEShape:
-        """The shape of a model by its name, or by what `read_shape` finds on this machine, or of its shard, NAME-tpN (see
+        """The shape of a registered model, of one that `read_shape` finds on this machine, or of a shard, NAME-tpN (see
         `resolve_shape`)."""
         return resolve_shape(self.models, model, dtype, default, read_shape)
 

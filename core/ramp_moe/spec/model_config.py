@@ -30,15 +30,15 @@ _OF_EXPERTS = """
     inkling_text kimi_k2 kimi_linear kolibri1 laguna lara_mini lfm2_moe longcat_flash mellum mimo_v2_flash mistral4
     mistral_large4_text qwen2_moe qwen3_5_moe_text qwen3_moe qwen3_next qwen3_omni_moe_text qwen3_vl_moe_text
     qwen4_exp_text sarvam_mla sarvam_moe solar_open step3p5 unlimited_ocr_text zaya
-""".split()
+"""
 _PLAIN = """
     aria_text cohere2_moe flex_olmo gpt_oss granitemoe granitemoe_swa granitemoehybrid granitemoeshared hunyuan_v1_moe
     jamba jetmoe llama4_text minimax minimax_m2 minimax_m3_vl_text mixtral olmoe openai_privacy_filter phimoe
-""".split()
+"""
 
 MAPPED: Mapping[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
-    **dict.fromkeys(_OF_EXPERTS, (HIDDEN, OF_EXPERTS)),
-    **dict.fromkeys(_PLAIN, (HIDDEN, PLAIN)),
+    **dict.fromkeys(_OF_EXPERTS.split(), (HIDDEN, OF_EXPERTS)),
+    **dict.fromkeys(_PLAIN.split(), (HIDDEN, PLAIN)),
     "dbrx": (HIDDEN, DBRX),
     "muse_spark_text": (NARROWED, OF_EXPERTS),
 }
