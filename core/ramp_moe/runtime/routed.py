@@ -46,6 +46,8 @@ def forward_routed(
 
     Raises KernelError if no candidate takes the batch, RoutingError or ShapeError for tensors that do not fit together.
     """
+    import torch
+
     if layer.stale is not None:
         raise KernelError(layer.stale)
     batch, logits, padding = Batch(hidden_states, topk_ids, topk_weights), router.logits, router.padding
@@ -55,8 +57,15 @@ def forward_routed(
             f"router logits must be [{tokens}, {shape.num_experts}] with contiguous rows, beside the hidden states, "
             f"not {list(logits.shape)} on {logits.device}"
         )
-    if padding is not None and (padding.shape != (tokens,) or str(padding.dtype) != "torch.bool"):
-        raise RoutingError(f"padding must be bool [{tokens}], not {padding.dtype} {list(padding.shape)}")
+    if logits.dtype not in (torch.bfloat16, torch.float16, torch.float32):
+        raise RoutingError(f"router logits must be bf16, fp16 or float32, not {logits.dtype}")
+    if padding is not None:
+        fits = padding.shape == (tokens,) and padding.dtype is torch.bool and padding.is_contiguous()
+        if not fits or padding.device != logits.device:
+            raise RoutingError(
+                f"padding must be contiguous bool [{tokens}], beside the logits, not {padding.dtype} "
+                f"{list(padding.shape)} on {padding.device}"
+            )
     if out.shape != hidden_states.shape or out.dtype is not hidden_states.dtype or not out.is_contiguous():
         raise ShapeError(f"out must be contiguous {hidden_states.dtype} {list(hidden_states.shape)}")
     candidate = routing_candidate(layer, tokens, hidden_states.dtype)

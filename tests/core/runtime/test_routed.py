@@ -85,7 +85,10 @@ def test_what_does_not_fit_is_refused_before_anything_is_written(h200: Hardware)
         RouterLogits(chosen.logits[:, :-1]),
         RouterLogits(chosen.logits[:-1]),
         RouterLogits(chosen.logits.T.contiguous().T),
+        RouterLogits(chosen.logits.double()),
         RouterLogits(chosen.logits, padding=torch.zeros(TOKENS, dtype=torch.uint8)),
+        RouterLogits(chosen.logits, padding=torch.zeros(2 * TOKENS, dtype=torch.bool)[::2]),
+        RouterLogits(chosen.logits, padding=torch.zeros(TOKENS, dtype=torch.bool, device="meta")),
         RouterLogits(chosen.logits, padding=torch.zeros(TOKENS + 1, dtype=torch.bool)),
     ):
         tensors = given()
